@@ -1,0 +1,17 @@
+"""Registers the built-in adapters and bundled models; imports none of them."""
+
+from __future__ import annotations
+
+from tokenprune.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def tokenprune_register_adapters(register: Register) -> None:
+    """One adapter per model family."""
+    register("lisa", "tokenprune_adapters.lisa:LisaAdapter", summary="LISA checkpoints in their original format")
+
+
+@hookimpl
+def tokenprune_register_models(register: Register) -> None:
+    """Checkpoints that are part of this package."""
+    register("lisa-tiny", "tokenprune_adapters.bundled:lisa_tiny", summary="a tiny LISA trained on the data set shapes")

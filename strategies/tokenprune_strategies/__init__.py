@@ -1,0 +1,1 @@
+"""Pruning strategies: one module per method."""

@@ -1,0 +1,21 @@
+"""Registers the built-in strategies; imports none of them."""
+
+from __future__ import annotations
+
+from tokenprune.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def tokenprune_register_strategies(register: Register) -> None:
+    """Baselines first, then the methods in order of their name."""
+    here = "tokenprune_strategies"
+    register("none", f"{here}.baselines:NoPruning", summary="the untouched model")
+    register("blind", f"{here}.baselines:Blind", summary="no image token enters the decoder: the floor")
+    register("random", f"{here}.baselines:Random", summary="image tokens chosen at random, seeded")
+    register("uniform", f"{here}.baselines:Uniform", summary="image tokens on a regular grid")
+    register("csp", f"{here}.csp:CSP", summary="cluster, scatter, prune: few tokens, all tokens, the attended ones")
+    register("csp-65", f"{here}.csp:CSP65", summary="csp at 65 % fewer equivalent image tokens")
+    register("csp-70", f"{here}.csp:CSP70", summary="csp at 70 % fewer equivalent image tokens")
+    register("fastv", f"{here}.fastv:FastV", summary="the image tokens that the query row attends to after an early layer")
+    register("prumerge", f"{here}.prumerge:PruMerge", summary="[CLS]-attended image tokens, neighbours merged into them")
+    register("prumerge+", f"{here}.prumerge:PruMergePlus", summary="prumerge and spatially uniform tokens")

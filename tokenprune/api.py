@@ -1,0 +1,98 @@
+"""`strategy` and `load`: from a name to an object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune import registry
+from tokenprune.errors import CheckpointError, OptionError
+
+if TYPE_CHECKING:
+    from tokenprune.base import Strategy
+
+
+def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy:
+    """A strategy by name.
+
+    Args:
+        name: a name of `tokenprune.strategies()`.
+        budget: equivalent image tokens as a fraction of all image tokens, in (0, 1]; solved for when the strategy runs.
+        options: fields of the strategy's `Options`.
+
+    Raises:
+        UnknownNameError: no such strategy.
+        OptionError: an unknown option or a value out of range.
+        BudgetError: a budget out of range.
+        PluginError: the strategy's module cannot be imported.
+    """
+    from pydantic import ValidationError
+
+    factory = registry.get("strategies", name).load()
+    try:
+        made: Strategy = factory(budget=budget, **options)
+    except ValidationError as error:
+        fields = getattr(getattr(factory, "Options", None), "model_fields", {})
+        raise OptionError.from_validation(f"strategy {name!r}", error, fields) from error
+    return made
+
+
+def load(name_or_path: str | Path, **options: Any) -> Any:
+    """A model by name, folder or hub id.
+
+    Args:
+        name_or_path: a bundled model (`tokenprune list` shows them), a checkpoint folder, or a hub id.
+        options: passed to the adapter: `dtype`, `device`, `device_map`, `vision_tower`, …
+
+    Raises:
+        CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
+        PluginError: an adapter cannot be imported.
+    """
+    source = str(name_or_path)
+    bundled = registry.models()
+    if source in bundled:
+        source = str(bundled[source].load()())
+    config = _read_config(source, list(bundled))
+    adapters = registry.adapters()
+    for entry in adapters.values():
+        adapter = entry.load()
+        if adapter.matches(source, config):
+            return adapter.load(source, **options)
+    found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
+    known = ", ".join(adapters) or "none"
+    raise CheckpointError(f"{source}: no adapter knows this checkpoint; found {found}; installed adapters: {known}")
+
+
+def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{source}: found no config.json in this folder, expected a checkpoint's folder")
+    elif folder.is_file():
+        raise CheckpointError(f"{source}: found a file, expected a checkpoint's folder; pass the folder that holds it")
+    else:
+        path = _download_config(source, bundled)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: found {type(config).__name__}, expected a JSON object; fetch the checkpoint again")
+    return config
+
+
+def _download_config(source: str, bundled: list[str]) -> Path:
+    names = f"bundled models: {', '.join(bundled) or 'none'}"
+    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+    if not looks_like_hub_id:
+        raise CheckpointError(f"{source}: found no such folder and no bundled model of that name; {names}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, "config.json"))
+    except Exception as error:
+        problem = f"no such folder, and config.json cannot be fetched from the hub ({type(error).__name__})"
+        raise CheckpointError(f"{source}: {problem}; check the name or pass a local folder; {names}") from error

@@ -1,0 +1,75 @@
+"""The Typer app, its global options, and how errors become one line.
+
+A command is a function `command` in a module of its own, registered at the end of this file. Its module imports only typer and the
+standard library at the top; everything heavy is imported inside the function, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from tokenprune.cli import listing
+from tokenprune.errors import OptionError, TokenPruneError
+
+app = typer.Typer(
+    name="tokenprune",
+    help="Visual-token pruning for large vision-language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from tokenprune import __version__
+
+        typer.echo(f"tokenprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command; `main` handles `--debug`, wherever it stands."""
+
+
+app.command("list")(listing.command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    A `TokenPruneError` is printed on one line of stderr and the exit code is 2; with `--debug` its traceback comes first.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        app(args=[argument for argument in given if argument != "--debug"])
+    except Exception as error:
+        problem = _as_user_error(error)
+        if problem is None:
+            raise
+        if debug:
+            traceback.print_exception(error)
+        typer.echo(f"error: {' '.join(str(problem).split())}", err=True)
+        sys.exit(2)
+
+
+def _as_user_error(error: Exception) -> TokenPruneError | None:
+    if isinstance(error, TokenPruneError):
+        return error
+    if "pydantic" in sys.modules:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            return OptionError.from_validation(error.title, error)
+    return None

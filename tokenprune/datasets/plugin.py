@@ -1,0 +1,11 @@
+"""Registers the built-in data sets; imports none of them."""
+
+from __future__ import annotations
+
+from tokenprune.hookspecs import Register, hookimpl
+
+
+@hookimpl
+def tokenprune_register_datasets(register: Register) -> None:
+    """Data sets that need no files."""
+    register("shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds")

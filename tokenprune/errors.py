@@ -1,0 +1,116 @@
+"""Every error a user can cause.
+
+A message names the thing, what was found, what was expected and what to do, in one line: the command line prints it as it is.
+All classes take the message as their only argument; the class methods compose it from parts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class TokenPruneError(Exception):
+    """Base of all errors raised on purpose by tokenprune."""
+
+
+class UnknownNameError(TokenPruneError, LookupError):
+    """A strategy, adapter, data set, model, split or other name that nobody registered."""
+
+    @classmethod
+    def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Compose the message from what was asked for and what there is, nearest names first.
+
+        Args:
+            kind: what the name should be the name of, in the singular ("strategy").
+            name: the name asked for.
+            known: the names that exist.
+        """
+        names = list(known)
+        near = nearest(name, names)
+        hint = f"did you mean {_either(near)}? " if near else ""
+        listing = f"known: {', '.join(names)}" if names else f"no {kind} is installed"
+        return cls(f"unknown {kind} {name!r}; {hint}{listing}")
+
+
+class OptionError(TokenPruneError, ValueError):
+    """An option that does not exist, or a value that it cannot take."""
+
+    @classmethod
+    def from_validation(cls, thing: str, error: Exception, known: Iterable[str] = ()) -> OptionError:
+        """Turn a pydantic ValidationError into one line.
+
+        Args:
+            thing: what the options belong to ("strategy 'fastv'").
+            error: a pydantic ValidationError; anything with its `errors()` method will do.
+            known: names of the options that exist, used to suggest one.
+        """
+        names = list(known)
+        found: list[dict[str, Any]] = error.errors()  # type: ignore[attr-defined]
+        return cls(f"{thing}: " + "; ".join(_option_problem(item, names) for item in found))
+
+
+class BudgetError(OptionError):
+    """A budget outside (0, 1], or one that the strategy cannot meet."""
+
+
+class InputError(TokenPruneError, ValueError):
+    """An image, query, prompt, mask or tensor that cannot be used."""
+
+
+class CheckpointError(TokenPruneError):
+    """A checkpoint that is not there, is damaged, or is not what the adapter expects."""
+
+
+class PluginError(TokenPruneError):
+    """A plugin that cannot be imported, registers something invalid, or misbehaves while it runs."""
+
+    @classmethod
+    def of(cls, plugin: str, distribution: str, problem: str, advice: str = "") -> PluginError:
+        """Compose the message; `plugin` is its name, `distribution` the package that brings it."""
+        return cls(f"plugin {plugin!r} of package {distribution!r}: {problem}" + (f"; {advice}" if advice else ""))
+
+
+class IncompatibleError(TokenPruneError):
+    """A strategy needs to read something that the model cannot provide."""
+
+    @classmethod
+    def missing(cls, strategy: str, model: str, reads: Iterable[str], provided: Iterable[str]) -> IncompatibleError:
+        """Compose the message from both names, the reads that are missing and those the model does provide."""
+        offers = ", ".join(provided) or "nothing"
+        return cls(
+            f"strategy {strategy!r} does not fit model {model!r}: it reads {', '.join(reads)}, "
+            f"and the model provides {offers}; choose another strategy or another model"
+        )
+
+
+class UnsupportedError(TokenPruneError):
+    """Something sensible that tokenprune refuses because it does not support it (beam search, nesting)."""
+
+
+class EngineError(TokenPruneError):
+    """The engine cannot run a schedule, or a strategy answered a stage with something invalid."""
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """Names out of `known` that look like `name`, best first; upper and lower case count as equal."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.6)]
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(repr(name) for name in names)
+
+
+def _option_problem(item: dict[str, Any], known: list[str]) -> str:
+    path = ".".join(str(part) for part in item["loc"]) or "options"
+    if item["type"] == "extra_forbidden":
+        near = nearest(path.rsplit(".", 1)[-1], known)
+        hint = f"; did you mean {_either(near)}?" if near else ""
+        return f"unknown option {path!r}{hint}" + (f" (options: {', '.join(known)})" if known else "")
+    expected = str(item["msg"])
+    expected = expected[:1].lower() + expected[1:]
+    if item["type"] == "missing":
+        return f"option {path!r} is missing; give it a value"
+    return f"option {path!r}: found {item.get('input')!r}, but {expected}"

@@ -1,0 +1,179 @@
+"""The strategy base class: options, the stages it declares, the one method that chooses, and the budget."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokenprune.errors import BudgetError, OptionError
+from tokenprune.reads import Read
+
+if TYPE_CHECKING:
+    from tokenprune.decisions import Decision
+    from tokenprune.tokens import Tokens
+
+Positions = Literal["keep", "renumber"]
+
+
+class StrategyOptions(BaseModel):
+    """Base of every strategy's options: unknown names are refused, values are checked, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a strategy may know of a run before it starts.
+
+    Attributes:
+        layers: decoder layers, L.
+        image_tokens: image tokens of one batch row, N.
+        text_tokens: every other token of the row.
+        tower_layers: layers of the vision tower, 0 where unknown.
+    """
+
+    layers: int
+    image_tokens: int
+    text_tokens: int = 0
+    tower_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers with one active set, from `layer` up to the next stage.
+
+    Attributes:
+        name: the stage's name in traces and errors.
+        layer: first decoder layer that runs with what is chosen here (0-based).
+        tokens: image tokens active from here on, per row; None where only the content can tell.
+        reads: what `choose` looks at.
+    """
+
+    name: str
+    layer: int
+    tokens: int | None = None
+    reads: tuple[Read, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reads, Read):
+            object.__setattr__(self, "reads", (self.reads,))
+
+
+class Strategy(ABC):
+    """A visual-token pruning method.
+
+    Subclasses give `name`, nested `Options`, `stages` and `choose`. Instances hold options only, never the state of a
+    run, so that one instance serves several models and threads.
+
+    Attributes:
+        name: registered name.
+        budget_option: the option that the budget solver moves; a subclass with several moves them in `fit`.
+        positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter).
+    """
+
+    name: ClassVar[str]
+    budget_option: ClassVar[str | None] = None
+    positions: Positions = "keep"
+
+    class Options(StrategyOptions):
+        """No options."""
+
+    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
+        """Raises OptionError for an unknown option or bad value, BudgetError for a budget outside (0, 1]."""
+        if budget is not None and not 0 < budget <= 1:
+            raise BudgetError(f"strategy {self.name!r}: budget {budget} found, expected a share of the image tokens in (0, 1]")
+        self.budget = budget
+        self.options = self._checked(options)
+
+    # what an author writes -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """The stages for one batch row, in ascending order of layers. Layers before the first run in full."""
+
+    @abstractmethod
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Choose for the whole batch on entering `stage`."""
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """Options that meet the budget on this shape: the largest `budget_option` share in 1/N steps that fits.
+
+        Options that the user set explicitly are kept. Override where several options move together.
+
+        Raises:
+            BudgetError: no value fits.
+        """
+        if self.budget_option is None:
+            raise BudgetError(f"strategy {self.name!r} has nothing that a budget could move; leave budget= out")
+        for tokens in range(shape.image_tokens, -1, -1):
+            candidate = {self.budget_option: tokens / shape.image_tokens}
+            if self.spends(candidate, shape) <= budget * shape.image_tokens + 1e-9:
+                return candidate
+        raise self.too_small(budget, shape, self.spends({self.budget_option: 0.0}, shape))
+
+    # what the framework calls ----------------------------------------------------------------------------------------
+
+    def bind(self, shape: Shape) -> Strategy:
+        """The same strategy with its budget, if any, turned into options for this shape."""
+        if self.budget is None or shape.image_tokens == 0:
+            return self
+        return self.with_options(**self.fit(self.budget, shape))
+
+    def with_options(self, **changes: Any) -> Strategy:
+        """A copy without a budget whose options differ by `changes`."""
+        chosen = {name: getattr(self.options, name) for name in self.options.model_fields_set}
+        return type(self)(**{**chosen, **changes})
+
+    def spends(self, changes: dict[str, Any], shape: Shape) -> float:
+        """Equivalent tokens with these options; infinite where the options themselves are not allowed."""
+        try:
+            candidate = self.with_options(**changes)
+        except OptionError:
+            return float("inf")
+        return equivalent_tokens(list(candidate.stages(shape)), shape)
+
+    def too_small(self, budget: float, shape: Shape, least: float) -> BudgetError:
+        """The error for a budget that cannot be met, naming the least that can."""
+        share = least / shape.image_tokens
+        return BudgetError(
+            f"strategy {self.name!r} cannot meet budget {budget:g} on {shape.layers} layers and {shape.image_tokens} image "
+            f"tokens with options {self.options.model_dump(exclude_unset=True) or 'at their defaults'}: its least is "
+            f"{share:.3f}; raise the budget or change the options"
+        )
+
+    def __repr__(self) -> str:
+        given = self.options.model_dump(exclude_unset=True)
+        budget = {} if self.budget is None else {"budget": self.budget}
+        inner = ", ".join(f"{k}={v!r}" for k, v in {**budget, **given}.items())
+        return f"{type(self).__name__}({inner})"
+
+    def _checked(self, options: dict[str, Any]) -> StrategyOptions:
+        try:
+            return self.Options(**options)
+        except ValidationError as error:
+            raise OptionError.from_validation(f"strategy {self.name!r}", error, self.Options.model_fields) from error
+
+
+def portion(share: float, total: int) -> int:
+    """floor(share · total), forgiving the last bits of a product that should be whole."""
+    return int(share * total + 1e-6)
+
+
+def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
+    """Mean over decoder layers of the image tokens entering the layer, from declared stages.
+
+    Raises:
+        BudgetError: a stage whose number of tokens only the content can tell.
+    """
+    total, active, start = 0.0, shape.image_tokens, 0
+    for stage in stages:
+        if stage.tokens is None:
+            raise BudgetError(f"stage {stage.name!r} keeps a number of tokens that depends on the image; use fixed numbers for budgets")
+        total += active * (min(stage.layer, shape.layers) - start)
+        active, start = stage.tokens, min(stage.layer, shape.layers)
+    return (total + active * (shape.layers - start)) / shape.layers
+

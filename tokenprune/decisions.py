@@ -1,0 +1,91 @@
+"""What a strategy may answer at a stage: keep, drop, park, restore, merge. Plain data over image-token numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.layout import true_positions
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A choice for every batch row.
+
+    Attributes:
+        index: int64 [batch, k], image-token numbers in ascending order, each row padded at its end with −1.
+        values: [batch, k, width], new states for these tokens, or None to leave their states alone.
+        scores: float [batch, N], what the choice was made by, for the trace; NaN is refused.
+    """
+
+    index: Tensor
+    values: Tensor | None = field(default=None, kw_only=True)
+    scores: Tensor | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Keep(Decision):
+    """Only these of the active tokens stay active; the other active ones are dropped for good, or parked.
+
+    Attributes:
+        rest: "drop" or "park".
+    """
+
+    rest: str = field(default="drop", kw_only=True)
+
+    @classmethod
+    def top(cls, scores: Tensor, count: Tensor | int, *, rest: str = "drop") -> Keep:
+        """The `count` tokens of highest score per row (ties: the lower number), back in image order.
+
+        Args:
+            scores: float [batch, N]; higher = kept; −inf = never, unless too few others are there.
+            count: tokens to keep, one number or int [batch].
+        """
+        return cls(top_index(scores, count), rest=rest, scores=scores)
+
+    @classmethod
+    def where(cls, mask: Tensor, *, rest: str = "drop", scores: Tensor | None = None) -> Keep:
+        """The tokens that bool [batch, N] marks."""
+        return cls(true_positions(mask), rest=rest, scores=scores)
+
+
+@dataclass(frozen=True)
+class Restore(Decision):
+    """These parked tokens become active again, with the state they had when parked, or with `values`."""
+
+    @classmethod
+    def where(cls, mask: Tensor, *, values: Tensor | None = None) -> Restore:
+        """The tokens that bool [batch, N] marks; `values` is [batch, N, width] here."""
+        index = true_positions(mask)
+        if values is not None:
+            values = values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
+        return cls(index, values=values)
+
+
+@dataclass(frozen=True)
+class Merge(Decision):
+    """These tokens stay active and carry weighted sums of others; every other active token is dropped.
+
+    A row's k-th token becomes Σ_j weights[k, j] · state_j, or `values` where the sum was taken elsewhere (before the
+    projector, say). `Merge` changes states; that it stands for several original tokens is kept as lineage.
+
+    Attributes:
+        weights: float [batch, k, N], the share of token j's state that goes into token k.
+        origin: int64 [batch, k], the token whose place in the image token k has; −1 for none. Default: itself.
+        conserves_mass: whether every original token's weights sum to 1 over k (checked when True).
+    """
+
+    weights: Tensor = field(kw_only=True)
+    origin: Tensor | None = field(default=None, kw_only=True)
+    conserves_mass: bool = field(default=False, kw_only=True)
+
+
+def top_index(scores: Tensor, count: Tensor | int) -> Tensor:
+    """Numbers of the `count` highest of float [batch, N] per row, ascending, −1 behind: int64 [batch, max count]."""
+    order = scores.argsort(1, descending=True, stable=True)
+    limit = torch.as_tensor(count, device=scores.device).reshape(-1, 1).expand(scores.shape[0], 1)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order) < limit)
+    return true_positions(chosen)

@@ -1,0 +1,31 @@
+"""Accounts without a model: the ledger that a strategy's declared stages give."""
+
+from __future__ import annotations
+
+from tokenprune.base import Shape, Strategy
+from tokenprune.errors import BudgetError
+from tokenprune.ledger import LayerEntry, Ledger
+from tokenprune.reads import AttentionFrom
+from tokenprune.scheduler import plan
+
+
+def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
+    """The ledger of one row of this shape.
+
+    Raises:
+        BudgetError: a stage whose number of tokens only the content can tell.
+    """
+    _, planned = plan(strategy, [shape])
+    ledger = Ledger((shape.image_tokens,), (shape.text_tokens,))
+    active = shape.image_tokens
+    for layer in range(shape.layers):
+        for stage in (p.stage for p in planned if p.stage.layer == layer):
+            if stage.tokens is None:
+                raise BudgetError(
+                    f"strategy {strategy.name!r}, stage {stage.name!r}: the number of tokens depends on the image; give it a fixed number"
+                )
+            active = stage.tokens
+        next_reads = [read for p in planned if p.stage.layer == layer + 1 for read in p.stage.reads]
+        scored = int(any(isinstance(read, AttentionFrom) for read in next_reads))
+        ledger.entries.append(LayerEntry(layer, (active,), (shape.text_tokens,), active + shape.text_tokens, scored))
+    return ledger

@@ -1,0 +1,138 @@
+"""Which positions of a batch of sequences hold what: image tokens, text, padding, query rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where the image tokens, the text and the padding of every batch row are.
+
+    An *image-token number* counts the image tokens of one row in sequence order, over all images of the row:
+    0 … N_row − 1. Strategies speak in these numbers; positions in the sequence are the engine's business.
+
+    Attributes:
+        image_tokens: bool [batch, sequence], True where an image token stands.
+        valid: bool [batch, sequence], False on padding (left or right).
+        image_number: int64 [batch, sequence], which image of the row a token belongs to, −1 elsewhere.
+        grid: int64 [batch, sequence, 2], (row, column) of the token's grid cell, −1 where it has none.
+        queries: named query rows, each bool [batch, sequence] ("mask_query", "seg", …).
+    """
+
+    image_tokens: Tensor
+    valid: Tensor
+    image_number: Tensor
+    grid: Tensor
+    queries: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def from_mask(
+        cls,
+        image_tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        image_number: Tensor | None = None,
+        grid: Tensor | None = None,
+        queries: Mapping[str, Tensor] | None = None,
+    ) -> SequenceLayout:
+        """Build a layout from a bool [batch, sequence] mask of image tokens.
+
+        Without `image_number` every maximal run of image tokens is one image; without `grid` a run whose length is a
+        square number is laid out row by row, any other run gets no cells.
+
+        Raises:
+            InputError: shapes that do not fit, or an image token on padding.
+        """
+        if image_tokens.dim() != 2:
+            raise InputError(f"image_tokens: found shape {list(image_tokens.shape)}, expected [batch, sequence]")
+        image_tokens = image_tokens.bool()
+        valid = torch.ones_like(image_tokens) if attention_mask is None else attention_mask.to(image_tokens.device).bool()
+        named = {**(queries or {}), "attention_mask": valid}
+        for name, mask in named.items():
+            if mask.shape != image_tokens.shape:
+                raise InputError(
+                    f"{name}: found shape {list(mask.shape)}, expected {list(image_tokens.shape)} like image_tokens"
+                )
+        if (image_tokens & ~valid).any():
+            raise InputError("image_tokens: some image tokens lie on padding; mask them out or mark them as valid")
+        if image_number is None:
+            image_number = _number_runs(image_tokens)
+        if grid is None:
+            grid = _square_grids(image_number)
+        marks = {name: mask.bool() for name, mask in (queries or {}).items()}
+        return cls(image_tokens, valid, image_number, grid, marks)
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [batch]: image tokens per row, N_row."""
+        return self.image_tokens.sum(1)
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 [batch, N]: sequence position of every image token, −1 where a row has fewer than N = max N_row."""
+        return true_positions(self.image_tokens)
+
+    def gather_slots(self, values: Tensor) -> Tensor:
+        """Values [batch, sequence, …] at the image tokens: [batch, N, …]; −1 (False, 0.0) where a row has no token."""
+        slots = self.slots
+        index = slots.clamp(min=0).reshape(*slots.shape, *([1] * (values.dim() - 2))).expand(*slots.shape, *values.shape[2:])
+        taken = values.gather(1, index)
+        missing = (slots < 0).reshape(*slots.shape, *([1] * (values.dim() - 2)))
+        fill = -1 if values.dtype == torch.int64 else 0
+        return taken.masked_fill(missing, fill)
+
+    def query_rows(self, name: str) -> Tensor:
+        """int64 [batch, Q]: positions of the named query rows, −1 where a row has fewer than Q.
+
+        "last" is always known (the last valid position). "mask_query" falls back to "last" where the caller marked
+        none, so that segmentation strategies run on plain language models too (ours).
+
+        Raises:
+            InputError: a name that the caller did not mark, or a row without such a position.
+        """
+        if name not in self.queries and name in ("last", "mask_query"):
+            length = self.valid.shape[1]
+            steps = torch.arange(length, device=self.valid.device)
+            return torch.where(self.valid, steps, -1).amax(1, keepdim=True)
+        if name not in self.queries:
+            known = ", ".join(sorted({*self.queries, "last", "mask_query"}))
+            raise InputError(f"query row {name!r} is not marked in this run; known rows: {known}")
+        marked = self.queries[name]
+        empty = (~marked.any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise InputError(f"query row {name!r}: batch rows {empty} mark no position; mark at least one per row")
+        return true_positions(marked)
+
+
+def true_positions(mask: Tensor) -> Tensor:
+    """Column numbers of the True entries of bool [batch, n], ascending, padded with −1: int64 [batch, max count]."""
+    counts = mask.sum(1)
+    width = int(counts.max()) if counts.numel() else 0
+    order = mask.int().argsort(1, descending=True, stable=True)[:, :width]
+    filled = torch.arange(width, device=mask.device) < counts[:, None]
+    return torch.where(filled, order, -1)
+
+
+def _number_runs(image_tokens: Tensor) -> Tensor:
+    starts = image_tokens.clone()
+    starts[:, 1:] &= ~image_tokens[:, :-1]
+    return torch.where(image_tokens, starts.long().cumsum(1) - 1, -1)
+
+
+def _square_grids(image_number: Tensor) -> Tensor:
+    grid = torch.full((*image_number.shape, 2), -1, dtype=torch.int64, device=image_number.device)
+    for row, numbers in enumerate(image_number):
+        for image in range(int(numbers.max()) + 1 if numbers.numel() else 0):
+            where = (numbers == image).nonzero().flatten()
+            side = round(len(where) ** 0.5)
+            if side * side == len(where):
+                cells = torch.arange(len(where), device=grid.device)
+                grid[row, where] = torch.stack((cells // side, cells % side), 1)
+    return grid

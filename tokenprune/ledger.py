@@ -1,0 +1,51 @@
+"""The account of a run: how many tokens really entered every decoder layer, and what scoring them cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One decoder layer in prefill.
+
+    Attributes:
+        layer: 0-based number.
+        image: active image tokens entering the layer, per batch row (merged tokens count as one each).
+        other: every other real token entering it, per batch row.
+        width: positions really computed per row, fillers of shorter rows and padding included.
+        scored_rows: query rows per batch row whose attention was read out of this layer.
+    """
+
+    layer: int
+    image: tuple[int, ...]
+    other: tuple[int, ...]
+    width: int
+    scored_rows: int = 0
+
+
+@dataclass
+class Ledger:
+    """Layer entries of one prefill.
+
+    Attributes:
+        image_tokens: image tokens of each batch row before any pruning, N.
+        other_tokens: every other real token of each row.
+        entries: one per decoder layer, in order.
+    """
+
+    image_tokens: tuple[int, ...]
+    other_tokens: tuple[int, ...]
+    entries: list[LayerEntry] = field(default_factory=list)
+
+    @property
+    def equivalent_tokens(self) -> float:
+        """Mean over layers and rows of the image tokens *entering* the layer: what budgets are stated in."""
+        rows = [count for entry in self.entries for count in entry.image]
+        return sum(rows) / len(rows) if rows else 0.0
+
+    @property
+    def equivalent_tokens_ratio(self) -> float:
+        """Equivalent tokens over N (mean over rows); 1.0 where there are no image tokens."""
+        total = sum(self.image_tokens) / max(len(self.image_tokens), 1)
+        return self.equivalent_tokens / total if total else 1.0

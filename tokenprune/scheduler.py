@@ -1,0 +1,241 @@
+"""The per-layer token scheduler: walks the layers, asks the strategy at stage boundaries, keeps state and account."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
+from tokenprune.layout import SequenceLayout
+from tokenprune.ledger import LayerEntry, Ledger
+from tokenprune.reads import AttentionFrom, Read
+from tokenprune.state import TokenState
+from tokenprune.tokens import Tokens
+from tokenprune.trace import StageTrace, Trace
+from tokenprune.validation import check_decision
+
+
+class Observer(Protocol):
+    """What the scheduler tells of a run; the plugin manager's hook caller is one."""
+
+    def tokenprune_stage_entered(self, *, run: Any, stage: StageTrace, decision: Decision) -> Any:
+        """A stage was entered."""
+
+    def tokenprune_prefill_done(self, *, run: Any) -> Any:
+        """The last layer of a prefill has run."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A declared stage for a whole batch: `target` is int64 [batch], −1 where a row's stage declares no number."""
+
+    stage: Stage
+    target: Tensor
+
+
+def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[PlannedStage]]:
+    """Bind the strategy to the batch's shapes and line up the rows' stages.
+
+    Returns the strategy bound to the row with most image tokens, and its stages.
+
+    Raises:
+        PluginError: stages out of order, out of the model, or different in layers from row to row.
+        BudgetError: a budget that cannot be met on one of the shapes.
+    """
+    bound: dict[Shape, tuple[Strategy, list[Stage]]] = {}
+    for shape in shapes:
+        if shape not in bound:
+            ready = strategy.bind(shape)
+            bound[shape] = ready, _checked_stages(ready, shape)
+    rows = [bound[shape][1] for shape in shapes]
+    widest = max(shapes, key=lambda shape: shape.image_tokens)
+    leader, stages = bound[widest]
+    for row, own in enumerate(rows):
+        if [(s.name, s.layer) for s in own] != [(s.name, s.layer) for s in stages]:
+            raise PluginError(
+                f"strategy {strategy.name!r}: batch row {row} ({shapes[row].image_tokens} image tokens) wants stages at layers "
+                f"{[s.layer for s in own]}, another row at {[s.layer for s in stages]}; run rows of such different sizes apart"
+            )
+    targets = [torch.tensor([-1 if own[i].tokens is None else own[i].tokens for own in rows]) for i in range(len(stages))]
+    return leader, [PlannedStage(stage, target) for stage, target in zip(stages, targets, strict=True)]
+
+
+def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
+    stages = list(strategy.stages(shape))
+    layers = [stage.layer for stage in stages]
+    if layers != sorted(layers) or any(not 0 <= layer < shape.layers for layer in layers):
+        raise PluginError(
+            f"strategy {strategy.name!r}: stages at layers {layers} found, expected ascending layers in 0 … {shape.layers - 1} "
+            f"(the model has {shape.layers} layers)"
+        )
+    for stage in stages:
+        if stage.layer == 0 and any(isinstance(read, AttentionFrom) for read in stage.reads):
+            raise PluginError(
+                f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention of the layer before layer 0, which does not exist"
+            )
+        if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
+            raise PluginError(
+                f"strategy {strategy.name!r}, stage {stage.name!r}: declares {stage.tokens} tokens of {shape.image_tokens}"
+            )
+    return stages
+
+
+def required_reads(strategy: Strategy, shape: Shape) -> set[Read]:
+    """Everything that the strategy's stages read on this shape."""
+    return {read for stage in strategy.bind(shape).stages(shape) for read in stage.reads}
+
+
+class TokenScheduler(ABC):
+    """Runs one strategy over one prefill, layer by layer.
+
+    Subclasses say where states live: `hidden` and `write` move the image tokens' states, `provide` answers reads.
+    They call `enter(layer)` before every layer and `finish()` after the last.
+
+    Attributes:
+        strategy: bound to this run's shape.
+        layout: of the batch.
+        state: the image tokens now.
+        trace: what has happened so far.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        layout: SequenceLayout,
+        layers: int,
+        *,
+        tower_layers: int = 0,
+        observer: Observer | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Raises IncompatibleError where a stage reads what this scheduler cannot provide; see also `plan`."""
+        counts = layout.counts.tolist()
+        others = (layout.valid.sum(1) - layout.counts).tolist()
+        shapes = [Shape(layers, n, t, tower_layers) for n, t in zip(counts, others, strict=True)]
+        self.layout, self.layers, self.observer, self.seed = layout, layers, observer, seed
+        self.strategy, self.planned = plan(strategy, shapes)
+        exists = layout.slots >= 0
+        self.state = TokenState.start(exists)
+        self.memory: dict[str, Any] = {}
+        self._image = layout.gather_slots(layout.image_number)
+        self._grid = layout.gather_slots(layout.grid)
+        policies = {"positions": self.strategy.positions}
+        self.trace = Trace(repr(self.strategy), policies, layout, exists, Ledger(tuple(counts), tuple(others)))
+        self._check_reads()
+
+    # where states live -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def provides(self, read: Read) -> bool:
+        """Whether `provide` can answer this read."""
+
+    @abstractmethod
+    def provide(self, read: Read) -> Any:
+        """The value of a read on entering a stage."""
+
+    @abstractmethod
+    def hidden(self) -> Tensor:
+        """[batch, N, width]: the present (or last) state of every image token."""
+
+    @abstractmethod
+    def write(self, index: Tensor, values: Tensor) -> None:
+        """Replace the states of image tokens `index` [batch, k] (−1 ignored) by `values` [batch, k, width]."""
+
+    # the walk --------------------------------------------------------------------------------------------------------
+
+    def reads_before(self, layer: int) -> set[Read]:
+        """Reads of the stages that begin at `layer`."""
+        return {read for planned in self.planned if planned.stage.layer == layer for read in planned.stage.reads}
+
+    def enter(self, layer: int) -> bool:
+        """Take the decisions due before `layer`; True if the active set or a state may have changed."""
+        due = [planned for planned in self.planned if planned.stage.layer == layer]
+        for planned in due:
+            self._take(planned)
+        return bool(due)
+
+    def account(self, layer: int, width: int, scored_rows: int = 0) -> None:
+        """Enter a layer into the ledger: `width` positions per row were computed."""
+        image = tuple(self.state.active.sum(1).tolist())
+        ledger = self.trace.ledger
+        ledger.entries.append(LayerEntry(layer, image, ledger.other_tokens, width, scored_rows))
+
+    def finish(self) -> None:
+        """The last layer has run: tell the observer."""
+        if self.observer is not None:
+            self.observer.tokenprune_prefill_done(run=self)
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _take(self, planned: PlannedStage) -> None:
+        stage, name = planned.stage, self.strategy.name
+        target = planned.target.to(self.state.exists.device)
+        tokens = self._view(stage, target)
+        try:
+            answer = self.strategy.choose(stage, tokens)
+        except TokenPruneError:
+            raise
+        except Exception as error:
+            raise PluginError(f"strategy {name!r}, stage {stage.name!r} raised {type(error).__name__}: {error}") from error
+        width = self.width
+        decision = check_decision(answer, self.state, who=name, stage=stage.name, target=target, width=width)
+        values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
+        if values is not None:
+            self.write(decision.index, values)
+        self.state = self.state.after(decision)
+        self._record(stage, decision)
+
+    @property
+    def width(self) -> int | None:
+        """Hidden size that new states must have; None where states are not kept."""
+        return self.hidden().shape[-1]
+
+    def _merge(self, decision: Merge) -> Tensor:
+        hidden = self.hidden()
+        weights = decision.weights.masked_fill((decision.index < 0)[..., None], 0)
+        return torch.einsum("bkj,bjd->bkd", weights.to(hidden.dtype), hidden)
+
+    def _view(self, stage: Stage, target: Tensor) -> Tokens:
+        state = self.state
+        return Tokens(
+            stage=stage.name,
+            exists=state.exists,
+            active=state.active,
+            parked=state.parked,
+            target=target,
+            image=self._image,
+            grid=self._grid,
+            mass=state.mass,
+            memory=self.memory,
+            seed=self.seed,
+            fetch={read.field: (lambda read=read: self.provide(read)) for read in stage.reads},
+        )
+
+    def _record(self, stage: Stage, decision: Decision) -> None:
+        state = self.state
+        kind = {Restore: "restore", Merge: "merge"}.get(type(decision), "keep")
+        if isinstance(decision, Keep) and decision.rest == "park":
+            kind = "park"
+        scores = None if decision.scores is None else decision.scores.detach()
+        record = StageTrace(
+            stage.name, stage.layer, kind, state.active, state.parked, state.dropped, state.origin, state.mass, scores, state.lineage
+        )
+        self.trace.stages.append(record)
+        if self.observer is not None:
+            self.observer.tokenprune_stage_entered(run=self, stage=record, decision=decision)
+
+    def _check_reads(self) -> None:
+        for planned in self.planned:
+            missing = [str(read) for read in planned.stage.reads if not self.provides(read)]
+            if missing:
+                raise IncompatibleError(
+                    f"strategy {self.strategy.name!r} cannot run here: its stage {planned.stage.name!r} reads "
+                    f"{', '.join(missing)}, which this model does not provide; use a model adapter that does, or another strategy"
+                )
+

@@ -1,0 +1,109 @@
+"""The state of every image token through a run, and how a decision changes it: pure tensors, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokenprune.decisions import Decision, Keep, Merge, Restore
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """Where every original image token stands.
+
+    Attributes:
+        exists: bool [batch, N], False on the padding of rows with fewer than N tokens.
+        active: bool [batch, N], takes part in the present layer.
+        parked: bool [batch, N], waits to be restored.
+        mass: float32 [batch, N], original tokens that an active or parked token stands for; 0 once dropped or merged away.
+        origin: int64 [batch, N], the original token whose place in the image the token has; −1 for none.
+        lineage: bool [batch, N, N], [b, k, j] = token k carries something of original token j; None = each carries itself.
+    """
+
+    exists: Tensor
+    active: Tensor
+    parked: Tensor
+    mass: Tensor
+    origin: Tensor
+    lineage: Tensor | None = None
+
+    @classmethod
+    def start(cls, exists: Tensor) -> TokenState:
+        """Every existing token active, of mass 1, carrying itself."""
+        numbers = torch.arange(exists.shape[1], device=exists.device).expand_as(exists)
+        return cls(exists, exists.clone(), torch.zeros_like(exists), exists.float(), torch.where(exists, numbers, -1))
+
+    @property
+    def alive(self) -> Tensor:
+        """bool [batch, N]: active or parked."""
+        return self.active | self.parked
+
+    @property
+    def dropped(self) -> Tensor:
+        """bool [batch, N]: gone for good."""
+        return self.exists & ~self.alive
+
+    def stands_for(self) -> Tensor:
+        """bool [batch, N, N]: the lineage of the tokens that are still alive."""
+        identity = torch.eye(self.exists.shape[1], dtype=torch.bool, device=self.exists.device).expand(
+            len(self.exists), -1, -1
+        )
+        lineage = identity if self.lineage is None else self.lineage
+        return lineage & self.alive[:, :, None]
+
+    def after(self, decision: Decision) -> TokenState:
+        """The state once a (validated) decision is taken."""
+        chosen = as_mask(decision.index, self.exists.shape[1])
+        if isinstance(decision, Restore):
+            return replace(self, active=self.active | chosen, parked=self.parked & ~chosen)
+        if isinstance(decision, Merge):
+            return self._merged(decision, chosen)
+        assert isinstance(decision, Keep)
+        gone = self.active & ~chosen
+        if decision.rest == "park":
+            return replace(self, active=chosen, parked=self.parked | gone)
+        return replace(self, active=chosen, mass=self.mass.masked_fill(gone, 0.0))
+
+    def _merged(self, decision: Merge, chosen: Tensor) -> TokenState:
+        size = self.exists.shape[1]
+        weights = spread_rows(decision.weights.float(), decision.index, size)
+        carried = self.stands_for()
+        lineage = weights != 0
+        if self.lineage is not None:
+            lineage = torch.einsum("bkj,bji->bki", lineage.float(), carried.float()) > 0
+        mass = torch.einsum("bkj,bj->bk", weights, self.mass)
+        kept_parked = self.parked[:, :, None] & carried
+        origin = torch.where(decision.index >= 0, decision.index, -1) if decision.origin is None else decision.origin
+        # a token that moved to another slot brings the place that it had itself
+        origin = torch.where(origin >= 0, self.origin.gather(1, origin.clamp(min=0)), -1)
+        placed = torch.full_like(self.origin, -1)
+        placed = spread_rows(origin[..., None], decision.index, size, base=placed[..., None]).squeeze(-1)
+        return replace(
+            self,
+            active=chosen,
+            mass=torch.where(self.parked, self.mass, torch.where(chosen, mass, 0.0)),
+            origin=torch.where(chosen, placed, self.origin),
+            lineage=(lineage & chosen[:, :, None]) | kept_parked,
+        )
+
+
+def as_mask(index: Tensor, size: int) -> Tensor:
+    """bool [batch, size] that is True at int64 [batch, k] (−1 ignored)."""
+    mask = torch.zeros(len(index), size + 1, dtype=torch.bool, device=index.device)
+    return mask.scatter_(1, torch.where(index < 0, size, index), True)[:, :size]
+
+
+def spread_rows(values: Tensor, index: Tensor, size: int, base: Tensor | None = None) -> Tensor:
+    """Put values [batch, k, …] at rows `index` [batch, k] of a [batch, size, …] tensor of zeros (or of `base`); −1 is ignored.
+
+    Gradients flow from the result to `values` and `base`.
+    """
+    if base is None:
+        base = values.new_zeros(len(index), size, *values.shape[2:])
+    padded = torch.cat((base, base[:, :1]), 1)  # the spare row takes what −1 points to
+    where = torch.where(index < 0, size, index)
+    where = where.reshape(*index.shape, *([1] * (values.dim() - 2))).expand(values.shape)
+    return padded.scatter(1, where, values)[:, :size]

@@ -1,0 +1,80 @@
+"""What a run did, stage by stage, for reading afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.layout import SequenceLayout
+from tokenprune.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """The tokens once a stage was entered. All tensors are [batch, N] over the row's original image tokens.
+
+    Attributes:
+        name: stage name.
+        layer: first layer that ran with this active set.
+        kind: "keep", "park", "restore" or "merge".
+        active, parked, dropped: bool.
+        origin: int64, the original token whose place in the image a token has (differs from its own number where a
+            method moves tokens); −1 for none.
+        mass: float32, original tokens that each stands for.
+        scores: what the choice was made by, or None.
+        lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    active: Tensor
+    parked: Tensor
+    dropped: Tensor
+    origin: Tensor
+    mass: Tensor
+    scores: Tensor | None
+    lineage: Tensor | None
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Active image-token numbers per batch row, ascending."""
+        return [row.nonzero().flatten().tolist() for row in self.active]
+
+    def places(self) -> Tensor:
+        """bool [batch, N]: the original tokens whose place in the image is held by an active token."""
+        size = self.active.shape[1]
+        index = torch.where(self.active & (self.origin >= 0), self.origin, size)
+        spare = self.active.new_zeros(len(self.active), size + 1)
+        return spare.scatter(1, index, True)[:, :size]
+
+
+@dataclass
+class Trace:
+    """A whole prefill.
+
+    Attributes:
+        strategy: text form of the strategy with the options that really ran.
+        policies: positions, query rows, padding: what has to be told with every result.
+        layout: where the image tokens stood.
+        exists: bool [batch, N].
+        ledger: tokens per layer.
+        stages: in order; empty where nothing was ever decided.
+    """
+
+    strategy: str
+    policies: dict[str, str]
+    layout: SequenceLayout
+    exists: Tensor
+    ledger: Ledger
+    stages: list[StageTrace] = field(default_factory=list)
+
+    def active(self, layer: int) -> Tensor:
+        """bool [batch, N]: image tokens that took part in a decoder layer."""
+        present = self.exists
+        for stage in self.stages:
+            if stage.layer <= layer:
+                present = stage.active
+        return present

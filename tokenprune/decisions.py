@@ -84,7 +84,7 @@ class Merge(Decision):
 
 def top_index(scores: Tensor, count: Tensor | int) -> Tensor:
     """Numbers of the `count` highest of float [batch, N] per row, ascending, −1 behind: int64 [batch, max count]."""
-    order = scores.argsort(1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
     limit = torch.as_tensor(count, device=scores.device).reshape(-1, 1).expand(scores.shape[0], 1)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order) < limit)

@@ -115,7 +115,7 @@ def true_positions(mask: Tensor) -> Tensor:
     """Column numbers of the True entries of bool [batch, n], ascending, padded with −1: int64 [batch, max count]."""
     counts = mask.sum(1)
     width = int(counts.max()) if counts.numel() else 0
-    order = mask.int().argsort(1, descending=True, stable=True)[:, :width]
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     filled = torch.arange(width, device=mask.device) < counts[:, None]
     return torch.where(filled, order, -1)
 

@@ -9,15 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter as Adapter
-    from tokenprune.api import load as load
-    from tokenprune.api import strategy as strategy
-    from tokenprune.errors import TokenPruneError as TokenPruneError
-    from tokenprune.hookspecs import hookimpl as hookimpl
-    from tokenprune.registry import adapters as adapters
-    from tokenprune.registry import datasets as datasets
-    from tokenprune.registry import models as models
-    from tokenprune.registry import strategies as strategies
+    from tokenprune.adapter import Adapter
+    from tokenprune.api import load, strategy
+    from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
+    from tokenprune.decisions import Decision, Keep, Merge, Restore
+    from tokenprune.errors import TokenPruneError
+    from tokenprune.hookspecs import hookimpl
+    from tokenprune.reads import (
+        AttentionFrom,
+        ClsAttention,
+        ClsQuery,
+        Embeddings,
+        HiddenStates,
+        Pixels,
+        Projector,
+        Read,
+        TowerFeatures,
+        TowerKeys,
+    )
+    from tokenprune.registry import adapters, datasets, models, strategies
 
 __version__ = "0.1.0"
 
@@ -25,17 +35,56 @@ _HOME = {
     "tokenprune.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
     "tokenprune.base": ("Shape", "Stage", "Strategy", "StrategyOptions"),
-    "tokenprune.decisions": ("Drop", "Keep", "Merge", "Park", "Restore"),
+    "tokenprune.decisions": ("Decision", "Keep", "Merge", "Restore"),
     "tokenprune.engine": ("prune",),
     "tokenprune.errors": ("TokenPruneError",),
     "tokenprune.evaluation.compare": ("compare",),
     "tokenprune.hookspecs": ("hookimpl",),
-    "tokenprune.reads": ("AttentionFrom",),
+    "tokenprune.reads": (
+        "AttentionFrom",
+        "ClsAttention",
+        "ClsQuery",
+        "Embeddings",
+        "HiddenStates",
+        "Pixels",
+        "Projector",
+        "Read",
+        "TowerFeatures",
+        "TowerKeys",
+    ),
     "tokenprune.registry": ("adapters", "datasets", "models", "strategies"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = [
+    "Adapter",
+    "AttentionFrom",
+    "ClsAttention",
+    "ClsQuery",
+    "Decision",
+    "Embeddings",
+    "HiddenStates",
+    "Keep",
+    "Merge",
+    "Pixels",
+    "Projector",
+    "Read",
+    "Restore",
+    "Shape",
+    "Stage",
+    "Strategy",
+    "StrategyOptions",
+    "TokenPruneError",
+    "TowerFeatures",
+    "TowerKeys",
+    "adapters",
+    "datasets",
+    "hookimpl",
+    "load",
+    "models",
+    "strategies",
+    "strategy",
+]
 
 
 def __getattr__(name: str) -> Any:

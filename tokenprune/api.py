@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune import registry
-from tokenprune.errors import CheckpointError, OptionError
+from tokenprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
@@ -28,14 +28,7 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
         BudgetError: a budget out of range.
         PluginError: the strategy's module cannot be imported.
     """
-    from pydantic import ValidationError
-
-    factory = registry.get("strategies", name).load()
-    try:
-        made: Strategy = factory(budget=budget, **options)
-    except ValidationError as error:
-        fields = getattr(getattr(factory, "Options", None), "model_fields", {})
-        raise OptionError.from_validation(f"strategy {name!r}", error, fields) from error
+    made: Strategy = registry.get("strategies", name).load()(budget=budget, **options)
     return made
 
 
@@ -80,7 +73,9 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: found {type(config).__name__}, expected a JSON object; fetch the checkpoint again")
+        raise CheckpointError(
+            f"{path}: found {type(config).__name__}, expected a JSON object; fetch the checkpoint again"
+        )
     return config
 
 

@@ -1,6 +1,6 @@
 """Every error a user can cause.
 
-A message names the thing, what was found, what was expected and what to do, in one line: the command line prints it as it is.
+A message names the thing, what was found, what was expected and what to do, in one line, which the command line prints.
 All classes take the message as their only argument; the class methods compose it from parts.
 """
 

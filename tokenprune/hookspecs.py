@@ -1,8 +1,8 @@
 """Hook specifications: what a plugin can register and what it can observe.
 
 A plugin is a module (or any object) that implements some of these hooks with `@tokenprune.hookimpl`, named in the
-entry-point group `tokenprune` of its package. Keep that module free of heavy imports: name targets as "module:attribute"
-strings, which are imported when somebody uses them.
+entry-point group `tokenprune` of its package. Keep that module free of heavy imports: name targets as
+"module:attribute" strings, which are imported when somebody uses them.
 """
 
 from __future__ import annotations

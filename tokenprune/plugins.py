@@ -81,7 +81,9 @@ class Entry:
             return getattr(importlib.import_module(module), attribute)
         except Exception as error:
             problem = f"{KINDS[self.kind].noun} {self.name!r} ({self.target}) cannot be imported: {first_line(error)}"
-            raise PluginError.of(self.source.plugin, self.distribution, problem, "reinstall or fix the package") from error
+            raise PluginError.of(
+                self.source.plugin, self.distribution, problem, "reinstall or fix the package"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -131,5 +133,5 @@ def _check(source: Source, noun: str, name: Any, target: Any) -> None:
     else:
         valid = callable(target)
     if not valid:
-        problem = f"found {target!r} as the target of the {noun} {name!r}, expected a class or \"module:attribute\""
+        problem = f'found {target!r} as the target of the {noun} {name!r}, expected a class or "module:attribute"'
         raise PluginError.of(source.plugin, source.distribution, problem)

@@ -1,8 +1,8 @@
 """Names of strategies, adapters, data sets and bundled models, collected from plugins and imported on first use.
 
-Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The scan happens on first use and imports
-only the plugins' registration modules. A plugin that fails there is set aside with its error (`broken_plugins()`), and all
-others work. Two packages that register one name are an error that names both.
+Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The scan happens on first use and
+imports only the plugins' registration modules. A plugin that fails there is set aside with its error
+(`broken_plugins()`), and all others work. Two packages that register one name are an error that names both.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ class Registry:
             taken = self._entries[entry.kind].setdefault(entry.name, entry)
             if taken is not entry:
                 self._collisions.append(
-                    f"{KINDS[entry.kind].noun} {entry.name!r} is registered by two packages, {taken.distribution!r} and "
-                    f"{entry.distribution!r}; uninstall one of them"
+                    f"{KINDS[entry.kind].noun} {entry.name!r} is registered by two packages, "
+                    f"{taken.distribution!r} and {entry.distribution!r}; uninstall one of them"
                 )
 
     def _remove(self, source: Source) -> None:

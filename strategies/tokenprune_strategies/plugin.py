@@ -16,6 +16,10 @@ def tokenprune_register_strategies(register: Register) -> None:
     register("csp", f"{here}.csp:CSP", summary="cluster, scatter, prune: few tokens, all tokens, the attended ones")
     register("csp-65", f"{here}.csp:CSP65", summary="csp at 65 % fewer equivalent image tokens")
     register("csp-70", f"{here}.csp:CSP70", summary="csp at 70 % fewer equivalent image tokens")
-    register("fastv", f"{here}.fastv:FastV", summary="the image tokens that the query row attends to after an early layer")
-    register("prumerge", f"{here}.prumerge:PruMerge", summary="[CLS]-attended image tokens, neighbours merged into them")
+    register(
+        "fastv", f"{here}.fastv:FastV", summary="the image tokens that the query row attends to after an early layer"
+    )
+    register(
+        "prumerge", f"{here}.prumerge:PruMerge", summary="[CLS]-attended image tokens, neighbours merged into them"
+    )
     register("prumerge+", f"{here}.prumerge:PruMergePlus", summary="prumerge and spatially uniform tokens")

@@ -1,7 +1,7 @@
 """The Typer app, its global options, and how errors become one line.
 
-A command is a function `command` in a module of its own, registered at the end of this file. Its module imports only typer and the
-standard library at the top; everything heavy is imported inside the function, so that `--help` stays fast.
+A command is a function `command` in a module of its own, registered in this file. Its module imports only typer and
+the standard library at the top; everything heavy is imported inside the function, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ app.command("list")(listing.command)
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A `TokenPruneError` is printed on one line of stderr and the exit code is 2; with `--debug` its traceback comes first.
+    A `TokenPruneError` becomes one line on stderr and exit code 2; with `--debug` its traceback comes first.
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given

@@ -1,15 +1,23 @@
-"""Data sets, and `tokenprune.datasets()`, the function that lists those installed.
+"""Data sets: the protocol, and those that come with the package.
 
-The package and the function share a name: importing the package puts it in the function's place, so it can be called too.
+`tokenprune.datasets()` lists what is installed. Importing this package puts it in that function's place, so that it
+can be called too.
+Its names are imported on first use: the listing needs none of them.
 """
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from tokenprune import registry
 from tokenprune.plugins import Entry
+
+if TYPE_CHECKING:
+    from tokenprune.datasets.base import Dataset, Query, Scene
+
+__all__ = ["Dataset", "Query", "Scene"]
 
 
 class _CallableModule(ModuleType):
@@ -18,3 +26,11 @@ class _CallableModule(ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tokenprune.datasets import base
+
+    return getattr(base, name)

@@ -8,4 +8,6 @@ from tokenprune.hookspecs import Register, hookimpl
 @hookimpl
 def tokenprune_register_datasets(register: Register) -> None:
     """Data sets that need no files."""
-    register("shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds")
+    register(
+        "shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds"
+    )

@@ -32,11 +32,26 @@ class Ledger:
         image_tokens: image tokens of each batch row before any pruning, N.
         other_tokens: every other real token of each row.
         entries: one per decoder layer, in order.
+        sequence: positions of a row before any pruning, padding included; 0 = as many as the longest row has tokens.
     """
 
     image_tokens: tuple[int, ...]
     other_tokens: tuple[int, ...]
     entries: list[LayerEntry] = field(default_factory=list)
+    sequence: int = 0
+
+    @property
+    def width(self) -> int:
+        """Positions of a row before any pruning."""
+        longest = max(
+            (image + other for image, other in zip(self.image_tokens, self.other_tokens, strict=True)), default=0
+        )
+        return max(self.sequence, longest)
+
+    def unpruned(self) -> Ledger:
+        """The same batch and layers with nothing pruned and nothing scored: what to compare with."""
+        entries = [LayerEntry(e.layer, self.image_tokens, self.other_tokens, self.width) for e in self.entries]
+        return Ledger(self.image_tokens, self.other_tokens, entries, self.sequence)
 
     @property
     def equivalent_tokens(self) -> float:

@@ -126,7 +126,8 @@ class TokenScheduler(ABC):
         self._image = layout.gather_slots(layout.image_number)
         self._grid = layout.gather_slots(layout.grid)
         policies = {"positions": self.strategy.positions}
-        self.trace = Trace(repr(self.strategy), policies, layout, exists, Ledger(tuple(counts), tuple(others)))
+        ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
+        self.trace = Trace(repr(self.strategy), policies, layout, exists, ledger)
         self._check_reads()
 
     # where states live -----------------------------------------------------------------------------------------------

@@ -1,0 +1,138 @@
+"""The shortened sequence that a stage really computes, and the way between it and the full sequence. Pure tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenprune.layout import true_positions
+from tokenprune.state import spread_rows
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which positions of the full sequence a shortened one holds, in order.
+
+    Rows with fewer tokens than the longest are filled up at the *end* with copies of their last token; fillers are
+    hidden as keys and never written back.
+
+    Attributes:
+        index: int64 [batch, M], full-sequence positions.
+        filled: bool [batch, M], False on fillers.
+        length: S, length of the full sequence.
+    """
+
+    index: Tensor
+    filled: Tensor
+    length: int
+    _masks: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, present: Tensor) -> Frame:
+        """The frame of bool [batch, S] `present`; every row must hold at least one position."""
+        positions = true_positions(present)
+        last = positions.amax(1, keepdim=True).clamp(min=0)
+        return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
+
+    @property
+    def width(self) -> int:
+        """M, positions computed per row."""
+        return self.index.shape[1]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether any row has fillers."""
+        return not bool(self.filled.all())
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [batch]: real tokens per row."""
+        return self.filled.sum(1)
+
+    def gather(self, full: Tensor) -> Tensor:
+        """[batch, S, width] -> [batch, M, width]."""
+        index = self.index.to(full.device)
+        return full.gather(1, index[..., None].expand(-1, -1, full.shape[-1]))
+
+    def scatter(self, short: Tensor, full: Tensor) -> Tensor:
+        """Write [batch, M, width] back over [batch, S, width], out of place; fillers are not written."""
+        index = torch.where(self.filled, self.index, -1).to(short.device)
+        return spread_rows(short, index, self.length, base=full.to(short.device))
+
+    def gather_table(self, table: Tensor) -> Tensor:
+        """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
+        index = self.index.to(table.device)
+        table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
+        where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])
+        return table.gather(-2, where)
+
+    def places(self, positions: Tensor) -> Tensor:
+        """Where full-sequence positions [batch, n] stand in the frame; −1 where they do not (or where −1 is given)."""
+        table = torch.full((len(self.index), self.length + 1), -1, dtype=torch.int64, device=self.index.device)
+        steps = torch.arange(self.width, device=self.index.device).expand_as(self.index)
+        table.scatter_(1, torch.where(self.filled, self.index, self.length), torch.where(self.filled, steps, -1))
+        return table.gather(1, torch.where(positions < 0, self.length, positions))
+
+    def prefill_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The model's mask for the full sequence, cut down to this frame.
+
+        None (plain causal) stays None: order is kept and fillers come last, so causality hides them. A 2-D mask is
+        [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive.
+        """
+        if mask is None:
+            return None
+        cached = self._masks.get((id(mask), mask.device))
+        if cached is None:
+            cached = mask, self._cut(mask)  # the original is held so that its id stays taken
+            self._masks[(id(mask), mask.device)] = cached
+        return cached[1]
+
+    def forget_masks(self) -> None:
+        """Let go of the masks; they are needed in prefill only."""
+        self._masks.clear()
+
+    def gather_ids(self, ids: Tensor) -> Tensor:
+        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
+        return self.gather_table(ids[..., None]).squeeze(-1)
+
+    def _cut(self, mask: Tensor) -> Tensor:
+        index = self.index.to(mask.device)
+        if mask.dim() == 2:
+            return mask.gather(1, index) * self.filled.to(mask.device, mask.dtype)
+        mask = mask.expand(len(index), *mask.shape[1:])
+        rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return self._columns(rows, self.index, self.filled)
+
+    def decode_mask(self, mask: Tensor | None, new: int, past: int, *, two_d: bool = False) -> Tensor | None:
+        """The mask for `new` query tokens over this frame's keys and the tokens decoded since.
+
+        Args:
+            mask: the model's, over the true length: None, [batch, T], or [batch or 1, heads or 1, new, T].
+            new: query tokens of this step.
+            past: tokens decoded in earlier steps, so that T = S + past + new.
+            two_d: whether the attention implementation wants 2-D masks.
+        """
+        device = self.index.device if mask is None else mask.device
+        since = torch.arange(self.length, self.length + past + new, device=device).expand(len(self.index), -1)
+        index = torch.cat((self.index.to(device), since), 1)
+        filled = torch.cat((self.filled.to(device), torch.ones_like(since, dtype=torch.bool)), 1)
+        if mask is None:
+            if not self.ragged and new == 1:
+                return None
+            if two_d:
+                return filled
+            steps = torch.arange(index.shape[1], device=device)
+            causal = steps[None] <= steps[-new:, None]
+            return filled[:, None, None] & causal
+        if mask.dim() == 2:
+            return mask.gather(1, index) * filled.to(mask.dtype)
+        return self._columns(mask.expand(len(index), *mask.shape[1:]), index, filled)
+
+    @staticmethod
+    def _columns(mask: Tensor, index: Tensor, filled: Tensor) -> Tensor:
+        index, filled = index.to(mask.device), filled.to(mask.device)
+        cut = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return cut.masked_fill(~filled[:, None, None], hidden)

@@ -1,0 +1,145 @@
+"""The attention tap: reads queries, keys and single attention rows out of any attention layer, without eager attention.
+
+A tapped module gets a private copy of its config that names an attention function registered with
+`transformers.AttentionInterface`; that function calls the module's own implementation for the output and then shows
+queries and keys to a callback. Masks are made by the model from its own, untouched config.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from tokenprune.errors import UnsupportedError
+
+_NAME = "tokenprune_tap"
+_TAP = "_tokenprune_tap"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of an attention layer computed with.
+
+    Attributes:
+        query: [batch, heads, Q, head size], after rotary embedding.
+        key: [batch, key heads, K, head size], after rotary embedding, cached keys included.
+        mask: what the layer's implementation was given, or None.
+        scaling: factor on query · key.
+        causal: whether None means causal.
+        softcap: tanh cap on the logits, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float
+    causal: bool
+    softcap: float | None = None
+
+    def attention(self, rows: Tensor) -> Tensor:
+        """Attention weights of single query rows: float32 [batch, heads, R, K], a softmax over all visible keys.
+
+        Args:
+            rows: int64 [batch, R], positions on the query axis; negative ones give rows of no meaning.
+        """
+        query, key = self.query, self.key
+        batch, heads, length, size = query.shape
+        groups, keys = key.shape[1], key.shape[2]
+        rows = rows.to(query.device).clamp(min=0)
+        picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, size))
+        # grouped heads share a key head: compute per group instead of repeating the keys
+        picked = picked.float().reshape(batch, groups, -1, size)
+        logits = (picked @ key.float().transpose(2, 3)).reshape(batch, heads, rows.shape[1], keys) * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return self._masked(logits, rows, length).softmax(-1)
+
+    def _masked(self, logits: Tensor, rows: Tensor, length: int) -> Tensor:
+        keys = logits.shape[-1]
+        mask = self.mask
+        if mask is None or mask.dim() == 2:
+            if self.causal and length > 1:
+                steps = torch.arange(keys, device=logits.device)
+                unseen = steps > (rows + keys - length)[..., None]
+                logits = logits.masked_fill(unseen[:, None], float("-inf"))
+            if mask is not None:
+                logits = logits.masked_fill(~mask[:, None, None, :keys].bool(), float("-inf"))
+            return logits
+        mask = mask.expand(len(rows), *mask.shape[1:])[..., :keys]
+        mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
+        return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
+
+
+@dataclass(frozen=True)
+class _Tap:
+    inner: Callable[..., Any]
+    show: Callable[[Seen], None]
+
+
+def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    tap: _Tap = getattr(module, _TAP)
+    output = tap.inner(module, query, key, value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling")
+    causal = kwargs.get("is_causal")
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedError(f"attention of {type(module).__name__} has sink logits, which the attention tap does not read")
+    seen = Seen(
+        query.detach(),
+        key.detach(),
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        bool(getattr(module, "is_causal", True) if causal is None else causal),
+        kwargs.get("softcap"),
+    )
+    tap.show(seen)
+    return output
+
+
+AttentionInterface.register(_NAME, _tapped_attention)
+
+
+@contextmanager
+def tap(modules: Mapping[nn.Module, Callable[[Seen], None]]) -> Iterator[None]:
+    """Show every call of these attention modules to its callback while the context is open.
+
+    Raises:
+        UnsupportedError: a module that does not go through transformers' attention interface, or is tapped already.
+    """
+    with ExitStack() as undo:
+        for module, show in modules.items():
+            undo.callback(_install(module, show))
+        yield
+
+
+def _install(module: nn.Module, show: Callable[[Seen], None]) -> Callable[[], None]:
+    config = getattr(module, "config", None)
+    if not hasattr(config, "_attn_implementation"):
+        raise UnsupportedError(
+            f"{type(module).__name__} has no config with an attention implementation: it does not use transformers' attention "
+            "interface, so its attention cannot be read"
+        )
+    if _TAP in module.__dict__:
+        raise UnsupportedError(f"{type(module).__name__} is being read by another run; one run per model at a time")
+    name = config._attn_implementation or "eager"
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    inner = AttentionInterface().get(name, eager) if name != "eager" else eager
+    if inner is None:
+        raise UnsupportedError(f"attention implementation {name!r} of {type(module).__name__} is not known to transformers")
+    private = copy.copy(config)
+    private._attn_implementation_internal = _NAME
+    module.__dict__[_TAP] = _Tap(inner, show)
+    module.config = private
+
+    def remove() -> None:
+        module.config = config
+        del module.__dict__[_TAP]
+
+    return remove

@@ -1,0 +1,138 @@
+"""CLIP vision towers: finding, loading, preprocessing and the features that a LLaVA-like projector reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from tokenprune.errors import CheckpointError
+from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
+
+ADVICE = "pass vision_tower= the folder of the CLIP model"
+_NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+
+def find_tower(folder: Path, config: dict[str, Any], vision_tower: str | Path | None) -> Path:
+    """The folder of the vision tower of a LLaVA-like checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json, which names the tower.
+        vision_tower: folder or hub id that the caller asked for; else the folder `vision_tower` in the checkpoint; else the
+            name in `config`, as a path or a hub id.
+
+    Raises:
+        CheckpointError: none of them can be had.
+    """
+    if vision_tower is not None:
+        return resolve_folder(vision_tower, "vision tower", ADVICE)
+    if (folder / "vision_tower").is_dir():
+        return folder / "vision_tower"
+    name = config.get("mm_vision_tower") or config.get("vision_tower")
+    if not name:
+        raise CheckpointError(f"{folder}/config.json names no vision tower; {ADVICE}")
+    return resolve_folder(str(name), "vision tower", f"{folder} does not hold it, so {ADVICE}")
+
+
+def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None = None) -> CLIPVisionModel:
+    """A CLIP vision model, on the CPU.
+
+    Args:
+        folder: a CLIP vision model, or a whole CLIP model of which only the vision part is read.
+        dtype: of the weights.
+        attn_implementation: as in transformers; its own default if None.
+
+    Raises:
+        CheckpointError: not a CLIP model, or tensors are missing, unexpected or mis-shaped.
+    """
+    values = read_json(folder / "config.json")
+    values = values.get("vision_config") or values
+    kind = values.get("model_type", "clip_vision_model")
+    if kind not in ("clip_vision_model", "clip"):
+        raise CheckpointError(f"vision tower {folder} is of model type {kind!r}, expected a CLIP model; {ADVICE}")
+    sizes = {name: values[name] for name in _CONFIG_FIELDS if values.get(name) is not None}
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        tower = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
+    checkpoint = Checkpoint(folder)
+    # Some releases of transformers keep the tower one level down, and so do the files.
+    flat = {name.removeprefix("vision_model."): name for name in checkpoint.names()}
+    names = {
+        target: flat.get(target.removeprefix("vision_model."), target.removeprefix("vision_model."))
+        for target in tower.state_dict()
+    }
+    load_parts(
+        checkpoint,
+        [Part(tower, names)],
+        dtype,
+        ignore=lambda name: name.startswith(_NOT_VISION) or name.endswith("position_ids"),
+    )
+    embeddings = next(module for module in tower.modules() if type(module).__name__ == "CLIPVisionEmbeddings")
+    positions = torch.arange(embeddings.position_embedding.num_embeddings).expand(1, -1)
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+    return tower.eval()
+
+
+_CONFIG_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
+
+class ClipPixels:
+    """The image processor of a tower: PIL-based, so that pixels equal those that the models were trained on.
+
+    Args:
+        folder: holds `preprocessor_config.json`; without it CLIP's own constants at the tower's image size are taken.
+        image_size: the tower's.
+    """
+
+    def __init__(self, folder: Path, image_size: int) -> None:
+        file = folder / "preprocessor_config.json"
+        options = read_json(file) if file.is_file() else {}
+        for name in ("image_processor_type", "feature_extractor_type", "processor_class"):
+            options.pop(name, None)
+        if not options:
+            options = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+        self._processor = _processor_class()(**options)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels float32 [1, 3, H, W] of an RGB image."""
+        pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def _processor_class() -> Any:
+    import transformers
+
+    # Older releases call the PIL-based processor by the name that newer ones give to the torchvision-based one.
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def patch_features(tower: nn.Module, pixels: Tensor, select_layer: int = -2) -> Tensor:
+    """Features that the projector reads.
+
+    Args:
+        tower: the vision model.
+        pixels: [B, 3, H, W].
+        select_layer: index into the tower's hidden states, the embedding output being number 0.
+
+    Returns:
+        [B, N, C] in row-major order of the patches, without CLS.
+    """
+    pixels = pixels.to(device=next(tower.parameters()).device, dtype=next(tower.parameters()).dtype)
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    features: Tensor = states[select_layer][:, 1:]
+    return features

@@ -1,0 +1,106 @@
+"""Prompts of the LLaVA-1 generation: the conversation template, the image placeholder, and the decoder input they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.errors import InputError
+from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_ID = -200  # stands for the image in token ids; outside every vocabulary
+IM_START, IM_END = "<im_start>", "<im_end>"
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+
+def conversation(question: str, answer: str | None = None) -> str:
+    """One turn in the template `llava_v1`; without an answer the prompt ends where the model is to go on."""
+    opening = f"{SYSTEM} USER: {question} ASSISTANT:"
+    return opening if answer is None else f"{opening} {answer}</s>"
+
+
+def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt, `IMAGE_ID` where the image goes. The pieces around the image are tokenized on their own.
+
+    Raises:
+        InputError: not exactly one `<image>`.
+    """
+    pieces = prompt.split(IMAGE_PLACEHOLDER)
+    if len(pieces) != 2:
+        raise InputError(
+            f"the prompt has {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, expected it once, where the image goes: {prompt[:80]!r}"
+        )
+    before, after = pieces
+    return [*tokenizer.encode(before), IMAGE_ID, *tokenizer.encode(after, bos=False)]
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """What a decoder prefill gets, and which position is what. B prompts, S positions.
+
+    Args:
+        inputs_embeds: [B, S, H].
+        attention_mask: int64 [B, S], 0 at padding.
+        token_ids: int64 [B, S], `IMAGE_ID` at every image token, the padding id at padding.
+        image_tokens: bool [B, S].
+        seg: bool [B, S], positions of [SEG] tokens.
+        mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding; where a prompt
+            is still to be answered, its last position, which is the one that could predict a [SEG].
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    token_ids: Tensor
+    image_tokens: Tensor
+    seg: Tensor
+    mask_query: Tensor
+
+
+def splice(
+    prompts: Sequence[Sequence[int]],
+    image_embeddings: Tensor,
+    embed_tokens: nn.Module,
+    seg_ids: Sequence[int],
+    padding: Literal["right", "left"],
+    pad_id: int = 0,
+) -> DecoderInputs:
+    """Decoder inputs of several prompts about one image.
+
+    Args:
+        prompts: ids of each prompt with `IMAGE_ID` once.
+        image_embeddings: [1, N, H] of the image, the same for all prompts.
+        embed_tokens: the decoder's embedding table.
+        seg_ids: ids that ask for a mask.
+        padding: side of the padding; "left" for prompts that are to be continued.
+        pad_id: id whose embedding fills the padding (it is masked).
+    """
+    count = image_embeddings.shape[1]
+    device = image_embeddings.device
+    expanded = []
+    for ids in prompts:
+        at = list(ids).index(IMAGE_ID)
+        expanded.append(torch.tensor([*ids[:at], *[IMAGE_ID] * count, *ids[at + 1 :]], device=device))
+    token_ids = pad_sequence(expanded, batch_first=True, padding_value=pad_id, padding_side=padding)
+    lengths = [torch.ones_like(ids) for ids in expanded]
+    attention_mask = pad_sequence(lengths, batch_first=True, padding_value=0, padding_side=padding)
+    image_tokens = token_ids == IMAGE_ID
+    text = embed_tokens(token_ids.masked_fill(image_tokens, pad_id))
+    # Every row holds N image tokens, so that one scatter places the same N embeddings, in order, in each.
+    rows = image_embeddings.to(text.dtype).expand(len(expanded), -1, -1)
+    inputs_embeds = text.masked_scatter(image_tokens[..., None], rows)
+    seg = torch.isin(token_ids, torch.tensor(list(seg_ids), device=device)) & attention_mask.bool()
+    mask_query = torch.zeros_like(seg)
+    mask_query[:, :-1] = seg[:, 1:]
+    last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
+    unanswered = ~seg.any(1)
+    mask_query[unanswered, last[unanswered]] = True
+    return DecoderInputs(inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query)

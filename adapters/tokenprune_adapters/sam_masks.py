@@ -1,0 +1,102 @@
+"""SAM around its weights: an image into its encoder, prompt embeddings into masks, masks to the size of the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from transformers import SamModel
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+MASKS_AT_ONCE = 16  # bounds memory: the mask decoder holds one copy of the image embedding per mask
+
+
+@dataclass(frozen=True)
+class MaskSizes:
+    """How a mask gets from the encoder's square back to the image.
+
+    Args:
+        original: (height, width) of the image.
+        resized: (height, width) after resizing its longest side to `square`.
+        square: side of the zero-padded encoder input, in pixels.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    square: int
+
+
+def preprocess(image: Image.Image, square: int) -> tuple[Tensor, MaskSizes]:
+    """An RGB image as SAM's encoder wants it (Kirillov et al., 2023).
+
+    The longest side becomes `square` pixels (PIL, bilinear), values are normalised, and only then the right and bottom are padded
+    with zeros.
+
+    Returns:
+        Pixels float32 [1, 3, square, square], and the sizes to undo it.
+    """
+    width, height = image.size
+    scale = square / max(height, width)
+    resized = (int(height * scale + 0.5), int(width * scale + 0.5))
+    resized = (max(resized[0], 1), max(resized[1], 1))
+    values = np.array(image.resize((resized[1], resized[0]), Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(values).permute(2, 0, 1).float()
+    mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD).view(3, 1, 1)
+    pixels = (pixels - mean) / std
+    pixels = functional.pad(pixels, (0, square - resized[1], 0, square - resized[0]))
+    return pixels[None], MaskSizes((height, width), resized, square)
+
+
+def embed_image(sam: SamModel, pixels: Tensor) -> Tensor:
+    """Image embeddings [B, channels, grid, grid] of encoder inputs [B, 3, square, square]."""
+    embeddings: Tensor = sam.vision_encoder(pixels).last_hidden_state
+    return embeddings
+
+
+def low_res_logits(sam: SamModel, image_embedding: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """One mask per prompt embedding, which takes the place of SAM's point and box embeddings.
+
+    Args:
+        sam: the model.
+        image_embedding: [1, channels, grid, grid].
+        prompts: [n, channels].
+
+    Returns:
+        Mask logits [n, 4 · grid, 4 · grid] and predicted IoU [n].
+    """
+    positions = sam.get_image_wide_positional_embeddings().to(image_embedding)
+    _, dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
+    masks, scores = [], []
+    for chunk in prompts.split(MASKS_AT_ONCE):
+        mask, score = sam.mask_decoder(
+            image_embeddings=image_embedding,
+            image_positional_embeddings=positions,
+            sparse_prompt_embeddings=chunk[None, :, None, :],
+            dense_prompt_embeddings=dense.to(image_embedding),
+            multimask_output=False,
+        )
+        masks.append(mask[0, :, 0])
+        scores.append(score[0, :, 0])
+    if not masks:
+        side = 4 * image_embedding.shape[-1]
+        return prompts.new_zeros(0, side, side), prompts.new_zeros(0)
+    return torch.cat(masks), torch.cat(scores)
+
+
+def to_original_size(logits: Tensor, sizes: MaskSizes) -> Tensor:
+    """Mask logits float32 [n, H, W] at the image's size, from low-resolution logits [n, h, w].
+
+    Bilinear to the encoder's square, crop of the padding, bilinear to the image. A mask is where the result is above 0.
+    """
+    square = (sizes.square, sizes.square)
+    if not len(logits):
+        return logits.new_zeros((0, *sizes.original), dtype=torch.float32)
+    full = functional.interpolate(logits[:, None].float(), square, mode="bilinear", align_corners=False)
+    full = full[..., : sizes.resized[0], : sizes.resized[1]]
+    return functional.interpolate(full, sizes.original, mode="bilinear", align_corners=False)[:, 0]

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import listing
+from tokenprune.cli import flops, listing
 from tokenprune.errors import OptionError, TokenPruneError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ def options(
 
 
 app.command("list")(listing.command)
+app.command("flops")(flops.command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ _CONFIG_NAMES = {
     "vocab": "vocab_size",
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_NAMED: dict[str, dict[str, int]] = {
+NAMED: dict[str, dict[str, int]] = {
     "7b": {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 32000},
     "13b": {"layers": 40, "hidden": 5120, "intermediate": 13824, "heads": 40, "vocab": 32000},
 }
@@ -98,9 +98,9 @@ class DecoderSpec(BaseModel):
             UnknownNameError: another name.
             OptionError: changes that do not fit.
         """
-        if name.lower() not in _NAMED:
-            raise UnknownNameError.among("model shape", name, _NAMED)
-        return cls.of(**{**_NAMED[name.lower()], **{k: v for k, v in changes.items() if v is not None}})
+        if name.lower() not in NAMED:
+            raise UnknownNameError.among("model shape", name, NAMED)
+        return cls.of(**{**NAMED[name.lower()], **{k: v for k, v in changes.items() if v is not None}})
 
     @classmethod
     def from_config(cls, config: Any, *, gated_mlp: bool = True, **changes: Any) -> DecoderSpec:

@@ -1,0 +1,102 @@
+"""What every comparison needs beside the methods: no pruning, chance, a plain grid, and no sight at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+
+from tokenprune.base import Shape, Stage, Strategy, StrategyOptions, portion
+from tokenprune.decisions import Decision, Keep
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.selection import Amount, grid_mask, random_scores, tokens_of
+
+
+class NoPruning(Strategy):
+    """The untouched model: no stage, so every layer runs on every image token."""
+
+    name = "none"
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """No stages."""
+        return ()
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep everything (never asked: there is no stage)."""
+        return Keep.where(tokens.active)
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """Nothing to move. Raises BudgetError for any budget below 1."""
+        if budget < 1:
+            raise self.too_small(budget, shape, shape.image_tokens)
+        return {}
+
+
+class Blind(Strategy):
+    """No image token enters the decoder: what can be answered from the words alone, the floor of any comparison."""
+
+    name = "blind"
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One stage before the first layer, of no tokens."""
+        yield Stage("blind", layer=0, tokens=0)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep nothing."""
+        return Keep.where(tokens.active & False)
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """Nothing to move: it meets every budget."""
+        return {}
+
+
+class FixedShare(Strategy):
+    """Base of the baselines that choose `keep` tokens before the first layer."""
+
+    class Options(StrategyOptions):
+        """Options of a baseline that keeps a share."""
+
+        keep: Amount = Field(0.25, description="image tokens kept: an int counts them, a float is a share")
+
+    options: Options
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One stage before the first layer."""
+        yield Stage(self.name, layer=0, tokens=tokens_of(self.options.keep, shape.image_tokens))
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """`keep` = floor(budget · N); what the user set stays. Raises BudgetError where it is too much."""
+        most = portion(budget, shape.image_tokens)
+        given = "keep" in self.options.model_fields_set
+        keep = tokens_of(self.options.keep, shape.image_tokens) if given else max(1, most)
+        if keep > most:
+            raise self.too_small(budget, shape, keep)
+        return {"keep": keep}
+
+
+class Random(FixedShare):
+    """Image tokens at random, every set of that size being equally likely."""
+
+    name = "random"
+
+    class Options(FixedShare.Options):
+        """Options of `random`."""
+
+        seed: int = Field(0, description="seed of the draw; every batch row draws the same as it would alone")
+
+    options: Options
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep the tokens of the highest draws."""
+        return Keep.top(random_scores(tokens, self.options.seed), tokens.target)
+
+
+class Uniform(FixedShare):
+    """Image tokens spread evenly over the grid: evenly spaced grid rows, evenly spaced cells in each (ours)."""
+
+    name = "uniform"
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep the cells of the coarser grid."""
+        return Keep.where(grid_mask(tokens, tokens.target))

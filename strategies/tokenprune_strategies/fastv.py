@@ -1,0 +1,69 @@
+"""FastV (Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv 2403.06764)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+
+from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
+from tokenprune.decisions import Decision, Keep
+from tokenprune.errors import OptionError
+from tokenprune.reads import AttentionFrom
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.selection import Amount, random_scores, tokens_of
+
+
+class FastV(Strategy):
+    """Keep the image tokens that the query row attends to most, after an early layer.
+
+    Layers 0 … K−1 run in full; by the attention of layer K−1 (mean over heads) the best image tokens and all text go
+    on, at their original positions. K = 0 keeps random tokens. Every batch row chooses for itself (ours; the
+    authors' code takes row 0's choice for all), and the query row is an option (the authors take the last row).
+    """
+
+    name = "fastv"
+
+    class Options(StrategyOptions):
+        """Options of FastV."""
+
+        layer: int = Field(2, ge=0, description="K, the first layer without the dropped tokens; 0 = random tokens")
+        keep: Amount = Field(0.5, description="image tokens kept: an int counts them, a float is a share")
+        query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "last", "seg", …')
+        seed: int = Field(0, description="seed of the draw where layer = 0")
+
+    options: Options
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One stage at layer K. Raises OptionError where the model has no layer K."""
+        layer = self.options.layer
+        if layer >= shape.layers:
+            raise OptionError(
+                f"strategy 'fastv': option 'layer': found {layer}, but the model has {shape.layers} layers; "
+                f"choose one of 0 … {shape.layers - 1}"
+            )
+        reads = (AttentionFrom(self.options.query),) if layer else ()
+        yield Stage("prune", layer, tokens_of(self.options.keep, shape.image_tokens), reads)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep the most attended tokens."""
+        scores = tokens.attention if stage.layer else random_scores(tokens, self.options.seed)
+        return Keep.top(scores, tokens.target)
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """The most tokens that meet the budget; where even one is too many, `layer` goes down to 1 (ours).
+
+        What the user set stays. Raises BudgetError where nothing meets the budget.
+        """
+        given, total = self.options.model_fields_set, shape.image_tokens
+        first = min(self.options.layer, shape.layers - 1)
+        layers = [first] if "layer" in given or first < 2 else [first, 1]
+        fixed = tokens_of(self.options.keep, total) if "keep" in given else None
+        for layer in layers:
+            room = budget * total * shape.layers - layer * total + 1e-6
+            keep = int(room // (shape.layers - layer)) if fixed is None else fixed
+            if keep >= 1 and keep * (shape.layers - layer) <= room:
+                return {"layer": layer, "keep": min(keep, total)}
+        least = (layers[-1] * total + (shape.layers - layers[-1]) * (fixed or 1)) / shape.layers
+        raise self.too_small(budget, shape, least)

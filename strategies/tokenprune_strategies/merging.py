@@ -1,0 +1,89 @@
+"""The tensor side of PruMerge: [CLS] attention, outliers, merging weights, and where the merged tokens go."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.base import Positions
+
+NEIGHBOURS = 32
+
+
+def cls_attention(query: Tensor, cls_key: Tensor, keys: Tensor) -> Tensor:
+    """float32 [N]: softmax of [CLS]'s query over [CLS] and patches, at full width (heads not split), patches only.
+
+    Args:
+        query: [C], of [CLS].
+        cls_key: [C], of [CLS].
+        keys: [N, C], of the patches.
+    """
+    products = torch.cat((cls_key[None], keys)).float() @ query.float()
+    attention: Tensor = (products * len(query) ** -0.5).softmax(0)[1:]
+    return attention
+
+
+def outlier_share(attention: Tensor) -> float:
+    """The share of float [N] that lies above Q3 + 1.5 · IQR, numpy's percentiles."""
+    values = attention.detach().cpu().numpy()
+    low, high = np.percentile(values, (25, 75))
+    return float((values > high + 1.5 * (high - low)).mean())
+
+
+def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
+    """float32 [k + 1, N]: what every kept token, and last the extra one, sums up of each token of the image.
+
+    Args:
+        attention: float32 [N], of [CLS].
+        keys: [N, C], of the patches.
+        kept: int64 [k], tokens kept.
+    """
+    numbers = torch.arange(len(kept), device=kept.device)
+    directions = torch.nn.functional.normalize(keys.float(), dim=-1)
+    likeness = directions[kept] @ directions.T
+    likeness[numbers, kept] = float("-inf")
+    near = likeness.topk(min(NEIGHBOURS, len(keys) - 1), dim=1).indices
+    weights = torch.zeros(len(kept) + 1, len(keys), device=kept.device)
+    weights[:-1].scatter_(1, near, attention[near])
+    weights[numbers, kept] = 1
+    weights[-1] = attention
+    weights[-1, kept] = 0
+    return weights
+
+
+def place(
+    image: Tensor, kept: Tensor, weights: Tensor, size: int, positions: Positions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the tokens of one image their places: slots int64 [m] ascending, origins int64 [m], weights float32 [m, size].
+
+    "renumber" takes the image's first slots, in the given order. "keep" leaves every kept token at its own slot and
+    puts the extra one at the first dropped slot after the last kept, or else at the last dropped one (ours).
+
+    Args:
+        image: int64 [N], token numbers of the image within the row.
+        kept: int64 [k], tokens kept, counted within the image.
+        weights: float32 [k or k + 1, N], a row per new token; one row more than kept = the extra token is there.
+        size: tokens of the row.
+        positions: the policy.
+    """
+    slots, origins = kept, image[kept]
+    if len(weights) > len(kept):
+        free = torch.ones(len(image), dtype=torch.bool, device=image.device)
+        free[kept] = False
+        free_slots = free.nonzero().flatten()
+        behind = free_slots[free_slots > (kept.max() if len(kept) else -1)]
+        slots = torch.cat((kept, behind[:1] if len(behind) else free_slots[-1:]))
+        origins = torch.cat((origins, origins.new_full((1,), -1)))
+    if positions == "renumber":
+        order = slots = torch.arange(len(slots), device=slots.device)
+    else:
+        slots, order = slots.sort()
+    spread = weights.new_zeros(len(slots), size)
+    spread[:, image] = weights[order]
+    return image[slots], origins[order], spread
+
+
+def without_extra(number: int, size: int) -> int:
+    """Tokens to select so that `number` come out: one place goes to the extra token, unless one or all are left."""
+    return number if number in (0, 1, size) else number - 1

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenprune.api import load, strategy
     from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
     from tokenprune.decisions import Decision, Keep, Merge, Restore
+    from tokenprune.engine import prune
     from tokenprune.errors import TokenPruneError
     from tokenprune.hookspecs import hookimpl
     from tokenprune.reads import (
@@ -82,6 +83,7 @@ __all__ = [
     "hookimpl",
     "load",
     "models",
+    "prune",
     "strategies",
     "strategy",
 ]

@@ -61,7 +61,7 @@ def tokenprune_run_started(run: Any) -> None:
 
 @hookspec
 def tokenprune_stage_entered(run: Any, stage: Any, decision: Any) -> None:
-    """A stage begins: `stage` is the strategy's `Stage`, `decision` its validated answer for every row of the batch."""
+    """A stage begins: `stage` is its `StageTrace`, `decision` the validated answer for every row of the batch."""
 
 
 @hookspec

@@ -117,14 +117,13 @@ class Registry:
             self._scan()
             return list(self._broken)
 
-    def notify(self, event: str, **arguments: Any) -> None:
-        """Call a lifecycle hook of every observer, e.g. `notify("prefill_done", run=run)`.
+    def notify(self, hook: str, **arguments: Any) -> None:
+        """Call a lifecycle hook of every observer, e.g. `notify("tokenprune_prefill_done", run=run)`.
 
         Raises:
             PluginError: an observer raised; names the plugin and its package.
         """
         manager = self.plugin_manager()
-        hook = f"tokenprune_{event}"
         implementations = getattr(manager.hook, hook).get_hookimpls()
         for plugin in [implementation.plugin for implementation in reversed(implementations)]:
             others = [other for other in manager.get_plugins() if other is not plugin]
@@ -173,13 +172,33 @@ class Registry:
             self._entries[kind] = {name: entry for name, entry in entries.items() if entry.source != source}
 
 
+class Observers:
+    """The lifecycle hooks of all plugins. An observer that raises is named in a PluginError."""
+
+    def tokenprune_run_started(self, *, run: Any) -> None:
+        """See `tokenprune.hookspecs`."""
+        _registry.notify("tokenprune_run_started", run=run)
+
+    def tokenprune_stage_entered(self, *, run: Any, stage: Any, decision: Any) -> None:
+        """See `tokenprune.hookspecs`."""
+        _registry.notify("tokenprune_stage_entered", run=run, stage=stage, decision=decision)
+
+    def tokenprune_prefill_done(self, *, run: Any) -> None:
+        """See `tokenprune.hookspecs`."""
+        _registry.notify("tokenprune_prefill_done", run=run)
+
+    def tokenprune_run_finished(self, *, run: Any) -> None:
+        """See `tokenprune.hookspecs`."""
+        _registry.notify("tokenprune_run_finished", run=run)
+
+
 _registry = Registry()
+observers = Observers()
 reset = _registry.reset
 register_plugin = _registry.register_plugin
 unregister_plugin = _registry.unregister_plugin
 plugin_manager = _registry.plugin_manager
 broken_plugins = _registry.broken_plugins
-notify = _registry.notify
 get = _registry.get
 entries = _registry.entries
 

@@ -1,0 +1,73 @@
+"""What one query costs: taken out of the account of the batch that it ran in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenprune.base import Shape, Strategy
+from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, kv_bytes, measure_flops
+from tokenprune.evaluation.protocol import SegmentationModel, prefill
+from tokenprune.ledger import LayerEntry, Ledger
+
+
+@dataclass(frozen=True)
+class QueryCost:
+    """Cost of one query's prefill.
+
+    Attributes:
+        equivalent_tokens: mean over layers of the image tokens entering them.
+        image_tokens: N.
+        flops: by part, 2 per multiply-add.
+        kv_bytes: of real tokens, over all layers.
+    """
+
+    equivalent_tokens: float
+    image_tokens: int
+    flops: Mapping[str, int]
+    kv_bytes: int
+
+
+def row_ledger(ledger: Ledger, row: int) -> Ledger:
+    """The account of one batch row as if it had run alone: without padding and without fillers of shorter rows."""
+    image, other = (ledger.image_tokens[row],), (ledger.other_tokens[row],)
+    entries = [
+        LayerEntry(e.layer, (e.image[row],), (e.other[row],), e.image[row] + e.other[row], e.scored_rows)
+        for e in ledger.entries
+    ]
+    return Ledger(image, other, entries)
+
+
+def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int) -> QueryCost:
+    """Cost of a one-row account: decoder layers, scored attention rows and rotary angles."""
+    flops = count_flops(ledger, spec, "exact")
+    return QueryCost(
+        ledger.equivalent_tokens,
+        ledger.image_tokens[0],
+        {part: count for part, count in flops.parts.items() if count},
+        kv_bytes(ledger, spec, element_bytes).total,
+    )
+
+
+def head_flops(model: SegmentationModel, encoded: Any, query: str, sentence: bool) -> int:
+    """FLOPs that a query needs outside the decoder (projection of its mask embedding, mask decoder), measured."""
+    inputs = model.build_inputs(model.prompts([query], is_sentence=[sentence]), encoded)
+    whole = measure_flops(model.segment, encoded, [query], is_sentence=[sentence])
+    return max(whole - measure_flops(model.final_states, inputs), 0)
+
+
+def choice_flops(model: SegmentationModel, inputs: Any, encoded: Any, strategy: Strategy, shape: Shape) -> int:
+    """FLOPs of the strategy's own matmuls on one query, measured: similarities, merges, a projector run once more."""
+    meter = ChoiceMeter(strategy, shape)
+    prefill(model, inputs, encoded, meter.strategy)
+    return meter.flops
+
+
+def mean_parts(parts: list[Mapping[str, int]]) -> dict[str, float]:
+    """Mean of every part over queries."""
+    total: Counter[str] = Counter()
+    for one in parts:
+        total.update(one)
+    return {name: count / len(parts) for name, count in total.items()}

@@ -1,0 +1,246 @@
+"""Compare strategies on one model and one data set: accuracy, cost and prefill time, under the same conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenprune import api, registry
+from tokenprune.base import Shape, Strategy
+from tokenprune.cost import DecoderSpec
+from tokenprune.datasets.base import Dataset, Scene
+from tokenprune.errors import InputError, OptionError, UnknownNameError
+from tokenprune.evaluation import environment, metrics
+from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
+from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
+from tokenprune.evaluation.coverage import Box, target_coverage
+from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult, grid_box, prefill
+from tokenprune.evaluation.results import Comparison
+from tokenprune.evaluation.samples import Outcome, SampleRecord
+from tokenprune.evaluation.tally import Tally, Untouched
+from tokenprune.evaluation.timing import interleaved_medians
+
+Progress = Callable[[str, int, int], None]
+
+
+def compare(
+    model: SegmentationModel | str,
+    dataset: Dataset | str,
+    strategies: Sequence[str | Strategy],
+    budget: float | Sequence[float] = 0.35,
+    split: str = "val",
+    limit: int = 200,
+    seed: int = 0,
+    *,
+    timing_samples: int = 8,
+    timing_rounds: int = 5,
+    records: int = 4,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run every strategy on the same queries and report accuracy and cost side by side.
+
+    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once.
+    - Cost: counted per query from the ledger, as if it ran alone, in the `exact` convention: decoder layers, attention
+      rows computed for the strategy, rotary angles, the strategy's own matmuls and the mask head (the last two
+      measured). What depends on the image alone (towers, projector) is left out: it is the same for all.
+    - Time: the decoder's prefill with the strategy's own work, one query at a time, strategies interleaved (see
+      `interleaved_medians`).
+
+    Args:
+        model: a segmentation model, or what `tokenprune.load` takes.
+        dataset: a data set, or the name of one.
+        strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`.
+        budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
+        split: of the data set.
+        limit: number of queries.
+        seed: of the data set.
+        timing_samples: queries that prefill is timed on; 0 leaves times out.
+        timing_rounds: measured runs per query and strategy.
+        records: samples to keep with masks and traces, for pictures.
+        progress: called with (what is being done, steps done, steps in all).
+
+    Raises:
+        UnknownNameError: no such data set, split or strategy.
+        OptionError: a limit, seed or strategy option out of range.
+        BudgetError: a budget outside (0, 1], or one that a strategy cannot meet.
+        CheckpointError: the model cannot be loaded.
+        IncompatibleError: a strategy reads what the model does not provide.
+    """
+    budgets = budgets_of(budget)
+    _check_number("limit", limit, 1)
+    _check_number("seed", seed, 0)
+    _check_number("timing_samples", timing_samples, 0)
+    _check_number("timing_rounds", timing_rounds, 1)
+    field_of = contenders(strategies, budgets)
+    data = _dataset(dataset)
+    if split not in data.splits:
+        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
+    name = model if isinstance(model, str) else model.name
+    loaded: SegmentationModel = api.load(model) if isinstance(model, str) else model
+    run = _Run(loaded, field_of, timing_samples, records)
+    report = progress or (lambda what, done, total: None)
+    with torch.no_grad():
+        for scene in data.scenes(split, limit, seed):
+            run.evaluate(scene)
+            report("accuracy", len(run.kinds), limit)
+        if not run.kinds:
+            raise InputError(f"data set {data.name!r}, split {split!r}: no query found; choose another split")
+        run.count_own_work()
+        run.time(timing_rounds, lambda done: report("prefill time", done, len(run.timed)))
+    comparison = Comparison(
+        model=name,
+        dataset=data.name,
+        split=split,
+        samples=len(run.kinds),
+        budget=budgets[0] if len(budgets) == 1 else budgets,
+        environment={**environment.describe(loaded.decoder), "seed": seed, "timing_samples": len(run.timed)},
+        rows=[tally.row(kinds=run.kinds, sizes=run.sizes, untouched=run.untouched) for tally in run.tallies],
+    )
+    comparison._records.extend(run.records)
+    return comparison
+
+
+@dataclass
+class _Run:
+    """The state of one comparison."""
+
+    model: SegmentationModel
+    contenders: list[Contender]
+    timing_samples: int
+    keep_records: int
+    tallies: list[Tally] = field(init=False)
+    untouched: Untouched = field(default_factory=Untouched)
+    kinds: list[str] = field(default_factory=list)
+    sizes: list[str | None] = field(default_factory=list)
+    records: list[SampleRecord] = field(default_factory=list)
+    timed: list[tuple[Any, str, bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tallies = [Tally(contender) for contender in self.contenders]
+        self.spec = DecoderSpec.from_config(self.model.decoder.config)
+        self.element_bytes = next(self.model.decoder.parameters()).element_size()
+
+    def evaluate(self, scene: Scene) -> None:
+        """Run every contender on the queries of one scene."""
+        image = self.model.encode_image(self.model.prepare_image(scene.image))
+        box = grid_box(self.model, *scene.image.shape[:2])
+        reference: SegmentationResult | None = None
+        results = []
+        for tally in self.tallies:
+            result = self._segment(image, scene, tally.contender.strategy)
+            results.append(result)
+            if reference is None and result.trace is not None and not result.trace.stages:
+                reference = result  # a strategy that decides nothing leaves the model untouched
+        if reference is None:
+            reference = self._segment(image, scene, None)
+        wanted = [np.asarray(query.mask) for query in scene.queries]
+        full = _masks(reference)
+        for tally, result in zip(self.tallies, results, strict=True):
+            trace = result.trace
+            assert trace is not None
+            tally.policies = dict(trace.policies)
+            tally.is_untouched &= not trace.stages
+            for row, mask in enumerate(_masks(result)):
+                tally.overlaps.append(metrics.overlap(mask, wanted[row]))
+                tally.agreements.append(metrics.overlap(mask, full[row]))
+                tally.coverages.append(target_coverage(wanted[row], trace, row, box))
+                ledger = row_ledger(trace.ledger, row)
+                tally.costs.append(query_cost(ledger, self.spec, self.element_bytes))
+                if tally is self.tallies[0]:
+                    self.untouched.costs.append(query_cost(ledger.unpruned(), self.spec, self.element_bytes))
+        self._remember(scene, image, box, results)
+        self.kinds.extend(query.kind for query in scene.queries)
+        self.sizes.extend(metrics.size_of(mask) for mask in wanted)
+
+    def count_own_work(self) -> None:
+        """Measure what strategies compute themselves, and the mask head; settle the options that really ran."""
+        image, query, sentence = self.timed[0]
+        self.untouched.head_flops = head_flops(self.model, image, query, sentence)
+        for tally in self.tallies:
+            strategy = tally.contender.strategy
+            for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
+                inputs = self._inputs(image, query, sentence)
+                trace = prefill(self.model, inputs, image, strategy)
+                assert trace is not None
+                shape = Shape(self.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
+                bound = strategy.bind(shape)
+                tally.options = bound.options.model_dump(mode="json", fallback=repr)
+                own = choice_flops(self.model, inputs, image, bound, shape) if trace.stages else 0
+                tally.choice_flops.append(own)
+
+    def time(self, rounds: int, on_sample: Callable[[int], None]) -> None:
+        """Time one query's prefill for the untouched model and every contender that differs from it."""
+        if not self.timing_samples:
+            return
+        moving = [tally for tally in self.tallies if not tally.is_untouched]
+        strategies: list[Strategy | None] = [None, *(tally.contender.strategy for tally in moving)]
+        done = iter(range(1, len(self.timed) + 1))
+        seconds = interleaved_medians(
+            [list(self._prefills(*sample, strategies)) for sample in self.timed],
+            rounds=rounds,
+            on_sample=lambda: on_sample(next(done)),
+        )
+        for tally in self.tallies:
+            tally.prefill_seconds = seconds[0]
+        self.untouched.prefill_seconds, *own = seconds
+        for tally, value in zip(moving, own, strict=True):
+            tally.prefill_seconds = value
+
+    def _prefills(
+        self, image: Any, query: str, sentence: bool, strategies: list[Strategy | None]
+    ) -> Iterator[Callable[[], object]]:
+        inputs = self._inputs(image, query, sentence)
+        device = next(self.model.decoder.parameters()).device
+
+        def timed(strategy: Strategy | None) -> Callable[[], object]:
+            def run() -> None:
+                prefill(self.model, inputs, image, strategy)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
+            return run
+
+        return (timed(strategy) for strategy in strategies)
+
+    def _inputs(self, image: Any, query: str, sentence: bool) -> Any:
+        return self.model.build_inputs(self.model.prompts([query], is_sentence=[sentence]), image)
+
+    def _segment(self, image: Any, scene: Scene, strategy: Strategy | None) -> SegmentationResult:
+        queries = [query.text for query in scene.queries]
+        sentences = [query.is_sentence for query in scene.queries]
+        return self.model.segment(image, queries, strategy=strategy, is_sentence=sentences)
+
+    def _remember(self, scene: Scene, image: Any, box: Box, results: list[SegmentationResult]) -> None:
+        number = len(self.timed) % len(scene.queries)  # another kind of query every time
+        if len(self.timed) < max(self.timing_samples, 1):
+            query = scene.queries[number]
+            self.timed.append((image, query.text, query.is_sentence))
+        if len(self.records) < self.keep_records:
+            row = len(self.records) % len(scene.queries)
+            query = scene.queries[row]
+            record = SampleRecord(scene.id, scene.image, query.text, query.mask, box)
+            for contender, result in zip(self.contenders, results, strict=True):
+                mask = _masks(result)[row]
+                iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
+                record.outcomes.append(Outcome(contender.label, mask, result.trace, row, iou))
+            self.records.append(record)
+
+
+def _masks(result: SegmentationResult) -> list[Any]:
+    return list(result.masks.detach().cpu().numpy())
+
+
+def _dataset(dataset: Dataset | str) -> Dataset:
+    if isinstance(dataset, str):
+        made: Dataset = registry.get("datasets", dataset).load()()
+        return made
+    return dataset
+
+
+def _check_number(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name}: {value!r} found, expected a whole number of at least {least}")

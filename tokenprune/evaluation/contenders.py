@@ -1,0 +1,140 @@
+"""Which strategies compete, at which budgets: from names, short texts and instances to a list of contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenprune import api
+from tokenprune.base import Strategy
+from tokenprune.cli.options import parse_options
+from tokenprune.errors import BudgetError, OptionError
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of a comparison.
+
+    Attributes:
+        strategy: ready to run.
+        given: the options that the user gave.
+        budget: what was asked for; None where the strategy takes none.
+    """
+
+    strategy: Strategy
+    given: dict[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+
+    @property
+    def label(self) -> str:
+        """For progress and pictures: "csp (query=seg) at 0.35"."""
+        given = ", ".join(f"{key}={value}" for key, value in self.given.items())
+        name = f"{self.strategy.name} ({given})" if given else self.strategy.name
+        return name if self.budget is None else f"{name} at {self.budget:g}"
+
+
+def budgets_of(budget: float | Sequence[float]) -> list[float]:
+    """One budget or several, checked.
+
+    Raises:
+        BudgetError: none, or one outside (0, 1].
+    """
+    found = [budget] if isinstance(budget, (int, float)) else list(budget)
+    if not found:
+        raise BudgetError("budget: an empty list found, expected at least one share of the image tokens in (0, 1]")
+    for value in found:
+        if not 0 < value <= 1:
+            raise BudgetError(f"budget: {value:g} found, expected a share of the image tokens in (0, 1]")
+    return [float(value) for value in found]
+
+
+def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[float]) -> list[Contender]:
+    """One contender per strategy and budget; a single one for a strategy that takes no budget.
+
+    A text is a name with options after a colon: "csp:query=seg,clustering=kmeans". Its option `budget=` overrides the
+    comparison's; `budget=none`, or setting the very option that a budget would move, leaves it out. An instance runs as
+    it is. A registered preset that brings a budget keeps it.
+
+    Raises:
+        OptionError: no strategy, a text that cannot be read, or an option that the strategy does not have.
+        BudgetError: see `budgets_of`.
+        UnknownNameError: no such strategy.
+    """
+    if not strategies:
+        raise OptionError("strategies: an empty list found, expected at least one; `tokenprune list` shows them")
+    asked = budgets_of(budget)
+    found: list[Contender] = []
+    for item in strategies:
+        if isinstance(item, Strategy):
+            given = item.options.model_dump(exclude_unset=True, mode="json", fallback=repr)
+            found.append(Contender(item, given, item.budget))
+            continue
+        name, options = parse_text(item)
+        if "budget" in options:
+            own = _checked_budget(name, options.pop("budget"))
+            found.append(Contender(api.strategy(name, own, **options), options, own))
+            continue
+        plain = api.strategy(name, **options)
+        if _wants_budget(plain):
+            found.extend(Contender(api.strategy(name, value, **options), options, value) for value in asked)
+        else:
+            found.append(Contender(plain, options, plain.budget))
+    return found
+
+
+def takes_budget(strategy: Strategy) -> bool:
+    """Whether a budget can move anything in this strategy: it has options, and says how a budget moves them."""
+    kind = type(strategy)
+    solves = kind.budget_option is not None or kind.fit is not Strategy.fit
+    return solves and bool(kind.Options.model_fields)
+
+
+def split_list(text: str) -> list[str]:
+    """A comma-separated list of strategies, whose options are separated by commas too.
+
+    "none,csp:query=seg,reentry=delta,fastv" is none, csp:query=seg,reentry=delta and fastv: a part with "=" but no name
+    of its own belongs to the strategy before it.
+
+    Raises:
+        OptionError: an empty part, or options before any strategy.
+    """
+    found: list[str] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if not part:
+            raise OptionError(f"strategies: an empty name found in {text!r}, expected names separated by commas")
+        is_option = "=" in part and ":" not in part.split("=", 1)[0]
+        if not is_option:
+            found.append(part)
+        elif not found:
+            raise OptionError(f"strategies: option {part!r} found before any strategy; write name:{part}")
+        else:
+            found[-1] += ("," if ":" in found[-1] else ":") + part
+    return found
+
+
+def parse_text(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options, `budget` included, of "name:key=value,key=value"; values as `parse_options` reads them.
+
+    Raises:
+        OptionError: a part that is not key=value, or a key given twice.
+    """
+    name, _, rest = text.partition(":")
+    try:
+        return name.strip(), parse_options(part.strip() for part in rest.split(",") if part.strip())
+    except OptionError as error:
+        raise OptionError(f"strategy {name.strip()!r}: {error}") from error
+
+
+def _checked_budget(name: str, value: Any) -> float | None:
+    if value is None or value == "none":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BudgetError(f"strategy {name!r}: budget {value!r} found, expected a number in (0, 1] or none")
+    return budgets_of(value)[0]
+
+
+def _wants_budget(strategy: Strategy) -> bool:
+    moved = type(strategy).budget_option
+    fixed = moved is not None and moved in strategy.options.model_fields_set
+    return takes_budget(strategy) and strategy.budget is None and not fixed

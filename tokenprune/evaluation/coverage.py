@@ -1,0 +1,68 @@
+"""From kept image tokens to pixels: which part of the image, and of a target, they cover."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenprune.evaluation.metrics import Mask, foreground, ignored
+from tokenprune.trace import Trace
+
+Box = tuple[float, float, float, float]
+
+
+def token_map(values: Tensor, trace: Trace, row: int, image: int = 0) -> NDArray[np.float32]:
+    """Values [N] of one row's image tokens on their grid: float32 [rows, columns], NaN in cells without a token.
+
+    Args:
+        values: one number per image token of the row.
+        trace: of the run; its layout knows the cells.
+        row: batch row.
+        image: image number within the row.
+    """
+    cells = trace.layout.gather_slots(trace.layout.grid)[row].cpu()
+    here = (trace.layout.gather_slots(trace.layout.image_number)[row].cpu() == image) & (cells >= 0).all(-1)
+    cells = cells[here]
+    if not len(cells):
+        return np.full((0, 0), np.nan, dtype=np.float32)
+    height, width = (int(size) + 1 for size in cells.amax(0))
+    grid = torch.full((height, width), float("nan"))
+    grid[cells[:, 0], cells[:, 1]] = values.detach().float().cpu()[here]
+    return np.asarray(grid.numpy(), dtype=np.float32)
+
+
+def places_at_end(trace: Trace) -> Tensor:
+    """bool [batch, N]: places of the image that a token of the last stage holds (all where nothing was decided)."""
+    return trace.stages[-1].places() if trace.stages else trace.exists
+
+
+def cells_to_pixels(cells: NDArray[np.bool_], height: int, width: int, box: Box | None = None) -> NDArray[np.bool_]:
+    """bool [height, width]: pixels whose centre lies in a marked cell.
+
+    Args:
+        cells: bool [rows, columns].
+        height, width: of the image, in pixels.
+        box: (top, left, bottom, right) that the cells divide evenly; outside is no cell. Default: the image.
+    """
+    if not cells.size:
+        return np.zeros((height, width), dtype=np.bool_)
+    top, left, bottom, right = box or (0.0, 0.0, float(height), float(width))
+    rows = np.floor((np.arange(height) + 0.5 - top) / (bottom - top) * cells.shape[0]).astype(int)
+    columns = np.floor((np.arange(width) + 0.5 - left) / (right - left) * cells.shape[1]).astype(int)
+    inside_rows = (rows >= 0) & (rows < cells.shape[0])
+    inside_columns = (columns >= 0) & (columns < cells.shape[1])
+    taken = cells[rows.clip(0, cells.shape[0] - 1)][:, columns.clip(0, cells.shape[1] - 1)]
+    return np.asarray(taken & inside_rows[:, None] & inside_columns[None, :], dtype=np.bool_)
+
+
+def target_coverage(target: Mask, trace: Trace, row: int, box: Box | None = None) -> float | None:
+    """Share of the target's area whose place a kept token of the last stage holds; None for an empty target."""
+    wanted = foreground(target) & ~ignored(target)
+    area = int(wanted.sum())
+    if not area:
+        return None
+    kept = token_map(places_at_end(trace)[row].float(), trace, row) == 1.0
+    covered = cells_to_pixels(kept, wanted.shape[0], wanted.shape[1], box) & wanted
+    return int(covered.sum()) / area

@@ -1,0 +1,45 @@
+"""Where an evaluation ran: what is needed to read its times and to repeat it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import transformers
+
+import tokenprune
+
+
+def describe(decoder: Any = None) -> dict[str, str | int]:
+    """Versions, machine, threads, and the decoder's device and dtype."""
+    found: dict[str, str | int] = {
+        "tokenprune": tokenprune.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+    }
+    parameter = next(iter(decoder.parameters()), None) if decoder is not None else None
+    if parameter is not None:
+        found["dtype"] = str(parameter.dtype).removeprefix("torch.")
+        found["device"] = str(parameter.device)
+        if parameter.device.type == "cuda":
+            found["gpu"] = torch.cuda.get_device_name(parameter.device)
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

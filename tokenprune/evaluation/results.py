@@ -1,0 +1,103 @@
+"""What a comparison found: rows of numbers, ready for JSON and for a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+    from tokenprune.evaluation.samples import SampleRecord
+
+
+class Row(BaseModel):
+    """One strategy at one budget.
+
+    Attributes:
+        strategy: registered name.
+        options: the options that really ran, a solved budget included.
+        given: the options that the user gave, to tell rows of one strategy apart.
+        budget: the budget that was asked for; None where the strategy takes none.
+        giou, ciou: against the targets.
+        giou_by_kind: by the data set's kinds of queries.
+        miou_by_size: mean IoU by size bucket of the target.
+        agreement: gIoU against the untouched model's masks.
+        target_coverage: mean share of the target's area whose place a kept token of the last stage holds.
+        equivalent_tokens: mean over decoder layers and queries of the image tokens entering the layer.
+        equivalent_tokens_ratio: the same over the number of image tokens.
+        flops: mean per query, 2 per multiply-add (convention `exact`): all that runs for a query; `compare` says what.
+        flops_ratio: to the untouched model.
+        flops_by_part: the same by part: decoder, scorer, rotary, strategy, mask_head.
+        kv_bytes: of the KV cache after prefill, per query.
+        prefill_ms: median milliseconds of one query's prefill, the strategy's own work included; None if not measured.
+        prefill_speedup: the untouched model's median over this one.
+        policies: positions and the like: what has to be told with every result.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strategy: str
+    options: dict[str, Any]
+    given: dict[str, Any] = {}
+    budget: float | None = None
+    giou: float
+    ciou: float
+    giou_by_kind: dict[str, float]
+    miou_by_size: dict[str, float] = {}
+    agreement: float
+    target_coverage: float | None = None
+    equivalent_tokens: float
+    equivalent_tokens_ratio: float
+    flops: float
+    flops_ratio: float
+    flops_by_part: dict[str, float] = {}
+    kv_bytes: float
+    prefill_ms: float | None = None
+    prefill_speedup: float | None = None
+    policies: dict[str, str] = {}
+
+    @property
+    def label(self) -> str:
+        """Name and the options that the user gave: "csp (query=seg)"."""
+        given = ", ".join(f"{key}={value}" for key, value in self.given.items())
+        return f"{self.strategy} ({given})" if given else self.strategy
+
+
+class Comparison(BaseModel):
+    """Strategies on one model and one data set. Printing it (`rich.print`, or `print`) shows the table."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    dataset: str
+    split: str
+    samples: int
+    budget: float | list[float]
+    environment: dict[str, str | int]
+    rows: list[Row]
+    _records: list[SampleRecord] = PrivateAttr(default_factory=list)
+
+    @property
+    def records(self) -> list[SampleRecord]:
+        """A few samples with their masks and traces, for pictures; not part of the JSON."""
+        return self._records
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """One JSON object: model, dataset, split, samples, budget, environment, rows."""
+        return self.model_dump_json(indent=indent)
+
+    def table(self) -> RenderableType:
+        """The rows as Rich tables."""
+        from tokenprune.report.tables import comparison_tables
+
+        return comparison_tables(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+
+    def __str__(self) -> str:
+        from tokenprune.report.tables import as_text
+
+        return as_text(self.table())

@@ -1,0 +1,86 @@
+"""Adds up, per contender, what its queries gave, and turns the sums into a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenprune.evaluation import metrics
+from tokenprune.evaluation.accounting import QueryCost, mean_parts
+from tokenprune.evaluation.contenders import Contender
+from tokenprune.evaluation.results import Row
+
+
+@dataclass
+class Tally:
+    """Per query, in the order of the data set: overlaps with target and reference, coverage, cost."""
+
+    contender: Contender
+    overlaps: list[tuple[int, int]] = field(default_factory=list)
+    agreements: list[tuple[int, int]] = field(default_factory=list)
+    coverages: list[float | None] = field(default_factory=list)
+    costs: list[QueryCost] = field(default_factory=list)
+    policies: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    choice_flops: list[int] = field(default_factory=list)
+    prefill_seconds: float | None = None
+    is_untouched: bool = True  # until a trace shows a decision
+
+    def flops_by_part(self, head: int) -> dict[str, float]:
+        """Mean FLOPs per query by part."""
+        parts: dict[str, float] = dict(mean_parts([cost.flops for cost in self.costs]))
+        if any(self.choice_flops):
+            parts["strategy"] = sum(self.choice_flops) / len(self.choice_flops)
+        if head:
+            parts["mask_head"] = float(head)
+        return parts
+
+    def row(self, *, kinds: list[str], sizes: list[str | None], untouched: Untouched) -> Row:
+        """The finished row.
+
+        Args:
+            kinds: of the queries.
+            sizes: size buckets of their targets.
+            untouched: the model without pruning, to compare with.
+        """
+        count = len(self.costs)
+        parts = self.flops_by_part(untouched.head_flops)
+        flops = sum(parts.values())
+        tokens = sum(cost.equivalent_tokens for cost in self.costs)
+        covered = [value for value in self.coverages if value is not None]
+        seconds, full = self.prefill_seconds, untouched.prefill_seconds
+        return Row(
+            strategy=self.contender.strategy.name,
+            options=self.options,
+            given=self.contender.given,
+            budget=self.contender.budget,
+            giou=metrics.giou(self.overlaps),
+            ciou=metrics.ciou(self.overlaps),
+            giou_by_kind=metrics.miou_by(kinds, self.overlaps),
+            miou_by_size=metrics.miou_by(sizes, self.overlaps),
+            agreement=metrics.giou(self.agreements),
+            target_coverage=sum(covered) / len(covered) if covered else None,
+            equivalent_tokens=tokens / count,
+            equivalent_tokens_ratio=tokens / max(sum(cost.image_tokens for cost in self.costs), 1),
+            flops=flops,
+            flops_ratio=flops / untouched.flops,
+            flops_by_part=parts,
+            kv_bytes=sum(cost.kv_bytes for cost in self.costs) / count,
+            prefill_ms=None if seconds is None else seconds * 1e3,
+            prefill_speedup=None if not seconds or full is None else full / seconds,
+            policies=self.policies,
+        )
+
+
+@dataclass
+class Untouched:
+    """The model without pruning: what ratios refer to."""
+
+    costs: list[QueryCost] = field(default_factory=list)
+    head_flops: int = 0
+    prefill_seconds: float | None = None
+
+    @property
+    def flops(self) -> float:
+        """Mean FLOPs per query, decoder and mask head."""
+        return sum(mean_parts([cost.flops for cost in self.costs]).values()) + self.head_flops

@@ -1,0 +1,46 @@
+"""Fair timing: several contenders on the same samples, interleaved, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+Run = Callable[[], object]
+
+
+def interleaved_medians(
+    samples: Sequence[Sequence[Run]],
+    *,
+    rounds: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+    on_sample: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Median seconds of every contender over samples × rounds.
+
+    In every sample all contenders run once unmeasured, then `rounds` times in turn; each round begins with the next
+    contender, so that none always runs first. A contender's figure is the median over samples of its median over
+    rounds, so that samples of different lengths weigh the same.
+
+    Args:
+        samples: for every sample one run per contender, in the same order.
+        rounds: measured runs per sample and contender.
+        clock: seconds; replaced in tests.
+        on_sample: called after every sample.
+    """
+    contenders = len(samples[0]) if samples else 0
+    found: list[list[float]] = [[] for _ in range(contenders)]
+    for number, runs in enumerate(samples):
+        for run in runs:
+            run()
+        taken: list[list[float]] = [[] for _ in range(contenders)]
+        for turn in range(rounds):
+            first = (number + turn) % contenders
+            for contender in [*range(first, contenders), *range(first)]:
+                start = clock()
+                runs[contender]()
+                taken[contender].append(clock() - start)
+        for contender, times in enumerate(taken):
+            found[contender].append(statistics.median(times))
+        on_sample()
+    return [statistics.median(times) for times in found]

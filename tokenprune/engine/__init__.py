@@ -11,7 +11,7 @@ from tokenprune.base import Strategy
 from tokenprune.engine.context import PruningRun, prune_decoder
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError
-from tokenprune.registry import plugin_manager
+from tokenprune.registry import observers
 
 __all__ = ["PruningRun", "VisionSource", "prune"]
 
@@ -51,14 +51,14 @@ def prune(
     """
     if image_tokens is None:
         raise InputError(
-            f"{type(model).__name__}: where are the image tokens? Give image_tokens=, a bool [batch, sequence] mask over the decoder's input"
+            f"{type(model).__name__}: where are the image tokens? Give image_tokens=, a bool [batch, sequence] "
+            "mask over the decoder's input"
         )
     named = dict(queries or {})
     if isinstance(query, Tensor):
         named.setdefault("mask_query", query)
     elif query not in (None, "last"):
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
-    manager = plugin_manager()
     with prune_decoder(
         model,
         strategy,
@@ -67,11 +67,11 @@ def prune(
         grid=grid,
         image_number=image_number,
         vision=vision,
-        observer=manager.hook,
+        observer=observers,
         seed=seed,
     ) as run:
-        manager.hook.tokenprune_run_started(run=run)
+        observers.tokenprune_run_started(run=run)
         try:
             yield run
         finally:
-            manager.hook.tokenprune_run_finished(run=run)
+            observers.tokenprune_run_finished(run=run)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenprune.decisions import Decision, Keep, Merge, Restore
     from tokenprune.engine import prune
     from tokenprune.errors import TokenPruneError
+    from tokenprune.evaluation.compare import compare
     from tokenprune.hookspecs import hookimpl
     from tokenprune.reads import (
         AttentionFrom,
@@ -79,6 +80,7 @@ __all__ = [
     "TowerFeatures",
     "TowerKeys",
     "adapters",
+    "compare",
     "datasets",
     "hookimpl",
     "load",

@@ -85,7 +85,9 @@ class Strategy(ABC):
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
         """Raises OptionError for an unknown option or bad value, BudgetError for a budget outside (0, 1]."""
         if budget is not None and not 0 < budget <= 1:
-            raise BudgetError(f"strategy {self.name!r}: budget {budget} found, expected a share of the image tokens in (0, 1]")
+            raise BudgetError(
+                f"strategy {self.name!r}: budget {budget} found, expected a share of the image tokens in (0, 1]"
+            )
         self.budget = budget
         self.options = self._checked(options)
 
@@ -140,7 +142,8 @@ class Strategy(ABC):
         """The error for a budget that cannot be met, naming the least that can."""
         share = least / shape.image_tokens
         return BudgetError(
-            f"strategy {self.name!r} cannot meet budget {budget:g} on {shape.layers} layers and {shape.image_tokens} image "
+            f"strategy {self.name!r} cannot meet budget {budget:g} on {shape.layers} layers and "
+            f"{shape.image_tokens} image "
             f"tokens with options {self.options.model_dump(exclude_unset=True) or 'at their defaults'}: its least is "
             f"{share:.3f}; raise the budget or change the options"
         )
@@ -172,8 +175,10 @@ def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
     total, active, start = 0.0, shape.image_tokens, 0
     for stage in stages:
         if stage.tokens is None:
-            raise BudgetError(f"stage {stage.name!r} keeps a number of tokens that depends on the image; use fixed numbers for budgets")
+            raise BudgetError(
+                f"stage {stage.name!r} keeps a number of tokens that depends on the image; use fixed numbers for "
+                "budgets"
+            )
         total += active * (min(stage.layer, shape.layers) - start)
         active, start = stage.tokens, min(stage.layer, shape.layers)
     return (total + active * (shape.layers - start)) / shape.layers
-

@@ -22,7 +22,8 @@ def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
         for stage in (p.stage for p in planned if p.stage.layer == layer):
             if stage.tokens is None:
                 raise BudgetError(
-                    f"strategy {strategy.name!r}, stage {stage.name!r}: the number of tokens depends on the image; give it a fixed number"
+                    f"strategy {strategy.name!r}, stage {stage.name!r}: the number of tokens depends on the "
+                    "image; give it a fixed number"
                 )
             active = stage.tokens
         next_reads = [read for p in planned if p.stage.layer == layer + 1 for read in p.stage.reads]

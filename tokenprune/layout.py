@@ -53,7 +53,9 @@ class SequenceLayout:
         if image_tokens.dim() != 2:
             raise InputError(f"image_tokens: found shape {list(image_tokens.shape)}, expected [batch, sequence]")
         image_tokens = image_tokens.bool()
-        valid = torch.ones_like(image_tokens) if attention_mask is None else attention_mask.to(image_tokens.device).bool()
+        valid = (
+            torch.ones_like(image_tokens) if attention_mask is None else attention_mask.to(image_tokens.device).bool()
+        )
         named = {**(queries or {}), "attention_mask": valid}
         for name, mask in named.items():
             if mask.shape != image_tokens.shape:
@@ -82,7 +84,11 @@ class SequenceLayout:
     def gather_slots(self, values: Tensor) -> Tensor:
         """Values [batch, sequence, …] at the image tokens: [batch, N, …]; −1 (False, 0.0) where a row has no token."""
         slots = self.slots
-        index = slots.clamp(min=0).reshape(*slots.shape, *([1] * (values.dim() - 2))).expand(*slots.shape, *values.shape[2:])
+        index = (
+            slots.clamp(min=0)
+            .reshape(*slots.shape, *([1] * (values.dim() - 2)))
+            .expand(*slots.shape, *values.shape[2:])
+        )
         taken = values.gather(1, index)
         missing = (slots < 0).reshape(*slots.shape, *([1] * (values.dim() - 2)))
         fill = -1 if values.dtype == torch.int64 else 0

@@ -36,7 +36,8 @@ class AttentionFrom(Read):
 
 @dataclass(frozen=True)
 class HiddenStates(Read):
-    """`tokens.hidden`: [batch, N, width], the state of every image token on entering the stage; the last one it had if parked."""
+    """`tokens.hidden`: [batch, N, width], the state of every image token on entering the stage; the last one it had
+    if parked."""
 
     field: ClassVar[str] = "hidden"
 
@@ -57,7 +58,8 @@ class TowerFeatures(Read):
 
 @dataclass(frozen=True)
 class ClsAttention(Read):
-    """`tokens.cls_attention`: float32 [batch, N], [CLS] attention in a tower layer (softmax over [CLS] and patches, mean over heads).
+    """`tokens.cls_attention`: float32 [batch, N], [CLS] attention in a tower layer (softmax over [CLS] and patches,
+    mean over heads).
 
     Attributes:
         layer: tower layer, negative from the end; −1 is the last.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -59,10 +60,14 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
     for row, own in enumerate(rows):
         if [(s.name, s.layer) for s in own] != [(s.name, s.layer) for s in stages]:
             raise PluginError(
-                f"strategy {strategy.name!r}: batch row {row} ({shapes[row].image_tokens} image tokens) wants stages at layers "
-                f"{[s.layer for s in own]}, another row at {[s.layer for s in stages]}; run rows of such different sizes apart"
+                f"strategy {strategy.name!r}: batch row {row} ({shapes[row].image_tokens} image tokens) wants "
+                "stages at layers "
+                f"{[s.layer for s in own]}, another row at {[s.layer for s in stages]}; run rows of such "
+                "different sizes apart"
             )
-    targets = [torch.tensor([-1 if own[i].tokens is None else own[i].tokens for own in rows]) for i in range(len(stages))]
+    targets = [
+        torch.tensor([-1 if own[i].tokens is None else own[i].tokens for own in rows]) for i in range(len(stages))
+    ]
     return leader, [PlannedStage(stage, target) for stage, target in zip(stages, targets, strict=True)]
 
 
@@ -71,17 +76,20 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
     layers = [stage.layer for stage in stages]
     if layers != sorted(layers) or any(not 0 <= layer < shape.layers for layer in layers):
         raise PluginError(
-            f"strategy {strategy.name!r}: stages at layers {layers} found, expected ascending layers in 0 … {shape.layers - 1} "
+            f"strategy {strategy.name!r}: stages at layers {layers} found, expected ascending layers in 0 … "
+            f"{shape.layers - 1} "
             f"(the model has {shape.layers} layers)"
         )
     for stage in stages:
         if stage.layer == 0 and any(isinstance(read, AttentionFrom) for read in stage.reads):
             raise PluginError(
-                f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention of the layer before layer 0, which does not exist"
+                f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention of the layer before layer 0, "
+                "which does not exist"
             )
         if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
             raise PluginError(
-                f"strategy {strategy.name!r}, stage {stage.name!r}: declares {stage.tokens} tokens of {shape.image_tokens}"
+                f"strategy {strategy.name!r}, stage {stage.name!r}: declares {stage.tokens} tokens of "
+                f"{shape.image_tokens}"
             )
     return stages
 
@@ -125,7 +133,7 @@ class TokenScheduler(ABC):
         self.memory: dict[str, Any] = {}
         self._image = layout.gather_slots(layout.image_number)
         self._grid = layout.gather_slots(layout.grid)
-        policies = {"positions": self.strategy.positions}
+        policies: dict[str, str] = {"positions": self.strategy.positions}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
         self.trace = Trace(repr(self.strategy), policies, layout, exists, ledger)
         self._check_reads()
@@ -183,7 +191,9 @@ class TokenScheduler(ABC):
         except TokenPruneError:
             raise
         except Exception as error:
-            raise PluginError(f"strategy {name!r}, stage {stage.name!r} raised {type(error).__name__}: {error}") from error
+            raise PluginError(
+                f"strategy {name!r}, stage {stage.name!r} raised {type(error).__name__}: {error}"
+            ) from error
         width = self.width
         decision = check_decision(answer, self.state, who=name, stage=stage.name, target=target, width=width)
         values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
@@ -200,6 +210,7 @@ class TokenScheduler(ABC):
     def _merge(self, decision: Merge) -> Tensor:
         hidden = self.hidden()
         weights = decision.weights.masked_fill((decision.index < 0)[..., None], 0)
+        self.trace.ledger.merge_weights += weights.numel()
         return torch.einsum("bkj,bjd->bkd", weights.to(hidden.dtype), hidden)
 
     def _view(self, stage: Stage, target: Tensor) -> Tokens:
@@ -215,7 +226,7 @@ class TokenScheduler(ABC):
             mass=state.mass,
             memory=self.memory,
             seed=self.seed,
-            fetch={read.field: (lambda read=read: self.provide(read)) for read in stage.reads},
+            fetch={read.field: partial(self.provide, read) for read in stage.reads},
         )
 
     def _record(self, stage: Stage, decision: Decision) -> None:
@@ -225,7 +236,16 @@ class TokenScheduler(ABC):
             kind = "park"
         scores = None if decision.scores is None else decision.scores.detach()
         record = StageTrace(
-            stage.name, stage.layer, kind, state.active, state.parked, state.dropped, state.origin, state.mass, scores, state.lineage
+            stage.name,
+            stage.layer,
+            kind,
+            state.active,
+            state.parked,
+            state.dropped,
+            state.origin,
+            state.mass,
+            scores,
+            state.lineage,
         )
         self.trace.stages.append(record)
         if self.observer is not None:
@@ -237,6 +257,6 @@ class TokenScheduler(ABC):
             if missing:
                 raise IncompatibleError(
                     f"strategy {self.strategy.name!r} cannot run here: its stage {planned.stage.name!r} reads "
-                    f"{', '.join(missing)}, which this model does not provide; use a model adapter that does, or another strategy"
+                    f"{', '.join(missing)}, which this model does not provide; use a model adapter that does, or "
+                    "another strategy"
                 )
-

@@ -18,9 +18,11 @@ class TokenState:
         exists: bool [batch, N], False on the padding of rows with fewer than N tokens.
         active: bool [batch, N], takes part in the present layer.
         parked: bool [batch, N], waits to be restored.
-        mass: float32 [batch, N], original tokens that an active or parked token stands for; 0 once dropped or merged away.
+        mass: float32 [batch, N], original tokens that an active or parked token stands for; 0 once dropped or merged
+            away.
         origin: int64 [batch, N], the original token whose place in the image the token has; −1 for none.
-        lineage: bool [batch, N, N], [b, k, j] = token k carries something of original token j; None = each carries itself.
+        lineage: bool [batch, N, N], [b, k, j] = token k carries something of original token j; None = each carries
+            itself.
     """
 
     exists: Tensor
@@ -97,7 +99,8 @@ def as_mask(index: Tensor, size: int) -> Tensor:
 
 
 def spread_rows(values: Tensor, index: Tensor, size: int, base: Tensor | None = None) -> Tensor:
-    """Put values [batch, k, …] at rows `index` [batch, k] of a [batch, size, …] tensor of zeros (or of `base`); −1 is ignored.
+    """Put values [batch, k, …] at rows `index` [batch, k] of a [batch, size, …] tensor of zeros (or of `base`); −1
+    is ignored.
 
     Gradients flow from the result to `values` and `base`.
     """

@@ -61,7 +61,10 @@ class Tokens:
             known = {kind.field: kind.__name__ for kind in Read.__subclasses__()}
             if name not in known:
                 raise AttributeError(f"Tokens has no attribute {name!r}")
-            raise PluginError(f"stage {self._stage!r} reads tokens.{name} without declaring it; add {known[name]}() to the stage's reads")
+            raise PluginError(
+                f"stage {self._stage!r} reads tokens.{name} without declaring it; add {known[name]}() to the "
+                "stage's reads"
+            )
         if name not in self._read:
             self._read[name] = self._fetch[name]()
         return self._read[name]
@@ -77,5 +80,8 @@ class Tokens:
         return torch.where(self.counts > 0, number.clamp(min=1 if share > 0 else 0), 0)
 
     def generator(self, seed: int = 0) -> torch.Generator:
-        """A fresh CPU random generator from the option `seed` and the run's own seed. Make one per row: a row alone must draw the same."""
+        """A fresh CPU random generator from the option `seed` and the run's own seed.
+
+        Make one per row, so that a row in a batch draws what it would draw alone.
+        """
         return torch.Generator().manual_seed(hash((seed, self._seed)) & 0x7FFF_FFFF_FFFF_FFFF)

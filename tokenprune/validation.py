@@ -15,7 +15,9 @@ from tokenprune.state import TokenState, as_mask
 _Refuse: TypeAlias = Callable[[str, str], PluginError]
 
 
-def check_decision(decision: object, state: TokenState, *, who: str, stage: str, target: Tensor, width: int | None = None) -> Decision:
+def check_decision(
+    decision: object, state: TokenState, *, who: str, stage: str, target: Tensor, width: int | None = None
+) -> Decision:
     """Return the decision if it is sound.
 
     Args:
@@ -61,7 +63,9 @@ def _check_index(index: Tensor, exists: Tensor, refuse: _Refuse) -> None:
         return
     low, high = int(index.min()), int(index.max())
     if low < -1 or high >= size:
-        raise refuse(f"index out of range: {low if low < -1 else high}", f"image-token numbers 0 … {size - 1}, −1 as padding")
+        raise refuse(
+            f"index out of range: {low if low < -1 else high}", f"image-token numbers 0 … {size - 1}, −1 as padding"
+        )
     before, after = index[:, :-1], index[:, 1:]
     if ((before < 0) & (after >= 0)).any():
         raise refuse("−1 before a token number", "the padding −1 at the end of a row")
@@ -106,11 +110,17 @@ def _check_merge(decision: Merge, state: TokenState, refuse: _Refuse) -> None:
     if decision.conserves_mass:
         given = (real.sum(1) - 1).abs().masked_fill(~state.active, 0)
         if (given > 1e-4).any():
-            raise refuse("a merge that says it conserves mass but does not", "weights that sum to 1 over k for every active token")
+            raise refuse(
+                "a merge that says it conserves mass but does not",
+                "weights that sum to 1 over k for every active token",
+            )
 
 
 def _check_target(active: Tensor, target: Tensor, refuse: _Refuse) -> None:
     wrong = ((target >= 0) & (active != target)).nonzero().flatten().tolist()
     if wrong:
         row = wrong[0]
-        raise refuse(f"{int(active[row])} active tokens in batch row {row} after the choice", f"the {int(target[row])} that the stage declared")
+        raise refuse(
+            f"{int(active[row])} active tokens in batch row {row} after the choice",
+            f"the {int(target[row])} that the stage declared",
+        )

@@ -34,7 +34,8 @@ class PrunedCacheLayer(DynamicLayer):
         """Append; refused once the pruning context is closed, since only it knows which keys belong to which row."""
         if not self._lease.open:
             raise UnsupportedError(
-                "this KV cache was filled under tokenprune.prune(), whose context is closed; go on generating inside the context"
+                "this KV cache was filled under tokenprune.prune(), whose context is closed; go on generating "
+                "inside the context"
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -76,10 +77,14 @@ def adopt(cache: Any, layers: int, lease: Lease) -> list[PrunedCacheLayer]:
     """
     if not isinstance(cache, Cache) or any(type(own) not in _REPLACEABLE for own in cache.layers):
         kinds = sorted({type(own).__name__ for own in getattr(cache, "layers", [])}) or [type(cache).__name__]
-        raise UnsupportedError(f"KV cache of kind {', '.join(kinds)} found under tokenprune.prune(), expected a DynamicCache")
-    if any(own.get_seq_length() for own in cache.layers):
         raise UnsupportedError(
-            "the KV cache already holds tokens from outside this pruning context; start with an empty cache inside the context"
+            f"KV cache of kind {', '.join(kinds)} found under tokenprune.prune(), expected a DynamicCache"
+        )
+    held: list[Any] = cache.layers
+    if any(own.get_seq_length() for own in held):
+        raise UnsupportedError(
+            "the KV cache already holds tokens from outside this pruning context; start with an empty cache "
+            "inside the context"
         )
     fresh = [PrunedCacheLayer(lease) for _ in range(layers)]
     cache.layers[:] = fresh

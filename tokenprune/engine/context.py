@@ -82,7 +82,9 @@ class PruningRun:
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and getattr(module, "gradient_checkpointing", False):
-            raise UnsupportedError("gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off")
+            raise UnsupportedError(
+                "gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off"
+            )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -183,7 +185,8 @@ def prune_decoder(model: nn.Module, strategy: Strategy, image_tokens: Tensor, **
     with _LOCK:
         if decoder.module in _BUSY:
             raise UnsupportedError(
-                f"{type(decoder.module).__name__} is under tokenprune.prune() already; contexts on one model do not nest"
+                f"{type(decoder.module).__name__} is under tokenprune.prune() already; contexts on one model do "
+                "not nest"
             )
         _BUSY.add(decoder.module)
     try:
@@ -200,7 +203,8 @@ def _fit(mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
     """A mask over the prompt, repeated for returned sequences and extended over tokens generated without a cache."""
     if batch % len(mask) or mask.shape[1] > length:
         raise InputError(
-            f"a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover the expanded prompt"
+            f"a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover the "
+            "expanded prompt"
         )
     mask = mask.repeat_interleave(batch // len(mask), 0)
     rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)

@@ -30,7 +30,8 @@ class Decoder:
             if hasattr(child, "config") and hasattr(child, "layer_idx"):
                 return child
         raise UnsupportedError(
-            f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its attention cannot be read"
+            f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its "
+            "attention cannot be read"
         )
 
     @property
@@ -56,7 +57,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     if len(found) != 1:
         names = ", ".join(type(module).__name__ for module in found) or "none"
         raise UnsupportedError(
-            f"{type(model).__name__}: expected exactly one decoder (a module with layers, rotary_emb and norm), found {names}; "
+            f"{type(model).__name__}: expected exactly one decoder (a module with layers, rotary_emb and norm), "
+            f"found {names}; "
             "hand the decoder itself to tokenprune.prune()"
         )
     module = found[0]

@@ -27,7 +27,9 @@ class Frame:
     index: Tensor
     filled: Tensor
     length: int
-    _masks: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _masks: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, present: Tensor) -> Frame:

@@ -160,7 +160,9 @@ class Prefill(TokenScheduler):
         flags = spread_rows(state.active, layout.slots, layout.image_tokens.shape[1])
         present = (layout.valid & ~layout.image_tokens) | flags
         if not bool(present.any(1).all()):
-            raise EngineError(f"strategy {self.strategy.name!r} left a batch row without any token; rows need at least one text token")
+            raise EngineError(
+                f"strategy {self.strategy.name!r} left a batch row without any token; rows need at least one text token"
+            )
         return Frame.of(present)
 
     def _shorten(self, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
@@ -179,7 +181,8 @@ class Prefill(TokenScheduler):
         """Rotary tables for positions [batch, n]. Raises UnsupportedError for multimodal rotary embeddings."""
         if not isinstance(tables, tuple) or any(table.dim() != 3 for table in tables):
             raise UnsupportedError(
-                f"strategy {self.strategy.name!r} renumbers positions, which is not defined for the rotary embedding of "
+                f"strategy {self.strategy.name!r} renumbers positions, which is not defined for the rotary "
+                "embedding of "
                 f"{type(self.decoder.module).__name__}; use positions='keep'"
             )
         cos, sin = self.decoder.rotary(hidden, position_ids=ids)
@@ -189,7 +192,9 @@ class Prefill(TokenScheduler):
 def _tables(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     tables = kwargs.get("position_embeddings")
     if not isinstance(tables, tuple) or not all(isinstance(table, Tensor) for table in tables):
-        raise UnsupportedError("the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten")
+        raise UnsupportedError(
+            "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
+        )
     return tables
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokenprune.errors import UnsupportedError
 
@@ -84,13 +85,17 @@ class _Tap:
     show: Callable[[Seen], None]
 
 
-def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+def _tapped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     tap: _Tap = getattr(module, _TAP)
     output = tap.inner(module, query, key, value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling")
     causal = kwargs.get("is_causal")
     if kwargs.get("s_aux") is not None:
-        raise UnsupportedError(f"attention of {type(module).__name__} has sink logits, which the attention tap does not read")
+        raise UnsupportedError(
+            f"attention of {type(module).__name__} has sink logits, which the attention tap does not read"
+        )
     seen = Seen(
         query.detach(),
         key.detach(),
@@ -120,19 +125,22 @@ def tap(modules: Mapping[nn.Module, Callable[[Seen], None]]) -> Iterator[None]:
 
 
 def _install(module: nn.Module, show: Callable[[Seen], None]) -> Callable[[], None]:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not hasattr(config, "_attn_implementation"):
         raise UnsupportedError(
-            f"{type(module).__name__} has no config with an attention implementation: it does not use transformers' attention "
+            f"{type(module).__name__} has no config with an attention implementation: it does not use "
+            "transformers' attention "
             "interface, so its attention cannot be read"
         )
     if _TAP in module.__dict__:
         raise UnsupportedError(f"{type(module).__name__} is being read by another run; one run per model at a time")
     name = config._attn_implementation or "eager"
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    inner = AttentionInterface().get(name, eager) if name != "eager" else eager
+    inner = ALL_ATTENTION_FUNCTIONS.get(name, eager) if name != "eager" else eager
     if inner is None:
-        raise UnsupportedError(f"attention implementation {name!r} of {type(module).__name__} is not known to transformers")
+        raise UnsupportedError(
+            f"attention implementation {name!r} of {type(module).__name__} is not known to transformers"
+        )
     private = copy.copy(config)
     private._attn_implementation_internal = _NAME
     module.__dict__[_TAP] = _Tap(inner, show)

@@ -14,7 +14,8 @@ class VisionSource:
     """Answers the reads that come from outside the decoder; model adapters build one per call.
 
     Attributes:
-        answers: kind of read -> a function that takes the read (with its options, such as the tower layer) and gives the value,
+        answers: kind of read -> a function that takes the read (with its options, such as the tower layer) and gives
+            the value,
             already lined up with the batch rows: [batch, N, …].
         layers: layers of the vision tower, 0 where there is none.
     """

@@ -1,0 +1,79 @@
+"""The definition of pruning, computed the slow way: every layer on the full sequence, with masks.
+
+In layer l, positions that are not active are hidden as keys and their hidden states pass through unchanged. An engine
+that computes on shortened sequences has to give the same. Nothing here uses the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.layout import SequenceLayout
+from tokenprune.testing.scripts import Scripted
+
+
+@torch.no_grad()
+def masked_full_length(
+    decoder: Any, embeds: Tensor, layout: SequenceLayout, script: Scripted, position_ids: Tensor
+) -> Tensor:
+    """Final hidden states (after the final norm) [batch, S, width] of a scripted schedule.
+
+    Args:
+        decoder: a LLaMA-like decoder stack (layers, rotary_emb, norm).
+        embeds: [batch, S, width].
+        layout: of the batch.
+        script: the decisions.
+        position_ids: int64 [batch, S], the positions that the untouched model would use.
+    """
+    hidden = embeds.clone()
+    present = layout.valid.clone()
+    alive = {"active": layout.image_tokens.clone()}
+    touched = False
+    for number, layer in enumerate(decoder.layers):
+        for step in script.steps:
+            if step.layer == number:
+                hidden = _apply(step.decision, hidden, layout, alive)
+                present = (layout.valid & ~layout.image_tokens) | alive["active"]
+                touched = True
+        ids = position_ids
+        if script.positions == "renumber" and touched:
+            ids = (present.long().cumsum(1) - 1).clamp(min=0)
+        output = layer(
+            hidden,
+            attention_mask=_mask(present),
+            position_embeddings=decoder.rotary_emb(hidden, position_ids=ids),
+            position_ids=ids,
+        )
+        hidden = torch.where(present[..., None], output, hidden)
+    normed: Tensor = decoder.norm(hidden)
+    return normed
+
+
+def _mask(present: Tensor) -> Tensor:
+    length = present.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    itself = torch.eye(length, dtype=torch.bool)  # hidden positions see themselves: their output is thrown away
+    seen = (causal & present[:, None, :]) | itself
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+
+
+def _apply(decision: Decision, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+    hidden = hidden.clone()
+    before = hidden.clone()
+    for row, numbers in enumerate(decision.index.tolist()):
+        slots = layout.image_tokens[row].nonzero().flatten().tolist()
+        chosen = [slots[n] for n in numbers if n >= 0]
+        for k, slot in enumerate(chosen):
+            if isinstance(decision, Merge) and decision.values is None:
+                parts = [decision.weights[row, k, j] * before[row, slots[j]] for j in range(len(slots))]
+                hidden[row, slot] = torch.stack(parts).sum(0)
+            elif decision.values is not None:
+                hidden[row, slot] = decision.values[row, k]
+        if isinstance(decision, (Keep, Merge)):
+            alive["active"][row] = False
+        alive["active"][row, chosen] = True
+    return hidden

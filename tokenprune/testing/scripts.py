@@ -1,0 +1,109 @@
+"""Scripted strategies: schedules whose decisions are fixed in advance, so that an engine can be held to an oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scripted decision on entering `layer`."""
+
+    layer: int
+    decision: Decision
+
+
+class Scripted(Strategy):
+    """Answers its stages with decisions fixed in advance."""
+
+    name = "scripted"
+
+    def __init__(self, steps: Sequence[Step], *, positions: str = "keep") -> None:
+        super().__init__()
+        self.steps = list(steps)
+        self.positions = positions  # type: ignore[assignment]
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One stage a step."""
+        return [Stage(str(number), step.layer) for number, step in enumerate(self.steps)]
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """The scripted decision."""
+        return self.steps[int(stage.name)].decision
+
+    def row(self, number: int, count: int) -> Scripted:
+        """The same script for one batch row alone, of `count` image tokens."""
+        return Scripted([Step(s.layer, _row(s.decision, number, count)) for s in self.steps], positions=self.positions)
+
+
+def random_script(
+    exists: Tensor, layers: int, width: int, seed: int, *, merges: bool = True, positions: str = "keep"
+) -> Scripted:
+    """A random sequence of keep, park, restore and merge decisions that fit each other.
+
+    Args:
+        exists: bool [batch, N].
+        layers: decoder layers.
+        width: hidden size, for new values.
+        seed: of the draw.
+        merges: whether to merge.
+        positions: position policy.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def chance(shape: Sequence[int], share: float) -> Tensor:
+        return torch.rand(tuple(shape), generator=draw) < share
+
+    active, parked = exists.clone(), torch.zeros_like(exists)
+    steps: list[Step] = []
+    for layer in range(layers):
+        if not chance((1,), 0.6).item():
+            continue
+        kind = int(torch.randint(0, 4, (1,), generator=draw))
+        share = float(torch.rand(1, generator=draw))
+        if kind == 2:
+            back = parked & chance(parked.shape, 0.5 + share / 2)
+            values = torch.randn(*back.shape, width, generator=draw) if chance((1,), 0.3).item() else None
+            decision: Decision = Restore.where(back, values=values)
+            active, parked = active | back, parked & ~back
+        else:
+            kept = active & chance(active.shape, share)
+            if kind == 3 and merges:
+                decision = _random_merge(kept, active, draw)
+            else:
+                rest = "park" if kind == 1 else "drop"
+                decision = Keep.where(kept, rest=rest)
+                parked = parked | (active & ~kept) if rest == "park" else parked
+            active = kept
+        steps.append(Step(layer, decision))
+    return Scripted(steps, positions=positions)
+
+
+def _random_merge(kept: Tensor, active: Tensor, draw: torch.Generator) -> Merge:
+    index = Keep.where(kept).index
+    weights = torch.rand(*index.shape, active.shape[1], generator=draw)
+    weights = weights * (weights < 0.3) * active[:, None]
+    own = torch.zeros_like(weights).scatter_(2, index.clamp(min=0)[..., None], 1.0)
+    weights = (weights + own) / (weights + own).sum(2, keepdim=True)
+    return Merge(index, weights=weights.masked_fill((index < 0)[..., None], 0))
+
+
+def _row(decision: Decision, row: int, count: int) -> Decision:
+    index = decision.index[row : row + 1]
+    width = int((index >= 0).sum())
+    index = index[:, :width]
+    values = None if decision.values is None else decision.values[row : row + 1, :width]
+    if isinstance(decision, Merge):
+        return Merge(index, values=values, weights=decision.weights[row : row + 1, :width, :count])
+    if isinstance(decision, Restore):
+        return Restore(index, values=values)
+    assert isinstance(decision, Keep)
+    return Keep(index, values=values, rest=decision.rest)

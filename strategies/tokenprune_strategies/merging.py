@@ -55,7 +55,7 @@ def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
 def place(
     image: Tensor, kept: Tensor, weights: Tensor, size: int, positions: Positions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the tokens of one image their places: slots int64 [m] ascending, origins int64 [m], weights float32 [m, size].
+    """Place the tokens of one image: slots int64 [m] ascending, origins int64 [m], weights float32 [m, size].
 
     "renumber" takes the image's first slots, in the given order. "keep" leaves every kept token at its own slot and
     puts the extra one at the first dropped slot after the last kept, or else at the last dropped one (ours).

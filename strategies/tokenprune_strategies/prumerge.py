@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,8 +34,8 @@ class PruMerge(Strategy):
     class Options(StrategyOptions):
         """Options of PruMerge and PruMerge+."""
 
-        ratio: Literal["adaptive"] | float = Field(
-            "adaptive", gt=0, le=1, description="share of the tokens taken by attention; adaptive = share of outliers"
+        ratio: Literal["adaptive"] | Annotated[float, Field(gt=0, le=1)] = Field(
+            "adaptive", description="share of the tokens taken by attention; adaptive = share of outliers"
         )
         keep: Amount | None = Field(
             None, description="tokens left in a row, the extra ones included: an int or a share; overrides ratio"

@@ -39,7 +39,7 @@ def apportion(total: int, sizes: Sequence[int], least: int = 0) -> list[int]:
         least: what every part that is not empty gets if `total` allows; else the largest parts get it.
     """
     available = sum(sizes)
-    total = min(total, available)
+    total = max(0, min(total, available))
     quotas = [total * size / available if available else 0.0 for size in sizes]
     shares = [min(size, max(least, int(quota))) for size, quota in zip(sizes, quotas, strict=True)]
     parts = range(len(sizes))

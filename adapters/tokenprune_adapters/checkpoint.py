@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,12 +67,12 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """The tensors of a folder by name, read when asked for.
 
-    Files are opened when the first of their tensors is read. `.bin` files are read with `weights_only=True`, memory-mapped
-    where their format allows it.
+    Files are opened when the first of their tensors is read. `.bin` files are read with `weights_only=True`,
+    memory-mapped where their format allows it.
 
     Raises:
-        CheckpointError: at construction, if the folder holds no weight file or an index names a file that is not there; when
-            reading, if a file is damaged or lacks a tensor that its index promises.
+        CheckpointError: at construction, if the folder holds no weight file or an index names a file that is not
+            there; when reading, if a file is damaged or lacks a tensor that its index promises.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -183,27 +183,30 @@ class _damage_named:
             ) from error
 
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
 @dataclass(frozen=True)
-class Part:
+class Part(Generic[ModuleT]):
     """A module built on the meta device, and the checkpoint's name for each of its parameters.
 
     Several parameters may have one name: they become copies of one tensor.
     """
 
-    module: nn.Module
+    module: ModuleT
     names: Mapping[str, str]
 
 
 def load_parts(
     checkpoint: Checkpoint,
-    parts: Sequence[Part],
+    parts: Sequence[Part[Any]],
     dtype: torch.dtype,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Fill modules from a checkpoint, without a second copy of the weights.
 
-    Everything is checked before the first tensor is read: each parameter has its tensor, of the right shape, and each tensor
-    of the checkpoint is used or ignored.
+    Everything is checked before the first tensor is read: each parameter has its tensor, of the right shape, and each
+    tensor of the checkpoint is used or ignored.
 
     Args:
         checkpoint: where the tensors are.
@@ -212,7 +215,8 @@ def load_parts(
         ignore: tells which names of the checkpoint may be left over.
 
     Raises:
-        CheckpointError: tensors are missing, of another shape, or left over; up to three are named, and all are counted.
+        CheckpointError: tensors are missing, of another shape, or left over; up to three are named, and all are
+            counted.
     """
     expected = {
         source: tuple(tensor.shape)

@@ -1,4 +1,4 @@
-"""CLIP vision towers: finding, loading, preprocessing and the features that a LLaVA-like projector reads."""
+"""CLIP vision towers: finding, loading and preprocessing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tokenprune.errors import CheckpointError
@@ -23,8 +23,8 @@ def find_tower(folder: Path, config: dict[str, Any], vision_tower: str | Path | 
     Args:
         folder: the checkpoint.
         config: its config.json, which names the tower.
-        vision_tower: folder or hub id that the caller asked for; else the folder `vision_tower` in the checkpoint; else the
-            name in `config`, as a path or a hub id.
+        vision_tower: folder or hub id that the caller asked for; else the folder `vision_tower` in the checkpoint;
+            else the name in `config`, as a path or a hub id.
 
     Raises:
         CheckpointError: none of them can be had.
@@ -58,7 +58,7 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
     sizes = {name: values[name] for name in _CONFIG_FIELDS if values.get(name) is not None}
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
-        tower = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
+        tower: CLIPVisionModel = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
     checkpoint = Checkpoint(folder)
     # Some releases of transformers keep the tower one level down, and so do the files.
     flat = {name.removeprefix("vision_model."): name for name in checkpoint.names()}
@@ -72,10 +72,11 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
         dtype,
         ignore=lambda name: name.startswith(_NOT_VISION) or name.endswith("position_ids"),
     )
-    embeddings = next(module for module in tower.modules() if type(module).__name__ == "CLIPVisionEmbeddings")
+    embeddings: Any = next(module for module in tower.modules() if type(module).__name__ == "CLIPVisionEmbeddings")
     positions = torch.arange(embeddings.position_embedding.num_embeddings).expand(1, -1)
     embeddings.register_buffer("position_ids", positions, persistent=False)
-    return tower.eval()
+    tower.eval()
+    return tower
 
 
 _CONFIG_FIELDS = (
@@ -96,15 +97,16 @@ class ClipPixels:
 
     Args:
         folder: holds `preprocessor_config.json`; without it CLIP's own constants at the tower's image size are taken.
-        image_size: the tower's.
+        tower: the vision model.
     """
 
-    def __init__(self, folder: Path, image_size: int) -> None:
+    def __init__(self, folder: Path, tower: CLIPVisionModel) -> None:
         file = folder / "preprocessor_config.json"
         options = read_json(file) if file.is_file() else {}
         for name in ("image_processor_type", "feature_extractor_type", "processor_class"):
             options.pop(name, None)
         if not options:
+            image_size = tower.config.image_size
             options = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
         self._processor = _processor_class()(**options)
 
@@ -113,26 +115,34 @@ class ClipPixels:
         pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"]
         return pixels
 
+    def picture(self, pixels: Tensor) -> Tensor:
+        """The picture that pixels float32 [B, 3, H, W] were made of, resized and cropped: uint8 [B, H, W, 3]."""
+        mean = torch.tensor(self._processor.image_mean).view(3, 1, 1)
+        std = torch.tensor(self._processor.image_std).view(3, 1, 1)
+        values: Tensor = (pixels.float().cpu() * std + mean) / self._processor.rescale_factor
+        return values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """(top, left, bottom, right): the part of an image that is left after resizing and cropping, in its own pixels.
+
+        Args:
+            height, width: of the image.
+        """
+        if not self._processor.do_center_crop:
+            return 0.0, 0.0, float(height), float(width)
+        size, crop = self._processor.size, self._processor.crop_size
+        if size.get("shortest_edge"):
+            short = min(height, width)
+            resized = (int(size["shortest_edge"] * height / short), int(size["shortest_edge"] * width / short))
+        else:
+            resized = (size["height"], size["width"])
+        top, left = (resized[0] - crop["height"]) // 2, (resized[1] - crop["width"]) // 2
+        rows, columns = height / resized[0], width / resized[1]
+        return top * rows, left * columns, (top + crop["height"]) * rows, (left + crop["width"]) * columns
+
 
 def _processor_class() -> Any:
     import transformers
 
     # Older releases call the PIL-based processor by the name that newer ones give to the torchvision-based one.
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-
-
-def patch_features(tower: nn.Module, pixels: Tensor, select_layer: int = -2) -> Tensor:
-    """Features that the projector reads.
-
-    Args:
-        tower: the vision model.
-        pixels: [B, 3, H, W].
-        select_layer: index into the tower's hidden states, the embedding output being number 0.
-
-    Returns:
-        [B, N, C] in row-major order of the patches, without CLS.
-    """
-    pixels = pixels.to(device=next(tower.parameters()).device, dtype=next(tower.parameters()).dtype)
-    states = tower(pixels, output_hidden_states=True).hidden_states
-    features: Tensor = states[select_layer][:, 1:]
-    return features

@@ -24,6 +24,11 @@ class Generated:
     ids: list[list[int]]
     states: Tensor
 
+    def where(self, token: int) -> tuple[list[int], list[int]]:
+        """Prompt numbers and steps at which a token was said, prompt by prompt."""
+        found = [(row, step) for row, ids in enumerate(self.ids) for step, new in enumerate(ids) if new == token]
+        return [row for row, _ in found], [step for _, step in found]
+
 
 def generate(
     decoder: LlamaForCausalLM, inputs: DecoderInputs, max_new_tokens: int, eos_ids: Collection[int]
@@ -48,7 +53,7 @@ def generate(
         output = decoder.model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        state = output.last_hidden_state[:, -1]
+        state = output.last_hidden_state[:, -1].to(mask.device)
         token = decoder.lm_head(state).argmax(-1).to(mask.device)
         states.append(state)
         steps.append(token)

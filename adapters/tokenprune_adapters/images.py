@@ -18,8 +18,9 @@ def to_rgb(image: ImageInput) -> Image.Image:
     """The image as PIL RGB.
 
     Args:
-        image: a path (turned upright by its EXIF orientation, ours); a PIL image; a numpy array [H, W, 3 or 4] or [H, W]; a
-            torch tensor [3, H, W], [1, H, W], [H, W, 3] or [H, W]. Integer values are 0…255, floating-point values 0…1.
+        image: a path (turned upright by its EXIF orientation, ours); a PIL image; a numpy array [H, W, 3 or 4] or [H,
+            W]; a torch tensor [3, H, W], [1, H, W], [H, W, 3] or [H, W]. Integer values are 0…255, floating-point
+            values 0…1.
 
     Raises:
         InputError: no such file, not an image, or an array of another shape or range.

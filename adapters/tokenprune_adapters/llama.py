@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenprune.errors import CheckpointError, UnsupportedError
@@ -35,7 +34,9 @@ _FIELDS = (
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 
 
-def build_llama(checkpoint: Checkpoint, config: dict[str, Any], attn_implementation: str | None = None) -> Part:
+def build_llama(
+    checkpoint: Checkpoint, config: dict[str, Any], attn_implementation: str | None = None
+) -> Part[LlamaForCausalLM]:
     """A decoder on the meta device and the names to fill it from.
 
     The configuration is taken field by field, because the checkpoints call their model type "llava", which transformers
@@ -73,7 +74,7 @@ def finish_llama(decoder: LlamaForCausalLM) -> None:
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is a rotary table, which old checkpoints hold in reduced precision and which is computed anew."""
+    """Whether a tensor is a rotary table: old checkpoints hold them in reduced precision, so they are computed anew."""
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -82,7 +83,8 @@ def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.
 
     Args:
         decoder: on the CPU.
-        device_map: a strategy name of accelerate ("auto", "balanced", "sequential"), a device, or a module-to-device mapping.
+        device_map: a strategy name of accelerate ("auto", "balanced", "sequential"), a device, or a module-to-device
+            mapping.
 
     Returns:
         The device of the embedding table, where everything that is not the decoder should live.
@@ -94,15 +96,18 @@ def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.
         import accelerate
     except ImportError as error:
         raise UnsupportedError("device_map= needs the package accelerate; install it, or use device=") from error
-    if isinstance(device_map, str) and device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-        device_map = {"": device_map}
-    if isinstance(device_map, str):
+    if not isinstance(device_map, str):
+        places = device_map
+    elif device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        places = {"": device_map}
+    else:
         blocks = [type(decoder.model.layers[0]).__name__]
         memory = accelerate.utils.get_balanced_memory(
             decoder, no_split_module_classes=blocks, low_zero=device_map == "balanced_low_0"
         )
         limits = None if device_map == "sequential" else memory
-        device_map = accelerate.infer_auto_device_map(decoder, max_memory=limits, no_split_module_classes=blocks)
-    accelerate.dispatch_model(decoder, device_map=device_map)
-    embedding: nn.Module = decoder.get_input_embeddings()
-    return torch.device(device_map.get("model.embed_tokens", next(iter(device_map.values()))))
+        places = accelerate.infer_auto_device_map(decoder, max_memory=limits, no_split_module_classes=blocks)
+    accelerate.dispatch_model(decoder, device_map=places)
+    table: Any = decoder.model.embed_tokens
+    home: torch.device = table.weight.device
+    return torch.device("cpu") if home.type == "meta" else home  # offloaded weights are shown as meta

@@ -1,10 +1,9 @@
-"""Prompts of the LLaVA-1 generation: the conversation template, the image placeholder, and the decoder input they make."""
+"""Prompts of the LLaVA-1 generation: the conversation template, the image placeholder, the decoder input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,8 @@ def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
     pieces = prompt.split(IMAGE_PLACEHOLDER)
     if len(pieces) != 2:
         raise InputError(
-            f"the prompt has {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, expected it once, where the image goes: {prompt[:80]!r}"
+            f"the prompt has {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, expected it once, where the image goes: "
+            f"{prompt[:80]!r}"
         )
     before, after = pieces
     return [*tokenizer.encode(before), IMAGE_ID, *tokenizer.encode(after, bos=False)]
@@ -53,8 +53,7 @@ class DecoderInputs:
         token_ids: int64 [B, S], `IMAGE_ID` at every image token, the padding id at padding.
         image_tokens: bool [B, S].
         seg: bool [B, S], positions of [SEG] tokens.
-        mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding; where a prompt
-            is still to be answered, its last position, which is the one that could predict a [SEG].
+        mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding.
     """
 
     inputs_embeds: Tensor
@@ -70,7 +69,7 @@ def splice(
     image_embeddings: Tensor,
     embed_tokens: nn.Module,
     seg_ids: Sequence[int],
-    padding: Literal["right", "left"],
+    continues: bool = False,
     pad_id: int = 0,
 ) -> DecoderInputs:
     """Decoder inputs of several prompts about one image.
@@ -80,7 +79,8 @@ def splice(
         image_embeddings: [1, N, H] of the image, the same for all prompts.
         embed_tokens: the decoder's embedding table.
         seg_ids: ids that ask for a mask.
-        padding: side of the padding; "left" for prompts that are to be continued.
+        continues: the prompts are to be continued: padding goes to the left, and the mask query is their last
+            position, the first that could predict a [SEG].
         pad_id: id whose embedding fills the padding (it is masked).
     """
     count = image_embeddings.shape[1]
@@ -89,6 +89,7 @@ def splice(
     for ids in prompts:
         at = list(ids).index(IMAGE_ID)
         expanded.append(torch.tensor([*ids[:at], *[IMAGE_ID] * count, *ids[at + 1 :]], device=device))
+    padding = "left" if continues else "right"
     token_ids = pad_sequence(expanded, batch_first=True, padding_value=pad_id, padding_side=padding)
     lengths = [torch.ones_like(ids) for ids in expanded]
     attention_mask = pad_sequence(lengths, batch_first=True, padding_value=0, padding_side=padding)
@@ -99,8 +100,8 @@ def splice(
     inputs_embeds = text.masked_scatter(image_tokens[..., None], rows)
     seg = torch.isin(token_ids, torch.tensor(list(seg_ids), device=device)) & attention_mask.bool()
     mask_query = torch.zeros_like(seg)
-    mask_query[:, :-1] = seg[:, 1:]
-    last = attention_mask.shape[1] - 1 - attention_mask.flip(1).argmax(1)
-    unanswered = ~seg.any(1)
-    mask_query[unanswered, last[unanswered]] = True
+    if continues:
+        mask_query[:, -1] = True
+    else:
+        mask_query[:, :-1] = seg[:, 1:]
     return DecoderInputs(inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query)

@@ -34,8 +34,8 @@ class MaskSizes:
 def preprocess(image: Image.Image, square: int) -> tuple[Tensor, MaskSizes]:
     """An RGB image as SAM's encoder wants it (Kirillov et al., 2023).
 
-    The longest side becomes `square` pixels (PIL, bilinear), values are normalised, and only then the right and bottom are padded
-    with zeros.
+    The longest side becomes `square` pixels (PIL, bilinear), values are normalised, and only then the right and
+    bottom are padded with zeros.
 
     Returns:
         Pixels float32 [1, 3, square, square], and the sizes to undo it.
@@ -73,7 +73,8 @@ def low_res_logits(sam: SamModel, image_embedding: Tensor, prompts: Tensor) -> t
     positions = sam.get_image_wide_positional_embeddings().to(image_embedding)
     _, dense = sam.prompt_encoder(input_points=None, input_labels=None, input_boxes=None, input_masks=None)
     masks, scores = [], []
-    for chunk in prompts.split(MASKS_AT_ONCE):
+    for start in range(0, len(prompts), MASKS_AT_ONCE):
+        chunk = prompts[start : start + MASKS_AT_ONCE]
         mask, score = sam.mask_decoder(
             image_embeddings=image_embedding,
             image_positional_embeddings=positions,

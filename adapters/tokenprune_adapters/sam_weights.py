@@ -66,7 +66,7 @@ def original_name(name: str, iou_head_depth: int = 3) -> str:
     return name
 
 
-def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | None = None) -> Part:
+def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | None = None) -> Part[SamModel]:
     """A SAM model on the meta device, of the sizes of a checkpoint, and the names to fill it from.
 
     Args:
@@ -78,17 +78,17 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
         CheckpointError: a tensor that tells a size is missing, or the shapes contradict each other.
     """
     config = sam_config(checkpoint, prefix, mask_decoder_heads or MASK_DECODER_HEADS)
-    depth = config.mask_decoder_config.iou_head_depth
+    decoder: Any = config.mask_decoder_config
     with torch.device("meta"):
         try:
             sam = SamModel(config)
         except ValueError as error:
             raise CheckpointError(
-                f"{checkpoint.folder}: a mask decoder {config.mask_decoder_config.hidden_size} wide cannot have "
-                f"{config.mask_decoder_config.num_attention_heads} heads ({error}); "
+                f"{checkpoint.folder}: a mask decoder {decoder.hidden_size} wide cannot have "
+                f"{decoder.num_attention_heads} heads ({error}); "
                 "set 'sam_mask_decoder_heads' in config.json"
             ) from error
-    names = {name: prefix + original_name(name, depth) for name in sam.state_dict()}
+    names = {name: prefix + original_name(name, decoder.iou_head_depth) for name in sam.state_dict()}
     return Part(sam.eval(), names)
 
 

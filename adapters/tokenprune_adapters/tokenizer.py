@@ -1,8 +1,9 @@
-"""LLaMA's sentencepiece tokenizer with added tokens, with the ids that models of the LLaVA-1 generation were trained on.
+"""LLaMA's sentencepiece tokenizer with added tokens, with the ids that the LLaVA-1 generation was trained on.
 
-Those models were trained with the slow tokenizer of transformers 4.31, whose added tokens swallow the white space on both
-sides and whose text after an added token starts a new word. Newer tokenizers give other ids for the same files, which moves
-the position that a mask is read from. This one runs sentencepiece itself, and so keeps the ids under any transformers.
+Those models were trained with the slow tokenizer of transformers 4.31, whose added tokens swallow the white space on
+both sides and whose text after an added token starts a new word. Newer tokenizers give other ids for the same files,
+which moves the position that a mask is read from. This one runs sentencepiece itself, and so keeps the ids under any
+transformers.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class LlamaSlowTokenizer:
             ids += self._pieces.EncodeAsIds(text[start : found.start()])
             ids.append(self._special[found.group().strip()])
             start = found.end()
-        return ids + self._pieces.EncodeAsIds(text[start:])
+        ids += self._pieces.EncodeAsIds(text[start:])
+        return ids
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """Text of ids; added tokens are set off by spaces.

@@ -72,8 +72,8 @@ def load_lisa(
         attn_implementation: of decoder and tower, as in transformers.
 
     Raises:
-        CheckpointError: a file or tensor is missing, damaged, unexpected or mis-shaped, the tokenizer or the tower does not
-            belong to it, or it is of another family.
+        CheckpointError: a file or tensor is missing, damaged, unexpected or mis-shaped, the tokenizer or the tower
+            does not belong to it, or it is of another family.
         OptionError: an unknown dtype or device, or both device= and device_map=.
     """
     if device is not None and device_map is not None:
@@ -94,17 +94,17 @@ def load_lisa(
     reads = checkpoint.shape(PROJECTOR + "weight")[-1]
     if reads != tower.config.hidden_size:
         raise CheckpointError(
-            f"vision tower {tower_folder} has features {tower.config.hidden_size} wide, but the projector of {folder} reads "
-            f"{reads}; pass vision_tower= the folder of the tower that the checkpoint was trained with"
+            f"vision tower {tower_folder} has features {tower.config.hidden_size} wide, but the projector of {folder} "
+            f"reads {reads}; pass vision_tower= the folder of the tower that the checkpoint was trained with"
         )
     llama = build_llama(checkpoint, config, attn_implementation)
     sam = build_sam(checkpoint, SAM_PREFIX, config.get("sam_mask_decoder_heads"))
     width = llama.module.config.hidden_size
-    channels = sam.module.config.prompt_encoder_config.hidden_size
+    channels = sam.module.prompt_encoder.hidden_size
     with torch.device("meta"):
         projector = nn.Linear(reads, width)
         mask_projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, channels))
-    parts = [
+    parts: list[Part[Any]] = [
         llama,
         sam,
         Part(projector, {name: PROJECTOR + name for name in projector.state_dict()}),
@@ -120,16 +120,18 @@ def load_lisa(
         sam=sam.module,
         mask_projection=mask_projection,
         tokenizer=tokenizer,
-        clip_pixels=ClipPixels(tower_folder, tower.config.image_size),
+        clip_pixels=ClipPixels(tower_folder, tower),
         select_layer=int(config.get("mm_vision_select_layer", -2)),
         mark_image=bool(config.get("mm_use_im_start_end", False)),
         name=folder.name,
     ).eval()
     if device_map is None:
-        return model.to(target)
+        model.to(device=target)
+        return model
     home = place(decoder, device_map)
-    for part in (tower, projector, sam.module, mask_projection):
-        part.to(home)
+    others: list[nn.Module] = [tower, projector, sam.module, mask_projection]
+    for module in others:
+        module.to(device=home)
     return model
 
 
@@ -137,8 +139,9 @@ def _refuse_other_families(checkpoint: Checkpoint, config: Mapping[str, Any]) ->
     if any(name.startswith(SAM_PREFIX + "image_encoder.") for name in checkpoint.names()):
         return
     raise CheckpointError(
-        f"{checkpoint.folder} is no LISA checkpoint: it has no tensors under {SAM_PREFIX}image_encoder, and config.json says "
-        f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}; load it with its own adapter"
+        f"{checkpoint.folder} is no LISA checkpoint: no tensors are under {SAM_PREFIX}image_encoder, and config.json "
+        f"says architectures {config.get('architectures')}, model_type {config.get('model_type')!r}; "
+        "load it with its own adapter"
     )
 
 
@@ -165,6 +168,6 @@ def _dtype(
             return torch.float32
         return checkpoint.tensor("model.embed_tokens.weight").dtype
     found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")
     return found

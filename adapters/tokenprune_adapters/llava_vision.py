@@ -1,0 +1,119 @@
+"""What a CLIP tower and a projector offer to strategies: features, [CLS] attention, keys, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine.tap import Seen, tap
+from tokenprune.engine.vision import VisionSource
+from tokenprune.errors import InputError
+from tokenprune.reads import ClsAttention, ClsQuery, Pixels, Projector, Read, TowerFeatures, TowerKeys
+
+
+@dataclass(frozen=True)
+class TowerRun:
+    """One image in the tower, kept so that strategies can ask for more than the features.
+
+    Queries and keys of a layer are computed when first asked for, by that layer's own attention on the states that it
+    had, and then remembered.
+
+    Args:
+        tower: the CLIP vision model.
+        states: its hidden states, [1, 1 + N, C] each; `states[i]` enters layer i.
+        features: [1, N, C], what the projector reads.
+    """
+
+    tower: nn.Module
+    states: tuple[Tensor, ...]
+    features: Tensor
+    _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
+
+    @property
+    def layers(self) -> int:
+        """Number of the tower's layers."""
+        return len(self.states) - 1
+
+    def seen(self, layer: int) -> Seen:
+        """What the attention of a layer computes with.
+
+        Args:
+            layer: 0-based, or negative from the end.
+
+        Raises:
+            InputError: the tower has no such layer.
+        """
+        number = layer + self.layers if layer < 0 else layer
+        if not 0 <= number < self.layers:
+            raise InputError(f"tower layer {layer} was asked for, but the vision tower has {self.layers} layers")
+        if number not in self._seen:
+            block = _blocks(self.tower)[number]
+
+            def keep(seen: Seen) -> None:
+                self._seen[number] = seen
+
+            with torch.no_grad(), tap({block.self_attn: keep}):
+                block.self_attn(block.layer_norm1(self.states[number]), attention_mask=None)
+        return self._seen[number]
+
+    def cls_attention(self, layer: int) -> Tensor:
+        """float32 [1, N]: attention of [CLS] to the patches, softmax over [CLS] and patches, mean over heads."""
+        first = torch.zeros(1, 1, dtype=torch.int64, device=self.features.device)
+        return self.seen(layer).attention(first)[:, :, 0, 1:].mean(1)
+
+    def cls_query(self, layer: int) -> Tensor:
+        """float32 [1, C]: the query of [CLS], heads concatenated, not scaled."""
+        return self.seen(layer).query[:, :, 0].flatten(1).float()
+
+    def keys(self, layer: int) -> Tensor:
+        """float32 [1, 1 + N, C]: keys, heads concatenated, [CLS] first."""
+        return self.seen(layer).key.transpose(1, 2).flatten(2).float()
+
+
+def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2) -> TowerRun:
+    """Run the tower on one image.
+
+    Args:
+        tower: the CLIP vision model.
+        pixels: [1, 3, H, W].
+        select_layer: index into the hidden states, number 0 being the embeddings, of what the projector reads. [CLS]
+            is left out.
+    """
+    weight = next(tower.parameters())
+    states = tower(pixels.to(device=weight.device, dtype=weight.dtype), output_hidden_states=True).hidden_states
+    return TowerRun(tower, tuple(states), states[select_layer][:, 1:])
+
+
+def vision_source(
+    run: TowerRun, projector: Callable[[Tensor], Tensor], pixels: Callable[[], Tensor], rows: int
+) -> VisionSource:
+    """The answers to everything that strategies may read from the vision side.
+
+    Args:
+        run: the tower's run on the one image that all batch rows are about.
+        projector: [B, k, C] to [B, k, H].
+        pixels: gives the picture as the tower's grid divides it, uint8 [1, h, w, 3].
+        rows: number of batch rows.
+    """
+
+    def for_rows(value: Tensor) -> Tensor:
+        return value.expand(rows, *value.shape[1:])
+
+    answers: dict[type[Read], Callable[[Any], Any]] = {
+        TowerFeatures: lambda read: for_rows(run.features),
+        ClsAttention: lambda read: for_rows(run.cls_attention(read.layer)),
+        ClsQuery: lambda read: for_rows(run.cls_query(read.layer)),
+        TowerKeys: lambda read: for_rows(run.keys(read.layer)),
+        Projector: lambda read: projector,
+        Pixels: lambda read: for_rows(pixels()),
+    }
+    return VisionSource(answers, run.layers)
+
+
+def _blocks(tower: nn.Module) -> Any:
+    inner: Any = getattr(tower, "vision_model", tower)  # nested in some releases of transformers
+    return inner.encoder.layers

@@ -33,12 +33,14 @@ class Ledger:
         other_tokens: every other real token of each row.
         entries: one per decoder layer, in order.
         sequence: positions of a row before any pruning, padding included; 0 = as many as the longest row has tokens.
+        merge_weights: weights that merges applied to hidden states, all rows together (tokens after · tokens before).
     """
 
     image_tokens: tuple[int, ...]
     other_tokens: tuple[int, ...]
     entries: list[LayerEntry] = field(default_factory=list)
     sequence: int = 0
+    merge_weights: int = 0
 
     @property
     def width(self) -> int:

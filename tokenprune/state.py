@@ -76,7 +76,7 @@ class TokenState:
         lineage = weights != 0
         if self.lineage is not None:
             lineage = torch.einsum("bkj,bji->bki", lineage.float(), carried.float()) > 0
-        mass = torch.einsum("bkj,bj->bk", weights, self.mass)
+        mass = (weights * self.mass[:, None]).sum(2)
         kept_parked = self.parked[:, :, None] & carried
         origin = torch.where(decision.index >= 0, decision.index, -1) if decision.origin is None else decision.origin
         # a token that moved to another slot brings the place that it had itself

@@ -23,16 +23,16 @@ class Flops:
         convention: how they were counted; figures of different conventions cannot be compared.
         by_layer: every decoder layer, without scoring.
         scorer: attention rows that were computed for strategies only.
+        merge: weighted sums of hidden states.
         lm_head: the output projection, at the positions it ran on.
-        rotary: the rotary angles, once per pass.
         fixed: parts that do not depend on pruning, by name (tower, projector, mask head).
     """
 
     convention: Convention
     by_layer: tuple[int, ...]
     scorer: int = 0
+    merge: int = 0
     lm_head: int = 0
-    rotary: int = 0
     fixed: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -48,8 +48,8 @@ class Flops:
     @property
     def parts(self) -> dict[str, int]:
         """Every part by name; they sum to `total`."""
-        own = {"decoder": self.decoder, "scorer": self.scorer, "lm_head": self.lm_head, "rotary": self.rotary}
-        return {**own, **self.fixed}
+        own = ("decoder", "scorer", "merge", "lm_head")
+        return {**{name: getattr(self, name) for name in own}, **self.fixed}
 
     @property
     def total(self) -> int:
@@ -88,8 +88,9 @@ def count_flops(
     - `pdrop`: 4nd² + 2n²d + 3ndm, 1 per multiply-add (PyramidDrop, arXiv 2410.17247). Counts image tokens only.
     - `exact` (ours): 2 per multiply-add, every matmul that really runs: q, k, v, o with grouped heads, QKᵀ and PV over
       the full width (fillers and padding included, the causal half not taken off, as attention kernels are
-      conventionally counted), the MLP, `lm_head`, scored attention rows, rotary angles and the fixed parts. Equals
-      `torch.utils.flop_counter` on a real run (see `flop_counter` for its one gap).
+      conventionally counted), the MLP, `lm_head`, scored attention rows, merges of states, and the fixed parts. Equals
+      `torch.utils.flop_counter` on a real run (see `flop_counter` for its one gap, `ChoiceMeter` for matmuls inside a
+      strategy). The account that a run keeps of itself is not counted.
 
     Args:
         ledger: of a run, or from `declared_ledger`.
@@ -142,6 +143,6 @@ def _exact(ledger: Ledger, spec: DecoderSpec, logit_positions: int, fixed: dict[
         rows * (2 * entry.width * (projections + mlp) + 4 * entry.width**2 * attention) for entry in ledger.entries
     )
     scorer = sum(2 * rows * entry.scored_rows * entry.width * attention for entry in ledger.entries)
+    merge = 2 * ledger.merge_weights * spec.hidden
     lm_head = 2 * rows * logit_positions * spec.hidden * spec.vocab
-    rotary = 2 * (spec.head_dim // 2) * ledger.width
-    return Flops("exact", by_layer, scorer, lm_head, rotary, fixed)
+    return Flops("exact", by_layer, scorer, merge, lm_head, fixed)

@@ -37,11 +37,12 @@ def row_ledger(ledger: Ledger, row: int) -> Ledger:
         LayerEntry(e.layer, (e.image[row],), (e.other[row],), e.image[row] + e.other[row], e.scored_rows)
         for e in ledger.entries
     ]
-    return Ledger(image, other, entries)
+    merges = ledger.merge_weights // len(ledger.image_tokens)
+    return Ledger(image, other, entries, merge_weights=merges)
 
 
 def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int) -> QueryCost:
-    """Cost of a one-row account: decoder layers, scored attention rows and rotary angles."""
+    """Cost of a one-row account: decoder layers, scored attention rows and merges of states."""
     flops = count_flops(ledger, spec, "exact")
     return QueryCost(
         ledger.equivalent_tokens,

@@ -29,7 +29,7 @@ class Row(BaseModel):
         equivalent_tokens_ratio: the same over the number of image tokens.
         flops: mean per query, 2 per multiply-add (convention `exact`): all that runs for a query; `compare` says what.
         flops_ratio: to the untouched model.
-        flops_by_part: the same by part: decoder, scorer, rotary, strategy, mask_head.
+        flops_by_part: the same by part: decoder, scorer, merge, strategy, mask_head.
         kv_bytes: of the KV cache after prefill, per query.
         prefill_ms: median milliseconds of one query's prefill, the strategy's own work included; None if not measured.
         prefill_speedup: the untouched model's median over this one.

@@ -14,8 +14,8 @@ def tokenprune_register_strategies(register: Register) -> None:
     register("random", f"{here}.baselines:Random", summary="image tokens chosen at random, seeded")
     register("uniform", f"{here}.baselines:Uniform", summary="image tokens on a regular grid")
     register("csp", f"{here}.csp:CSP", summary="cluster, scatter, prune: few tokens, all tokens, the attended ones")
-    register("csp-65", f"{here}.csp:CSP65", summary="csp at 65 % fewer equivalent image tokens")
-    register("csp-70", f"{here}.csp:CSP70", summary="csp at 70 % fewer equivalent image tokens")
+    register("csp-65", f"{here}.presets:CSP65", summary="csp at 65 % fewer equivalent image tokens")
+    register("csp-70", f"{here}.presets:CSP70", summary="csp at 70 % fewer equivalent image tokens")
     register(
         "fastv", f"{here}.fastv:FastV", summary="the image tokens that the query row attends to after an early layer"
     )

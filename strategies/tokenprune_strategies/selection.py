@@ -25,6 +25,18 @@ Amount = Annotated[int | float, AfterValidator(_checked)]
 """Tokens of a batch row: an int counts them, a float is a share of the row's image tokens (1.0 = all, 1 = one)."""
 
 
+def _checked_depth(depth: int | float) -> int | float:
+    if isinstance(depth, int) and depth < 1:
+        raise ValueError("a layer has to be at least 1")
+    if isinstance(depth, float) and not 0 < depth < 1:
+        raise ValueError("a fraction of the depth has to be in (0, 1)")
+    return depth
+
+
+Depth = Annotated[int | float, AfterValidator(_checked_depth)]
+"""A decoder layer: an int is its number, a float a fraction of the model's depth."""
+
+
 def tokens_of(amount: int | float, total: int) -> int:
     """How many of `total` tokens an `Amount` means: at least 1 where there is any, never more than there are."""
     return min(max(1, amount if isinstance(amount, int) else portion(amount, total)), total)

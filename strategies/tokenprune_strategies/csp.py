@@ -1,0 +1,115 @@
+"""CSP: cluster, scatter, prune (LVLM_CSP, Chen et al., arXiv 2504.10854)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer
+from torch import Tensor
+
+from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
+from tokenprune.decisions import Decision, Keep, Restore
+from tokenprune.errors import OptionError
+from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.clustering import Clustering, cluster, nearest_representative, reads_of
+from tokenprune_strategies.csp_budget import KEEP, REPRESENTATIVES, fill
+from tokenprune_strategies.selection import Amount, Depth, tokens_of
+
+
+class CSP(Strategy):
+    """Coarse reasoning over N_c representative tokens, fine reasoning over all N, then only the N_p attended ones.
+
+    Training-free. Layers [0, s) run on representatives, layers [s, p) on all image tokens, layers [p, L) on the ones
+    that the query row attends to most in layer p−1. Boundaries and sizes are ours, as fractions of depth and of N; so
+    are the modes `grid` and `kmeans` of clustering, the re-entry rule `delta`, and that positions are kept.
+    """
+
+    name = "csp"
+
+    class Options(StrategyOptions):
+        """Options of CSP."""
+
+        clustering: Clustering = Field("uniform", description="how representatives are chosen, see `clustering`")
+        representatives: Amount = Field(REPRESENTATIVES, description="N_c: an int counts tokens, a float is a share")
+        keep: Amount = Field(KEEP, description="N_p: an int counts tokens, a float is a share")
+        scatter_at: Depth = Field(0.25, description="s, a layer (int) or a fraction of the depth (float)")
+        prune_at: Depth = Field(0.5, description="p, a layer (int) or a fraction of the depth (float)")
+        reentry: Literal["projected", "delta"] = Field(
+            "projected", description="state of a token that re-enters: as parked, or moved as its representative was"
+        )
+        query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "seg", "last", …')
+        seed: int = Field(0, description="seed of random and kmeans clustering and of the regions")
+        segmenter: str | Callable[[Any], Any] | None = Field(
+            None,
+            description="seg_first: image-segmentation checkpoint, or function from uint8 [H, W, 3] to bool [n, H, W]",
+        )
+        regions: int = Field(
+            8, ge=1, description="seg_first without a segmenter: regions of the tower's features per image"
+        )
+
+        @field_serializer("segmenter")
+        def _segmenter_name(self, segmenter: str | Callable[[Any], Any] | None) -> str | None:
+            return segmenter if segmenter is None or isinstance(segmenter, str) else getattr(segmenter, "__name__", "?")
+
+    options: Options
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """Cluster at layer 0, scatter at s, prune at p. Raises OptionError where the model is not deep enough."""
+        scatter_at, prune_at = self.boundaries(shape.layers)
+        total = shape.image_tokens
+        states = (HiddenStates(), Embeddings()) if self.options.reentry == "delta" else ()
+        yield Stage("cluster", 0, tokens_of(self.options.representatives, total), reads_of(self.options))
+        yield Stage("scatter", scatter_at, total, states)
+        yield Stage("prune", prune_at, tokens_of(self.options.keep, total), (AttentionFrom(self.options.query),))
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Park all but the representatives; restore them; keep the most attended."""
+        if stage.name == "cluster":
+            chosen, regions = cluster(self.options, tokens)
+            tokens.memory["csp"] = chosen, regions
+            return Keep.where(chosen, rest="park")
+        if stage.name == "scatter":
+            return Restore.where(tokens.parked, values=self.moved(tokens) if self.options.reentry == "delta" else None)
+        return Keep.top(tokens.attention, tokens.target)
+
+    def moved(self, tokens: Tokens) -> Tensor:
+        """[batch, N, width]: every token's state plus what its representative's state gained so far (ours)."""
+        representative = nearest_representative(tokens, *tokens.memory["csp"])
+        gained = tokens.hidden - tokens.embeddings
+        states: Tensor = tokens.hidden + gained.gather(1, representative[..., None].expand_as(gained))
+        return states
+
+    def boundaries(self, layers: int) -> tuple[int, int]:
+        """(s, p): fractions rounded to the nearest layer, at least one layer for each of the three stages.
+
+        Raises:
+            OptionError: fewer than 3 layers, or explicit layers that are not 0 < s < p < L.
+        """
+        first, second = self.options.scatter_at, self.options.prune_at
+        prune_at = second if isinstance(second, int) else min(max(int(second * layers + 0.5), 2), layers - 1)
+        scatter_at = first if isinstance(first, int) else min(max(int(first * layers + 0.5), 1), prune_at - 1)
+        if not 0 < scatter_at < prune_at < layers:
+            raise OptionError(
+                f"strategy {self.name!r}: options 'scatter_at', 'prune_at': {first} and {second} give layers "
+                f"{scatter_at} and {prune_at}, expected 0 < scatter_at < prune_at < {layers}, the model's layers"
+            )
+        return scatter_at, prune_at
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """Options that fill the budget, see `csp_budget`; what the user set stays. Raises BudgetError, see Strategy."""
+        given, total = self.options.model_fields_set, shape.image_tokens
+        scatter_at, prune_at = self.boundaries(shape.layers)
+        later = [(s, prune_at) for s in range(scatter_at, prune_at)]
+        sooner = [(scatter_at, p) for p in range(prune_at, scatter_at, -1)]
+        windows = later if "scatter_at" not in given else sooner if "prune_at" not in given else later[:1]
+        few, kept = self.options.representatives, self.options.keep
+        fixed = (
+            tokens_of(few, total) if "representatives" in given else None,
+            tokens_of(kept, total) if "keep" in given else None,
+        )
+        found = fill(budget, shape, windows, fixed)
+        if isinstance(found, float):
+            raise self.too_small(budget, shape, found)
+        return dict(zip(("scatter_at", "prune_at", "representatives", "keep"), found, strict=True))

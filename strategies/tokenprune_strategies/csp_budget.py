@@ -1,0 +1,54 @@
+"""How CSP spends a budget (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenprune.base import Shape
+
+REPRESENTATIVES, KEEP = 0.25, 0.0625
+LEAST_SCALE = 0.25
+
+
+def fill(
+    budget: float, shape: Shape, windows: Sequence[tuple[int, int]], fixed: tuple[int | None, int | None]
+) -> tuple[int, int, int, int] | float:
+    """The (s, p, N_c, N_p) that come closest to a budget without passing it, or the least share of N that is needed.
+
+    N_c and N_p scale together, in the proportion 4 : 1 of their defaults N/4 and N/16, up or down; what is left over
+    goes to N_p. Where they would fall below a quarter of the defaults, the window of layers that see every image token
+    loses a layer first, down to a single one.
+
+    Args:
+        budget: equivalent tokens / N, at most.
+        shape: of the run.
+        windows: (s, p) to try, the longest first.
+        fixed: N_c and N_p where the user gave them.
+    """
+    total, layers = shape.image_tokens, shape.layers
+    room = budget * total * layers + 1e-6
+    for start, end in windows:
+        few = LEAST_SCALE * REPRESENTATIVES * total if fixed[0] is None else fixed[0]
+        kept = LEAST_SCALE * KEEP * total if fixed[1] is None else fixed[1]
+        wanted = start * few + (end - start) * total + (layers - end) * kept
+        if wanted > room and (start, end) != windows[-1]:
+            continue
+        sizes = _sizes(room - (end - start) * total, start, layers - end, total, fixed)
+        if sizes is not None:
+            return start, end, *sizes
+    start, end = windows[-1]
+    least = start * (fixed[0] or 1) + (end - start) * total + (layers - end) * (fixed[1] or 1)
+    return least / layers
+
+
+def _sizes(
+    room: float, before: int, after: int, total: int, fixed: tuple[int | None, int | None]
+) -> tuple[int, int] | None:
+    """The most N_c and N_p with before · N_c + after · N_p <= room; None where not even one token each fits."""
+    candidates = range(total, 0, -1) if fixed[0] is None else [fixed[0]]
+    for few in candidates:
+        kept = max(1, int(few * KEEP / REPRESENTATIVES)) if fixed[1] is None else fixed[1]
+        left = room - before * few
+        if after * kept <= left:
+            return few, kept if fixed[1] is not None else min(total, int(left // after))
+    return None

@@ -1,0 +1,36 @@
+"""CSP at the two savings that its paper reports."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from tokenprune.base import Strategy
+from tokenprune_strategies.csp import CSP
+
+
+class _Preset(CSP):
+    """CSP with a budget of its own, used where the caller gives none."""
+
+    share: ClassVar[float]
+
+    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
+        """Raises OptionError or BudgetError, see Strategy."""
+        super().__init__(budget=self.share if budget is None else budget, **options)
+
+    def with_options(self, **changes: Any) -> Strategy:
+        """A copy without a budget whose options differ by `changes`."""
+        copy = super().with_options(**changes)
+        copy.budget = None
+        return copy
+
+
+class CSP65(_Preset):
+    """CSP at 65 % fewer equivalent image tokens."""
+
+    name, share = "csp-65", 0.35
+
+
+class CSP70(_Preset):
+    """CSP at 70 % fewer equivalent image tokens."""
+
+    name, share = "csp-70", 0.30

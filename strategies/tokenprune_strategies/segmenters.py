@@ -1,0 +1,74 @@
+"""Instance masks for CSP's `seg_first`, and the instance that each image token belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenprune.errors import InputError, OptionError
+
+COVERED = 0.5
+
+
+def segment(segmenter: str | Callable[[Any], Any], image: Any) -> Tensor:
+    """Instance masks, bool [n, H, W].
+
+    Args:
+        segmenter: name or folder of a transformers image-segmentation checkpoint, or a function of the image.
+        image: uint8 [H, W, 3] numpy array.
+
+    Raises:
+        OptionError: the checkpoint cannot be loaded.
+        InputError: the function gave something else than masks of this image.
+    """
+    if isinstance(segmenter, str):
+        from PIL import Image
+
+        found = _pipeline(segmenter)(Image.fromarray(image))
+        masks = [torch.from_numpy(np.asarray(one["mask"]) > 0) for one in found]
+        return torch.stack(masks) if masks else torch.zeros(0, *image.shape[:2], dtype=torch.bool)
+    answer = torch.as_tensor(segmenter(image))
+    if answer.dim() != 3 or answer.shape[1:] != image.shape[:2]:
+        raise InputError(
+            f"segmenter {getattr(segmenter, '__name__', segmenter)!r}: found masks of shape {list(answer.shape)}, "
+            f"expected [n, {image.shape[0]}, {image.shape[1]}] like the image"
+        )
+    return answer.bool().cpu()
+
+
+@lru_cache(maxsize=2)
+def _pipeline(checkpoint: str) -> Any:
+    from transformers import pipeline
+
+    try:
+        return pipeline("image-segmentation", model=checkpoint, device="cpu")
+    except Exception as error:
+        raise OptionError(
+            f"option 'segmenter': {checkpoint!r} cannot be loaded for image segmentation "
+            f"({str(error).splitlines()[0]}); give the name or folder of such a checkpoint, or a function"
+        ) from error
+
+
+def instance_labels(masks: Tensor, cells: Tensor) -> Tensor:
+    """The instance of every token, int64 [n]; 0 is the background, one more instance (ours).
+
+    A token belongs to the mask that covers most of its cell, if that is at least half of it (ours).
+
+    Args:
+        masks: bool [instances, H, W]; they may overlap, be empty, or cover nothing.
+        cells: int64 [n, 2], (row, column) of each token, −1 where it has none (background).
+    """
+    placed = (cells >= 0).all(1)
+    labels = torch.zeros(len(cells), dtype=torch.int64)
+    if not len(masks) or not placed.any():
+        return labels
+    rows, columns = (cells.amax(0) + 1).tolist()
+    covered = torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), (rows, columns))[:, 0]
+    best, instance = covered[:, cells[placed, 0], cells[placed, 1]].max(0)
+    labels[placed] = torch.where(best >= COVERED, instance + 1, 0)
+    return labels

@@ -17,7 +17,7 @@ from torch import Tensor
 import tokenprune
 from tokenprune.base import Shape, equivalent_tokens
 from tokenprune.decisions import Merge
-from tokenprune.errors import BudgetError, OptionError
+from tokenprune.errors import BudgetError, InputError, OptionError
 from tokenprune_strategies.merging import cls_attention, merge_weights, outlier_share, place
 from tokenprune_strategies.prumerge import PruMerge, PruMergePlus
 
@@ -220,6 +220,12 @@ def test_no_outlier_keeps_one_and_everything_kept_needs_no_extra() -> None:
     stage = Bench(PruMerge(keep=1.0), [[9]]).run().trace.stages[0]
     assert stage.origin[0].tolist() != list(range(9))
     assert sorted(stage.origin[0].tolist()) == list(range(9))
+
+
+def test_one_cls_for_two_images_is_refused() -> None:
+    given = {"cls_query": torch.randn(1, CHANNELS), "keys": torch.randn(1, 33, CHANNELS)}
+    with pytest.raises(InputError, match=r"'prumerge': batch row 0 has 2 images, .* reads for 1"):
+        Bench(PruMerge(), [[16, 16]], given=given).run()
 
 
 def test_values_go_through_the_projector() -> None:

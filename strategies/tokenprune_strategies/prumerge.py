@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions, portion
 from tokenprune.decisions import Decision, Merge
+from tokenprune.errors import InputError
 from tokenprune.reads import ClsQuery, Projector, TowerFeatures, TowerKeys
 from tokenprune.tokens import Tokens
 from tokenprune_strategies.merging import cls_attention, merge_weights, outlier_share, place, without_extra
@@ -24,6 +25,8 @@ class PruMerge(Strategy):
     All of it happens within each image, before the projector: (1) [CLS] attention of the tower's last layer, full
     width; (2) the share of outliers (above Q3 + 1.5·IQR) is the share kept; (3) each kept token adds its 32
     nearest tokens by key similarity, weighted by their attention; (4) one extra token sums up the tokens not kept.
+
+    A row with several images needs cls_query as [batch, images, C] and keys as [batch, images + N, C], [CLS]'s first.
 
     Ours: the share is taken per image (the authors: over the batch), at least one token is kept, and where nothing is
     dropped there is no extra token.
@@ -73,6 +76,11 @@ class PruMerge(Strategy):
         cls_keys, keys = tokens.keys[row].split((len(query), size))
         scores = torch.full((size,), float("-inf"), device=tokens.device)
         images = images_of(tokens, row)
+        if len(images) > len(query):
+            raise InputError(
+                f"strategy {self.name!r}: batch row {row} has {len(images)} images, the model gives [CLS] reads for "
+                f"{len(query)}; give cls_query as [batch, images, C] and keys as [batch, images + N, C]"
+            )
         shares = apportion(int(tokens.target[row]), [len(image) for image in images])
         parts = [(scores.new_zeros(0).long(), scores.new_zeros(0).long(), scores.new_zeros(0, size))]
         for image, cls, cls_key, share in zip(images, query, cls_keys, shares, strict=False):

@@ -135,6 +135,15 @@ def test_fastv_lowers_its_layer_only_when_it_must_and_may() -> None:
         FastV(budget=0.2, keep=0.5).bind(shape)
 
 
+@pytest.mark.parametrize("name", ["csp", "fastv", "prumerge", "random", "uniform", "blind"])
+def test_a_row_without_images_follows_the_others(name: str) -> None:
+    strategy = tokenprune.strategy(name, budget=0.15)
+    together = Bench(strategy, [[64], []]).run().trace
+    alone = Bench(strategy, [[64]]).run().trace
+    assert [stage.kept[0] for stage in together.stages] == [stage.kept[0] for stage in alone.stages]
+    assert [stage.kept[1] for stage in together.stages] == [[]] * len(alone.stages)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "found"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -54,9 +54,11 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
         if shape not in bound:
             ready = strategy.bind(shape)
             bound[shape] = ready, _checked_stages(ready, shape)
-    rows = [bound[shape][1] for shape in shapes]
     widest = max(shapes, key=lambda shape: shape.image_tokens)
     leader, stages = bound[widest]
+    # a row without image tokens has no budget to meet, and follows the others
+    idle = [replace(stage, tokens=None if stage.tokens is None else 0) for stage in stages]
+    rows = [bound[shape][1] if shape.image_tokens else idle for shape in shapes]
     for row, own in enumerate(rows):
         if [(s.name, s.layer) for s in own] != [(s.name, s.layer) for s in stages]:
             raise PluginError(

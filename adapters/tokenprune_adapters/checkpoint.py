@@ -87,13 +87,15 @@ class Checkpoint:
         """Names of all tensors."""
         return list(self._files)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; safetensors files answer this without reading it."""
+    def shape(self, name: str, dims: int | None = None) -> tuple[int, ...]:
+        """The shape of a tensor, which must have `dims` dimensions if given; safetensors tell it without reading it."""
         file = self._file_of(name)
         reader = self._reader(file)
         with _damage_named(self.folder / file):
-            found = reader[name].shape if isinstance(reader, dict) else reader.get_slice(name).get_shape()
-        return tuple(found)
+            found = tuple(reader[name].shape if isinstance(reader, dict) else reader.get_slice(name).get_shape())
+        if dims is not None and len(found) != dims:
+            _refuse(self, "mis-shaped", [f"{name} with shape {list(found)}, expected {dims} dimensions"])
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it is stored."""
@@ -225,16 +227,16 @@ def load_parts(
         for source in [part.names[name]]
     }
     missing = [name for name in expected if name not in checkpoint]
-    _refuse(checkpoint, "missing", missing, "the checkpoint is incomplete")
+    _refuse(checkpoint, "missing", missing)
     extra = [name for name in checkpoint.names() if name not in expected and not ignore(name)]
-    _refuse(checkpoint, "unexpected", extra, "the checkpoint is of another model family or version")
+    _refuse(checkpoint, "unexpected", extra)
     found = {source: checkpoint.shape(source) for source in expected}
     wrong = [
         f"{source} with shape {list(found[source])}, expected {list(shape)}"
         for source, shape in expected.items()
         if found[source] != shape
     ]
-    _refuse(checkpoint, "mis-shaped", wrong, "config.json and weights do not belong together")
+    _refuse(checkpoint, "mis-shaped", wrong)
     for part in parts:
         state = {name: _converted(checkpoint.tensor(source), dtype) for name, source in part.names.items()}
         part.module.load_state_dict(state, strict=True, assign=True)
@@ -244,9 +246,16 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _refuse(checkpoint: Checkpoint, problem: str, found: list[str], meaning: str) -> None:
+_MEANING = {
+    "missing": "the checkpoint is incomplete",
+    "unexpected": "the checkpoint is of another model family or version",
+    "mis-shaped": "config.json and weights do not belong together",
+}
+
+
+def _refuse(checkpoint: Checkpoint, problem: str, found: list[str]) -> None:
     if not found:
         return
     count = "1 tensor is" if len(found) == 1 else f"{len(found)} tensors are"
     shown = "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
-    raise CheckpointError(f"{checkpoint.folder}: {count} {problem}: {shown}; {meaning}")
+    raise CheckpointError(f"{checkpoint.folder}: {count} {problem}: {shown}; {_MEANING[problem]}")

@@ -57,8 +57,12 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
         raise CheckpointError(f"vision tower {folder} is of model type {kind!r}, expected a CLIP model; {ADVICE}")
     sizes = {name: values[name] for name in _CONFIG_FIELDS if values.get(name) is not None}
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.device("meta"):
-        tower: CLIPVisionModel = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
+    try:
+        with torch.device("meta"):
+            tower: CLIPVisionModel = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
+    except Exception as error:  # what a config class raises on bad values is its own business and changes
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}/config.json describes no CLIP vision model: {reason}; {ADVICE}") from error
     checkpoint = Checkpoint(folder)
     # Some releases of transformers keep the tower one level down, and so do the files.
     flat = {name.removeprefix("vision_model."): name for name in checkpoint.names()}

@@ -77,17 +77,17 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
     Raises:
         CheckpointError: a tensor that tells a size is missing, or the shapes contradict each other.
     """
-    config = sam_config(checkpoint, prefix, mask_decoder_heads or MASK_DECODER_HEADS)
+    heads = MASK_DECODER_HEADS if mask_decoder_heads is None else mask_decoder_heads
+    inner = checkpoint.shape(prefix + "mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", dims=2)[0]
+    if not isinstance(heads, int) or heads < 1 or inner % heads:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {heads!r} attention heads do not fit SAM's mask decoder, whose attention is {inner} "
+            "wide; set 'sam_mask_decoder_heads' in config.json to what the model was trained with"
+        )
+    config = sam_config(checkpoint, prefix, heads)
     decoder: Any = config.mask_decoder_config
     with torch.device("meta"):
-        try:
-            sam = SamModel(config)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{checkpoint.folder}: a mask decoder {decoder.hidden_size} wide cannot have "
-                f"{decoder.num_attention_heads} heads ({error}); "
-                "set 'sam_mask_decoder_heads' in config.json"
-            ) from error
+        sam = SamModel(config)
     names = {name: prefix + original_name(name, decoder.iou_head_depth) for name in sam.state_dict()}
     return Part(sam.eval(), names)
 
@@ -97,9 +97,9 @@ def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> 
     sizes = _Sizes(checkpoint, prefix)
     vision = _vision_config(sizes)
     decoder = _mask_decoder_config(sizes, mask_decoder_heads)
-    mask_channels = sizes.of("prompt_encoder.mask_downscaling.3.weight")[0]
+    mask_channels = sizes.of("prompt_encoder.mask_downscaling.3.weight", 4)[0]
     prompt: dict[str, Any] = {
-        "hidden_size": sizes.of("prompt_encoder.no_mask_embed.weight")[1],
+        "hidden_size": sizes.of("prompt_encoder.no_mask_embed.weight", 2)[1],
         "image_size": vision["image_size"],
         "patch_size": vision["patch_size"],
         "mask_input_channels": mask_channels,
@@ -119,8 +119,8 @@ class _Sizes:
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix
 
-    def of(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(self.prefix + name)
+    def of(self, name: str, dims: int) -> tuple[int, ...]:
+        return self.checkpoint.shape(self.prefix + name, dims)
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self.checkpoint
@@ -135,13 +135,13 @@ class _Sizes:
 
 
 def _vision_config(sizes: _Sizes) -> dict[str, Any]:
-    width, channels, patch = sizes.of("image_encoder.patch_embed.proj.weight")[:3]
-    grid = sizes.of("image_encoder.pos_embed")[1]
+    width, channels, patch = sizes.of("image_encoder.patch_embed.proj.weight", 4)[:3]
+    grid = sizes.of("image_encoder.pos_embed", 4)[1]
     depth = sizes.count("image_encoder.blocks.")
     block = "image_encoder.blocks.{}."
     spans = []
-    for layer in range(depth):
-        rows, head_size = sizes.of(block.format(layer) + "attn.rel_pos_h")
+    for layer in range(max(depth, 1)):
+        rows, head_size = sizes.of(block.format(layer) + "attn.rel_pos_h", 2)
         spans.append((rows + 1) // 2)
     windows = {span for span in spans if span != grid}
     if len(windows) > 1:
@@ -152,7 +152,7 @@ def _vision_config(sizes: _Sizes) -> dict[str, Any]:
         raise sizes.refuse(f"width {width} is no multiple of the head size {head_size} that rel_pos_h tells")
     return {
         "hidden_size": width,
-        "output_channels": sizes.of("image_encoder.neck.0.weight")[0],
+        "output_channels": sizes.of("image_encoder.neck.0.weight", 4)[0],
         "num_hidden_layers": depth,
         "num_attention_heads": width // head_size,
         "num_channels": channels,
@@ -162,22 +162,22 @@ def _vision_config(sizes: _Sizes) -> dict[str, Any]:
         "qkv_bias": sizes.has(block.format(0) + "attn.qkv.bias"),
         "window_size": windows.pop() if windows else grid,
         "global_attn_indexes": [layer for layer, span in enumerate(spans) if span == grid],
-        "num_pos_feats": sizes.of("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")[1],
-        "mlp_dim": sizes.of(block.format(0) + "mlp.lin1.weight")[0],
+        "num_pos_feats": sizes.of("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", 2)[1],
+        "mlp_dim": sizes.of(block.format(0) + "mlp.lin1.weight", 2)[0],
     }
 
 
 def _mask_decoder_config(sizes: _Sizes, heads: int) -> dict[str, Any]:
-    masks, width = sizes.of("mask_decoder.mask_tokens.weight")
-    inner = sizes.of("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight")[0]
+    masks, width = sizes.of("mask_decoder.mask_tokens.weight", 2)
+    inner = sizes.of("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
     return {
         "hidden_size": width,
-        "mlp_dim": sizes.of("mask_decoder.transformer.layers.0.mlp.lin1.weight")[0],
+        "mlp_dim": sizes.of("mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
         "num_hidden_layers": sizes.count("mask_decoder.transformer.layers."),
         "num_attention_heads": heads,
         "attention_downsample_rate": max(width // inner, 1),
         "num_multimask_outputs": masks - 1,
         "iou_head_depth": sizes.count("mask_decoder.iou_prediction_head.layers."),
-        "iou_head_hidden_dim": sizes.of("mask_decoder.iou_prediction_head.layers.0.weight")[0],
+        "iou_head_hidden_dim": sizes.of("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
         "layer_norm_eps": MASK_DECODER_EPS,
     }

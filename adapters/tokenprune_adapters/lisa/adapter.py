@@ -87,11 +87,11 @@ def load_lisa(
     tokenizer = load_tokenizer(
         folder,
         required=[SEG_TOKEN, *([IM_START, IM_END] if config.get("mm_use_im_start_end") else [])],
-        rows=checkpoint.shape("model.embed_tokens.weight")[0],
+        rows=checkpoint.shape("model.embed_tokens.weight", dims=2)[0],
     )
     tower_folder = find_tower(folder, config, vision_tower)
     tower = load_tower(tower_folder, kind, attn_implementation)
-    reads = checkpoint.shape(PROJECTOR + "weight")[-1]
+    reads = checkpoint.shape(PROJECTOR + "weight", dims=2)[1]
     if reads != tower.config.hidden_size:
         raise CheckpointError(
             f"vision tower {tower_folder} has features {tower.config.hidden_size} wide, but the projector of {folder} "

@@ -1,0 +1,193 @@
+"""Loading LISA checkpoints of unusual sizes, in every file format, onto transformers' classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lisa_checkpoints import CHANNELS, CONFIG, State, state_dict, tower_model, write_lisa, write_tower
+from transformers import CLIPConfig, CLIPModel
+
+import tokenprune as tp
+from tokenprune.errors import CheckpointError, OptionError
+from tokenprune_adapters.lisa import LisaAdapter, LisaModel
+from tokenprune_adapters.sam_weights import original_name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lisa(tmp_path_factory.mktemp("lisa") / "tiny-lisa")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LisaModel:
+    loaded: LisaModel = tp.load(folder)
+    return loaded
+
+
+def test_sizes_come_from_the_weights(model: LisaModel) -> None:
+    vision = model.sam.config.vision_config
+    assert (vision.image_size, vision.patch_size, vision.window_size, vision.hidden_size) == (64, 8, 3, 24)
+    assert (vision.num_hidden_layers, vision.num_attention_heads, vision.mlp_dim) == (3, 3, 40)
+    assert list(vision.global_attn_indexes) == [1]
+    assert (vision.output_channels, vision.num_pos_feats, vision.layer_norm_eps) == (CHANNELS, CHANNELS // 2, 1e-6)
+    decoder = model.sam.config.mask_decoder_config
+    assert (decoder.hidden_size, decoder.mlp_dim, decoder.num_hidden_layers) == (CHANNELS, 56, 1)
+    assert (decoder.num_multimask_outputs, decoder.iou_head_depth, decoder.iou_head_hidden_dim) == (2, 4, 20)
+    assert (decoder.num_attention_heads, decoder.attention_downsample_rate) == (4, 2)
+    assert model.sam.config.prompt_encoder_config.mask_input_channels == 8
+    assert model.decoder.config.num_key_value_heads == 2
+    assert model.name == "tiny-lisa"
+
+
+def test_layer_norm_epsilons(model: LisaModel) -> None:
+    block = model.sam.mask_decoder.transformer.layers[0]
+    assert {norm.eps for norm in (block.layer_norm1, block.layer_norm2, block.layer_norm3, block.layer_norm4)} == {1e-5}
+    assert model.sam.mask_decoder.transformer.layer_norm_final_attn.eps == 1e-5
+    assert model.sam.mask_decoder.upscale_layer_norm.eps == 1e-6
+    assert model.sam.vision_encoder.layers[0].layer_norm1.eps == 1e-6
+    assert model.sam.vision_encoder.neck.layer_norm1.eps == 1e-6
+    assert model.sam.prompt_encoder.mask_embed.layer_norm1.eps == 1e-6
+
+
+def test_every_tensor_arrives_under_its_name(model: LisaModel) -> None:
+    parts = {
+        "": model.decoder,
+        "model.mm_projector.": model.projector,
+        "model.text_hidden_fcs.0.": model.mask_projection,
+    }
+    found = {prefix + name: t for prefix, part in parts.items() for name, t in part.state_dict().items()}
+    for name, tensor in model.sam.state_dict().items():
+        found["model.visual_model." + original_name(name, 4)] = tensor
+    wanted = {name: tensor for name, tensor in state_dict().items() if not name.endswith("inv_freq")}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    shared = model.sam.shared_image_embedding.positional_embedding
+    assert torch.equal(shared, model.sam.prompt_encoder.shared_embedding.positional_embedding)
+
+
+def test_nothing_is_left_on_the_meta_device_and_rotary_tables_are_computed(model: LisaModel) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    assert [name for name, tensor in tensors if tensor.is_meta] == []
+    head_size = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
+    wanted = 10000.0 ** -(torch.arange(0, head_size, 2) / head_size)
+    assert torch.allclose(model.decoder.model.rotary_emb.inv_freq, wanted)
+    assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("files", "shards"),
+    [("pytorch_model.bin", 1), ("pytorch_model.bin", 3), ("model.safetensors", 2)],
+    ids=["bin", "sharded-bin", "sharded-safetensors"],
+)
+def test_all_file_formats_load_alike(model: LisaModel, tmp_path: Path, files: str, shards: int) -> None:
+    other = LisaAdapter.load(str(write_lisa(tmp_path, files=files, shards=shards)))
+    wanted = model.state_dict()
+    assert other.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in other.state_dict().items())
+
+
+def test_old_bin_format_loads(tmp_path: Path, model: LisaModel) -> None:
+    write_lisa(tmp_path, files="pytorch_model.bin")
+    torch.save(state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(tp.load(tmp_path).projector.weight, model.projector.weight)
+
+
+def test_weights_never_run_code(tmp_path: Path) -> None:
+    write_lisa(tmp_path, files="pytorch_model.bin")
+    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="damaged"):
+        tp.load(tmp_path)
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    def drop_head(state: State) -> None:
+        del state["lm_head.weight"]
+
+    loaded = tp.load(write_lisa(tmp_path, config={"tie_word_embeddings": True}, edit=drop_head))
+    assert loaded.decoder.lm_head.weight is loaded.decoder.model.embed_tokens.weight
+
+
+def test_sam_without_windows(tmp_path: Path) -> None:
+    def global_everywhere(state: State) -> None:
+        for name in state:
+            if ".rel_pos_" in name:
+                state[name] = torch.zeros(15, 8)
+
+    vision = tp.load(write_lisa(tmp_path, edit=global_everywhere)).sam.config.vision_config
+    assert list(vision.global_attn_indexes) == [0, 1, 2]
+
+
+def test_weights_are_bfloat16_where_asked_for(folder: Path) -> None:
+    loaded = tp.load(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.decoder.model.rotary_emb.inv_freq.dtype == torch.float32
+    result = loaded.segment(torch.zeros(3, 20, 30), "the cat")
+    assert result.mask_logits.dtype == torch.float32
+
+
+def test_device_map(folder: Path, model: LisaModel) -> None:
+    spread = tp.load(folder, device_map="auto", dtype="float32")
+    image = torch.rand(3, 40, 50)
+    wanted = model.segment(image, "the cat")
+    assert torch.allclose(spread.segment(image, "the cat").mask_logits, wanted.mask_logits, atol=1e-5)
+
+
+def test_the_tower_is_found_where_it_is_given(tmp_path: Path, folder: Path) -> None:
+    bare = write_lisa(tmp_path / "bare", tower=False)
+    tower = write_tower(tmp_path / "tower")
+    wanted = tp.load(folder).tower.state_dict()
+    for loaded in (
+        tp.load(bare, vision_tower=tower),
+        tp.load(write_lisa(tmp_path / "named", tower=False, config={"mm_vision_tower": str(tower)})),
+    ):
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.tower.state_dict().items())
+
+
+def test_a_whole_clip_model_serves_as_tower(tmp_path: Path) -> None:
+    vision = tower_model().config
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    clip = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text, projection_dim=8))
+    clip.save_pretrained(tmp_path / "clip")
+    bare = write_lisa(tmp_path / "bare", tower=False)
+    tower = tp.load(bare, vision_tower=tmp_path / "clip").tower
+    wanted = clip.vision_model.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tower.state_dict().items())
+
+
+def test_matches_by_architecture() -> None:
+    assert LisaAdapter.matches("x", {"architectures": ["LISAForCausalLM"]})
+    assert not LisaAdapter.matches("x", {"architectures": ["GLaMMForCausalLM"]})
+    assert not LisaAdapter.matches("x", {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtyp": "float32"}, "no load option 'dtyp'; did you mean 'dtype'"),
+        ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
+        ({"device": "abacus"}, "device 'abacus' is unknown"),
+        ({"device": "cpu", "device_map": "auto"}, "both device= and device_map="),
+    ],
+)
+def test_bad_options(folder: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tp.load(folder, **options)
+
+
+def test_mask_decoder_heads_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="7 attention heads do not fit"):
+        tp.load(write_lisa(tmp_path, config={"sam_mask_decoder_heads": 7}))
+
+
+def test_released_decoder_heads_are_the_default(tmp_path: Path) -> None:
+    loaded = tp.load(write_lisa(tmp_path, config={"sam_mask_decoder_heads": None}))
+    assert loaded.sam.config.mask_decoder_config.num_attention_heads == 8
+
+
+def test_golden_config_has_no_surprises(golden: Callable[[str], Path]) -> None:
+    config = json.loads((golden("lisa") / "checkpoint" / "config.json").read_text())
+    assert LisaAdapter.matches("x", config)

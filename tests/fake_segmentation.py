@@ -57,7 +57,7 @@ class FakeResult:
 
 
 class FakeModel(nn.Module):
-    """Image tokens are mean colours, words are hashed, masks are where the mask query's state agrees with a cell's colour."""
+    """Image tokens are mean colours, words are hashed, masks are where the mask query agrees with a cell's colour."""
 
     def __init__(self, layers: int = 4, name: str = "fake") -> None:
         super().__init__()
@@ -67,68 +67,65 @@ class FakeModel(nn.Module):
         generator = torch.Generator().manual_seed(1)
         self.register_buffer("colours", torch.randn(3, 32, generator=generator))
 
-    def prepare_image(self, image: Any) -> Tensor:
-        """float32 [1, 3, H, W]."""
+    def encode_image(self, image: Any) -> FakeEncoded:
+        """One token per cell."""
+        if isinstance(image, FakeEncoded):
+            return image
         if isinstance(image, (str, Path)):
             try:
                 image = np.asarray(Image.open(image).convert("RGB"))
             except (FileNotFoundError, UnidentifiedImageError) as error:
                 raise InputError(f"image {str(image)!r} cannot be read; give an image file") from error
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-    def encode_image(self, prepared: Tensor) -> FakeEncoded:
-        """One token per cell."""
         self.encoded += 1
-        cells = functional.adaptive_avg_pool2d(prepared, SIDE)[0].flatten(1).T
-        return FakeEncoded(cells @ self.colours, tuple(prepared.shape[-2:]))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        cells = functional.adaptive_avg_pool2d(pixels, SIDE)[0].flatten(1).T
+        return FakeEncoded(cells @ self.colours, tuple(pixels.shape[-2:]))
 
-    def prompts(self, query: Any, *, is_sentence: Any = None) -> list[str]:
-        """The queries themselves."""
-        texts = [query] if isinstance(query, str) else list(query)
+    def build_inputs(self, image: Any, queries: Any, *, is_sentence: Any = None) -> FakeInputs:
+        """Image tokens, then one token per word; right-padded."""
+        texts = [queries] if isinstance(queries, str) else list(queries)
         if not all(text.strip() for text in texts):
             raise InputError("query is empty; say in words what to segment")
-        return texts
-
-    def build_inputs(self, prompts: Sequence[str], encoded: FakeEncoded) -> FakeInputs:
-        """Image tokens, then one token per word; right-padded."""
-        words = [[sum(map(ord, word)) % 64 for word in text.split()] for text in prompts]
+        words = [[sum(map(ord, word)) % 64 for word in text.split()] for text in texts]
         length = max(map(len, words))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in words])
         text = self.decoder.get_input_embeddings()(ids)
-        embeds = torch.cat((encoded.tokens.expand(len(words), -1, -1), text), 1)
+        embeds = torch.cat((self.encode_image(image).tokens.expand(len(words), -1, -1), text), 1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
         query = torch.zeros(embeds.shape[:2], dtype=torch.bool)
         for row, own in enumerate(words):
             mask[row, SIDE**2 + len(own) :] = 0
             query[row, SIDE**2 + len(own) - 1] = True
-        image = torch.zeros_like(query)
-        image[:, : SIDE**2] = True
-        return FakeInputs(embeds, mask, image, query)
+        cells = torch.zeros_like(query)
+        cells[:, : SIDE**2] = True
+        return FakeInputs(embeds, mask, cells, query)
 
-    def pruned(self, strategy: Strategy | None, inputs: FakeInputs, encoded: FakeEncoded) -> AbstractContextManager[Any]:
-        """The engine's context."""
-        if strategy is None:
-            return nullcontext()
+    def run_decoder(self, inputs: FakeInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
+        """One pass, through the engine where there is a strategy."""
         marks = {"mask_query": inputs.mask_query}
-        return prune(self.decoder.model, strategy, image_tokens=inputs.image_tokens, queries=marks)
+        context: AbstractContextManager[Any] = nullcontext()
+        if strategy is not None:
+            context = prune(self.decoder.model, strategy, image_tokens=inputs.image_tokens, queries=marks)
+        with context as run:
+            output = self.decoder.model(
+                inputs_embeds=inputs.embeds, attention_mask=inputs.attention_mask, use_cache=False
+            )
+        return output.last_hidden_state, None if run is None else run.trace
 
-    def final_states(self, inputs: FakeInputs) -> Tensor:
-        """One pass."""
-        output = self.decoder.model(
-            inputs_embeds=inputs.embeds, attention_mask=inputs.attention_mask, use_cache=False
-        )
-        return output.last_hidden_state
+    def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The whole image."""
+        return 0.0, 0.0, float(height), float(width)
 
     @torch.inference_mode()
     def segment(self, image: Any, query: Any = None, strategy: Any = None, *, is_sentence: Any = None) -> FakeResult:
         """Masks bool [queries, H, W]."""
-        encoded = image if isinstance(image, FakeEncoded) else self.encode_image(self.prepare_image(image))
-        inputs = self.build_inputs(self.prompts(query), encoded)
-        with self.pruned(strategy, inputs, encoded) as run:
-            states = self.final_states(inputs)[inputs.mask_query]
+        encoded = self.encode_image(image)
+        inputs = self.build_inputs(encoded, query)
+        states, trace = self.run_decoder(inputs, strategy)
+        states = states[inputs.mask_query]
         logits = (states @ encoded.tokens.T).reshape(-1, 1, SIDE, SIDE)
         masks = functional.interpolate(logits - logits.mean(), encoded.size, mode="bilinear")[:, 0] > 0
-        return FakeResult(masks, query, None if run is None else run.trace)
+        return FakeResult(masks, query, trace)
 
 
 class FakeData(Dataset):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune import registry
-from tokenprune.errors import CheckpointError
+from tokenprune.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
@@ -80,7 +80,9 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
 
 
 def _download_config(source: str, bundled: list[str]) -> Path:
-    names = f"bundled models: {', '.join(bundled) or 'none'}"
+    near = nearest(source, bundled)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    names = f"{hint}bundled models: {', '.join(bundled) or 'none'}"
     looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
     if not looks_like_hub_id:
         raise CheckpointError(f"{source}: found no such folder and no bundled model of that name; {names}")

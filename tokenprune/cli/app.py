@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import flops, listing
+from tokenprune.cli import compare, flops, inspect, listing, segment
 from tokenprune.errors import OptionError, TokenPruneError
 
 app = typer.Typer(
@@ -43,6 +43,9 @@ def options(
 
 
 app.command("list")(listing.command)
+app.command("compare")(compare.command)
+app.command("segment")(segment.command)
+app.command("inspect")(inspect.command)
 app.command("flops")(flops.command)
 
 

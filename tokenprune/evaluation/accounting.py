@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenprune.base import Shape, Strategy
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, kv_bytes, measure_flops
-from tokenprune.evaluation.protocol import SegmentationModel, prefill
+from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.ledger import LayerEntry, Ledger
 
 
@@ -52,17 +52,17 @@ def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int) -> QueryCo
     )
 
 
-def head_flops(model: SegmentationModel, encoded: Any, query: str, sentence: bool) -> int:
+def head_flops(model: SegmentationModel, image: Any, query: str, sentence: bool) -> int:
     """FLOPs that a query needs outside the decoder (projection of its mask embedding, mask decoder), measured."""
-    inputs = model.build_inputs(model.prompts([query], is_sentence=[sentence]), encoded)
-    whole = measure_flops(model.segment, encoded, [query], is_sentence=[sentence])
-    return max(whole - measure_flops(model.final_states, inputs), 0)
+    inputs = model.build_inputs(image, [query], is_sentence=[sentence])
+    whole = measure_flops(model.segment, image, [query], is_sentence=[sentence])
+    return max(whole - measure_flops(model.run_decoder, inputs), 0)
 
 
-def choice_flops(model: SegmentationModel, inputs: Any, encoded: Any, strategy: Strategy, shape: Shape) -> int:
+def choice_flops(model: SegmentationModel, inputs: Any, strategy: Strategy, shape: Shape) -> int:
     """FLOPs of the strategy's own matmuls on one query, measured: similarities, merges, a projector run once more."""
     meter = ChoiceMeter(strategy, shape)
-    prefill(model, inputs, encoded, meter.strategy)
+    model.run_decoder(inputs, meter.strategy)
     return meter.flops
 
 

@@ -18,7 +18,7 @@ from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
 from tokenprune.evaluation.coverage import Box, target_coverage
-from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult, grid_box, prefill
+from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.tally import Tally, Untouched
@@ -45,7 +45,7 @@ def compare(
 
     - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once.
     - Cost: counted per query from the ledger, as if it ran alone, in the `exact` convention: decoder layers, attention
-      rows computed for the strategy, rotary angles, the strategy's own matmuls and the mask head (the last two
+      rows computed for the strategy, merges of states, the strategy's own matmuls and the mask head (the last two
       measured). What depends on the image alone (towers, projector) is left out: it is the same for all.
     - Time: the decoder's prefill with the strategy's own work, one query at a time, strategies interleaved (see
       `interleaved_medians`).
@@ -71,14 +71,10 @@ def compare(
         IncompatibleError: a strategy reads what the model does not provide.
     """
     budgets = budgets_of(budget)
-    _check_number("limit", limit, 1)
-    _check_number("seed", seed, 0)
     _check_number("timing_samples", timing_samples, 0)
     _check_number("timing_rounds", timing_rounds, 1)
     field_of = contenders(strategies, budgets)
-    data = _dataset(dataset)
-    if split not in data.splits:
-        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
+    data = check_request(dataset, split, limit, seed)
     name = model if isinstance(model, str) else model.name
     loaded: SegmentationModel = api.load(model) if isinstance(model, str) else model
     run = _Run(loaded, field_of, timing_samples, records)
@@ -104,6 +100,16 @@ def compare(
     return comparison
 
 
+def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
+    """The data set, once it is known that these queries can be asked of it; errors as in `compare`."""
+    _check_number("limit", limit, 1)
+    _check_number("seed", seed, 0)
+    data: Dataset = registry.get("datasets", dataset).load()() if isinstance(dataset, str) else dataset
+    if split not in data.splits:
+        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
+    return data
+
+
 @dataclass
 class _Run:
     """The state of one comparison."""
@@ -126,8 +132,8 @@ class _Run:
 
     def evaluate(self, scene: Scene) -> None:
         """Run every contender on the queries of one scene."""
-        image = self.model.encode_image(self.model.prepare_image(scene.image))
-        box = grid_box(self.model, *scene.image.shape[:2])
+        image = self.model.encode_image(scene.image)
+        box = self.model.grid_box(*scene.image.shape[:2])
         reference: SegmentationResult | None = None
         results = []
         for tally in self.tallies:
@@ -164,12 +170,12 @@ class _Run:
             strategy = tally.contender.strategy
             for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
                 inputs = self._inputs(image, query, sentence)
-                trace = prefill(self.model, inputs, image, strategy)
+                _, trace = self.model.run_decoder(inputs, strategy)
                 assert trace is not None
                 shape = Shape(self.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
                 bound = strategy.bind(shape)
                 tally.options = bound.options.model_dump(mode="json", fallback=repr)
-                own = choice_flops(self.model, inputs, image, bound, shape) if trace.stages else 0
+                own = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
                 tally.choice_flops.append(own)
 
     def time(self, rounds: int, on_sample: Callable[[int], None]) -> None:
@@ -198,7 +204,7 @@ class _Run:
 
         def timed(strategy: Strategy | None) -> Callable[[], object]:
             def run() -> None:
-                prefill(self.model, inputs, image, strategy)
+                self.model.run_decoder(inputs, strategy)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
 
@@ -207,7 +213,7 @@ class _Run:
         return (timed(strategy) for strategy in strategies)
 
     def _inputs(self, image: Any, query: str, sentence: bool) -> Any:
-        return self.model.build_inputs(self.model.prompts([query], is_sentence=[sentence]), image)
+        return self.model.build_inputs(image, [query], is_sentence=[sentence])
 
     def _segment(self, image: Any, scene: Scene, strategy: Strategy | None) -> SegmentationResult:
         queries = [query.text for query in scene.queries]
@@ -226,19 +232,13 @@ class _Run:
             for contender, result in zip(self.contenders, results, strict=True):
                 mask = _masks(result)[row]
                 iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
-                record.outcomes.append(Outcome(contender.label, mask, result.trace, row, iou))
+                outcome = Outcome(contender.label, mask, result.trace, row, iou, contender.budget)
+                record.outcomes.append(outcome)
             self.records.append(record)
 
 
 def _masks(result: SegmentationResult) -> list[Any]:
     return list(result.masks.detach().cpu().numpy())
-
-
-def _dataset(dataset: Dataset | str) -> Dataset:
-    if isinstance(dataset, str):
-        made: Dataset = registry.get("datasets", dataset).load()()
-        return made
-    return dataset
 
 
 def _check_number(name: str, value: int, least: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -36,23 +35,17 @@ class SegmentationModel(Protocol):
     name: str
     decoder: Any
 
-    def prepare_image(self, image: Any) -> Any:
-        """The image as the towers want it. Raises InputError for what is no image."""
+    def encode_image(self, image: Any) -> Any:
+        """Everything that depends on the image alone: vision tower, projector, the mask head's image encoder.
 
-    def encode_image(self, prepared: Any) -> Any:
-        """Everything that depends on the image alone: vision tower, projector, the mask head's image encoder."""
+        Raises InputError for what is no image.
+        """
 
-    def prompts(self, query: Sequence[str], *, is_sentence: Sequence[bool] | None = None) -> list[str]:
-        """The whole prompts, forced answers included. Raises InputError for an empty query."""
+    def build_inputs(self, image: Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None) -> Any:
+        """The decoder's teacher-forced input for queries about an encoded image. Raises InputError for an empty query."""
 
-    def build_inputs(self, prompts: Sequence[str], encoded: Any) -> Any:
-        """The decoder's input for prompts about one image."""
-
-    def pruned(self, strategy: Strategy | None, inputs: Any, encoded: Any) -> AbstractContextManager[Any]:
-        """The context in which the decoder runs under a strategy; gives the run (`run.trace`), or None without one."""
-
-    def final_states(self, inputs: Any) -> Tensor:
-        """One prefill: [prompts, sequence, width]."""
+    def run_decoder(self, inputs: Any, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
+        """One prefill, the strategy's work included: states [queries, sequence, width]; a trace if a strategy ran."""
 
     def segment(
         self,
@@ -64,21 +57,5 @@ class SegmentationModel(Protocol):
     ) -> SegmentationResult:
         """Masks of one or several queries about an image, or about what `encode_image` returned."""
 
-
-def grid_box(model: SegmentationModel, height: int, width: int) -> tuple[float, float, float, float]:
-    """The part of an image that the image tokens' grid divides: (top, left, bottom, right) in pixels of the original.
-
-    A model whose tower sees a crop says so with a method `grid_box(height, width)`; else it is the whole image.
-    """
-    own = getattr(model, "grid_box", None)
-    if own is None:
-        return 0.0, 0.0, float(height), float(width)
-    top, left, bottom, right = own(height, width)
-    return float(top), float(left), float(bottom), float(right)
-
-
-def prefill(model: SegmentationModel, inputs: Any, encoded: Any, strategy: Strategy | None = None) -> Trace | None:
-    """Run the decoder once, the strategy's own work included; the trace where a strategy ran."""
-    with model.pruned(strategy, inputs, encoded) as run:
-        model.final_states(inputs)
-    return None if run is None else run.trace
+    def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The part of an image that the image tokens' grid divides: (top, left, bottom, right) in its own pixels."""

@@ -22,6 +22,7 @@ class Outcome:
         trace: of the batch that the sample was in; None where no strategy ran.
         row: the sample's row in that batch.
         iou: against the target; None without one.
+        budget: that it ran at; None without one.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Outcome:
     trace: Trace | None
     row: int
     iou: float | None = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

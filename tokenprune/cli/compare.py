@@ -1,0 +1,117 @@
+"""`tokenprune compare`: strategies side by side on one model and one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tokenprune.cli.listing import Format
+
+STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")] = "lisa-tiny",
+    dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    strategies: Annotated[
+        str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")
+    ] = STRATEGIES,
+    budget: Annotated[
+        str, typer.Option(help="Equivalent image tokens as a share of all, in (0, 1]; several separated by commas.")
+    ] = "0.35",
+    limit: Annotated[int, typer.Option(help="Number of queries.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
+        typer.Option(help="Folder for results.json, trade-off plots and overlay pictures."),
+    ] = None,
+    overlays: Annotated[int, typer.Option(min=0, help="Samples to draw with --out.")] = 4,
+    timing_samples: Annotated[int, typer.Option(min=0, help="Queries that prefill is timed on; 0 = none.")] = 8,
+    vision_tower: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The model's vision tower, where the checkpoint does not hold it."),
+    ] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")] = None,  # noqa: UP045
+    output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
+) -> None:
+    """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""
+    from tokenprune.cli.models import load_model, quiet_loading
+    from tokenprune.evaluation.contenders import budgets_of, contenders, split_list
+
+    quiet_loading()
+    chosen, budgets = split_list(strategies), budgets_of(_numbers(budget))
+    contenders(chosen, budgets)  # bad names and options are told before anything is loaded
+    if out is not None:
+        from tokenprune.report.write import writable_folder
+
+        writable_folder(out)
+
+    from tokenprune.evaluation.compare import check_request, compare
+
+    check_request(dataset, split, limit, seed)
+    loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    with _progress() as report:
+        found = compare(
+            loaded,
+            dataset,
+            chosen,
+            budgets if len(budgets) > 1 else budgets[0],
+            split,
+            limit,
+            seed,
+            timing_samples=timing_samples,
+            records=overlays if out is not None else 0,
+            progress=report,
+        )
+    found = found.model_copy(update={"model": model})
+    if output is Format.json:
+        typer.echo(found.to_json())
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = 120
+        console.print(found.table())
+    if out is not None:
+        from tokenprune.report.write import write_comparison
+
+        written = write_comparison(found, out)
+        typer.echo(f"wrote {len(written)} files to {out}: {', '.join(path.name for path in written)}", err=True)
+
+
+def _numbers(text: str) -> list[float]:
+    from tokenprune.errors import BudgetError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BudgetError(f"budget: {text!r} found, expected numbers in (0, 1] separated by commas") from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        bar.start()  # not before there is something to show: an error on the first query is then a line of its own
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bar.stop()

@@ -1,0 +1,67 @@
+"""`tokenprune inspect`: which tokens of one sample a strategy keeps, parks and merges, stage by stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+OptionList = Optional[list[str]]  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
+
+
+def command(
+    image: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Image file; without one, a sample of the data set.", metavar="[IMAGE]"),
+    ] = None,
+    query: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="What to segment, in words.", metavar="[QUERY]"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write, PNG.")] = Path("inspect.png"),
+    model: Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")] = "lisa-tiny",
+    strategy: Annotated[str, typer.Option(help="Name of a strategy.")] = "csp",
+    option: Annotated[
+        OptionList, typer.Option("-o", "--option", metavar="KEY=VALUE", help="Option of the strategy; may be repeated.")
+    ] = None,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Equivalent image tokens as a share of all, in (0, 1]."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    index: Annotated[int, typer.Option(help="Number of the query in the split, from 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
+    vision_tower: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The model's vision tower, where the checkpoint does not hold it."),
+    ] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")] = None,  # noqa: UP045
+) -> None:
+    """Draw one sample: kept, parked and merged tokens stage by stage, with the scores that they were chosen by."""
+    from tokenprune import api
+    from tokenprune.cli.models import load_model, quiet_loading
+    from tokenprune.cli.options import parse_options
+    from tokenprune.errors import InputError
+    from tokenprune.report.files import check_target
+
+    quiet_loading()
+    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    check_target(out)
+    if image is not None and query is None:
+        raise InputError(f"image {str(image)!r} is given without a query; give both, or neither for a sample")
+
+    from tokenprune.evaluation.single import run_query, run_single, sample, token_summary
+    from tokenprune.report.overlays import inspection_sheet, save
+
+    picked = sample(dataset, split, index, seed) if image is None else None
+    loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    if picked is not None:
+        record = run_query(loaded, *picked, strategy=chosen)
+    else:
+        record = run_single(loaded, image, query or "", chosen)
+    save(inspection_sheet(record), out)
+    typer.echo(f"wrote {out}: {record.query!r}")
+    typer.echo(token_summary(record.outcomes[0]))

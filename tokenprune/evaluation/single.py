@@ -1,0 +1,97 @@
+"""One image and one query under one strategy, for pictures and for a user's own files."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokenprune.base import Strategy
+from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.errors import InputError, OptionError
+from tokenprune.evaluation import metrics
+from tokenprune.evaluation.compare import check_request
+from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.evaluation.samples import Outcome, SampleRecord
+
+
+def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
+    """Query number `index` of a split, and its scene.
+
+    Raises:
+        UnknownNameError: no such data set or split.
+        OptionError: a negative index or seed.
+        InputError: the split has fewer queries.
+    """
+    if index < 0:
+        raise OptionError(f"index: {index} found, expected a whole number of at least 0")
+    data = check_request(dataset, split, index + 1, seed)
+    pairs = ((scene, query) for scene in data.scenes(split, index + 1, seed) for query in scene.queries)
+    found = next(islice(pairs, index, None), None)
+    if found is None:
+        raise InputError(f"data set {data.name!r}, split {split!r} has no query number {index}; choose a lower one")
+    return found
+
+
+def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: Strategy | None = None) -> SampleRecord:
+    """One query of a data set, with its target."""
+    result = model.segment(scene.image, [query.text], strategy, is_sentence=[query.is_sentence])
+    mask = _first(result.masks)
+    iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
+    outcome = Outcome(_label(strategy), mask, result.trace, 0, iou)
+    box = model.grid_box(*scene.image.shape[:2])
+    return SampleRecord(scene.id, scene.image, query.text, query.mask, box, [outcome])
+
+
+def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None) -> SampleRecord:
+    """A user's own image (whatever the model takes) and query.
+
+    Raises:
+        InputError: no such file, not an image, an empty query.
+    """
+    result = model.segment(image, [query], strategy)
+    mask = _first(result.masks)
+    pixels = _pixels(image)
+    box = model.grid_box(*mask.shape)
+    name = str(image) if isinstance(image, (str, Path)) else "image"
+    return SampleRecord(name, pixels, query, None, box, [Outcome(_label(strategy), mask, result.trace, 0)])
+
+
+def token_summary(outcome: Outcome) -> str:
+    """What ran, in one line: image tokens per stage, and equivalent tokens."""
+    if outcome.trace is None:
+        return f"{outcome.label}: no pruning"
+    trace, row = outcome.trace, outcome.row
+    total = int(trace.exists[row].sum())
+    stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in trace.stages)
+    equivalent = trace.ledger.equivalent_tokens
+    share = trace.ledger.equivalent_tokens_ratio
+    return (
+        f"{outcome.label}: {total} image tokens, {stages or 'all in every layer'}; "
+        f"{equivalent:.1f} equivalent tokens ({share:.1%})"
+    )
+
+
+def _label(strategy: Strategy | None) -> str:
+    if strategy is None:
+        return "none"
+    return strategy.name if strategy.budget is None else f"{strategy.name} at {strategy.budget:g}"
+
+
+def _first(masks: torch.Tensor) -> NDArray[np.bool_]:
+    return np.asarray(masks[0].detach().cpu().numpy(), dtype=np.bool_)
+
+
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    if isinstance(image, (str, Path)):
+        with Image.open(image) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    return np.asarray(image)

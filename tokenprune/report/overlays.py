@@ -1,0 +1,162 @@
+"""Pictures of samples: what was asked, what came out, and which image tokens took part, stage by stage."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from tokenprune.evaluation.samples import Outcome, SampleRecord
+from tokenprune.report import panels
+from tokenprune.trace import StageTrace, Trace
+
+PANEL = 2.3  # inches
+
+
+def comparison_sheet(record: SampleRecord) -> Figure:
+    """One sample under every strategy: the mask, then the tokens of every stage. More than four go in two columns."""
+    stages = max((len(_stages(outcome)) for outcome in record.outcomes), default=1)
+    width, blocks = 1 + max(stages, 1), 1 + (len(record.outcomes) > 4)
+    rows = -(-len(record.outcomes) // blocks)
+    figure, axes = _grid(1 + rows, width * blocks, f"“{record.query}”")
+    _show(axes[0, 0], panels.plain(record.image), "image")
+    if record.target is not None:
+        _show(axes[0, 1], panels.with_mask(record.image, record.target, panels.GREEN), "target")
+    for number, outcome in enumerate(record.outcomes):
+        line, first = 1 + number % rows, number // rows * width
+        _show(axes[line, first], panels.with_mask(record.image, outcome.mask), _mask_title(outcome))
+        axes[line, first].set_ylabel(textwrap.fill(outcome.label, 20), fontsize=10, fontweight="bold")
+        for column, stage in enumerate(_stages(outcome), first + 1):
+            _tokens(axes[line, column], record, outcome, stage)
+    _legend(figure, [stage for outcome in record.outcomes for stage in _stages(outcome)])
+    return figure
+
+
+def inspection_sheet(record: SampleRecord) -> Figure:
+    """One sample under one strategy: image, target, mask; tokens stage by stage; what each stage chose by."""
+    outcome = record.outcomes[0]
+    stages = _stages(outcome)
+    scored = [stage for stage in stages if stage is not None and _has_scores(stage, outcome)]
+    rows, columns = 2 + bool(scored), max(3, len(stages))
+    figure, axes = _grid(rows, columns, f"{outcome.label}: “{record.query}”")
+    _show(axes[0, 0], panels.plain(record.image), "image")
+    if record.target is not None:
+        _show(axes[0, 1], panels.with_mask(record.image, record.target, panels.GREEN), "target")
+    _show(axes[0, 2], panels.with_mask(record.image, outcome.mask), _mask_title(outcome))
+    for column, stage in enumerate(stages):
+        _tokens(axes[1, column], record, outcome, stage)
+        if stage is not None and stage in scored and outcome.trace is not None:
+            _scores(figure, axes[2, column], record, outcome.trace, stage, outcome.row)
+    _legend(figure, stages)
+    return figure
+
+
+def by_budget(record: SampleRecord) -> dict[float | None, SampleRecord]:
+    """The sample once per budget, strategies without one in each; under None where there are no two budgets."""
+    budgets = list(dict.fromkeys(o.budget for o in record.outcomes if o.budget is not None))
+    if len(budgets) < 2:
+        return {None: record}
+    parts: dict[float | None, SampleRecord] = {}
+    for budget in budgets:
+        parts[budget] = replace(record, outcomes=[o for o in record.outcomes if o.budget in (None, budget)])
+    return parts
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG; gives the path back."""
+    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white", format="png")
+    return path
+
+
+def file_name(text: str) -> str:
+    """Letters, digits and dashes of a text, for a file's name."""
+    return re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-")[:60] or "sample"
+
+
+def _stages(outcome: Outcome) -> list[StageTrace | None]:
+    """The stages to draw; None stands for the untouched start where nothing was decided before layer 0 ran."""
+    if outcome.trace is None:
+        return []
+    found: list[StageTrace | None] = list(outcome.trace.stages)
+    starts_full = not found or (found[0] is not None and found[0].layer > 0)
+    return [None, *found] if starts_full else found
+
+
+def _has_scores(stage: StageTrace, outcome: Outcome) -> bool:
+    return stage.scores is not None and bool(stage.scores[outcome.row].isfinite().any())
+
+
+def _grid(rows: int, columns: int, title: str) -> tuple[Figure, Any]:
+    lines = textwrap.wrap(title, 28 * columns)
+    figure = Figure(figsize=(PANEL * columns, PANEL * 1.16 * rows + 0.3 * len(lines) + 0.5), layout="constrained")
+    figure.suptitle("\n".join(lines), fontsize=13)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure, axes
+
+
+def _show(axis: Any, panel: panels.RGB, title: str) -> None:
+    axis.set_axis_on()
+    axis.set(xticks=[], yticks=[])
+    axis.imshow(np.clip(panel, 0, 1), interpolation="nearest")
+    axis.set_title(title, fontsize=9)
+
+
+def _tokens(axis: Any, record: SampleRecord, outcome: Outcome, stage: StageTrace | None) -> None:
+    trace, row = outcome.trace, outcome.row
+    assert trace is not None
+    _show(axis, panels.with_tokens(record.image, trace, stage, row, record.box), _stage_title(trace, stage, row))
+    if stage is not None:
+        places = panels.merged_places(trace, stage, row, record.box)
+        axis.scatter(places[:, 0], places[:, 1], s=10, color=panels.ORANGE, edgecolors="black", linewidths=0.4)
+
+
+def _scores(figure: Figure, axis: Any, record: SampleRecord, trace: Trace, stage: StageTrace, row: int) -> None:
+    assert stage.scores is not None
+    values = panels.score_map(trace, stage.scores, row)
+    top, left, bottom, right = record.box
+    height, width = record.image.shape[:2]
+    _show(axis, panels.grey(record.image) * 0.5, f"{stage.name}: scores")
+    drawn = axis.imshow(values, cmap="viridis", alpha=0.85, extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5))
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _stage_title(trace: Trace, stage: StageTrace | None, row: int) -> str:
+    total = int(trace.exists[row].sum())
+    if stage is None:
+        return f"from layer 0: all {total}"
+    title = f"{stage.name}, from layer {stage.layer}: {int(stage.active[row].sum())} of {total}"
+    parked = int(stage.parked[row].sum())
+    return f"{title}\n{parked} parked" if parked else title
+
+
+def _mask_title(outcome: Outcome) -> str:
+    return "mask" if outcome.iou is None else f"mask, IoU {outcome.iou:.2f}"
+
+
+def _legend(figure: Figure, stages: list[StageTrace | None]) -> None:
+    found = [stage for stage in stages if stage is not None]
+    handles: list[Any] = [
+        Patch(color=panels.GREEN, label="target"),
+        Patch(color=panels.VERMILION, label="mask"),
+        Patch(facecolor="white", edgecolor="black", label="active tokens: image in colour"),
+    ]
+    if any(bool(stage.dropped.any()) for stage in found):
+        handles.append(Patch(color="0.1", label="dropped"))
+    if any(bool(stage.parked.any()) for stage in found):
+        handles.append(Patch(color=panels.PARKED, label="parked"))
+    if any(stage.lineage is not None for stage in found):
+        dot = Line2D([], [], marker="o", linestyle="", color=panels.ORANGE, markeredgecolor="black")
+        dot.set_label("carries merged tokens")
+        handles.append(dot)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

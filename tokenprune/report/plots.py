@@ -1,0 +1,59 @@
+"""The trade-off plot: a metric against the FLOPs saved, one curve per strategy."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from tokenprune.errors import OptionError
+from tokenprune.evaluation.results import Comparison, Row
+
+METRICS = {
+    "giou": "gIoU",
+    "ciou": "cIoU",
+    "agreement": "agreement with the unpruned masks (gIoU)",
+    "target_coverage": "share of the target covered by kept tokens",
+}
+
+# Okabe and Ito's palette; markers and line styles tell curves apart without any colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+STYLES = ("-", "--", "-.", ":")
+
+
+def tradeoff(comparison: Comparison, metric: str = "giou") -> Figure:
+    """A curve over budgets for every strategy; strategies without a budget are points with a level line.
+
+    Raises:
+        OptionError: an unknown metric.
+    """
+    if metric not in METRICS:
+        raise OptionError(f"metric {metric!r} found, expected one of {', '.join(METRICS)}")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(STYLES), strict=False)
+    for (label, rows), (colour, marker, style) in zip(_curves(comparison, metric).items(), looks, strict=False):
+        x = [1 - row.flops_ratio for row in rows]
+        y = [getattr(row, metric) for row in rows]
+        if all(row.budget is None for row in rows):
+            axes.axhline(y[0], color="0.65", linewidth=1, linestyle=":", zorder=0)
+            style = ""
+        axes.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=7, linewidth=1.8, label=label)
+    axes.set_xlabel("FLOPs saved per query, against the unpruned model")
+    axes.set_ylabel(METRICS[metric])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title(f"{comparison.model} on {comparison.dataset} ({comparison.split}), {comparison.samples} queries")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
+
+
+def _curves(comparison: Comparison, metric: str) -> dict[str, list[Row]]:
+    curves: dict[str, list[Row]] = {}
+    for row in comparison.rows:
+        if getattr(row, metric) is not None:
+            curves.setdefault(row.label, []).append(row)
+    return {label: sorted(rows, key=lambda row: row.flops_ratio) for label, rows in curves.items()}

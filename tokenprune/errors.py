@@ -75,15 +75,6 @@ class PluginError(TokenPruneError):
 class IncompatibleError(TokenPruneError):
     """A strategy needs to read something that the model cannot provide."""
 
-    @classmethod
-    def missing(cls, strategy: str, model: str, reads: Iterable[str], provided: Iterable[str]) -> IncompatibleError:
-        """Compose the message from both names, the reads that are missing and those the model does provide."""
-        offers = ", ".join(provided) or "nothing"
-        return cls(
-            f"strategy {strategy!r} does not fit model {model!r}: it reads {', '.join(reads)}, "
-            f"and the model provides {offers}; choose another strategy or another model"
-        )
-
 
 class UnsupportedError(TokenPruneError):
     """Something sensible that tokenprune refuses because it does not support it (beam search, nesting)."""

@@ -101,8 +101,10 @@ class LisaModel(nn.Module):
         Raises:
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
                 without <image> or, forced, without [SEG].
-            OptionError: an unknown `answer`.
+            OptionError: an unknown `answer`, or no new tokens allowed.
         """
+        if max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")
         texts = self.prompts(query, answer, prompt, is_sentence)
         inputs = self.inputs_of(texts, self.encode_image(image), continues=answer == "generate")
         if answer == "forced":
@@ -146,6 +148,8 @@ class LisaModel(nn.Module):
         if prompt is not None:
             texts = _several(prompt, "prompt")
             for text in texts:
+                if not isinstance(text, str):
+                    raise InputError(f"prompt is a {type(text).__name__}, expected a string")
                 prompt_ids(self.tokenizer, text)
                 if answer == "forced" and SEG_TOKEN not in text:
                     raise InputError(
@@ -263,9 +267,11 @@ class LisaModel(nn.Module):
 
 
 def _several(value: Any, what: str) -> list[str]:
+    if not isinstance(value, (str, Sequence)):
+        raise InputError(f"{what} is a {type(value).__name__}, expected a string or a list of strings")
     texts = [value] if isinstance(value, str) else list(value)
     if not texts:
-        raise InputError(f"an empty list of {what}s was given, expected at least one")
+        raise InputError(f"{what} is an empty list, expected at least one string")
     return texts
 
 

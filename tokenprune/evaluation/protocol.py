@@ -42,7 +42,7 @@ class SegmentationModel(Protocol):
         """
 
     def build_inputs(self, image: Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None) -> Any:
-        """The decoder's teacher-forced input for queries about an encoded image. Raises InputError for an empty query."""
+        """The decoder's teacher-forced input for queries about an encoded image. Raises InputError for an empty one."""
 
     def run_decoder(self, inputs: Any, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
         """One prefill, the strategy's work included: states [queries, sequence, width]; a trace if a strategy ran."""

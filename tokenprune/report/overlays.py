@@ -22,19 +22,20 @@ PANEL = 2.3  # inches
 
 def comparison_sheet(record: SampleRecord) -> Figure:
     """One sample under every strategy: the mask, then the tokens of every stage. More than four go in two columns."""
-    stages = max((len(_stages(outcome)) for outcome in record.outcomes), default=1)
-    width, blocks = 1 + max(stages, 1), 1 + (len(record.outcomes) > 4)
-    rows = -(-len(record.outcomes) // blocks)
-    figure, axes = _grid(1 + rows, width * blocks, f"“{record.query}”")
+    lines = len(record.outcomes) if len(record.outcomes) <= 4 else -(-len(record.outcomes) // 2)
+    blocks = [record.outcomes[first : first + lines] for first in range(0, len(record.outcomes), max(lines, 1))]
+    widths = [1 + max(1, *(len(_stages(outcome)) for outcome in block)) for block in blocks]
+    figure, axes = _grid(1 + lines, max(2, sum(widths)), f"“{record.query}”")
     _show(axes[0, 0], panels.plain(record.image), "image")
     if record.target is not None:
         _show(axes[0, 1], panels.with_mask(record.image, record.target, panels.GREEN), "target")
-    for number, outcome in enumerate(record.outcomes):
-        line, first = 1 + number % rows, number // rows * width
-        _show(axes[line, first], panels.with_mask(record.image, outcome.mask), _mask_title(outcome))
-        axes[line, first].set_ylabel(textwrap.fill(outcome.label, 20), fontsize=10, fontweight="bold")
-        for column, stage in enumerate(_stages(outcome), first + 1):
-            _tokens(axes[line, column], record, outcome, stage)
+    for number, block in enumerate(blocks):
+        first = sum(widths[:number])
+        for line, outcome in enumerate(block, 1):
+            _show(axes[line, first], panels.with_mask(record.image, outcome.mask), _mask_title(outcome))
+            axes[line, first].set_ylabel(textwrap.fill(outcome.label, 20), fontsize=10, fontweight="bold")
+            for column, stage in enumerate(_stages(outcome), first + 1):
+                _tokens(axes[line, column], record, outcome, stage)
     _legend(figure, [stage for outcome in record.outcomes for stage in _stages(outcome)])
     return figure
 
@@ -95,7 +96,7 @@ def _has_scores(stage: StageTrace, outcome: Outcome) -> bool:
 
 def _grid(rows: int, columns: int, title: str) -> tuple[Figure, Any]:
     lines = textwrap.wrap(title, 28 * columns)
-    figure = Figure(figsize=(PANEL * columns, PANEL * 1.16 * rows + 0.3 * len(lines) + 0.5), layout="constrained")
+    figure = Figure(figsize=(PANEL * columns, PANEL * 1.11 * rows + 0.3 * len(lines) + 0.4), layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=13)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -127,7 +128,7 @@ def _scores(figure: Figure, axis: Any, record: SampleRecord, trace: Trace, stage
     _show(axis, panels.grey(record.image) * 0.5, f"{stage.name}: scores")
     drawn = axis.imshow(values, cmap="viridis", alpha=0.85, extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5))
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.02)
+    bar = figure.colorbar(drawn, cax=axis.inset_axes((0.0, -0.07, 1.0, 0.04)), orientation="horizontal")
     bar.ax.tick_params(labelsize=7)
 
 

@@ -174,6 +174,25 @@ def test_missing_tower_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "'elsewhere/nothing'" in message
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_on_the_hub_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    import huggingface_hub
+
+    files = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    fetched: list[list[str]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        return str(tmp_path)
+
+    listed = ["config.json", "pytorch_model.bin", *([files] if kind == "safetensors" else [])]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: listed)
+    write_lisa(tmp_path, files=files)
+    assert LisaAdapter.load("somebody/a-lisa").name == "a-lisa"
+    assert fetched == [["*.json", "*.model"], ["*.json", "*.model", f"*.{kind}"]]
+
+
 def test_config_without_a_tower(tmp_path: Path) -> None:
     message = refusal_of(write_lisa(tmp_path, tower=False, config={"mm_vision_tower": None}))
     assert "names no vision tower; pass vision_tower=" in message

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from lisa_checkpoints import CHANNELS, CONFIG, State, state_dict, tower_model, write_lisa, write_tower
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel, SamVisionConfig
 
 import tokenprune as tp
 from tokenprune.errors import CheckpointError, OptionError
+from tokenprune_adapters.checkpoint import Checkpoint
 from tokenprune_adapters.lisa import LisaAdapter, LisaModel
-from tokenprune_adapters.sam_weights import original_name
+from tokenprune_adapters.sam_weights import build_sam, original_name
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,45 @@ def test_mask_decoder_heads_that_do_not_fit(tmp_path: Path) -> None:
 def test_released_decoder_heads_are_the_default(tmp_path: Path) -> None:
     loaded = tp.load(write_lisa(tmp_path, config={"sam_mask_decoder_heads": None}))
     assert loaded.sam.config.mask_decoder_config.num_attention_heads == 8
+
+
+class Shapes:
+    """A checkpoint of which only the shapes are known."""
+
+    folder = Path("released")
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str, dims: int | None = None) -> tuple[int, ...]:
+        return self.shapes[name]
+
+
+def test_the_released_sam_is_recognised() -> None:
+    vision = SamVisionConfig(
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        global_attn_indexes=[7, 15, 23, 31],
+        mlp_dim=5120,
+    )
+    released = SamConfig(vision_config=vision.to_dict(), mask_decoder_config={"layer_norm_eps": 1e-5})
+    with torch.device("meta"):
+        sam = SamModel(released)
+    shapes = {"sam." + original_name(name): tuple(tensor.shape) for name, tensor in sam.state_dict().items()}
+    part = build_sam(cast(Checkpoint, Shapes(shapes)), "sam.")
+    for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+        wanted, found = getattr(released, name).to_dict(), getattr(part.module.config, name).to_dict()
+        assert {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()} == {
+            key: list(v) if isinstance(v, tuple) else v for key, v in wanted.items()
+        }
+    assert set(part.names.values()) == set(shapes)
 
 
 def test_golden_config_has_no_surprises(golden: Callable[[str], Path]) -> None:

@@ -48,12 +48,26 @@ def test_shapes_and_types(model: LisaModel, image: np.ndarray[Any, Any]) -> None
     assert torch.equal(result.masks, result.mask_logits > 0)
 
 
-@pytest.mark.parametrize("strategy", [None, "none", "uniform", "fastv", "csp", "prumerge+", "blind"])
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        (None, {}),
+        ("none", {}),
+        ("blind", {}),
+        ("uniform", {"budget": 0.6}),
+        ("fastv", {"budget": 0.6}),
+        ("prumerge", {}),
+        ("prumerge+", {}),
+        ("csp", {"budget": 0.6, "clustering": "random"}),
+        ("csp", {"budget": 0.6, "clustering": "cls_attention", "query": "seg"}),
+        ("csp", {"budget": 0.6, "clustering": "seg_first", "reentry": "delta"}),
+        ("csp", {"budget": 0.6, "clustering": "kmeans"}),
+    ],
+)
 def test_a_query_in_a_batch_equals_the_query_alone(
-    model: LisaModel, image: np.ndarray[Any, Any], strategy: str | None
+    model: LisaModel, image: np.ndarray[Any, Any], strategy: str | None, options: dict[str, Any]
 ) -> None:
-    budget = {} if strategy in (None, "none", "blind", "prumerge+") else {"budget": 0.6}
-    pruning = None if strategy is None else tp.strategy(strategy, **budget)
+    pruning = None if strategy is None else tp.strategy(strategy, **options)
     together = model.segment(image, QUERIES, strategy=pruning)
     for row, query in enumerate(QUERIES):
         alone = model.segment(image, query, strategy=pruning)

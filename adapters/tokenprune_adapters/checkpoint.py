@@ -35,16 +35,27 @@ def resolve_folder(name_or_path: str | Path, what: str = "checkpoint", advice: s
         raise CheckpointError(f"{what} {str(path)!r} is a file, expected the folder that holds it; {hint}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
         raise CheckpointError(f"{what} {str(name_or_path)!r}: no such folder; {hint}")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+        return _download(str(name_or_path))
     except Exception as error:  # the hub client raises many kinds, offline, not found and no access among them
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(
             f"{what} {str(name_or_path)!r}: no such folder, and it could not be fetched from the hub ({reason}); {hint}"
         ) from error
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+
+    # Many repositories hold the same weights twice; an index or a single file at the top tells which ones to take.
+    small = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.model"]))
+    try:
+        listed = huggingface_hub.list_repo_files(name)
+    except Exception:  # offline: whatever has been fetched before is what there is
+        return small
+    safe = any(file in listed for file in ("model.safetensors", "model.safetensors.index.json"))
+    weights = "*.safetensors" if safe else "*.bin"
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.model", weights]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def load_lisa(
         clip_pixels=ClipPixels(tower_folder, tower),
         select_layer=int(config.get("mm_vision_select_layer", -2)),
         mark_image=bool(config.get("mm_use_im_start_end", False)),
-        name=folder.name,
+        name=_shown_name(source),
     ).eval()
     if device_map is None:
         model.to(device=target)
@@ -133,6 +133,11 @@ def load_lisa(
     for module in others:
         module.to(device=home)
     return model
+
+
+def _shown_name(source: str | Path) -> str:
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_dir() else path.name  # of a hub id the part after the slash
 
 
 def _refuse_other_families(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

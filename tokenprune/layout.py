@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,12 +72,12 @@ class SequenceLayout:
         marks = {name: mask.bool() for name, mask in (queries or {}).items()}
         return cls(image_tokens, valid, image_number, grid, marks)
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """int64 [batch]: image tokens per row, N_row."""
         return self.image_tokens.sum(1)
 
-    @property
+    @cached_property
     def slots(self) -> Tensor:
         """int64 [batch, N]: sequence position of every image token, −1 where a row has fewer than N = max N_row."""
         return true_positions(self.image_tokens)

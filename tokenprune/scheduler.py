@@ -19,7 +19,7 @@ from tokenprune.reads import AttentionFrom, Read
 from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
 from tokenprune.trace import StageTrace, Trace
-from tokenprune.validation import check_decision
+from tokenprune.validation import check_decision, check_target
 
 
 class Observer(Protocol):
@@ -132,6 +132,7 @@ class TokenScheduler(ABC):
         self.strategy, self.planned = plan(strategy, shapes)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
+        self._counts = tuple(counts)
         self.memory: dict[str, Any] = {}
         self._image = layout.gather_slots(layout.image_number)
         self._grid = layout.gather_slots(layout.grid)
@@ -173,9 +174,8 @@ class TokenScheduler(ABC):
 
     def account(self, layer: int, width: int, scored_rows: int = 0) -> None:
         """Enter a layer into the ledger: `width` positions per row were computed."""
-        image = tuple(self.state.active.sum(1).tolist())
         ledger = self.trace.ledger
-        ledger.entries.append(LayerEntry(layer, image, ledger.other_tokens, width, scored_rows))
+        ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows))
 
     def finish(self) -> None:
         """The last layer has run: tell the observer."""
@@ -197,11 +197,13 @@ class TokenScheduler(ABC):
                 f"strategy {name!r}, stage {stage.name!r} raised {type(error).__name__}: {error}"
             ) from error
         width = self.width
-        decision = check_decision(answer, self.state, who=name, stage=stage.name, target=target, width=width)
+        decision = check_decision(answer, self.state, who=name, stage=stage.name, width=width)
+        state = self.state.after(decision)
+        check_target(state, target, who=name, stage=stage.name)
         values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
         if values is not None:
             self.write(decision.index, values)
-        self.state = self.state.after(decision)
+        self.state, self._counts = state, tuple(state.active.sum(1).tolist())
         self._record(stage, decision)
 
     @property

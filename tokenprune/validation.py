@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -15,9 +16,7 @@ from tokenprune.state import TokenState, as_mask
 _Refuse: TypeAlias = Callable[[str, str], PluginError]
 
 
-def check_decision(
-    decision: object, state: TokenState, *, who: str, stage: str, target: Tensor, width: int | None = None
-) -> Decision:
+def check_decision(decision: object, state: TokenState, *, who: str, stage: str, width: int | None = None) -> Decision:
     """Return the decision if it is sound.
 
     Args:
@@ -25,16 +24,12 @@ def check_decision(
         state: the tokens on entering the stage.
         who: strategy name, for messages.
         stage: stage name, for messages.
-        target: int64 [batch], declared tokens, −1 where none was declared.
         width: hidden size that `values` must have; None = not checked.
 
     Raises:
         PluginError: names strategy, stage, what was found and what was expected.
     """
-
-    def refuse(found: str, expected: str) -> PluginError:
-        return PluginError(f"strategy {who!r}, stage {stage!r}: {found}; expected {expected}")
-
+    refuse = partial(_refusal, who, stage)
     if not isinstance(decision, (Keep, Restore, Merge)):
         raise refuse(f"choose() returned {type(decision).__name__}", "a Keep, Restore or Merge decision")
     _check_index(decision.index, state.exists, refuse)
@@ -48,8 +43,35 @@ def check_decision(
     _check_floats(decision, state, width, refuse)
     if isinstance(decision, Merge):
         _check_merge(decision, state, refuse)
-    _check_target(state.after(decision).active.sum(1), target, refuse)
     return decision
+
+
+def check_target(state: TokenState, target: Tensor, *, who: str, stage: str) -> None:
+    """Hold the state after a decision to the declared number of tokens.
+
+    Args:
+        state: the tokens once the decision is taken.
+        target: int64 [batch], declared active tokens, −1 where none was declared.
+        who: strategy name, for messages.
+        stage: stage name, for messages.
+
+    Raises:
+        PluginError: another number of active tokens.
+    """
+    active = state.active.sum(1)
+    wrong = ((target >= 0) & (active != target)).nonzero().flatten().tolist()
+    if wrong:
+        row = wrong[0]
+        raise _refusal(
+            who,
+            stage,
+            f"{int(active[row])} active tokens in batch row {row} after the choice",
+            f"the {int(target[row])} that the stage declared",
+        )
+
+
+def _refusal(who: str, stage: str, found: str, expected: str) -> PluginError:
+    return PluginError(f"strategy {who!r}, stage {stage!r}: {found}; expected {expected}")
 
 
 def _check_index(index: Tensor, exists: Tensor, refuse: _Refuse) -> None:
@@ -114,13 +136,3 @@ def _check_merge(decision: Merge, state: TokenState, refuse: _Refuse) -> None:
                 "a merge that says it conserves mass but does not",
                 "weights that sum to 1 over k for every active token",
             )
-
-
-def _check_target(active: Tensor, target: Tensor, refuse: _Refuse) -> None:
-    wrong = ((target >= 0) & (active != target)).nonzero().flatten().tolist()
-    if wrong:
-        row = wrong[0]
-        raise refuse(
-            f"{int(active[row])} active tokens in batch row {row} after the choice",
-            f"the {int(target[row])} that the stage declared",
-        )

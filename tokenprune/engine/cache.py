@@ -26,7 +26,7 @@ class PrunedCacheLayer(DynamicLayer):
     """
 
     def __init__(self, lease: Lease) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.absent = 0
         self._lease = lease
 

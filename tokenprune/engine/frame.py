@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +28,7 @@ class Frame:
     index: Tensor
     filled: Tensor
     length: int
-    _masks: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _cuts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, present: Tensor) -> Frame:
@@ -63,8 +62,15 @@ class Frame:
         index = torch.where(self.filled, self.index, -1).to(short.device)
         return spread_rows(short, index, self.length, base=full.to(short.device))
 
-    def gather_table(self, table: Tensor) -> Tensor:
+    def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
+        return self._once(table, self._gather_table)
+
+    def prefill_ids(self, ids: Tensor) -> Tensor:
+        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
+        return self._once(ids, lambda full: self._gather_table(full[..., None]).squeeze(-1))
+
+    def _gather_table(self, table: Tensor) -> Tensor:
         index = self.index.to(table.device)
         table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
         where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])
@@ -83,21 +89,17 @@ class Frame:
         None (plain causal) stays None: order is kept and fillers come last, so causality hides them. A 2-D mask is
         [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive.
         """
-        if mask is None:
-            return None
-        cached = self._masks.get((id(mask), mask.device))
-        if cached is None:
-            cached = mask, self._cut(mask)  # the original is held so that its id stays taken
-            self._masks[(id(mask), mask.device)] = cached
-        return cached[1]
+        return None if mask is None else self._once(mask, self._cut)
 
-    def forget_masks(self) -> None:
-        """Let go of the masks; they are needed in prefill only."""
-        self._masks.clear()
+    def _once(self, full: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        # Layers of one stage are given the same tensors: cut them once. Holding the original keeps its id taken.
+        if id(full) not in self._cuts:
+            self._cuts[id(full)] = full, cut(full)
+        return self._cuts[id(full)][1]
 
-    def gather_ids(self, ids: Tensor) -> Tensor:
-        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
-        return self.gather_table(ids[..., None]).squeeze(-1)
+    def forget(self) -> None:
+        """Let go of the masks and tables that were cut; they are needed in prefill only."""
+        self._cuts.clear()
 
     def _cut(self, mask: Tensor) -> Tensor:
         index = self.index.to(mask.device)

@@ -52,6 +52,7 @@ class Prefill(TokenScheduler):
         self.frames: list[Frame | None] = []
         self.full: Tensor
         self._frame: Frame | None = None
+        self._renumbered: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
         self._embeddings: Tensor | None = None
         self._attention: dict[Read, Tensor] = {}
 
@@ -104,7 +105,7 @@ class Prefill(TokenScheduler):
             self._write_back(hidden)
             self.enter(layer)
             self._attention.clear()
-            self._frame = self._next_frame()
+            self._frame, self._renumbered = self._next_frame(), None
             hidden = self.full if self._frame is None else self._frame.gather(self.full)
         self.frames.append(self._frame)
         if self._frame is not None:
@@ -117,10 +118,10 @@ class Prefill(TokenScheduler):
         self._write_back(hidden)
         full = self.full
         del self.full
-        self._embeddings = None
+        self._embeddings = self._renumbered = None
         for frame in self.frames:
             if frame is not None:
-                frame.forget_masks()
+                frame.forget()
         self.finish()
         return full
 
@@ -169,12 +170,14 @@ class Prefill(TokenScheduler):
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
         ids = kwargs.get("position_ids")
         if self.strategy.positions == "renumber":
-            ids = torch.arange(frame.width, device=hidden.device).expand(hidden.shape[0], -1)
-            kwargs["position_embeddings"] = self.renumbered(kwargs.get("position_embeddings"), hidden, ids)
+            if self._renumbered is None:
+                ids = torch.arange(frame.width, device=hidden.device).expand(hidden.shape[0], -1)
+                self._renumbered = ids, self.renumbered(kwargs.get("position_embeddings"), hidden, ids)
+            ids, kwargs["position_embeddings"] = self._renumbered
         else:
-            kwargs["position_embeddings"] = tuple(frame.gather_table(t) for t in _tables(kwargs))
+            kwargs["position_embeddings"] = tuple(frame.prefill_table(t) for t in _tables(kwargs))
             if ids is not None:
-                ids = frame.gather_ids(ids)
+                ids = frame.prefill_ids(ids)
         kwargs["position_ids"] = ids
 
     def renumbered(self, tables: Any, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

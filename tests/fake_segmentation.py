@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +18,7 @@ from tokenprune import hookimpl
 from tokenprune.adapter import Adapter
 from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.decisions import Decision, Keep
+from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.engine import prune
 from tokenprune.errors import InputError
 from tokenprune.testing.models import tiny_llama
@@ -74,7 +74,7 @@ class FakeModel(nn.Module):
         if isinstance(image, (str, Path)):
             try:
                 image = np.asarray(Image.open(image).convert("RGB"))
-            except (FileNotFoundError, UnidentifiedImageError) as error:
+            except OSError as error:
                 raise InputError(f"image {str(image)!r} cannot be read; give an image file") from error
         self.encoded += 1
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
@@ -124,7 +124,8 @@ class FakeModel(nn.Module):
         states, trace = self.run_decoder(inputs, strategy)
         states = states[inputs.mask_query]
         logits = (states @ encoded.tokens.T).reshape(-1, 1, SIDE, SIDE)
-        masks = functional.interpolate(logits - logits.mean(), encoded.size, mode="bilinear")[:, 0] > 0
+        logits = logits - logits.mean((-1, -2), keepdim=True)
+        masks = functional.interpolate(logits, encoded.size, mode="bilinear")[:, 0] > 0
         return FakeResult(masks, query, trace)
 
 
@@ -208,9 +209,10 @@ class FakePlugin:
 
     @hookimpl
     def tokenprune_register_strategies(self, register: Any) -> None:
-        """`front` and `whole`."""
+        """`front`, `whole` and `tour`."""
         register("front", Front)
         register("whole", Whole)
+        register("tour", Tour)
 
     @hookimpl
     def tokenprune_register_datasets(self, register: Any) -> None:
@@ -226,3 +228,26 @@ class FakePlugin:
     def tokenprune_register_models(self, register: Any) -> None:
         """The model."""
         register("fake", lambda: self.folder)
+
+
+class Tour(Strategy):
+    """Parks half of the tokens, restores them, then merges all into two: every kind of decision in one run."""
+
+    name = "tour"
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """Three."""
+        yield Stage("rest", 0, tokens=shape.image_tokens // 2)
+        yield Stage("return", 1, tokens=shape.image_tokens)
+        yield Stage("fold", 2, tokens=2)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """By the stage's name."""
+        even = torch.arange(tokens.exists.shape[1]).expand_as(tokens.exists) % 2 == 0
+        if stage.name == "rest":
+            return Keep.where(even, rest="park", scores=even.float())
+        if stage.name == "return":
+            return Restore.where(tokens.parked)
+        batch, size = tokens.exists.shape
+        index = torch.tensor([[0, size - 1]]).expand(batch, -1)
+        return Merge(index, weights=torch.full((batch, 2, size), 1 / size))

@@ -1,0 +1,77 @@
+"""Which strategies compete: names, texts with options, instances, budgets."""
+
+from __future__ import annotations
+
+import pytest
+from fake_segmentation import Front, Whole
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenprune.errors import BudgetError, OptionError
+from tokenprune.evaluation.contenders import contenders, parse_text, split_list, takes_budget
+
+WORD = st.from_regex(r"[a-z][a-z0-9+\-]{0,8}", fullmatch=True)
+OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.integers(0, 99), max_size=3)
+
+
+@given(st.lists(st.tuples(WORD, OPTIONS), min_size=1, max_size=4))
+def test_lists_split_into_what_they_were_joined_from(items: list[tuple[str, dict[str, int]]]) -> None:
+    texts = [
+        name + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+        for name, options in items
+    ]
+    assert split_list(",".join(texts)) == texts
+    assert [parse_text(text) for text in texts] == items
+
+
+@pytest.mark.parametrize("text", ["", "a,,b", "a,", "keep=1,a"])
+def test_lists_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(OptionError, match="strategies"):
+        split_list(text)
+
+
+@pytest.mark.parametrize("text", ["fastv:keep", "fastv:keep=1,keep=2", "fastv:=1"])
+def test_options_that_cannot_be_read_name_the_strategy(text: str) -> None:
+    with pytest.raises(OptionError, match="'fastv'"):
+        parse_text(text)
+
+
+def test_budgets_multiply_only_strategies_that_take_one() -> None:
+    found = contenders(["none", "fastv:layer=3", "random"], [0.5, 0.25])
+    assert [(c.strategy.name, c.budget) for c in found] == [
+        ("none", None),
+        ("fastv", 0.5),
+        ("fastv", 0.25),
+        ("random", 0.5),
+        ("random", 0.25),
+    ]
+    assert found[1].strategy.options.layer == 3  # type: ignore[attr-defined]
+    assert found[1].label == "fastv (layer=3) at 0.5"
+
+
+def test_an_own_budget_goes_before_the_comparisons() -> None:
+    found = contenders(["random:budget=0.4", "random:keep=7,budget=none"], [0.5, 0.25])
+    assert [(c.budget, c.given) for c in found] == [(0.4, {}), (None, {"keep": 7})]
+
+
+def test_presets_keep_the_budget_that_they_bring() -> None:
+    found = contenders(["csp-65", "csp-70"], [0.9, 0.8])
+    assert [c.budget for c in found] == [0.35, 0.3]
+
+
+def test_instances_run_as_they_are() -> None:
+    strategy = Front(keep=0.3)
+    (found,) = contenders([strategy], [0.5, 0.25])
+    assert found.strategy is strategy
+    assert (found.budget, found.given) == (None, {"keep": 0.3})
+
+
+def test_who_takes_a_budget() -> None:
+    assert takes_budget(Front())
+    assert not takes_budget(Whole())
+
+
+@pytest.mark.parametrize("budget", ["x", "true", "2", "0", "-0.5"])
+def test_own_budgets_are_checked(budget: str) -> None:
+    with pytest.raises(BudgetError, match="budget"):
+        contenders([f"random:budget={budget}"], 0.5)

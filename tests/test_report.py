@@ -1,0 +1,124 @@
+"""Plots, overlay panels and sheets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_segmentation import SIDE, FakeData, FakeModel, Front, Tour, Whole
+
+from tokenprune.errors import InputError, OptionError
+from tokenprune.evaluation.compare import compare
+from tokenprune.evaluation.results import Comparison
+from tokenprune.report import panels
+from tokenprune.report.overlays import by_budget, comparison_sheet, file_name, inspection_sheet
+from tokenprune.report.plots import tradeoff
+from tokenprune.report.tables import si
+from tokenprune.report.write import writable_folder
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    strategies = [Whole(), Tour(), "random"]
+    return compare(FakeModel(), FakeData(), strategies, budget=[0.5, 0.25], limit=4, timing_samples=0, records=1)
+
+
+def test_tradeoff_has_a_curve_per_strategy_and_says_what_it_shows(comparison: Comparison) -> None:
+    axes = tradeoff(comparison).axes[0]
+    curves = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    assert list(curves) == ["whole", "tour", "random"]
+    rows = sorted((row for row in comparison.rows if row.strategy == "random"), key=lambda row: row.flops_ratio)
+    assert curves["random"].get_xdata() == pytest.approx([1 - row.flops_ratio for row in rows])
+    assert curves["random"].get_ydata() == pytest.approx([row.giou for row in rows])
+    assert "FLOPs" in axes.get_xlabel()
+    assert axes.get_ylabel() == "gIoU"
+    assert "rectangles" in axes.get_title()
+    looks = {(line.get_color(), line.get_marker()) for line in curves.values()}
+    assert len(looks) == 3
+
+
+def test_tradeoff_refuses_an_unknown_metric(comparison: Comparison) -> None:
+    with pytest.raises(OptionError, match="giou"):
+        tradeoff(comparison, "accuracy")
+
+
+def test_token_panel_lights_active_tints_parked_darkens_dropped() -> None:
+    image = np.full((SIDE * 2, SIDE * 2, 3), 200, dtype=np.uint8)
+    model = FakeModel()
+    trace = model.segment(image, ["a thing"], Tour()).trace
+    assert trace is not None
+    box = model.grid_box(SIDE * 2, SIDE * 2)
+    rest, back, fold = (panels.with_tokens(image, trace, stage, 0, box) for stage in trace.stages)
+    lit = np.full(3, 200 / 255)
+    assert rest[0, 0] == pytest.approx(lit)
+    assert rest[0, 2, 2] > rest[0, 2, 0]  # parked: blue
+    assert back == pytest.approx(np.broadcast_to(lit, back.shape))
+    assert fold[0, 0] == pytest.approx(lit)
+    assert fold[0, 2].max() < 0.2
+    assert panels.with_tokens(image, trace, None, 0, box) == pytest.approx(back)
+    assert panels.merged_places(trace, trace.stages[2], 0, box).tolist() == [[1, 1], [SIDE * 2 - 1, SIDE * 2 - 1]]
+    assert len(panels.merged_places(trace, trace.stages[0], 0, box)) == 0
+
+
+def test_mask_panel_marks_the_mask_and_only_it() -> None:
+    image = np.full((8, 8, 3), 90, dtype=np.uint8)
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[2:6, 2:6] = True
+    panel = panels.with_mask(image, mask)
+    assert panel[2, 2].tolist() == [1, 1, 1]
+    assert panel[3, 3, 0] > panel[3, 3, 2]
+    assert np.ptp(panel[0, 0]) == pytest.approx(0)
+
+
+def test_score_map_has_holes_where_no_token_was_scored() -> None:
+    model = FakeModel()
+    trace = model.segment(np.zeros((12, 12, 3), np.uint8), ["a"], Front(keep=0.5)).trace
+    assert trace is not None
+    scores = trace.stages[0].scores
+    assert scores is not None
+    scores = scores.clone()
+    scores[0, 1] = float("-inf")
+    found = panels.score_map(trace, scores, 0)
+    assert found.shape == (SIDE, SIDE)
+    assert np.isnan(found).sum() == 1
+    assert np.isnan(found[0, 1])
+
+
+def test_sheets_have_a_titled_panel_for_everything(comparison: Comparison) -> None:
+    (record,) = comparison.records
+    parts = by_budget(record)
+    assert list(parts) == [0.5, 0.25]
+    sheet = comparison_sheet(parts[0.25])
+    titles = [axis.get_title() for axis in sheet.axes if axis.axison]
+    labels = [axis.get_ylabel().replace("\n", " ") for axis in sheet.axes if axis.get_ylabel()]
+    assert labels == ["whole", "tour", "random at 0.25"]
+    assert titles.count("image") == titles.count("target") == 1
+    assert sum(title.startswith("mask, IoU") for title in titles) == 3
+    assert sum("from layer" in title for title in titles) == 1 + 3 + 1
+    assert record.query in sheet.get_suptitle()
+    single = inspection_sheet(by_budget(record)[0.5])
+    assert "from layer 0: all 36" in [axis.get_title() for axis in single.axes]
+
+
+def test_many_strategies_are_drawn_in_two_columns() -> None:
+    found = compare(FakeModel(), FakeData(), [Whole()] * 5, limit=2, timing_samples=0, records=1)
+    sheet = comparison_sheet(found.records[0])
+    assert len({axis.get_subplotspec().rowspan.start for axis in sheet.axes}) == 4
+
+
+def test_file_names_hold_no_odd_characters() -> None:
+    assert file_name("Où est «../x»?") == "O-est-x"
+    assert file_name("…") == "sample"
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        writable_folder(tmp_path / "file" / "below")
+    assert writable_folder(tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (12.34, "12.3"), (1234.0, "1.23 k"), (5.0e12, "5 T")])
+def test_numbers_with_prefixes(value: float, text: str) -> None:
+    assert si(value) == text

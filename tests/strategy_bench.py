@@ -41,7 +41,7 @@ class Bench(TokenScheduler):
     ) -> None:
         layout = layout_of(rows)
         self.seeds, self.given, self.images = list(seeds or range(len(rows))), given or {}, [len(row) for row in rows]
-        super().__init__(strategy, layout, layers, seed=seed)
+        super().__init__(strategy, layout, layers, model="bench", seed=seed)
         self.embeddings = self.drawn("embeddings", WIDTH)
         self.states = self.embeddings.clone()
 
@@ -54,8 +54,8 @@ class Bench(TokenScheduler):
             result[row, : extra + count] = torch.randn(extra + count, *shape, generator=generator)
         return result
 
-    def provides(self, read: Read) -> bool:
-        return True
+    def offers(self) -> list[str]:
+        return [kind.__name__ for kind in Read.__subclasses__()]
 
     def provide(self, read: Read) -> Any:
         if read.field in self.given:

@@ -23,7 +23,7 @@ from tokenprune.validation import check_decision, check_target
 
 
 class Observer(Protocol):
-    """What the scheduler tells of a run; the plugin manager's hook caller is one."""
+    """What the scheduler tells of a run; `tokenprune.registry.observers` is one."""
 
     def tokenprune_stage_entered(self, *, run: Any, stage: StageTrace, decision: Decision) -> Any:
         """A stage was entered."""
@@ -109,6 +109,7 @@ class TokenScheduler(ABC):
 
     Attributes:
         strategy: bound to this run's shape.
+        model: name of the model, for messages.
         layout: of the batch.
         state: the image tokens now.
         trace: what has happened so far.
@@ -120,6 +121,7 @@ class TokenScheduler(ABC):
         layout: SequenceLayout,
         layers: int,
         *,
+        model: str,
         tower_layers: int = 0,
         observer: Observer | None = None,
         seed: int = 0,
@@ -128,7 +130,7 @@ class TokenScheduler(ABC):
         counts = layout.counts.tolist()
         others = (layout.valid.sum(1) - layout.counts).tolist()
         shapes = [Shape(layers, n, t, tower_layers) for n, t in zip(counts, others, strict=True)]
-        self.layout, self.layers, self.observer, self.seed = layout, layers, observer, seed
+        self.model, self.layout, self.layers, self.observer, self.seed = model, layout, layers, observer, seed
         self.strategy, self.planned = plan(strategy, shapes)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
@@ -144,8 +146,8 @@ class TokenScheduler(ABC):
     # where states live -----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def provides(self, read: Read) -> bool:
-        """Whether `provide` can answer this read."""
+    def offers(self) -> list[str]:
+        """Names of the kinds of reads that `provide` can answer."""
 
     @abstractmethod
     def provide(self, read: Read) -> Any:
@@ -257,10 +259,6 @@ class TokenScheduler(ABC):
 
     def _check_reads(self) -> None:
         for planned in self.planned:
-            missing = [str(read) for read in planned.stage.reads if not self.provides(read)]
+            missing = [str(read) for read in planned.stage.reads if str(read) not in self.offers()]
             if missing:
-                raise IncompatibleError(
-                    f"strategy {self.strategy.name!r} cannot run here: its stage {planned.stage.name!r} reads "
-                    f"{', '.join(missing)}, which this model does not provide; use a model adapter that does, or "
-                    "another strategy"
-                )
+                raise IncompatibleError.missing(self.strategy.name, self.model, missing, self.offers())

@@ -45,6 +45,7 @@ class Prefill(TokenScheduler):
             strategy,
             layout,
             len(decoder.layers),
+            model=type(decoder.module).__name__,
             tower_layers=self.vision.layers,
             observer=observer,
             seed=seed,
@@ -58,9 +59,9 @@ class Prefill(TokenScheduler):
 
     # what TokenScheduler asks of us ----------------------------------------------------------------------------------
 
-    def provides(self, read: Read) -> bool:
+    def offers(self) -> list[str]:
         """The decoder's own reads, and what the vision side offers."""
-        return isinstance(read, _OWN_READS) or self.vision.provides(read)
+        return sorted(kind.__name__ for kind in (*_OWN_READS, *self.vision.answers))
 
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""

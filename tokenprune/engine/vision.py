@@ -23,10 +23,6 @@ class VisionSource:
     answers: Mapping[type[Read], Callable[[Any], Any]] = field(default_factory=dict)
     layers: int = 0
 
-    def provides(self, read: Read) -> bool:
-        """Whether this read can be answered."""
-        return type(read) in self.answers
-
     def provide(self, read: Read) -> Any:
         """The answer."""
         return self.answers[type(read)](read)

@@ -261,4 +261,7 @@ class TokenScheduler(ABC):
         for planned in self.planned:
             missing = [str(read) for read in planned.stage.reads if str(read) not in self.offers()]
             if missing:
-                raise IncompatibleError.missing(self.strategy.name, self.model, missing, self.offers())
+                raise IncompatibleError(
+                    f"strategy {self.strategy.name!r} does not fit model {self.model!r}: it reads {', '.join(missing)}, "
+                    f"and the model offers {', '.join(self.offers())}; choose another strategy or another model"
+                )

@@ -262,6 +262,7 @@ class TokenScheduler(ABC):
             missing = [str(read) for read in planned.stage.reads if str(read) not in self.offers()]
             if missing:
                 raise IncompatibleError(
-                    f"strategy {self.strategy.name!r} does not fit model {self.model!r}: it reads {', '.join(missing)}, "
-                    f"and the model offers {', '.join(self.offers())}; choose another strategy or another model"
+                    f"strategy {self.strategy.name!r} does not fit model {self.model!r}: it reads "
+                    f"{', '.join(missing)}, and the model offers {', '.join(self.offers())}; "
+                    "choose another strategy or another model"
                 )

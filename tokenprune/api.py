@@ -52,7 +52,10 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
     for entry in adapters.values():
         adapter = entry.load()
         if adapter.matches(source, config):
-            return adapter.load(source, **options)
+            model = adapter.load(source, **options)
+            if str(name_or_path) in bundled:
+                model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
+            return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
     known = ", ".join(adapters) or "none"
     raise CheckpointError(f"{source}: no adapter knows this checkpoint; found {found}; installed adapters: {known}")

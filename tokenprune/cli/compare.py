@@ -69,7 +69,7 @@ def command(
             records=overlays if out is not None else 0,
             progress=report,
         )
-    found = found.model_copy(update={"model": model})
+    found = found.model_copy(update={"model": model})  # as it was asked for, not the folder's name
     if output is Format.json:
         typer.echo(found.to_json())
     else:

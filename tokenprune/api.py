@@ -53,7 +53,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
         adapter = entry.load()
         if adapter.matches(source, config):
             model = adapter.load(source, **options)
-            if str(name_or_path) in bundled:
+            if str(name_or_path) in bundled and hasattr(model, "name"):
                 model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
             return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"

@@ -77,10 +77,13 @@ def markdown(found: Comparison, choices: dict[str, tuple[str, ...]]) -> str:
     ranked = sorted(combinations.items(), key=lambda item: -statistics.fmean(row.giou for row in item[1]))
     floor = ", ".join(f"{row.strategy} {row.giou:.3f}" for row in found.rows if row.budget is None)
     lines = [f"CSP on {found.model}, {found.dataset} ({found.split}), {found.samples} queries. gIoU; {floor}.", ""]
-    lines += _table([*choices, *(f"{budget:g}" for budget in budgets), "mean"], [
-        [*key, *(f"{row.giou:.3f}" for row in own), f"{statistics.fmean(row.giou for row in own):.3f}"]
-        for key, own in ranked
-    ])
+    lines += _table(
+        [*choices, *(f"{budget:g}" for budget in budgets), "mean"],
+        [
+            [*key, *(f"{row.giou:.3f}" for row in own), f"{statistics.fmean(row.giou for row in own):.3f}"]
+            for key, own in ranked
+        ],
+    )
     lines += ["", "Mean over all other choices:", ""]
     effects = []
     for name, values in choices.items():

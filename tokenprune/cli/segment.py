@@ -48,9 +48,7 @@ def command(
 
     from tokenprune.evaluation.single import run_single, token_summary
 
-    record = run_single(
-        load_model(model, vision_tower=vision_tower, dtype=dtype, device=device), image, query, chosen
-    )
+    record = run_single(load_model(model, vision_tower=vision_tower, dtype=dtype, device=device), image, query, chosen)
     outcome = record.outcomes[0]
     write_mask(outcome.mask, out)
     share = float(outcome.mask.mean())

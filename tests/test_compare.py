@@ -210,3 +210,19 @@ def test_a_real_model_with_every_built_in_method(golden: Callable[[str], Path]) 
         assert 0.48 < row.equivalent_tokens_ratio <= 0.5
         assert row.flops < found.rows[0].flops
         assert row.agreement < 1.0
+
+
+def test_random_choices_differ_from_scene_to_scene() -> None:
+    kept = []
+    model = FakeModel()
+    plain = model.segment
+
+    def watched(*args: object, **kwargs: object) -> object:
+        result = plain(*args, **kwargs)
+        if result.trace is not None and result.trace.stages:
+            kept.append(tuple(result.trace.stages[0].kept[0]))
+        return result
+
+    model.segment = watched  # type: ignore[method-assign]
+    compare(model, FakeData(), ["random"], limit=8, timing_samples=0)
+    assert len(set(kept)) > 1

@@ -130,6 +130,17 @@ class Strategy(ABC):
         chosen = {name: getattr(self.options, name) for name in self.options.model_fields_set}
         return type(self)(**{**chosen, **changes})
 
+    def reseeded(self, offset: int) -> Strategy:
+        """A copy whose option `seed` is moved by `offset`, so that every sample of a data set draws anew.
+
+        The strategy itself where it has no such option.
+        """
+        if "seed" not in self.Options.model_fields:
+            return self
+        chosen = {name: getattr(self.options, name) for name in self.options.model_fields_set}
+        seed: int = getattr(self.options, "seed") + offset  # noqa: B009 - only some options have it
+        return type(self)(budget=self.budget, **{**chosen, "seed": seed})
+
     def spends(self, changes: dict[str, Any], shape: Shape) -> float:
         """Equivalent tokens with these options; infinite where the options themselves are not allowed."""
         try:

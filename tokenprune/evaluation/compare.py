@@ -43,7 +43,8 @@ def compare(
 ) -> Comparison:
     """Run every strategy on the same queries and report accuracy and cost side by side.
 
-    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once.
+    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. A strategy's
+      option `seed` is moved by the scene's number, so that random choices differ from image to image.
     - Cost: counted per query from the ledger, as if it ran alone, in the `exact` convention: decoder layers, attention
       rows computed for the strategy, merges of states, the strategy's own matmuls and the mask head (the last two
       measured). What depends on the image alone (towers, projector) is left out: it is the same for all.
@@ -120,6 +121,7 @@ class _Run:
     keep_records: int
     tallies: list[Tally] = field(init=False)
     untouched: Untouched = field(default_factory=Untouched)
+    scenes: int = 0
     kinds: list[str] = field(default_factory=list)
     sizes: list[str | None] = field(default_factory=list)
     records: list[SampleRecord] = field(default_factory=list)
@@ -137,7 +139,7 @@ class _Run:
         reference: SegmentationResult | None = None
         results = []
         for tally in self.tallies:
-            result = self._segment(image, scene, tally.contender.strategy)
+            result = self._segment(image, scene, tally.contender.strategy.reseeded(self.scenes))
             results.append(result)
             if reference is None and result.trace is not None and not result.trace.stages:
                 reference = result  # a strategy that decides nothing leaves the model untouched
@@ -159,6 +161,7 @@ class _Run:
                 if tally is self.tallies[0]:
                     self.untouched.costs.append(query_cost(ledger.unpruned(), self.spec, self.element_bytes))
         self._remember(scene, image, box, results)
+        self.scenes += 1
         self.kinds.extend(query.kind for query in scene.queries)
         self.sizes.extend(metrics.size_of(mask) for mask in wanted)
 

@@ -1,0 +1,97 @@
+"""Everything that learns in the decoder phases, and how it turns images and queries into prompts for the mask decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM, SamModel
+
+from common import patch_labels
+from model import CHANNELS, GRID, WIDTH, TowerHeads, build_decoder, build_tower, point_prompts
+from packed import forward_packed
+from pretrain import canonical_point
+from vocabulary import Prompts
+
+TAPS = (6, 9, 12)  # after how many layers the pointer loss is taken
+TAP_WEIGHTS = (0.5, 0.5, 1.0)
+
+
+class Student(nn.Module):
+    """Tower, projector, decoder and prompt projection of lisa-tiny, with the auxiliary heads of the training."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.tower, self.heads = build_tower(), TowerHeads()
+        self.projector = nn.Linear(WIDTH, WIDTH)
+        self.decoder: LlamaForCausalLM = build_decoder(vocabulary)
+        self.mask_projection = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CHANNELS))
+        self.pointer_queries = nn.ModuleList(nn.Linear(WIDTH, 96) for _ in TAPS)
+        self.pointer_keys = nn.Linear(WIDTH, 96)
+
+    def image_tokens(self, features: Tensor, side: int) -> Tensor:
+        """Projected features [B, side², width]; below the full grid they are averaged in squares."""
+        if side < GRID:
+            grid = features.transpose(1, 2).unflatten(2, (GRID, GRID))
+            features = functional.avg_pool2d(grid, GRID // side).flatten(2).transpose(1, 2)
+        return self.projector(features)
+
+    def read(
+        self, prompts: Prompts, image: Tensor, ids: Tensor, last: Tensor, short: bool, blind: bool = False
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Pointer logits [B, n, I] per tap, prompt embeddings [B, n, channels], and the last layer's states."""
+        head = torch.tensor([] if short else prompts.head, dtype=torch.long)
+        tail = torch.tensor(prompts.tail[:1] if short else prompts.tail)
+        states = forward_packed(self.decoder, head, image, tail, ids, TAPS, blind)
+        index = last[..., None, None].expand(-1, -1, 1, states[0].shape[-1])
+        queries = [state.gather(2, index)[:, :, 0] for state in states]
+        keys = functional.layer_norm(self.pointer_keys(image), (96,))
+        pointers = [
+            probe(query) @ keys.transpose(1, 2) / 96**0.5
+            for probe, query in zip(self.pointer_queries, queries, strict=True)
+        ]
+        return pointers, self.mask_projection(queries[-1]), states[-1]
+
+
+def pack(prompts: Prompts, texts: Sequence[Sequence[str]], short: bool, answer: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids [B, n, T] right-padded with 0 and the index of each mask query [B, n]; `answer` appends the answer's ids."""
+    encode = prompts.short if short else prompts.query
+    rows = [[encode(text) for text in row] for row in texts]
+    length = max(len(ids) for row in rows for ids in row) + (len(prompts.answer) if answer else 0)
+    packed = np.zeros((len(rows), len(rows[0]), length), dtype=np.int64)
+    last = np.zeros(packed.shape[:2], dtype=np.int64)
+    for i, row in enumerate(rows):
+        for j, ids in enumerate(row):
+            full = [*ids, *prompts.answer] if answer else ids
+            packed[i, j, : len(full)] = full
+            last[i, j] = len(ids) - 1
+    return torch.from_numpy(packed), torch.from_numpy(last)
+
+
+def answer_loss(student: Student, states: Tensor, ids: Tensor, last: Tensor, count: int) -> Tensor:
+    """Next-token loss of the answer's `count` tokens."""
+    steps = last[..., None] + torch.arange(count)
+    read = states.gather(2, steps[..., None].expand(-1, -1, -1, states.shape[-1]))
+    wanted = ids.gather(2, steps + 1)
+    return functional.cross_entropy(student.decoder.lm_head(read).float().flatten(0, 2), wanted.flatten())
+
+
+def pointer_targets(labels: np.ndarray, targets: Sequence[Sequence[Any]], side: int) -> Tensor:
+    """Share of each target's pixels in each image token, float32 [B, n, side²]."""
+    _, counts = patch_labels(labels)
+    step = GRID // side
+    counts = counts.reshape(len(labels), side, step, side, step, -1).sum((2, 4)).reshape(len(labels), side * side, -1)
+    chosen = [counts[i][:, [item.label for item in row]].T for i, row in enumerate(targets)]
+    wanted = torch.from_numpy(np.stack(chosen).astype(np.float32))
+    return wanted / wanted.sum(-1, keepdim=True)
+
+
+def prompt_targets(sam: SamModel, labels: np.ndarray, targets: Sequence[Sequence[Any]]) -> Tensor:
+    """SAM's own embedding of the point that stands for each target, [B, n, channels]."""
+    points = [[canonical_point(labels[i], item) for item in row] for i, row in enumerate(targets)]
+    with torch.no_grad():
+        return point_prompts(sam, torch.tensor(points, dtype=torch.float32))

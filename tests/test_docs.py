@@ -1,0 +1,282 @@
+"""README and docs: Python blocks run and print what the page says, commands and option tables are right."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import io
+import re
+import shlex
+import types
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from lisa_checkpoints import write_lisa, write_tower
+from PIL import Image
+
+import tokenprune
+from tokenprune import registry
+from tokenprune.cli.app import app, main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BUNDLED = "lisa-tiny"
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r'^--8<-- "([^":]+):(\w+)"$', re.MULTILINE)
+OPTIONS = re.compile(r"^<!-- options: (\S+) -->\n+((?:\|[^\n]*\n)+)", re.MULTILINE)
+INLINE_COMMAND = re.compile(r"`(tokenprune(?: [^`\n]+)?)`")
+NEEDS_NO_MODEL = ("list", "flops")
+
+
+@dataclass
+class Block:
+    """A fenced block, and the text block right behind it if there is one: what it prints."""
+
+    language: str
+    text: str
+    line: int
+    printed: str | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines, those ending in a backslash joined to the next."""
+        return self.text.replace("\\\n", " ").splitlines()
+
+
+@dataclass
+class Page:
+    """What running the blocks of a page gave."""
+
+    path: Path
+    ran: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+
+
+def source(path: Path) -> str:
+    """The page with the snippets that it includes from other files."""
+
+    def included(found: re.Match[str]) -> str:
+        text, name = (ROOT / found[1]).read_text(encoding="utf-8"), re.escape(found[2])
+        match = re.search(rf"\[start:{name}\][^\n]*\n(.*?)[^\n]*\[end:{name}\]", text, re.DOTALL)
+        assert match is not None, f"{path}: {found[0]} includes nothing"
+        return match[1]
+
+    return SNIPPET.sub(included, path.read_text(encoding="utf-8"))
+
+
+def blocks(path: Path) -> list[Block]:
+    """All fenced blocks of a page."""
+    text = source(path)
+    found: list[Block] = []
+    end = 0
+    for match in FENCE.finditer(text):
+        block = Block(match[1], match[2], text[: match.start()].count("\n") + 2)
+        if block.language == "text" and found and not text[end : match.start()].strip():
+            found[-1].printed = block.text
+        found.append(block)
+        end = match.end()
+    return found
+
+
+def test_every_page_is_found() -> None:
+    assert {"README.md", "index.md", "concepts.md", "counting.md", "cli.md", "lisa.md"} <= {page.name for page in PAGES}
+    for path in PAGES:
+        assert path.read_text(encoding="utf-8").count("```") == 2 * len(FENCE.findall(path.read_text(encoding="utf-8")))
+
+
+# Python blocks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that examples name: a photo, and a LISA checkpoint of tiny size with its tower."""
+    folder = tmp_path_factory.mktemp("examples")
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    write_lisa(folder / "LISA-7B", tower=False)
+    write_tower(folder / "clip-vit-large-patch14")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_plugin_stays() -> Iterator[None]:
+    yield
+    with suppress(tokenprune.TokenPruneError):  # only one page registers it
+        registry.unregister_plugin("mine")
+
+
+def bundled_weights() -> Path | None:
+    """The folder of the bundled model, if its weights are there."""
+    folder = Path(registry.models()[BUNDLED].load()())
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def names_in(text: str, context: type[ast.expr_context]) -> set[str]:
+    """Names that a block reads or assigns."""
+    tree = ast.parse(text)
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+    return found - set(dir(builtins))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_blocks_run(path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    weights = bundled_weights()
+    module = types.ModuleType("page")
+    module.__dict__["image"] = Image.open(files / "photo.png")
+    page, unknown = Page(path), set[str]()
+    for block in (b for b in blocks(path) if b.language == "python"):
+        where = f"{path.relative_to(ROOT)}, line {block.line}"
+        if weights is None and (BUNDLED in block.text or names_in(block.text, ast.Load) & unknown):
+            page.left_out.append(block.line)
+            unknown |= names_in(block.text, ast.Store)
+            continue
+        printed = run_python(block, module.__dict__, where)
+        page.ran.append(block.line)
+        if block.printed is not None:
+            assert plain(printed) == plain(block.printed), f"{where} prints something else"
+    if page.left_out:
+        pytest.skip(
+            f"{path.relative_to(ROOT)}: blocks at lines {page.left_out} need the weights of {BUNDLED}, which are not "
+            f"there; those at {page.ran} ran"
+        )
+
+
+def run_python(block: Block, namespace: dict[str, Any], where: str) -> str:
+    """Run a block; what it printed. A failure names the page."""
+    code = compile("\n" * (block.line - 1) + block.text, where, "exec", dont_inherit=True)
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(code, namespace)
+    return printed.getvalue()
+
+
+def plain(text: str) -> list[str]:
+    """Lines without white space at their ends, empty ones at both ends left out."""
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
+
+
+# commands ------------------------------------------------------------------------------------------------------------
+
+
+def commands(line: str) -> Iterator[list[str]]:
+    """The tokenprune commands in a shell line, as words after the program's name."""
+    words: list[str] | None = None
+    for word in [*shlex.split(line, comments=True), ";"]:
+        if word in ("&&", "||", "|", ";"):
+            if words is not None:
+                yield words
+            words = None
+        elif words is not None:
+            words.append(word)
+        elif Path(word).name == "tokenprune":
+            words = []
+
+
+def written_commands() -> Iterator[tuple[str, list[str], str | None]]:
+    """(where, words, what it prints or None) of every command in bash blocks and in inline code."""
+    for path in PAGES:
+        for block in blocks(path):
+            if block.language == "bash":
+                for line in block.lines:
+                    for words in commands(line):
+                        yield f"{path.relative_to(ROOT)}, line {block.line}: {line.strip()}", words, block.printed
+        for match in INLINE_COMMAND.finditer(FENCE.sub("", source(path))):
+            for words in commands(match[1]):
+                yield f"{path.relative_to(ROOT)}: {match[0]}", words, None
+
+
+COMMANDS = list(written_commands())
+
+
+@pytest.mark.parametrize(("where", "words", "printed"), COMMANDS, ids=[where for where, _, _ in COMMANDS])
+def test_commands_are_right(
+    where: str, words: list[str], printed: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    parse(list(words))
+    if words and words[0] in NEEDS_NO_MODEL and "--help" not in words:
+        monkeypatch.setenv("COLUMNS", "100")
+        monkeypatch.setenv("NO_COLOR", "1")
+        with pytest.raises(SystemExit) as done:
+            main(list(words))
+        assert not done.value.code
+        out = capsys.readouterr().out
+        if printed is not None:
+            assert plain(out) == plain(printed), f"{where} prints something else:\n{out}"
+
+
+def parse(words: list[str]) -> None:
+    """Raise where the command or an option does not exist, or a value has the wrong type."""
+    group: Any = typer.main.get_command(app)
+    if not words:
+        return  # the program's name alone
+    if "--help" in words:
+        words = [word for word in words if word != "--help"]
+        assert words[0] in group.commands
+        return
+    context = group.make_context("tokenprune", [word for word in words if word != "--debug"])
+    rest = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else list(context.args)
+    name, command, arguments = group.resolve_command(context, rest)
+    command.make_context(name, arguments, parent=context)
+
+
+def test_a_wrong_command_would_be_found() -> None:
+    parse(["flops", "--strategy", "fastv", "-o", "layer=2"])
+    for wrong in (["flop"], ["flops", "--strategies", "fastv"], ["flops", "--budget", "much"], ["segment", "a.png"]):
+        with pytest.raises(Exception, match=r".+") as caught:
+            parse(wrong)
+        assert "UsageError" in {kind.__name__ for kind in type(caught.value).__mro__}
+
+
+# option tables and sources -------------------------------------------------------------------------------------------
+
+
+def option_table(name: str) -> str:
+    """The table of a strategy's options, from the fields themselves."""
+    kind: Any = registry.get("strategies", name).load()
+    rows = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for option, about in kind.Options.model_fields.items():
+        meaning = str(about.description).replace("|", r"\|")
+        rows.append(f"| `{option}` | `{about.default!r}` | {meaning} |")
+    return "\n".join(rows)
+
+
+TABLES = [(path, match[1], match[2]) for path in PAGES for match in OPTIONS.finditer(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("path", "name", "table"), TABLES, ids=[f"{path.name}-{name}" for path, name, _ in TABLES])
+def test_option_tables_are_the_fields(path: Path, name: str, table: str) -> None:
+    expected = option_table(name)
+    assert table.strip() == expected, f"{path.relative_to(ROOT)}: the table of {name!r} should be\n{expected}"
+
+
+def test_the_drawn_stages_are_what_strategies_declare() -> None:
+    shape = tokenprune.Shape(layers=12, image_tokens=256)
+    counts = {}
+    for name in ("fastv", "prumerge+", "csp"):
+        stages = tokenprune.strategy(name, budget=0.35).bind(shape).stages(shape)
+        counts[name] = [stage.tokens for stage in stages]
+    (fastv,), (plus,), (few, every, kept) = counts.values()
+    text = f"256 then {fastv} for fastv; {plus} for prumerge+; {few}, {every}, then {kept} for csp"
+    found = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert text in found, "draw the figure anew with tools/figures/stages.py, and correct the text that describes it"
+
+
+def test_every_builtin_strategy_has_a_page() -> None:
+    documented = "\n".join(source(path) for path in (ROOT / "docs" / "methods").glob("*.md"))
+    for name, entry in registry.strategies().items():
+        if entry.distribution == "tokenprune":
+            assert f"`{name}`" in documented, f"no page under docs/methods names {name!r}"
+
+
+def test_modules_named_in_the_reference_exist() -> None:
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert named
+    for name in named:
+        importlib.import_module(name)

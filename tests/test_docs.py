@@ -203,6 +203,7 @@ def test_commands_are_right(
     if words and words[0] in NEEDS_NO_MODEL and "--help" not in words:
         monkeypatch.setenv("COLUMNS", "100")
         monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
         with pytest.raises(SystemExit) as done:
             main(list(words))
         assert not done.value.code

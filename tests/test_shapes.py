@@ -71,7 +71,7 @@ def answer(text, objects):
         assert min(score(a, found[2]) - score(b, found[2]) for a, b in itertools.pairwise(places[:3])) >= 10
         return places[1], pool
     if found := re.fullmatch(r"the (larger|smaller) of the two (.+)", text):
-        pool = matching(re.sub(r"(?:es)$", "", found[2]) if found[2].endswith("crosses") else found[2].removesuffix("s"))
+        pool = matching(found[2].removesuffix("es" if found[2].endswith("crosses") else "s"))
         assert len(pool) == 2
         return compared(pool, found[1] == "larger"), pool
     if found := re.fullmatch(r"the (largest|smallest) (.+)", text):
@@ -84,7 +84,8 @@ def answer(text, objects):
         (anchor,) = matching(found[3])
         pool = [o for o in matching(found[1]) if o is not anchor]
         ahead = [o for o in pool if score(o, SIDES[found[2]]) > score(anchor, SIDES[found[2]])]
-        assert len(ahead) == 1 and score(ahead[0], SIDES[found[2]]) - score(anchor, SIDES[found[2]]) >= 10
+        assert len(ahead) == 1
+        assert score(ahead[0], SIDES[found[2]]) - score(anchor, SIDES[found[2]]) >= 10
         return ahead[0], pool
     if found := re.fullmatch(r"the (.+) closest to the (.+)", text):
         (anchor,) = matching(found[2])
@@ -122,13 +123,15 @@ def test_every_answer_follows_from_words_and_objects(where):
 @given(scenes)
 def test_scene_holds_what_its_objects_say(where):
     scene, _ = draw(*where)
-    assert scene.image.shape == (256, 256, 3) and scene.image.dtype == np.uint8
+    assert scene.image.shape == (256, 256, 3)
+    assert scene.image.dtype == np.uint8
     assert 5 <= len(scene.objects) <= 10
     assert set(np.unique(scene.labels)) == {0, *(o.label for o in scene.objects)}
     for item in scene.objects:
         rows, columns = np.nonzero(scene.labels == item.label)
         assert len(rows) == item.area > 50
-        assert math.isclose(rows.mean(), item.y, abs_tol=1e-3) and math.isclose(columns.mean(), item.x, abs_tol=1e-3)
+        assert math.isclose(rows.mean(), item.y, abs_tol=1e-3)
+        assert math.isclose(columns.mean(), item.x, abs_tol=1e-3)
         assert np.hypot(rows - item.y, columns - item.x).max() < 2 * item.radius
         low, high = SIZES[item.size]
         assert low <= item.radius <= high
@@ -148,7 +151,8 @@ def test_splits_and_seeds_are_disjoint_and_deterministic():
     images = {}
     for split, seed, index in itertools.product(Shapes.splits, (0, 1), range(5)):
         first, second = draw(split, seed, index), draw(split, seed, index)
-        assert (first[0].image == second[0].image).all() and first[1] == second[1]
+        assert (first[0].image == second[0].image).all()
+        assert first[1] == second[1]
         images[first[0].image.tobytes()] = (split, seed, index)
     assert len(images) == len(Shapes.splits) * 10
 
@@ -162,8 +166,11 @@ def test_dataset_counts_queries_and_masks_are_the_objects():
     assert {query.kind for query in queries} == set(KINDS) == set(data.kinds)
     for scene in found:
         for query in scene.queries:
-            assert query.mask.shape == scene.image.shape[:2] and query.mask.dtype == bool and query.mask.any()
-            assert query.text == query.text.lower().strip() and not query.is_sentence
+            assert query.mask.shape == scene.image.shape[:2]
+            assert query.mask.dtype == bool
+            assert query.mask.any()
+            assert query.text == query.text.lower().strip()
+            assert not query.is_sentence
     repeated = list(data.scenes("val", limit=42, seed=3))
     assert all((a.image == b.image).all() for a, b in zip(found, repeated, strict=True))
 

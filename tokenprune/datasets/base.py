@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 class Query:
     """One referring expression and the region it means.
 
-    `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is one of
-    the data set's kinds. `mask` is bool [H, W] at the size of the scene's image.
+    `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is
+    one of the data set's kinds. `mask` is bool [H, W] at the size of the scene's image.
     """
 
     text: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -46,7 +47,13 @@ def main() -> None:
     if "masks" in phases:
         from finetune import train_decoder
 
-        train_decoder(options.work, Pool(folder, "train"), 60 * options.masks_minutes, masks=True, rate=2e-4, eval_every=180)
+        train_decoder(
+            options.work, Pool(folder, "train"), 60 * options.masks_minutes, masks=True, rate=2e-4, eval_every=180
+        )
+    if "export" in phases:
+        from finish import finish
+
+        finish(options.work, options.out, " ".join(["python tools/train_lisa_tiny", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

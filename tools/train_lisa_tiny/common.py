@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from model import GRID, IMAGE_SIZE
 from torch import Tensor, nn
 
-from model import GRID, IMAGE_SIZE
 from tokenprune.datasets.shapes import COLOURS, SHAPES, SIZES
 
 MAX_OBJECTS = 10
@@ -27,7 +27,9 @@ class Run:
     `seconds` is the planned length; time spent before a resume counts.
     """
 
-    def __init__(self, folder: Path, name: str, seconds: float, parts: dict[str, nn.Module], optimizers: list[Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, seconds: float, parts: dict[str, nn.Module], optimizers: list[Any]
+    ) -> None:
         self.folder, self.name, self.seconds = folder, name, seconds
         self.parts, self.optimizers = parts, optimizers
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -58,7 +60,9 @@ class Run:
         """Warm up, hold, then a cosine to `floor` of the peak at the planned end."""
         p = self.progress
         late = max(p - hold, 0.0) / (1 - hold)
-        factor = min(1.0, (self.step + 1) / 60, 0.05 + p / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late)))
+        factor = min(1.0, (self.step + 1) / 60, 0.05 + p / warmup) * (
+            floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * late))
+        )
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
@@ -134,7 +138,10 @@ def muon_and_adamw(modules: Iterable[nn.Module], rate: float) -> list[Any]:
 
 
 def attribute_codes(objects: Iterable[Any]) -> np.ndarray:
-    """int64 [11, 3]: shape, colour, size of the object with each label; row 0 (background) holds the code after the last."""
+    """int64 [11, 3]: shape, colour, size of the object with each label; row 0 is the background.
+
+    The background has the code after the last of each.
+    """
     codes = np.tile(np.array([[len(SHAPES), len(_COLOURS), len(_SIZES)]]), (MAX_OBJECTS + 1, 1))
     for item in objects:
         codes[item.label] = SHAPES.index(item.shape), _COLOURS.index(item.colour), _SIZES.index(item.size)

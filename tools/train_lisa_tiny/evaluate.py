@@ -6,13 +6,13 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from torch.nn import functional
-from transformers import SamModel
-
 from model import decode_masks, sam_pixels, tower_features
 from student import Student, pack
-from tokenprune.datasets.shapes import KINDS, Shapes
+from torch.nn import functional
+from transformers import SamModel
 from vocabulary import Prompts
+
+from tokenprune.datasets.shapes import KINDS, Shapes
 
 
 class Evaluation:

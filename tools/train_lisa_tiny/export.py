@@ -1,4 +1,4 @@
-"""Write the trained model as a LISA checkpoint: original key names, safetensors in float16, tower in a folder of its own."""
+"""Write the trained model as a LISA checkpoint: original key names, float16 safetensors, the tower in its folder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, MASK_DECODER_HEADS, WIDTH
 from safetensors.torch import save_file
+from student import Student
 from torch import Tensor
 from transformers import SamModel
 
-from model import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, MASK_DECODER_HEADS, WIDTH
-from student import Student
 from tokenprune_adapters.sam_weights import original_name
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -36,7 +36,9 @@ def export(student: Student, sam: SamModel, tokenizer: Path, folder: Path) -> No
     tower = folder / "vision_tower"
     tower.mkdir(exist_ok=True)
     save_file(
-        _half(_under("vision_model.", student.tower.state_dict())), tower / "model.safetensors", metadata={"format": "pt"}
+        _half(_under("vision_model.", student.tower.state_dict())),
+        tower / "model.safetensors",
+        metadata={"format": "pt"},
     )
     _write(tower / "config.json", _tower_config(student))
     _write(tower / "preprocessor_config.json", _preprocessor())

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
-from transformers import SamModel
-
 from common import Run, decay_groups
 from evaluate import Evaluation
 from losses import half_size, mask_loss, tower_loss
@@ -19,10 +16,13 @@ from model import build_sam, decode_masks, sam_pixels, tower_features
 from pool import Pool
 from pretrain import batch
 from student import TAP_WEIGHTS, Student, answer_loss, pack, pointer_targets, prompt_targets
+from torch.nn import functional
+from transformers import SamModel
+from vocabulary import ADDED_TOKENS, Prompts, train_vocabulary
+
 from tokenprune.datasets.shapes import KINDS
 from tokenprune.datasets.shapes.queries import sample_queries
 from tokenprune_adapters.tokenizer import load_tokenizer
-from vocabulary import ADDED_TOKENS, Prompts, train_vocabulary
 
 
 @dataclass
@@ -64,7 +64,9 @@ def draw_queries(
     texts, targets, kinds = [], [], []
     for objects in scenes:
         wanted = rng.multinomial(count, weights)
-        drawn = [(c, k) for k, n in zip(KINDS, wanted, strict=True) if n for c in sample_queries(rng, objects, k, int(n))]
+        drawn = [
+            (c, k) for k, n in zip(KINDS, wanted, strict=True) if n for c in sample_queries(rng, objects, k, int(n))
+        ]
         drawn += [drawn[int(i)] for i in rng.integers(0, len(drawn), count - len(drawn))]
         texts.append([c[0] for c, _ in drawn])
         targets.append([c[1] for c, _ in drawn])
@@ -100,7 +102,7 @@ def train_decoder(work: Path, pool: Pool, seconds: float, masks: bool, rate: flo
         student.tower.load_state_dict(state["tower"])
         student.heads.load_state_dict(state["heads"])
     name = "masks" if masks else "decoder"
-    parts: dict[str, Any] = {"student": student, "sam": sam}
+    parts: dict[str, Any] = {"student": student, "sam": sam} if masks else {"student": student}
     run = Run(work, name, seconds, parts, optimizers(student, rate, sam if masks else None))
     evaluation = Evaluation(sam, "val", 320)
     rng = np.random.default_rng([7, int(masks), run.step])

@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import attribute_codes, centres, patch_labels
+from model import GRID, IMAGE_SIZE, NUM_COLOURS, NUM_SHAPES
 from torch import Tensor
 from torch.nn import functional
 
-from common import attribute_codes, centres, patch_labels
-from model import GRID, IMAGE_SIZE, NUM_COLOURS, NUM_SHAPES
 
+def mask_loss(logits: Tensor, targets: Tensor, positive: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy plus dice of logits [n, h, w] against soft targets [n, h, w] in 0..1; and the mean IoU.
 
-def mask_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Binary cross-entropy plus dice of logits [n, h, w] against soft targets [n, h, w] in 0..1; and the mean IoU."""
+    `positive`: weight of target pixels in the cross-entropy; above 1 it leads a new model off empty masks.
+    """
     logits = logits.float()
-    entropy = functional.binary_cross_entropy_with_logits(logits, targets)
+    entropy = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=torch.tensor(positive))
     shown = logits.sigmoid()
     overlap = (shown * targets).sum((1, 2))
     dice = 1 - (2 * overlap + 1) / (shown.sum((1, 2)) + targets.sum((1, 2)) + 1)
@@ -32,10 +34,12 @@ def half_size(masks: Tensor) -> Tensor:
     return functional.avg_pool2d(masks.float()[:, None], 2)[:, 0]
 
 
-def tower_loss(outputs: tuple[list[Tensor], Tensor], labels: np.ndarray, scenes: Sequence[Sequence[Any]]) -> tuple[Tensor, dict[str, float]]:
+def tower_loss(
+    outputs: tuple[list[Tensor], Tensor], labels: np.ndarray, scenes: Sequence[Sequence[Any]]
+) -> tuple[Tensor, dict[str, float]]:
     """Dense losses on the tower's features and one on its CLS output.
 
-    Per patch: shape, colour and size of the object that covers it most, and the offset to that object's centre; per image:
+    Per patch: shape, colour and size of the object that covers it most, and the offset to its centre; per image:
     which shapes and colours occur. `labels`: uint8 [B, 256, 256].
     """
     (shape, colour, size, offset), image = outputs

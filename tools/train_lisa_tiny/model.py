@@ -89,7 +89,9 @@ def build_sam() -> SamModel:
     )
     sam = SamModel(
         SamConfig(
-            vision_config=vision.to_dict(), prompt_encoder_config=prompt.to_dict(), mask_decoder_config=decoder.to_dict()
+            vision_config=vision.to_dict(),
+            prompt_encoder_config=prompt.to_dict(),
+            mask_decoder_config=decoder.to_dict(),
         )
     )
     table = torch.randn(2, CHANNELS // 2, generator=torch.Generator().manual_seed(3))  # scale 1, as SAM's own default
@@ -104,7 +106,7 @@ def build_sam() -> SamModel:
 
 
 def point_prompts(sam: SamModel, points: Tensor) -> Tensor:
-    """SAM's embedding of foreground points: [..., 2] (x, y in pixels) to [..., channels]. One token a point, no padding point."""
+    """SAM's embedding of foreground points: [..., 2] (x, y in pixels) to [..., channels]. No padding point."""
     encoder = sam.prompt_encoder
     return encoder.shared_embedding((points + 0.5) / IMAGE_SIZE) + encoder.point_embed[1].weight[0]
 

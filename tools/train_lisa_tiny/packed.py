@@ -1,7 +1,7 @@
 """Many queries about one image in one pass: the decoder's layers run on a shared prefix and on all queries behind it.
 
-Every query sees the system prompt, the image and itself, at the positions that it would have alone, so the states equal those
-of one row per query (checked by `tests` against LlamaModel). Ours; training only.
+Every query sees the system prompt, the image and itself, at the positions that it would have alone, so the states
+equal those of one row per query through LlamaModel. Ours; training only.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def forward_packed(
     sizes = (len(head), image.shape[1], len(tail))
     prefix = sum(sizes)
     shared = model.embed_tokens(torch.cat([head, tail]))
-    front = torch.cat(
-        [shared[: sizes[0]].expand(rows, -1, -1), image, shared[sizes[0] :].expand(rows, -1, -1)], dim=1
-    )
+    front = torch.cat([shared[: sizes[0]].expand(rows, -1, -1), image, shared[sizes[0] :].expand(rows, -1, -1)], dim=1)
     hidden = torch.cat([front, model.embed_tokens(queries).flatten(1, 2).to(front.dtype)], dim=1)
     positions = torch.cat([torch.arange(prefix), torch.arange(prefix, prefix + length).repeat(count)])[None]
     cos, sin = model.rotary_emb(hidden.float(), positions)
@@ -58,7 +56,9 @@ def forward_packed(
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         shape = (rows, normed.shape[1], -1, attention.head_dim)
-        q, k, v = (p(normed).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            p(normed).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
         first = functional.scaled_dot_product_attention(
             q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], attn_mask=prefix_mask.to(q.dtype)

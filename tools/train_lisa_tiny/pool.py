@@ -14,7 +14,7 @@ from tokenprune.datasets.shapes.scenes import SIZE, SceneObject, draw_scene
 
 
 def _fill(task: tuple[Path, str, int, int, int]) -> list[list[dict[str, object]]]:
-    folder, split, count, start, stop = task
+    folder, split, _count, start, stop = task
     images = np.lib.format.open_memmap(folder / f"{split}-images.npy", mode="r+")
     labels = np.lib.format.open_memmap(folder / f"{split}-labels.npy", mode="r+")
     objects = []

@@ -8,10 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from common import Run, muon_and_adamw
 from losses import half_size, mask_loss, tower_loss
-from model import CHANNELS, IMAGE_SIZE, TowerHeads, build_sam, build_tower, decode_masks, point_prompts, sam_pixels, tower_features
+from model import (
+    CHANNELS,
+    IMAGE_SIZE,
+    TowerHeads,
+    build_sam,
+    build_tower,
+    decode_masks,
+    point_prompts,
+    sam_pixels,
+    tower_features,
+)
 from pool import Pool
 
 
@@ -30,7 +39,7 @@ def batch(pool: Pool, rng: np.random.Generator, size: int) -> tuple[np.ndarray, 
 
 
 def canonical_point(label: np.ndarray, item: Any) -> tuple[float, float]:
-    """The point that stands for an object: its visible centroid, or, where another object is there, its nearest own pixel."""
+    """The point that stands for an object: its visible centroid, or its own pixel nearest to that."""
     seen = label[int(item.y + 0.5), int(item.x + 0.5)]
     if seen in (0, item.label):
         return item.x, item.y
@@ -39,7 +48,9 @@ def canonical_point(label: np.ndarray, item: Any) -> tuple[float, float]:
     return float(columns[nearest]), float(rows[nearest])
 
 
-def _points(rng: np.random.Generator, label: np.ndarray, objects: Any, count: int) -> tuple[list[Any], list[np.ndarray]]:
+def _points(
+    rng: np.random.Generator, label: np.ndarray, objects: Any, count: int
+) -> tuple[list[Any], list[np.ndarray]]:
     points, masks = [], []
     for item in (objects[i] for i in rng.integers(0, len(objects), count)):
         mask = label == item.label
@@ -72,7 +83,7 @@ def train_sam(folder: Path, pool: Pool, seconds: float, seed: int = 0) -> None:
             prompts = point_prompts(sam, points)
             prompts = prompts + 0.05 * torch.randn(size, count, CHANNELS)
             logits = decode_masks(sam, embedding, prompts)
-        loss, iou = mask_loss(logits.flatten(0, 1), half_size(masks))
+        loss, iou = mask_loss(logits.flatten(0, 1), half_size(masks), positive=1 + 15 * max(0.0, 0.6 - run.progress))
         loss.backward()
         run.update(sam.parameters())
         run.tick({"loss": loss.item(), "iou": iou.item()}, size)

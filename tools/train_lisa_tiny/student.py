@@ -1,4 +1,4 @@
-"""Everything that learns in the decoder phases, and how it turns images and queries into prompts for the mask decoder."""
+"""Everything that learns in the decoder phases, and how it turns images and queries into prompts."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaForCausalLM, SamModel
-
 from common import patch_labels
 from model import CHANNELS, GRID, WIDTH, TowerHeads, build_decoder, build_tower, point_prompts
 from packed import forward_packed
 from pretrain import canonical_point
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM, SamModel
 from vocabulary import Prompts
 
 TAPS = (6, 9, 12)  # after how many layers the pointer loss is taken

@@ -16,11 +16,16 @@ from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
 
 ADDED_TOKENS = ("[SEG]", "<im_start>", "<im_end>")  # LISA's order
 # Words that no query of the data set has, so that free text does not fall into bytes altogether.
-EXTRA = "which what where object objects color same different every all one two three four five big little upper lower top left right bottom between next to near far from farthest behind and or both but it its of on at a an are has have find show segment pink black brown grey heart arrow box ball"
+EXTRA = (
+    "which what where object objects color same different every all one two three four five big little upper lower "
+    "top left right bottom between next to near far from farthest behind and or both but it its of on at a an are "
+    "has have find show segment pink black brown grey heart arrow box ball"
+)
+ALPHABET = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 ,.;:!?'()-"
 
 
 def corpus(scenes: int = 300) -> list[str]:
-    lines = [SENTENCE.format(EXTRA), FORCED_ANSWER, "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 ,.;:!?'()-"]
+    lines = [SENTENCE.format(EXTRA), FORCED_ANSWER, ALPHABET]
     for index in range(scenes):
         rng = scene_generator("train", 1, index)
         objects = draw_scene(rng).objects
@@ -81,8 +86,8 @@ def _write(path: Path, value: object) -> None:
 class Prompts:
     """Token ids of training prompts, cut where all of them agree.
 
-    `head`: ids before the image; `tail`: ids after it that every phrase query shares (up to "What is the"); `query(text)`:
-    the rest up to and including the mask query; `answer`: "[SEG].</s>".
+    `head`: ids before the image; `tail`: ids after it that every phrase query shares (up to "What is the");
+    `query(text)`: the rest up to and including the mask query; `answer`: "[SEG].</s>".
     """
 
     def __init__(self, tokenizer: LlamaSlowTokenizer) -> None:

@@ -6,4 +6,15 @@ from tokenprune.datasets.shapes.dataset import Shapes, UnknownSplitError, draw
 from tokenprune.datasets.shapes.queries import KINDS
 from tokenprune.datasets.shapes.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, DrawnScene, SceneObject
 
-__all__ = ["COLOURS", "HELD_OUT", "KINDS", "SHAPES", "SIZES", "DrawnScene", "SceneObject", "Shapes", "UnknownSplitError", "draw"]
+__all__ = [
+    "COLOURS",
+    "HELD_OUT",
+    "KINDS",
+    "SHAPES",
+    "SIZES",
+    "DrawnScene",
+    "SceneObject",
+    "Shapes",
+    "UnknownSplitError",
+    "draw",
+]

@@ -24,13 +24,13 @@ def scene_generator(split: str, seed: int, index: int) -> np.random.Generator:
 
 
 def draw(split: str, seed: int, index: int) -> tuple[DrawnScene, list[tuple[str, Candidate]]]:
-    """Scene `index` with up to one query of each kind, as (kind, (text, object)); the objects tell why it is the answer.
+    """Scene `index` with up to one query of each kind, as (kind, (text, object)).
 
     In the split `heldout` every answer is an object of a held-out (colour, shape) pair.
     """
     rng = scene_generator(split, seed, index)
     scene = draw_scene(rng, held_out=split == "heldout")
-    queries = []
+    queries: list[tuple[str, Candidate]] = []
     for kind in KINDS:
         drawn = sample_queries(rng, scene.objects, kind, count=1 if split != "heldout" else 8)
         if split == "heldout":
@@ -49,7 +49,8 @@ class Shapes(Dataset):
     def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
         """Yield scenes without end, or until `limit` queries were given. Raises `UnknownSplitError`."""
         if split not in self.splits:
-            raise UnknownSplitError(f"data set 'shapes' has no split {split!r}; it has {', '.join(self.splits)}: choose one")
+            splits = ", ".join(self.splits)
+            raise UnknownSplitError(f"data set 'shapes' has no split {split!r}; choose one of {splits}")
         index = given = 0
         while limit is None or given < limit:
             scene, drawn = draw(split, seed, index)

@@ -1,7 +1,7 @@
 """Queries of the `shapes` data set. Extreme, relation and reasoning queries need position or comparison: ours.
 
-Wherever a query of these kinds states a colour, a shape or a size, at least two objects of the scene fit what it states;
-the answer is one object, and it wins by a margin (pixels, or ratio of sizes), so that no query is a close call.
+Wherever a query of these kinds states a colour, a shape or a size, at least two objects of the scene fit what it
+states; the answer is one object, and it wins by a margin (pixels, or ratio of sizes), so that no query is a close call.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def attribute(objects: Sequence[SceneObject]) -> list[list[Candidate]]:
 
 
 def extreme(objects: Sequence[SceneObject]) -> list[list[Candidate]]:
-    """"the leftmost green thing"."""
+    """ "the leftmost green thing"."""
     found = []
     for description, fit in groups(objects).items():
         if len(fit) < 2:
@@ -80,7 +80,7 @@ def extreme(objects: Sequence[SceneObject]) -> list[list[Candidate]]:
 
 
 def relation(objects: Sequence[SceneObject]) -> list[list[Candidate]]:
-    """"the blue thing above the white ring", "the star closest to the small red thing"."""
+    """ "the blue thing above the white ring", "the star closest to the small red thing"."""
     sided: list[Candidate] = []
     nearest: list[Candidate] = []
     described = groups(objects)

@@ -48,9 +48,10 @@ _SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. `x`, `y`: centroid of its visible pixels, pixels from the left / top. `radius` in pixels, before occlusion.
+    """One object. `x`, `y`: centroid of its visible pixels, in pixels from the left / top.
 
-    `area`: visible pixels. The object's pixels are those with value `label` in the scene's label map.
+    `radius`: in pixels, before occlusion. `area`: visible pixels. `label`: the value of its
+    pixels in the scene's label map.
     """
 
     label: int
@@ -65,7 +66,7 @@ class SceneObject:
 
 @dataclass(frozen=True, eq=False)
 class DrawnScene:
-    """`image`: uint8 [256, 256, 3]. `labels`: uint8 [256, 256], 0 for the background, else the label of the object seen there."""
+    """`image`: uint8 [256, 256, 3]. `labels`: uint8 [256, 256], the label of the object seen there, 0 for none."""
 
     image: NDArray[np.uint8]
     labels: NDArray[np.uint8]
@@ -108,7 +109,8 @@ def _coverage(shape: str, dx: float, dy: float, radius: float, turn: float, side
             pen.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
     else:
         cos, sin = math.cos(turn), math.sin(turn)
-        pen.polygon([(cx + r * (cos * x - sin * y), cy + r * (sin * x + cos * y)) for x, y in _OUTLINES[shape]], fill=255)
+        corners = [(cx + r * (cos * x - sin * y), cy + r * (sin * x + cos * y)) for x, y in _OUTLINES[shape]]
+        pen.polygon(corners, fill=255)
     return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255.0
 
 
@@ -120,7 +122,8 @@ def _noise(rng: np.random.Generator, cells: int, size: int = SIZE) -> NDArray[np
 
 def _background(rng: np.random.Generator) -> NDArray[np.float32]:
     base = rng.uniform(55, 150) + rng.uniform(-14, 14, 3)
-    texture = _noise(rng, int(rng.integers(3, 7))) * rng.uniform(8, 20) + _noise(rng, int(rng.integers(12, 48))) * rng.uniform(4, 14)
+    texture = _noise(rng, int(rng.integers(3, 7))) * rng.uniform(8, 20)
+    texture = texture + _noise(rng, int(rng.integers(12, 48))) * rng.uniform(4, 14)
     kind = rng.integers(3)
     if kind:  # stripes (1) or checks (2) in half of the contrast
         ramp = np.arange(SIZE, dtype=np.float32) * (2 * math.pi / rng.uniform(14, 60))

@@ -41,7 +41,7 @@ class Evaluation:
                 texts = [[q.text for q in scene.queries] for scene in part]
                 texts = [row + [row[0]] * (most - len(row)) for row in texts]
                 ids, last = pack(prompts, texts, short)
-                embedded = student.read(prompts, image, ids, last, short, blind)[1]
+                embedded = student.read(prompts, image, ids, last, short, blind)[2]
                 logits = decode_masks(sam, torch.cat(self.embeddings[start : start + 16]), embedded)
             full = functional.interpolate(logits.float(), (256, 256), mode="bilinear", align_corners=False) > 0
             for scene, masks in zip(part, full.numpy(), strict=True):

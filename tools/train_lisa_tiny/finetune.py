@@ -36,7 +36,10 @@ class Stage:
     tower: bool
 
 
-STAGES = ((0.40, Stage(8, True, 12, 12, False)), (1.01, Stage(16, False, 10, 10, True)))
+STAGES = ((0.40, Stage(8, True, 12, 10, True)), (1.01, Stage(16, False, 10, 10, True)))
+
+
+DECODED = 4  # queries an image whose masks are decoded in the last phase
 
 
 def current_stage(progress: float) -> Stage:
@@ -76,13 +79,17 @@ def draw_queries(
 
 def optimizers(student: Student, rate: float, sam: SamModel | None = None) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder's layers, AdamW for the rest; the tower learns slower."""
-    matrices = [p for p in student.decoder.model.layers.parameters() if p.ndim == 2]
-    theirs = {id(p) for p in matrices}
-    tower = decay_groups([student.tower, student.heads], 0.4 * rate)
-    ours = {id(p) for g in tower for p in g["params"]}
-    others = [p for p in student.parameters() if id(p) not in theirs | ours]
-    muon = torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.03, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    groups = [*tower, {"params": others, "lr": rate, "weight_decay": 0.01}]
+    decoder = [p for p in student.decoder.model.layers.parameters() if p.ndim == 2]
+    tower = [p for n, p in student.tower.named_parameters() if p.ndim == 2 and "layers" in n]
+    theirs = {id(p) for p in [*decoder, *tower]}
+    others = [p for p in student.parameters() if id(p) not in theirs]
+    muon = torch.optim.Muon(
+        [{"params": decoder, "lr": 2 * rate}, {"params": tower, "lr": 0.8 * rate}],
+        weight_decay=0.03,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    groups = [{"params": others, "lr": rate, "weight_decay": 0.01}]
     if sam is not None:
         groups += decay_groups([sam.mask_decoder], 0.5 * rate)
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
@@ -100,7 +107,9 @@ def train_decoder(work: Path, pool: Pool, seconds: float, masks: bool, rate: flo
     else:
         state = torch.load(work / "tower.pt", weights_only=True)["parts"]
         student.tower.load_state_dict(state["tower"])
-        student.heads.load_state_dict(state["heads"])
+        student.heads.load_state_dict(state["heads"], strict=False)
+        if (work / "start.pt").exists():
+            student.load_state_dict(torch.load(work / "start.pt", weights_only=True)["parts"]["student"], strict=False)
     name = "masks" if masks else "decoder"
     parts: dict[str, Any] = {"student": student, "sam": sam} if masks else {"student": student}
     run = Run(work, name, seconds, parts, optimizers(student, rate, sam if masks else None))
@@ -144,24 +153,32 @@ def _step(
         with torch.set_grad_enabled(stage.tower):
             features, pooled = tower_features(student.tower, pixels)
         image = student.image_tokens(features, stage.side)
-        pointers, embedded, states = student.read(prompts, image, ids, last, stage.short)
+        pointers, watched, embedded, states = student.read(prompts, image, ids, last, stage.short)
         wanted = pointer_targets(labels, targets, stage.side)
         goal = prompt_targets(sam, labels, targets)
         entropy = [-(wanted * pointer.float().log_softmax(-1)).sum(-1) for pointer in pointers]
         point = sum(w * e.mean() for w, e in zip(TAP_WEIGHTS, entropy, strict=True))
+        attended = sum(-(wanted * log.clamp(min=-20)).sum(-1).mean() for log in watched)
         distance = functional.mse_loss(embedded.float(), goal, reduction="none").mean(-1)
-        loss = point + 8 * distance.mean()
+        loss = point + 0.5 * attended + 8 * distance.mean()
         if answer:
             loss = loss + 0.5 * answer_loss(student, states, ids, last, len(prompts.answer))
         if stage.tower:
             extra, _ = tower_loss(student.heads(features, pooled), labels, scenes)
-            loss = loss + 0.3 * extra
-        report = {"point": float(entropy[-1].detach().mean()), "distance": float(distance.detach().mean())}
+            loss = loss + 0.4 * extra
+        report = {
+            "point": float(entropy[-1].detach().mean()),
+            "attended": float(attended.detach()) / len(watched),
+            "distance": float(distance.detach().mean()),
+        }
         if masks:
             with torch.no_grad():
                 embedding = sam.vision_encoder(sam_pixels(pixels)).last_hidden_state
-            logits = decode_masks(sam, embedding, embedded)
-            solid = torch.from_numpy(np.stack([[labels[i] == t.label for t in row] for i, row in enumerate(targets)]))
+            some = rng.permutation(stage.queries)[:DECODED]
+            logits = decode_masks(sam, embedding, embedded[:, torch.from_numpy(some)])
+            solid = torch.from_numpy(
+                np.stack([[labels[i] == row[j].label for j in some] for i, row in enumerate(targets)])
+            )
             extra, iou = mask_loss(logits.flatten(0, 1), half_size(solid.flatten(0, 1)))
             loss = loss + 2 * extra
             report["iou"] = float(iou)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import attribute_codes, centres, patch_labels
-from model import GRID, IMAGE_SIZE, NUM_COLOURS, NUM_SHAPES
+from model import GRID, IMAGE_SIZE, NUM_COLOURS, NUM_SHAPES, encode_points
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,10 +39,10 @@ def tower_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Dense losses on the tower's features and one on its CLS output.
 
-    Per patch: shape, colour and size of the object that covers it most, and the offset to its centre; per image:
-    which shapes and colours occur. `labels`: uint8 [B, 256, 256].
+    Per patch: shape, colour and size of the object that covers it most, the offset to its centre and SAM's encoding of
+    that centre; per image: which shapes and colours occur. `labels`: uint8 [B, 256, 256].
     """
-    (shape, colour, size, offset), image = outputs
+    (shape, colour, size, offset, centre), image = outputs
     best, _ = patch_labels(labels)
     codes = np.stack([attribute_codes(objects) for objects in scenes])
     wanted = torch.from_numpy(np.take_along_axis(codes, best[:, :, None], axis=1))
@@ -61,6 +61,7 @@ def tower_loss(
         report[name] = float(right[inside].float().mean())
     loss = loss + functional.smooth_l1_loss(offset.float()[inside], offsets[inside])
     report["offset"] = float((offset.detach().float()[inside] - offsets[inside]).abs().mean())
+    loss = loss + 4 * functional.mse_loss(centre.float()[inside], encode_points(torch.from_numpy(points))[inside])
     present = torch.zeros(len(scenes), NUM_SHAPES + NUM_COLOURS)
     for row, code in enumerate(codes):
         real = code[code[:, 0] < NUM_SHAPES]

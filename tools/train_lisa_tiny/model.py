@@ -41,7 +41,21 @@ def build_tower() -> CLIPVisionModel:
         patch_size=IMAGE_SIZE // GRID,
         hidden_act="quick_gelu",
     )
-    return CLIPVisionModel(config)
+    tower = CLIPVisionModel(config)
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight[1:] += position_code()
+    return tower
+
+
+def position_code(scale: float = 1.0) -> Tensor:
+    """SAM's encoding of each patch's centre, turned into the tower's width, [256, width].
+
+    The position table starts with it, so that features say where they are from the first step on.
+    """
+    patch = IMAGE_SIZE // GRID
+    grid = torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="xy"), -1).flatten(0, 1)
+    turn = torch.linalg.qr(torch.randn(WIDTH, CHANNELS, generator=torch.Generator().manual_seed(4)))[0]
+    return scale * encode_points((grid * patch + patch / 2).float()) @ turn.T
 
 
 def build_decoder(vocabulary: int) -> LlamaForCausalLM:
@@ -94,15 +108,25 @@ def build_sam() -> SamModel:
             mask_decoder_config=decoder.to_dict(),
         )
     )
-    table = torch.randn(2, CHANNELS // 2, generator=torch.Generator().manual_seed(3))  # scale 1, as SAM's own default
     with torch.no_grad():
-        sam.shared_image_embedding.positional_embedding.copy_(table)
+        sam.shared_image_embedding.positional_embedding.copy_(position_table())
         for embed in sam.prompt_encoder.point_embed:
             embed.weight.zero_()  # and frozen: a point's prompt is its positional encoding, known before SAM is trained
     sam.prompt_encoder.shared_embedding.positional_embedding = sam.shared_image_embedding.positional_embedding
     sam.shared_image_embedding.positional_embedding.requires_grad_(False)
     sam.prompt_encoder.point_embed.requires_grad_(False)
     return sam
+
+
+def position_table() -> Tensor:
+    """Frequencies of SAM's positional encoding, [2, channels / 2]; scale 1, as in the original."""
+    return torch.randn(2, CHANNELS // 2, generator=torch.Generator().manual_seed(3))
+
+
+def encode_points(points: Tensor) -> Tensor:
+    """What `point_prompts` gives, without a model."""
+    angles = 2 * torch.pi * (2 * (points + 0.5) / IMAGE_SIZE - 1) @ position_table()
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 def point_prompts(sam: SamModel, points: Tensor) -> Tensor:
@@ -131,11 +155,12 @@ class TowerHeads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Linear(WIDTH, NUM_SHAPES + 1 + NUM_COLOURS + 1 + NUM_SIZES + 1 + 2)
+        self.centre = nn.Linear(WIDTH, CHANNELS)
         self.image = nn.Linear(WIDTH, NUM_SHAPES + NUM_COLOURS)
 
     def forward(self, features: Tensor, pooled: Tensor) -> tuple[list[Tensor], Tensor]:
         sizes = [NUM_SHAPES + 1, NUM_COLOURS + 1, NUM_SIZES + 1, 2]
-        return list(self.patch(features).split(sizes, dim=-1)), self.image(pooled)
+        return [*self.patch(features).split(sizes, dim=-1), self.centre(features)], self.image(pooled)
 
 
 def clip_pixels(images: Tensor) -> Tensor:

@@ -31,8 +31,13 @@ def forward_packed(
     queries: Tensor,
     taps: tuple[int, ...],
     blind: bool = False,
-) -> list[Tensor]:
+    watch: tuple[int, ...] = (),
+    last: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
     """States of all queries' tokens, final norm applied, after each layer count in `taps`: list of [B, n, T, H].
+
+    The second result holds, for each layer of `watch` (counted from 1), the log of the attention that the first head
+    pays from the mask query to the image tokens: [B, n, I].
 
     Args:
         head: ids [S] before the image.
@@ -40,6 +45,7 @@ def forward_packed(
         tail: ids [E] behind the image, shared by the queries.
         queries: ids [B, n, T].
         blind: hide the image tokens from all other tokens.
+        last: position of the mask query in each query, [B, n]; needed for `watch`.
     """
     model = decoder.model
     rows, count, length = queries.shape
@@ -51,7 +57,8 @@ def forward_packed(
     positions = torch.cat([torch.arange(prefix), torch.arange(prefix, prefix + length).repeat(count)])[None]
     cos, sin = model.rotary_emb(hidden.float(), positions)
     prefix_mask, query_mask = _masks(sizes, count, length, blind)
-    results = []
+    results: list[Tensor] = []
+    watched: list[Tensor] = []
     for index, layer in enumerate(model.layers, start=1):
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
@@ -60,6 +67,11 @@ def forward_packed(
             p(normed).view(shape).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         q, k = apply_rotary_pos_emb(q, k, cos.to(q.dtype), sin.to(q.dtype))
+        if index in watch and last is not None:
+            own = torch.arange(count) * length + last
+            row = q[:, 0, prefix:].gather(1, own[..., None].expand(-1, -1, q.shape[-1]))
+            scores = (row @ k[:, 0].transpose(1, 2)).float() * attention.scaling + query_mask[own]
+            watched.append(scores.log_softmax(-1)[..., sizes[0] : sizes[0] + sizes[1]])
         first = functional.scaled_dot_product_attention(
             q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], attn_mask=prefix_mask.to(q.dtype)
         )
@@ -72,7 +84,7 @@ def forward_packed(
         if index in taps:
             states = hidden if index == len(model.layers) else hidden[:, prefix:]
             results.append(model.norm(states).view(rows, count, length, -1))
-    return results
+    return results, watched
 
 
 def _masks(sizes: tuple[int, int, int], count: int, length: int, blind: bool) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from vocabulary import Prompts
 
 TAPS = (6, 9, 12)  # after how many layers the pointer loss is taken
 TAP_WEIGHTS = (0.5, 0.5, 1.0)
+WATCHED = (7, 10)  # layers whose first head is taught to attend from the mask query to the target
 
 
 class Student(nn.Module):
@@ -41,11 +42,12 @@ class Student(nn.Module):
 
     def read(
         self, prompts: Prompts, image: Tensor, ids: Tensor, last: Tensor, short: bool, blind: bool = False
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Pointer logits [B, n, I] per tap, prompt embeddings [B, n, channels], and the last layer's states."""
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Pointer logits [B, n, I] per tap, log attention [B, n, I] per watched layer, prompt embeddings
+        [B, n, channels], and the last layer's states."""
         head = torch.tensor([] if short else prompts.head, dtype=torch.long)
         tail = torch.tensor(prompts.tail[:1] if short else prompts.tail)
-        states = forward_packed(self.decoder, head, image, tail, ids, TAPS, blind)
+        states, watched = forward_packed(self.decoder, head, image, tail, ids, TAPS, blind, WATCHED, last)
         index = last[..., None, None].expand(-1, -1, 1, states[0].shape[-1])
         queries = [state.gather(2, index)[:, :, 0] for state in states]
         keys = functional.layer_norm(self.pointer_keys(image), (96,))
@@ -53,7 +55,7 @@ class Student(nn.Module):
             probe(query) @ keys.transpose(1, 2) / 96**0.5
             for probe, query in zip(self.pointer_queries, queries, strict=True)
         ]
-        return pointers, self.mask_projection(queries[-1]), states[-1]
+        return pointers, watched, self.mask_projection(queries[-1]), states[-1]
 
 
 def pack(prompts: Prompts, texts: Sequence[Sequence[str]], short: bool, answer: bool = False) -> tuple[Tensor, Tensor]:

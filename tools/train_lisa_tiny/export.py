@@ -30,16 +30,12 @@ def export(student: Student, sam: SamModel, tokenizer: Path, folder: Path) -> No
         **_under("model.text_hidden_fcs.0.", student.mask_projection.state_dict()),
         **{"model.visual_model." + original_name(name): value for name, value in _sam_weights(sam).items()},
     }
-    save_file(_half(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    _save(weights, folder / "model.safetensors")
     _write(folder / "config.json", _config(student))
     _write(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     tower = folder / "vision_tower"
     tower.mkdir(exist_ok=True)
-    save_file(
-        _half(_under("vision_model.", student.tower.state_dict())),
-        tower / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    _save(_under("vision_model.", student.tower.state_dict()), tower / "model.safetensors")
     _write(tower / "config.json", _tower_config(student))
     _write(tower / "preprocessor_config.json", _preprocessor())
 
@@ -61,8 +57,10 @@ def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
 
 
-def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to(torch.float16).clone().contiguous() for name, value in weights.items()}
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    half = {name: value.detach().to(torch.float16).clone().contiguous() for name, value in weights.items()}
+    save_file(half, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def _config(student: Student) -> dict[str, Any]:

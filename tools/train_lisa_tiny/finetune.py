@@ -36,7 +36,7 @@ class Stage:
     tower: bool
 
 
-STAGES = ((0.40, Stage(8, True, 12, 10, True)), (1.01, Stage(16, False, 10, 10, True)))
+STAGES = ((0.40, Stage(8, True, 12, 10, True)), (1.01, Stage(16, False, 14, 8, True)))
 
 
 DECODED = 4  # queries an image whose masks are decoded in the last phase

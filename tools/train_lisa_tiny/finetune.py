@@ -100,9 +100,11 @@ def train_decoder(work: Path, pool: Pool, seconds: float, masks: bool, rate: flo
     torch.manual_seed(1)
     prompts, vocabulary = load_prompts(work)
     sam, student = load_sam(work), Student(vocabulary)
+    shares = [0.15, 0.3, 0.28, 0.27]
     if masks:
-        state = torch.load(work / "decoder.pt", weights_only=True)["parts"]
-        student.load_state_dict(state["student"])
+        before = torch.load(work / "decoder.pt", weights_only=True)
+        student.load_state_dict(before["parts"]["student"])
+        shares = before["extra"].get("weights", shares)
         sam.mask_decoder.requires_grad_(True)
     else:
         state = torch.load(work / "tower.pt", weights_only=True)["parts"]
@@ -115,7 +117,7 @@ def train_decoder(work: Path, pool: Pool, seconds: float, masks: bool, rate: flo
     run = Run(work, name, seconds, parts, optimizers(student, rate, sam if masks else None))
     evaluation = Evaluation(sam, "val", 320)
     rng = np.random.default_rng([7, int(masks), run.step])
-    weights = np.array(run.extra.get("weights", [0.15, 0.3, 0.28, 0.27]))
+    weights = np.array(run.extra.get("weights", shares))
     evaluated = run.spent
     trained = [p for p in [*student.parameters(), *sam.mask_decoder.parameters()] if p.requires_grad]
     while not run.done:
@@ -200,6 +202,6 @@ def _evaluate(
     student.train()
     run.log({"step": run.step, "giou": full, "blind": blind})
     need = np.array([max(1.05 - full[kind], 0.15) for kind in KINDS])
-    weights = 0.1 + 0.6 * need / need.sum()
+    weights = 0.05 + 0.8 * need**2 / (need**2).sum()
     run.extra["weights"] = weights.tolist()
     return weights

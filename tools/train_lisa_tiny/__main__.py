@@ -48,7 +48,7 @@ def main() -> None:
         from finetune import train_decoder
 
         train_decoder(
-            options.work, Pool(folder, "train"), 60 * options.masks_minutes, masks=True, rate=2e-4, eval_every=180
+            options.work, Pool(folder, "train"), 60 * options.masks_minutes, masks=True, rate=3e-4, eval_every=180
         )
     if "export" in phases:
         from finish import finish

@@ -19,7 +19,7 @@ from student import TAP_WEIGHTS, TAPS, Student
 import tokenprune
 from tokenprune.datasets.shapes import Shapes
 
-MEASURED = {"val": 800, "test": 800, "heldout": 400}
+MEASURED = {"val": 600, "test": 600, "heldout": 300}
 
 
 def finish(work: Path, out: Path, command: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -17,10 +16,10 @@ def main() -> None:
     parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated; all by default, in this order")
     parser.add_argument("--scenes", type=int, default=30000, help="scenes in the training pool")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sam-minutes", type=float, default=11)
+    parser.add_argument("--sam-minutes", type=float, default=15.5)
     parser.add_argument("--tower-minutes", type=float, default=11)
-    parser.add_argument("--decoder-minutes", type=float, default=60)
-    parser.add_argument("--masks-minutes", type=float, default=10)
+    parser.add_argument("--decoder-minutes", type=float, default=50)
+    parser.add_argument("--masks-minutes", type=float, default=9)
     parser.add_argument("--out", type=Path, default=Path("adapters/tokenprune_adapters/bundled/lisa_tiny"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -53,7 +52,12 @@ def main() -> None:
     if "export" in phases:
         from finish import finish
 
-        finish(options.work, options.out, " ".join(["python tools/train_lisa_tiny", *sys.argv[1:]]))
+        command = (
+            f"python tools/train_lisa_tiny --work FOLDER --scenes {options.scenes} --threads {options.threads} "
+            f"--sam-minutes {options.sam_minutes:g} --tower-minutes {options.tower_minutes:g} "
+            f"--decoder-minutes {options.decoder_minutes:g} --masks-minutes {options.masks_minutes:g}"
+        )
+        finish(options.work, options.out, command)
 
 
 if __name__ == "__main__":

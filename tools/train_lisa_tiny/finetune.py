@@ -96,7 +96,10 @@ def optimizers(student: Student, rate: float, sam: SamModel | None = None) -> li
 
 
 def train_decoder(work: Path, pool: Pool, seconds: float, masks: bool, rate: float, eval_every: float = 240) -> None:
-    """Train tower, projector, decoder and prompt projection; with `masks` also through SAM's mask decoder."""
+    """Train tower, projector, decoder and prompt projection; with `masks` also through SAM's mask decoder.
+
+    The first phase starts from `start.pt` in the work folder where there is one (an earlier decoder checkpoint).
+    """
     torch.manual_seed(1)
     prompts, vocabulary = load_prompts(work)
     sam, student = load_sam(work), Student(vocabulary)

@@ -73,9 +73,9 @@ def test_exact_numbers_and_a_row_is_itself_in_a_batch(
 
 
 def test_uniform_is_the_published_stride() -> None:
-    kept = Bench(CSP(representatives=64), [[256], [256]]).run().trace.stages[0].kept
+    kept = Bench(CSP(clustering="uniform", representatives=64), [[256], [256]]).run().trace.stages[0].kept
     assert kept == [list(range(0, 256, 4))] * 2
-    kept = Bench(CSP(representatives=100), [[256]]).run().trace.stages[0].kept[0]
+    kept = Bench(CSP(clustering="uniform", representatives=100), [[256]]).run().trace.stages[0].kept[0]
     assert kept == [i * (256 // 100) for i in range(100)]
 
 
@@ -144,7 +144,7 @@ def test_k_means_of_repeated_features_still_gives_enough() -> None:
 
 
 def test_delta_adds_what_the_nearest_representative_gained() -> None:
-    bench = Bench(CSP(representatives=4, reentry="delta"), [[16]])
+    bench = Bench(CSP(clustering="uniform", representatives=4, reentry="delta"), [[16]])
     for layer in range(4):
         bench.enter(layer)
         if layer == 3:
@@ -159,7 +159,7 @@ def test_delta_adds_what_the_nearest_representative_gained() -> None:
 
 
 def test_projected_comes_back_as_parked() -> None:
-    bench = Bench(CSP(representatives=4), [[16]])
+    bench = Bench(CSP(clustering="uniform", representatives=4), [[16]])
     for layer in range(4):
         bench.enter(layer)
     parked = [token for token in range(16) if token % 4]

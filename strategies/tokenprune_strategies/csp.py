@@ -31,7 +31,7 @@ class CSP(Strategy):
     class Options(StrategyOptions):
         """Options of CSP."""
 
-        clustering: Clustering = Field("uniform", description="how representatives are chosen, see `clustering`")
+        clustering: Clustering = Field("grid", description="how representatives are chosen, see `clustering`")
         representatives: Amount = Field(REPRESENTATIVES, description="N_c: an int counts tokens, a float is a share")
         keep: Amount = Field(KEEP, description="N_p: an int counts tokens, a float is a share")
         scatter_at: Depth = Field(0.25, description="s, a layer (int) or a fraction of the depth (float)")

@@ -8,6 +8,8 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
@@ -281,3 +283,9 @@ def test_modules_named_in_the_reference_exist() -> None:
     assert named
     for name in named:
         importlib.import_module(name)
+
+
+def test_result_tables_are_those_of_the_stored_comparisons() -> None:
+    script = ROOT / "tools" / "figures" / "results.py"
+    found = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -1,0 +1,152 @@
+"""Write the tables of `docs/results.md` and README.md from the stored comparisons in `docs/results/`.
+
+    python tools/figures/results.py [--check]
+
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`; NAME is a function below. With `--check` nothing is
+written and a page whose table is not the stored numbers' is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenprune.evaluation.results import Comparison, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+STORED = ROOT / "docs" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "methods" / "csp.md")
+MARKED = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+HEADLINE_BUDGET = 0.35
+
+
+def read(name: str) -> Comparison:
+    """A stored comparison."""
+    return Comparison.model_validate_json((STORED / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def headline() -> str:
+    """The README's table: one budget, accuracy and cost."""
+    found = read("compare")
+    rows = [row for row in found.rows if row.budget in (None, HEADLINE_BUDGET)]
+    head = ("strategy", "gIoU", "agreement", "equivalent tokens", "FLOPs", "prefill")
+    return table(
+        head,
+        [
+            (
+                f"`{row.label}`",
+                f"{row.giou:.3f}",
+                f"{row.agreement:.3f}",
+                f"{row.equivalent_tokens:.1f}",
+                f"{row.flops_ratio:.2f}",
+                f"{row.prefill_speedup:.2f}×",
+            )
+            for row in rows
+        ],
+    )
+
+
+def by_budget() -> str:
+    """gIoU (and agreement) of every strategy at every budget."""
+    found = read("compare")
+    budgets = budgets_of(found)
+    rows = []
+    for label in labels(found):
+        cells = {row.budget: row for row in found.rows if row.label == label}
+        everywhere = cells.get(None)
+        picked = [cells.get(budget, everywhere) for budget in budgets]
+        rows.append((f"`{label}`", *("" if row is None else f"{row.giou:.3f} ({row.agreement:.3f})" for row in picked)))
+    return table(("strategy", *(f"{budget:g}" for budget in budgets)), rows)
+
+
+def by_kind() -> str:
+    """gIoU by kind of query at the headline budget."""
+    found = read("compare")
+    rows = [row for row in found.rows if row.budget in (None, HEADLINE_BUDGET)]
+    kinds = list(rows[0].giou_by_kind)
+    return table(
+        ("strategy", *kinds, "small", "medium", "large", "cover"),
+        [
+            (
+                f"`{row.label}`",
+                *(f"{row.giou_by_kind[kind]:.3f}" for kind in kinds),
+                *(number(row.miou_by_size.get(size)) for size in ("small", "medium", "large")),
+                number(row.target_coverage),
+            )
+            for row in rows
+        ],
+    )
+
+
+def ablation() -> str:
+    """gIoU of CSP's choices at every budget, best mean first."""
+    found = read("ablate_csp")
+    budgets = budgets_of(found)
+    groups: dict[str, dict[float | None, Row]] = {}
+    for row in found.rows:
+        if row.strategy == "csp":
+            groups.setdefault(row.label, {})[row.budget] = row
+    means = {label: sum(row.giou for row in rows.values()) / len(rows) for label, rows in groups.items()}
+    order = sorted(groups, key=lambda label: -means[label])
+    first = groups[order[0]][budgets[0]].given
+    return table(
+        (*first, *(f"{budget:g}" for budget in budgets), "mean"),
+        [
+            (
+                *(f"{value}" for value in groups[label][budgets[0]].given.values()),
+                *(f"{groups[label][budget].giou:.3f}" for budget in budgets),
+                f"{means[label]:.3f}",
+            )
+            for label in order
+        ],
+    )
+
+
+def budgets_of(found: Comparison) -> list[float]:
+    """The budgets of a comparison as a list."""
+    return found.budget if isinstance(found.budget, list) else [found.budget]
+
+
+def labels(found: Comparison) -> list[str]:
+    """Strategies in the order of the comparison, each once."""
+    return list(dict.fromkeys(row.label for row in found.rows))
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or nothing."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (headline, by_budget, by_kind, ablation)}
+
+
+def written(page: Path) -> str:
+    """The page with its tables as they should be."""
+    return MARKED.sub(
+        lambda found: f"<!-- results: {found[1]} -->\n\n{TABLES[found[1]]()}\n<!-- end -->\n",
+        page.read_text(encoding="utf-8"),
+    )
+
+
+def main() -> int:
+    """Write or check all pages; the number of pages that differ."""
+    stale = [page for page in PAGES if written(page) != page.read_text(encoding="utf-8")]
+    for page in stale:
+        if "--check" in sys.argv:
+            print(f"{page}: tables differ from docs/results/*.json; run python tools/figures/results.py")
+        else:
+            page.write_text(written(page), encoding="utf-8")
+            print(f"wrote {page}")
+    return len(stale) if "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

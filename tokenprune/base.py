@@ -135,7 +135,7 @@ class Strategy(ABC):
 
         The strategy itself where it has no such option.
         """
-        if "seed" not in self.Options.model_fields:
+        if offset == 0 or "seed" not in self.Options.model_fields:
             return self
         chosen = {name: getattr(self.options, name) for name in self.options.model_fields_set}
         seed: int = getattr(self.options, "seed") + offset  # noqa: B009 - only some options have it

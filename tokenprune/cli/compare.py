@@ -9,13 +9,14 @@ from typing import Annotated, Optional
 
 import typer
 
+from tokenprune.cli.arguments import Device, Dtype, ModelName, VisionTower
 from tokenprune.cli.listing import Format
 
 STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")] = "lisa-tiny",
+    model: ModelName = "lisa-tiny",
     dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     strategies: Annotated[
@@ -32,12 +33,9 @@ def command(
     ] = None,
     overlays: Annotated[int, typer.Option(min=0, help="Samples to draw with --out.")] = 4,
     timing_samples: Annotated[int, typer.Option(min=0, help="Queries that prefill is timed on; 0 = none.")] = 8,
-    vision_tower: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The model's vision tower, where the checkpoint does not hold it."),
-    ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")] = None,  # noqa: UP045
+    vision_tower: VisionTower = None,
+    dtype: Dtype = None,
+    device: Device = None,
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
 ) -> None:
     """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""

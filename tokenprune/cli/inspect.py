@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-OptionList = Optional[list[str]]  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
+from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, VisionTower
 
 
 def command(
@@ -20,25 +20,17 @@ def command(
         typer.Argument(help="What to segment, in words.", metavar="[QUERY]"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Picture to write, PNG.")] = Path("inspect.png"),
-    model: Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")] = "lisa-tiny",
-    strategy: Annotated[str, typer.Option(help="Name of a strategy.")] = "csp",
-    option: Annotated[
-        OptionList, typer.Option("-o", "--option", metavar="KEY=VALUE", help="Option of the strategy; may be repeated.")
-    ] = None,
-    budget: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Equivalent image tokens as a share of all, in (0, 1]."),
-    ] = None,
+    model: ModelName = "lisa-tiny",
+    strategy: StrategyName = "csp",
+    option: OptionTexts = None,
+    budget: Budget = None,
     dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     index: Annotated[int, typer.Option(help="Number of the query in the split, from 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
-    vision_tower: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The model's vision tower, where the checkpoint does not hold it."),
-    ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")] = None,  # noqa: UP045
+    vision_tower: VisionTower = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Draw one sample: kept, parked and merged tokens stage by stage, with the scores that they were chosen by."""
     from tokenprune import api

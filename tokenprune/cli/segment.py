@@ -7,32 +7,24 @@ from typing import Annotated, Optional
 
 import typer
 
-OptionList = Optional[list[str]]  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
+from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, VisionTower
 
 
 def command(
     image: Annotated[Path, typer.Argument(help="Image file.", metavar="IMAGE")],
     query: Annotated[str, typer.Argument(help="What to segment, in words.", metavar="QUERY")],
     out: Annotated[Path, typer.Option(help="Mask to write, PNG: white where the mask is.")],
-    model: Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")] = "lisa-tiny",
-    strategy: Annotated[str, typer.Option(help="Name of a strategy.")] = "none",
-    option: Annotated[
-        OptionList, typer.Option("-o", "--option", metavar="KEY=VALUE", help="Option of the strategy; may be repeated.")
-    ] = None,
-    budget: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Equivalent image tokens as a share of all, in (0, 1]."),
-    ] = None,
+    model: ModelName = "lisa-tiny",
+    strategy: StrategyName = "none",
+    option: OptionTexts = None,
+    budget: Budget = None,
     overlay: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Picture to write as well: image, mask, tokens stage by stage, PNG."),
     ] = None,
-    vision_tower: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The model's vision tower, where the checkpoint does not hold it."),
-    ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")] = None,  # noqa: UP045
+    vision_tower: VisionTower = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Segment an image by a query, and write the mask as PNG."""
     from tokenprune import api

@@ -1,0 +1,22 @@
+"""Command-line options that several commands share, as Typer annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+# ruff: noqa: UP045 - Typer reads annotations at run time, on Python 3.10 too: hence Optional
+ModelName = Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")]
+StrategyName = Annotated[str, typer.Option(help="Name of a strategy.")]
+OptionTexts = Annotated[
+    Optional[list[str]],
+    typer.Option("-o", "--option", metavar="KEY=VALUE", help="Option of the strategy; may be repeated."),
+]
+Budget = Annotated[Optional[float], typer.Option(help="Equivalent image tokens as a share of all, in (0, 1].")]
+VisionTower = Annotated[
+    Optional[Path], typer.Option(help="The model's vision tower, where the checkpoint does not hold it.")
+]
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")]

@@ -96,11 +96,6 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
     return stages
 
 
-def required_reads(strategy: Strategy, shape: Shape) -> set[Read]:
-    """Everything that the strategy's stages read on this shape."""
-    return {read for stage in strategy.bind(shape).stages(shape) for read in stage.reads}
-
-
 class TokenScheduler(ABC):
     """Runs one strategy over one prefill, layer by layer.
 
@@ -163,16 +158,18 @@ class TokenScheduler(ABC):
 
     # the walk --------------------------------------------------------------------------------------------------------
 
+    def due(self, layer: int) -> list[PlannedStage]:
+        """The stages that begin at `layer`."""
+        return [planned for planned in self.planned if planned.stage.layer == layer]
+
     def reads_before(self, layer: int) -> set[Read]:
         """Reads of the stages that begin at `layer`."""
-        return {read for planned in self.planned if planned.stage.layer == layer for read in planned.stage.reads}
+        return {read for planned in self.due(layer) for read in planned.stage.reads}
 
-    def enter(self, layer: int) -> bool:
-        """Take the decisions due before `layer`; True if the active set or a state may have changed."""
-        due = [planned for planned in self.planned if planned.stage.layer == layer]
-        for planned in due:
+    def enter(self, layer: int) -> None:
+        """Take the decisions due before `layer`."""
+        for planned in self.due(layer):
             self._take(planned)
-        return bool(due)
 
     def account(self, layer: int, width: int, scored_rows: int = 0) -> None:
         """Enter a layer into the ledger: `width` positions per row were computed."""

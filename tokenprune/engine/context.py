@@ -100,7 +100,7 @@ class PruningRun:
             self._shorten_step(number, hidden, kwargs)
         else:
             hidden = self._prefill.before_layer(number, hidden, kwargs)
-            self._note_absent(number, cache, hidden)
+            self._note_absent(number, cache)
         return (hidden, *args[1:]), kwargs
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -150,7 +150,7 @@ class PruningRun:
             queries={name: _fit(rows.to(hidden.device), batch, length, 0) for name, rows in self._queries.items()},
         )
 
-    def _note_absent(self, number: int, cache: Any, hidden: Tensor) -> None:
+    def _note_absent(self, number: int, cache: Any) -> None:
         frame = self._frame(number)
         if cache is not None and frame is not None:
             cache.layers[number].absent = frame.length - frame.width

@@ -102,7 +102,7 @@ class Prefill(TokenScheduler):
             self.full = hidden
             if any(isinstance(read, Embeddings) for planned in self.planned for read in planned.stage.reads):
                 self._embeddings = self.hidden()
-        if any(planned.stage.layer == layer for planned in self.planned):
+        if self.due(layer):
             self._write_back(hidden)
             self.enter(layer)
             self._attention.clear()

@@ -6,21 +6,11 @@ equal those of one row per query through LlamaModel. Ours; training only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-
-@dataclass
-class Packed:
-    """`queries`: ids [B, n, T], right-padded. `last`: index of the mask query in each, [B, n]."""
-
-    queries: Tensor
-    last: Tensor
 
 
 def forward_packed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,30 +37,31 @@ class Bench(TokenScheduler):
         *,
         seeds: Sequence[int] | None = None,
         given: dict[str, Any] | None = None,
+        readable: Iterable[type[Read]] | None = None,
         seed: int = 0,
     ) -> None:
         layout = layout_of(rows)
-        self.seeds, self.given, self.images = list(seeds or range(len(rows))), given or {}, [len(row) for row in rows]
+        self.seeds, self.given = list(seeds or range(len(rows))), given or {}
+        self.readable = frozenset(Read.__subclasses__()) if readable is None else frozenset(readable)
         super().__init__(strategy, layout, layers, model="bench", seed=seed)
         self.embeddings = self.drawn("embeddings", WIDTH)
         self.states = self.embeddings.clone()
 
-    def drawn(self, field: str, *shape: int, extra: int = 0) -> Tensor:
-        """float32 [batch, extra + N, *shape]; what a row gets depends on its seed and its own number of tokens only."""
+    def drawn(self, field: str, *shape: int) -> Tensor:
+        """float32 [batch, N, *shape]; what a row gets depends on its seed and its own number of tokens only."""
         counts = self.layout.counts.tolist()
-        result = torch.zeros(len(counts), extra + max(counts, default=0), *shape)
+        result = torch.zeros(len(counts), max(counts, default=0), *shape)
         for row, (count, seed) in enumerate(zip(counts, self.seeds, strict=True)):
             generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, field)))
-            result[row, : extra + count] = torch.randn(extra + count, *shape, generator=generator)
+            result[row, :count] = torch.randn(count, *shape, generator=generator)
         return result
 
-    def offers(self) -> list[str]:
-        return [kind.__name__ for kind in Read.__subclasses__()]
+    def offers(self) -> frozenset[type[Read]]:
+        return self.readable
 
     def provide(self, read: Read) -> Any:
         if read.field in self.given:
             return self.given[read.field]
-        images = max(self.images)
         if isinstance(read, Projector):
             return lambda features: features[..., :WIDTH] * 2
         if read.field == "hidden":
@@ -69,12 +70,10 @@ class Bench(TokenScheduler):
             return self.embeddings
         if read.field == "attention":
             return self.drawn("attention").masked_fill(~self.state.active, float("-inf"))
-        if read.field == "cls_attention":
-            return self.drawn("cls_attention").softmax(1)
-        if read.field == "cls_query":
-            return torch.stack([self.drawn_row("cls_query", seed, images, CHANNELS) for seed in self.seeds])
+        if read.field in ("cls_attention", "received_attention"):
+            return self.drawn(read.field).exp()
         if read.field == "keys":
-            return self.drawn("keys", CHANNELS, extra=images)
+            return self.drawn("keys", CHANNELS)
         if read.field == "features":
             return self.drawn("features", CHANNELS)
         assert read.field == "pixels", read

@@ -13,8 +13,8 @@ from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
-from tokenprune.errors import InputError
-from tokenprune.reads import ClsAttention, ClsQuery, Pixels, Projector, TowerFeatures, TowerKeys
+from tokenprune.errors import InputError, OptionError
+from tokenprune.reads import ClsAttention, Pixels, Projector, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune_adapters.clip import ClipPixels, load_tower
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.lisa.adapter import load_lisa
@@ -59,11 +59,24 @@ def test_cls_attention_equals_eager_attention(
     assert torch.allclose(tower_run.cls_attention(layer), weights[:, :, 0, 1:].mean(1), atol=1e-5)
 
 
-def test_queries_and_keys_equal_the_projections(tower_run: TowerRun, eager: CLIPVisionModel) -> None:
+@pytest.mark.parametrize("layer", [0, -1])
+def test_received_attention_equals_eager_attention(
+    tower_run: TowerRun, eager: CLIPVisionModel, pixels: torch.Tensor, layer: int
+) -> None:
+    with torch.inference_mode():
+        weights = eager(pixels, output_attentions=True).attentions[layer]
+    assert torch.allclose(tower_run.received_attention(layer), weights.mean((1, 2))[:, 1:], atol=1e-5)
+
+
+def test_keys_and_joint_attention_equal_the_projections(tower_run: TowerRun, eager: CLIPVisionModel) -> None:
     block = eager.encoder.layers[1]
     entering = block.layer_norm1(tower_run.states[1])
-    assert torch.allclose(tower_run.keys(1), block.self_attn.k_proj(entering), atol=1e-5)
-    assert torch.allclose(tower_run.cls_query(1), block.self_attn.q_proj(entering)[:, 0], atol=1e-5)
+    query, keys = block.self_attn.q_proj(entering)[0, 0], block.self_attn.k_proj(entering)[0]
+    assert torch.allclose(tower_run.keys(1), keys[None, 1:], atol=1e-5)
+    joint = (keys @ query / len(query) ** 0.5).softmax(0)[1:]
+    assert torch.allclose(tower_run.cls_attention(1, "joint")[0], joint, atol=1e-5)
+    with pytest.raises(OptionError, match=r"heads='sum'"):
+        tower_run.cls_attention(1, "sum")
 
 
 def test_a_layer_is_computed_once(folder: Path, pixels: torch.Tensor) -> None:
@@ -81,8 +94,8 @@ def test_answers_line_up_with_the_rows(tower_run: TowerRun) -> None:
     shapes = {
         TowerFeatures(): (3, 16, 16),
         ClsAttention(): (3, 16),
-        ClsQuery(-1): (3, 16),
-        TowerKeys(0): (3, 17, 16),
+        ReceivedAttention(-2): (3, 16),
+        TowerKeys(0): (3, 16, 16),
         Pixels(): (3, SIDE, SIDE, 3),
     }
     for read, shape in shapes.items():

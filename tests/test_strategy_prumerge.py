@@ -17,8 +17,10 @@ from torch import Tensor
 import tokenprune
 from tokenprune.base import Shape, equivalent_tokens
 from tokenprune.decisions import Merge
-from tokenprune.errors import BudgetError, InputError, OptionError
-from tokenprune_strategies.merging import cls_attention, merge_weights, outlier_share, place
+from tokenprune.errors import BudgetError, OptionError
+from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention
+from tokenprune_adapters.llava_vision import run_tower
+from tokenprune_strategies.merging import merge_weights, outlier_share, place
 from tokenprune_strategies.prumerge import PruMerge, PruMergePlus
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -41,27 +43,23 @@ def case(golden: Callable[[str], Path]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def tower(golden: Callable[[str], Path], case: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Per picture size: query of [CLS], keys and features, from transformers' CLIP with the reference weights."""
+    """Per picture size: what PruMerge reads, from transformers' CLIP with the reference weights."""
     from transformers import CLIPVisionModel
 
     found = {}
     for size in ("336", "224"):
         model = CLIPVisionModel.from_pretrained(golden("prumerge") / f"clip_{size}").eval()
-        read: dict[str, Tensor] = {}
-        last = next(m for n, m in model.named_modules() if n.endswith("layers.23.self_attn"))
-        last.q_proj.register_forward_hook(lambda _, __, out, read=read: read.update(query=out[:, 0]))
-        last.k_proj.register_forward_hook(lambda _, __, out, read=read: read.update(keys=out))
         with torch.no_grad():
-            output = model(case[f"clip{size}.pixel_values"], output_hidden_states=True)
-        found[f"clip{size}"] = {**read, "features": output.hidden_states[-2][:, 1:]}
+            run = run_tower(model, case[f"clip{size}.pixel_values"])
+        reads = {"cls_attention": run.cls_attention(-1, "joint"), "keys": run.keys(-1), "features": run.features}
+        found[f"clip{size}"] = reads
     return found
 
 
 def decided(strategy: PruMerge, reads: dict[str, Tensor]) -> Merge:
     """What the strategy answers for one image, with a projector that changes nothing."""
-    given: dict[str, Any] = {"cls_query": reads["query"], "keys": reads["keys"], "features": reads["features"]}
-    total = reads["features"].shape[1]
-    bench = Bench(strategy, [[total]], given={**given, "project": lambda features: features})
+    given: dict[str, Any] = {**reads, "project": lambda features: features}
+    bench = Bench(strategy, [[reads["features"].shape[1]]], given=given)
     planned = bench.planned[0]
     answer = strategy.choose(planned.stage, bench._view(planned.stage, planned.target))
     assert isinstance(answer, Merge)
@@ -72,8 +70,7 @@ def decided(strategy: PruMerge, reads: dict[str, Tensor]) -> Merge:
 def test_tower_reads_agree(size: str, case: dict[str, Tensor], tower: dict[str, dict[str, Tensor]]) -> None:
     reads = tower[size]
     torch.testing.assert_close(reads["features"], case[f"{size}.features"], atol=1e-5, rtol=0)
-    attention = cls_attention(reads["query"][0], reads["keys"][0, 0], reads["keys"][0, 1:])
-    torch.testing.assert_close(attention, case[f"{size}.cls_attention"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(reads["cls_attention"][0], case[f"{size}.cls_attention"], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("size", "name", "strategy"), GOLDEN_CASES, ids=lambda v: v if isinstance(v, str) else "")
@@ -222,10 +219,24 @@ def test_no_outlier_keeps_one_and_everything_kept_needs_no_extra() -> None:
     assert sorted(stage.origin[0].tolist()) == list(range(9))
 
 
-def test_one_cls_for_two_images_is_refused() -> None:
-    given = {"cls_query": torch.randn(1, CHANNELS), "keys": torch.randn(1, 33, CHANNELS)}
-    with pytest.raises(InputError, match=r"'prumerge': batch row 0 has 2 images, .* reads for 1"):
-        Bench(PruMerge(), [[16, 16]], given=given).run()
+def test_a_tower_without_cls_scores_by_received_attention() -> None:
+    bench = Bench(PruMerge(ratio=0.2), [[30]], readable=set(Read.__subclasses__()) - {ClsAttention})
+    bench.enter(0)
+    stage = bench.trace.stages[0]
+    received = bench.drawn("received_attention").exp()[0]
+    assert stage.scores is not None
+    torch.testing.assert_close(stage.scores[0], received)
+    assert set(stage.origin[0, :6].tolist()) == set(received.topk(6).indices.tolist())
+    assert ReceivedAttention() in bench.planned[0].stage.reads
+
+
+def test_without_a_projector_the_projected_tokens_are_merged() -> None:
+    bench = Bench(PruMerge(ratio=0.2), [[30]], readable=set(Read.__subclasses__()) - {Projector})
+    bench.enter(0)
+    first, (merged,) = int(bench.trace.stages[0].origin[0, 0]), bench.states[:, 0]
+    attention, keys = bench.drawn("cls_attention").exp()[0], bench.drawn("keys", CHANNELS)[0]
+    weights = merge_weights(attention, keys, torch.tensor([first]))[0]
+    torch.testing.assert_close(merged, weights @ bench.embeddings[0])
 
 
 def test_values_go_through_the_projector() -> None:
@@ -236,8 +247,7 @@ def test_values_go_through_the_projector() -> None:
     assert lineage is not None
     first = int(bench.trace.stages[0].origin[0, 0])
     assert lineage[0, 0, first]
-    query, keys = bench.drawn_row("cls_query", 0, 1, CHANNELS)[0], bench.drawn("keys", CHANNELS, extra=1)[0]
-    attention = cls_attention(query, keys[0], keys[1:])
+    attention = bench.drawn("cls_attention").exp()[0]
     near = [i for i in lineage[0, 0].nonzero().flatten().tolist() if i != first]
     assert len(near) == 29
     merged = features[0, first] + (attention[near, None] * features[0, near]).sum(0)

@@ -34,12 +34,18 @@ class Shape:
         image_tokens: image tokens of one batch row, N.
         text_tokens: every other token of the row.
         tower_layers: layers of the vision tower, 0 where unknown.
+        readable: kinds of reads that the model offers, None where unknown.
     """
 
     layers: int
     image_tokens: int
     text_tokens: int = 0
     tower_layers: int = 0
+    readable: frozenset[type[Read]] | None = None
+
+    def offers(self, *kinds: type[Read]) -> bool:
+        """Whether the model offers all of these reads, so that stages can choose what they read; True where unknown."""
+        return self.readable is None or self.readable.issuperset(kinds)
 
 
 @dataclass(frozen=True)

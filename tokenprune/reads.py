@@ -51,35 +51,43 @@ class Embeddings(Read):
 
 @dataclass(frozen=True)
 class TowerFeatures(Read):
-    """`tokens.features`: [batch, N, C], what the vision tower gives to the projector."""
+    """`tokens.features`: [batch, N, C], what the vision tower gives to the projector.
+
+    Where several patches become one image token, their mean; the same holds for the other reads of the tower (ours).
+    """
 
     field: ClassVar[str] = "features"
 
 
 @dataclass(frozen=True)
 class ClsAttention(Read):
-    """`tokens.cls_attention`: float32 [batch, N], [CLS] attention in a tower layer (softmax over [CLS] and patches,
-    mean over heads).
+    """`tokens.cls_attention`: float32 [batch, N], [CLS] attention to the patches in a tower layer.
+
+    Towers without a [CLS] do not offer it (`shape.offers(ClsAttention)`); `ReceivedAttention` is what they have.
 
     Attributes:
         layer: tower layer, negative from the end; −1 is the last.
+        heads: "mean" over each head's softmax over [CLS] and patches, or "joint": one softmax at full width, the heads
+            not split (as PruMerge does).
     """
 
     field: ClassVar[str] = "cls_attention"
     layer: int = -1
+    heads: str = "mean"
 
 
 @dataclass(frozen=True)
-class ClsQuery(Read):
-    """`tokens.cls_query`: float32 [batch, C], the [CLS] query of a tower layer, heads concatenated, not scaled."""
+class ReceivedAttention(Read):
+    """`tokens.received_attention`: float32 [batch, N], attention that a patch receives in a tower layer, mean over
+    heads and over everything that attends (each head a softmax)."""
 
-    field: ClassVar[str] = "cls_query"
+    field: ClassVar[str] = "received_attention"
     layer: int = -1
 
 
 @dataclass(frozen=True)
 class TowerKeys(Read):
-    """`tokens.keys`: float32 [batch, 1 + N, C], keys of a tower layer, heads concatenated, [CLS] first."""
+    """`tokens.keys`: float32 [batch, N, C], the patches' keys in a tower layer, heads concatenated."""
 
     field: ClassVar[str] = "keys"
     layer: int = -1
@@ -87,7 +95,10 @@ class TowerKeys(Read):
 
 @dataclass(frozen=True)
 class Projector(Read):
-    """`tokens.project(features)`: [batch, k, C] -> [batch, k, width], the model's own projector into the decoder."""
+    """`tokens.project(features)`: [batch, k, C] -> [batch, k, width], the model's own projector into the decoder.
+
+    Offered where the projector takes the image tokens one by one.
+    """
 
     field: ClassVar[str] = "project"
 

@@ -124,7 +124,7 @@ class TokenScheduler(ABC):
         """Raises IncompatibleError where a stage reads what this scheduler cannot provide; see also `plan`."""
         counts = layout.counts.tolist()
         others = (layout.valid.sum(1) - layout.counts).tolist()
-        shapes = [Shape(layers, n, t, tower_layers) for n, t in zip(counts, others, strict=True)]
+        shapes = [Shape(layers, n, t, tower_layers, self.offers()) for n, t in zip(counts, others, strict=True)]
         self.model, self.layout, self.layers, self.observer, self.seed = model, layout, layers, observer, seed
         self.strategy, self.planned = plan(strategy, shapes)
         exists = layout.slots >= 0
@@ -141,8 +141,8 @@ class TokenScheduler(ABC):
     # where states live -----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def offers(self) -> list[str]:
-        """Names of the kinds of reads that `provide` can answer."""
+    def offers(self) -> frozenset[type[Read]]:
+        """The kinds of reads that `provide` can answer."""
 
     @abstractmethod
     def provide(self, read: Read) -> Any:
@@ -256,10 +256,11 @@ class TokenScheduler(ABC):
 
     def _check_reads(self) -> None:
         for planned in self.planned:
-            missing = [str(read) for read in planned.stage.reads if str(read) not in self.offers()]
+            missing = [str(read) for read in planned.stage.reads if type(read) not in self.offers()]
             if missing:
+                offered = ", ".join(sorted(kind.__name__ for kind in self.offers()))
                 raise IncompatibleError(
                     f"strategy {self.strategy.name!r} does not fit model {self.model!r}: it reads "
-                    f"{', '.join(missing)}, and the model offers {', '.join(self.offers())}; "
+                    f"{', '.join(missing)}, and the model offers {offered}; "
                     "choose another strategy or another model"
                 )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError
-from tokenprune.reads import ClsAttention, ClsQuery, Pixels, Projector, Read, TowerFeatures, TowerKeys
+from tokenprune.reads import ClsAttention, Pixels, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune_adapters import tower_reads
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,17 @@ class TowerRun:
                 block.self_attn(block.layer_norm1(self.states[number]), attention_mask=None)
         return self._seen[number]
 
-    def cls_attention(self, layer: int) -> Tensor:
-        """float32 [1, N]: attention of [CLS] to the patches, softmax over [CLS] and patches, mean over heads."""
-        first = torch.zeros(1, 1, dtype=torch.int64, device=self.features.device)
-        return self.seen(layer).attention(first)[:, :, 0, 1:].mean(1)
+    def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
+        """float32 [1, N]: attention of [CLS] to the patches, see `tokenprune.reads.ClsAttention`."""
+        return tower_reads.cls_attention(self.seen(layer), heads)
 
-    def cls_query(self, layer: int) -> Tensor:
-        """float32 [1, C]: the query of [CLS], heads concatenated, not scaled."""
-        return self.seen(layer).query[:, :, 0].flatten(1).float()
+    def received_attention(self, layer: int) -> Tensor:
+        """float32 [1, N]: mean attention that the patches receive."""
+        return tower_reads.received_attention(self.seen(layer))[:, 1:]
 
     def keys(self, layer: int) -> Tensor:
-        """float32 [1, 1 + N, C]: keys, heads concatenated, [CLS] first."""
-        return self.seen(layer).key.transpose(1, 2).flatten(2).float()
+        """float32 [1, N, C]: the patches' keys, heads concatenated."""
+        return tower_reads.keys(self.seen(layer))[:, 1:]
 
 
 def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2) -> TowerRun:
@@ -105,8 +105,8 @@ def vision_source(
 
     answers: dict[type[Read], Callable[[Any], Any]] = {
         TowerFeatures: lambda read: for_rows(run.features),
-        ClsAttention: lambda read: for_rows(run.cls_attention(read.layer)),
-        ClsQuery: lambda read: for_rows(run.cls_query(read.layer)),
+        ClsAttention: lambda read: for_rows(run.cls_attention(read.layer, read.heads)),
+        ReceivedAttention: lambda read: for_rows(run.received_attention(read.layer)),
         TowerKeys: lambda read: for_rows(run.keys(read.layer)),
         Projector: lambda read: projector,
         Pixels: lambda read: for_rows(pixels()),

@@ -1,4 +1,4 @@
-"""The tensor side of PruMerge: [CLS] attention, outliers, merging weights, and where the merged tokens go."""
+"""The tensor side of PruMerge: outliers, merging weights, and where the merged tokens go."""
 
 from __future__ import annotations
 
@@ -9,19 +9,6 @@ from torch import Tensor
 from tokenprune.base import Positions
 
 NEIGHBOURS = 32
-
-
-def cls_attention(query: Tensor, cls_key: Tensor, keys: Tensor) -> Tensor:
-    """float32 [N]: softmax of [CLS]'s query over [CLS] and patches, at full width (heads not split), patches only.
-
-    Args:
-        query: [C], of [CLS].
-        cls_key: [C], of [CLS].
-        keys: [N, C], of the patches.
-    """
-    products = torch.cat((cls_key[None], keys)).float() @ query.float()
-    attention: Tensor = (products * len(query) ** -0.5).softmax(0)[1:]
-    return attention
 
 
 def outlier_share(attention: Tensor) -> float:

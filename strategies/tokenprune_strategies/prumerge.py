@@ -12,10 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions, portion
 from tokenprune.decisions import Decision, Merge
-from tokenprune.errors import InputError
-from tokenprune.reads import ClsQuery, Projector, TowerFeatures, TowerKeys
+from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune.tokens import Tokens
-from tokenprune_strategies.merging import cls_attention, merge_weights, outlier_share, place, without_extra
+from tokenprune_strategies.merging import merge_weights, outlier_share, place, without_extra
 from tokenprune_strategies.selection import Amount, apportion, evenly, images_of, tokens_of
 
 
@@ -26,7 +25,8 @@ class PruMerge(Strategy):
     width; (2) the share of outliers (above Q3 + 1.5·IQR) is the share kept; (3) each kept token adds its 32
     nearest tokens by key similarity, weighted by their attention; (4) one extra token sums up the tokens not kept.
 
-    A row with several images needs cls_query as [batch, images, C] and keys as [batch, images + N, C], [CLS]'s first.
+    A tower without [CLS] scores by the attention that each patch receives (mean over heads and patches), and where the
+    projector does not take image tokens one by one, what is merged are the projected tokens (ours).
 
     Ours: the share is taken per image (the authors: over the batch), at least one token is kept, and where nothing is
     dropped there is no extra token.
@@ -58,35 +58,35 @@ class PruMerge(Strategy):
         """One stage before the first layer; without `keep` only the picture tells how many tokens there will be."""
         keep = self.options.keep
         number = None if keep is None else tokens_of(keep, shape.image_tokens)
-        yield Stage("merge", 0, number, (ClsQuery(), TowerKeys(), TowerFeatures(), Projector()))
+        score: Read = ClsAttention(heads="joint") if shape.offers(ClsAttention) else ReceivedAttention()
+        merges: tuple[Read, ...] = (TowerFeatures(), Projector()) if shape.offers(TowerFeatures, Projector) else ()
+        yield Stage("merge", 0, number, (score, TowerKeys(), *merges))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Select and merge, image by image."""
-        rows = [self._row(row, tokens) for row in range(len(tokens.exists))]
+        reads = {type(read) for read in stage.reads}
+        attention = tokens.cls_attention if ClsAttention in reads else tokens.received_attention
+        rows = [self._row(row, tokens, attention[row]) for row in range(len(tokens.exists))]
         index, origin = (pad_sequence([row[i] for row in rows], batch_first=True, padding_value=-1) for i in (0, 1))
         weights, scores = (pad_sequence([row[i] for row in rows], batch_first=True) for i in (2, 3))
-        features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
-        values = tokens.project((weights @ features.float()).to(features.dtype))
+        values = None
+        if Projector in reads:
+            features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
+            values = tokens.project((weights @ features.float()).to(features.dtype))
         return Merge(index, values=values, scores=scores, weights=weights, origin=origin)
 
-    def _row(self, row: int, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _row(self, row: int, tokens: Tokens, received: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of one batch row: slots int64 [m], origins int64 [m], weights float32 [m, N], scores float32 [N]."""
         size = tokens.exists.shape[1]
-        query = tokens.cls_query[row].reshape(-1, tokens.cls_query.shape[-1])
-        cls_keys, keys = tokens.keys[row].split((len(query), size))
         scores = torch.full((size,), float("-inf"), device=tokens.device)
         images = images_of(tokens, row)
-        if len(images) > len(query):
-            raise InputError(
-                f"strategy {self.name!r}: batch row {row} has {len(images)} images, the model gives [CLS] reads for "
-                f"{len(query)}; give cls_query as [batch, images, C] and keys as [batch, images + N, C]"
-            )
         shares = apportion(int(tokens.target[row]), [len(image) for image in images])
         parts = [(scores.new_zeros(0).long(), scores.new_zeros(0).long(), scores.new_zeros(0, size))]
-        for image, cls, cls_key, share in zip(images, query, cls_keys, shares, strict=False):
-            attention = scores[image] = cls_attention(cls, cls_key, keys[image])
+        for image, share in zip(images, shares, strict=True):
+            attention, keys = received[image], tokens.keys[row, image]
+            scores[image] = attention
             kept = self.selected(attention, None if self.options.keep is None else share)
-            weights = merge_weights(attention, keys[image], kept)
+            weights = merge_weights(attention, keys, kept)
             extra = len(image) > len(kept) and (self.options.keep is None or share > len(kept))
             parts.append(place(image, kept, weights if extra else weights[:-1], size, self.options.positions))
         slots, origins, merging = (torch.cat(part) for part in zip(*parts, strict=True))

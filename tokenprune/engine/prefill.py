@@ -59,9 +59,9 @@ class Prefill(TokenScheduler):
 
     # what TokenScheduler asks of us ----------------------------------------------------------------------------------
 
-    def offers(self) -> list[str]:
+    def offers(self) -> frozenset[type[Read]]:
         """The decoder's own reads, and what the vision side offers."""
-        return sorted(kind.__name__ for kind in (*_OWN_READS, *self.vision.answers))
+        return frozenset((*_OWN_READS, *self.vision.answers))
 
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""

@@ -1,0 +1,46 @@
+"""What strategies read of a tower layer, computed from the queries and keys that its attention saw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenprune.engine.tap import Seen
+from tokenprune.errors import OptionError
+
+ROWS_AT_ONCE = 256  # bounds memory: attention rows that are held at one time
+
+
+def cls_attention(seen: Seen, heads: str = "mean") -> Tensor:
+    """float32 [images, P]: attention of [CLS], the first position, to the P patches.
+
+    Args:
+        seen: a layer's queries and keys, [CLS] first.
+        heads: "mean" or "joint", see `tokenprune.reads.ClsAttention`.
+
+    Raises:
+        OptionError: another value of `heads`.
+    """
+    if heads == "mean":
+        first = torch.zeros(len(seen.query), 1, dtype=torch.int64, device=seen.query.device)
+        return seen.attention(first)[:, :, 0, 1:].mean(1)
+    if heads != "joint":
+        raise OptionError(f"ClsAttention(heads={heads!r}) is not known; use 'mean' or 'joint'")
+    query, every = seen.query[:, :, 0].flatten(1).float(), keys(seen)
+    products: Tensor = torch.einsum("ic,ipc->ip", query, every) * query.shape[1] ** -0.5
+    return products.softmax(1)[:, 1:]
+
+
+def received_attention(seen: Seen) -> Tensor:
+    """float32 [images, P]: what each position receives of the others' attention, mean over heads and positions."""
+    images, _, length, _ = seen.query.shape
+    total = torch.zeros(images, seen.key.shape[2], device=seen.query.device)
+    for start in range(0, length, ROWS_AT_ONCE):
+        rows = torch.arange(start, min(start + ROWS_AT_ONCE, length), device=seen.query.device)
+        total += seen.attention(rows.expand(images, -1)).mean(1).sum(1)
+    return total / length
+
+
+def keys(seen: Seen) -> Tensor:
+    """float32 [images, P, C]: keys of all positions, heads concatenated."""
+    return seen.key.transpose(1, 2).flatten(2).float()

@@ -42,7 +42,8 @@ def generate(
         eos_ids: ids that end an answer.
     """
     mask = inputs.attention_mask
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = inputs.positions
+    assert positions is not None  # `splice` gives them for prompts that continue
     embeds, cache = inputs.inputs_embeds, None
     ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     ends = torch.tensor(sorted(eos_ids), device=mask.device)

@@ -54,6 +54,7 @@ class DecoderInputs:
         image_tokens: bool [B, S].
         seg: bool [B, S], positions of [SEG] tokens.
         mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding.
+        positions: int64 [B, S], 0 at the first token of a row; None where they are arange, the decoder's own choice.
     """
 
     inputs_embeds: Tensor
@@ -62,6 +63,7 @@ class DecoderInputs:
     image_tokens: Tensor
     seg: Tensor
     mask_query: Tensor
+    positions: Tensor | None = None
 
 
 def splice(
@@ -71,6 +73,7 @@ def splice(
     seg_ids: Sequence[int],
     continues: bool = False,
     pad_id: int = 0,
+    image_valid: Tensor | None = None,
 ) -> DecoderInputs:
     """Decoder inputs of several prompts about one image.
 
@@ -82,6 +85,8 @@ def splice(
         continues: the prompts are to be continued: padding goes to the left, and the mask query is their last
             position, the first that could predict a [SEG].
         pad_id: id whose embedding fills the padding (it is masked).
+        image_valid: bool [1, N], False for image tokens that are masked. They keep their place and position, and count
+            as padding, not as image tokens.
     """
     count = image_embeddings.shape[1]
     device = image_embeddings.device
@@ -104,4 +109,12 @@ def splice(
         mask_query[:, -1] = True
     else:
         mask_query[:, :-1] = seg[:, 1:]
-    return DecoderInputs(inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query)
+    positions = None
+    if continues or image_valid is not None:
+        steps = torch.arange(token_ids.shape[1], device=device).expand_as(token_ids)
+        positions = (steps - attention_mask.argmax(1, keepdim=True)).clamp(min=0)
+    if image_valid is not None:
+        shown = image_valid.to(device).expand(len(expanded), -1)
+        attention_mask = attention_mask.masked_scatter(image_tokens, shown.to(attention_mask.dtype))
+        image_tokens = image_tokens & attention_mask.bool()
+    return DecoderInputs(inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query, positions)

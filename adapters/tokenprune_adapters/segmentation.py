@@ -1,8 +1,9 @@
-"""What LISA takes in and gives back, as plain data."""
+"""What segmentation models take in and give back, as plain data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,9 +13,21 @@ from tokenprune_adapters.llava_vision import TowerRun
 from tokenprune_adapters.sam_masks import MaskSizes
 
 
+class Encoded(Protocol):
+    """An image as far as it depends on nothing else. N image tokens, H decoder width."""
+
+    @property
+    def image_embeddings(self) -> Tensor:
+        """[1, N, H]: what the decoder gets."""
+
+    @property
+    def image_valid(self) -> Tensor | None:
+        """bool [1, N], False where an image token shows padding only and is masked; None where all count."""
+
+
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as both towers want it.
+    """An image as a CLIP tower and SAM's encoder want it.
 
     Args:
         clip_pixels: float32 [1, 3, h, w].
@@ -29,34 +42,55 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image after both towers. N image tokens, C tower width, H decoder width.
+    """An image after a CLIP tower and SAM's encoder. N image tokens, C tower width, H decoder width.
 
     Args:
         prepared: what went in.
         tower: the tower's run; `tower.features` are [1, N, C], before the projector.
         image_embeddings: [1, N, H], after the projector: what the decoder gets.
         sam_embedding: [1, channels, grid, grid].
+        image_valid: None: every image token counts.
     """
 
     prepared: PreparedImage
     tower: TowerRun
     image_embeddings: Tensor
     sam_embedding: Tensor
+    image_valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class LisaInputs:
+class SegmenterInputs:
     """Prompts about one image, ready for the decoder.
 
     Args:
         prompts: the whole texts.
-        encoded: the image.
+        encoded: the image, as the model's `encode_image` gave it.
         sequence: what the decoder gets.
     """
 
     prompts: list[str]
-    encoded: EncodedImage
+    encoded: Any
     sequence: DecoderInputs
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the decoder said about B prompts, and the states that n masks are made from.
+
+    Args:
+        states: [n · g, H], final-norm states of the mask queries, the g of a mask in a row.
+        rows: batch row of each mask.
+        places: for each mask, index in `said[row]` of its first mask token.
+        said: B rows of ids: the whole given sequence (image tokens expanded), or the generated answer.
+        trace: what the strategy did; None without a strategy.
+    """
+
+    states: Tensor
+    rows: list[int]
+    places: list[int]
+    said: list[list[int]]
+    trace: Trace | None
 
 
 @dataclass(frozen=True)
@@ -66,13 +100,15 @@ class Segmentation:
     Args:
         masks: bool [n, H, W].
         mask_logits: float32 [n, H, W]; a mask is where they are above 0.
-        low_res_logits: [n, h, w], what SAM's mask decoder gives, over its padded square input.
-        iou_predictions: [n], SAM's own estimate of each mask's quality. LISA does not train it.
+        low_res_logits: [n, h, w], what the mask decoder gives, over its padded square input.
+        iou_predictions: [n], SAM's own estimate of each mask's quality, which these models do not train; empty for a
+            mask decoder without one.
         text: the answer, a string for a single query or prompt, else one for each. Given answers are returned as they
             are.
         query_index: for each mask the query that it belongs to. With generated answers a query may get no mask, or
             several.
         trace: what the strategy did, as `tokenprune.prune` tells it; None without a strategy.
+        row_index: for each mask the batch row of `trace` that it was made in.
     """
 
     masks: Tensor
@@ -82,3 +118,4 @@ class Segmentation:
     text: str | list[str]
     query_index: list[int]
     trace: Trace | None = None
+    row_index: list[int] = field(default_factory=list)

@@ -1,0 +1,249 @@
+"""Loading segmentation checkpoints: what all families share, from checking the options to placing the parts."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import CLIPVisionModel
+
+from tokenprune.adapter import Adapter
+from tokenprune.errors import CheckpointError, OptionError, nearest
+from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
+from tokenprune_adapters.clip import find_tower, load_tower
+from tokenprune_adapters.llama import build_llama, finish_llama, is_rotary_table, place
+from tokenprune_adapters.llava_prompt import IM_END, IM_START
+from tokenprune_adapters.tokenizer import LlamaSlowTokenizer, load_tokenizer
+
+PROJECTOR = "model.mm_projector."
+MASK_PROJECTION = "model.text_hidden_fcs.0."
+EMBEDDING = "model.embed_tokens.weight"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SegmenterAdapter(Adapter):
+    """Base of the adapters of segmentation families: a family names itself and its loader."""
+
+    family: ClassVar[str]
+    """How messages call it; config.json's `architectures` begin with it (in upper or lower case)."""
+
+    @classmethod
+    @abstractmethod
+    def loader(cls) -> Callable[..., Any]:
+        """The function that loads a checkpoint; its parameters after the first are the load options."""
+
+    @classmethod
+    def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
+        """Whether config.json names an architecture of this family."""
+        return any(str(name).lower().startswith(cls.family.lower()) for name in config.get("architectures") or ())
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> Any:
+        """Load a checkpoint; the loader documents the options.
+
+        Raises:
+            CheckpointError: see the loader.
+            OptionError: an option that does not exist.
+        """
+        known = list(inspect.signature(cls.loader()).parameters)[1:]
+        for name in options:
+            if name not in known:
+                near = nearest(name, known)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise OptionError(
+                    f"{cls.family} models have no load option {name!r}; {hint}options: {', '.join(known)}"
+                )
+        return cls.loader()(source, **options)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint about to be loaded.
+
+    Args:
+        source: what the caller asked for.
+        folder: where it is.
+        config: its config.json.
+        checkpoint: its tensors.
+        device: where everything goes, unless `device_map` says it.
+        device_map: how to spread the decoder; None for one device.
+        dtype: of all weights.
+    """
+
+    source: str | Path
+    folder: Path
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    device: torch.device
+    device_map: str | dict[str, Any] | None
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """How reports call the model."""
+        path = Path(self.source).expanduser()
+        return path.resolve().name if path.is_dir() else path.name  # of a hub id the part after the slash
+
+    @property
+    def mark_image(self) -> bool:
+        """Whether prompts have <im_start> and <im_end> around the image."""
+        return bool(self.config.get("mm_use_im_start_end", False))
+
+    def tokenizer(self, seg_tokens: Sequence[str]) -> LlamaSlowTokenizer:
+        """The tokenizer. Raises CheckpointError where it lacks a mask token or does not fit the embedding table."""
+        return load_tokenizer(
+            self.folder,
+            required=[*seg_tokens, *([IM_START, IM_END] if self.mark_image else [])],
+            rows=self.checkpoint.shape(EMBEDDING, dims=2)[0],
+        )
+
+    def tower(
+        self, vision_tower: str | Path | None, reads: int, attn_implementation: str | None
+    ) -> tuple[CLIPVisionModel, Path]:
+        """The CLIP tower and its folder; see `find_tower` for where it is looked for.
+
+        Args:
+            vision_tower: what the caller asked for.
+            reads: width of the features that the projector reads.
+            attn_implementation: as in transformers.
+
+        Raises:
+            CheckpointError: none found, damaged, or of another width.
+        """
+        folder = find_tower(self.folder, self.config, vision_tower)
+        tower = load_tower(folder, self.dtype, attn_implementation)
+        if reads != tower.config.hidden_size:
+            raise CheckpointError(
+                f"vision tower {folder} has features {tower.config.hidden_size} wide, but the projector of "
+                f"{self.folder} reads {reads}; pass vision_tower= the folder of the tower that the checkpoint was "
+                "trained with"
+            )
+        return tower, folder
+
+    def fill(
+        self,
+        attn_implementation: str | None,
+        parts: Callable[[int], Sequence[Part[Any]]],
+        ignore: Callable[[str], bool] = lambda name: False,
+    ) -> list[Any]:
+        """Read all weights but the tower's.
+
+        Args:
+            attn_implementation: of the decoder, as in transformers.
+            parts: from the decoder's width to the family's own modules.
+            ignore: names that may be left over, besides rotary tables and a copy of the tower.
+
+        Returns:
+            The decoder, then the modules of `parts`.
+
+        Raises:
+            CheckpointError: tensors are missing, left over or mis-shaped, or config.json describes no decoder.
+        """
+        llama = build_llama(self.checkpoint, self.config, attn_implementation)
+        own = parts(llama.module.config.hidden_size)
+
+        def may_be_left_over(name: str) -> bool:
+            # A tower inside the checkpoint is a copy of the one that config.json names, which is what the authors load.
+            return is_rotary_table(name) or name.startswith("model.vision_tower.") or ignore(name)
+
+        load_parts(self.checkpoint, [llama, *own], self.dtype, ignore=may_be_left_over)
+        finish_llama(llama.module)
+        return [llama.module, *(part.module for part in own)]
+
+    def placed(self, model: Any) -> Any:
+        """The model in eval mode, on its device or spread over several."""
+        model.eval()
+        if self.device_map is None:
+            return model.to(device=self.device)
+        home = place(model.decoder, self.device_map)
+        for name, module in model.named_children():
+            if name != "decoder":
+                module.to(device=home)
+        return model
+
+
+def open_checkpoint(
+    source: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> Opened:
+    """Check the options and look into a checkpoint's folder; no weight is read but for its type.
+
+    Args:
+        source: folder or hub id. Weights may be sharded or not, .bin or safetensors.
+        dtype: of all weights; by default float32 on a CPU and the stored type elsewhere.
+        device: where everything goes; the CPU by default.
+        device_map: spread the decoder over devices (needs accelerate); the rest goes where its embedding table is.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        OptionError: an unknown dtype or device, or both device= and device_map=.
+    """
+    if device is not None and device_map is not None:
+        raise OptionError("both device= and device_map= are given; give one of them")
+    target = _device(device)
+    folder = resolve_folder(source)
+    config = read_json(folder / "config.json")
+    checkpoint = Checkpoint(folder)
+    kind = _dtype(dtype)
+    if kind is None:
+        on_cpu = target.type == "cpu" and device_map is None
+        kind = torch.float32 if on_cpu or EMBEDDING not in checkpoint else checkpoint.tensor(EMBEDDING).dtype
+    return Opened(source, folder, config, checkpoint, target, device_map, kind)
+
+
+def refuse_other_families(opened: Opened, family: str, prefix: str) -> None:
+    """Raise CheckpointError where no tensor's name starts with `prefix`, which every checkpoint of the family has."""
+    if any(name.startswith(prefix) for name in opened.checkpoint.names()):
+        return
+    config = opened.config
+    raise CheckpointError(
+        f"{opened.folder} is no {family} checkpoint: no tensors are under {prefix.removesuffix('.')}, and config.json "
+        f"says architectures {config.get('architectures')}, model_type {config.get('model_type')!r}; "
+        "load it with its own adapter"
+    )
+
+
+def linear(prefix: str, inputs: int, outputs: int) -> Part[nn.Linear]:
+    """A linear layer, to be filled from `prefix`weight and `prefix`bias."""
+    with torch.device("meta"):
+        module = nn.Linear(inputs, outputs)
+    return under(prefix, module)
+
+
+def mlp(prefix: str, inputs: int, hidden: int, outputs: int, activation: nn.Module) -> Part[nn.Sequential]:
+    """Linear, activation, linear, to be filled from `prefix`0.… and `prefix`2.…"""
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(inputs, hidden), activation, nn.Linear(hidden, outputs))
+    return under(prefix, module)
+
+
+def under(prefix: str, module: Any) -> Part[Any]:
+    """A module whose tensors have their own names in the checkpoint, behind a prefix."""
+    return Part(module, {name: prefix + name for name in module.state_dict()})
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        found = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise OptionError(f"device {device!r} is unknown; expected e.g. 'cpu', 'cuda' or 'cuda:1'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {str(found)!r} asked for, but torch finds no CUDA device here; use device='cpu'")
+    return found
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")
+    return found

@@ -1,0 +1,298 @@
+"""The base of segmentation models made of LLaMA, a vision tower, and a mask head that the decoder's states prompt."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from tokenprune.base import Strategy
+from tokenprune.engine import PruningRun, VisionSource, prune
+from tokenprune.errors import InputError, OptionError
+from tokenprune.trace import Trace
+from tokenprune_adapters.generation import Generated, generate
+from tokenprune_adapters.images import ImageInput
+from tokenprune_adapters.llava_prompt import prompt_ids, splice
+from tokenprune_adapters.queries import checked_query, given_answer, sentence_flags, several
+from tokenprune_adapters.segmentation import Answered, Segmentation, SegmenterInputs
+from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
+
+
+class Segmenter(nn.Module):
+    """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
+
+    A family says what its mask tokens are (`seg_tokens`), how queries become whole prompts (`ask`), how an image is
+    encoded (`encode_image`), what strategies may read of it (`vision_source`), and how states become masks
+    (`low_res_logits`, `to_original_size`).
+
+    Args:
+        decoder: the language model.
+        tokenizer: text to ids.
+        mark_image: whether prompts have <im_start> and <im_end> around the image.
+        name: shown in reports.
+    """
+
+    seg_tokens: ClassVar[tuple[str, ...]] = ("[SEG]",)
+    """The tokens that, said in this order, ask for one mask; each is a mask query of its own."""
+    forced_answer: ClassVar[str] = "[SEG]."
+
+    def __init__(
+        self, *, decoder: LlamaForCausalLM, tokenizer: LlamaSlowTokenizer, mark_image: bool, name: str
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.mark_image = mark_image
+        self.name = name
+
+    @property
+    def seg_ids(self) -> list[int]:
+        """Ids of `seg_tokens`; the loader refuses a tokenizer without them."""
+        return [found for token in self.seg_tokens if (found := self.tokenizer.token_id(token)) is not None]
+
+    # what a family says ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
+        """Whole prompts for checked queries; see `segment` for the arguments."""
+
+    @abstractmethod
+    def encode_image(self, image: Any) -> Any:
+        """Everything that depends on the image alone; what is encoded already is returned as it is. The result has
+        what `segmentation.Encoded` says.
+
+        Raises:
+            InputError: not an image.
+        """
+
+    @abstractmethod
+    def vision_source(self, encoded: Any, rows: int) -> VisionSource:
+        """What strategies may read of an encoded image, lined up with `rows` batch rows."""
+
+    @abstractmethod
+    def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
+        """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n · g, H], the g of a mask
+        in a row."""
+
+    @abstractmethod
+    def to_original_size(self, low_res: Tensor, encoded: Any) -> Tensor:
+        """Mask logits float32 [n, H, W] at the image's size."""
+
+    @abstractmethod
+    def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The part of an image that the image tokens show: (top, left, bottom, right) in its own pixels.
+
+        Args:
+            height, width: of the image.
+        """
+
+    def special_tokens(self) -> Sequence[str]:
+        """Tokens that a query must not contain."""
+        return self.seg_tokens
+
+    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
+        """More arguments of `tokenprune.prune`, such as `grid`."""
+        return {}
+
+    # the steps -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        image: Any,
+        query: str | Sequence[str] | None = None,
+        strategy: Strategy | None = None,
+        answer: Literal["forced", "generate"] = "forced",
+        prompt: str | Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> Segmentation:
+        """Masks for one query, or several, about one image. The towers run once.
+
+        Args:
+            image: a path, PIL image, numpy array or tensor; or what `encode_image` gave, to spare the towers another
+                run.
+            query: a phrase or sentence; the words go into the family's templates, white space around them is dropped.
+                For figures comparable with those of referring data sets, lowercase it, as their evaluation does.
+            strategy: a `tokenprune.Strategy`; None leaves the decoder untouched.
+            answer: "forced" gives an answer that holds the mask tokens and takes one pass, as the families' evaluation
+                does. "generate" lets the model answer; it makes a mask each time that the model says them.
+            prompt: instead of a query, a whole prompt that is taken as it is, with <image> once. Forced, it must hold
+                its mask tokens, and each makes a mask; with "generate" the model goes on from its end.
+            max_new_tokens: limit of a generated answer.
+            is_sentence: whether each query is a sentence, which LISA's data sets ask in another template than a
+                phrase. By default a query is one if it ends in "." or "?" (ours).
+
+        Raises:
+            InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
+                without <image> or, forced, without mask tokens.
+            OptionError: an unknown `answer`, or no new tokens allowed.
+        """
+        _check_limit(max_new_tokens)
+        texts = self.prompts(query, answer, prompt, is_sentence)
+        inputs = self.inputs_of(texts, self.encode_image(image), continues=answer == "generate")
+        answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
+        said = self.texts(inputs, answered, answer)
+        single = isinstance(prompt if query is None else query, str)
+        return self.masks_of(answered, inputs, text=said[0] if single else said)
+
+    def prompts(
+        self,
+        query: str | Sequence[str] | None,
+        answer: str = "forced",
+        prompt: str | Sequence[str] | None = None,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> list[str]:
+        """The whole prompts for queries, or the given ones once checked; arguments and errors as in `segment`."""
+        if answer not in ("forced", "generate"):
+            raise OptionError(f"answer={answer!r} found, expected 'forced' or 'generate'")
+        if (query is None) == (prompt is None):
+            raise InputError(
+                f"{'neither' if query is None else 'both'} of query and prompt given, expected one of them"
+            )
+        if prompt is not None:
+            return self._checked_prompts(several(prompt, "prompt"), answer)
+        queries = [checked_query(text, self.special_tokens()) for text in several(query, "query")]
+        return self.ask(queries, sentence_flags(queries, is_sentence), answer)
+
+    def build_inputs(
+        self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None
+    ) -> SegmenterInputs:
+        """The decoder's teacher-forced input for queries about one image; see `segment` for arguments and errors."""
+        return self.inputs_of(self.prompts(queries, is_sentence=is_sentence), self.encode_image(image))
+
+    def inputs_of(self, prompts: list[str], encoded: Any, continues: bool = False) -> SegmenterInputs:
+        """The decoder's input for whole prompts about one image.
+
+        Args:
+            prompts: complete texts, with <image> once.
+            encoded: the image.
+            continues: the model is to go on from the end of the prompts.
+        """
+        sequence = splice(
+            [prompt_ids(self.tokenizer, text) for text in prompts],
+            encoded.image_embeddings,
+            self.decoder.get_input_embeddings(),
+            self.seg_ids,
+            continues,
+            self.tokenizer.pad_id,
+            encoded.image_valid,
+        )
+        return SegmenterInputs(prompts, encoded, sequence)
+
+    def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
+        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did."""
+        with self.pruned(inputs, strategy) as run:
+            states: Tensor = self.decoder.model(
+                inputs_embeds=inputs.sequence.inputs_embeds,
+                attention_mask=inputs.sequence.attention_mask,
+                position_ids=inputs.sequence.positions,
+                use_cache=False,
+            ).last_hidden_state.to(inputs.sequence.inputs_embeds.device)
+        return states, None if run is None else run.trace
+
+    def run_generation(
+        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
+    ) -> tuple[Generated, Trace | None]:
+        """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
+        with self.pruned(inputs, strategy) as run:
+            generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
+        return generated, None if run is None else run.trace
+
+    def answer(
+        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int | None = None
+    ) -> Answered:
+        """The states that masks are made from: those before given mask tokens, or those that predicted said ones.
+
+        Args:
+            inputs: the prompts.
+            strategy: as in `segment`.
+            max_new_tokens: None takes the prompts' own answers; else prompts are continued by at most so many tokens.
+        """
+        if max_new_tokens is None:
+            states, trace = self.run_decoder(inputs, strategy)
+            said, before = inputs.sequence.token_ids.tolist(), 1
+        else:
+            generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
+            states, said, before = generated.states, generated.ids, 0
+        group, ids = len(self.seg_tokens), self.seg_ids
+        found = [(row, place) for row, tokens in enumerate(said) for place in _starts(tokens, ids)]
+        rows = [row for row, _ in found for _ in range(group)]
+        columns = [place + step - before for _, place in found for step in range(group)]
+        return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
+
+    def texts(self, inputs: SegmenterInputs, answered: Answered, answer: str) -> list[str]:
+        """The answer of each prompt, given or generated."""
+        if answer == "forced":
+            return [given_answer(text, self.forced_answer) for text in inputs.prompts]
+        return [self.tokenizer.decode(ids) for ids in answered.said]
+
+    def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> Segmentation:
+        """Masks from the states that were picked for them."""
+        low_res, scores = self.low_res_logits(answered.states, inputs.encoded)
+        logits = self.to_original_size(low_res, inputs.encoded)
+        return Segmentation(
+            masks=logits > 0,
+            mask_logits=logits,
+            low_res_logits=low_res,
+            iou_predictions=scores,
+            text=text,
+            query_index=list(answered.rows),
+            trace=answered.trace,
+            row_index=list(answered.rows),
+        )
+
+    @contextmanager
+    def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
+        """The context in which the decoder runs under a strategy; gives the run, or None without a strategy."""
+        if strategy is None:
+            yield None
+            return
+        sequence = inputs.sequence
+        queries = {"mask_query": sequence.mask_query}
+        if sequence.seg.any(1).all():
+            queries["seg"] = sequence.seg
+        source = self.vision_source(inputs.encoded, len(inputs.prompts))
+        with prune(
+            self.decoder,
+            strategy,
+            image_tokens=sequence.image_tokens,
+            queries=queries,
+            vision=source,
+            **self.prune_options(inputs),
+        ) as run:
+            yield run
+
+    def _checked_prompts(self, texts: list[Any], answer: str) -> list[str]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise InputError(f"prompt is a {type(text).__name__}, expected a string")
+            ids = prompt_ids(self.tokenizer, text)
+            if answer == "forced" and not _starts(ids, self.seg_ids):
+                wanted = " ".join(self.seg_tokens)
+                raise InputError(
+                    f"the prompt holds no {wanted}; put one where a mask is wanted, or use answer='generate'"
+                )
+        return texts
+
+    def _end_ids(self) -> set[int]:
+        ends = self.decoder.config.eos_token_id
+        if ends is None:
+            return {self.tokenizer.eos_id}
+        return {ends} if isinstance(ends, int) else set(ends)
+
+
+def _starts(ids: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """Where the run `wanted` begins in `ids`."""
+    group = list(wanted)
+    return [place for place in range(len(ids) - len(group) + 1) if list(ids[place : place + len(group)]) == group]
+
+
+def _check_limit(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")

@@ -238,7 +238,7 @@ def test_another_family_with_lisa_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        ({"num_attention_heads": 5}, "describes no LLaMA decoder"),
+        ({"num_attention_heads": 5}, "config.json"),
         ({"num_attention_heads": 0}, "describes no LLaMA decoder"),
         ({"hidden_size": "wide"}, "describes no LLaMA decoder"),
         ({"hidden_size": None}, "has no hidden_size"),

@@ -162,6 +162,12 @@ def test_spec_from_a_mapping_with_a_text_config() -> None:
     assert DecoderSpec.from_config(text).kv_heads == 8
 
 
+def test_an_outer_product_is_no_matmul() -> None:
+    assert measure_flops(torch.bmm, torch.ones(2, 3, 1), torch.ones(2, 1, 5)) == 0
+    assert measure_flops(torch.bmm, torch.ones(2, 3, 2), torch.ones(2, 2, 5)) == 2 * 2 * 3 * 2 * 5
+    assert measure_flops(torch.bmm, torch.ones(2, 1, 1), torch.ones(2, 1, 5)) == 2 * 2 * 5
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

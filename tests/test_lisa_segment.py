@@ -285,7 +285,8 @@ def test_strategies_leave_a_trace_and_nothing_else(model: LisaModel, image: np.n
     assert torch.equal(plain.mask_logits, model.segment(image, QUERIES).mask_logits)
     hooked = [part for part in model.decoder.model.layers if part._forward_pre_hooks or part.self_attn._forward_hooks]
     assert hooked == []
-    assert {layer.self_attn.config._attn_implementation for layer in model.tower.encoder.layers} == {"sdpa"}
+    tower = getattr(model.tower, "vision_model", model.tower)  # nested in some releases of transformers
+    assert {layer.self_attn.config._attn_implementation for layer in tower.encoder.layers} == {"sdpa"}
 
 
 def test_generation_under_a_strategy(model: LisaModel, image: np.ndarray[Any, Any]) -> None:
@@ -314,7 +315,8 @@ def test_gradients_flow_through_the_steps(model: LisaModel, image: np.ndarray[An
     states, _ = model.run_decoder(inputs, tp.strategy("uniform", budget=0.5))
     low_res, _ = model.low_res_logits(states[inputs.sequence.mask_query], inputs.encoded)
     low_res.square().mean().backward()
-    parts = [model.tower.embeddings.patch_embedding, model.projector, model.decoder.model.layers[0].self_attn.q_proj]
+    tower = getattr(model.tower, "vision_model", model.tower)
+    parts = [tower.embeddings.patch_embedding, model.projector, model.decoder.model.layers[0].self_attn.q_proj]
     gradients = [part.weight.grad for part in [*parts, model.mask_projection[0], model.sam.vision_encoder.neck.conv1]]
     model.zero_grad(set_to_none=True)
     assert all(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)

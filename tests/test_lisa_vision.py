@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.reads import ClsAttention, Pixels, Projector, ReceivedAttention, TowerFeatures, TowerKeys
-from tokenprune_adapters.clip import ClipPixels, load_tower
+from tokenprune_adapters.clip import ClipPixels, load_tower, processor_class
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.lisa.adapter import load_lisa
 from tokenprune_adapters.llava_vision import TowerRun, run_tower, vision_source
@@ -109,7 +109,7 @@ def test_answers_line_up_with_the_rows(tower_run: TowerRun) -> None:
 def test_pictures_come_back_exactly(folder: Path, size: tuple[int, int]) -> None:
     processor = ClipPixels(folder, load_tower(folder, torch.float32))
     values = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-    plain = CLIPImageProcessorPil(
+    plain = processor_class()(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_rescale=False, do_normalize=False
     )
     wanted = np.asarray(plain(images=Image.fromarray(values))["pixel_values"][0]).transpose(1, 2, 0)

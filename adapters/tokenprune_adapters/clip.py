@@ -112,7 +112,7 @@ class ClipPixels:
         if not options:
             image_size = tower.config.image_size
             options = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
-        self._processor = _processor_class()(**options)
+        self._processor = processor_class()(**options)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels float32 [1, 3, H, W] of an RGB image."""
@@ -145,7 +145,8 @@ class ClipPixels:
         return top * rows, left * columns, (top + crop["height"]) * rows, (left + crop["width"]) * columns
 
 
-def _processor_class() -> Any:
+def processor_class() -> Any:
+    """The PIL-based image processor of CLIP, by the name that the installed release of transformers gives it."""
     import transformers
 
     # Older releases call the PIL-based processor by the name that newer ones give to the torchvision-based one.

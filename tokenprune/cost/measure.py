@@ -15,19 +15,25 @@ if TYPE_CHECKING:
 
 
 def flop_counter() -> FlopCounterMode:
-    """`torch.utils.flop_counter.FlopCounterMode`, silent, that also sees the fused attention kernel of the CPU.
+    """`torch.utils.flop_counter.FlopCounterMode`, silent, with two entries of PyTorch's table put right.
 
     PyTorch's table lacks `_scaled_dot_product_flash_attention_for_cpu`, so that there SDPA counts as nothing; its
-    other fused kernels, and eager attention, are counted.
+    other fused kernels, and eager attention, are counted. And outer products, which add nothing up, count as nothing:
+    older releases of transformers make rotary tables by `bmm`, newer ones by elementwise multiplication.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
+
+    def batched_matmul(left: Any, right: Any, *_: Any, **__: Any) -> int:
+        _, rows, inner = left
+        return 0 if inner == 1 < rows else int(bmm_flop(left, right))
 
     def cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: cpu_attention})
+    aten = torch.ops.aten
+    own = {aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention, aten.bmm: batched_matmul}
+    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def measure_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

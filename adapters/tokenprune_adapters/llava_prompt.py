@@ -23,8 +23,13 @@ SYSTEM = (
 
 def conversation(question: str, answer: str | None = None) -> str:
     """One turn in the template `llava_v1`; without an answer the prompt ends where the model is to go on."""
-    opening = f"{SYSTEM} USER: {question} ASSISTANT:"
-    return opening if answer is None else f"{opening} {answer}</s>"
+    return dialogue([(question, answer)])
+
+
+def dialogue(turns: Sequence[tuple[str, str | None]]) -> str:
+    """Turns of question and answer in the template `llava_v1`; without the last answer the model is to go on there."""
+    said = (f"USER: {ask} ASSISTANT:" + ("" if reply is None else f" {reply}</s>") for ask, reply in turns)
+    return f"{SYSTEM} {''.join(said)}"
 
 
 def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:

@@ -1,0 +1,116 @@
+"""GLaMM on transformers' own classes: several queries about an image as one conversation, and grounded answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from tokenprune.base import Strategy
+from tokenprune.errors import UnsupportedError
+from tokenprune_adapters.glamm import prompts as glamm_prompts
+from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START, REGION_TOKENS, SEG_TOKEN
+from tokenprune_adapters.glamm.results import GroundedSegmentation, phrase_span
+from tokenprune_adapters.llava_prompt import dialogue
+from tokenprune_adapters.queries import checked_query, sentence_flags, several
+from tokenprune_adapters.sam_segmenter import SamSegmenter
+from tokenprune_adapters.segmentation import Answered, SegmenterInputs
+
+
+class GlammModel(SamSegmenter):
+    """A loaded GLaMM; see `SamSegmenter` for the parts that are not told here.
+
+    Args:
+        template_seed: seed of the templates that queries are put into; an attribute, which may be changed.
+        left_out: prefixes of the checkpoint's tensors that were not loaded, such as the region encoder's.
+        parts: as in `SamSegmenter`.
+    """
+
+    seg_tokens = (SEG_TOKEN,)
+
+    def __init__(self, *, template_seed: int = 0, left_out: Sequence[str] = (), **parts: Any) -> None:
+        super().__init__(**parts)
+        self.template_seed = template_seed
+        self.left_out = tuple(left_out)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        image: Any,
+        query: str | Sequence[str] | None = None,
+        strategy: Strategy | None = None,
+        answer: Literal["forced", "generate"] = "forced",
+        prompt: str | Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        is_sentence: bool | Sequence[bool] | None = None,
+        boxes: object = None,
+    ) -> GroundedSegmentation:
+        """Masks for one query, or several, about one image; what is not told here is as in `Segmenter.segment`.
+
+        Args:
+            image: a path, PIL image, numpy array or tensor; or what `encode_image` gave.
+            query: forced, several queries become turns of one conversation, as in the authors' referring evaluation:
+                one batch row, in which later masks see earlier answers. With "generate" each is a conversation of its
+                own. A phrase goes into a template, drawn by `template_seed` and the phrase; a sentence is asked as
+                LISA asks it, and when generating as it is (ours).
+            strategy: a `tokenprune.Strategy`; None leaves the decoder untouched.
+            answer: "forced" or "generate".
+            prompt: instead of a query, a whole prompt, with as many turns as wanted.
+            max_new_tokens: limit of a generated answer. A grounded description of a whole image takes a few hundred.
+            is_sentence: whether each query is a sentence.
+            boxes: regions to talk about; not supported, since the region encoder is left out.
+
+        Raises:
+            UnsupportedError: boxes were given.
+            InputError: see `Segmenter.segment`.
+            OptionError: see `Segmenter.segment`.
+        """
+        if boxes is not None:
+            raise UnsupportedError(
+                "boxes= was given, but GLaMM's region encoder is left out, so that regions cannot be put into a "
+                "prompt; say in words what to segment, and leave boxes= out"
+            )
+        found = super().segment(image, query, strategy, answer, prompt, max_new_tokens, is_sentence)
+        assert isinstance(found, GroundedSegmentation)
+        if query is None or answer != "forced":
+            return found
+        answers = [given for _, given in self.turns(query, is_sentence)]
+        text = answers[0] if isinstance(query, str) else answers
+        return replace(found, text=text, query_index=list(range(len(answers))))
+
+    def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
+        """Forced, one conversation with a turn for each query; else a prompt for each."""
+        turns = [glamm_prompts.turn(*both, self.template_seed) for both in zip(queries, sentences, strict=True)]
+        if answer == "forced":
+            (first, given), *later = turns
+            return [dialogue([(glamm_prompts.about_image(first, self.mark_image), given), *later])]
+        asked = [query if flag else turn[0] for query, flag, turn in zip(queries, sentences, turns, strict=True)]
+        return [dialogue([(glamm_prompts.about_image(question, self.mark_image), None)]) for question in asked]
+
+    def turns(
+        self, query: str | Sequence[str], is_sentence: bool | Sequence[bool] | None = None
+    ) -> list[tuple[str, str]]:
+        """Question and given answer of each query, as forced conversations have them."""
+        queries = [checked_query(text, self.special_tokens()) for text in several(query, "query")]
+        flags = sentence_flags(queries, is_sentence)
+        return [glamm_prompts.turn(*both, self.template_seed) for both in zip(queries, flags, strict=True)]
+
+    def special_tokens(self) -> Sequence[str]:
+        """[SEG], the marks of phrases, and the places of regions."""
+        return (SEG_TOKEN, PHRASE_START, PHRASE_END, *REGION_TOKENS)
+
+    def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> GroundedSegmentation:
+        """Masks from the states that were picked for them, each with its phrase."""
+        found = super().masks_of(answered, inputs, text)
+        places = zip(answered.rows, answered.places, strict=True)
+        return GroundedSegmentation(
+            **vars(found), phrases=[self._phrase(answered.said[row], place) for row, place in places]
+        )
+
+    def _phrase(self, ids: Sequence[int], place: int) -> str:
+        marks = [self.tokenizer.token_id(token) for token in (SEG_TOKEN, PHRASE_START, PHRASE_END)]
+        seg, start, end = (-1 if found is None else found for found in marks)
+        begin, stop = phrase_span(ids, place, seg, start, end)
+        return self.tokenizer.decode(i for i in ids[begin:stop] if i >= 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,27 @@ from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError
 from tokenprune.reads import ClsAttention, Pixels, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune_adapters import tower_reads
+
+
+class TowerReads(Protocol):
+    """What `vision_source` needs of a tower's run on one image; N image tokens. See `tokenprune.reads`."""
+
+    @property
+    def layers(self) -> int:
+        """Number of the tower's layers."""
+
+    @property
+    def features(self) -> Tensor:
+        """[1, N, C], what the projector reads."""
+
+    def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
+        """float32 [1, N]."""
+
+    def received_attention(self, layer: int) -> Tensor:
+        """float32 [1, N]."""
+
+    def keys(self, layer: int) -> Tensor:
+        """float32 [1, N, C]."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +48,13 @@ class TowerRun:
         tower: the CLIP vision model.
         states: its hidden states, [1, 1 + N, C] each; `states[i]` enters layer i.
         features: [1, N, C], what the projector reads.
+        mask: what its layers add to attention logits, [1, 1, 1 + N, 1 + N]; None where every patch is seen.
     """
 
     tower: nn.Module
     states: tuple[Tensor, ...]
     features: Tensor
+    mask: Tensor | None = None
     _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
 
     @property
@@ -58,7 +81,7 @@ class TowerRun:
                 self._seen[number] = seen
 
             with torch.no_grad(), tap({block.self_attn: keep}):
-                block.self_attn(block.layer_norm1(self.states[number]), attention_mask=None)
+                block.self_attn(block.layer_norm1(self.states[number]), attention_mask=self.mask)
         return self._seen[number]
 
     def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
@@ -74,7 +97,7 @@ class TowerRun:
         return tower_reads.keys(self.seen(layer))[:, 1:]
 
 
-def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2) -> TowerRun:
+def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2, mask: Tensor | None = None) -> TowerRun:
     """Run the tower on one image.
 
     Args:
@@ -82,14 +105,17 @@ def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2) -> Tower
         pixels: [1, 3, H, W].
         select_layer: index into the hidden states, number 0 being the embeddings, of what the projector reads. [CLS]
             is left out.
+        mask: see `TowerRun`.
     """
     weight = next(tower.parameters())
-    states = tower(pixels.to(device=weight.device, dtype=weight.dtype), output_hidden_states=True).hidden_states
-    return TowerRun(tower, tuple(states), states[select_layer][:, 1:])
+    hidden = {} if mask is None else {"attention_mask": mask}
+    pixels = pixels.to(device=weight.device, dtype=weight.dtype)
+    states = tower(pixels, output_hidden_states=True, **hidden).hidden_states
+    return TowerRun(tower, tuple(states), states[select_layer][:, 1:], mask)
 
 
 def vision_source(
-    run: TowerRun, projector: Callable[[Tensor], Tensor], pixels: Callable[[], Tensor], rows: int
+    run: TowerReads, projector: Callable[[Tensor], Tensor], pixels: Callable[[], Tensor], rows: int
 ) -> VisionSource:
     """The answers to everything that strategies may read from the vision side.
 

@@ -10,6 +10,8 @@ def tokenprune_register_adapters(register: Register) -> None:
     """One adapter per model family."""
     register("lisa", "tokenprune_adapters.lisa:LisaAdapter", summary="LISA checkpoints in their original format")
     register("glamm", "tokenprune_adapters.glamm:GlammAdapter", summary="GLaMM checkpoints in their original format")
+    pixellm = "tokenprune_adapters.pixellm:PixelLMAdapter"
+    register("pixellm", pixellm, summary="PixelLM checkpoints in their original format")
 
 
 @hookimpl

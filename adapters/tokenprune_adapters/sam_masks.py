@@ -31,6 +31,12 @@ class MaskSizes:
     square: int
 
 
+def resized_size(height: int, width: int, square: int) -> tuple[int, int]:
+    """(height, width) of an image whose longest side has been resized to `square` pixels."""
+    scale = square / max(height, width)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
+
+
 def preprocess(image: Image.Image, square: int) -> tuple[Tensor, MaskSizes]:
     """An RGB image as SAM's encoder wants it (Kirillov et al., 2023).
 
@@ -41,9 +47,7 @@ def preprocess(image: Image.Image, square: int) -> tuple[Tensor, MaskSizes]:
         Pixels float32 [1, 3, square, square], and the sizes to undo it.
     """
     width, height = image.size
-    scale = square / max(height, width)
-    resized = (int(height * scale + 0.5), int(width * scale + 0.5))
-    resized = (max(resized[0], 1), max(resized[1], 1))
+    resized = resized_size(height, width, square)
     values = np.array(image.resize((resized[1], resized[0]), Image.Resampling.BILINEAR))
     pixels = torch.from_numpy(values).permute(2, 0, 1).float()
     mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)

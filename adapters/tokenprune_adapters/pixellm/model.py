@@ -1,0 +1,146 @@
+"""PixelLM on transformers' own classes: from an image and queries to masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from tokenprune.engine import VisionSource
+from tokenprune_adapters import sam_masks
+from tokenprune_adapters.images import ImageInput, to_rgb
+from tokenprune_adapters.llava_prompt import IMAGE_ID
+from tokenprune_adapters.llava_vision import vision_source
+from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
+from tokenprune_adapters.pixellm.prompts import FORCED_ANSWER, SEG_TOKENS, forced_prompt, open_prompt
+from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
+from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
+from tokenprune_adapters.segmentation import SegmenterInputs
+from tokenprune_adapters.segmenter import Segmenter
+
+
+class PixelLMModel(Segmenter):
+    """A loaded PixelLM; see `segment` for what it does. Every query is a batch row.
+
+    A mask is asked for by six tokens, each a mask query of its own. Image tokens that show padding only are masked in
+    the decoder: they are no image tokens for strategies, and positions count them.
+
+    Args:
+        tower: CLIP, resized to `square`.
+        projector: from the tower's width to the decoder's, for image tokens.
+        mask_projector: the same for the features that masks are drawn on.
+        pixel_decoder: draws the masks.
+        mask_projection: from a mask query's final state to a mask embedding.
+        square: side of the tower's input, in pixels.
+        select_layer: index of the tower's hidden states that image tokens and coarser masks are made from.
+        parts: see `Segmenter`.
+    """
+
+    seg_tokens = SEG_TOKENS
+    forced_answer = FORCED_ANSWER
+
+    def __init__(
+        self,
+        *,
+        tower: CLIPVisionModel,
+        projector: nn.Module,
+        mask_projector: nn.Module,
+        pixel_decoder: PixelDecoder,
+        mask_projection: nn.Module,
+        square: int,
+        select_layer: int,
+        **parts: Any,
+    ) -> None:
+        super().__init__(**parts)
+        self.tower = tower
+        self.projector = projector
+        self.mask_projector = mask_projector
+        self.pixel_decoder = pixel_decoder
+        self.mask_projection = mask_projection
+        self.square = square
+        self.select_layer = select_layer
+
+    def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
+        """One prompt for each query, in LISA's templates."""
+        template = forced_prompt if answer == "forced" else open_prompt
+        return [template(text, flag, self.mark_image) for text, flag in zip(queries, sentences, strict=True)]
+
+    def prepare_image(self, image: ImageInput) -> PreparedImage:
+        """Pixels for the tower: the longest side resized to `square`, SAM's mean and deviation, zero-padded.
+
+        Raises:
+            InputError: not an image.
+        """
+        return PreparedImage(*sam_masks.preprocess(to_rgb(image), self.square))
+
+    def encode_image(self, image: ImageInput | PreparedImage | EncodedImage) -> EncodedImage:
+        """Tower features, image tokens and mask features. What is encoded already is returned as it is.
+
+        Raises:
+            InputError: not an image.
+        """
+        if isinstance(image, EncodedImage):
+            return image
+        prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
+        tower = run_pixel_tower(self.tower, prepared.pixels, prepared.sizes, self.select_layer)
+        levels = [self.mask_projector(features) for features in (tower.patches.features, tower.early_features)]
+        valid = tower.visible.cells.reshape(1, -1)
+        return EncodedImage(
+            prepared=prepared,
+            tower=tower,
+            image_embeddings=self.projector(tower.grid_features),
+            image_valid=None if bool(valid.all()) else valid,
+            mask_features=self.pixel_decoder.features(levels),
+        )
+
+    def vision_source(self, encoded: EncodedImage, rows: int) -> VisionSource:
+        """The tower, the projector and the picture, of the visible cells."""
+        return vision_source(
+            encoded.tower,
+            self.projector,
+            lambda: picture(encoded.prepared.pixels, encoded.tower.visible),
+            rows=rows,
+        )
+
+    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
+        """The grid cells, which the holes would hide, and that all image tokens of a row are of one image."""
+        sequence = inputs.sequence
+        places = sequence.token_ids == IMAGE_ID  # padded cells too
+        number = places.cumsum(1) - 1
+        cells = torch.stack((number // GRID, number % GRID), -1)
+        shown = sequence.image_tokens
+        return {"grid": cells.masked_fill(~shown[..., None], -1), "image_number": torch.where(shown, 0, -1)}
+
+    def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """What the visible cells divide: (top, left, bottom, right) in pixels of the image; the last cells may reach
+        beyond its edges.
+
+        Args:
+            height, width: of the image.
+        """
+        config: Any = self.tower.config
+        sizes = sam_masks.MaskSizes((height, width), sam_masks.resized_size(height, width, self.square), self.square)
+        return grid_box(sizes, self.square // config.patch_size)
+
+    def mask_embeddings(self, states: Tensor) -> Tensor:
+        """Mask embeddings [n, 2, C], one per level, of mask-query states [n · 6, H].
+
+        A level's embedding is the sum of its three tokens', each weighted 1/6, as in the authors' code.
+        """
+        embeddings = self.mask_projection(states)
+        grouped = embeddings.reshape(-1, LEVELS, len(self.seg_tokens) // LEVELS, embeddings.shape[-1])
+        fused: Tensor = grouped.sum(2) / len(self.seg_tokens)
+        return fused
+
+    def low_res_logits(self, states: Tensor, encoded: EncodedImage) -> tuple[Tensor, Tensor]:
+        """Low-resolution mask logits [n, 128, 128] of mask-query states [n · 6, H], and no predicted IoU: PixelLM
+        scores masks by their own logits, see `mask_scores`."""
+        home = encoded.mask_features.device
+        logits: Tensor = self.pixel_decoder(encoded.mask_features, self.mask_embeddings(states.to(home)))
+        return logits, logits.new_zeros(0)
+
+    def to_original_size(self, low_res: Tensor, encoded: EncodedImage) -> Tensor:
+        """Mask logits float32 [n, H, W] at the image's size."""
+        return sam_masks.to_original_size(low_res, encoded.prepared.sizes)

@@ -69,7 +69,7 @@ def test_received_attention_equals_eager_attention(
 
 
 def test_keys_and_joint_attention_equal_the_projections(tower_run: TowerRun, eager: CLIPVisionModel) -> None:
-    block = eager.encoder.layers[1]
+    block = getattr(eager, "vision_model", eager).encoder.layers[1]
     entering = block.layer_norm1(tower_run.states[1])
     query, keys = block.self_attn.q_proj(entering)[0, 0], block.self_attn.k_proj(entering)[0]
     assert torch.allclose(tower_run.keys(1), keys[None, 1:], atol=1e-5)

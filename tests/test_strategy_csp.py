@@ -275,7 +275,11 @@ def test_a_transformers_checkpoint_segments(tmp_path: Path) -> None:
         decoder_hidden_size=8,
     )
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
-    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    try:
+        processor = SegformerImageProcessor(size={"height": 64, "width": 64})
+    except ImportError as error:  # some releases of transformers
+        pytest.skip(f"SegFormer's image processor cannot be made here: {error}")
+    processor.save_pretrained(tmp_path)
     masks = segment(str(tmp_path), np.random.default_rng(0).integers(0, 255, (48, 40, 3), dtype=np.uint8))
     assert masks.dtype == torch.bool
     assert masks.shape[1:] == (48, 40)

@@ -36,7 +36,7 @@ def masked_full_length(
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
             if step.layer == number:
-                hidden = _apply(step.decision, hidden, layout, alive)
+                hidden = apply_decision(step.decision, hidden, layout, alive)
                 present = (layout.valid & ~layout.image_tokens) | alive["active"]
                 touched = True
         ids = position_ids
@@ -61,7 +61,7 @@ def _mask(present: Tensor) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
-def _apply(decision: Decision, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+def apply_decision(decision: Decision, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
     hidden = hidden.clone()
     before = hidden.clone()
     for row, numbers in enumerate(decision.index.tolist()):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from tokenprune.engine.binding import Binding
 
 
 class Adapter(ABC):
-    """Base class of adapters. An adapter is never instantiated; `load` returns the model."""
+    """Base class of adapters. An adapter is never instantiated; `load` returns the model.
+
+    Attributes:
+        model_types: `model_type`s of the live models that `bind` knows, for messages.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -33,3 +42,12 @@ class Adapter(ABC):
             CheckpointError: the checkpoint is damaged or incomplete.
             OptionError: an option that this family does not have.
         """
+
+    @classmethod
+    def bind(cls, model: Any) -> Binding | None:
+        """What `tokenprune.prune(model, strategy)` needs to know of a live model; None for a model of another kind.
+
+        Args:
+            model: any model object that a user has.
+        """
+        return None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenprune.base import Shape, Stage, Strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
-from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
+from tokenprune.errors import PluginError, TokenPruneError
+from tokenprune.fit import misfit
 from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import LayerEntry, Ledger
 from tokenprune.reads import AttentionFrom, Read
@@ -256,11 +257,6 @@ class TokenScheduler(ABC):
 
     def _check_reads(self) -> None:
         for planned in self.planned:
-            missing = [str(read) for read in planned.stage.reads if type(read) not in self.offers()]
-            if missing:
-                offered = ", ".join(sorted(kind.__name__ for kind in self.offers()))
-                raise IncompatibleError(
-                    f"strategy {self.strategy.name!r} does not fit model {self.model!r}: it reads "
-                    f"{', '.join(missing)}, and the model offers {offered}; "
-                    "choose another strategy or another model"
-                )
+            error = misfit(self.strategy.name, self.model, planned.stage.reads, self.offers())
+            if error is not None:
+                raise error

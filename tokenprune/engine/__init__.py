@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
 from tokenprune.base import Strategy
+from tokenprune.engine.binding import Binding, Given, Watch, binding_of
 from tokenprune.engine.context import PruningRun, prune_decoder
+from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.marks import Marks
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError
+from tokenprune.fit import check_fit
 from tokenprune.registry import observers
 
-__all__ = ["PruningRun", "VisionSource", "prune"]
+__all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "prune"]
 
 
 @contextmanager
@@ -32,7 +37,8 @@ def prune(
     """Prune image tokens in every prefill of `model` while the context is open.
 
     Args:
-        model: a transformers decoder, or a model that has exactly one inside.
+        model: a vision-language model that an installed adapter knows, which finds its image tokens itself; or, with
+            `image_tokens`, a transformers decoder or any model that has exactly one inside.
         strategy: what to prune; see `tokenprune.strategy`.
         image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input.
         query: the query row for attention scores where none is marked: "last" (the default) or bool [batch, sequence].
@@ -46,30 +52,31 @@ def prune(
         The run; `run.trace` tells what the latest prefill did.
 
     Raises:
-        InputError: no image tokens given, or masks that do not fit.
-        UnsupportedError: no decoder to hook into, or a context is open on it already.
+        InputError: masks that do not fit, or none given for a plain decoder.
+        IncompatibleError: the strategy reads something that the model does not offer.
+        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context is open on it.
     """
-    if image_tokens is None:
-        raise InputError(
-            f"{type(model).__name__}: where are the image tokens? Give image_tokens=, a bool [batch, sequence] "
-            "mask over the decoder's input"
-        )
     named = dict(queries or {})
     if isinstance(query, Tensor):
         named.setdefault("mask_query", query)
     elif query not in (None, "last"):
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
-    with prune_decoder(
-        model,
+    binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
+    decoder = find_decoder(binding.decoder)
+    offers = binding.offers()
+    reads = check_fit(
         strategy,
-        image_tokens,
-        queries=named,
-        grid=grid,
-        image_number=image_number,
-        vision=vision,
-        observer=observers,
-        seed=seed,
-    ) as run:
+        binding.name,
+        len(decoder.layers),
+        vision=offers,
+        tower_layers=binding.tower_layers,
+        multimodal_rope=decoder.multimodal_rope,
+    )
+    with ExitStack() as stack:
+        watch = stack.enter_context(binding.watch(reads))
+        source = VisionSource(dict.fromkeys(offers, watch.provide), binding.tower_layers)
+        marks = partial(watch.marks, named)
+        run = stack.enter_context(prune_decoder(decoder, strategy, marks, vision=source, observer=observers, seed=seed))
         observers.tokenprune_run_started(run=run)
         try:
             yield run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from tokenprune.base import Strategy
 from tokenprune.engine.cache import Lease, adopt
-from tokenprune.engine.decoder import Decoder, find_decoder
+from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
+from tokenprune.engine.marks import Marks
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
-from tokenprune.errors import EngineError, InputError, UnsupportedError
-from tokenprune.layout import SequenceLayout
+from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.scheduler import Observer
 from tokenprune.trace import Trace
 
@@ -38,21 +39,17 @@ class PruningRun:
         self,
         decoder: Decoder,
         strategy: Strategy,
-        image_tokens: Tensor,
+        marks: Callable[[], Marks],
         *,
-        queries: Mapping[str, Tensor] | None = None,
-        grid: Tensor | None = None,
-        image_number: Tensor | None = None,
         vision: VisionSource | None = None,
         observer: Observer | None = None,
         seed: int = 0,
     ) -> None:
         self.decoder, self.strategy = decoder, strategy
-        self._marks = {"image_tokens": image_tokens, "grid": grid, "image_number": image_number}
-        self._queries = dict(queries or {})
-        self._vision, self._observer, self._seed = vision, observer, seed
+        self._marks, self._vision, self._observer, self._seed = marks, vision, observer, seed
         self._lease = Lease()
         self._attention_mask: Tensor | None = None
+        self._deepstack: DeepStack | None = None
         self._prefill: Prefill | None = None
         self._decoding = False
         self._taps = ExitStack()
@@ -80,13 +77,16 @@ class PruningRun:
         self._lease.open = False
         self._taps.close()
 
-    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise UnsupportedError(
                 "gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off"
             )
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        kwargs = dict(kwargs)
+        self._deepstack = DeepStack.take(kwargs)
+        return args, kwargs
 
     def _on_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
@@ -121,10 +121,11 @@ class PruningRun:
             self._past = held - self._prefill.trace.layout.valid.shape[1]
             return
         self._taps.close()
-        layout = self._layout(hidden)
+        layout = self._marks().layout(hidden, self._attention_mask)
         prefill = Prefill(
             self.strategy, layout, self.decoder, vision=self._vision, observer=self._observer, seed=self._seed
         )
+        prefill.deepstack, self._deepstack = self._deepstack, None
         if cache is not None and prefill.planned:
             adopt(cache, len(self.decoder.layers), self._lease)
         wanted = [layer for layer in range(len(self.decoder.layers)) if prefill.taps(layer)]
@@ -132,23 +133,6 @@ class PruningRun:
         self._taps = ExitStack()
         self._taps.enter_context(tap(shows))
         self._prefill = prefill
-
-    def _layout(self, hidden: Tensor) -> SequenceLayout:
-        batch, length = hidden.shape[:2]
-
-        def fit(mask: Tensor | None, fill: int) -> Tensor | None:
-            return None if mask is None else _fit(mask.to(hidden.device), batch, length, fill)
-
-        image_tokens = fit(self._marks["image_tokens"], 0)
-        assert image_tokens is not None
-        mask = self._attention_mask
-        return SequenceLayout.from_mask(
-            image_tokens,
-            None if mask is None else mask[:, -length:],
-            grid=fit(self._marks["grid"], -1),
-            image_number=fit(self._marks["image_number"], -1),
-            queries={name: _fit(rows.to(hidden.device), batch, length, 0) for name, rows in self._queries.items()},
-        )
 
     def _note_absent(self, number: int, cache: Any) -> None:
         frame = self._frame(number)
@@ -170,18 +154,19 @@ class PruningRun:
         if prefill.strategy.positions == "renumber":
             steps = torch.arange(self._past, self._past + self._new, device=hidden.device)
             ids = frame.counts.to(hidden.device)[:, None] + steps
-            kwargs["position_embeddings"] = prefill.renumbered(kwargs.get("position_embeddings"), hidden, ids)
+            kwargs["position_embeddings"] = self.decoder.tables(number, hidden, ids)
             kwargs["position_ids"] = ids
 
 
 @contextmanager
-def prune_decoder(model: nn.Module, strategy: Strategy, image_tokens: Tensor, **options: Any) -> Iterator[PruningRun]:
-    """Open a pruning context on the one decoder inside `model`; options as for `PruningRun`.
+def prune_decoder(
+    decoder: Decoder, strategy: Strategy, marks: Callable[[], Marks], **options: Any
+) -> Iterator[PruningRun]:
+    """Open a pruning context on a decoder; arguments as for `PruningRun`.
 
     Raises:
-        UnsupportedError: the model has no decoder to hook into, or a context is open on it already.
+        UnsupportedError: a context is open on it already.
     """
-    decoder = find_decoder(model)
     with _LOCK:
         if decoder.module in _BUSY:
             raise UnsupportedError(
@@ -190,22 +175,10 @@ def prune_decoder(model: nn.Module, strategy: Strategy, image_tokens: Tensor, **
             )
         _BUSY.add(decoder.module)
     try:
-        run = PruningRun(decoder, strategy, image_tokens, **options)
+        run = PruningRun(decoder, strategy, marks, **options)
         with ExitStack() as undo:
             run.attach(undo)
             yield run
     finally:
         with _LOCK:
             _BUSY.discard(decoder.module)
-
-
-def _fit(mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
-    """A mask over the prompt, repeated for returned sequences and extended over tokens generated without a cache."""
-    if batch % len(mask) or mask.shape[1] > length:
-        raise InputError(
-            f"a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover the "
-            "expanded prompt"
-        )
-    mask = mask.repeat_interleave(batch // len(mask), 0)
-    rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)
-    return torch.cat((mask, rest), 1)

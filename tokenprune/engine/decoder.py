@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedError
 
@@ -17,7 +18,7 @@ class Decoder:
     Attributes:
         module: the module whose forward runs the layers.
         layers: the decoder layers, in order.
-        rotary: makes (cos, sin) from (states, position ids).
+        rotary: makes (cos, sin) from (states, position ids), in some decoders for each type of layer.
     """
 
     module: nn.Module
@@ -33,6 +34,21 @@ class Decoder:
             f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its "
             "attention cannot be read"
         )
+
+    @property
+    def multimodal_rope(self) -> bool:
+        """Whether positions have several axes (Qwen2-VL's M-RoPE)."""
+        config: Any = self.module.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        return "mrope_section" in rope
+
+    def tables(self, layer: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer."""
+        types: Any = getattr(self.module.config, "layer_types", None)
+        typed = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        extra = {"layer_type": types[layer]} if typed else {}
+        cos, sin = self.rotary(hidden, position_ids=ids, **extra)
+        return cos, sin
 
     @property
     def attention_name(self) -> str:

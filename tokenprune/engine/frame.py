@@ -64,11 +64,11 @@ class Frame:
 
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
-        return self._once(table, self._gather_table)
+        return self.once(table, self._gather_table)
 
     def prefill_ids(self, ids: Tensor) -> Tensor:
         """Position ids [..., batch or 1, S] -> [..., batch, M]."""
-        return self._once(ids, lambda full: self._gather_table(full[..., None]).squeeze(-1))
+        return self.once(ids, lambda full: self._gather_table(full[..., None]).squeeze(-1))
 
     def _gather_table(self, table: Tensor) -> Tensor:
         index = self.index.to(table.device)
@@ -89,9 +89,10 @@ class Frame:
         None (plain causal) stays None: order is kept and fillers come last, so causality hides them. A 2-D mask is
         [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive.
         """
-        return None if mask is None else self._once(mask, self._cut)
+        return None if mask is None else self.once(mask, self._cut)
 
-    def _once(self, full: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+    def once(self, full: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `cut` makes of one of the model's full-length tensors, made once for all layers of the stage."""
         # Layers of one stage are given the same tensors: cut them once. Holding the original keeps its id taken.
         if id(full) not in self._cuts:
             self._cuts[id(full)] = full, cut(full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +11,16 @@ from torch import Tensor
 
 from tokenprune.base import Strategy
 from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, UnsupportedError
+from tokenprune.fit import DECODER_READS
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates, Read
 from tokenprune.scheduler import Observer, TokenScheduler
 from tokenprune.state import spread_rows
-
-_OWN_READS = (AttentionFrom, HiddenStates, Embeddings)
 
 
 class Prefill(TokenScheduler):
@@ -53,7 +54,7 @@ class Prefill(TokenScheduler):
         self.frames: list[Frame | None] = []
         self.full: Tensor
         self._frame: Frame | None = None
-        self._renumbered: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self.deepstack: DeepStack | None = None
         self._embeddings: Tensor | None = None
         self._attention: dict[Read, Tensor] = {}
 
@@ -61,7 +62,7 @@ class Prefill(TokenScheduler):
 
     def offers(self) -> frozenset[type[Read]]:
         """The decoder's own reads, and what the vision side offers."""
-        return frozenset((*_OWN_READS, *self.vision.answers))
+        return DECODER_READS | frozenset(self.vision.answers)
 
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""
@@ -100,26 +101,28 @@ class Prefill(TokenScheduler):
         """
         if layer == 0:
             self.full = hidden
+        else:
+            hidden = self._deepened(layer - 1, hidden)
             if any(isinstance(read, Embeddings) for planned in self.planned for read in planned.stage.reads):
                 self._embeddings = self.hidden()
         if self.due(layer):
             self._write_back(hidden)
             self.enter(layer)
             self._attention.clear()
-            self._frame, self._renumbered = self._next_frame(), None
+            self._frame = self._next_frame()
             hidden = self.full if self._frame is None else self._frame.gather(self.full)
         self.frames.append(self._frame)
         if self._frame is not None:
-            self._shorten(kwargs, hidden, self._frame)
+            self._shorten(layer, kwargs, hidden, self._frame)
         self.account(layer, hidden.shape[1], sum(self.scored(read).shape[1] for read in self.taps(layer)))
         return hidden
 
     def after_last(self, hidden: Tensor) -> Tensor:
         """The full-length output [batch, S, width]; dropped positions hold their last state."""
-        self._write_back(hidden)
+        self._write_back(self._deepened(self.layers - 1, hidden))
         full = self.full
         del self.full
-        self._embeddings = self._renumbered = None
+        self._embeddings = self.deepstack = None
         for frame in self.frames:
             if frame is not None:
                 frame.forget()
@@ -167,30 +170,26 @@ class Prefill(TokenScheduler):
             )
         return Frame.of(present)
 
-    def _shorten(self, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
+    def _deepened(self, layer: int, hidden: Tensor) -> Tensor:
+        return hidden if self.deepstack is None else self.deepstack.add(layer, hidden, self._frame)
+
+    def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
         ids = kwargs.get("position_ids")
         if self.strategy.positions == "renumber":
-            if self._renumbered is None:
-                ids = torch.arange(frame.width, device=hidden.device).expand(hidden.shape[0], -1)
-                self._renumbered = ids, self.renumbered(kwargs.get("position_embeddings"), hidden, ids)
-            ids, kwargs["position_embeddings"] = self._renumbered
+            ids = torch.arange(frame.width, device=hidden.device).expand(hidden.shape[0], -1)
+            kwargs["position_embeddings"] = tuple(
+                frame.once(table, partial(self._renumbered, number, layer, hidden, ids))
+                for number, table in enumerate(_tables(kwargs))
+            )
         else:
             kwargs["position_embeddings"] = tuple(frame.prefill_table(t) for t in _tables(kwargs))
             if ids is not None:
                 ids = frame.prefill_ids(ids)
         kwargs["position_ids"] = ids
 
-    def renumbered(self, tables: Any, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions [batch, n]. Raises UnsupportedError for multimodal rotary embeddings."""
-        if not isinstance(tables, tuple) or any(table.dim() != 3 for table in tables):
-            raise UnsupportedError(
-                f"strategy {self.strategy.name!r} renumbers positions, which is not defined for the rotary "
-                "embedding of "
-                f"{type(self.decoder.module).__name__}; use positions='keep'"
-            )
-        cos, sin = self.decoder.rotary(hidden, position_ids=ids)
-        return cos, sin
+    def _renumbered(self, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+        return self.decoder.tables(layer, hidden, ids)[number]
 
 
 def _tables(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

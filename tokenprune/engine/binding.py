@@ -1,0 +1,116 @@
+"""What an adapter tells the engine about a live model, so that users need not mark the image tokens themselves."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from tokenprune import registry
+from tokenprune.engine.marks import Marks
+from tokenprune.engine.vision import VisionSource
+from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.reads import Read
+
+
+class Watch(Protocol):
+    """Looks on while a model takes in images, and tells afterwards what it saw."""
+
+    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+        """Where the image tokens of the present prefill stand. Called when its first decoder layer begins."""
+
+    def provide(self, read: Read) -> Any:
+        """The answer to a read of the vision side, lined up with the image tokens of the present prefill."""
+
+
+class Binding(ABC):
+    """One live model, as an adapter understands it; made by `Adapter.bind`.
+
+    Attributes:
+        name: of the model, for messages.
+        decoder: the module that runs the decoder layers.
+        tower_layers: layers of the vision tower.
+    """
+
+    name: str
+    decoder: nn.Module
+    tower_layers: int
+
+    @abstractmethod
+    def offers(self) -> frozenset[type[Read]]:
+        """Kinds of reads that the vision side can answer."""
+
+    @abstractmethod
+    def watch(self, reads: Collection[Read]) -> AbstractContextManager[Watch]:
+        """Follow the model's calls while the context is open, and keep what these reads need.
+
+        Raises:
+            UnsupportedError: the model cannot be followed.
+        """
+
+
+class Given(Binding):
+    """A model whose image tokens the caller marks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_tokens: Tensor,
+        grid: Tensor | None = None,
+        image_number: Tensor | None = None,
+        vision: VisionSource | None = None,
+    ) -> None:
+        self.name, self.decoder = type(model).__name__, model
+        self._marks = Marks(image_tokens, grid=grid, image_number=image_number)
+        self._vision = vision or VisionSource()
+        self.tower_layers = self._vision.layers
+
+    def offers(self) -> frozenset[type[Read]]:
+        """What the caller's source answers."""
+        return frozenset(self._vision.answers)
+
+    def watch(self, reads: Collection[Read]) -> AbstractContextManager[Watch]:
+        """Nothing to follow: everything is given."""
+        return nullcontext(self)
+
+    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+        """The caller's."""
+        return replace(self._marks, queries=queries)
+
+    def provide(self, read: Read) -> Any:
+        """The caller's source answers."""
+        return self._vision.provide(read)
+
+
+def binding_of(model: Any) -> Binding:
+    """What the installed adapters know of a live model.
+
+    Raises:
+        InputError: a plain language model, whose image tokens the caller has to mark.
+        UnsupportedError: a vision-language model that no adapter knows.
+        PluginError: an adapter cannot be imported.
+    """
+    adapters = {name: entry.load() for name, entry in registry.adapters().items()}
+    for adapter in adapters.values():
+        binding = adapter.bind(model)
+        if binding is not None:
+            assert isinstance(binding, Binding)
+            return binding
+    config = getattr(model, "config", None)
+    if getattr(config, "vision_config", None) is None:
+        raise InputError(
+            f"{type(model).__name__}: where are the image tokens? Give image_tokens=, a bool [batch, sequence] "
+            "mask over the decoder's input"
+        )
+    families = "; ".join(
+        f"{name}: {', '.join(adapter.model_types)}" for name, adapter in adapters.items() if adapter.model_types
+    )
+    raise UnsupportedError(
+        f"no adapter knows the model {type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}); "
+        f"adapters know {families or 'no live models'}; mark its image tokens with image_tokens= to prune it anyway, "
+        "or write an adapter"
+    )

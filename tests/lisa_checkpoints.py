@@ -138,10 +138,20 @@ def write_lisa(
         added: the added tokens.
         edit: changes the tensors before they are written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = state_dict()
     if edit is not None:
         edit(state)
+    write_checkpoint(folder, state, {**CONFIG, **(config or {})}, ADDED if added is None else added, files, shards)
+    if tower:
+        write_tower(folder / "vision_tower")
+    return folder
+
+
+def write_checkpoint(
+    folder: Path, state: State, config: dict[str, Any], added: dict[str, int], files: str, shards: int
+) -> None:
+    """Write weights, config.json and tokenizer of any family; arguments as for `write_lisa`."""
+    folder.mkdir(parents=True, exist_ok=True)
     stem, kind = files.rsplit(".", 1)
     names = [files] if shards == 1 else [f"{stem}-{i + 1:05d}-of-{shards:05d}.{kind}" for i in range(shards)]
     parts: list[State] = [{} for _ in names]
@@ -155,12 +165,9 @@ def write_lisa(
     if shards > 1:
         index = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         (folder / f"{files}.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
-    (folder / "added_tokens.json").write_text(json.dumps(ADDED if added is None else added))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
     shutil.copy(TOKENIZER, folder / "tokenizer.model")
-    if tower:
-        write_tower(folder / "vision_tower")
-    return folder
 
 
 def write_tower(folder: Path) -> Path:

@@ -124,13 +124,15 @@ class PixelDecoder(nn.Module):
             embeddings: [n, LEVELS, C], one mask embedding per level.
         """
         positions = place_codes(self.prompt_encoder.shared_embedding, self.side).to(features)
-        dense = self.prompt_encoder.no_mask_embed.weight[..., None, None]
+        # By keyword: torch's module tracker, which counts FLOPs, trips over views of parameters among the others.
+        fixed = {"positions": positions, "dense": self.prompt_encoder.no_mask_embed.weight[..., None, None]}
         coarse, fine = [], []
         for start in range(0, len(embeddings), MASKS_AT_ONCE):
             chunk = embeddings[start : start + MASKS_AT_ONCE]
-            first = self.mask_decoder(0, features[:1], positions, chunk[:, 0], dense, None)
+            first = self.mask_decoder(level=0, features=features[:1], prompts=chunk[:, 0], previous=None, **fixed)
             coarse.append(first)
-            fine.append(self.mask_decoder(1, features[1:], positions, chunk[:, 1], dense, first))
+            second = self.mask_decoder(level=1, features=features[1:], prompts=chunk[:, 1], previous=first, **fixed)
+            fine.append(second)
         if not coarse:
             none = features.new_zeros(0, 2 * self.side, 2 * self.side)
             return none, none.new_zeros(0, 4 * self.side, 4 * self.side)
@@ -181,10 +183,11 @@ def build_pixel_decoder(
         ) from error
     heads_config: Any = config.mask_decoder_config
     depth = heads_config.iou_head_depth
-    return Part(decoder.eval(), {name: _stored_name(name, depth) for name in decoder.state_dict()})
+    return Part(decoder.eval(), {name: stored_name(name, depth) for name in decoder.state_dict()})
 
 
-def _stored_name(name: str, iou_head_depth: int) -> str:
+def stored_name(name: str, iou_head_depth: int = 3) -> str:
+    """The name that a tensor of `PixelDecoder` has in checkpoints; see `sam_weights.original_name`."""
     if name.endswith("pe1.positional_embedding"):
         return PREFIX + "mask_decoder.pe1.positional_encoding_gaussian_matrix"
     return PREFIX + (name if name.startswith("image_feature_neck.") else original_name(name, iou_head_depth))

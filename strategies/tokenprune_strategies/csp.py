@@ -15,7 +15,7 @@ from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates
 from tokenprune.tokens import Tokens
 from tokenprune_strategies.clustering import Clustering, cluster, nearest_representative, reads_of
 from tokenprune_strategies.csp_budget import KEEP, REPRESENTATIVES, fill
-from tokenprune_strategies.selection import Amount, Depth, tokens_of
+from tokenprune_strategies.selection import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 
 
 class CSP(Strategy):
@@ -40,6 +40,7 @@ class CSP(Strategy):
             "projected", description="state of a token that re-enters: as parked, or moved as its representative was"
         )
         query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "seg", "last", …')
+        query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
         seed: int = Field(0, description="seed of random and kmeans clustering and of the regions")
         segmenter: str | Callable[[Any], Any] | None = Field(
             None,
@@ -62,7 +63,8 @@ class CSP(Strategy):
         states = (HiddenStates(), Embeddings()) if self.options.reentry == "delta" else ()
         yield Stage("cluster", 0, tokens_of(self.options.representatives, total), reads_of(self.options))
         yield Stage("scatter", scatter_at, total, states)
-        yield Stage("prune", prune_at, tokens_of(self.options.keep, total), (AttentionFrom(self.options.query),))
+        attention = AttentionFrom(self.options.query, self.options.query_reduce)
+        yield Stage("prune", prune_at, tokens_of(self.options.keep, total), (attention,))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Park all but the representatives; restore them; keep the most attended."""

@@ -12,7 +12,7 @@ from tokenprune.decisions import Decision, Keep
 from tokenprune.errors import OptionError
 from tokenprune.reads import AttentionFrom
 from tokenprune.tokens import Tokens
-from tokenprune_strategies.selection import Amount, random_scores, tokens_of
+from tokenprune_strategies.selection import QUERY_REDUCE, Amount, QueryReduce, random_scores, tokens_of
 
 
 class FastV(Strategy):
@@ -20,7 +20,8 @@ class FastV(Strategy):
 
     Layers 0 … K−1 run in full; by the attention of layer K−1 (mean over heads) the best image tokens and all text go
     on, at their original positions. K = 0 keeps random tokens. Every batch row chooses for itself (ours; the
-    authors' code takes row 0's choice for all), and the query row is an option (the authors take the last row).
+    authors' code takes row 0's choice for all), and the query row is an option (the authors take the last row); where a
+    batch row has several, `query_reduce` says how they count (ours).
     """
 
     name = "fastv"
@@ -31,6 +32,7 @@ class FastV(Strategy):
         layer: int = Field(2, ge=0, description="K, the first layer without the dropped tokens; 0 = random tokens")
         keep: Amount = Field(0.5, description="image tokens kept: an int counts them, a float is a share")
         query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "last", "seg", …')
+        query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
         seed: int = Field(0, description="seed of the draw where layer = 0")
 
     options: Options
@@ -43,7 +45,7 @@ class FastV(Strategy):
                 f"strategy 'fastv': option 'layer': found {layer}, but the model has {shape.layers} layers; "
                 f"choose one of 0 … {shape.layers - 1}"
             )
-        reads = (AttentionFrom(self.options.query),) if layer else ()
+        reads = (AttentionFrom(self.options.query, self.options.query_reduce),) if layer else ()
         yield Stage("prune", layer, tokens_of(self.options.keep, shape.image_tokens), reads)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator
@@ -35,6 +35,11 @@ def _checked_depth(depth: int | float) -> int | float:
 
 Depth = Annotated[int | float, AfterValidator(_checked_depth)]
 """A decoder layer: an int is its number, a float a fraction of the model's depth."""
+
+
+QueryReduce = Literal["mean", "max"]
+"""How attention from several query rows of a batch row becomes one score: the rule that all strategies share (ours)."""
+QUERY_REDUCE = "how several query rows of a batch row, one for each mask, count together: mean or max over them"
 
 
 def tokens_of(amount: int | float, total: int) -> int:

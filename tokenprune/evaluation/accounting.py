@@ -22,12 +22,14 @@ class QueryCost:
         image_tokens: N.
         flops: by part, 2 per multiply-add.
         kv_bytes: of real tokens, over all layers.
+
+    Queries that share a batch row, as turns of one conversation do, share its FLOPs and bytes evenly.
     """
 
     equivalent_tokens: float
     image_tokens: int
-    flops: Mapping[str, int]
-    kv_bytes: int
+    flops: Mapping[str, float]
+    kv_bytes: float
 
 
 def row_ledger(ledger: Ledger, row: int) -> Ledger:
@@ -41,14 +43,14 @@ def row_ledger(ledger: Ledger, row: int) -> Ledger:
     return Ledger(image, other, entries, merge_weights=merges)
 
 
-def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int) -> QueryCost:
-    """Cost of a one-row account: decoder layers, scored attention rows and merges of states."""
+def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int, queries: int = 1) -> QueryCost:
+    """Cost of one of the `queries` of a one-row account: decoder layers, scored attention rows, merges of states."""
     flops = count_flops(ledger, spec, "exact")
     return QueryCost(
         ledger.equivalent_tokens,
         ledger.image_tokens[0],
-        {part: count for part, count in flops.parts.items() if count},
-        kv_bytes(ledger, spec, element_bytes).total,
+        {part: count / queries for part, count in flops.parts.items() if count},
+        kv_bytes(ledger, spec, element_bytes).total / queries,
     )
 
 
@@ -66,7 +68,7 @@ def choice_flops(model: SegmentationModel, inputs: Any, strategy: Strategy, shap
     return meter.flops
 
 
-def mean_parts(parts: list[Mapping[str, int]]) -> dict[str, float]:
+def mean_parts(parts: list[Mapping[str, float]]) -> dict[str, float]:
     """Mean of every part over queries."""
     total: Counter[str] = Counter()
     for one in parts:

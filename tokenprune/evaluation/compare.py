@@ -45,7 +45,8 @@ def compare(
 
     - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. A strategy's
       option `seed` is moved by the scene's number, so that random choices differ from image to image.
-    - Cost: counted per query from the ledger, as if it ran alone, in the `exact` convention: decoder layers, attention
+    - Cost: counted per query from the ledger, as if its batch row ran alone (queries that share a row, as turns of a
+      conversation do, share its cost evenly), in the `exact` convention: decoder layers, attention
       rows computed for the strategy, merges of states, the strategy's own matmuls and the mask head (the last two
       measured). What depends on the image alone (towers, projector) is left out: it is the same for all.
     - Time: the decoder's prefill with the strategy's own work, one query at a time, strategies interleaved (see
@@ -152,14 +153,15 @@ class _Run:
             assert trace is not None
             tally.policies = dict(trace.policies)
             tally.is_untouched &= not trace.stages
-            for row, mask in enumerate(_masks(result)):
-                tally.overlaps.append(metrics.overlap(mask, wanted[row]))
-                tally.agreements.append(metrics.overlap(mask, full[row]))
-                tally.coverages.append(target_coverage(wanted[row], trace, row, box))
-                ledger = row_ledger(trace.ledger, row)
-                tally.costs.append(query_cost(ledger, self.spec, self.element_bytes))
+            rows = batch_rows(result)
+            for number, (mask, row) in enumerate(zip(_masks(result), rows, strict=True)):
+                tally.overlaps.append(metrics.overlap(mask, wanted[number]))
+                tally.agreements.append(metrics.overlap(mask, full[number]))
+                tally.coverages.append(target_coverage(wanted[number], trace, row, box))
+                ledger, sharing = row_ledger(trace.ledger, row), rows.count(row)
+                tally.costs.append(query_cost(ledger, self.spec, self.element_bytes, sharing))
                 if tally is self.tallies[0]:
-                    self.untouched.costs.append(query_cost(ledger.unpruned(), self.spec, self.element_bytes))
+                    self.untouched.costs.append(query_cost(ledger.unpruned(), self.spec, self.element_bytes, sharing))
         self._remember(scene, image, box, results)
         self.scenes += 1
         self.kinds.extend(query.kind for query in scene.queries)
@@ -229,15 +231,20 @@ class _Run:
             query = scene.queries[number]
             self.timed.append((image, query.text, query.is_sentence))
         if len(self.records) < self.keep_records:
-            row = len(self.records) % len(scene.queries)
-            query = scene.queries[row]
+            number = len(self.records) % len(scene.queries)
+            query = scene.queries[number]
             record = SampleRecord(scene.id, scene.image, query.text, query.mask, box)
             for contender, result in zip(self.contenders, results, strict=True):
-                mask = _masks(result)[row]
+                mask, row = _masks(result)[number], batch_rows(result)[number]
                 iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
                 outcome = Outcome(contender.label, mask, result.trace, row, iou, contender.budget)
                 record.outcomes.append(outcome)
             self.records.append(record)
+
+
+def batch_rows(result: SegmentationResult) -> list[int]:
+    """For each mask of a forced answer the batch row of the trace that it was made in: its own, unless told."""
+    return list(getattr(result, "row_index", ())) or list(range(len(result.masks)))
 
 
 def _masks(result: SegmentationResult) -> list[Any]:

@@ -12,7 +12,11 @@ from tokenprune.trace import Trace
 
 
 class SegmentationResult(Protocol):
-    """What `segment` returns; with forced answers mask i belongs to query i."""
+    """What `segment` returns; with forced answers mask i belongs to query i.
+
+    Where queries share batch rows of the trace, as turns of one conversation do, `row_index` (a list of ints) tells the
+    row of each mask; without it mask i is from row i.
+    """
 
     @property
     def masks(self) -> Tensor:

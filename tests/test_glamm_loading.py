@@ -1,0 +1,158 @@
+"""Loading GLaMM checkpoints in every file format, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glamm_checkpoints import ADDED, GLAMM, HIDDEN, write_glamm
+from lisa_checkpoints import CHANNELS, WIDTH, State, write_lisa, write_tower
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import tokenprune as tp
+from tokenprune.errors import CheckpointError, OptionError
+from tokenprune_adapters.glamm import GlammAdapter, GlammModel
+from tokenprune_adapters.lisa import LisaAdapter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_glamm(tmp_path_factory.mktemp("glamm") / "tiny-glamm")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> GlammModel:
+    loaded: GlammModel = tp.load(folder)
+    return loaded
+
+
+def test_what_is_loaded(model: GlammModel) -> None:
+    assert isinstance(model, GlammModel)
+    assert model.name == "tiny-glamm"
+    assert [tuple(p.shape) for p in model.projector.parameters()] == [
+        (HIDDEN, 16),
+        (HIDDEN,),
+        (WIDTH, HIDDEN),
+        (WIDTH,),
+    ]
+    assert model.sam.config.mask_decoder_config.hidden_size == CHANNELS
+    assert model.seg_ids == [ADDED["[SEG]"]]
+    assert [name for name, tensor in model.named_parameters() if tensor.is_meta] == []
+    assert not model.training
+
+
+def test_the_region_encoder_is_left_out_and_said_so(model: GlammModel, tmp_path: Path) -> None:
+    assert model.left_out == ("model.region_encoder",)
+    assert not [name for name, _ in model.named_parameters() if "region" in name]
+
+    def without(state: State) -> None:
+        del state["model.region_encoder.mlvl_fuse.input_conv.0.weight"]
+
+    assert tp.load(write_glamm(tmp_path, edit=without)).left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "shards"),
+    [("pytorch_model.bin", 1), ("pytorch_model.bin", 3), ("model.safetensors", 2)],
+    ids=["bin", "sharded-bin", "sharded-safetensors"],
+)
+def test_all_file_formats_load_alike(model: GlammModel, tmp_path: Path, files: str, shards: int) -> None:
+    other = tp.load(write_glamm(tmp_path, files=files, shards=shards))
+    wanted = model.state_dict()
+    assert other.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in other.state_dict().items())
+
+
+def test_matches_by_architecture() -> None:
+    assert GlammAdapter.matches("x", GLAMM)
+    assert not LisaAdapter.matches("x", GLAMM)
+    assert not GlammAdapter.matches("x", {"architectures": ["LISAForCausalLM"]})
+    assert not GlammAdapter.matches("x", {})
+
+
+def test_a_checkpoint_of_another_family(tmp_path: Path) -> None:
+    write_lisa(tmp_path, config={"architectures": ["GLaMMForCausalLM"]})
+    with pytest.raises(CheckpointError, match=r"is no GLaMM checkpoint: no tensors are under model\.grounding_encoder"):
+        tp.load(tmp_path)
+
+
+def test_no_vision_tower(tmp_path: Path) -> None:
+    write_glamm(tmp_path, tower=False, config={"mm_vision_tower": "/no/such/tower"})
+    with pytest.raises(CheckpointError, match=r"vision tower '/no/such/tower'.*pass vision_tower="):
+        tp.load(tmp_path)
+
+
+def test_a_tower_of_another_width(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path / "tower")
+    write_glamm(tmp_path / "model", tower=False)
+    with pytest.raises(CheckpointError, match=r"features 24 wide, but the projector of .* reads 16"):
+        tp.load(tmp_path / "model", vision_tower=tmp_path / "tower")
+
+
+@pytest.mark.parametrize("token", ["[SEG]", "<p>", "</p>", "<im_start>"])
+def test_a_tokenizer_without_a_token(tmp_path: Path, token: str) -> None:
+    added = {name: number for name, number in ADDED.items() if name != token}
+    with pytest.raises(CheckpointError, match="does not know") as found:
+        tp.load(write_glamm(tmp_path, added=added))
+    assert f"does not know {token} " in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.mm_projector.2.bias", None, "1 tensor is missing: model.mm_projector.2.bias"),
+        ("model.grounding_encoder.mask_decoder.iou_token.weight", None, "1 tensor is missing"),
+        ("model.surprise.weight", torch.zeros(2), "1 tensor is unexpected: model.surprise.weight"),
+        ("model.mm_projector.2.weight", torch.zeros(3, HIDDEN), "mis-shaped: model.mm_projector.2.weight"),
+        ("model.mm_projector.0.weight", None, "'model.mm_projector.0.weight' is missing"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
+    def edit(state: State) -> None:
+        state.pop(name, None)
+        if tensor is not None:
+            state[name] = tensor
+
+    with pytest.raises(CheckpointError, match=message):
+        tp.load(write_glamm(tmp_path, edit=edit))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template_sed": 3}, "GLaMM models have no load option 'template_sed'; did you mean 'template_seed'"),
+        ({"template_seed": "one"}, "template_seed='one' found, expected a whole number"),
+        ({"dtype": "int8"}, "expected one of float32, bfloat16, float16"),
+        ({"device": "cpu", "device_map": "auto"}, "both device= and device_map="),
+    ],
+)
+def test_bad_options(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tp.load(folder, **options)
+
+
+def test_weights_are_bfloat16_where_asked_for(folder: Path) -> None:
+    loaded = tp.load(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    result = loaded.segment(torch.zeros(3, 20, 30), ["the cat", "a dog"], tp.strategy("fastv", budget=0.6))
+    assert result.mask_logits.dtype == torch.float32
+    assert bool(result.mask_logits.isfinite().all())
+
+
+def test_the_decoder_may_be_spread(folder: Path, model: GlammModel) -> None:
+    spread = tp.load(folder, device_map="auto", dtype="float32")
+    image = torch.rand(3, 40, 50)
+    wanted = model.segment(image, ["the cat", "a dog"]).mask_logits
+    assert torch.allclose(spread.segment(image, ["the cat", "a dog"]).mask_logits, wanted, atol=1e-5)
+
+
+def test_the_tower_is_taken_from_where_it_is_given(folder: Path, tmp_path: Path) -> None:
+    bare = write_glamm(tmp_path / "bare", tower=False)
+    loaded = tp.load(bare, vision_tower=write_tower(tmp_path / "tower"))
+    wanted = tp.load(folder).tower.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.tower.state_dict().items())

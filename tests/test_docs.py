@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
+from pixellm_checkpoints import write_pixellm
 
 import tokenprune
 from tokenprune import registry
@@ -98,12 +100,15 @@ def test_every_page_is_found() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that examples name: a photo, and a LISA checkpoint of tiny size with its tower."""
+    """A folder with the files that examples name: a photo, and checkpoints of tiny size with their towers."""
     folder = tmp_path_factory.mktemp("examples")
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     write_lisa(folder / "LISA-7B", tower=False)
     write_tower(folder / "clip-vit-large-patch14")
+    write_glamm(folder / "GLaMM-FullScope", tower=False)
+    write_tower(folder / "clip-vit-large-patch14-336")
+    write_pixellm(folder / "PixelLM-7B")
     return folder
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -53,6 +54,18 @@ class Binding(ABC):
         """
 
 
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `module.forward`, by name."""
+    given = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
+    return {**given, **kwargs}
+
+
+def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The two-dimensional attention mask among a model's arguments, if there is one."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 class Given(Binding):
     """A model whose image tokens the caller marks."""
 
@@ -66,6 +79,7 @@ class Given(Binding):
     ) -> None:
         self.name, self.decoder = type(model).__name__, model
         self._marks = Marks(image_tokens, grid=grid, image_number=image_number)
+        self._attention_mask: Tensor | None = None
         self._vision = vision or VisionSource()
         self.tower_layers = self._vision.layers
 
@@ -73,13 +87,21 @@ class Given(Binding):
         """What the caller's source answers."""
         return frozenset(self._vision.answers)
 
-    def watch(self, reads: Collection[Read]) -> AbstractContextManager[Watch]:
-        """Nothing to follow: everything is given."""
-        return nullcontext(self)
+    @contextmanager
+    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
+        """Look at the model's attention mask, which its decoder may be given in another form."""
+        handle = self.decoder.register_forward_pre_hook(self._look, with_kwargs=True)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._attention_mask = padding_mask(arguments(module, args, kwargs))
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
         """The caller's."""
-        return replace(self._marks, queries=queries)
+        return replace(self._marks, queries=queries, attention_mask=self._attention_mask)
 
     def provide(self, read: Read) -> Any:
         """The caller's source answers."""

@@ -69,8 +69,8 @@ class PrunedCacheLayer(DynamicLayer):
         raise UnsupportedError(f"{what} is not supported under tokenprune.prune(); use greedy search or sampling")
 
 
-def adopt(cache: Any, layers: int, lease: Lease) -> list[PrunedCacheLayer]:
-    """Put pruned layers into an empty dynamic cache, in place.
+def check_cache(cache: Any) -> None:
+    """Refuse what the engine cannot prune.
 
     Raises:
         UnsupportedError: a cache of another kind, or one that already holds tokens.
@@ -86,10 +86,33 @@ def adopt(cache: Any, layers: int, lease: Lease) -> list[PrunedCacheLayer]:
             "the KV cache already holds tokens from outside this pruning context; start with an empty cache "
             "inside the context"
         )
-    fresh = [PrunedCacheLayer(lease) for _ in range(layers)]
-    cache.layers[:] = fresh
-    cache.layer_class_to_replicate = None
-    return fresh
+
+
+def shorten_layer(cache: Cache, number: int, absent: int, lease: Lease) -> None:
+    """Make layer `number` of a cache, still empty there, one that will lack `absent` tokens of the sequence."""
+    layer = PrunedCacheLayer(lease)
+    layer.absent = absent
+    cache.layers[number : number + 1] = [layer]  # a cache without a config makes its layers one by one
+
+
+def widen_window(cache: Cache, number: int, lease: Lease) -> int | None:
+    """Turn a filled sliding-window layer into one whose masks have the true length, as those of pruned layers have.
+
+    Returns:
+        The number of tokens that it holds, the last ones; None for a layer of another kind, which stays.
+    """
+    window: Any = cache.layers[number]
+    if not isinstance(window, DynamicSlidingWindowLayer):
+        return None
+    layer, keys, values = PrunedCacheLayer(lease), window.keys, window.values
+    assert keys is not None
+    assert values is not None
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    held = keys.shape[-2]
+    layer.absent = int(window.get_seq_length()) - held
+    cache.layers[number] = layer
+    return held
 
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, PrunedCacheLayer)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.base import Strategy
-from tokenprune.engine.cache import Lease, adopt
+from tokenprune.engine.binding import arguments, padding_mask
+from tokenprune.engine.cache import Lease, check_cache, shorten_layer, widen_window
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
@@ -51,6 +52,7 @@ class PruningRun:
         self._attention_mask: Tensor | None = None
         self._deepstack: DeepStack | None = None
         self._prefill: Prefill | None = None
+        self._cache: Any = None
         self._decoding = False
         self._taps = ExitStack()
         self._new = self._past = 0
@@ -82,8 +84,7 @@ class PruningRun:
             raise UnsupportedError(
                 "gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off"
             )
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._attention_mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._attention_mask = padding_mask(arguments(module, args, kwargs))
         kwargs = dict(kwargs)
         self._deepstack = DeepStack.take(kwargs)
         return args, kwargs
@@ -100,7 +101,9 @@ class PruningRun:
             self._shorten_step(number, hidden, kwargs)
         else:
             hidden = self._prefill.before_layer(number, hidden, kwargs)
-            self._note_absent(number, cache)
+            frame = self._frame(number)
+            if cache is not None and frame is not None:
+                shorten_layer(cache, number, frame.length - frame.width, self._lease)
         return (hidden, *args[1:]), kwargs
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -108,6 +111,7 @@ class PruningRun:
             return None
         self._taps.close()
         first = self._prefill.after_last(output[0] if isinstance(output, tuple) else output)
+        self._widen_windows()
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     # prefill ---------------------------------------------------------------------------------------------------------
@@ -127,17 +131,26 @@ class PruningRun:
         )
         prefill.deepstack, self._deepstack = self._deepstack, None
         if cache is not None and prefill.planned:
-            adopt(cache, len(self.decoder.layers), self._lease)
+            check_cache(cache)
         wanted = [layer for layer in range(len(self.decoder.layers)) if prefill.taps(layer)]
         shows = {self.decoder.attention(layer): partial(prefill.see, layer) for layer in wanted}
         self._taps = ExitStack()
         self._taps.enter_context(tap(shows))
-        self._prefill = prefill
+        self._prefill, self._cache = prefill, cache
 
-    def _note_absent(self, number: int, cache: Any) -> None:
-        frame = self._frame(number)
-        if cache is not None and frame is not None:
-            cache.layers[number].absent = frame.length - frame.width
+    def _widen_windows(self) -> None:
+        """Once anything was pruned, sliding-window layers that were not must take full-length masks too."""
+        assert self._prefill is not None
+        frames, layout = self._prefill.frames, self._prefill.trace.layout
+        cache, self._cache = self._cache, None
+        if cache is None or all(frame is None for frame in frames):
+            return
+        for number, frame in enumerate(frames):
+            held = widen_window(cache, number, self._lease) if frame is None else None
+            if held is not None:
+                last = torch.zeros_like(layout.valid)
+                last[:, last.shape[1] - held :] = True
+                frames[number] = Frame.of(last)
 
     # decoding --------------------------------------------------------------------------------------------------------
 

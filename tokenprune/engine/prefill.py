@@ -101,10 +101,10 @@ class Prefill(TokenScheduler):
         """
         if layer == 0:
             self.full = hidden
-        else:
-            hidden = self._deepened(layer - 1, hidden)
             if any(isinstance(read, Embeddings) for planned in self.planned for read in planned.stage.reads):
                 self._embeddings = self.hidden()
+        else:
+            hidden = self._deepened(layer - 1, hidden)
         if self.due(layer):
             self._write_back(hidden)
             self.enter(layer)

@@ -116,7 +116,9 @@ def _tokens(axis: Any, record: SampleRecord, outcome: Outcome, stage: StageTrace
     assert trace is not None
     _show(axis, panels.with_tokens(record.image, trace, stage, row, record.box), _stage_title(trace, stage, row))
     if stage is not None:
+        height, width = record.image.shape[:2]
         places = panels.merged_places(trace, stage, row, record.box)
+        places = places.clip(0, (width - 1, height - 1))  # a grid may reach beyond the image
         axis.scatter(places[:, 0], places[:, 1], s=10, color=panels.ORANGE, edgecolors="black", linewidths=0.4)
 
 

@@ -1,0 +1,65 @@
+"""Which picture and which grid cell every placeholder of a vision-language model's prompt stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """T placeholders in the order of the prompt.
+
+    Attributes:
+        image: int64 [T], number of the picture; a crop or a frame counts as one.
+        grid: int64 [T, 2], (row, column), −1 where there is none.
+        separator: bool [T], tokens that end a line of a picture and show no part of it; to pruning, text (ours).
+    """
+
+    image: Tensor
+    grid: Tensor
+    separator: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    @classmethod
+    def empty(cls) -> Cells:
+        """No placeholders."""
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0).bool())
+
+    @classmethod
+    def square(cls, count: int) -> Cells:
+        """One picture of `count` tokens; cells row by row if that is a square number."""
+        side = round(count**0.5)
+        if side * side == count:
+            return cls.lines(side, side)
+        return cls(torch.zeros(count, dtype=torch.int64), torch.full((count, 2), -1), torch.zeros(count).bool())
+
+    @classmethod
+    def lines(cls, rows: int, columns: int, *, separated: bool = False) -> Cells:
+        """One picture row by row, with a separator at the end of each row or without."""
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns + separated)).reshape(-1, 2)
+        separator = cells[:, 1] == columns
+        grid = torch.where(separator[:, None], -1, cells)
+        return cls(torch.zeros(len(cells), dtype=torch.int64), grid, separator)
+
+    @classmethod
+    def lone_separator(cls) -> Cells:
+        """A separator that belongs to no line."""
+        return cls.lines(1, 0, separated=True)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Cells]) -> Cells:
+        """Pictures one after the other, numbered anew."""
+        parts = [part for part in parts if len(part)]
+        if not parts:
+            return cls.empty()
+        images, start = [], 0
+        for part in parts:
+            images.append(part.image + start)
+            start += int(part.image.max()) + 1
+        return cls(torch.cat(images), torch.cat([p.grid for p in parts]), torch.cat([p.separator for p in parts]))

@@ -14,17 +14,17 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from tokenprune.adapter import Adapter
-from tokenprune.errors import CheckpointError, OptionError, nearest
+from tokenprune.errors import CheckpointError
 from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
 from tokenprune_adapters.clip import find_tower, load_tower
 from tokenprune_adapters.llama import build_llama, finish_llama, is_rotary_table, place
 from tokenprune_adapters.llava_prompt import IM_END, IM_START
+from tokenprune_adapters.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer, load_tokenizer
 
 PROJECTOR = "model.mm_projector."
 MASK_PROJECTION = "model.text_hidden_fcs.0."
 EMBEDDING = "model.embed_tokens.weight"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class SegmenterAdapter(Adapter):
@@ -51,14 +51,7 @@ class SegmenterAdapter(Adapter):
             CheckpointError: see the loader.
             OptionError: an option that does not exist.
         """
-        known = list(inspect.signature(cls.loader()).parameters)[1:]
-        for name in options:
-            if name not in known:
-                near = nearest(name, known)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise OptionError(
-                    f"{cls.family} models have no load option {name!r}; {hint}options: {', '.join(known)}"
-                )
+        refuse_unknown(options, list(inspect.signature(cls.loader()).parameters)[1:], cls.family)
         return cls.loader()(source, **options)
 
 
@@ -87,8 +80,7 @@ class Opened:
     @property
     def name(self) -> str:
         """How reports call the model."""
-        path = Path(self.source).expanduser()
-        return path.resolve().name if path.is_dir() else path.name  # of a hub id the part after the slash
+        return shown_name(self.source)
 
     @property
     def mark_image(self) -> bool:
@@ -186,13 +178,12 @@ def open_checkpoint(
         CheckpointError: a file is missing or damaged.
         OptionError: an unknown dtype or device, or both device= and device_map=.
     """
-    if device is not None and device_map is not None:
-        raise OptionError("both device= and device_map= are given; give one of them")
-    target = _device(device)
+    one_place(device, device_map)
+    target = torch_device(device)
     folder = resolve_folder(source)
     config = read_json(folder / "config.json")
     checkpoint = Checkpoint(folder)
-    kind = _dtype(dtype)
+    kind = torch_dtype(dtype)
     if kind is None:
         on_cpu = target.type == "cpu" and device_map is None
         kind = torch.float32 if on_cpu or EMBEDDING not in checkpoint else checkpoint.tensor(EMBEDDING).dtype
@@ -228,22 +219,3 @@ def mlp(prefix: str, inputs: int, hidden: int, outputs: int, activation: nn.Modu
 def under(prefix: str, module: Any) -> Part[Any]:
     """A module whose tensors have their own names in the checkpoint, behind a prefix."""
     return Part(module, {name: prefix + name for name in module.state_dict()})
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    try:
-        found = torch.device(device or "cpu")
-    except RuntimeError as error:
-        raise OptionError(f"device {device!r} is unknown; expected e.g. 'cpu', 'cuda' or 'cuda:1'") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device {str(found)!r} asked for, but torch finds no CUDA device here; use device='cpu'")
-    return found
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")
-    return found

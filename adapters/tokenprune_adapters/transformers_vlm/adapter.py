@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from transformers import AutoModelForImageTextToText
+
 from tokenprune.adapter import Adapter
+from tokenprune.errors import CheckpointError
+from tokenprune_adapters.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
 from tokenprune_adapters.transformers_vlm.binding import TransformersBinding
 from tokenprune_adapters.transformers_vlm.families import FAMILIES
+from tokenprune_adapters.transformers_vlm.model import VisionLanguageModel
+
+OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "revision", "quantization_config")
 
 
 class TransformersAdapter(Adapter):
@@ -33,5 +41,38 @@ class TransformersAdapter(Adapter):
         return TransformersBinding(base, FAMILIES[kind])
 
     @classmethod
-    def load(cls, source: str, **options: Any) -> Any:
-        raise NotImplementedError
+    def load(cls, source: str, **options: Any) -> VisionLanguageModel:
+        """Load a checkpoint with transformers.
+
+        Args:
+            source: folder or hub id.
+            options: `dtype` (the stored one by default; float32 on a CPU), `device`, `device_map`,
+                `attn_implementation`, `revision`, `quantization_config`: as in transformers.
+
+        Raises:
+            CheckpointError: weights are missing, damaged or mis-shaped.
+            OptionError: an option that does not exist, or both device= and device_map=.
+        """
+        refuse_unknown(options, OPTIONS, "transformers")
+        device, device_map = options.pop("device", None), options.get("device_map")
+        one_place(device, device_map)
+        place = torch_device(device)
+        default = torch.float32 if place.type == "cpu" and device_map is None else "auto"
+        dtype = torch_dtype(options.pop("dtype", None)) or default
+        try:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options
+            )
+        except Exception as error:  # what transformers raises on a bad checkpoint is its own business and changes
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{source} cannot be loaded ({type(error).__name__}: {reason})") from error
+        model, report = loaded
+        missing = sorted(str(name) for name in report["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{source}: {len(missing)} tensors are missing ({', '.join(missing[:3])}, …); fetch all of its "
+                "weight files"
+            )
+        if device_map is None:
+            model.to(place)
+        return VisionLanguageModel(model.eval(), source, shown_name(source))

@@ -1,0 +1,54 @@
+"""Options of `tokenprune.load` that adapters share, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+
+from tokenprune.errors import OptionError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def refuse_unknown(given: Iterable[str], known: Collection[str], family: str) -> None:
+    """Raises OptionError for a load option that a family of models does not have."""
+    for name in given:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise OptionError(f"{family} models have no load option {name!r}; {hint}options: {', '.join(known)}")
+
+
+def one_place(device: object, device_map: object) -> None:
+    """Raises OptionError where both are given."""
+    if device is not None and device_map is not None:
+        raise OptionError("both device= and device_map= are given; give one of them")
+
+
+def torch_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, the CPU by default. Raises OptionError for one that is not there."""
+    try:
+        found = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise OptionError(f"device {device!r} is unknown; expected e.g. 'cpu', 'cuda' or 'cuda:1'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {str(found)!r} asked for, but torch finds no CUDA device here; use device='cpu'")
+    return found
+
+
+def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The type that is meant, None for none. Raises OptionError for one that weights cannot have."""
+    if dtype is None:
+        return None
+    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")
+    return found
+
+
+def shown_name(source: str | Path) -> str:
+    """How reports call a model: the folder's name, of a hub id the part after the slash."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.is_dir() else path.name

@@ -76,8 +76,8 @@ class Prefill(TokenScheduler):
         return self.vision.provide(read)
 
     def hidden(self) -> Tensor:
-        """[batch, N, width]."""
-        return self.layout.gather_slots(self.full)
+        """[batch, N, width], on the layout's device, whichever device the layers have come to."""
+        return self.layout.gather_slots(self.full.to(self.layout.slots.device))
 
     @property
     def width(self) -> int:
@@ -87,7 +87,8 @@ class Prefill(TokenScheduler):
     def write(self, index: Tensor, values: Tensor) -> None:
         """See `TokenScheduler.write`; out of place, so that gradients and the caller's tensors are left alone."""
         positions = torch.where(index < 0, -1, self.layout.slots.gather(1, index.clamp(min=0)))
-        self.full = spread_rows(values.to(self.full.dtype), positions, self.full.shape[1], base=self.full)
+        full = self.full
+        self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
     # the layers ------------------------------------------------------------------------------------------------------
 

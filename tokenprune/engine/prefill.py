@@ -113,7 +113,9 @@ class Prefill(TokenScheduler):
             self._frame = self._next_frame()
             hidden = self.full if self._frame is None else self._frame.gather(self.full)
         self.frames.append(self._frame)
-        if self._frame is not None:
+        if self._frame is None:
+            self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
+        else:
             self._shorten(layer, kwargs, hidden, self._frame)
         self.account(layer, hidden.shape[1], sum(self.scored(read).shape[1] for read in self.taps(layer)))
         return hidden

@@ -75,4 +75,4 @@ class TransformersAdapter(Adapter):
             )
         if device_map is None:
             model.to(place)
-        return VisionLanguageModel(model.eval(), source, shown_name(source))
+        return VisionLanguageModel(model.eval(), source, shown_name(source), options.get("revision"))

@@ -12,9 +12,10 @@ import torch
 
 from tokenprune.base import Strategy
 from tokenprune.engine import prune
-from tokenprune.errors import CheckpointError, InputError, OptionError
+from tokenprune.errors import InputError, OptionError
 from tokenprune.trace import Trace
 from tokenprune_adapters.images import ImageInput, to_rgb
+from tokenprune_adapters.transformers_vlm.processing import load_processor
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class VisionLanguageModel:
         model: the model with its language-modelling head; `tokenprune.prune` takes it, or this object.
         source: folder or hub id that the processor is read from when it is first needed.
         name: shown in reports.
+        revision: of a hub id.
     """
 
-    def __init__(self, model: Any, source: str, name: str) -> None:
-        self.model, self.source, self.name = model, source, name
+    def __init__(self, model: Any, source: str, name: str, revision: str | None = None) -> None:
+        self.model, self.source, self.name, self.revision = model, source, name, revision
 
     @property
     def base_model(self) -> Any:
@@ -49,21 +51,12 @@ class VisionLanguageModel:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor that belongs to the model.
+        """The processor that belongs to the model; without torchvision it takes no videos.
 
         Raises:
             CheckpointError: the folder holds none, or one that needs a package that is not installed.
         """
-        from transformers import AutoProcessor
-
-        try:
-            return AutoProcessor.from_pretrained(self.source)
-        except Exception as error:  # what transformers raises here is its own business and changes
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"{self.source}: its processor cannot be loaded ({type(error).__name__}: {reason}); fetch the "
-                "processor's files, or install what they need"
-            ) from error
+        return load_processor(self.source, self.model.config, self.revision)
 
     def inputs(self, image: ImageInput | Sequence[ImageInput], prompt: str) -> Any:
         """What the model is called with, on its device.
@@ -74,13 +67,24 @@ class VisionLanguageModel:
                 placeholder, taken as it is.
 
         Raises:
-            InputError: something that is no image, or an empty prompt.
+            InputError: something that is no image, an empty prompt, or one with placeholders for more or fewer images.
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"prompt {prompt!r} found, expected words about the image")
         images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
-        text = prompt if self._placeholder() in prompt else self._asked(len(images), prompt)
-        return self.processor(text=[text], images=images, return_tensors="pt").to(self.model.device)
+        if not images:
+            raise InputError("an empty list of images found, expected one or more")
+        placeholder = self._placeholder()
+        written = prompt.count(placeholder)
+        if written not in (0, len(images)):
+            raise InputError(
+                f"the prompt has {written} placeholders {placeholder}, but there are {len(images)} images; write as "
+                "many, or none"
+            )
+        text = prompt if written else self._asked(len(images), prompt)
+        begin = self.processor.tokenizer.bos_token
+        once = {"add_special_tokens": False} if begin and text.startswith(begin) else {}  # as some templates write it
+        return self.processor(text=[text], images=[images], return_tensors="pt", **once).to(self.model.device)
 
     @torch.inference_mode()
     def answer(

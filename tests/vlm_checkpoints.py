@@ -1,0 +1,179 @@
+"""Tiny complete checkpoints of transformers' vision-language models: weights, processor, chat template."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, PINPOINTS, SMALL_CROP, START, VIDEO
+from vlm_families import FAMILIES
+
+EOS = 2
+CHARACTERS = string.printable[:95] + "\n\t"  # ids 3 to 99
+QWEN = {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
+CELLS = {f"<row_{row + 1}_col_{column + 1}>": CELL + 4 * row + column for row in range(4) for column in range(4)}
+IDEFICS = {
+    "<image>": IMAGE,
+    "<fake_token_around_image>": FAKE,
+    "<global-img>": GLOBAL,
+    "<end_of_utterance>": 106,
+    **CELLS,
+}
+TOKENS: dict[str, dict[str, int]] = {
+    "llava": {"<image>": IMAGE},
+    "llava_next": {"<image>": IMAGE},
+    "llava_onevision": {"<image>": IMAGE, "<video>": VIDEO},
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_vl_moe": QWEN,
+    "internvl": {"<IMG_CONTEXT>": IMAGE, "<video>": VIDEO, "<img>": START, "</img>": END},
+    "smolvlm": IDEFICS,
+    "idefics3": IDEFICS,
+    "paligemma": {"<image>": IMAGE},
+    "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+}
+"""Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
+NAMED = {
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+    "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+}
+PLACEHOLDERS = {"gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
+HUB = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava_onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "qwen2_vl": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct",
+    "qwen3_vl_moe": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    "internvl": "OpenGVLab/InternVL3-8B-hf",
+    "smolvlm": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "paligemma": "google/paligemma-3b-mix-224",
+    "gemma3": "google/gemma-3-4b-it",
+}
+"""A released checkpoint of each family, which examples name."""
+VIDEO_PROCESSORS = {
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "qwen3_vl_moe": "Qwen3VLVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+    "smolvlm": "SmolVLMVideoProcessor",
+}
+"""Families whose processor has a part for videos, which needs torchvision."""
+
+
+def write_vlm(folder: Path, name: str) -> Path:
+    """A checkpoint folder as `save_pretrained` of a model and its processor leaves it.
+
+    Args:
+        folder: made if it is not there.
+        name: key of `TOKENS`.
+    """
+    FAMILIES[name].build().save_pretrained(folder)
+    tokenizer(name).save_pretrained(folder)
+    images = image_processor(name)
+    images.save_pretrained(folder)
+    config = {"processor_class": PROCESSORS.get(name, f"{FAMILIES[name].config().__class__.__name__[:-6]}Processor")}
+    _write(folder / "processor_config.json", {**config, **OPTIONS.get(name, {})})
+    if name in VIDEO_PROCESSORS:
+        _write(folder / "video_preprocessor_config.json", {"video_processor_type": VIDEO_PROCESSORS[name]})
+    if name != "paligemma":  # which has no chat template
+        (folder / "chat_template.jinja").write_text(chat_template(name), encoding="utf-8")
+    return folder
+
+
+PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "llava_next": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "llava_onevision": {
+        "num_image_tokens": (SMALL_CROP // PATCH) ** 2,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_2",
+    },
+    "internvl": {"image_seq_length": 4},
+    "smolvlm": {"image_seq_len": 4},
+    "idefics3": {"image_seq_len": 4},
+    "gemma3": {"image_seq_length": 9},
+}
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """One token per character, and the special tokens of the family."""
+    special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, **TOKENS[name]}
+    vocabulary = {character: 3 + place for place, character in enumerate(CHARACTERS)}
+    core = Tokenizer(models.BPE({**vocabulary, **special}, [], unk_token="</s>"))
+    core.decoder = decoders.Fuse()
+    if not name.startswith(("qwen", "internvl", "smolvlm")):  # whose tokenizers begin with no token of their own
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        extra_special_tokens=NAMED.get(name, {}),
+    )
+
+
+def image_processor(name: str) -> Any:
+    """The image processor that needs no torchvision, at the sizes of the tiny configurations."""
+    square, small = ({"height": side, "width": side} for side in (CROP, SMALL_CROP))
+    qwen = {
+        "patch_size": PATCH,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 64, "longest_edge": 4096},
+    }
+    longest: dict[str, Any] = {"size": {"longest_edge": 2 * CROP}, "max_image_size": {"longest_edge": CROP}}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "llava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
+        "llava_next": (
+            "LlavaNext",
+            {"size": {"shortest_edge": SMALL_CROP}, "crop_size": small, "image_grid_pinpoints": PINPOINTS},
+        ),
+        "llava_onevision": ("LlavaOnevision", {"size": small, "image_grid_pinpoints": PINPOINTS}),
+        "internvl": ("GotOcr2", {"size": square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}),
+        "smolvlm": ("SmolVLM", longest),
+        "idefics3": ("Idefics3", longest),
+        "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
+        "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
+    }
+    kind, options = kinds.get(name, ("Qwen2VL", qwen))
+    plain = f"{kind}ImageProcessor"  # as older releases call it
+    return getattr(transformers, f"{plain}Pil", getattr(transformers, plain, None))(**options)
+
+
+def chat_template(name: str) -> str:
+    """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
+    image = "<|vision_start|><|image_pad|><|vision_end|>" if name.startswith("qwen") else placeholder(name)
+    begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
+    return begin + (
+        "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
+        "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n"
+        "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+
+
+def placeholder(name: str) -> str:
+    """What stands for an image in a prompt."""
+    return PLACEHOLDERS.get(name, next(iter(TOKENS[name])))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")

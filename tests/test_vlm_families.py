@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from vlm_families import FAMILIES
+from vlm_families import CURRENT, FAMILIES, NAMES, VIDEO_NAMES
 
 SIZES = [(24, 32), (40, 20)]
 DIFFERENT_COUNTS = {
@@ -20,9 +20,8 @@ DIFFERENT_COUNTS = {
     "smolvlm",
     "idefics3",
 }
-names = pytest.mark.parametrize("name", FAMILIES)
+names = pytest.mark.parametrize("name", NAMES)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-WITH_VIDEO = [name for name, family in FAMILIES.items() if family.watch]
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def test_eager_and_sdpa_agree(name):
     inputs = FAMILIES[name].inputs(SIZES)
     valid = inputs["attention_mask"].bool()
     difference = (logits_of(name, inputs) - logits_of(name, inputs, "eager"))[valid].abs().max()
-    assert difference < 2e-5
+    assert difference < 5e-5
 
 
 @names
@@ -82,10 +81,10 @@ def test_a_batch_of_two_sizes_equals_singles(name, padding):
     together = logits_of(name, inputs)
     for row, size in enumerate(SIZES):
         alone = logits_of(name, family.inputs([size], first=row))[0]
-        assert (together[row][inputs["attention_mask"][row].bool()] - alone).abs().max() < 2e-5
+        assert (together[row][inputs["attention_mask"][row].bool()] - alone).abs().max() < 5e-5
 
 
-@pytest.mark.parametrize("name", WITH_VIDEO)
+@pytest.mark.parametrize("name", VIDEO_NAMES)
 def test_videos_run_and_matter(name):
     family = FAMILIES[name]
     inputs = family.inputs([(2, 16, 24), (2, 24, 16)])
@@ -95,6 +94,7 @@ def test_videos_run_and_matter(name):
     assert (other[:, -1] - logits[:, -1]).abs().max() > 1e-3
 
 
+@pytest.mark.skipif(not CURRENT, reason="generate(use_cache=False) of older transformers is another computation")
 @names
 def test_cached_decoding_equals_recomputation(name):
     family = FAMILIES[name]
@@ -103,7 +103,7 @@ def test_cached_decoding_equals_recomputation(name):
     cached = model_of(name).generate(**inputs, **options)
     again = model_of(name).generate(**inputs, **options, use_cache=False)
     assert torch.equal(cached.sequences, again.sequences)
-    assert all((a - b).abs().max() < 2e-5 for a, b in zip(cached.logits, again.logits, strict=True))
+    assert all((a - b).abs().max() < 5e-5 for a, b in zip(cached.logits, again.logits, strict=True))
 
 
 @names

@@ -99,12 +99,13 @@ def llava_onevision() -> Any:
 
 
 def _mrope(*sections: int) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"rope_parameters" if int(transformers.__version__.split(".")[0]) >= 5 else "rope_scaling": rope}
 
 
 def qwen2_vl() -> Any:
     return transformers.Qwen2VLConfig(
-        text_config={**TEXT_MODEL, "rope_parameters": _mrope(2, 1, 1)},
+        text_config={**TEXT_MODEL, **_mrope(2, 1, 1)},
         vision_config={**QWEN_TOWER, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
         **QWEN_TOKENS,
     )
@@ -113,7 +114,7 @@ def qwen2_vl() -> Any:
 def qwen2_5_vl() -> Any:
     """Blocks 0 and 2 of the tower attend in windows of 2 x 2 merged patches, 1 and 3 to the whole image."""
     return transformers.Qwen2_5_VLConfig(
-        text_config={**TEXT_MODEL, "rope_parameters": _mrope(2, 1, 1)},
+        text_config={**TEXT_MODEL, **_mrope(2, 1, 1)},
         vision_config={
             **QWEN_TOWER,
             "hidden_size": 32,
@@ -129,7 +130,7 @@ def qwen2_5_vl() -> Any:
 def _qwen3(kind: str, **text: Any) -> Any:
     """Tower blocks 0 and 2 are added to the image tokens behind decoder layers 0 and 1 (DeepStack)."""
     return getattr(transformers, kind)(
-        text_config={**TEXT_MODEL, "head_dim": 16, "rope_parameters": _mrope(4, 2, 2), **text},
+        text_config={**TEXT_MODEL, "head_dim": 16, **_mrope(4, 2, 2), **text},
         vision_config={
             **QWEN_TOWER,
             "hidden_size": 32,

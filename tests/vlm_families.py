@@ -6,12 +6,14 @@ processor would give for a batch of two rows with an image each, random text aro
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 import vlm_configs as configs
@@ -136,6 +138,11 @@ def _spans(pictures: Pictures, counts: Sequence[int], wrap: Callable[[int], list
     return [[wrap(next(left)) for _ in row] for row in pictures]
 
 
+def _processor(name: str) -> Any:
+    """The image processor that needs no torchvision; older releases call it by the plain name."""
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+
+
 def _plain(count: int) -> list[int]:
     return [IMAGE] * count
 
@@ -155,7 +162,7 @@ def _fixed(processor: str, side: int, count: int, wrap: Callable[[int], list[int
     """One square crop, `count` tokens."""
 
     def see(config: Any, pictures: Pictures) -> Seen:
-        make = getattr(transformers, processor)(size={"height": side, "width": side}, **options)
+        make = _processor(processor)(size={"height": side, "width": side}, **options)
         pixels = make(images=_flat(pictures), return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels}, _spans(pictures, [count] * len(pixels), wrap)
 
@@ -164,7 +171,7 @@ def _fixed(processor: str, side: int, count: int, wrap: Callable[[int], list[int
 
 def _see_llava_next(config: Any, pictures: Pictures) -> Seen:
     size = {"height": SMALL_CROP, "width": SMALL_CROP}
-    make = transformers.LlavaNextImageProcessorPil(
+    make = _processor("LlavaNextImageProcessor")(
         size={"shortest_edge": SMALL_CROP}, crop_size=size, image_grid_pinpoints=configs.PINPOINTS
     )
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
@@ -174,7 +181,7 @@ def _see_llava_next(config: Any, pictures: Pictures) -> Seen:
 
 
 def _see_llava_onevision(config: Any, pictures: Pictures) -> Seen:
-    make = transformers.LlavaOnevisionImageProcessorPil(
+    make = _processor("LlavaOnevisionImageProcessor")(
         size={"height": SMALL_CROP, "width": SMALL_CROP}, image_grid_pinpoints=configs.PINPOINTS
     )
     seen = dict(make(images=pictures, return_tensors="pt"))
@@ -205,7 +212,7 @@ def _watch_llava_onevision(config: Any, videos: list[tuple[int, int, int]], draw
 
 
 def _see_qwen(config: Any, pictures: Pictures) -> Seen:
-    make = transformers.Qwen2VLImageProcessorPil(
+    make = _processor("Qwen2VLImageProcessor")(
         patch_size=PATCH, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
     )
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
@@ -226,11 +233,14 @@ def _watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Gen
 
 def _modalities(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     ids = inputs["input_ids"]
+    known = inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters
+    if "mm_token_type_ids" not in known:  # older releases find the images by their start tokens
+        return inputs
     return {**inputs, "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
 def _see_internvl(config: Any, pictures: Pictures) -> Seen:
-    make = transformers.GotOcr2ImageProcessorPil(
+    make = _processor("GotOcr2ImageProcessor")(
         size={"height": CROP, "width": CROP}, crop_to_patches=True, min_patches=1, max_patches=4
     )
     seen = make(images=_flat(pictures), return_tensors="pt")
@@ -239,8 +249,8 @@ def _see_internvl(config: Any, pictures: Pictures) -> Seen:
 
 
 def _see_idefics3(config: Any, pictures: Pictures) -> Seen:
-    kind = "SmolVLMImageProcessorPil" if config.model_type == "smolvlm" else "Idefics3ImageProcessorPil"
-    make = getattr(transformers, kind)(size={"longest_edge": 2 * CROP}, max_image_size={"longest_edge": CROP})
+    kind = "SmolVLMImageProcessor" if config.model_type == "smolvlm" else "Idefics3ImageProcessor"
+    make = _processor(kind)(size={"longest_edge": 2 * CROP}, max_image_size={"longest_edge": CROP})
     seen = make(images=pictures, return_tensors="pt", return_row_col_info=True)
     spans = [
         [_idefics3_ids(*shape) for shape in zip(rows, columns, strict=True)]
@@ -262,8 +272,8 @@ def _image_blocks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
 
 
-_clip = _fixed("CLIPImageProcessorPil", CROP, 16, crop_size={"height": CROP, "width": CROP})
-_siglip = _fixed("SiglipImageProcessorPil", CROP, 16)
+_clip = _fixed("CLIPImageProcessor", CROP, 16, crop_size={"height": CROP, "width": CROP})
+_siglip = _fixed("SiglipImageProcessor", CROP, 16)
 _qwen: dict[str, Any] = {"see": _see_qwen, "watch": _watch_qwen, "finish": _modalities}
 
 FAMILIES: dict[str, Family] = {
@@ -285,8 +295,31 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma3",
             configs.gemma3,
-            _fixed("SiglipImageProcessorPil", 24, 9, _wrapped),
+            _fixed("SiglipImageProcessor", 24, 9, _wrapped),
             finish=_image_blocks,
         ),
     )
 }
+
+
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CURRENT = RELEASE >= (5, 20)
+
+
+def _lacking(name: str) -> str | None:
+    """What an older release of transformers lacks for a family."""
+    try:
+        FAMILIES[name].inputs([(CROP, CROP)])
+    except (AttributeError, ImportError) as error:
+        return f"transformers {transformers.__version__} without torchvision: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _parameter(name: str) -> Any:
+    lacking = None if CURRENT else _lacking(name)
+    return pytest.param(name, marks=[] if lacking is None else pytest.mark.skip(reason=lacking))
+
+
+NAMES = [_parameter(name) for name in FAMILIES]
+"""The names of FAMILIES as parameters of tests; skipped, with a reason, where an older release has no such family."""
+VIDEO_NAMES = [_parameter(name) for name, family in FAMILIES.items() if family.watch]

@@ -1,0 +1,232 @@
+"""Following a vision-language model's calls: where its image tokens stand, what its tower computes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine.binding import arguments, padding_mask
+from tokenprune.engine.marks import Marks
+from tokenprune.engine.tap import Seen, tap
+from tokenprune.errors import InputError, PluginError, UnsupportedError
+from tokenprune.layout import true_positions
+from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune_adapters import tower_reads
+from tokenprune_adapters.transformers_vlm.cells import Cells
+
+if TYPE_CHECKING:
+    from tokenprune_adapters.transformers_vlm.binding import TransformersBinding
+
+LAYERED = (ClsAttention, ReceivedAttention, TowerKeys)
+METHODS = {"image": "get_image_features", "video": "get_video_features"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call of the tower gave.
+
+    Attributes:
+        cells: of the tokens.
+        values: per read, [T, …].
+    """
+
+    cells: Cells
+    values: dict[Read, Tensor]
+
+
+class Following:
+    """The watch of one context; what a forward saw is forgotten when it ends.
+
+    `generate` may encode images ahead and hand them to its forwards (`mm_encoder_outputs`); what was seen then is kept
+    until more is encoded ahead.
+    """
+
+    def __init__(self, binding: TransformersBinding, reads: Collection[Read]) -> None:
+        self.binding = binding
+        self.reads = [read for read in reads if type(read) in binding.offers()]
+        self._shows({read: [] for read in self.reads})  # refuses layers that are not there
+        self._inside = self._encoding = False
+        self._ids: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._ahead: dict[str, Encoded] = {}
+        self._encoded: dict[str, Encoded] = {}
+        self._flat: Tensor
+        self._tokens: Tensor
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: note ids, padding and what was encoded ahead."""
+        inputs, name = arguments(module, args, kwargs), self.binding.name
+        if inputs.get("pixel_values_videos") is not None and self.binding.family.videos is None:
+            raise UnsupportedError(f"{name} was given a video (pixel_values_videos), but its family has images only")
+        self._inside, self._ids, self._mask = True, inputs.get("input_ids"), padding_mask(inputs)
+        handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
+        self._encoded = {key: self._ahead[key] for key in METHODS if key in handed and key in self._ahead}
+        for modality, encoded in self._encoded.items():
+            self._numbers(modality, encoded)
+
+    def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model, called after exceptions too."""
+        self._inside, self._ids, self._mask, self._encoded = False, None, None, {}
+
+    def encode(self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the tower and the projector, and keep what the strategy wants to read."""
+        if self._encoding:  # Qwen3-VL's videos go through its method for images
+            return original(*args, **kwargs)
+        self._encoding = True
+        try:
+            output, encoded = self._encode(modality, original, args, kwargs)
+        finally:
+            self._encoding = False
+        if self._inside:
+            self._encoded[modality] = encoded
+            self._numbers(modality, encoded)  # before the model itself complains, in other words
+        else:
+            self._ahead[modality] = encoded
+        return output
+
+    def _encode(
+        self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Encoded]:
+        binding = self.binding
+        kind = binding.family.images if modality == "image" else binding.family.videos
+        if kind is None:
+            raise UnsupportedError(f"{binding.name}: {modality}s are not supported under tokenprune.prune()")
+        inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
+        arrangement = kind(binding.base, inputs, binding.cut)
+        seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
+        shapes: list[tuple[int, ...]] = []
+        given: list[Tensor] = []
+        wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
+
+        def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            shapes.append(tuple(args[0].shape))
+            if wants_features:
+                given.append(args[0].detach())
+
+        with ExitStack() as undo:
+            undo.callback(binding.part(kind.projector).register_forward_hook(projected).remove)
+            undo.enter_context(arrangement.recording())
+            undo.enter_context(tap(self._shows(seen)))
+            output = original(*args, **kwargs)
+        features = getattr(output, "pooler_output", output)
+        tokens = sum(part.shape[:-1].numel() for part in ([features] if isinstance(features, Tensor) else features))
+        cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
+        values = {read: arrangement.pool(parts, tokens) for read, parts in seen.items() if parts}
+        values.update({read: arrangement.features(given, tokens) for read in self.reads if type(read) is TowerFeatures})
+        return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
+
+    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[Seen], None]]:
+        wanted: dict[nn.Module, list[Any]] = {}
+        for read in seen:
+            if isinstance(read, LAYERED):
+                wanted.setdefault(self.binding.tower_attention(read.layer), []).append(read)
+
+        def show(reads: list[Any], found: Seen) -> None:
+            for read in reads:
+                seen[read].append(self._value(read, found))
+
+        return {module: partial(show, some) for module, some in wanted.items()}
+
+    def _value(self, read: Read, seen: Seen) -> Tensor:
+        """[crops, patches, D] of one call of a tower layer."""
+        if isinstance(read, ClsAttention):
+            return tower_reads.cls_attention(seen, read.heads)[..., None]
+        value = (
+            tower_reads.keys(seen) if isinstance(read, TowerKeys) else tower_reads.received_attention(seen)[..., None]
+        )
+        return value[:, self.binding.cut :]
+
+    # the prefill -----------------------------------------------------------------------------------------------------
+
+    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+        """See `Watch.marks`.
+
+        Raises:
+            InputError: the model was called without ids, or placeholders and image features differ in number.
+        """
+        ids, name = self._ids, self.binding.name
+        if ids is None:
+            raise InputError(f"{name} was called without input_ids; call it with them, or give image_tokens=")
+        flat = torch.full(ids.shape, -1, device=ids.device)
+        start, parts = 0, []
+        for modality, token in self.binding.token_ids.items():
+            if token is None:
+                continue
+            where, encoded = ids.eq(token), self._encoded.get(modality)
+            if encoded is not None:
+                flat[where] = self._numbers(modality, encoded).to(ids.device) + start
+                parts.append(encoded.cells)
+                start += len(encoded.cells)
+            elif where.any():
+                raise InputError(
+                    f"{name}: the prompt holds {int(where.sum())} {modality} tokens, but no {modality} was encoded in "
+                    "this context; pass the pixels, or give image_tokens="
+                )
+        cells = Cells.joined(parts)
+        self._flat = flat
+        found = flat.clamp(min=0)
+        separator = torch.cat((cells.separator, torch.zeros(1).bool())).to(ids.device)[found]
+        self._tokens = (flat >= 0) & ~separator
+        grid, image = (
+            torch.cat((value, value.new_zeros(1, *value.shape[1:]))).to(ids.device)[found]
+            for value in (cells.grid, cells.image)
+        )
+        number = _numbered(torch.where(self._tokens, image, -1))
+        grid = torch.where(self._tokens[..., None], grid, -1)
+        return Marks(self._tokens, queries, grid, number, self._mask)
+
+    def _numbers(self, modality: str, encoded: Encoded) -> Tensor:
+        """For each placeholder, row by row, the number of its token; rows may be repeated for returned sequences."""
+        ids = self._ids
+        if ids is None:
+            return torch.zeros(0, dtype=torch.int64)
+        counts, tokens = ids.eq(self.binding.token_ids[modality]).sum(1), len(encoded.cells)
+        total = int(counts.sum())
+        repeats = total // max(tokens, 1)
+        once = counts[:: max(repeats, 1)]
+        if int(once.sum()) != tokens or not torch.equal(once.repeat_interleave(repeats), counts):
+            raise InputError(
+                f"{self.binding.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
+                "features; use the model's own processor to make the prompt"
+            )
+        rows = torch.split(torch.arange(tokens), once.tolist())
+        return torch.cat([row for row in rows for _ in range(repeats)])
+
+    def provide(self, read: Read) -> Any:
+        """See `Watch.provide`."""
+        if isinstance(read, Projector):
+            return self.binding.project
+        parts = [self._encoded[modality].values.get(read) for modality in METHODS if modality in self._encoded]
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise PluginError(
+                f"{read} was not declared when the context was opened, so {self.binding.name}'s tower was not read; "
+                "declare the same reads for every shape"
+            )
+        values = torch.cat([part for part in parts if part is not None])
+        slots = true_positions(self._tokens)
+        index = self._flat.gather(1, slots.clamp(min=0)).to(values.device)
+        lined = values[index]
+        return lined.masked_fill((slots < 0).to(values.device).view(*slots.shape, *[1] * (lined.dim() - 2)), 0)
+
+
+def _flat(read: Read, value: Tensor) -> Tensor:
+    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention)) else value
+
+
+def _numbered(image: Tensor) -> Tensor:
+    """Number the pictures of every row 0, 1, … in the order in which they come; −1 stays."""
+    result = torch.full_like(image, -1)
+    for row, numbers in enumerate(image):
+        where = (numbers >= 0).nonzero().flatten()
+        if len(where):
+            found = numbers[where]
+            changes = torch.cat((found.new_zeros(1), (found[1:] != found[:-1]).long()))
+            result[row, where] = changes.cumsum(0)
+    return result

@@ -57,6 +57,8 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
             bound[shape] = ready, _checked_stages(ready, shape)
     widest = max(shapes, key=lambda shape: shape.image_tokens)
     leader, stages = bound[widest]
+    if widest.image_tokens == 0:
+        return leader, []  # a prompt of text alone leaves nothing to choose from
     # a row without image tokens has no budget to meet, and follows the others
     idle = [replace(stage, tokens=None if stage.tokens is None else 0) for stage in stages]
     rows = [bound[shape][1] if shape.image_tokens else idle for shape in shapes]

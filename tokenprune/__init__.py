@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tokenprune.adapter import Adapter
     from tokenprune.api import load, strategy
     from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
+    from tokenprune.compatibility import Compatibility, compatible
     from tokenprune.decisions import Decision, Keep, Merge, Restore
     from tokenprune.engine import prune
     from tokenprune.errors import TokenPruneError
@@ -37,6 +38,7 @@ _HOME = {
     "tokenprune.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
     "tokenprune.base": ("Shape", "Stage", "Strategy", "StrategyOptions"),
+    "tokenprune.compatibility": ("Compatibility", "compatible"),
     "tokenprune.decisions": ("Decision", "Keep", "Merge", "Restore"),
     "tokenprune.engine": ("prune",),
     "tokenprune.errors": ("TokenPruneError",),
@@ -63,6 +65,7 @@ __all__ = [
     "Adapter",
     "AttentionFrom",
     "ClsAttention",
+    "Compatibility",
     "Decision",
     "Embeddings",
     "HiddenStates",
@@ -82,6 +85,7 @@ __all__ = [
     "TowerKeys",
     "adapters",
     "compare",
+    "compatible",
     "datasets",
     "hookimpl",
     "load",

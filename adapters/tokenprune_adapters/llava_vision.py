@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -125,19 +126,39 @@ def vision_source(
         pixels: gives the picture as the tower's grid divides it, uint8 [1, h, w, 3].
         rows: number of batch rows.
     """
+    shown = _Shown(run, projector, pixels, rows)
+    return VisionSource({kind: partial(answer, shown) for kind, answer in _ANSWERS.items()}, run.layers)
 
-    def for_rows(value: Tensor) -> Tensor:
-        return value.expand(rows, *value.shape[1:])
 
-    answers: dict[type[Read], Callable[[Any], Any]] = {
-        TowerFeatures: lambda read: for_rows(run.features),
-        ClsAttention: lambda read: for_rows(run.cls_attention(read.layer, read.heads)),
-        ReceivedAttention: lambda read: for_rows(run.received_attention(read.layer)),
-        TowerKeys: lambda read: for_rows(run.keys(read.layer)),
-        Projector: lambda read: projector,
-        Pixels: lambda read: for_rows(pixels()),
-    }
-    return VisionSource(answers, run.layers)
+@dataclass(frozen=True)
+class _Shown:
+    """The arguments of `vision_source`."""
+
+    run: TowerReads
+    projector: Callable[[Tensor], Tensor]
+    pixels: Callable[[], Tensor]
+    rows: int
+
+    def for_rows(self, value: Tensor) -> Tensor:
+        return value.expand(self.rows, *value.shape[1:])
+
+
+_ANSWERS: dict[type[Read], Callable[[_Shown, Any], Any]] = {
+    TowerFeatures: lambda shown, read: shown.for_rows(shown.run.features),
+    ClsAttention: lambda shown, read: shown.for_rows(shown.run.cls_attention(read.layer, read.heads)),
+    ReceivedAttention: lambda shown, read: shown.for_rows(shown.run.received_attention(read.layer)),
+    TowerKeys: lambda shown, read: shown.for_rows(shown.run.keys(read.layer)),
+    Projector: lambda shown, read: shown.projector,
+    Pixels: lambda shown, read: shown.for_rows(shown.pixels()),
+}
+
+OFFERS = frozenset(_ANSWERS)
+"""Kinds of reads that `vision_source` answers."""
+
+
+def count_layers(tower: nn.Module) -> int:
+    """Layers of a CLIP tower: `VisionSource.layers`, known before an image is."""
+    return len(_blocks(tower))
 
 
 def _blocks(tower: nn.Module) -> Any:

@@ -9,15 +9,18 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.base import Strategy
 from tokenprune.engine import PruningRun, VisionSource, prune
+from tokenprune.engine.declared import check_on
 from tokenprune.errors import InputError, OptionError
+from tokenprune.reads import Read
 from tokenprune.trace import Trace
 from tokenprune_adapters.generation import Generated, generate
 from tokenprune_adapters.images import ImageInput
 from tokenprune_adapters.llava_prompt import prompt_ids, splice
+from tokenprune_adapters.llava_vision import OFFERS, count_layers
 from tokenprune_adapters.queries import checked_query, given_answer, sentence_flags, several
 from tokenprune_adapters.segmentation import Answered, Segmentation, SegmenterInputs
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
@@ -40,6 +43,8 @@ class Segmenter(nn.Module):
     seg_tokens: ClassVar[tuple[str, ...]] = ("[SEG]",)
     """The tokens that, said in this order, ask for one mask; each is a mask query of its own."""
     forced_answer: ClassVar[str] = "[SEG]."
+    tower: CLIPVisionModel
+    """The vision tower, which the family sets."""
 
     def __init__(
         self, *, decoder: LlamaForCausalLM, tokenizer: LlamaSlowTokenizer, mark_image: bool, name: str
@@ -54,6 +59,15 @@ class Segmenter(nn.Module):
     def seg_ids(self) -> list[int]:
         """Ids of `seg_tokens`; the loader refuses a tokenizer without them."""
         return [found for token in self.seg_tokens if (found := self.tokenizer.token_id(token)) is not None]
+
+    def offers(self) -> frozenset[type[Read]]:
+        """Kinds of reads that `vision_source` answers for any image."""
+        return OFFERS
+
+    @property
+    def tower_layers(self) -> int:
+        """Layers of the vision tower."""
+        return count_layers(self.tower)
 
     # what a family says ----------------------------------------------------------------------------------------------
 
@@ -132,8 +146,11 @@ class Segmenter(nn.Module):
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
                 without <image> or, forced, without mask tokens.
             OptionError: an unknown `answer`, or no new tokens allowed.
+            IncompatibleError: the strategy does not fit the model; told before anything runs.
         """
         _check_limit(max_new_tokens)
+        if strategy is not None:
+            check_on(strategy, self)
         texts = self.prompts(query, answer, prompt, is_sentence)
         inputs = self.inputs_of(texts, self.encode_image(image), continues=answer == "generate")
         answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
@@ -253,6 +270,7 @@ class Segmenter(nn.Module):
         if strategy is None:
             yield None
             return
+        check_on(strategy, self)
         sequence = inputs.sequence
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():

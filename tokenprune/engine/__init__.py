@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tokenprune.base import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, binding_of
 from tokenprune.engine.context import PruningRun, prune_decoder
+from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError
-from tokenprune.fit import check_fit
 from tokenprune.registry import observers
 
 __all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "prune"]
@@ -63,18 +63,10 @@ def prune(
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
     binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
     decoder = find_decoder(binding.decoder)
-    offers = binding.offers()
-    reads = check_fit(
-        strategy,
-        binding.name,
-        len(decoder.layers),
-        vision=offers,
-        tower_layers=binding.tower_layers,
-        multimodal_rope=decoder.multimodal_rope,
-    )
+    reads = check_on(strategy, binding)
     with ExitStack() as stack:
         watch = stack.enter_context(binding.watch(reads))
-        source = VisionSource(dict.fromkeys(offers, watch.provide), binding.tower_layers)
+        source = VisionSource(dict.fromkeys(binding.offers(), watch.provide), binding.tower_layers)
         marks = partial(watch.marks, named)
         run = stack.enter_context(prune_decoder(decoder, strategy, marks, vision=source, observer=observers, seed=seed))
         observers.tokenprune_run_started(run=run)

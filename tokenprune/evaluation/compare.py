@@ -13,6 +13,7 @@ from tokenprune import api, registry
 from tokenprune.base import Shape, Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
+from tokenprune.engine.declared import check_on, declares
 from tokenprune.errors import InputError, OptionError, UnknownNameError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
@@ -70,7 +71,8 @@ def compare(
         OptionError: a limit, seed or strategy option out of range.
         BudgetError: a budget outside (0, 1], or one that a strategy cannot meet.
         CheckpointError: the model cannot be loaded.
-        IncompatibleError: a strategy reads what the model does not provide.
+        IncompatibleError: a strategy reads what the model does not provide; told before any query runs where the model
+            declares what it provides.
     """
     budgets = budgets_of(budget)
     _check_number("timing_samples", timing_samples, 0)
@@ -79,6 +81,9 @@ def compare(
     data = check_request(dataset, split, limit, seed)
     name = model if isinstance(model, str) else model.name
     loaded: SegmentationModel = api.load(model) if isinstance(model, str) else model
+    if declares(loaded):
+        for contender in field_of:
+            check_on(contender.strategy, loaded)
     run = _Run(loaded, field_of, timing_samples, records)
     report = progress or (lambda what, done, total: None)
     with torch.no_grad():

@@ -1,0 +1,60 @@
+"""What a model declares about itself, and whether a strategy fits it, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeGuard
+
+from tokenprune.base import Shape, Strategy
+from tokenprune.engine.decoder import find_decoder
+from tokenprune.fit import DECODER_READS, TYPICAL_TOKENS, check_fit, declared_reads
+from tokenprune.reads import Read
+
+
+class Declared(Protocol):
+    """A model that tells what strategies may read of it: a `Binding`, or a model of an adapter's own."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def decoder(self) -> Any:
+        """The module that runs the decoder layers, or has it inside."""
+
+    @property
+    def tower_layers(self) -> int:
+        """Layers of the vision tower, 0 where there is none."""
+
+    def offers(self) -> frozenset[type[Read]]:
+        """Kinds of reads that the vision side can answer."""
+
+
+def declares(model: Any) -> TypeGuard[Declared]:
+    """Whether a model tells what strategies may read of it."""
+    return all(hasattr(model, name) for name in ("name", "decoder", "tower_layers", "offers"))
+
+
+def reads_on(strategy: Strategy, model: Declared) -> set[Read]:
+    """What the strategy reads on this model, whether it is offered or not. Raises UnsupportedError, see `check_on`."""
+    layers = len(find_decoder(model.decoder).layers)
+    return declared_reads(
+        strategy, Shape(layers, TYPICAL_TOKENS, 0, model.tower_layers, DECODER_READS | model.offers())
+    )
+
+
+def check_on(strategy: Strategy, model: Declared) -> set[Read]:
+    """What the strategy reads on this model, once it is known to fit.
+
+    Raises:
+        IncompatibleError: it reads what the model does not offer, or renumbers positions of several axes.
+        UnsupportedError: the model has no decoder to hook into.
+    """
+    decoder = find_decoder(model.decoder)
+    return check_fit(
+        strategy,
+        model.name,
+        len(decoder.layers),
+        vision=model.offers(),
+        tower_layers=model.tower_layers,
+        multimodal_rope=decoder.multimodal_rope,
+    )

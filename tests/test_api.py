@@ -15,6 +15,8 @@ import tokenprune as tp
 from tokenprune import registry
 from tokenprune.base import Shape
 from tokenprune.errors import BudgetError, CheckpointError, OptionError, PluginError, UnknownNameError
+from tokenprune.layout import SequenceLayout
+from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,18 +112,17 @@ def test_strategy_of_the_readme_keeps_the_centre_within_budget() -> None:
     strategy = tp.strategy("centre", budget=0.36).bind(shape)
     (stage,) = strategy.stages(shape)
     assert stage.tokens == 9
-    cells = torch.cartesian_prod(torch.arange(5), torch.arange(5))[None]
-    flags = torch.ones(1, 25, dtype=torch.bool)
+    layout = SequenceLayout.from_mask(torch.ones(1, 25, dtype=torch.bool))
     tokens = Tokens(
         stage="crop",
-        exists=flags,
-        active=flags,
-        parked=~flags,
+        layout=layout,
+        state=TokenState.start(layout.slots >= 0),
         target=torch.tensor([9]),
-        image=torch.zeros(1, 25, dtype=torch.long),
-        grid=cells,
-        mass=torch.ones(1, 25),
         memory={},
+        seed=0,
+        reads=(),
+        provide=lambda read: None,
+        mark=lambda name, rows: None,
     )
     assert strategy.choose(stage, tokens).index.tolist() == [[6, 7, 8, 11, 12, 13, 16, 17, 18]]
 

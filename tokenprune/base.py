@@ -35,6 +35,7 @@ class Shape:
         text_tokens: every other token of the row.
         tower_layers: layers of the vision tower, 0 where unknown.
         readable: kinds of reads that the model offers, None where unknown.
+        heads: attention heads of the decoder, 0 where unknown.
     """
 
     layers: int
@@ -42,6 +43,7 @@ class Shape:
     text_tokens: int = 0
     tower_layers: int = 0
     readable: frozenset[type[Read]] | None = None
+    heads: int = 0
 
     def offers(self, *kinds: type[Read]) -> bool:
         """Whether the model offers all of these reads, so that stages can choose what they read; True where unknown."""

@@ -19,14 +19,18 @@ def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
     ledger = Ledger((shape.image_tokens,), (shape.text_tokens,))
     active = shape.image_tokens
     for layer in range(shape.layers):
+        ahead = []
         for stage in (p.stage for p in planned if p.stage.layer == layer):
+            if any(isinstance(read, AttentionFrom) and not read.looks_back for read in stage.reads):
+                ahead.append((active + shape.text_tokens, 1))
             if stage.tokens is None:
                 raise BudgetError(
                     f"strategy {strategy.name!r}, stage {stage.name!r}: the number of tokens depends on the "
                     "image; give it a fixed number"
                 )
             active = stage.tokens
-        next_reads = [read for p in planned if p.stage.layer == layer + 1 for read in p.stage.reads]
-        scored = int(any(isinstance(read, AttentionFrom) for read in next_reads))
-        ledger.entries.append(LayerEntry(layer, (active,), (shape.text_tokens,), active + shape.text_tokens, scored))
+        after = [read for p in planned if p.stage.layer == layer + 1 for read in p.stage.reads]
+        scored = int(any(isinstance(read, AttentionFrom) and read.looks_back for read in after))
+        width = active + shape.text_tokens
+        ledger.entries.append(LayerEntry(layer, (active,), (shape.text_tokens,), width, scored, tuple(ahead)))
     return ledger

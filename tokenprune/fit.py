@@ -6,9 +6,21 @@ from collections.abc import Iterable
 
 from tokenprune.base import Shape, Strategy
 from tokenprune.errors import IncompatibleError, TokenPruneError
-from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates, Read
+from tokenprune.reads import (
+    AttentionFrom,
+    Embeddings,
+    HiddenStates,
+    LayerKeys,
+    PositionKernel,
+    Read,
+    TextEmbeddings,
+    TextKeys,
+    TextStates,
+)
 
-DECODER_READS: frozenset[type[Read]] = frozenset((AttentionFrom, HiddenStates, Embeddings))
+DECODER_READS: frozenset[type[Read]] = frozenset(
+    (AttentionFrom, PositionKernel, HiddenStates, TextStates, LayerKeys, TextKeys, Embeddings, TextEmbeddings)
+)
 """What the engine reads from any decoder."""
 
 TYPICAL_TOKENS = 576  # what stages are asked with where the number of image tokens is not known yet (LLaVA-1.5's)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -82,9 +82,38 @@ class SequenceLayout:
         """int64 [batch, N]: sequence position of every image token, −1 where a row has fewer than N = max N_row."""
         return true_positions(self.image_tokens)
 
+    @cached_property
+    def text_slots(self) -> Tensor:
+        """int64 [batch, T]: sequence position of every text token, −1 where a row has fewer than T."""
+        return true_positions(self.valid & ~self.image_tokens)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 [batch, sequence]: how many real tokens stand before a position."""
+        return self.valid.long().cumsum(1) - self.valid.long()
+
     def gather_slots(self, values: Tensor) -> Tensor:
         """Values [batch, sequence, …] at the image tokens: [batch, N, …]; −1 (False, 0.0) where a row has no token."""
-        slots = self.slots
+        return self._gather(values, self.slots)
+
+    def gather_text(self, values: Tensor) -> Tensor:
+        """The same at the text tokens: [batch, T, …]."""
+        return self._gather(values, self.text_slots)
+
+    def marked(self, name: str, text: Tensor) -> SequenceLayout:
+        """This layout with one more kind of query row.
+
+        Args:
+            name: of the rows.
+            text: bool [batch, T], the text tokens that are such rows.
+        """
+        length, slots = self.valid.shape[1], self.text_slots
+        rows = torch.zeros(len(slots), length + 1, dtype=torch.bool, device=slots.device)
+        rows.scatter_(1, torch.where(slots < 0, length, slots), text)  # the last column takes what −1 points to
+        return replace(self, queries={**self.queries, name: rows[:, :length]})
+
+    @staticmethod
+    def _gather(values: Tensor, slots: Tensor) -> Tensor:
         index = (
             slots.clamp(min=0)
             .reshape(*slots.shape, *([1] * (values.dim() - 2)))

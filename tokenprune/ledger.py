@@ -15,6 +15,8 @@ class LayerEntry:
         other: every other real token entering it, per batch row.
         width: positions really computed per row, fillers of shorter rows and padding included.
         scored_rows: query rows per batch row whose attention was read out of this layer.
+        ahead: (positions, query rows) per batch row of every time that this layer's attention was computed ahead for a
+            stage that begins with it.
     """
 
     layer: int
@@ -22,6 +24,7 @@ class LayerEntry:
     other: tuple[int, ...]
     width: int
     scored_rows: int = 0
+    ahead: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass

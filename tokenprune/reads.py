@@ -15,31 +15,106 @@ class Read:
     def __str__(self) -> str:
         return type(self).__name__
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it is read out of the layer just before the stage, which a stage at layer 0 does not have."""
+        return False
+
 
 @dataclass(frozen=True)
 class AttentionFrom(Read):
-    """Attention that query rows pay to the image tokens, in the decoder layer just before the stage.
+    """Attention that query rows pay to the image tokens.
 
     `tokens.attention` is float32 [batch, N]: softmax over all keys of that layer (text too), mean over heads, then
-    `reduce` over the query rows; −inf where a token was not active, so that it is never among the highest.
+    `reduce` over the query rows; −inf where a token was not active, so that it is never among the highest. With heads
+    or query rows kept apart it is [batch, heads, N], [batch, Q, N] or [batch, heads, Q, N]; where a batch row has fewer
+    query rows than Q, the missing ones hold zeros.
 
     Attributes:
         query: "mask_query" (the position whose state becomes the mask; the last position where there is none),
-            "seg", "last", or any row that the caller marked.
-        reduce: "mean" or "max" over several query rows.
+            "seg", "last", any row that the caller marked, or that the strategy did (`tokens.mark`).
+        reduce: "mean" or "max" over several query rows; "each" keeps them apart.
+        heads: "mean"; "each" keeps them apart.
+        layer: "before": the decoder layer just before the stage. "next": the stage's own first layer, whose queries and
+            keys are computed ahead from the states that enter the stage, at their present positions (PyramidDrop).
     """
 
     field: ClassVar[str] = "attention"
     query: str = "mask_query"
     reduce: str = "mean"
+    heads: str = "mean"
+    layer: str = "before"
+
+    @property
+    def looks_back(self) -> bool:
+        """Unless it is computed ahead."""
+        return self.layer == "before"
+
+
+@dataclass(frozen=True)
+class PositionKernel(Read):
+    """`tokens.position_kernel`: float32 [batch, Q, N], what the rotary embedding alone makes of query rows and tokens:
+    the scaled product of all-ones queries and keys after rotation, at their present positions (SparseVLM+)."""
+
+    field: ClassVar[str] = "position_kernel"
+    query: str = "mask_query"
 
 
 @dataclass(frozen=True)
 class HiddenStates(Read):
     """`tokens.hidden`: [batch, N, width], the state of every image token on entering the stage; the last one it had
-    if parked."""
+    if parked.
+
+    Attributes:
+        normed: passed through the decoder's final norm.
+    """
 
     field: ClassVar[str] = "hidden"
+    normed: bool = False
+
+
+@dataclass(frozen=True)
+class TextStates(Read):
+    """`tokens.text_hidden`: [batch, T, width], states of the text tokens on entering the stage (see `tokens.text`).
+
+    Attributes:
+        normed: passed through the decoder's final norm.
+    """
+
+    field: ClassVar[str] = "text_hidden"
+    normed: bool = False
+
+
+@dataclass(frozen=True)
+class LayerKeys(Read):
+    """`tokens.layer_keys`: [batch, N, C], keys in the decoder layer just before the stage, after the rotary embedding,
+    heads concatenated; zeros where a token was not active."""
+
+    field: ClassVar[str] = "layer_keys"
+
+    @property
+    def looks_back(self) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(frozen=True)
+class TextKeys(Read):
+    """`tokens.text_keys`: [batch, T, C], the same of the text tokens."""
+
+    field: ClassVar[str] = "text_keys"
+
+    @property
+    def looks_back(self) -> bool:
+        """Always."""
+        return True
+
+
+@dataclass(frozen=True)
+class TextEmbeddings(Read):
+    """`tokens.text_embeddings`: [batch, T, width], the text tokens as they entered the decoder."""
+
+    field: ClassVar[str] = "text_embeddings"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.fit import misfit
 from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import LayerEntry, Ledger
-from tokenprune.reads import AttentionFrom, Read
+from tokenprune.reads import Read
 from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
 from tokenprune.trace import StageTrace, Trace
@@ -86,10 +85,10 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
             f"(the model has {shape.layers} layers)"
         )
     for stage in stages:
-        if stage.layer == 0 and any(isinstance(read, AttentionFrom) for read in stage.reads):
+        if stage.layer == 0 and any(read.looks_back for read in stage.reads):
             raise PluginError(
-                f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention of the layer before layer 0, "
-                "which does not exist"
+                f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention or keys of the layer before layer "
+                "0, which does not exist"
             )
         if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
             raise PluginError(
@@ -121,21 +120,20 @@ class TokenScheduler(ABC):
         *,
         model: str,
         tower_layers: int = 0,
+        heads: int = 0,
         observer: Observer | None = None,
         seed: int = 0,
     ) -> None:
         """Raises IncompatibleError where a stage reads what this scheduler cannot provide; see also `plan`."""
         counts = layout.counts.tolist()
         others = (layout.valid.sum(1) - layout.counts).tolist()
-        shapes = [Shape(layers, n, t, tower_layers, self.offers()) for n, t in zip(counts, others, strict=True)]
+        shapes = [Shape(layers, n, t, tower_layers, self.offers(), heads) for n, t in zip(counts, others, strict=True)]
         self.model, self.layout, self.layers, self.observer, self.seed = model, layout, layers, observer, seed
         self.strategy, self.planned = plan(strategy, shapes)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
         self.memory: dict[str, Any] = {}
-        self._image = layout.gather_slots(layout.image_number)
-        self._grid = layout.gather_slots(layout.grid)
         policies: dict[str, str] = {"positions": self.strategy.positions}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
         self.trace = Trace(repr(self.strategy), policies, layout, exists, ledger)
@@ -174,10 +172,10 @@ class TokenScheduler(ABC):
         for planned in self.due(layer):
             self._take(planned)
 
-    def account(self, layer: int, width: int, scored_rows: int = 0) -> None:
-        """Enter a layer into the ledger: `width` positions per row were computed."""
+    def account(self, layer: int, width: int, scored_rows: int = 0, ahead: tuple[tuple[int, int], ...] = ()) -> None:
+        """Enter a layer into the ledger: `width` positions per row were computed; see `LayerEntry` for the others."""
         ledger = self.trace.ledger
-        ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows))
+        ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows, ahead))
 
     def finish(self) -> None:
         """The last layer has run: tell the observer."""
@@ -220,20 +218,20 @@ class TokenScheduler(ABC):
         return torch.einsum("bkj,bjd->bkd", weights.to(hidden.dtype), hidden)
 
     def _view(self, stage: Stage, target: Tensor) -> Tokens:
-        state = self.state
         return Tokens(
             stage=stage.name,
-            exists=state.exists,
-            active=state.active,
-            parked=state.parked,
+            layout=self.layout,
+            state=self.state,
             target=target,
-            image=self._image,
-            grid=self._grid,
-            mass=state.mass,
             memory=self.memory,
             seed=self.seed,
-            fetch={read.field: partial(self.provide, read) for read in stage.reads},
+            reads=stage.reads,
+            provide=self.provide,
+            mark=self._mark,
         )
+
+    def _mark(self, name: str, rows: Tensor) -> None:
+        self.layout = self.layout.marked(name, rows)
 
     def _record(self, stage: Stage, decision: Decision) -> None:
         state = self.state

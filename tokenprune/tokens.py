@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import PluginError
+from tokenprune.layout import SequenceLayout
 from tokenprune.reads import Read
+from tokenprune.state import TokenState
 
 
 class Tokens:
@@ -24,50 +27,89 @@ class Tokens:
         parked: bool [batch, N], not active, can be restored.
         counts: int64 [batch], original image tokens per row.
         target: int64 [batch], the number the stage declared, −1 where it declared none.
-        image: int64 [batch, N], image number within the row.
-        grid: int64 [batch, N, 2], (row, column) of the cell, −1 where there is none.
         mass: float32 [batch, N], how many original tokens each stands for.
+        mark: mark(name, rows) makes text tokens, bool [batch, T], query rows of that name for later stages.
         memory: a dict that lives as long as this run, to carry things from stage to stage.
 
     What the stage declared in `reads` is here as an attribute too: `attention`, `hidden`, `features`, … (see
-    `tokenprune.reads`). Reading what was not declared raises PluginError.
+    `tokenprune.reads`); of several reads of one kind, `tokens.read(...)` tells them apart. Reading what was not
+    declared raises PluginError.
     """
 
     def __init__(
         self,
         *,
         stage: str,
-        exists: Tensor,
-        active: Tensor,
-        parked: Tensor,
+        layout: SequenceLayout,
+        state: TokenState,
         target: Tensor,
-        image: Tensor,
-        grid: Tensor,
-        mass: Tensor,
         memory: dict[str, Any],
-        seed: int = 0,
-        fetch: Mapping[str, Callable[[], Any]] | None = None,
+        seed: int,
+        reads: Collection[Read],
+        provide: Callable[[Read], Any],
+        mark: Callable[[str, Tensor], None],
     ) -> None:
-        self.exists, self.active, self.parked = exists, active, parked
-        self.counts = exists.sum(1)
-        self.target, self.image, self.grid, self.mass, self.memory = target, image, grid, mass, memory
-        self._stage, self._seed, self._fetch = stage, seed, dict(fetch or {})
-        self._read: dict[str, Any] = {}
+        self.exists, self.active, self.parked, self.mass = state.exists, state.active, state.parked, state.mass
+        self.counts = self.exists.sum(1)
+        self.target, self.memory, self.mark = target, memory, mark
+        self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide
+        self._known: dict[Read, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        if name not in self._fetch:
-            known = {kind.field: kind.__name__ for kind in Read.__subclasses__()}
-            if name not in known:
-                raise AttributeError(f"Tokens has no attribute {name!r}")
+        declared = [read for read in self._reads if read.field == name]
+        if len(declared) == 1:
+            return self.read(declared[0])
+        if declared:
             raise PluginError(
-                f"stage {self._stage!r} reads tokens.{name} without declaring it; add {known[name]}() to the "
-                "stage's reads"
+                f"stage {self._stage!r} declares {len(declared)} reads that give tokens.{name}; tell them apart with "
+                f"tokens.read({declared[0]!r})"
             )
-        if name not in self._read:
-            self._read[name] = self._fetch[name]()
-        return self._read[name]
+        known = {kind.field: kind.__name__ for kind in Read.__subclasses__()}
+        if name not in known:
+            raise AttributeError(f"Tokens has no attribute {name!r}")
+        raise PluginError(
+            f"stage {self._stage!r} reads tokens.{name} without declaring it; add {known[name]}() to the stage's reads"
+        )
+
+    def read(self, read: Read) -> Any:
+        """What one of the stage's declared reads gives. Raises PluginError for one that was not declared."""
+        if read not in self._reads:
+            raise PluginError(f"stage {self._stage!r} reads {read!r} without declaring it; add it to the stage's reads")
+        if read not in self._known:
+            self._known[read] = self._provide(read)
+        return self._known[read]
+
+    @cached_property
+    def image(self) -> Tensor:
+        """int64 [batch, N]: image number within the row."""
+        return self._layout.gather_slots(self._layout.image_number)
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """int64 [batch, N, 2]: (row, column) of the cell, −1 where there is none."""
+        return self._layout.gather_slots(self._layout.grid)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 [batch, N]: how many real tokens stood before each."""
+        return self._layout.gather_slots(self._layout.places)
+
+    @cached_property
+    def text(self) -> Tensor:
+        """bool [batch, T]: the text tokens of the row."""
+        return self._layout.text_slots >= 0
+
+    @cached_property
+    def text_places(self) -> Tensor:
+        """int64 [batch, T]: how many real tokens stood before each text token."""
+        return self._layout.gather_text(self._layout.places)
+
+    @cached_property
+    def images_before(self) -> Tensor:
+        """int64 [batch, T]: how many image tokens stand before each text token."""
+        return self._layout.gather_text(self._layout.image_tokens.long().cumsum(1))
 
     @property
     def device(self) -> torch.device:

@@ -143,6 +143,8 @@ def _exact(ledger: Ledger, spec: DecoderSpec, logit_positions: int, fixed: dict[
         rows * (2 * entry.width * (projections + mlp) + 4 * entry.width**2 * attention) for entry in ledger.entries
     )
     scorer = sum(2 * rows * entry.scored_rows * entry.width * attention for entry in ledger.entries)
+    for entry in ledger.entries:
+        scorer += sum(2 * rows * width * (projections + scored * attention) for width, scored in entry.ahead)
     merge = 2 * ledger.merge_weights * spec.hidden
     lm_head = 2 * rows * logit_positions * spec.hidden * spec.vocab
     return Flops("exact", by_layer, scorer, merge, lm_head, fixed)

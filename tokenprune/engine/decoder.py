@@ -36,6 +36,11 @@ class Decoder:
         )
 
     @property
+    def heads(self) -> int:
+        """Attention heads of a layer, 0 where the configuration does not tell."""
+        return int(getattr(self.module.config, "num_attention_heads", 0) or 0)
+
+    @property
     def multimodal_rope(self) -> bool:
         """Whether positions have several axes (Qwen2-VL's M-RoPE)."""
         config: Any = self.module.config

@@ -13,12 +13,21 @@ from tokenprune.base import Strategy
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
+from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.fit import DECODER_READS
 from tokenprune.layout import SequenceLayout
-from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates, Read
+from tokenprune.reads import (
+    AttentionFrom,
+    Embeddings,
+    HiddenStates,
+    PositionKernel,
+    Read,
+    TextEmbeddings,
+    TextStates,
+)
 from tokenprune.scheduler import Observer, TokenScheduler
 from tokenprune.state import spread_rows
 
@@ -48,6 +57,7 @@ class Prefill(TokenScheduler):
             len(decoder.layers),
             model=type(decoder.module).__name__,
             tower_layers=self.vision.layers,
+            heads=decoder.heads,
             observer=observer,
             seed=seed,
         )
@@ -55,8 +65,10 @@ class Prefill(TokenScheduler):
         self.full: Tensor
         self._frame: Frame | None = None
         self.deepstack: DeepStack | None = None
-        self._embeddings: Tensor | None = None
-        self._attention: dict[Read, Tensor] = {}
+        self._embeddings: dict[type[Read], Tensor] = {}
+        self._told: dict[Read, Tensor] = {}
+        self._entering: tuple[int, dict[str, Any]] | None = None
+        self._computed_ahead: list[tuple[int, int]] = []
 
     # what TokenScheduler asks of us ----------------------------------------------------------------------------------
 
@@ -66,13 +78,17 @@ class Prefill(TokenScheduler):
 
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""
-        if isinstance(read, AttentionFrom):
-            return self._attention[read]
+        if read.looks_back:
+            return self._told[read]
+        if isinstance(read, (Embeddings, TextEmbeddings)):
+            return self._embeddings[type(read)]
         if isinstance(read, HiddenStates):
-            return self.hidden()
-        if isinstance(read, Embeddings):
-            assert self._embeddings is not None
-            return self._embeddings
+            return self._normed(self.hidden(), read.normed)
+        if isinstance(read, TextStates):
+            text = self.layout.gather_text(self.full.to(self.layout.slots.device))
+            return self._normed(text, read.normed)
+        if isinstance(read, (AttentionFrom, PositionKernel)):
+            return self._ahead(read)
         return self.vision.provide(read)
 
     def hidden(self) -> Tensor:
@@ -102,14 +118,19 @@ class Prefill(TokenScheduler):
         """
         if layer == 0:
             self.full = hidden
-            if any(isinstance(read, Embeddings) for planned in self.planned for read in planned.stage.reads):
-                self._embeddings = self.hidden()
+            declared = {type(read) for planned in self.planned for read in planned.stage.reads}
+            if Embeddings in declared:
+                self._embeddings[Embeddings] = self.hidden()
+            if TextEmbeddings in declared:
+                self._embeddings[TextEmbeddings] = self.provide(TextStates())
         else:
             hidden = self._deepened(layer - 1, hidden)
         if self.due(layer):
             self._write_back(hidden)
+            self._entering = layer, kwargs
             self.enter(layer)
-            self._attention.clear()
+            self._entering = None
+            self._told.clear()
             self._frame = self._next_frame()
             hidden = self.full if self._frame is None else self._frame.gather(self.full)
         self.frames.append(self._frame)
@@ -117,7 +138,10 @@ class Prefill(TokenScheduler):
             self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
         else:
             self._shorten(layer, kwargs, hidden, self._frame)
-        self.account(layer, hidden.shape[1], sum(self.scored(read).shape[1] for read in self.taps(layer)))
+        rows = [read.query for read in self.taps(layer) if isinstance(read, AttentionFrom)]
+        scored = sum(self.layout.query_rows(query).shape[1] for query in rows)
+        self.account(layer, hidden.shape[1], scored, tuple(self._computed_ahead))
+        self._computed_ahead.clear()
         return hidden
 
     def after_last(self, hidden: Tensor) -> Tensor:
@@ -125,38 +149,43 @@ class Prefill(TokenScheduler):
         self._write_back(self._deepened(self.layers - 1, hidden))
         full = self.full
         del self.full
-        self._embeddings = self.deepstack = None
+        self._embeddings.clear()
+        self.deepstack = None
         for frame in self.frames:
             if frame is not None:
                 frame.forget()
         self.finish()
         return full
 
-    def taps(self, layer: int) -> list[AttentionFrom]:
-        """Attention reads that `layer` has to answer: those of the stage that begins after it."""
-        return [read for read in self.reads_before(layer + 1) if isinstance(read, AttentionFrom)]
-
-    def scored(self, read: AttentionFrom) -> Tensor:
-        """int64 [batch, Q]: full-sequence positions of the query rows, −1 where a row has fewer."""
-        return self.layout.query_rows(read.query)
+    def taps(self, layer: int) -> list[Read]:
+        """Reads that `layer` has to answer: those of the stage that begins after it."""
+        return [read for read in self.reads_before(layer + 1) if read.looks_back]
 
     def see(self, layer: int, seen: Seen) -> None:
-        """Callback of the attention tap in `layer`: answer its attention reads."""
+        """Callback of the attention tap in `layer`: answer its reads."""
         for read in self.taps(layer):
-            positions = self.scored(read)
-            rows = positions if self._frame is None else self._frame.places(positions)
-            if bool(((positions >= 0) & (rows < 0)).any()):
-                raise EngineError(f"query row {read.query!r} is an image token that was pruned; mark a text position")
-            weights = seen.attention(rows).mean(1)
-            self._attention[read] = self._over_image_tokens(_reduce(weights, positions >= 0, read.reduce))
+            self._told[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _over_image_tokens(self, weights: Tensor) -> Tensor:
-        slots = self.layout.slots
-        places = slots if self._frame is None else self._frame.places(slots)
-        taken = weights.gather(1, places.clamp(min=0).to(weights.device)).to(slots.device)
-        return taken.masked_fill(~self.state.active | (places < 0), float("-inf"))
+    def _ahead(self, read: AttentionFrom | PositionKernel) -> Tensor:
+        """What the layer that a stage begins with makes of the states that enter it."""
+        assert self._entering is not None
+        layer, kwargs = self._entering[0], dict(self._entering[1])
+        frame = self._next_frame()
+        hidden = self.full if frame is None else frame.gather(self.full)
+        if frame is not None:
+            self._shorten(layer, kwargs, hidden, frame)
+        if isinstance(read, PositionKernel):
+            scaling = float(getattr(self.decoder.attention(layer), "scaling"))  # noqa: B009
+            return position_kernel(read, _tables(kwargs), scaling, self.layout, frame)
+        seen = look_ahead(self.decoder, layer, hidden, kwargs)
+        self._computed_ahead.append((hidden.shape[1], self.layout.query_rows(read.query).shape[1]))
+        return from_layer(read, seen, self.layout, frame, self.state.active)
+
+    def _normed(self, states: Tensor, normed: bool) -> Tensor:
+        norm: Any = self.decoder.module.norm
+        return norm(states) if normed else states
 
     def _write_back(self, hidden: Tensor) -> None:
         self.full = hidden if self._frame is None else self._frame.scatter(hidden, self.full)
@@ -202,13 +231,3 @@ def _tables(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
             "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
         )
     return tables
-
-
-def _reduce(weights: Tensor, real: Tensor, how: str) -> Tensor:
-    """[batch, Q, K] over the query rows that are real: [batch, K]."""
-    real = real.to(weights.device)[..., None]
-    if how == "max":
-        return weights.masked_fill(~real, float("-inf")).amax(1)
-    if how == "mean":
-        return (weights * real).sum(1) / real.sum(1)
-    raise EngineError(f"AttentionFrom(reduce={how!r}) is not known; use 'mean' or 'max'")

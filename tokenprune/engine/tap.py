@@ -112,19 +112,25 @@ AttentionInterface.register(_NAME, _tapped_attention)
 
 
 @contextmanager
-def tap(modules: Mapping[nn.Module, Callable[[Seen], None]]) -> Iterator[None]:
+def tap(
+    modules: Mapping[nn.Module, Callable[[Seen], None]], instead: Callable[..., Any] | None = None
+) -> Iterator[None]:
     """Show every call of these attention modules to its callback while the context is open.
+
+    Args:
+        modules: attention modules and their callbacks.
+        instead: runs in place of the attention itself, where only queries and keys are wanted.
 
     Raises:
         UnsupportedError: a module that does not go through transformers' attention interface, or is tapped already.
     """
     with ExitStack() as undo:
         for module, show in modules.items():
-            undo.callback(_install(module, show))
+            undo.callback(_install(module, show, instead))
         yield
 
 
-def _install(module: nn.Module, show: Callable[[Seen], None]) -> Callable[[], None]:
+def _install(module: nn.Module, show: Callable[[Seen], None], instead: Callable[..., Any] | None) -> Callable[[], None]:
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "_attn_implementation"):
         raise UnsupportedError(
@@ -132,11 +138,12 @@ def _install(module: nn.Module, show: Callable[[Seen], None]) -> Callable[[], No
             "transformers' attention "
             "interface, so its attention cannot be read"
         )
-    if _TAP in module.__dict__:
+    before = module.__dict__.get(_TAP)
+    if before is not None and instead is None:
         raise UnsupportedError(f"{type(module).__name__} is being read by another run; one run per model at a time")
     name = config._attn_implementation or "eager"
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    inner = ALL_ATTENTION_FUNCTIONS.get(name, eager) if name != "eager" else eager
+    inner = instead or (eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name, eager))
     if inner is None:
         raise UnsupportedError(
             f"attention implementation {name!r} of {type(module).__name__} is not known to transformers"
@@ -148,6 +155,9 @@ def _install(module: nn.Module, show: Callable[[Seen], None]) -> Callable[[], No
 
     def remove() -> None:
         module.config = config
-        del module.__dict__[_TAP]
+        if before is None:
+            del module.__dict__[_TAP]
+        else:
+            module.__dict__[_TAP] = before
 
     return remove

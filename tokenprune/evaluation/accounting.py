@@ -35,10 +35,13 @@ class QueryCost:
 def row_ledger(ledger: Ledger, row: int) -> Ledger:
     """The account of one batch row as if it had run alone: without padding and without fillers of shorter rows."""
     image, other = (ledger.image_tokens[row],), (ledger.other_tokens[row],)
-    entries = [
-        LayerEntry(e.layer, (e.image[row],), (e.other[row],), e.image[row] + e.other[row], e.scored_rows)
-        for e in ledger.entries
-    ]
+    entries = []
+    entered = image[0]
+    for e in ledger.entries:
+        width = e.image[row] + e.other[row]
+        ahead = tuple((entered + e.other[row], scored) for _, scored in e.ahead)
+        entries.append(LayerEntry(e.layer, (e.image[row],), (e.other[row],), width, e.scored_rows, ahead))
+        entered = e.image[row]
     merges = ledger.merge_weights // len(ledger.image_tokens)
     return Ledger(image, other, entries, merge_weights=merges)
 

@@ -1,0 +1,204 @@
+"""What stages can read of a decoder, against what the layers really compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenprune.base import Stage, Strategy
+from tokenprune.cost import DecoderSpec, count_flops, flop_counter
+from tokenprune.decisions import Keep
+from tokenprune.engine import prune
+from tokenprune.errors import EngineError, PluginError
+from tokenprune.reads import (
+    AttentionFrom,
+    Embeddings,
+    HiddenStates,
+    LayerKeys,
+    PositionKernel,
+    TextEmbeddings,
+    TextKeys,
+    TextStates,
+)
+from tokenprune.testing.models import tiny_llama
+
+LAYERS, WIDTH = 5, 32
+QUICK = settings(deadline=None, max_examples=15)
+
+
+class Reader(Strategy):
+    """Keeps some tokens from layer 1 on, then reads without changing anything, and notes what it was given."""
+
+    name = "reader"
+
+    def __init__(self, kept, reads, positions="keep", rater=None):
+        super().__init__()
+        self.kept, self.reads, self.positions, self.rater, self.found = kept, reads, positions, rater, {}
+
+    def stages(self, shape):
+        yield Stage("keep", 1)
+        for layer, reads in self.reads.items():
+            yield Stage(f"read {layer}", layer, reads=reads)
+
+    def choose(self, stage, tokens):
+        if stage.name == "keep":
+            if self.rater is not None:
+                tokens.mark("raters", self.rater(tokens))
+            return Keep.where(self.kept)
+        self.found[stage.layer] = {read: tokens.read(read) for read in stage.reads}
+        self.tokens = tokens
+        return Keep.where(tokens.active)
+
+
+def batch(seed, padding):
+    """Two rows of different lengths: embeddings, image tokens, attention mask, kept tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, slice(0, 5) if padding == "left" else slice(15, 20)] = 0
+    image = torch.zeros(2, 20, dtype=torch.bool)
+    image[0, 3:13], image[1, 7:13] = True, True
+    exists = torch.arange(10) < torch.tensor([[10], [6]])
+    kept = exists & (torch.rand(2, 10, generator=draw) < 0.6)
+    return torch.randn(2, 20, WIDTH, generator=draw), image, mask, kept
+
+
+def run(strategy, seed, padding, attention="sdpa", **options):
+    model = tiny_llama(LAYERS, kv_heads=2, attention=attention, seed=seed)
+    embeds, image, mask, _ = batch(seed, padding)
+    with torch.no_grad(), prune(model, strategy, image_tokens=image, **options) as found:
+        output = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+    return model, output, found
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.sampled_from(["left", "right"]), st.sampled_from(["sdpa", "eager"]))
+def test_attention_computed_ahead_is_the_layers_own(seed, padding, attention):
+    """Read ahead of layer 3, and read back out of it: the same, as long as the stage in between changes nothing."""
+    ahead, back = AttentionFrom("last", layer="next"), AttentionFrom("last")
+    for positions in ("keep", "renumber"):
+        strategy = Reader(batch(seed, padding)[3], {3: (ahead,), 4: (back,)}, positions)
+        run(strategy, seed, padding, attention)
+        torch.testing.assert_close(strategy.found[3][ahead], strategy.found[4][back], atol=1e-5, rtol=1e-4)
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.sampled_from(["left", "right"]))
+def test_heads_and_query_rows_apart_come_together_as_the_mean(seed, padding):
+    def rater(tokens):
+        return tokens.text & (tokens.images_before == tokens.counts[:, None])
+
+    reads = {
+        (heads, how): AttentionFrom("raters", how, heads)
+        for heads in ("mean", "each")
+        for how in ("mean", "max", "each")
+    }
+    strategy = Reader(batch(seed, padding)[3], {2: tuple(reads.values())}, rater=rater)
+    run(strategy, seed, padding)
+    found = {kind: strategy.found[2][read] for kind, read in reads.items()}
+    raters = torch.tensor([7, 7 if padding == "left" else 2])
+    assert found["each", "each"].shape == (2, 4, 7, 10)
+    for row, count in enumerate(raters.tolist()):
+        apart = found["each", "each"][row, :, :count]
+        torch.testing.assert_close(found["mean", "mean"][row], apart.mean((0, 1)))
+        torch.testing.assert_close(found["mean", "max"][row], apart.mean(0).amax(0))
+        torch.testing.assert_close(found["each", "mean"][row], apart.mean(1))
+        torch.testing.assert_close(found["each", "max"][row], apart.amax(1))
+        torch.testing.assert_close(found["mean", "each"][row, :count], apart.mean(0))
+        rest = found["each", "each"][row, :, count:]
+        assert ((rest == 0) | (rest == float("-inf"))).all()
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.sampled_from(["left", "right"]))
+def test_keys_are_those_in_the_cache(seed, padding):
+    kept = batch(seed, padding)[3]
+    strategy = Reader(kept, {3: (LayerKeys(), TextKeys())})
+    _, output, found = run(strategy, seed, padding)
+    keys, text = strategy.found[3][LayerKeys()], strategy.found[3][TextKeys()]
+    cached = output.past_key_values.layers[2].keys.transpose(1, 2).flatten(2)
+    layout = found.trace.layout
+    for row in range(2):
+        present = layout.valid[row] & ~layout.image_tokens[row]
+        present[layout.slots[row, kept[row]]] = True
+        places = present.nonzero().flatten().tolist()
+        wanted = {place: cached[row, number] for number, place in enumerate(places)}
+        for number, slot in enumerate(layout.slots[row].tolist()):
+            expected = wanted[slot] if slot in wanted else torch.zeros(16)
+            torch.testing.assert_close(keys[row, number], expected)
+        for number, slot in enumerate(layout.text_slots[row].tolist()):
+            torch.testing.assert_close(text[row, number], wanted[slot] if slot >= 0 else torch.zeros(16))
+
+
+@QUICK
+@given(st.integers(0, 10**6), st.sampled_from(["left", "right"]))
+def test_states_of_text_and_image_tokens(seed, padding):
+    """A stage before the last layer sees what that layer is given; embeddings are what the decoder was given."""
+    reads = (HiddenStates(), HiddenStates(True), TextStates(), TextStates(True), Embeddings(), TextEmbeddings())
+    exists = torch.arange(10) < torch.tensor([[10], [6]])
+    strategy = Reader(exists, {4: reads})
+    model = tiny_llama(LAYERS, seed=seed)
+    embeds, image, mask, _ = batch(seed, padding)
+    seen = []
+    model.model.layers[4].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad(), prune(model, strategy, image_tokens=image):
+        model.model(inputs_embeds=embeds, attention_mask=mask)
+    found, norm = strategy.found[4], model.model.norm
+    for row in range(2):
+        own, words = image[row], mask[row].bool() & ~image[row]
+        count, total = int(own.sum()), int(words.sum())
+        torch.testing.assert_close(found[HiddenStates()][row, :count], seen[0][row, own])
+        torch.testing.assert_close(found[HiddenStates(True)][row, :count], norm(seen[0][row, own]))
+        torch.testing.assert_close(found[TextStates()][row, :total], seen[0][row, words])
+        torch.testing.assert_close(found[TextStates(True)][row, :total], norm(seen[0][row, words]))
+        torch.testing.assert_close(found[Embeddings()][row, :count], embeds[row, own])
+        torch.testing.assert_close(found[TextEmbeddings()][row, :total], embeds[row, words])
+        places = mask[row].cumsum(0) - 1
+        assert strategy.tokens.places[row, :count].tolist() == places[own].tolist()
+        assert strategy.tokens.text_places[row, :total].tolist() == places[words].tolist()
+        before = own.long().cumsum(0)[words]
+        assert strategy.tokens.images_before[row, :total].tolist() == before.tolist()
+        assert strategy.tokens.text[row].sum() == total
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_position_kernel_is_that_of_ones(positions):
+    kept = batch(0, "right")[3]
+    strategy = Reader(kept, {2: (PositionKernel("last"),)}, positions)
+    model, _, found = run(strategy, 0, "right")
+    kernel, layout = strategy.found[2][PositionKernel("last")], found.trace.layout
+    frequencies = model.model.rotary_emb.inv_freq
+    size = model.config.head_dim
+    for row in range(2):
+        present = layout.valid[row] & ~layout.image_tokens[row]
+        present[layout.slots[row, kept[row]]] = True
+        place = present.long().cumsum(0) - 1 if positions == "renumber" else torch.arange(20)
+        last = int(place[layout.valid[row].nonzero().max()])
+        for number in kept[row].nonzero().flatten().tolist():
+            distance = last - int(place[layout.slots[row, number]])
+            expected = 2 / size**0.5 * torch.cos(distance * frequencies).sum()
+            torch.testing.assert_close(kernel[row, 0, number], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_computed_ahead_is_in_the_account():
+    strategy = Reader(batch(1, "right")[3], {3: (AttentionFrom("last", layer="next"),)})
+    model = tiny_llama(LAYERS, seed=1, kv_heads=2)
+    embeds, image, _, kept = batch(1, "right")
+    with flop_counter() as counter, torch.no_grad(), prune(model, strategy, image_tokens=image) as run:
+        model.model(inputs_embeds=embeds)
+    (width, rows) = run.trace.ledger.entries[3].ahead[0]
+    assert (width, rows) == (10 + int(max(kept.sum(1) + torch.tensor([0, 4]))), 1)
+    assert count_flops(run.trace.ledger, DecoderSpec.from_config(model.config)).total == counter.get_total_flops()
+
+
+def test_reads_that_do_not_go_together_are_named():
+    kept = batch(0, "right")[3]
+    with pytest.raises(EngineError, match="reduce='sum'"):
+        run(Reader(kept, {2: (AttentionFrom("last", "sum"),)}), 0, "right")
+    both = Reader(kept, {2: (AttentionFrom("last"), AttentionFrom("last", "max"))})
+    run(both, 0, "right")
+    with pytest.raises(PluginError, match=r"declares 2 reads that give tokens\.attention"):
+        _ = both.tokens.attention
+    with pytest.raises(PluginError, match="without declaring it"):
+        both.tokens.read(LayerKeys())

@@ -1,0 +1,131 @@
+"""What stages read of the decoder: attention, keys and states, taken on the frame that a layer runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.frame import Frame
+from tokenprune.engine.tap import Seen, tap
+from tokenprune.errors import EngineError, UnsupportedError
+from tokenprune.layout import SequenceLayout
+from tokenprune.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
+
+
+def from_layer(read: Read, seen: Seen, layout: SequenceLayout, frame: Frame | None, active: Tensor) -> Tensor:
+    """The answer to a read from what a layer's attention computed with.
+
+    Args:
+        read: AttentionFrom, LayerKeys or TextKeys.
+        seen: queries and keys of the layer.
+        layout: of the batch.
+        frame: the shortened sequence that the layer ran on; None = the full one.
+        active: bool [batch, N], the tokens that took part.
+
+    Raises:
+        EngineError: an unknown way to reduce, or a query row that was pruned.
+    """
+    if isinstance(read, (LayerKeys, TextKeys)):
+        keys = seen.key.transpose(1, 2).flatten(2)
+        slots = layout.slots if isinstance(read, LayerKeys) else layout.text_slots
+        return _at(keys, places(slots, frame))
+    assert isinstance(read, AttentionFrom)
+    positions = layout.query_rows(read.query)
+    weights = seen.attention(_query_places(read.query, positions, frame))
+    weights = weights.transpose(1, 2) if read.heads == "each" else weights.mean(1)  # [batch, Q, (heads,) K]
+    weights = _reduced(weights, positions >= 0, read.reduce)
+    where = places(layout.slots, frame)
+    index = where.clamp(min=0).to(weights.device)
+    index = index.reshape(len(index), *[1] * (weights.dim() - 2), -1).expand(*weights.shape[:-1], -1)
+    hidden = ~active | (where < 0)
+    taken = weights.gather(-1, index).to(where.device)
+    taken = taken.masked_fill(hidden.reshape(len(index), *[1] * (taken.dim() - 2), -1), float("-inf"))
+    return taken.transpose(1, 2) if read.heads == "each" and read.reduce == "each" else taken
+
+
+def position_kernel(
+    read: PositionKernel, tables: tuple[Tensor, ...], scaling: float, layout: SequenceLayout, frame: Frame | None
+) -> Tensor:
+    """float32 [batch, Q, N], see `PositionKernel`.
+
+    Args:
+        read: which query rows.
+        tables: cos and sin at the present positions, [batch or 1, M, D].
+        scaling: of the attention.
+        layout: of the batch.
+        frame: the present frame.
+    """
+    rows = _query_places(read.query, layout.query_rows(read.query), frame)
+    tokens = places(layout.slots, frame)
+    kernel = torch.zeros(*rows.shape, tokens.shape[1], device=tokens.device)
+    for table in tables:
+        if table.dim() != 3:
+            raise UnsupportedError("PositionKernel is not defined for a rotary embedding of several axes")
+        full = table.float().expand(len(rows), -1, -1)
+        kernel += (_at(full, rows) @ _at(full, tokens).transpose(1, 2)).to(kernel.device)
+    return kernel * scaling
+
+
+def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Seen:
+    """Queries and keys that a layer would compute from these states, by its own norm, projections and rotation.
+
+    Args:
+        decoder: the decoder.
+        layer: its number.
+        hidden: [batch, M, width], states entering the layer.
+        kwargs: the layer's keyword arguments for these states.
+
+    Raises:
+        UnsupportedError: the layer has no `input_layernorm` or readable attention.
+    """
+    block, attention = decoder.layers[layer], decoder.attention(layer)
+    norm = getattr(block, "input_layernorm", None)
+    if norm is None:
+        raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
+    found: list[Seen] = []
+    names = ("attention_mask", "position_embeddings", "position_ids")
+    wanted = {name: kwargs[name] for name in names if name in kwargs}
+    with torch.no_grad(), tap({attention: found.append}, instead=_nothing):
+        attention(norm(hidden), **wanted)
+    return found[0]
+
+
+def places(positions: Tensor, frame: Frame | None) -> Tensor:
+    """Where full-sequence positions stand in a frame, −1 where they do not."""
+    return positions if frame is None else frame.places(positions)
+
+
+def _query_places(name: str, positions: Tensor, frame: Frame | None) -> Tensor:
+    rows = places(positions, frame)
+    if bool(((positions >= 0) & (rows < 0)).any()):
+        raise EngineError(f"query row {name!r} is an image token that was pruned; mark a text position")
+    return rows
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Values [batch, M, C] at [batch, n]: [batch, n, C], zeros at −1."""
+    index = index.to(values.device)
+    taken = values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
+    return taken.masked_fill((index < 0)[..., None], 0)
+
+
+def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
+    """[batch, Q, …, K] over the query rows that are real: [batch, …, K]; "each" keeps them, the others as zeros."""
+    real = real.to(weights.device).reshape(*real.shape, *[1] * (weights.dim() - 2))
+    ways: dict[str, Callable[[], Tensor]] = {
+        "max": lambda: weights.masked_fill(~real, float("-inf")).amax(1),
+        "mean": lambda: (weights * real).sum(1) / real.sum(1),
+        "each": lambda: weights * real,
+    }
+    if how not in ways:
+        raise EngineError(f"AttentionFrom(reduce={how!r}) is not known; use 'mean', 'max' or 'each'")
+    return ways[how]()
+
+
+def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Stands in for an attention function whose output nobody wants."""
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None

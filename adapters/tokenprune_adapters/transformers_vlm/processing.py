@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import AutoProcessor, Idefics3Processor
@@ -16,8 +17,8 @@ VIDEO = "video_processor"
 def load_processor(source: str, config: Any, revision: str | None = None) -> Any:
     """The processor of a checkpoint.
 
-    Transformers makes the processors of models that take videos only where torchvision is installed. Elsewhere their
-    part for videos is left out, and they take images as before (ours).
+    Transformers makes the processors of models that take videos only where torchvision is installed (and num2words, for
+    SmolVLM). Elsewhere their part for videos is left out, and they take images as before (ours).
 
     Args:
         source: folder or hub id.
@@ -28,9 +29,14 @@ def load_processor(source: str, config: Any, revision: str | None = None) -> Any
         CheckpointError: the folder holds none, or one that needs a package that is not installed.
     """
     options = {} if revision is None else {"revision": revision}
-    kind = None if is_torchvision_available() else _without_videos(PROCESSOR_MAPPING.get(type(config), None))
     try:
-        return (kind or AutoProcessor).from_pretrained(source, **options)
+        try:
+            return AutoProcessor.from_pretrained(source, **options)
+        except (ImportError, ValueError):
+            kind = _without_videos(PROCESSOR_MAPPING.get(type(config), None))
+            if kind is None or (is_torchvision_available() and find_spec("num2words")):
+                raise
+            return kind.from_pretrained(source, **options)
     except Exception as error:  # what transformers raises here is its own business and changes
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(

@@ -24,10 +24,13 @@ from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
 from pixellm_checkpoints import write_pixellm
+from vlm_checkpoints import HUB, VIDEO_PROCESSORS, write_vlm
+from vlm_families import FAMILIES as TINY
 
 import tokenprune
 from tokenprune import registry
 from tokenprune.cli.app import app, main
+from tokenprune_adapters.transformers_vlm import FAMILIES, TransformersAdapter
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -115,8 +118,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_plugin_stays() -> Iterator[None]:
     yield
-    with suppress(tokenprune.TokenPruneError):  # only one page registers it
+    with suppress(tokenprune.TokenPruneError):  # only one page registers them
         registry.unregister_plugin("mine")
+    with suppress(tokenprune.TokenPruneError):
+        registry.unregister_plugin("my-adapter")
 
 
 def bundled_weights() -> Path | None:
@@ -135,6 +140,9 @@ def names_in(text: str, context: type[ast.expr_context]) -> set[str]:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
+    for name, hub_id in HUB.items():
+        if f'"{hub_id}"' in source(path) and not (files / hub_id).is_dir():
+            write_vlm(files / hub_id, name)
     weights = bundled_weights()
     module = types.ModuleType("page")
     module.__dict__["image"] = Image.open(files / "photo.png")
@@ -281,6 +289,28 @@ def test_every_builtin_strategy_has_a_page() -> None:
     for name, entry in registry.strategies().items():
         if entry.distribution == "tokenprune":
             assert f"`{name}`" in documented, f"no page under docs/methods names {name!r}"
+
+
+def test_the_table_of_families_is_what_the_adapter_knows() -> None:
+    page = source(ROOT / "docs" / "models" / "transformers.md")
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \| (yes|no) \| (yes|no) \|", page, re.MULTILINE)
+    expected = []
+    for kind, family in FAMILIES.items():
+        binding = TransformersAdapter.bind(TINY[kind].build())
+        assert binding is not None
+        offers = tokenprune.ClsAttention in binding.offers(), family.videos is not None
+        expected.append((family.title, kind, *("yes" if offered else "no" for offered in offers)))
+    assert rows == expected
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_has_an_example_of_five_lines(kind: str) -> None:
+    text = f'"{HUB[kind]}"'
+    found = [block.text for block in blocks(ROOT / "docs" / "models" / "transformers.md") if text in block.text]
+    code = [line for line in found[0].splitlines() if line and "import" not in line and not line.startswith("print")]
+    assert len(code) <= 5
+    assert "tp.prune(model" in code[-2]
+    assert ("AutoProcessor" in found[0]) == (kind not in VIDEO_PROCESSORS)
 
 
 def test_modules_named_in_the_reference_exist() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from tokenprune import api
-from tokenprune.base import Strategy
+from tokenprune.base import Shape, Strategy
 from tokenprune.engine.binding import binding_of
-from tokenprune.engine.declared import Declared, check_on, declares, reads_on
+from tokenprune.engine.declared import Declared, check_on, declares, shape_on
 from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
+from tokenprune.fit import declared_reads
 from tokenprune.reads import Read
 
 
@@ -23,12 +24,14 @@ class Compatibility:
         strategy: its name.
         model: its name.
         reads: names of what the strategy reads on this model, sorted.
+        missing: those of them that the model does not offer.
         reason: why it cannot run, the text of the `IncompatibleError` that running it would raise; empty if it can.
     """
 
     strategy: str
     model: str
     reads: tuple[str, ...]
+    missing: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -58,12 +61,18 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
     """
     chosen = api.strategy(strategy) if isinstance(strategy, str) else strategy
     declared = declaration_of(model)
-    reads = tuple(sorted({str(read) for read in reads_on(chosen, declared)}))
+    shape = shape_on(declared)
+    wanted = declared_reads(chosen, shape)
+    reads, missing = (tuple(sorted({str(read) for read in some})) for some in (wanted, _not_in(shape, wanted)))
     try:
         check_on(chosen, declared)
     except IncompatibleError as error:
-        return Compatibility(chosen.name, declared.name, reads, str(error))
+        return Compatibility(chosen.name, declared.name, reads, missing, str(error))
     return Compatibility(chosen.name, declared.name, reads)
+
+
+def _not_in(shape: Shape, reads: set[Read]) -> set[Read]:
+    return {read for read in reads if not shape.offers(type(read))}
 
 
 def declaration_of(model: Any) -> Declared:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeGuard
 
 from tokenprune.base import Shape, Strategy
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.fit import DECODER_READS, TYPICAL_TOKENS, check_fit, declared_reads
+from tokenprune.fit import DECODER_READS, TYPICAL_TOKENS, check_fit
 from tokenprune.reads import Read
 
 
@@ -34,12 +34,14 @@ def declares(model: Any) -> TypeGuard[Declared]:
     return all(hasattr(model, name) for name in ("name", "decoder", "tower_layers", "offers"))
 
 
-def reads_on(strategy: Strategy, model: Declared) -> set[Read]:
-    """What the strategy reads on this model, whether it is offered or not. Raises UnsupportedError, see `check_on`."""
+def shape_on(model: Declared) -> Shape:
+    """What is known of every run on this model; image tokens stand at a typical number.
+
+    Raises:
+        UnsupportedError: the model has no decoder to hook into.
+    """
     layers = len(find_decoder(model.decoder).layers)
-    return declared_reads(
-        strategy, Shape(layers, TYPICAL_TOKENS, 0, model.tower_layers, DECODER_READS | model.offers())
-    )
+    return Shape(layers, TYPICAL_TOKENS, 0, model.tower_layers, DECODER_READS | model.offers())
 
 
 def check_on(strategy: Strategy, model: Declared) -> set[Read]:

@@ -94,7 +94,7 @@ class TransformersBinding(Binding):
 
 def _follow(thing: Any, path: str, name: str) -> Any:
     for step in path.split("."):
-        if not hasattr(thing, step):
+        if getattr(thing, step, None) is None:
             raise UnsupportedError(f"{name} has no {path}, which models of its family have; it cannot be pruned")
         thing = getattr(thing, step)
     return thing

@@ -1,0 +1,144 @@
+"""What `prune` says of transformers' vision-language models and inputs that do not fit, and when."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import transformers
+from vlm_configs import IMAGE, TEXT, TEXT_MODEL, TOWER
+from vlm_families import FAMILIES
+from vlm_watching import WITH_VIDEO, Half, Reader, inputs_of, model_of, read
+
+import tokenprune
+from tokenprune.base import Stage
+from tokenprune.decisions import Keep
+from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
+from tokenprune.reads import Pixels, TowerFeatures
+
+names = pytest.mark.parametrize("name", FAMILIES)
+
+
+def without_pixels(inputs):
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+    return {key: inputs[key] for key in keys if key in inputs}
+
+
+def fails(kind, *words):
+    """Expects an error with all these words in its message."""
+    return pytest.raises(kind, match="(?s)" + "".join(f"(?=.*{re.escape(word)})" for word in words))
+
+
+@names
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_placeholders_that_do_not_match_the_images(name, call):
+    model, inputs = model_of(name), inputs_of(name)
+    total = int(FAMILIES[name].image_tokens(inputs).sum())
+    ids = inputs["input_ids"].clone()
+    ids[1, (ids[1] == IMAGE).nonzero()[0]] = TEXT.start
+    run = model.generate if call == "generate" else model
+    words = f"holds {total - 1} image tokens", f"give {total} features", "processor", type(model.model).__name__
+    with torch.no_grad(), fails(InputError, *words), tokenprune.prune(model, Half()):
+        run(**{**inputs, "input_ids": ids}, **({"max_new_tokens": 2} if call == "generate" else {}))
+
+
+@names
+def test_placeholders_without_pixels(name):
+    model, inputs = model_of(name), inputs_of(name)
+    total = int(FAMILIES[name].image_tokens(inputs).sum())
+    words = f"{total} image tokens", "no image was encoded", "pass the pixels", "image_tokens="
+    with torch.no_grad(), fails(InputError, *words), tokenprune.prune(model, Half()):
+        model(**without_pixels(inputs))
+
+
+@names
+def test_embeddings_alone_do_not_tell_where_image_tokens_are(name):
+    model, inputs = model_of(name), inputs_of(name)
+    embeddings = torch.randn(*inputs["input_ids"].shape, TEXT_MODEL["hidden_size"])
+    words = type(model.model).__name__, "without input_ids", "image_tokens="
+    with torch.no_grad(), fails(InputError, *words), tokenprune.prune(model, Half()):
+        model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
+
+
+def test_families_that_are_not_known_are_refused_with_what_is_known():
+    config = transformers.AyaVisionConfig(
+        text_config={"model_type": "llama", **TEXT_MODEL},
+        vision_config={"model_type": "siglip_vision_model", **TOWER},
+        image_token_index=IMAGE,
+    )
+    model = transformers.AyaVisionForConditionalGeneration(config)
+    known = "llava_next", "qwen2_5_vl", "internvl", "smolvlm", "paligemma", "gemma3"
+    words = "AyaVisionForConditionalGeneration", "'aya_vision'", "image_tokens=", *known
+    with fails(UnsupportedError, *words), tokenprune.prune(model, Half()):
+        pass
+
+
+def test_a_plain_language_model_is_asked_for_marks():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT_MODEL))
+    with fails(InputError, "LlamaForCausalLM", "image_tokens="), tokenprune.prune(model, Half()):
+        pass
+
+
+@pytest.mark.parametrize("value", ["deleted", None])
+@names
+def test_a_model_without_its_tower(name, value):
+    model = FAMILIES[name].build()
+    part = next(part for part in ("vision_tower", "vision_model", "visual") if hasattr(model.model, part))
+    if value is None:
+        setattr(model.model, part, None)
+    else:
+        delattr(model.model, part)
+    with fails(UnsupportedError, type(model.model).__name__, part), tokenprune.prune(model, Half()):
+        pass
+
+
+@names
+def test_strategies_that_read_pixels_are_refused_before_anything_runs(name):
+    words = "'reader'", type(model_of(name).model).__name__, "reads Pixels", "TowerFeatures"
+    with fails(IncompatibleError, *words), tokenprune.prune(model_of(name), Reader(Pixels())):
+        pytest.fail("the context was opened")
+
+
+@names
+def test_renumbering_is_refused_on_multimodal_positions_only(name):
+    model, inputs, strategy = model_of(name), inputs_of(name), Half()
+    strategy.positions = "renumber"
+    if name.startswith("qwen"):
+        with fails(IncompatibleError, "'half'", "multimodal", "positions='keep'"), tokenprune.prune(model, strategy):
+            pytest.fail("the context was opened")
+    else:
+        _, trace = read(model, strategy, inputs)
+        assert trace.policies["positions"] == "renumber"
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITH_VIDEO])
+def test_videos_are_refused_where_the_family_has_none(name):
+    model, inputs = model_of(name), inputs_of(name)
+    words = type(model.model).__name__, "video", "images only"
+    with torch.no_grad(), fails(UnsupportedError, *words), tokenprune.prune(model, Half()):
+        model(**inputs, pixel_values_videos=torch.zeros(1, 2, 3, 16, 16))
+
+
+@names
+def test_contexts_do_not_nest(name):
+    model, inputs = model_of(name), inputs_of(name)
+    with torch.no_grad(), tokenprune.prune(model, Half()) as run:
+        with fails(UnsupportedError, "already", "nest"), tokenprune.prune(model.model, Half()):
+            pass
+        model(**inputs)
+    assert len(run.trace.stages) == 2
+
+
+def test_reads_that_appear_only_at_a_real_shape_are_named():
+    """Stages are asked for a typical shape when the context opens; what they read must not depend on it."""
+
+    class Late(Reader):
+        def stages(self, shape):
+            return [Stage("read", 0, reads=(TowerFeatures(),) if shape.image_tokens < 100 else ())]
+
+        def choose(self, stage, tokens):
+            return Keep.where(tokens.active & (tokens.features.sum(-1) > 0))
+
+    with torch.no_grad(), fails(PluginError, "TowerFeatures", "declare"), tokenprune.prune(model_of("llava"), Late()):
+        model_of("llava")(**inputs_of("llava"))

@@ -1,0 +1,291 @@
+"""What vision-language models themselves tell of their image tokens, found without the adapter: for tests of it.
+
+Everything here is found by running the untouched model: by asking of which patches behind the tower an image
+token is made, by recording the weights of eager attention, by looking for separators in the decoder's input.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vlm_configs import PINPOINTS, SMALL_CROP
+from vlm_families import FAMILIES
+
+import tokenprune
+from tokenprune.base import Stage, Strategy
+from tokenprune.decisions import Keep
+from tokenprune.reads import AttentionFrom, ReceivedAttention
+
+SEPARATED = ("llava_next", "llava_onevision")
+WITH_CLS = ("llava", "llava_next", "internvl")
+
+
+CASES = {
+    "two sizes": [(24, 32), (40, 20)],
+    "several images": [[(24, 32), (32, 24)], (40, 20)],
+    "videos": [(2, 16, 24), (2, 24, 16)],
+}
+WITH_VIDEO = [name for name, family in FAMILIES.items() if family.watch]
+RUNS = [(name, case) for name in FAMILIES for case in CASES if case != "videos" or name in WITH_VIDEO]
+
+
+@functools.cache
+def model_of(name, attention="sdpa"):
+    return FAMILIES[name].build(attention)
+
+
+def inputs_of(name, case="two sizes", padding="left"):
+    return dict(_inputs_of(name, case, padding))
+
+
+@functools.cache
+def _inputs_of(name, case, padding):
+    return FAMILIES[name].inputs(CASES[case], padding=padding)
+
+
+def read(model, strategy, inputs, run=None):
+    """What the strategy saw in a forward (or whatever `run` does) of the model; and the trace."""
+    with torch.no_grad(), tokenprune.prune(model, strategy) as opened:
+        (run or (lambda: model(**inputs)))()
+    return strategy.seen, opened.trace
+
+
+class Reader(Strategy):
+    """Keeps everything; `seen` holds what it read, and the grid cells and image numbers, by field."""
+
+    name = "reader"
+
+    def __init__(self, *reads, layer=0):
+        super().__init__()
+        self.reads, self.layer, self.seen = reads, layer, {}
+
+    def stages(self, shape):
+        return [Stage("read", self.layer, reads=self.reads)]
+
+    def choose(self, stage, tokens):
+        fields = [read.field for read in self.reads]
+        self.seen = {field: getattr(tokens, field) for field in (*fields, "exists", "image", "grid")}
+        return Keep.where(tokens.active)
+
+
+class Half(Reader):
+    """Keeps the better half by what the tower's patches receive, and half of these by the last row's attention."""
+
+    name = "half"
+
+    def stages(self, shape):
+        return [
+            Stage("received", 1, reads=ReceivedAttention()),
+            Stage("attention", 2, reads=AttentionFrom("last")),
+        ]
+
+    def choose(self, stage, tokens):
+        scores = tokens.received_attention if stage.name == "received" else tokens.attention
+        scores = scores.masked_fill(~tokens.active, float("-inf"))
+        return Keep.top(scores, tokens.count(0.5 if stage.name == "received" else 0.25))
+
+
+def base_of(model):
+    return model.base_model
+
+
+def tower_of(model):
+    base = base_of(model)
+    for name in ("vision_tower", "vision_model", "visual"):
+        if hasattr(base, name):
+            return getattr(base, name)
+    raise AssertionError("no tower")
+
+
+def blocks_of(model):
+    tower = tower_of(model)
+    if hasattr(tower, "blocks"):
+        return list(tower.blocks)
+    return list(getattr(tower.encoder, "layers", None) or tower.encoder.layer)
+
+
+def attention_of(block):
+    return next(getattr(block, name) for name in ("self_attn", "attention", "attn") if hasattr(block, name))
+
+
+def projector_of(model):
+    base = base_of(model)
+    if hasattr(base, "connector"):
+        return base.connector.modality_projection
+    return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
+
+
+def encoded(model, inputs, mode=torch.no_grad):
+    """[T, width]: image features of the whole batch in the order in which they are merged."""
+    base = base_of(model)
+    with mode():
+        if "pixel_values_videos" in inputs:
+            given = {k: inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs}
+            out = base.get_video_features(**given)
+        else:
+            names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
+            out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
+    parts = out.pooler_output
+    return torch.cat([part.flatten(0, -2) for part in ([parts] if isinstance(parts, Tensor) else parts)])
+
+
+def decoder_input(name, model, inputs):
+    """[batch, sequence, width]: what enters the first decoder layer of the untouched model."""
+    caught = []
+
+    def catch(module, args, kwargs):
+        caught.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = FAMILIES[name].decoder(model).layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return caught[0]
+
+
+def separators(name, model, inputs):
+    """Bool [batch, sequence]: placeholders at which a newline enters the decoder."""
+    if name not in SEPARATED:
+        return torch.zeros_like(inputs["input_ids"]).bool()
+    return (decoder_input(name, model, inputs) == model.base_model.image_newline).all(-1)
+
+
+@functools.cache
+def contributions(name, case):
+    """[T, P]: share of each patch, in the order in which the tower works, in each image token.
+
+    Told by the gradient of a token behind the tower: where tokens are mixed behind the projector, shares are the
+    gradient itself; elsewhere the patches that matter at all have equal shares.
+    """
+    model, inputs, caught = model_of(name), inputs_of(name, case), []
+    behind_projector = name in SEPARATED
+    place = projector_of(model) if behind_projector else blocks_of(model)[-2 if name == "llava" else -1]
+    cut = 1 if name in WITH_CLS and not behind_projector else 0
+
+    def catch(module, args, output):
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = place.register_forward_hook(catch)
+    tokens = encoded(model, inputs, torch.enable_grad)
+    handle.remove()
+    rows = [torch.autograd.grad(token.sum(), caught, retain_graph=True) for token in tokens]
+    width = caught[0].shape[-1]
+    gradients = torch.stack([torch.cat([part[..., cut:, :].reshape(-1, width) for part in row]) for row in rows])
+    if behind_projector:
+        return gradients.mean(-1)
+    support = (gradients.abs().amax(-1) > 0).float()
+    return support / support.sum(1, keepdim=True).clamp(min=1)
+
+
+class Eager:
+    """Attention weights and keys of tower layers, recorded from the model's own eager attention."""
+
+    def __init__(self, name, inputs):
+        self.model = FAMILIES[name].build("eager")
+        self.cut = 1 if name in WITH_CLS else 0
+        attentions = [attention_of(block) for block in blocks_of(self.model)]
+        self.calls = [[] for _ in attentions]
+        home = sys.modules[type(attentions[0]).__module__]
+        original = home.eager_attention_forward
+
+        def record(module, query, key, *args, **kwargs):
+            output, weights = original(module, query, key, *args, **kwargs)
+            for number, attention in enumerate(attentions):
+                if attention is module:
+                    self.calls[number].append((weights, key))
+            return output, weights
+
+        home.eager_attention_forward = record
+        try:
+            encoded(self.model, inputs)
+        finally:
+            home.eager_attention_forward = original
+
+    def received(self, layer):
+        """[P, 1]."""
+        return self._patches([weights.mean((1, 2))[..., None] for weights, _ in self.calls[layer]])
+
+    def cls(self, layer):
+        """[P, 1]."""
+        return self._patches([weights.mean(1)[:, 0, :, None] for weights, _ in self.calls[layer]])
+
+    def keys(self, layer):
+        """[P, C]."""
+        return self._patches([torch.cat(key.unbind(1), -1) for _, key in self.calls[layer]])
+
+    def _patches(self, values):
+        return torch.cat([value[:, self.cut :].flatten(0, 1) for value in values])
+
+
+def mixed(name):
+    """One row with a video and, behind it, an image."""
+    video, image = FAMILIES[name].inputs(CASES["videos"][:1]), FAMILIES[name].inputs([(24, 32)])
+    both = {key: torch.cat((video[key], image[key]), 1) for key in video if key in image and video[key].dim() == 2}
+    return {**video, **image, **both}
+
+
+def patch_places(name, inputs):
+    """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
+    side = {"llava_next": 3, "llava_onevision": 3, "gemma3": 6}.get(name, 4)
+    inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if name not in SEPARATED or "pixel_values_videos" in inputs:
+        lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if "pixel_values_videos" in inputs else 1)
+        used = pixels.flatten(0, lead - 1).flatten(1).any(1)
+        return inside.repeat(int(used.sum()), 1)
+    places = []
+    alone = inputs.get("batch_num_images", torch.ones(len(pixels), dtype=torch.int64))
+    tiled = [count == 1 for count in alone.tolist() for _ in range(count)]
+    for size, single in zip(inputs["image_sizes"].tolist(), tiled, strict=True):
+        places.append(inside)
+        rows, columns = get_anyres_image_grid_shape(size, PINPOINTS, SMALL_CROP) if single else (0, 0)
+        places += [inside + 3 * torch.tensor((r, c)) for r in range(rows) for c in range(columns)]
+    return torch.cat(places)
+
+
+def expected_cells(name, inputs, separator):
+    """Per row, (image number, row, column) of every image token in order, from geometry alone.
+
+    Args:
+        separator: what `separators` gave.
+    """
+    placeholders = FAMILIES[name].image_tokens(inputs)
+    grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
+    frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
+    per_frame = {"llava_onevision": 4}.get(name)
+    batch = []
+    for row, marks in enumerate(placeholders):
+        cells, number = [], 0
+        for start, end in _runs(marks):
+            if name in SEPARATED and "pixel_values_videos" in inputs:
+                shapes = [(2, 2)] * ((end - start - 1) // per_frame)
+            elif name in SEPARATED:
+                ends = [p - start for p in range(start, end) if separator[row, p]]
+                whole, rest = 9, end - start - 9
+                lines = [b - a - 1 for a, b in zip([whole - 1, *ends], ends, strict=False)]
+                assert whole + len(ends) + sum(lines) == end - start
+                assert len(set(lines)) == 1
+                shapes = [(3, 3)] + ([(len(lines), lines[0])] if rest > 1 else [])
+            elif grids is not None:
+                shapes, left = [], end - start
+                while left:
+                    shapes.append(next(frames))
+                    left -= shapes[-1][0] * shapes[-1][1]
+            else:
+                count = {"internvl": 4, "smolvlm": 4, "idefics3": 4, "gemma3": 9}.get(name, 16)
+                shapes = [(round(count**0.5), round(count**0.5))] * ((end - start) // count)
+            for rows, columns in shapes:
+                cells += [(number, r, c) for r in range(rows) for c in range(columns)]
+                number += 1
+        batch.append(cells)
+    return batch
+
+
+def _runs(marks):
+    padded = torch.cat((torch.zeros(1), marks.float(), torch.zeros(1))).diff()
+    starts, ends = (padded == 1).nonzero().flatten().tolist(), (padded == -1).nonzero().flatten().tolist()
+    return zip(starts, ends, strict=True)

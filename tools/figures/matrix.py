@@ -26,14 +26,15 @@ MARKED = re.compile(r"<!-- compatibility: (\w+) -->\n(.*?)<!-- end -->\n", re.DO
 
 
 def matrix() -> str:
-    """Rows are families, columns strategies; then the reasons that the cells refer to."""
+    """Rows are families, columns strategies, those of equal cells together; then the reasons that cells refer to."""
     reasons: dict[str, int] = {}
-    rows = []
-    for name in ROWS:
-        cells = [cell(tp.compatible(strategy, row(name).model), reasons) for strategy in columns().values()]
-        rows.append((title(name), *cells))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for label, strategy in columns().items():
+        cells = tuple(cell(tp.compatible(strategy, row(name).model), reasons) for name in ROWS)
+        alike.setdefault(cells, []).append(head(label))
+    rows = list(zip(map(title, ROWS), *alike, strict=True))
     notes = "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
-    return f"{table(('model', *map(head, columns())), rows)}\n{notes}"
+    return f"{table(('model', *('<br>'.join(names) for names in alike.values())), rows)}\n{notes}"
 
 
 def offers() -> str:
@@ -49,7 +50,7 @@ def reads() -> str:
     rows = []
     for label, strategy in columns().items():
         found = dict.fromkeys(tp.compatible(strategy, row(name).model).reads for name in ROWS)
-        rows.append((head(label, " "), "; or ".join(", ".join(f"`{read}`" for read in some) or "–" for some in found)))
+        rows.append((head(label), "; or ".join(", ".join(f"`{read}`" for read in some) or "–" for some in found)))
     return table(("strategy", "reads"), rows)
 
 
@@ -73,9 +74,10 @@ def title(name: str) -> str:
     return f"{row(name).title} (`{name}`)" if name != PLAIN else f"{row(name).title}"
 
 
-def head(label: str, separator: str = "<br>") -> str:
-    """A strategy's name and options."""
-    return separator.join(f"`{part}`" for part in label.split(", "))
+def head(label: str) -> str:
+    """A strategy's name, and its options."""
+    name, *options = label.split(", ")
+    return " ".join((f"`{name}`", *(f"with `{part}`" if not i else f"`{part}`" for i, part in enumerate(options))))
 
 
 def table(top: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +193,33 @@ def test_what_is_computed_ahead_is_in_the_account():
     (width, rows) = run.trace.ledger.entries[3].ahead[0]
     assert (width, rows) == (10 + int(max(kept.sum(1) + torch.tensor([0, 4]))), 1)
     assert count_flops(run.trace.ledger, DecoderSpec.from_config(model.config)).total == counter.get_total_flops()
+
+
+def test_each_row_has_the_stage_that_was_declared_for_it():
+    """With a budget, rows of different sizes are bound apart; the numbers that a stage carries are then the row's."""
+
+    @dataclass(frozen=True)
+    class Halves(Stage):
+        left: int = 0
+
+    class Halving(Reader):
+        left = 0
+
+        def bind(self, shape):
+            bound = copy.copy(self)
+            bound.left = shape.image_tokens // 2
+            return bound
+
+        def stages(self, shape):
+            yield Halves("halve", 2, shape.image_tokens, left=self.left)
+
+        def choose(self, stage, tokens):
+            self.found["left"] = [own.left for own in tokens.stages]
+            return Keep.where(tokens.active)
+
+    strategy = Halving(None, {})
+    run(strategy, 0, "right")
+    assert strategy.found["left"] == [5, 3]
 
 
 def test_reads_that_do_not_go_together_are_named():

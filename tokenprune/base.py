@@ -54,6 +54,9 @@ class Shape:
 class Stage:
     """A run of layers with one active set, from `layer` up to the next stage.
 
+    A strategy whose choice takes more numbers than `tokens` (so many kept, so many merged) declares them in a subclass:
+    with a budget they differ from row to row, and `tokens.stages` has each row's own.
+
     Attributes:
         name: the stage's name in traces and errors.
         layer: first decoder layer that runs with what is chosen here (0-based).

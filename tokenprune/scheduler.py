@@ -34,10 +34,17 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A declared stage for a whole batch: `target` is int64 [batch], −1 where a row's stage declares no number."""
+    """A declared stage for a whole batch.
+
+    Attributes:
+        stage: as declared for the row with most image tokens.
+        target: int64 [batch], −1 where a row's stage declares no number.
+        own: the stage as declared for each batch row.
+    """
 
     stage: Stage
     target: Tensor
+    own: tuple[Stage, ...] = ()
 
 
 def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[PlannedStage]]:
@@ -72,7 +79,8 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
     targets = [
         torch.tensor([-1 if own[i].tokens is None else own[i].tokens for own in rows]) for i in range(len(stages))
     ]
-    return leader, [PlannedStage(stage, target) for stage, target in zip(stages, targets, strict=True)]
+    owned = [tuple(own[i] for own in rows) for i in range(len(stages))]
+    return leader, [PlannedStage(*planned) for planned in zip(stages, targets, owned, strict=True)]
 
 
 def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
@@ -187,7 +195,7 @@ class TokenScheduler(ABC):
     def _take(self, planned: PlannedStage) -> None:
         stage, name = planned.stage, self.strategy.name
         target = planned.target.to(self.state.exists.device)
-        tokens = self._view(stage, target)
+        tokens = self._view(stage, target, planned.own)
         try:
             answer = self.strategy.choose(stage, tokens)
         except TokenPruneError:
@@ -217,9 +225,10 @@ class TokenScheduler(ABC):
         self.trace.ledger.merge_weights += weights.numel()
         return torch.einsum("bkj,bjd->bkd", weights.to(hidden.dtype), hidden)
 
-    def _view(self, stage: Stage, target: Tensor) -> Tokens:
+    def _view(self, stage: Stage, target: Tensor, own: tuple[Stage, ...] = ()) -> Tokens:
         return Tokens(
             stage=stage.name,
+            stages=own or (stage,) * len(target),
             layout=self.layout,
             state=self.state,
             target=target,

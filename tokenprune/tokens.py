@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from tokenprune.errors import PluginError
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import Read
 from tokenprune.state import TokenState
+
+if TYPE_CHECKING:
+    from tokenprune.base import Stage
 
 
 class Tokens:
@@ -27,6 +30,7 @@ class Tokens:
         parked: bool [batch, N], not active, can be restored.
         counts: int64 [batch], original image tokens per row.
         target: int64 [batch], the number the stage declared, −1 where it declared none.
+        stages: the stage as declared for each batch row, where it carries more than a number (see `Stage`).
         mass: float32 [batch, N], how many original tokens each stands for.
         mark: mark(name, rows) makes text tokens, bool [batch, T], query rows of that name for later stages.
         memory: a dict that lives as long as this run, to carry things from stage to stage.
@@ -48,10 +52,11 @@ class Tokens:
         reads: Collection[Read],
         provide: Callable[[Read], Any],
         mark: Callable[[str, Tensor], None],
+        stages: Sequence[Stage] = (),
     ) -> None:
         self.exists, self.active, self.parked, self.mass = state.exists, state.active, state.parked, state.mass
         self.counts = self.exists.sum(1)
-        self.target, self.memory, self.mark = target, memory, mark
+        self.target, self.memory, self.mark, self.stages = target, memory, mark, stages
         self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide
         self._known: dict[Read, Any] = {}
 

@@ -28,13 +28,16 @@ TYPICAL_TOKENS = 576  # what stages are asked with where the number of image tok
 
 def misfit(strategy: str, model: str, reads: Iterable[Read], offers: frozenset[type[Read]]) -> IncompatibleError | None:
     """The error that tells which reads a model does not offer, or None."""
-    missing = sorted({str(read) for read in reads if type(read) not in offers})
-    if not missing:
+    kinds = {type(read) for read in reads if type(read) not in offers}
+    if not kinds:
         return None
+    missing = sorted(kind.__name__ for kind in kinds)
+    needs = sorted({kind.needs for kind in kinds if kind.needs})
+    needed = f"; that needs {' and '.join(needs)}" if needs else ""
     offered = ", ".join(sorted(kind.__name__ for kind in offers))
     return IncompatibleError(
         f"strategy {strategy!r} does not fit model {model!r}: it reads {', '.join(missing)}, and the model offers "
-        f"{offered}; choose another strategy or another model"
+        f"{offered}{needed}; choose another strategy or another model"
     )
 
 

@@ -8,9 +8,15 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Read:
-    """One thing that a stage wants to see before it chooses. `field` names the attribute of `Tokens` that holds it."""
+    """One thing that a stage wants to see before it chooses.
+
+    Attributes:
+        field: names the attribute of `Tokens` that holds it.
+        needs: what a model must have to offer it, for the message that refuses a model without it.
+    """
 
     field: ClassVar[str]
+    needs: ClassVar[str] = ""
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -161,11 +167,84 @@ class ReceivedAttention(Read):
 
 
 @dataclass(frozen=True)
+class ClsFeatures(Read):
+    """`tokens.cls_features`: [batch, N, C], the [CLS] row of each token's crop, in the states that `TowerFeatures` are
+    taken from: something that the projector could take as well."""
+
+    field: ClassVar[str] = "cls_features"
+    needs: ClassVar[str] = "a vision tower with a [CLS], and a projector that takes its row like a patch's"
+
+
+@dataclass(frozen=True)
+class ClsQuery(Read):
+    """`tokens.cls_query`: float32 [batch, N, C], the query of [CLS] in a tower layer, of each token's crop, heads
+    concatenated, as the projection gives it."""
+
+    field: ClassVar[str] = "cls_query"
+    needs: ClassVar[str] = "a vision tower with a [CLS]"
+    layer: int = -1
+
+
+@dataclass(frozen=True)
+class Crops(Read):
+    """`tokens.crops`: int64 [batch, N], the crop that the tower saw each token in. Crops of one image differ; several
+    of them may make up one image, as tiles do."""
+
+    field: ClassVar[str] = "crops"
+
+
+@dataclass(frozen=True)
 class TowerKeys(Read):
-    """`tokens.keys`: float32 [batch, N, C], the patches' keys in a tower layer, heads concatenated."""
+    """`tokens.keys`: float32 [batch, N, C], the patches' keys in a tower layer.
+
+    Attributes:
+        layer: tower layer, negative from the end.
+        heads: "joint" concatenates the heads, "mean" averages them (C is the head size then).
+    """
 
     field: ClassVar[str] = "keys"
     layer: int = -1
+    heads: str = "joint"
+
+
+@dataclass(frozen=True)
+class TowerValues(Read):
+    """`tokens.values`: float32 [batch, N, C], the patches' values in a tower layer, heads concatenated."""
+
+    field: ClassVar[str] = "values"
+    layer: int = -1
+
+
+_WHOLE_CLIP = (
+    "a vision tower whose folder holds the whole CLIP model: text tower, both projections and the tokenizer's files"
+)
+
+
+@dataclass(frozen=True)
+class ClipImageEmbeddings(Read):
+    """`tokens.clip_image_embeddings`: float32 [batch, N, P], the image tokens in the space that CLIP's image and text
+    embeddings share: post layer norm and visual projection of the patch rows that `TowerFeatures` are taken from."""
+
+    field: ClassVar[str] = "clip_image_embeddings"
+    needs: ClassVar[str] = _WHOLE_CLIP
+
+
+@dataclass(frozen=True)
+class ClipTextEmbeddings(Read):
+    """`tokens.clip_text_embeddings`: a pair, float32 [batch, M, P] and bool [batch, M]: what was asked in each row, by
+    CLIP's text tower with projection, and which of the M exist.
+
+    Attributes:
+        wording: "question": the whole question that the model is asked, its template included; "query": only the
+            words that the user gave (the question where a whole prompt was given).
+        cut: what becomes of a text that is longer than CLIP's context: "truncate" ends it there, "segments" cuts it
+            into several, each embedded on its own.
+    """
+
+    field: ClassVar[str] = "clip_text_embeddings"
+    needs: ClassVar[str] = _WHOLE_CLIP
+    wording: str = "question"
+    cut: str = "truncate"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,14 @@ def dialogue(turns: Sequence[tuple[str, str | None]]) -> str:
     """Turns of question and answer in the template `llava_v1`; without the last answer the model is to go on there."""
     said = (f"USER: {ask} ASSISTANT:" + ("" if reply is None else f" {reply}</s>") for ask, reply in turns)
     return f"{SYSTEM} {''.join(said)}"
+
+
+def questions(prompt: str) -> list[str]:
+    """What the user says in each turn of a whole prompt, without the image's place and marks; a prompt without turns
+    is taken as one."""
+    turns = re.findall(r"USER:(.*?)(?:ASSISTANT:|$)", prompt, re.DOTALL) or [prompt]
+    mark = re.compile(f"(?:{re.escape(IM_START)})?{re.escape(IMAGE_PLACEHOLDER)}(?:{re.escape(IM_END)})?")
+    return [mark.sub("", turn).strip() for turn in turns]
 
 
 def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, SamModel
 from tokenprune.engine import VisionSource
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip import ClipPixels
+from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.llava_vision import run_tower, vision_source
 from tokenprune_adapters.segmentation import EncodedImage, PreparedImage
@@ -31,6 +33,7 @@ class SamSegmenter(Segmenter):
         select_layer: index of the tower's hidden states that the projector reads.
         mark_image: whether prompts have <im_start> and <im_end> around the image.
         name: shown in reports.
+        clip_space: see `Segmenter`.
     """
 
     def __init__(
@@ -46,8 +49,9 @@ class SamSegmenter(Segmenter):
         select_layer: int,
         mark_image: bool,
         name: str,
+        clip_space: ClipSpace | None = None,
     ) -> None:
-        super().__init__(decoder=decoder, tokenizer=tokenizer, mark_image=mark_image, name=name)
+        super().__init__(decoder=decoder, tokenizer=tokenizer, mark_image=mark_image, name=name, clip_space=clip_space)
         self.tower = tower
         self.projector = projector
         self.sam = sam
@@ -79,13 +83,17 @@ class SamSegmenter(Segmenter):
         sam_embedding = sam_masks.embed_image(self.sam, prepared.sam_pixels.to(tower.features))
         return EncodedImage(prepared, tower, self.projector(tower.features), sam_embedding)
 
-    def vision_source(self, encoded: EncodedImage, rows: int) -> VisionSource:
-        """All of the tower, the projector and the picture as the tower sees it."""
+    def vision_source(
+        self, encoded: EncodedImage, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
+    ) -> VisionSource:
+        """All of the tower, the projector, the picture as the tower sees it, and CLIP's space where there is one."""
         return vision_source(
             encoded.tower,
             self.projector,
             lambda: self.clip_pixels.picture(encoded.prepared.clip_pixels),
-            rows=rows,
+            rows,
+            self.clip_space,
+            texts,
         )
 
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,11 +68,13 @@ class SegmenterInputs:
         prompts: the whole texts.
         encoded: the image, as the model's `encode_image` gave it.
         sequence: what the decoder gets.
+        texts: what each prompt asks, by wording: "question" and "query", see `tokenprune.reads.ClipTextEmbeddings`.
     """
 
     prompts: list[str]
     encoded: Any
     sequence: DecoderInputs
+    texts: Mapping[str, list[list[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

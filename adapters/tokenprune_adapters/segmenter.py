@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -17,10 +17,11 @@ from tokenprune.engine.declared import check_on
 from tokenprune.errors import InputError, OptionError
 from tokenprune.reads import Read
 from tokenprune.trace import Trace
+from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.generation import Generated, generate
 from tokenprune_adapters.images import ImageInput
-from tokenprune_adapters.llava_prompt import prompt_ids, splice
-from tokenprune_adapters.llava_vision import OFFERS, count_layers
+from tokenprune_adapters.llava_prompt import prompt_ids, questions, splice
+from tokenprune_adapters.llava_vision import count_layers, offers
 from tokenprune_adapters.queries import checked_query, given_answer, sentence_flags, several
 from tokenprune_adapters.segmentation import Answered, Segmentation, SegmenterInputs
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
@@ -38,6 +39,8 @@ class Segmenter(nn.Module):
         tokenizer: text to ids.
         mark_image: whether prompts have <im_start> and <im_end> around the image.
         name: shown in reports.
+        clip_space: of the tower's whole CLIP model, for strategies that compare image and text; None where the tower's
+            folder holds less.
     """
 
     seg_tokens: ClassVar[tuple[str, ...]] = ("[SEG]",)
@@ -47,13 +50,20 @@ class Segmenter(nn.Module):
     """The vision tower, which the family sets."""
 
     def __init__(
-        self, *, decoder: LlamaForCausalLM, tokenizer: LlamaSlowTokenizer, mark_image: bool, name: str
+        self,
+        *,
+        decoder: LlamaForCausalLM,
+        tokenizer: LlamaSlowTokenizer,
+        mark_image: bool,
+        name: str,
+        clip_space: ClipSpace | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.mark_image = mark_image
         self.name = name
+        self.clip_space = clip_space
 
     @property
     def seg_ids(self) -> list[int]:
@@ -62,7 +72,7 @@ class Segmenter(nn.Module):
 
     def offers(self) -> frozenset[type[Read]]:
         """Kinds of reads that `vision_source` answers for any image."""
-        return OFFERS
+        return offers(self.clip_space)
 
     @property
     def tower_layers(self) -> int:
@@ -85,8 +95,11 @@ class Segmenter(nn.Module):
         """
 
     @abstractmethod
-    def vision_source(self, encoded: Any, rows: int) -> VisionSource:
-        """What strategies may read of an encoded image, lined up with `rows` batch rows."""
+    def vision_source(
+        self, encoded: Any, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
+    ) -> VisionSource:
+        """What strategies may read of an encoded image, lined up with `rows` batch rows; `texts` as in
+        `llava_vision.vision_source`."""
 
     @abstractmethod
     def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
@@ -108,6 +121,10 @@ class Segmenter(nn.Module):
     def special_tokens(self) -> Sequence[str]:
         """Tokens that a query must not contain."""
         return self.seg_tokens
+
+    def question(self, text: str) -> str:
+        """The question alone, of what the user says in a turn of a prompt, without <image> and its marks."""
+        return text
 
     def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
         """More arguments of `tokenprune.prune`, such as `grid`."""
@@ -152,7 +169,8 @@ class Segmenter(nn.Module):
         if strategy is not None:
             check_on(strategy, self)
         texts = self.prompts(query, answer, prompt, is_sentence)
-        inputs = self.inputs_of(texts, self.encode_image(image), continues=answer == "generate")
+        encoded, queries = self.encode_image(image), None if query is None else several(query, "query")
+        inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
         answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
         said = self.texts(inputs, answered, answer)
         single = isinstance(prompt if query is None else query, str)
@@ -181,15 +199,19 @@ class Segmenter(nn.Module):
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None
     ) -> SegmenterInputs:
         """The decoder's teacher-forced input for queries about one image; see `segment` for arguments and errors."""
-        return self.inputs_of(self.prompts(queries, is_sentence=is_sentence), self.encode_image(image))
+        prompts = self.prompts(queries, is_sentence=is_sentence)
+        return self.inputs_of(prompts, self.encode_image(image), queries=queries)
 
-    def inputs_of(self, prompts: list[str], encoded: Any, continues: bool = False) -> SegmenterInputs:
+    def inputs_of(
+        self, prompts: list[str], encoded: Any, continues: bool = False, queries: Sequence[str] | None = None
+    ) -> SegmenterInputs:
         """The decoder's input for whole prompts about one image.
 
         Args:
             prompts: complete texts, with <image> once.
             encoded: the image.
             continues: the model is to go on from the end of the prompts.
+            queries: what the user asked, where the prompts were made of it.
         """
         sequence = splice(
             [prompt_ids(self.tokenizer, text) for text in prompts],
@@ -200,7 +222,13 @@ class Segmenter(nn.Module):
             self.tokenizer.pad_id,
             encoded.image_valid,
         )
-        return SegmenterInputs(prompts, encoded, sequence)
+        asked = [[self.question(text) for text in questions(prompt)] for prompt in prompts]
+        if queries is None:
+            words = asked
+        else:  # a row for each, or all of them in one conversation
+            stripped = [text.strip() for text in queries]
+            words = [[text] for text in stripped] if len(prompts) == len(stripped) else [stripped]
+        return SegmenterInputs(prompts, encoded, sequence, {"question": asked, "query": words})
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
         """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did."""
@@ -275,7 +303,7 @@ class Segmenter(nn.Module):
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
             queries["seg"] = sequence.seg
-        source = self.vision_source(inputs.encoded, len(inputs.prompts))
+        source = self.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts)
         with prune(
             self.decoder,
             strategy,

@@ -1,4 +1,4 @@
-"""What strategies read of a tower layer, computed from the queries and keys that its attention saw."""
+"""What strategies read of a tower layer, computed from the queries, keys and values that its attention saw."""
 
 from __future__ import annotations
 
@@ -41,6 +41,30 @@ def received_attention(seen: Seen) -> Tensor:
     return total / length
 
 
-def keys(seen: Seen) -> Tensor:
-    """float32 [images, P, C]: keys of all positions, heads concatenated."""
-    return seen.key.transpose(1, 2).flatten(2).float()
+def keys(seen: Seen, heads: str = "joint") -> Tensor:
+    """float32 [images, P, C]: keys of all positions.
+
+    Args:
+        seen: a layer's queries and keys.
+        heads: "joint" or "mean", see `tokenprune.reads.TowerKeys`.
+
+    Raises:
+        OptionError: another value of `heads`.
+    """
+    if heads not in ("joint", "mean"):
+        raise OptionError(f"TowerKeys(heads={heads!r}) is not known; use 'joint' or 'mean'")
+    return seen.key.float().mean(1) if heads == "mean" else _joint(seen.key)
+
+
+def values(seen: Seen) -> Tensor:
+    """float32 [images, P, C]: values of all positions, heads concatenated."""
+    return _joint(seen.value)
+
+
+def cls_query(seen: Seen) -> Tensor:
+    """float32 [images, 1, C]: the query of [CLS], the first position, heads concatenated."""
+    return _joint(seen.query[:, :, :1])
+
+
+def _joint(states: Tensor) -> Tensor:
+    return states.transpose(1, 2).flatten(2).float()

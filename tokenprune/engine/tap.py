@@ -32,6 +32,7 @@ class Seen:
     Attributes:
         query: [batch, heads, Q, head size], after rotary embedding.
         key: [batch, key heads, K, head size], after rotary embedding, cached keys included.
+        value: [batch, key heads, K, head size].
         mask: what the layer's implementation was given, or None.
         scaling: factor on query · key.
         causal: whether None means causal.
@@ -40,6 +41,7 @@ class Seen:
 
     query: Tensor
     key: Tensor
+    value: Tensor
     mask: Tensor | None
     scaling: float
     causal: bool
@@ -99,6 +101,7 @@ def _tapped_attention(
     seen = Seen(
         query.detach(),
         key.detach(),
+        value.detach(),
         attention_mask,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         bool(getattr(module, "is_causal", True) if causal is None else causal),

@@ -12,6 +12,7 @@ from torch import nn
 from tokenprune.errors import OptionError
 from tokenprune_adapters.checkpoint import Part
 from tokenprune_adapters.clip import ClipPixels
+from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.glamm.model import GlammModel
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START
 from tokenprune_adapters.loading import (
@@ -96,6 +97,7 @@ def load_glamm(
         select_layer=int(opened.config.get("mm_vision_select_layer", -2)),
         mark_image=opened.mark_image,
         name=opened.name,
+        clip_space=ClipSpace.find(tower_folder),
         template_seed=template_seed,
         left_out=[REGION_ENCODER.removesuffix(".")] if has_regions else [],
     )

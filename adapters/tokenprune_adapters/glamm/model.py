@@ -89,6 +89,10 @@ class GlammModel(SamSegmenter):
         asked = [query if flag else turn[0] for query, flag, turn in zip(queries, sentences, turns, strict=True)]
         return [dialogue([(glamm_prompts.about_image(question, self.mark_image), None)]) for question in asked]
 
+    def question(self, text: str) -> str:
+        """The question of a turn, without the words about the picture that come before it."""
+        return glamm_prompts.without_overview(text)
+
     def turns(
         self, query: str | Sequence[str], is_sentence: bool | Sequence[bool] | None = None
     ) -> list[tuple[str, str]]:

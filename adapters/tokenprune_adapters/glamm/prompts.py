@@ -54,6 +54,11 @@ def turn(query: str, sentence: bool, seed: int) -> tuple[str, str]:
     return (SENTENCE if sentence else question).format(query), answer
 
 
+def without_overview(text: str) -> str:
+    """A turn's question, of what the user says in it once the image is taken out."""
+    return text.removeprefix(OVERVIEW.format("").strip()).strip()
+
+
 def about_image(question: str, mark_image: bool) -> str:
     """A conversation's first question, which holds the image."""
     return OVERVIEW.format(image_mark(mark_image)) + question

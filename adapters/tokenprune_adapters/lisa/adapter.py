@@ -11,6 +11,7 @@ from torch import nn
 
 from tokenprune_adapters.checkpoint import Part
 from tokenprune_adapters.clip import ClipPixels
+from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.lisa.model import LisaModel
 from tokenprune_adapters.loading import (
     MASK_PROJECTION,
@@ -84,6 +85,7 @@ def load_lisa(
         select_layer=int(opened.config.get("mm_vision_select_layer", -2)),
         mark_image=opened.mark_image,
         name=opened.name,
+        clip_space=ClipSpace.find(tower_folder),
     )
     placed: LisaModel = opened.placed(model)
     return placed

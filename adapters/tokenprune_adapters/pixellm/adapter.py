@@ -13,6 +13,7 @@ from transformers import CLIPVisionModel
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.checkpoint import Part
+from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.loading import (
     MASK_PROJECTION,
     PROJECTOR,
@@ -71,7 +72,7 @@ def load_pixellm(
     tokenizer = opened.tokenizer(PixelLMModel.seg_tokens)
     square = int(opened.config.get("resize_vision_tower_size") or SQUARE)
     hidden, reads = opened.checkpoint.shape(PROJECTOR + "0.weight", dims=2)
-    tower = _tower(opened, vision_tower, reads, attn_implementation, square)
+    tower, tower_folder = _tower(opened, vision_tower, reads, attn_implementation, square)
     mask_hidden = opened.checkpoint.shape(MASK_PROJECTOR + "0.weight", dims=2)[0]
     mask_width = opened.checkpoint.shape(MASK_PROJECTOR + "2.weight", dims=2)[0]
     config: Any = tower.config
@@ -100,6 +101,7 @@ def load_pixellm(
         select_layer=int(opened.config.get("mm_vision_select_layer", -2)),
         mark_image=opened.mark_image,
         name=opened.name,
+        clip_space=ClipSpace.find(tower_folder),
     )
     placed: PixelLMModel = opened.placed(model)
     return placed
@@ -107,8 +109,8 @@ def load_pixellm(
 
 def _tower(
     opened: Opened, vision_tower: str | Path | None, reads: int, attn_implementation: str | None, square: int
-) -> CLIPVisionModel:
-    """The tower, resized in float32 and then converted."""
+) -> tuple[CLIPVisionModel, Path]:
+    """The tower, resized in float32 and then converted, and its folder."""
     attention = "sdpa" if attn_implementation and "flash" in attn_implementation else attn_implementation
     tower, folder = replace(opened, dtype=torch.float32).tower(vision_tower, reads, attention)
     config: Any = tower.config
@@ -126,4 +128,4 @@ def _tower(
     resize_tower(tower, square)
     converted: Any = tower
     converted.to(opened.dtype)
-    return tower
+    return tower, folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,13 +96,17 @@ class PixelLMModel(Segmenter):
             mask_features=self.pixel_decoder.features(levels),
         )
 
-    def vision_source(self, encoded: EncodedImage, rows: int) -> VisionSource:
-        """The tower, the projector and the picture, of the visible cells."""
+    def vision_source(
+        self, encoded: EncodedImage, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
+    ) -> VisionSource:
+        """The tower, the projector, the picture, and CLIP's space where there is one, of the visible cells."""
         return vision_source(
             encoded.tower,
             self.projector,
             lambda: picture(encoded.prepared.pixels, encoded.tower.visible),
-            rows=rows,
+            rows,
+            self.clip_space,
+            texts,
         )
 
     def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,8 +89,8 @@ def grid_box(sizes: MaskSizes, side: int) -> tuple[float, float, float, float]:
 class PixelTowerRun:
     """One image in PixelLM's tower. Everything that strategies read is told of the n visible cells alone.
 
-    Features are resized to the grid as the model does it (bilinear, where padded patches count too). Attention and
-    keys are the mean over the visible patches of a cell (ours).
+    Features are resized to the grid as the model does it (bilinear, where padded patches count too). Everything else
+    is the mean over the visible patches of a cell (ours).
 
     Args:
         patches: the run over all patches.
@@ -112,6 +113,20 @@ class PixelTowerRun:
         return self.grid_features[:, self.visible.cells.flatten().to(self.grid_features.device)]
 
     @property
+    def tower(self) -> nn.Module:
+        """The CLIP vision model."""
+        return self.patches.tower
+
+    @property
+    def cls_features(self) -> Tensor:
+        """[1, 1, C]: the [CLS] row of the states that the features are taken from."""
+        return self.patches.cls_features
+
+    def each_patch(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """[1, n, D]: a function from patch rows to float32 [1, side², D], applied to all patches."""
+        return self._pooled(function(self.patches.features))
+
+    @property
     def early_features(self) -> Tensor:
         """[1, side², C]: of all patches, from the layer of the finer masks, without [CLS]."""
         return self.patches.states[EARLY_LAYER][:, 1:]
@@ -132,9 +147,17 @@ class PixelTowerRun:
         received = tower_reads.received_attention(replace(seen, query=seen.query[:, :, shown], mask=mask))
         return self._pooled(received[:, 1:, None])[..., 0]
 
-    def keys(self, layer: int) -> Tensor:
-        """float32 [1, n, C]: keys, heads concatenated."""
-        return self._pooled(tower_reads.keys(self.patches.seen(layer))[:, 1:])
+    def cls_query(self, layer: int) -> Tensor:
+        """float32 [1, 1, C]: the query of [CLS], heads concatenated."""
+        return self.patches.cls_query(layer)
+
+    def keys(self, layer: int, heads: str = "joint") -> Tensor:
+        """float32 [1, n, C]: keys, see `tokenprune.reads.TowerKeys`."""
+        return self._pooled(self.patches.keys(layer, heads))
+
+    def values(self, layer: int) -> Tensor:
+        """float32 [1, n, C]: values, heads concatenated."""
+        return self._pooled(self.patches.values(layer))
 
     def _pooled(self, values: Tensor) -> Tensor:
         """[1, side², C] -> [1, n, C]: the mean over the visible patches of every visible cell."""

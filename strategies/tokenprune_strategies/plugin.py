@@ -23,3 +23,5 @@ def tokenprune_register_strategies(register: Register) -> None:
         "prumerge", f"{here}.prumerge:PruMerge", summary="[CLS]-attended image tokens, neighbours merged into them"
     )
     register("prumerge+", f"{here}.prumerge:PruMergePlus", summary="prumerge and spatially uniform tokens")
+    register("divprune", f"{here}.divprune:DivPrune", summary="image tokens most unlike each other, before the decoder")
+    register("similarity", f"{here}.similarity:Similarity", summary="image tokens most unlike each other, at a layer")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from tokenprune.base import portion
+from tokenprune.base import Shape, Strategy, portion
 from tokenprune.tokens import Tokens
 
 
@@ -45,6 +45,31 @@ QUERY_REDUCE = "how several query rows of a batch row, one for each mask, count 
 def tokens_of(amount: int | float, total: int) -> int:
     """How many of `total` tokens an `Amount` means: at least 1 where there is any, never more than there are."""
     return min(max(1, amount if isinstance(amount, int) else portion(amount, total)), total)
+
+
+def fill_keep(
+    strategy: Strategy, budget: float, shape: Shape, layers: Iterable[int], fixed: int | None = None
+) -> tuple[int, int]:
+    """(layer, keep): the most tokens that meet the budget where `keep` of them run from `layer` on, all before it.
+
+    Args:
+        strategy: for the error.
+        budget: equivalent tokens / N, at most.
+        shape: of the run.
+        layers: to try, the first that meets the budget is taken.
+        fixed: the tokens to keep, where the user gave them.
+
+    Raises:
+        BudgetError: no layer meets the budget with a token.
+    """
+    total, least = shape.image_tokens, float("inf")
+    for layer in layers:
+        rest, room = shape.layers - layer, budget * total * shape.layers - layer * total + 1e-6
+        keep = min(int(room // rest), total) if fixed is None else fixed
+        if keep >= 1 and keep * rest <= room:
+            return layer, keep
+        least = min(least, (layer * total + rest * (fixed or 1)) / shape.layers)
+    raise strategy.too_small(budget, shape, least)
 
 
 def apportion(total: int, sizes: Sequence[int], least: int = 0) -> list[int]:
@@ -114,3 +139,21 @@ def random_scores(tokens: Tokens, seed: int) -> Tensor:
     for row, count in enumerate(tokens.counts.tolist()):
         scores[row, :count] = torch.rand(count, generator=tokens.generator(seed)).to(tokens.device)
     return scores
+
+
+def present_images(tokens: Tokens, row: int) -> list[Tensor]:
+    """`images_of`, of each image only the tokens that take part now."""
+    return [image[tokens.active[row, image]] for image in images_of(tokens, row)]
+
+
+def top_by_image(tokens: Tokens, scores: Tensor) -> Tensor:
+    """bool [batch, N]: the `tokens.target` highest of float [batch, N]; images share the number by their present size.
+
+    Ties go to the lower number.
+    """
+    mask = torch.zeros_like(tokens.exists)
+    for row, count in enumerate(tokens.target.tolist()):
+        images = present_images(tokens, row)
+        for image, share in zip(images, apportion(count, [len(image) for image in images]), strict=True):
+            mask[row, image[scores[row, image].argsort(descending=True, stable=True)[:share]]] = True
+    return mask

@@ -1,0 +1,63 @@
+"""A simple, strong reference (ours): keep what is unlike each other, by the states of a decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field
+
+from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
+from tokenprune.decisions import Decision, Keep
+from tokenprune.errors import OptionError
+from tokenprune.reads import HiddenStates
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.farthest import farthest_first, image_groups, picked
+from tokenprune_strategies.selection import Amount, fill_keep, tokens_of
+
+
+class Similarity(Strategy):
+    """Keep the image tokens whose hidden states are most unlike each other, on entering a layer (ours).
+
+    Farthest-first on 1 − cosine similarity, the selection that DivPrune (arXiv 2503.02175) makes on the projector's
+    output; here the tokens have been through the decoder's first layers. Every image chooses for itself, positions
+    are kept.
+    """
+
+    name = "similarity"
+
+    class Options(StrategyOptions):
+        """Options of `similarity`."""
+
+        layer: int = Field(2, ge=0, description="the first layer without the dropped tokens")
+        keep: Amount = Field(0.5, description="image tokens kept: an int counts them, a float is a share")
+
+    options: Options
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One stage. Raises OptionError where the model has no such layer."""
+        layer = self.options.layer
+        if layer >= shape.layers:
+            raise OptionError(
+                f"strategy 'similarity': option 'layer': found {layer}, but the model has {shape.layers} layers; "
+                f"choose one of 0 … {shape.layers - 1}"
+            )
+        yield Stage("select", layer, tokens_of(self.options.keep, shape.image_tokens), (HiddenStates(),))
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Pick farthest-first in every image."""
+        rows, index, shares = image_groups(tokens)
+        picks = farthest_first(tokens.hidden[rows[:, None], index.clamp(min=0)], index >= 0, shares)
+        return Keep.where(picked(tokens, rows, index, picks))
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """The most tokens that meet the budget; where even one is too many, `layer` goes down to 0.
+
+        What the user set stays. Raises BudgetError where nothing meets the budget, OptionError see `stages`.
+        """
+        given, first = self.options.model_fields_set, self.options.layer
+        if "layer" in given:
+            list(self.stages(shape))  # refuses a layer that the model does not have
+        layers = [first] if "layer" in given else range(min(first, shape.layers - 1), -1, -1)
+        fixed = tokens_of(self.options.keep, shape.image_tokens) if "keep" in given else None
+        return dict(zip(("layer", "keep"), fill_keep(self, budget, shape, layers, fixed), strict=True))

@@ -117,9 +117,10 @@ def test_heads_and_query_rows_apart_come_together_as_the_mean(seed, padding):
 @given(st.integers(0, 10**6), st.sampled_from(["left", "right"]))
 def test_keys_are_those_in_the_cache(seed, padding):
     kept = batch(seed, padding)[3]
-    strategy = Reader(kept, {3: (LayerKeys(), TextKeys())})
+    strategy = Reader(kept, {3: (LayerKeys(), TextKeys(), LayerKeys(heads="mean"))})
     _, output, found = run(strategy, seed, padding)
     keys, text = strategy.found[3][LayerKeys()], strategy.found[3][TextKeys()]
+    torch.testing.assert_close(strategy.found[3][LayerKeys(heads="mean")], keys.unflatten(2, (2, 8)).mean(2))
     cached = output.past_key_values.layers[2].keys.transpose(1, 2).flatten(2)
     layout = found.trace.layout
     for row in range(2):

@@ -13,10 +13,16 @@ class Read:
     Attributes:
         field: names the attribute of `Tokens` that holds it.
         needs: what a model must have to offer it, for the message that refuses a model without it.
+        axis: axis of the value that runs over the image tokens, None where none does.
+        present: whether it tells of what an image token is now; else of the original token of that number.
+        missing: what the value holds for tokens that a row does not have.
     """
 
     field: ClassVar[str]
     needs: ClassVar[str] = ""
+    axis: ClassVar[int | None] = 1
+    present: ClassVar[bool] = False
+    missing: ClassVar[float] = 0.0
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -46,6 +52,9 @@ class AttentionFrom(Read):
     """
 
     field: ClassVar[str] = "attention"
+    axis: ClassVar[int | None] = -1
+    present: ClassVar[bool] = True
+    missing: ClassVar[float] = float("-inf")
     query: str = "mask_query"
     reduce: str = "mean"
     heads: str = "mean"
@@ -63,6 +72,8 @@ class PositionKernel(Read):
     the scaled product of all-ones queries and keys after rotation, at their present positions (SparseVLM+)."""
 
     field: ClassVar[str] = "position_kernel"
+    axis: ClassVar[int | None] = -1
+    present: ClassVar[bool] = True
     query: str = "mask_query"
 
 
@@ -76,6 +87,7 @@ class HiddenStates(Read):
     """
 
     field: ClassVar[str] = "hidden"
+    present: ClassVar[bool] = True
     normed: bool = False
 
 
@@ -88,15 +100,22 @@ class TextStates(Read):
     """
 
     field: ClassVar[str] = "text_hidden"
+    axis: ClassVar[int | None] = None
     normed: bool = False
 
 
 @dataclass(frozen=True)
 class LayerKeys(Read):
-    """`tokens.layer_keys`: [batch, N, C], keys in the decoder layer just before the stage, after the rotary embedding,
-    heads concatenated; zeros where a token was not active."""
+    """`tokens.layer_keys`: [batch, N, C], keys in the decoder layer just before the stage, after the rotary embedding;
+    zeros where a token was not active.
+
+    Attributes:
+        heads: "joint" concatenates the key heads, "mean" averages them (C is the head size then).
+    """
 
     field: ClassVar[str] = "layer_keys"
+    present: ClassVar[bool] = True
+    heads: str = "joint"
 
     @property
     def looks_back(self) -> bool:
@@ -109,6 +128,7 @@ class TextKeys(Read):
     """`tokens.text_keys`: [batch, T, C], the same of the text tokens."""
 
     field: ClassVar[str] = "text_keys"
+    axis: ClassVar[int | None] = None
 
     @property
     def looks_back(self) -> bool:
@@ -121,6 +141,7 @@ class TextEmbeddings(Read):
     """`tokens.text_embeddings`: [batch, T, width], the text tokens as they entered the decoder."""
 
     field: ClassVar[str] = "text_embeddings"
+    axis: ClassVar[int | None] = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +263,7 @@ class ClipTextEmbeddings(Read):
     """
 
     field: ClassVar[str] = "clip_text_embeddings"
+    axis: ClassVar[int | None] = None
     needs: ClassVar[str] = _WHOLE_CLIP
     wording: str = "question"
     cut: str = "truncate"
@@ -255,6 +277,7 @@ class Projector(Read):
     """
 
     field: ClassVar[str] = "project"
+    axis: ClassVar[int | None] = None
 
 
 @dataclass(frozen=True)
@@ -262,3 +285,4 @@ class Pixels(Read):
     """`tokens.pixels`: uint8 [batch, H, W, 3], the picture exactly as the tower's grid divides it (after its crop)."""
 
     field: ClassVar[str] = "pixels"
+    axis: ClassVar[int | None] = None

@@ -30,7 +30,8 @@ def from_layer(read: Read, seen: Seen, layout: SequenceLayout, frame: Frame | No
         EngineError: an unknown way to reduce, or a query row that was pruned.
     """
     if isinstance(read, (LayerKeys, TextKeys)):
-        keys = seen.key.transpose(1, 2).flatten(2)
+        averaged = isinstance(read, LayerKeys) and read.heads == "mean"
+        keys = seen.key.mean(1) if averaged else seen.key.transpose(1, 2).flatten(2)
         slots = layout.slots if isinstance(read, LayerKeys) else layout.text_slots
         return _at(keys, places(slots, frame))
     assert isinstance(read, AttentionFrom)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from tokenprune.engine.binding import Binding, Watch
 from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune.reads import (
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Projector,
+    Read,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
 from tokenprune_adapters.transformers_vlm.families import Family
 from tokenprune_adapters.transformers_vlm.following import METHODS, Following
 from tokenprune_adapters.transformers_vlm.shadow import shadowed
@@ -72,9 +83,27 @@ class TransformersBinding(Binding):
         raise UnsupportedError(f"{self.name}: {kind} has none of {', '.join(ATTENTION)}, so it cannot be read")
 
     def offers(self) -> frozenset[type[Read]]:
-        """Everything but pixels; [CLS] where the tower has one, the projector where it works token by token."""
-        extra = {ClsAttention: self.has_cls, Projector: self.family.images.projects}
-        return frozenset((TowerFeatures, ReceivedAttention, TowerKeys, *(kind for kind, has in extra.items() if has)))
+        """Everything of the tower; [CLS] where it has one, the projector where it works token by token."""
+        extra = {
+            ClsAttention: self.has_cls,
+            ClsQuery: self.has_cls,
+            ClsFeatures: self.has_cls and self.family.projects_patches and min(self.selected_blocks({})) >= 0,
+            Crops: self.has_cls,
+            Projector: self.family.images.projects,
+        }
+        always = (TowerFeatures, ReceivedAttention, TowerKeys, TowerValues)
+        return frozenset((*always, *(kind for kind, has in extra.items() if has)))
+
+    def selected_blocks(self, inputs: Mapping[str, Any]) -> list[int]:
+        """The tower's layers whose output the projector is given, −1 standing for what enters the first.
+
+        Args:
+            inputs: the arguments of the call that makes image features, by name.
+        """
+        layers = inputs.get("vision_feature_layer")
+        layers = self.base.config.vision_feature_layer if layers is None else layers
+        total = self.tower_layers + 1
+        return [layer % total - 1 for layer in ([layers] if isinstance(layers, int) else layers)]
 
     @contextmanager
     def watch(self, reads: Collection[Read]) -> Iterator[Watch]:

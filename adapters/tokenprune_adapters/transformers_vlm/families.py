@@ -25,6 +25,7 @@ class Family:
         videos: how its videos are, None where it has none.
         tower: path from the model to the vision tower.
         blocks: path from the tower to its layers.
+        projects_patches: whether the projector takes rows of the tower's states as they are, one for a token.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Family:
     videos: type[Arrangement] | None = None
     tower: str = "vision_tower"
     blocks: str = "encoder.layers"
+    projects_patches: bool = False
 
 
 def _qwen(title: str, arrangement: type[Arrangement] = Merged) -> Family:
@@ -39,8 +41,8 @@ def _qwen(title: str, arrangement: type[Arrangement] = Merged) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llava": Family("LLaVA-1.5"),
-    "llava_next": Family("LLaVA-NeXT", Tiled),
+    "llava": Family("LLaVA-1.5", projects_patches=True),
+    "llava_next": Family("LLaVA-NeXT", Tiled, projects_patches=True),
     "llava_onevision": Family("LLaVA-OneVision", Tiled, Frames),
     "qwen2_vl": _qwen("Qwen2-VL"),
     "qwen2_5_vl": _qwen("Qwen2.5-VL", Windowed),

@@ -17,14 +17,26 @@ from tokenprune.engine.marks import Marks
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.layout import true_positions
-from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune.reads import (
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Projector,
+    Read,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
 from tokenprune_adapters import tower_reads
 from tokenprune_adapters.transformers_vlm.cells import Cells
+from tokenprune_adapters.transformers_vlm.crops import CropStates
 
 if TYPE_CHECKING:
     from tokenprune_adapters.transformers_vlm.binding import TransformersBinding
 
-LAYERED = (ClsAttention, ReceivedAttention, TowerKeys)
+LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
 
 
@@ -104,6 +116,8 @@ class Following:
         shapes: list[tuple[int, ...]] = []
         given: list[Tensor] = []
         wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
+        selected = binding.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
+        crops = CropStates(selected)
 
         def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             shapes.append(tuple(args[0].shape))
@@ -113,13 +127,21 @@ class Following:
         with ExitStack() as undo:
             undo.callback(binding.part(kind.projector).register_forward_hook(projected).remove)
             undo.enter_context(arrangement.recording())
+            if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
+                crops.attach(binding.blocks, undo)
             undo.enter_context(tap(self._shows(seen)))
             output = original(*args, **kwargs)
         features = getattr(output, "pooler_output", output)
         tokens = sum(part.shape[:-1].numel() for part in ([features] if isinstance(features, Tensor) else features))
         cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
         values = {read: arrangement.pool(parts, tokens) for read, parts in seen.items() if parts}
-        values.update({read: arrangement.features(given, tokens) for read in self.reads if type(read) is TowerFeatures})
+        for read in self.reads:
+            if isinstance(read, TowerFeatures):
+                values[read] = arrangement.features(given, tokens)
+            elif isinstance(read, ClsFeatures):
+                values[read] = arrangement.pool([crops.cls_features(binding.cut)], tokens)
+            elif isinstance(read, Crops):
+                values[read] = arrangement.pool([crops.numbers(binding.cut)], tokens).round().long()
         return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
 
     def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[Seen], None]]:
@@ -138,9 +160,14 @@ class Following:
         """[crops, patches, D] of one call of a tower layer."""
         if isinstance(read, ClsAttention):
             return tower_reads.cls_attention(seen, read.heads)[..., None]
-        value = (
-            tower_reads.keys(seen) if isinstance(read, TowerKeys) else tower_reads.received_attention(seen)[..., None]
-        )
+        if isinstance(read, ClsQuery):
+            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.binding.cut, -1)
+        if isinstance(read, TowerKeys):
+            value = tower_reads.keys(seen, read.heads)
+        elif isinstance(read, TowerValues):
+            value = tower_reads.values(seen)
+        else:
+            value = tower_reads.received_attention(seen)[..., None]
         return value[:, self.binding.cut :]
 
     # the prefill -----------------------------------------------------------------------------------------------------
@@ -217,7 +244,7 @@ class Following:
 
 
 def _flat(read: Read, value: Tensor) -> Tensor:
-    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention)) else value
+    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention, Crops)) else value
 
 
 def _numbered(image: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Towers that run on a batch of crops: their number, and the first row of each, [CLS]."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CropStates:
+    """What layers of a tower that runs on crops give, and how many crops there are.
+
+    Args:
+        layers: numbers of the layers whose states are wanted.
+    """
+
+    def __init__(self, layers: Collection[int]) -> None:
+        self.states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self.shapes: list[torch.Size] = []
+
+    def attach(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
+        """Hook into the layers; `undo` takes the hooks off."""
+
+        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.shapes.append(_first(output).shape)
+
+        def note(kept: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            kept.append(_first(output).detach())
+
+        undo.callback(blocks[0].register_forward_hook(count).remove)
+        for layer, kept in self.states.items():
+            undo.callback(blocks[layer].register_forward_hook(partial(note, kept)).remove)
+
+    def cls_features(self, cut: int) -> Tensor:
+        """[crops, patches, C]: the first row of every crop, for each of its patches; several layers side by side."""
+        rows = torch.cat([torch.cat([state[:, :1] for state in states]) for states in self.states.values()], -1)
+        return rows.expand(-1, self.shapes[0][1] - cut, -1)
+
+    def numbers(self, cut: int) -> Tensor:
+        """float32 [crops, patches, 1]: the number of the crop."""
+        total = sum(shape[0] for shape in self.shapes)
+        return torch.arange(float(total))[:, None, None].expand(-1, self.shapes[0][1] - cut, -1)
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

@@ -72,8 +72,8 @@ class Bench(TokenScheduler):
             return self.drawn("attention").masked_fill(~self.state.active, float("-inf"))
         if read.field in ("cls_attention", "received_attention"):
             return self.drawn(read.field).exp()
-        if read.field == "keys":
-            return self.drawn("keys", CHANNELS)
+        if read.field in ("keys", "layer_keys"):
+            return self.drawn(read.field, CHANNELS)
         if read.field == "features":
             return self.drawn("features", CHANNELS)
         assert read.field == "pixels", read

@@ -25,3 +25,4 @@ def tokenprune_register_strategies(register: Register) -> None:
     register("prumerge+", f"{here}.prumerge:PruMergePlus", summary="prumerge and spatially uniform tokens")
     register("divprune", f"{here}.divprune:DivPrune", summary="image tokens most unlike each other, before the decoder")
     register("similarity", f"{here}.similarity:Similarity", summary="image tokens most unlike each other, at a layer")
+    register("tome", f"{here}.tome:ToMe", summary="image tokens most like each other, merged")

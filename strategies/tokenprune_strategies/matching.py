@@ -1,0 +1,54 @@
+"""Bipartite soft matching, as pure tensor operations on the tokens of one image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float = 0.5) -> Tensor:
+    """int64 [n]: the token that each of n tokens is merged into, itself where it stays; `count` different ones.
+
+    A round sends the most similar pairs of tokens at even and odd places together, ties by the lower number; from the
+    second on merged tokens are compared by their mean.
+
+    Args:
+        metric: [n, C], compared by cosine similarity in float32.
+        mass: float32 [n], how much each counts in a mean.
+        count: tokens to be left, at least 1.
+        per_round: share of the tokens present that a round merges at most, and one at least.
+    """
+    sums, mass = metric.float() * mass[:, None], mass.clone()
+    into = alive = torch.arange(len(metric), device=metric.device)
+    while len(alive) > max(count, 1):
+        means = torch.nn.functional.normalize(sums[alive] / mass[alive, None], dim=-1)
+        likeness, nearest = (means[::2] @ means[1::2].T).max(1)
+        most = min(len(alive) - count, max(1, int(per_round * len(alive))))
+        merged = likeness.argsort(descending=True, stable=True)[:most]
+        source, target = alive[::2][merged], alive[1::2][nearest[merged]]
+        sums.index_add_(0, target, sums[source])
+        mass.index_add_(0, target, mass[source])
+        moves = torch.arange(len(metric), device=metric.device)
+        moves[source] = target
+        into, alive = moves[into], alive[~torch.isin(alive, source)]
+    return into
+
+
+def merged_means(states: Tensor, mass: Tensor, into: Tensor, index: Tensor) -> Tensor:
+    """[batch, k, width] in the states' own precision: the mean, by mass, of all that was merged into each of `index`.
+
+    Args:
+        states: [batch, N, width].
+        mass: float32 [batch, N], 0 for tokens that do not count.
+        into: int64 [batch, N], the token that each is merged into.
+        index: int64 [batch, k], −1 as padding.
+    """
+    where = index.clamp(min=0)
+    moved = into != torch.arange(into.shape[1], device=into.device)
+    sums = (states * mass[..., None]).float()
+    sums = sums.scatter_add(1, into[..., None].expand_as(sums), sums * moved[..., None])
+    total = mass.scatter_add(1, into, mass * moved)
+    means = (sums / total.clamp(min=1e-12)[..., None]).to(states.dtype)
+    alone = total == mass  # nothing was merged into it: its state as it is
+    means = torch.where(alone[..., None], states, means)
+    return means.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))

@@ -145,8 +145,8 @@ def test_states_of_text_and_image_tokens(seed, padding):
     model = tiny_llama(LAYERS, seed=seed)
     embeds, image, mask, _ = batch(seed, padding)
     seen = []
-    model.model.layers[4].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad(), prune(model, strategy, image_tokens=image):
+        model.model.layers[4].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         model.model(inputs_embeds=embeds, attention_mask=mask)
     found, norm = strategy.found[4], model.model.norm
     for row in range(2):

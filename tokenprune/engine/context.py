@@ -73,7 +73,7 @@ class PruningRun:
         undo.callback(module.register_forward_pre_hook(self._on_model, with_kwargs=True).remove)
         for number, layer in enumerate(self.decoder.layers):
             undo.callback(layer.register_forward_pre_hook(partial(self._on_layer, number), with_kwargs=True).remove)
-        undo.callback(self.decoder.layers[-1].register_forward_hook(self._on_end).remove)
+            undo.callback(layer.register_forward_hook(partial(self._on_output, number)).remove)
 
     def _close(self) -> None:
         self._lease.open = False
@@ -106,12 +106,14 @@ class PruningRun:
                 shorten_layer(cache, number, frame.length - frame.width, self._lease)
         return (hidden, *args[1:]), kwargs
 
-    def _on_end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _on_output(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._decoding or self._prefill is None:
             return None
-        self._taps.close()
-        first = self._prefill.after_last(output[0] if isinstance(output, tuple) else output)
-        self._widen_windows()
+        hidden = output[0] if isinstance(output, tuple) else output
+        first = self._prefill.after_layer(number, hidden)
+        if number == len(self.decoder.layers) - 1:
+            self._taps.close()
+            self._widen_windows()
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     # prefill ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tokenprune.layout import true_positions
-from tokenprune.state import spread_rows
+from tokenprune.state import as_mask, spread_rows
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,25 @@ class Frame:
         """int64 [batch]: real tokens per row."""
         return self.filled.sum(1)
 
+    @cached_property
+    def absent(self) -> Tensor:
+        """int64 [batch, S − least real tokens]: positions that are not in the frame, −1 where a row has fewer."""
+        present = as_mask(torch.where(self.filled, self.index, -1), self.length)
+        return true_positions(~present)
+
     def gather(self, full: Tensor) -> Tensor:
         """[batch, S, width] -> [batch, M, width]."""
-        index = self.index.to(full.device)
-        return full.gather(1, index[..., None].expand(-1, -1, full.shape[-1]))
+        return _take(full, self.index)
 
-    def scatter(self, short: Tensor, full: Tensor) -> Tensor:
-        """Write [batch, M, width] back over [batch, S, width], out of place; fillers are not written."""
+    def split(self, full: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, S, width] -> the frame's [batch, M, width], and what is not in it."""
+        return self.gather(full), _take(full, self.absent.clamp(min=0))
+
+    def join(self, short: Tensor, rest: Tensor) -> Tensor:
+        """Undo `split`: [batch, S, width]. Fillers are left out."""
         index = torch.where(self.filled, self.index, -1).to(short.device)
-        return spread_rows(short, index, self.length, base=full.to(short.device))
+        base = spread_rows(rest.to(short), self.absent.to(short.device), self.length)
+        return spread_rows(short, index, self.length, base=base)
 
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
@@ -141,3 +152,8 @@ class Frame:
         cut = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return cut.masked_fill(~filled[:, None, None], hidden)
+
+
+def _take(full: Tensor, index: Tensor) -> Tensor:
+    index = index.to(full.device)
+    return full.gather(1, index[..., None].expand(-1, -1, full.shape[-1]))

@@ -37,7 +37,7 @@ class Prefill(TokenScheduler):
 
     Attributes:
         frames: per layer, the frame that it ran on; None = the full sequence.
-        full: [batch, S, width], the last known state of every position.
+        full: [batch, S, width], the last known state of every position; there only while a stage is entered.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Prefill(TokenScheduler):
         self.frames: list[Frame | None] = []
         self.full: Tensor
         self._frame: Frame | None = None
+        self._rest: Tensor | None = None
         self.deepstack: DeepStack | None = None
         self._embeddings: dict[type[Read], Tensor] = {}
         self._told: dict[Read, Tensor] = {}
@@ -123,20 +124,16 @@ class Prefill(TokenScheduler):
                 self._embeddings[Embeddings] = self.hidden()
             if TextEmbeddings in declared:
                 self._embeddings[TextEmbeddings] = self.provide(TextStates())
-        else:
-            hidden = self._deepened(layer - 1, hidden)
         if self.due(layer):
-            self._write_back(hidden)
             self._entering = layer, kwargs
             self.enter(layer)
             self._entering = None
             self._told.clear()
             self._frame = self._next_frame()
-            hidden = self.full if self._frame is None else self._frame.gather(self.full)
+            hidden, self._rest = (self.full, None) if self._frame is None else self._frame.split(self.full)
+        self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
         self.frames.append(self._frame)
-        if self._frame is None:
-            self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
-        else:
+        if self._frame is not None:
             self._shorten(layer, kwargs, hidden, self._frame)
         rows = [read.query for read in self.taps(layer) if isinstance(read, AttentionFrom)]
         scored = sum(self.layout.query_rows(query).shape[1] for query in rows)
@@ -144,9 +141,26 @@ class Prefill(TokenScheduler):
         self._computed_ahead.clear()
         return hidden
 
-    def after_last(self, hidden: Tensor) -> Tensor:
-        """The full-length output [batch, S, width]; dropped positions hold their last state."""
-        self._write_back(self._deepened(self.layers - 1, hidden))
+    def after_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the next layer is to be given.
+
+        Before a stage that is an empty tensor, since the states are in `full` then, and the model would hold a second
+        copy. After the last layer it is the full-length output [batch, S, width]; dropped positions hold their last
+        state.
+
+        Args:
+            layer: the decoder layer that has run.
+            hidden: its output.
+        """
+        if self.deepstack is not None:
+            hidden = self.deepstack.add(layer, hidden, self._frame)
+        if layer < self.layers - 1 and not self.due(layer + 1):
+            return hidden
+        self.full = hidden if self._frame is None or self._rest is None else self._frame.join(hidden, self._rest)
+        self._rest = None
+        return hidden.new_empty(len(hidden), 0, hidden.shape[-1]) if layer < self.layers - 1 else self._finished()
+
+    def _finished(self) -> Tensor:
         full = self.full
         del self.full
         self._embeddings.clear()
@@ -187,9 +201,6 @@ class Prefill(TokenScheduler):
         norm: Any = self.decoder.module.norm
         return norm(states) if normed else states
 
-    def _write_back(self, hidden: Tensor) -> None:
-        self.full = hidden if self._frame is None else self._frame.scatter(hidden, self.full)
-
     def _next_frame(self) -> Frame | None:
         state, layout = self.state, self.layout
         if torch.equal(state.active, state.exists) and self.strategy.positions == "keep":
@@ -201,9 +212,6 @@ class Prefill(TokenScheduler):
                 f"strategy {self.strategy.name!r} left a batch row without any token; rows need at least one text token"
             )
         return Frame.of(present)
-
-    def _deepened(self, layer: int, hidden: Tensor) -> Tensor:
-        return hidden if self.deepstack is None else self.deepstack.add(layer, hidden, self._frame)
 
     def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))

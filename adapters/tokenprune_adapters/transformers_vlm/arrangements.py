@@ -101,7 +101,8 @@ class Tiled(Arrangement):
     """LLaVA-NeXT's anyres: the whole picture, then its tiles put together, unpadded, a separator ending each line.
 
     The whole picture and the tiles count as two pictures, since both have a grid of their own (ours). Values are packed
-    by the model's own code.
+    by the model's own code. Where LLaVA-OneVision shrinks large pictures, it does so behind the projector: features are
+    shrunk alike, and their projection is close to the image tokens but not equal.
     """
 
     def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from itertools import groupby
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,6 +48,14 @@ def random_layout(seed: int, batch: int, padding: str) -> tuple[SequenceLayout, 
     return SequenceLayout.from_mask(image, valid), ids
 
 
+def scripted(layout: SequenceLayout, seed: int, positions: str) -> Scripted:
+    """A random script; "mixed" has another position policy at every stage."""
+    if positions != "mixed":
+        return random_script(layout.slots >= 0, LAYERS, WIDTH, seed, positions=positions)
+    script, draw = random_script(layout.slots >= 0, LAYERS, WIDTH, seed), random.Random(seed)
+    return Scripted([replace(step, positions=draw.choice(("keep", "renumber"))) for step in script.steps])
+
+
 def run(model, embeds, layout, script, ids, **kwargs):
     padded = not bool(layout.valid.all())
     with torch.no_grad(), prune(model, script, image_tokens=layout.image_tokens) as pruning:
@@ -58,18 +70,24 @@ def run(model, embeds, layout, script, ids, **kwargs):
 
 @settings(deadline=None, max_examples=120)
 @given(
-    models, seeds, st.integers(1, 3), st.sampled_from(["none", "left", "right"]), st.sampled_from(["keep", "renumber"])
+    models,
+    seeds,
+    st.integers(1, 3),
+    st.sampled_from(["none", "left", "right"]),
+    st.sampled_from(["keep", "renumber", "mixed"]),
 )
 def test_engine_equals_oracle(kind, seed, batch, padding, positions):
     model = MODELS[kind]
     layout, ids = random_layout(seed, batch, padding)
     embeds = torch.randn(*layout.valid.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
-    script = random_script(layout.slots >= 0, LAYERS, WIDTH, seed, positions=positions)
+    script = scripted(layout, seed, positions)
     output, pruning = run(model, embeds, layout, script, ids)
     expected = masked_full_length(model.model, embeds, layout, script, ids)
     difference = (output.last_hidden_state - expected)[layout.valid].abs().max()
     assert difference < 2e-5
     entered = [list(entry.image) for entry in pruning.trace.ledger.entries]
+    policies = [step.positions or positions for step in script.steps] or [script.positions]
+    assert pruning.trace.policies["positions"] == ", then ".join(kind for kind, _ in groupby(policies))
     assert entered == [pruning.trace.active(layer).sum(1).tolist() for layer in range(LAYERS)]
 
 
@@ -112,7 +130,7 @@ def test_keep_all_is_bit_identical(kind, padding):
 
 
 @settings(deadline=None, max_examples=60)
-@given(models, seeds, st.sampled_from(["none", "left"]), st.sampled_from(["keep", "renumber"]), st.booleans())
+@given(models, seeds, st.sampled_from(["none", "left"]), st.sampled_from(["keep", "renumber", "mixed"]), st.booleans())
 def test_cached_decoding_equals_recomputation(kind, seed, padding, positions, stepwise):
     """New tokens one by one (or all at once) on the pruned cache = the whole longer sequence in one oracle run."""
     model = MODELS[kind]
@@ -120,7 +138,7 @@ def test_cached_decoding_equals_recomputation(kind, seed, padding, positions, st
     draw = torch.Generator().manual_seed(seed)
     length, new = layout.valid.shape[1], 3
     embeds = torch.randn(2, length + new, WIDTH, generator=draw)
-    script = random_script(layout.slots >= 0, LAYERS, WIDTH, seed, positions=positions)
+    script = scripted(layout, seed, positions)
     grown = SequenceLayout.from_mask(
         torch.cat((layout.image_tokens, torch.zeros(2, new, dtype=torch.bool)), 1),
         torch.cat((layout.valid, torch.ones(2, new, dtype=torch.bool)), 1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -62,12 +62,15 @@ class Stage:
         layer: first decoder layer that runs with what is chosen here (0-based).
         tokens: image tokens active from here on, per row; None where only the content can tell.
         reads: what `choose` looks at.
+        positions: from this stage on, positions are counted anew ("renumber"), or tokens keep those that they have by
+            now ("keep"); None = as the strategy's `positions` says.
     """
 
     name: str
     layer: int
     tokens: int | None = None
     reads: tuple[Read, ...] = ()
+    positions: Positions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.reads, Read):
@@ -83,7 +86,8 @@ class Strategy(ABC):
     Attributes:
         name: registered name.
         budget_option: the option that the budget solver moves; a subclass with several moves them in `fit`.
-        positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter).
+        positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter), unless a stage says
+            otherwise; "renumber" where any stage renumbers.
     """
 
     name: ClassVar[str]

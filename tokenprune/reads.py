@@ -146,9 +146,11 @@ class TextEmbeddings(Read):
 
 @dataclass(frozen=True)
 class Embeddings(Read):
-    """`tokens.embeddings`: [batch, N, width], the image tokens as they entered the decoder."""
+    """`tokens.embeddings`: [batch, N, width], the image tokens as they entered the decoder, with all that stages before
+    its first layer made of them."""
 
     field: ClassVar[str] = "embeddings"
+    present: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

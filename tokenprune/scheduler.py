@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.base import Positions, Shape, Stage, Strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.fit import misfit
@@ -142,7 +143,7 @@ class TokenScheduler(ABC):
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
         self.memory: dict[str, Any] = {}
-        policies: dict[str, str] = {"positions": self.strategy.positions}
+        policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
         self.trace = Trace(repr(self.strategy), policies, layout, exists, ledger)
         self._check_reads()
@@ -164,6 +165,9 @@ class TokenScheduler(ABC):
     @abstractmethod
     def write(self, index: Tensor, values: Tensor) -> None:
         """Replace the states of image tokens `index` [batch, k] (−1 ignored) by `values` [batch, k, width]."""
+
+    def settle(self, stage: Stage) -> None:  # noqa: B027 - not everyone needs it
+        """A stage's decision has been carried out."""
 
     # the walk --------------------------------------------------------------------------------------------------------
 
@@ -212,7 +216,16 @@ class TokenScheduler(ABC):
         if values is not None:
             self.write(decision.index, values)
         self.state, self._counts = state, tuple(state.active.sum(1).tolist())
+        self.settle(stage)
         self._record(stage, decision)
+
+    def policy(self, stage: Stage) -> Positions:
+        """The position policy from a stage on."""
+        return stage.positions or self.strategy.positions
+
+    def _position_policy(self) -> str:
+        found = [self.policy(planned.stage) for planned in self.planned] or [self.strategy.positions]
+        return ", then ".join(kind for kind, _ in groupby(found))
 
     @property
     def width(self) -> int | None:

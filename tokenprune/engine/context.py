@@ -166,9 +166,10 @@ class PruningRun:
             return
         flash = "flash" in self.decoder.attention_name
         kwargs["attention_mask"] = frame.decode_mask(kwargs.get("attention_mask"), self._new, self._past, two_d=flash)
-        if prefill.strategy.positions == "renumber":
+        length = prefill.lengths[number]
+        if length is not None:
             steps = torch.arange(self._past, self._past + self._new, device=hidden.device)
-            ids = frame.counts.to(hidden.device)[:, None] + steps
+            ids = length.to(hidden.device)[:, None] + steps
             kwargs["position_embeddings"] = self.decoder.tables(number, hidden, ids)
             kwargs["position_ids"] = ids
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Strategy
+from tokenprune.base import Stage, Strategy
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
@@ -37,6 +37,7 @@ class Prefill(TokenScheduler):
 
     Attributes:
         frames: per layer, the frame that it ran on; None = the full sequence.
+        lengths: per layer, int64 [batch], how many positions there were when they were counted anew; None = never.
         full: [batch, S, width], the last known state of every position; there only while a stage is entered.
     """
 
@@ -62,6 +63,9 @@ class Prefill(TokenScheduler):
             seed=seed,
         )
         self.frames: list[Frame | None] = []
+        self.lengths: list[Tensor | None] = []
+        self._ids: Tensor | None = None
+        self._length: Tensor | None = None
         self.full: Tensor
         self._frame: Frame | None = None
         self._rest: Tensor | None = None
@@ -81,8 +85,10 @@ class Prefill(TokenScheduler):
         """See `TokenScheduler.provide`."""
         if read.looks_back:
             return self._told[read]
-        if isinstance(read, (Embeddings, TextEmbeddings)):
+        if isinstance(read, (Embeddings, TextEmbeddings)) and type(read) in self._embeddings:
             return self._embeddings[type(read)]
+        if isinstance(read, Embeddings):  # a stage before the first layer
+            return self.hidden()
         if isinstance(read, HiddenStates):
             return self._normed(self.hidden(), read.normed)
         if isinstance(read, TextStates):
@@ -107,6 +113,12 @@ class Prefill(TokenScheduler):
         full = self.full
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
+    def settle(self, stage: Stage) -> None:
+        """Count positions anew where the stage says so; see `TokenScheduler.settle`."""
+        if self.policy(stage) == "renumber":
+            present = self._present()
+            self._ids, self._length = (present.long().cumsum(1) - 1).clamp(min=0), present.sum(1)
+
     # the layers ------------------------------------------------------------------------------------------------------
 
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -119,20 +131,21 @@ class Prefill(TokenScheduler):
         """
         if layer == 0:
             self.full = hidden
-            declared = {type(read) for planned in self.planned for read in planned.stage.reads}
-            if Embeddings in declared:
-                self._embeddings[Embeddings] = self.hidden()
-            if TextEmbeddings in declared:
-                self._embeddings[TextEmbeddings] = self.provide(TextStates())
+            self._remember(TextEmbeddings)
+            if not self.due(layer):
+                self._remember(Embeddings)
         if self.due(layer):
             self._entering = layer, kwargs
             self.enter(layer)
             self._entering = None
+            if layer == 0:
+                self._remember(Embeddings)
             self._told.clear()
             self._frame = self._next_frame()
             hidden, self._rest = (self.full, None) if self._frame is None else self._frame.split(self.full)
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
         self.frames.append(self._frame)
+        self.lengths.append(self._length)
         if self._frame is not None:
             self._shorten(layer, kwargs, hidden, self._frame)
         rows = [read.query for read in self.taps(layer) if isinstance(read, AttentionFrom)]
@@ -202,22 +215,30 @@ class Prefill(TokenScheduler):
         return norm(states) if normed else states
 
     def _next_frame(self) -> Frame | None:
-        state, layout = self.state, self.layout
-        if torch.equal(state.active, state.exists) and self.strategy.positions == "keep":
+        if torch.equal(self.state.active, self.state.exists) and self._ids is None:
             return None
-        flags = spread_rows(state.active, layout.slots, layout.image_tokens.shape[1])
-        present = (layout.valid & ~layout.image_tokens) | flags
+        present = self._present()
         if not bool(present.any(1).all()):
             raise EngineError(
                 f"strategy {self.strategy.name!r} left a batch row without any token; rows need at least one text token"
             )
         return Frame.of(present)
 
+    def _remember(self, kind: type[Read]) -> None:
+        if any(isinstance(read, kind) for planned in self.planned for read in planned.stage.reads):
+            self._embeddings[kind] = self.hidden() if kind is Embeddings else self.provide(TextStates())
+
+    def _present(self) -> Tensor:
+        """bool [batch, S]: text, and the image tokens that are active."""
+        layout = self.layout
+        flags = spread_rows(self.state.active, layout.slots, layout.image_tokens.shape[1])
+        return (layout.valid & ~layout.image_tokens) | flags
+
     def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
         ids = kwargs.get("position_ids")
-        if self.strategy.positions == "renumber":
-            ids = torch.arange(frame.width, device=hidden.device).expand(hidden.shape[0], -1)
+        if self._ids is not None:
+            ids = frame.prefill_ids(self._ids).to(hidden.device)
             kwargs["position_embeddings"] = tuple(
                 frame.once(table, partial(self._renumbered, number, layer, hidden, ids))
                 for number, table in enumerate(_tables(kwargs))

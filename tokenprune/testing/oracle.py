@@ -32,16 +32,15 @@ def masked_full_length(
     hidden = embeds.clone()
     present = layout.valid.clone()
     alive = {"active": layout.image_tokens.clone()}
-    touched = False
+    renumbered: Tensor | None = None
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
             if step.layer == number:
                 hidden = apply_decision(step.decision, hidden, layout, alive)
                 present = (layout.valid & ~layout.image_tokens) | alive["active"]
-                touched = True
-        ids = position_ids
-        if script.positions == "renumber" and touched:
-            ids = (present.long().cumsum(1) - 1).clamp(min=0)
+                if (step.positions or script.positions) == "renumber":
+                    renumbered = (present.long().cumsum(1) - 1).clamp(min=0)
+        ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
             attention_mask=_mask(present),

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.base import Positions, Shape, Stage, Strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Step:
-    """One scripted decision on entering `layer`."""
+    """One scripted decision on entering `layer`, and the position policy from there on if it is another."""
 
     layer: int
     decision: Decision
+    positions: Positions | None = None
 
 
 class Scripted(Strategy):
@@ -33,7 +34,7 @@ class Scripted(Strategy):
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage a step."""
-        return [Stage(str(number), step.layer) for number, step in enumerate(self.steps)]
+        return [Stage(str(n), step.layer, positions=step.positions) for n, step in enumerate(self.steps)]
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """The scripted decision."""
@@ -41,7 +42,8 @@ class Scripted(Strategy):
 
     def row(self, number: int, count: int) -> Scripted:
         """The same script for one batch row alone, of `count` image tokens."""
-        return Scripted([Step(s.layer, _row(s.decision, number, count)) for s in self.steps], positions=self.positions)
+        steps = [Step(s.layer, _row(s.decision, number, count), s.positions) for s in self.steps]
+        return Scripted(steps, positions=self.positions)
 
 
 def random_script(

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.base import Strategy
 from tokenprune.layout import SequenceLayout
-from tokenprune.reads import Projector, Read
+from tokenprune.reads import AttentionFrom, PositionKernel, Projector, Read
 from tokenprune.scheduler import TokenScheduler
 from tokenprune.state import spread_rows
 
-WIDTH, CHANNELS, PIXELS = 6, 8, 56
+WIDTH, CHANNELS, PIXELS, HEADS = 6, 8, 56, 4
 
 
 def layout_of(rows: Sequence[Sequence[int]]) -> SequenceLayout:
@@ -68,17 +69,49 @@ class Bench(TokenScheduler):
             return self.states
         if read.field == "embeddings":
             return self.embeddings
-        if read.field == "attention":
-            return self.drawn("attention").masked_fill(~self.state.active, float("-inf"))
+        if isinstance(read, AttentionFrom):
+            return self.attention(read)
+        if isinstance(read, PositionKernel):
+            return self.drawn("kernel", self.queries(read.query)).exp().transpose(1, 2)
+        if read.field in ("text_hidden", "text_embeddings", "text_keys"):
+            return self.drawn_text(read.field, CHANNELS if read.field == "text_keys" else WIDTH)
+        if read.field == "layer_keys":
+            return self.drawn("layer_keys", CHANNELS).masked_fill(~self.state.active[..., None], 0)
         if read.field in ("cls_attention", "received_attention"):
             return self.drawn(read.field).exp()
         if read.field in ("keys", "layer_keys"):
             return self.drawn(read.field, CHANNELS)
-        if read.field == "features":
-            return self.drawn("features", CHANNELS)
+        if read.field in ("features", "cls_features", "cls_query", "values", "clip_image_embeddings"):
+            return self.drawn(read.field, CHANNELS)
+        if read.field == "crops":  # an image is one crop
+            return self.layout.gather_slots(self.layout.image_number)
+        if read.field == "clip_text_embeddings":  # as many texts as the row's seed says
+            texts = [self.drawn_row("text", seed, 1 + seed % 3, CHANNELS) for seed in self.seeds]
+            exist = [torch.ones(len(text), dtype=torch.bool) for text in texts]
+            return pad_sequence(texts, batch_first=True), pad_sequence(exist, batch_first=True)
         assert read.field == "pixels", read
         draws = torch.stack([self.drawn_row("pixels", seed, PIXELS, PIXELS, 3) for seed in self.seeds])
         return (draws * 40 + 128).clamp(0, 255).to(torch.uint8)
+
+    def drawn_text(self, field: str, width: int) -> Tensor:
+        """float32 [batch, T, width], what each row's text tokens have."""
+        counts = (self.layout.text_slots >= 0).sum(1).tolist()
+        result = torch.zeros(len(counts), max(counts), width)
+        for row, (count, seed) in enumerate(zip(counts, self.seeds, strict=True)):
+            result[row, :count] = self.drawn_row(field, seed, count, width)
+        return result
+
+    def queries(self, name: str) -> int:
+        """The most query rows of that name that a batch row has."""
+        return self.layout.query_rows(name).shape[1]
+
+    def attention(self, read: AttentionFrom) -> Tensor:
+        """Drawn at random: [batch, N], with the axes before N that the read keeps apart."""
+        axes = [HEADS] * (read.heads == "each") + [self.queries(read.query)] * (read.reduce == "each")
+        drawn = self.drawn("attention", *axes)
+        drawn = drawn.exp().movedim(1, -1) if axes else drawn
+        inactive = ~self.state.active.reshape(len(drawn), *[1] * len(axes), -1)
+        return drawn.masked_fill(inactive, float("-inf"))
 
     @staticmethod
     def drawn_row(field: str, seed: int, *shape: int) -> Tensor:

@@ -26,3 +26,8 @@ def tokenprune_register_strategies(register: Register) -> None:
     register("divprune", f"{here}.divprune:DivPrune", summary="image tokens most unlike each other, before the decoder")
     register("similarity", f"{here}.similarity:Similarity", summary="image tokens most unlike each other, at a layer")
     register("tome", f"{here}.tome:ToMe", summary="image tokens most like each other, merged")
+    register(
+        "visionzip", f"{here}.visionzip:VisionZip", summary="[CLS]-attended image tokens, the others merged into few"
+    )
+    register("cdpruner", f"{here}.cdpruner:CDPruner", summary="image tokens most diverse given the question, by CLIP")
+    register("litelvlm", f"{here}.litelvlm:LiteLVLM", summary="image tokens least like the question in CLIP's space")

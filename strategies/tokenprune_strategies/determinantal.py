@@ -1,0 +1,38 @@
+"""Determinantal point processes: picks that are of high quality and unlike each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -> Tensor:
+    """Greedy MAP inference of G determinantal point processes: picks int64 [G, max count] in order, padded with −1.
+
+    One [G, n, n] matrix is held; pick t costs O(n · t).
+
+    Args:
+        states: [G, n, width], whose cosine similarity is the kernel.
+        weights: float32 [G, n], on both sides of it.
+        exists: bool [G, n].
+        counts: int64 [G], picks; at most the rows that exist.
+    """
+    groups, most = torch.arange(len(states), device=states.device), int(counts.max())
+    rows = normalize(states.float(), dim=-1)
+    kernel = rows @ rows.transpose(1, 2)
+    gains = kernel.diagonal(dim1=1, dim2=2) * weights**2
+    floor = gains.amax(1, keepdim=True) * 1e-6  # below it a gain is rounding error (ours)
+    found = states.new_zeros(most, *weights.shape, dtype=torch.float32)
+    taken, picks = ~exists, []
+    for step in range(most):
+        best = gains.masked_fill(taken, float("-inf")).argmax(1)
+        spent = gains[groups, best, None] <= floor
+        best = torch.where(spent[:, 0], weights.masked_fill(taken, float("-inf")).argmax(1), best)
+        picks.append(torch.where(step < counts, best, -1))
+        taken = taken.scatter(1, best[:, None], True)
+        row = weights[groups, best, None] * kernel[groups, best] * weights
+        row = row - torch.einsum("tg,tgn->gn", found[:step, groups, best], found[:step])
+        found[step] = (row / gains[groups, best, None].clamp(min=0).sqrt()).masked_fill(spent, 0)
+        gains = gains - found[step] ** 2
+    return torch.stack(picks, 1) if picks else counts.new_zeros(len(states), 0)

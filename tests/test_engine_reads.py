@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.base import Stage, Strategy
+from tokenprune.compatibility import compatible
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter
 from tokenprune.decisions import Keep
 from tokenprune.engine import prune
-from tokenprune.errors import EngineError, PluginError
+from tokenprune.errors import EngineError, IncompatibleError, PluginError
 from tokenprune.reads import (
     AttentionFrom,
     Embeddings,
@@ -221,6 +222,43 @@ def test_each_row_has_the_stage_that_was_declared_for_it():
     strategy = Halving(None, {})
     run(strategy, 0, "right")
     assert strategy.found["left"] == [5, 3]
+
+
+class ManyHeads(Strategy):
+    """Does not fit models with fewer than 14 heads, and says so."""
+
+    name = "many-heads"
+
+    def stages(self, shape):
+        if 0 < shape.heads < 14:
+            raise IncompatibleError(
+                f"'many-heads' needs 14 heads, and the model has {shape.heads} in {shape.layers} layers"
+            )
+        yield Stage("keep", 1, reads=(PositionKernel("last"),))
+
+    def choose(self, stage, tokens):
+        return Keep.where(tokens.active)
+
+
+def test_what_a_strategy_says_of_a_model_is_said_before_anything_runs():
+    model, called = tiny_llama(LAYERS), []
+    model.model.register_forward_pre_hook(lambda module, args: called.append(module))
+    found = compatible(ManyHeads(), model)
+    assert found.reason == f"'many-heads' needs 14 heads, and the model has 4 in {LAYERS} layers"
+    image = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(IncompatibleError) as refusal, prune(model, ManyHeads(), image_tokens=image):
+        model.model(torch.arange(4)[None])
+    assert str(refusal.value) == found.reason
+    assert called == []
+    assert compatible(ManyHeads(), tiny_llama(LAYERS, heads=16)).runs
+
+
+def test_position_kernel_is_not_offered_where_positions_have_several_axes():
+    model = tiny_llama(LAYERS, heads=16)
+    model.config.rope_parameters = {**model.config.rope_parameters, "mrope_section": [1]}
+    found = compatible(ManyHeads(), model)
+    assert found.missing == ("PositionKernel",)
+    assert "that needs a rotary embedding of one axis" in found.reason
 
 
 def test_reads_that_do_not_go_together_are_named():

@@ -47,36 +47,35 @@ def declared_reads(strategy: Strategy, shape: Shape) -> set[Read]:
     Nothing where the strategy cannot tell for this shape; the prefill, which knows the real one, asks again.
     """
     try:
+        return _reads(strategy, shape)
+    except IncompatibleError:
+        return set()
+
+
+def _reads(strategy: Strategy, shape: Shape) -> set[Read]:
+    try:
         return {read for stage in strategy.stages(shape) for read in stage.reads}
+    except IncompatibleError:
+        raise
     except TokenPruneError:
         return set()
 
 
-def check_fit(
-    strategy: Strategy,
-    model: str,
-    layers: int,
-    *,
-    vision: frozenset[type[Read]] = frozenset(),
-    tower_layers: int = 0,
-    multimodal_rope: bool = False,
-) -> set[Read]:
+def check_fit(strategy: Strategy, model: str, shape: Shape, *, multimodal_rope: bool = False) -> set[Read]:
     """What the strategy reads on a model of this kind.
 
     Args:
         strategy: bound to a shape or not.
         model: its name.
-        layers: decoder layers.
-        vision: reads that its vision side offers.
-        tower_layers: layers of its vision tower.
+        shape: what is known of every run on it; `readable` must be.
         multimodal_rope: whether positions have several axes.
 
     Raises:
-        IncompatibleError: it reads what the model does not offer, or renumbers positions of several axes.
+        IncompatibleError: it reads what the model does not offer, renumbers positions of several axes, or says itself
+            that the model does not fit (by raising it from `stages`: too few layers, too few heads).
     """
-    offers = DECODER_READS | vision
-    reads = declared_reads(strategy, Shape(layers, TYPICAL_TOKENS, 0, tower_layers, offers))
-    error = misfit(strategy.name, model, reads, offers)
+    reads = _reads(strategy, shape)
+    error = misfit(strategy.name, model, reads, shape.readable or frozenset())
     if error is not None:
         raise error
     if multimodal_rope and strategy.positions == "renumber":

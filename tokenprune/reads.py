@@ -72,6 +72,7 @@ class PositionKernel(Read):
     the scaled product of all-ones queries and keys after rotation, at their present positions (SparseVLM+)."""
 
     field: ClassVar[str] = "position_kernel"
+    needs: ClassVar[str] = "a rotary embedding of one axis"
     axis: ClassVar[int | None] = -1
     present: ClassVar[bool] = True
     query: str = "mask_query"

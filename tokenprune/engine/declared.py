@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeGuard
 
 from tokenprune.base import Shape, Strategy
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.fit import DECODER_READS, TYPICAL_TOKENS, check_fit
+from tokenprune.fit import TYPICAL_TOKENS, check_fit
 from tokenprune.reads import Read
 
 
@@ -40,23 +40,17 @@ def shape_on(model: Declared) -> Shape:
     Raises:
         UnsupportedError: the model has no decoder to hook into.
     """
-    layers = len(find_decoder(model.decoder).layers)
-    return Shape(layers, TYPICAL_TOKENS, 0, model.tower_layers, DECODER_READS | model.offers())
+    decoder = find_decoder(model.decoder)
+    offers = decoder.offers | model.offers()
+    return Shape(len(decoder.layers), TYPICAL_TOKENS, 0, model.tower_layers, offers, decoder.heads)
 
 
 def check_on(strategy: Strategy, model: Declared) -> set[Read]:
     """What the strategy reads on this model, once it is known to fit.
 
     Raises:
-        IncompatibleError: it reads what the model does not offer, or renumbers positions of several axes.
+        IncompatibleError: see `check_fit`.
         UnsupportedError: the model has no decoder to hook into.
     """
-    decoder = find_decoder(model.decoder)
-    return check_fit(
-        strategy,
-        model.name,
-        len(decoder.layers),
-        vision=model.offers(),
-        tower_layers=model.tower_layers,
-        multimodal_rope=decoder.multimodal_rope,
-    )
+    multimodal_rope = find_decoder(model.decoder).multimodal_rope
+    return check_fit(strategy, model.name, shape_on(model), multimodal_rope=multimodal_rope)

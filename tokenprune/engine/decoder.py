@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedError
+from tokenprune.fit import DECODER_READS
+from tokenprune.reads import PositionKernel, Read
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Decoder:
         config: Any = self.module.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         return "mrope_section" in rope
+
+    @property
+    def offers(self) -> frozenset[type[Read]]:
+        """Kinds of reads that the engine can answer of it."""
+        return DECODER_READS - {PositionKernel} if self.multimodal_rope else DECODER_READS
 
     def tables(self, layer: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer."""

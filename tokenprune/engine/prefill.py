@@ -17,7 +17,6 @@ from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, UnsupportedError
-from tokenprune.fit import DECODER_READS
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import (
     AttentionFrom,
@@ -79,7 +78,7 @@ class Prefill(TokenScheduler):
 
     def offers(self) -> frozenset[type[Read]]:
         """The decoder's own reads, and what the vision side offers."""
-        return DECODER_READS | frozenset(self.vision.answers)
+        return self.decoder.offers | frozenset(self.vision.answers)
 
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         TowerKeys,
     )
     from tokenprune.registry import adapters, datasets, models, strategies
+    from tokenprune.sequence import Sequence
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ _HOME = {
         "TowerKeys",
     ),
     "tokenprune.registry": ("adapters", "datasets", "models", "strategies"),
+    "tokenprune.sequence": ("Sequence",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -76,6 +78,7 @@ __all__ = [
     "Read",
     "ReceivedAttention",
     "Restore",
+    "Sequence",
     "Shape",
     "Stage",
     "Strategy",

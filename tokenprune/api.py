@@ -18,7 +18,8 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
     """A strategy by name.
 
     Args:
-        name: a name of `tokenprune.strategies()`.
+        name: a name of `tokenprune.strategies()`, or several joined by "+", which run one after the other (see
+            `tokenprune.Sequence`; its options are `budgets` and `parts`). A registered name that holds a "+" wins.
         budget: equivalent image tokens as a fraction of all image tokens, in (0, 1]; solved for when the strategy runs.
         options: fields of the strategy's `Options`.
 
@@ -28,6 +29,12 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
         BudgetError: a budget out of range.
         PluginError: the strategy's module cannot be imported.
     """
+    known = registry.strategies()
+    if name not in known and "+" in name:
+        from tokenprune.sequence import Sequence, names_in
+
+        names = names_in(name, known) or name.split("+")
+        return Sequence(*names, budget=budget, **options)
     made: Strategy = registry.get("strategies", name).load()(budget=budget, **options)
     return made
 

@@ -90,7 +90,7 @@ class Strategy(ABC):
             otherwise; "renumber" where any stage renumbers.
     """
 
-    name: ClassVar[str]
+    name: str
     budget_option: ClassVar[str | None] = None
     positions: Positions = "keep"
 

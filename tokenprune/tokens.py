@@ -32,6 +32,8 @@ class Tokens:
         target: int64 [batch], the number the stage declared, −1 where it declared none.
         stages: the stage as declared for each batch row, where it carries more than a number (see `Stage`).
         mass: float32 [batch, N], how many original tokens each stands for.
+        origin: int64 [batch, N], the token whose place in the image each has, −1 for none.
+        lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
         mark: mark(name, rows) makes text tokens, bool [batch, T], query rows of that name for later stages.
         memory: a dict that lives as long as this run, to carry things from stage to stage.
 
@@ -55,6 +57,7 @@ class Tokens:
         stages: Sequence[Stage] = (),
     ) -> None:
         self.exists, self.active, self.parked, self.mass = state.exists, state.active, state.parked, state.mass
+        self.origin, self.lineage = state.origin, state.lineage
         self.counts = self.exists.sum(1)
         self.target, self.memory, self.mark, self.stages = target, memory, mark, stages
         self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide

@@ -1,0 +1,255 @@
+"""Compositions: strategies that prune one after the other, each what the one before left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ListOf
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from tokenprune.base import Shape, Stage, Strategy, StrategyOptions, equivalent_tokens
+from tokenprune.decisions import Decision
+from tokenprune.errors import BudgetError, OptionError, TokenPruneError
+from tokenprune.left import Left, TokensLeft
+from tokenprune.tokens import Tokens
+from tokenprune.validation import check_decision
+
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _slashed(budgets: Any) -> Any:
+    """ "0.5/0.25" -> [0.5, 0.25], for command lines, where commas part strategies; "-" leaves one out."""
+    return [None if part == "-" else part for part in budgets.split("/")] if isinstance(budgets, str) else budgets
+
+
+class Sequence(Strategy):
+    """Strategies one after the other: `Sequence(a, b)`.
+
+    Every part sees the image tokens that the part before leaves, numbered anew, as if there had never been others: its
+    shares and its budget are of these tokens. Layers, and the equivalent tokens of the whole, are those of the model.
+    Parts keep their own position policies, each from its own stages on.
+
+    A `budget` for the whole goes to the parts that have none of their own and that a budget would change: all get the
+    same share, the largest that the whole fits with.
+
+    Attributes:
+        name: the parts' names joined by "+".
+        parts: the strategies.
+        positions: "renumber" where any part renumbers.
+    """
+
+    name = "sequence"
+    budget_option = "budgets"
+
+    class Options(StrategyOptions):
+        """Options of a composition."""
+
+        budgets: Annotated[tuple[_Share | None, ...] | None, BeforeValidator(_slashed)] = Field(
+            None, description="a budget for each part, of the tokens that the part before leaves; None = as it is"
+        )
+        parts: tuple[dict[str, Any], ...] | None = Field(None, description="options for each part")
+
+    options: Options
+
+    def __init__(self, *parts: Strategy | str, budget: float | None = None, **options: Any) -> None:
+        """Raises OptionError for fewer than two parts, or options that do not fit them; errors of names and parts."""
+        found = [part for given in parts for part in _flat(given)]
+        self.name = "+".join(part.name for part in found)
+        if len(found) < 2:
+            raise OptionError(f"Sequence({self.name}): {len(found)} strategies found, expected at least two")
+        super().__init__(budget=budget, **options)
+        for name in ("budgets", "parts"):
+            given = getattr(self.options, name)
+            if given is not None and len(given) != len(found):
+                raise OptionError(
+                    f"strategy {self.name!r}: option {name!r}: found {len(given)} for {len(found)} parts; give one "
+                    "for each"
+                )
+        changes = self.options.parts or ({},) * len(found)
+        budgets = self.options.budgets or (None,) * len(found)
+        found = [
+            _budgeted(part.with_options(**change), part.budget) if change else part
+            for part, change in zip(found, changes, strict=True)
+        ]
+        self.parts = tuple(_budgeted(part, own) if own else part for part, own in zip(found, budgets, strict=True))
+        self.positions = "renumber" if any(part.positions == "renumber" for part in self.parts) else "keep"
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """The parts' stages, named "1:fastv/prune".
+
+        Raises:
+            OptionError: a part begins before the one before it has finished, reads a layer that ran before that, or has
+                to know a number of tokens that only the image tells.
+            BudgetError: a part's budget cannot be met with what is left.
+        """
+        ready = self if self.budget is None else self.bind(shape)
+        return [stage for _, stages in ready.chain(shape) for stage in stages]
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """What the part says of the tokens that were left to it."""
+        key = stage.name.partition("/")[0]
+        part = self.parts[int(key.partition(":")[0]) - 1]
+        own, *others = (replace(s, name=s.name.partition("/")[2]) for s in (stage, *tokens.stages))
+        if key not in tokens.memory:
+            tokens.memory[key] = Left.of(tokens), {}
+        left: Left
+        left, memory = tokens.memory[key]
+        view = TokensLeft(tokens, left, own, others, memory)
+        answer = part.choose(own, view)
+        decision = check_decision(answer, view.left_state, who=f"{self.name}: {part.name}", stage=own.name)
+        return left.whole(decision, tokens.exists.shape[1])
+
+    def bind(self, shape: Shape) -> Sequence:
+        """The same with every part's budget, and the whole's, turned into options."""
+        if shape.image_tokens == 0:
+            return self
+        ready = self
+        if self.budget is not None:
+            ready = self._budgeted(self.fit(self.budget, shape)["budgets"])
+        return ready._of([part for part, _ in ready.chain(shape)])
+
+    def chain(self, shape: Shape) -> list[tuple[Strategy, list[Stage]]]:
+        """Every part, bound to what the parts before leave, and its stages; errors as for `stages`."""
+        found: list[tuple[Strategy, list[Stage]]] = []
+        left: int | None = shape.image_tokens
+        last = -1
+        for number, part in enumerate(self.parts, 1):
+            here = replace(shape, image_tokens=shape.image_tokens if left is None else left)
+            try:
+                bound = part.bind(here)
+                stages = list(bound.stages(here))
+            except OptionError as error:
+                raise type(error)(f"strategy {self.name!r}, part {number}: {error}") from error
+            if number > 1 and stages and shape.image_tokens:
+                self._check(number, bound, stages, left, last)
+            name, policy = f"{number}:{part.name}", bound.positions
+            named = [replace(s, name=f"{name}/{s.name}", positions=s.positions or policy) for s in stages]
+            found.append((bound, named))
+            if stages:
+                left, last = stages[-1].tokens, stages[-1].layer
+        return found
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """`budgets` for the whole: the largest share that every part without a budget can have.
+
+        Raises:
+            BudgetError: no such share, or no part that a budget would change.
+        """
+        free = [part.budget is None and _moves(part, shape) for part in self.parts]
+        room, least, best = budget * shape.image_tokens + 1e-9, float("inf"), None
+        steps = 4 * shape.image_tokens
+        low, high = (0, steps) if any(free) else (steps - 1, steps)
+        problem: BudgetError | None = None
+        while low < high:
+            step = (low + high + 1) // 2
+            budgets = tuple(step / steps if is_free else None for is_free in free)
+            try:
+                stages = [stage for _, stages in self._budgeted(budgets).chain(shape) for stage in stages]
+                spent = equivalent_tokens(stages, shape)
+            except BudgetError as error:  # a part cannot do with so little
+                low, problem = step, error
+                continue
+            least = min(least, spent)
+            if spent <= room:
+                low, best = step, budgets
+            else:
+                high = step - 1
+        if best is not None:
+            return {"budgets": best}
+        if problem is not None and least == float("inf"):
+            raise problem
+        raise self.too_small(budget, shape, least)
+
+    def with_options(self, **changes: Any) -> Sequence:
+        """A copy without a budget of the whole; `changes` are `budgets` and `parts`."""
+        return Sequence(*self.parts, **changes)
+
+    def reseeded(self, offset: int) -> Sequence:
+        """A copy whose parts draw anew."""
+        copied = self._of([part.reseeded(offset) for part in self.parts])
+        copied.budget = self.budget
+        return copied
+
+    def __repr__(self) -> str:
+        parts = ", ".join(map(repr, self.parts))
+        return f"Sequence({parts})" if self.budget is None else f"Sequence({parts}, budget={self.budget!r})"
+
+    def _check(self, number: int, part: Strategy, stages: list[Stage], left: int | None, last: int) -> None:
+        before = f"strategy {self.name!r}: part {number - 1}, {self.parts[number - 2].name!r},"
+        first = stages[0]
+        if first.layer < last:
+            raise OptionError(
+                f"{before} has its last stage at layer {last}, and part {number}, {part.name!r}, its first at layer "
+                f"{first.layer}; change their layers or their order"
+            )
+        if first.layer == last and any(
+            read.looks_back for stage in stages for read in stage.reads if stage.layer == last
+        ):
+            raise OptionError(
+                f"{before} chooses on entering layer {last}, where part {number}, {part.name!r}, reads the layer "
+                f"before, which ran on other tokens; begin part {number} at layer {last + 1} or later"
+            )
+        if left is None and any(stage.tokens for stage in stages):
+            raise OptionError(
+                f"{before} leaves a number of tokens that only the image tells, and part {number}, {part.name!r}, has "
+                f"to know it before the run; give part {number - 1} a budget or a fixed number"
+            )
+        if left == 0:
+            raise OptionError(
+                f"{before} leaves no image token to part {number}, {part.name!r}; leave part {number} out"
+            )
+
+    def _budgeted(self, budgets: ListOf[float | None]) -> Sequence:
+        """A copy whose parts have these budgets; None leaves a part as it is."""
+        return self._of([_budgeted(p, b) if b is not None else p for p, b in zip(self.parts, budgets, strict=True)])
+
+    def _of(self, parts: ListOf[Strategy]) -> Sequence:
+        copied = copy.copy(self)
+        copied.parts, copied.budget = tuple(parts), None
+        return copied
+
+
+def names_in(text: str, known: Mapping[str, Any]) -> list[str] | None:
+    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
+    if text in known:
+        return [text]
+    for name in sorted(known, key=len, reverse=True):
+        if text.startswith(name + "+"):
+            rest = names_in(text[len(name) + 1 :], known)
+            if rest is not None:
+                return [name, *rest]
+    return None
+
+
+def _flat(part: Strategy | str) -> tuple[Strategy, ...]:
+    if isinstance(part, str):
+        from tokenprune import api
+
+        part = api.strategy(part)
+    if not isinstance(part, Sequence):
+        return (part,)
+    if part.budget is not None:
+        raise OptionError(
+            f"strategy {part.name!r} has a budget of its own inside a Sequence; give budgets to its parts"
+        )
+    return part.parts
+
+
+def _budgeted(part: Strategy, budget: float | None) -> Strategy:
+    copied = copy.copy(part)
+    copied.budget = budget
+    return copied
+
+
+def _moves(part: Strategy, shape: Shape) -> bool:
+    """Whether a budget would change what a part declares."""
+    if not part.Options.model_fields:
+        return False
+    try:
+        whole = list(_budgeted(part, 1.0).bind(shape).stages(shape))
+        return whole != list(part.stages(shape))
+    except TokenPruneError:
+        return False

@@ -31,3 +31,11 @@ def tokenprune_register_strategies(register: Register) -> None:
     )
     register("cdpruner", f"{here}.cdpruner:CDPruner", summary="image tokens most diverse given the question, by CLIP")
     register("litelvlm", f"{here}.litelvlm:LiteLVLM", summary="image tokens least like the question in CLIP's space")
+    register(
+        "pyramiddrop", f"{here}.pyramiddrop:PyramidDrop", summary="ever fewer image tokens, by the attention to come"
+    )
+    register("sparsevlm", f"{here}.sparsevlm:SparseVLM", summary="image tokens that the text like the image rates high")
+    register(
+        "sparsevlm+", f"{here}.sparsevlm:SparseVLMPlus", summary="the same by better heads, free of what positions make"
+    )
+    register("dart", f"{here}.dart:DART", summary="the image tokens least like a few pivots: duplicates go")

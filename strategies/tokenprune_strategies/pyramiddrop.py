@@ -1,0 +1,97 @@
+"""PyramidDrop (Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models", arXiv 2410.17247)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
+from tokenprune.decisions import Decision, Keep
+from tokenprune.errors import OptionError
+from tokenprune.reads import AttentionFrom
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.pyramid import falling, fill, layers_of, windows
+from tokenprune_strategies.selection import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of, top_by_image
+
+LEAST_FACTOR = 0.25
+
+
+class PyramidDrop(Strategy):
+    """Keep fewer image tokens at every one of several layers: those that the query row is about to attend to most.
+
+    At each stage (section 3.2): norm, queries, keys and rotation of the *next* layer, whose attention from the query
+    row (softmax over all keys, mean over heads) ranks the image tokens that are left; the best go on, in their order,
+    at positions counted anew. Ours: layers as fractions of the depth, so that the published 8, 16, 24 of 32 carry to
+    other models; every batch row and every image chooses for itself (the authors prune the first image of a row).
+    """
+
+    name = "pyramiddrop"
+
+    class Options(StrategyOptions):
+        """Options of PyramidDrop."""
+
+        layers: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
+            (0.25, 0.5, 0.75), description="first layer of each stage: an int is a layer, a float a share of the depth"
+        )
+        keep: tuple[Amount, ...] = Field(
+            (0.5, 0.25, 0.125),
+            description="image tokens kept at each stage: an int counts them, a float is a share of the original ones",
+        )
+        query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "last", "seg", …')
+        query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
+        positions: Positions = Field("renumber", description="renumber: counted anew at every stage, as the authors do")
+        faithful: bool = Field(
+            False, description="as the authors' code: the last row is the query, shares of N are cut off as floats"
+        )
+
+    options: Options
+
+    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
+        """Raises OptionError or BudgetError, see Strategy."""
+        super().__init__(budget=budget, **options)
+        self.positions = self.options.positions
+        if len(self.options.layers) != len(self.options.keep):
+            raise OptionError(
+                f"strategy {self.name!r}: options 'layers' and 'keep': found {len(self.options.layers)} and "
+                f"{len(self.options.keep)} values, expected one of each for every stage"
+            )
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One stage per layer. Raises OptionError for stages that grow, IncompatibleError for too few layers."""
+        query = "last" if self.options.faithful else self.options.query
+        ahead = AttentionFrom(query, self.options.query_reduce, layer="next")
+        layers = layers_of(self.options.layers, shape.layers, self.name)
+        for number, (layer, count) in enumerate(zip(layers, self.counts(shape.image_tokens), strict=True), 1):
+            yield Stage(f"drop {number}", layer, count, (ahead,))
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep the tokens that get most attention."""
+        return Keep.where(top_by_image(tokens, tokens.attention), scores=tokens.attention)
+
+    def counts(self, total: int) -> tuple[int, ...]:
+        """Tokens that each stage keeps of `total`. The authors' int(N · ratio) makes 28 of 50 · 0.58."""
+        floats = self.options.faithful
+        return falling(
+            self.name,
+            [
+                int(total * keep) if floats and isinstance(keep, float) else tokens_of(keep, total)
+                for keep in self.options.keep
+            ],
+        )
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """Shares f, f², f³, … of N (the published ones: f = 1/2), f by the budget; what the user set stays (ours).
+
+        Where f would fall below 1/4, all stages move towards layer 1 by one factor. Raises BudgetError, see Strategy.
+        """
+        given, total = self.options.model_fields_set, shape.image_tokens
+        layers = layers_of(self.options.layers, shape.layers, self.name)
+        places = [layers] if "layers" in given else windows(layers)
+        steps = range(1, len(layers) + 1)
+        powers = [tuple(max(1, int(total * (n / total) ** k + 1e-6)) for k in steps) for n in range(total, 0, -1)]
+        found = fill(budget, shape, places, [self.counts(total)] if "keep" in given else powers, least=LEAST_FACTOR)
+        if isinstance(found, float):
+            raise self.too_small(budget, shape, found)
+        return dict(zip(("layers", "keep"), found, strict=True))

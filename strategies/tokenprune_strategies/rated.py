@@ -1,0 +1,108 @@
+"""What both versions of SparseVLM share: raters, published counts, stages, budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
+from tokenprune.decisions import Decision, Keep
+from tokenprune.errors import OptionError
+from tokenprune.reads import Embeddings, Read, TextEmbeddings
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.pyramid import Counts, fill, layers_of, windows
+from tokenprune_strategies.rating import RATERS, raters
+from tokenprune_strategies.recycling import Cut, Pruning, cuts
+from tokenprune_strategies.selection import Amount, Depth, tokens_of
+
+TOTAL, LEAST_SHARE = 576, 0.0625
+
+
+class RatedByText(Strategy):
+    """Base of both versions: raters marked before layer 0, then stages that keep what these rate highest."""
+
+    tables: ClassVar[dict[int, Counts]]
+    recycles: ClassVar[bool]
+
+    class Options(StrategyOptions):
+        """Options of both versions."""
+
+        table: Literal[192, 128, 96, 64] = Field(
+            192, description="published counts kept of 576 at the three stages, by the budget they were published for"
+        )
+        keep: tuple[Amount, ...] | None = Field(
+            None, description="image tokens kept at each stage, without merged ones: ints or shares; overrides `table`"
+        )
+        layers: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
+            (0.09375, 0.21875, 0.5),
+            description="first layer without the dropped tokens: an int is a layer, a float a share of the depth",
+        )
+        positions: Positions = Field("renumber", description="renumber: counted anew at every stage, as the authors do")
+        faithful: bool = Field(False, description="as the authors' code")
+
+    options: Any
+
+    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
+        """Raises OptionError or BudgetError, see Strategy."""
+        super().__init__(budget=budget, **options)
+        self.positions = self.options.positions
+        amounts, layers = self.options.keep or self.tables[self.options.table], self.options.layers
+        if len(layers) != len(amounts):
+            raise OptionError(
+                f"strategy {self.name!r}: option 'layers': found {len(layers)} for {len(amounts)} stages; give one "
+                "layer, and one number to 'keep', for every stage"
+            )
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """Rating before layer 0, then the stages that prune. Raises IncompatibleError where the model is not fit."""
+        layers, total = layers_of(self.options.layers, shape.layers, self.name), shape.image_tokens
+        yield Stage("rate", 0, total, (Embeddings(), TextEmbeddings()))
+        for number, (layer, cut) in enumerate(zip(layers, self.cuts(self.counts(total), total), strict=True), 1):
+            yield Pruning(f"prune {number}", layer, cut.rows, self.reads(), cut)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Mark the raters, then go by what they rate."""
+        if stage.name != "rate":
+            return self.pruned(stage, tokens)
+        tokens.mark(RATERS, raters(tokens))
+        return Keep.where(tokens.active)
+
+    def reads(self) -> tuple[Read, ...]:
+        """What a stage that prunes looks at."""
+        raise NotImplementedError
+
+    def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
+        """The decision at a stage that prunes."""
+        raise NotImplementedError
+
+    def counts(self, total: int) -> Counts:
+        """Tokens that the stages are to keep of `total`: `keep`, or the table as shares of 576 (ours)."""
+        if self.options.keep is not None:
+            return tuple(tokens_of(keep, total) for keep in self.options.keep)
+        return tuple(max(1, count * total // TOTAL) for count in self.tables[self.options.table])
+
+    def cuts(self, counts: Counts, total: int) -> list[Cut]:
+        """What the stages really keep and merge."""
+        return cuts(counts, total, recycles=self.recycles, always=self.options.faithful)
+
+    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """`keep` in the proportions of the table, merged tokens counted; what the user set stays (ours).
+
+        Where the first stage would keep less than N/16, all stages move towards layer 1 by one factor. Raises
+        BudgetError, see Strategy.
+        """
+        given, total, table = self.options.model_fields_set, shape.image_tokens, self.tables[self.options.table]
+        layers = layers_of(self.options.layers, shape.layers, self.name)
+        places = [layers] if "layers" in given else windows(layers)
+        scaled = [tuple(max(1, first * count // table[0]) for count in table) for first in range(total, 0, -1)]
+        candidates = scaled if self.options.keep is None else [self.counts(total)]
+
+        def rows(counts: Counts) -> Counts:
+            return tuple(cut.rows for cut in self.cuts(counts, total))
+
+        found = fill(budget, shape, places, candidates, rows, LEAST_SHARE)
+        if isinstance(found, float):
+            raise self.too_small(budget, shape, found)
+        return dict(zip(("layers", "keep"), found, strict=True))

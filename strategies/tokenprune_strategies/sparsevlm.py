@@ -1,0 +1,132 @@
+"""SparseVLM and SparseVLM+ (Zhang et al., "SparseVLM: Visual Token Sparsification", arXiv 2410.04417).
+
+SparseVLM+ is the second version, as the authors' code has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from pydantic import Field
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.base import Positions, Shape, Stage
+from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.errors import IncompatibleError
+from tokenprune.reads import AttentionFrom, HiddenStates, PositionKernel, Read
+from tokenprune.tokens import Tokens
+from tokenprune_strategies.pyramid import Counts
+from tokenprune_strategies.rated import RatedByText
+from tokenprune_strategies.rating import RATERS, corrected_attention
+from tokenprune_strategies.recycling import Pruning, recycle
+from tokenprune_strategies.selection import Amount, random_scores, tokens_of, top_by_image
+
+HEADS, FLOOR = 14, 0.1
+
+
+class SparseVLM(RatedByText):
+    """Text tokens that resemble the image rate the image tokens; the low ones go, some of them merged into a few.
+
+    Raters are the text tokens after the image that the image embeddings are most like (section 3.2). At each stage (1)
+    a token's score is the attention of the raters in the layer before, mean over heads and raters; (2) the best stay;
+    (3) of the p others the best 0.3 p are clustered by density peaks, one cluster for ten, and each cluster's plain
+    average stands behind those that stay (3.3); (4) positions are counted anew. Mass is not conserved: a merged token
+    has the average of its members', and tokens that are in no cluster take theirs along.
+
+    Ours: layers and counts as shares, so that dropping after 2, 6 and 15 of 32 layers and counts of 576 carry to other
+    models; ties are not decided by noise (`density_peaks`); where no text stands out, all of it rates; every batch row
+    and image for itself; under positions="keep" a merged token stands at its cluster's centre.
+    """
+
+    name = "sparsevlm"
+    recycles = True
+    tables: ClassVar[dict[int, Counts]] = {
+        192: (300, 200, 110),
+        128: (303, 110, 36),
+        96: (238, 48, 26),
+        64: (66, 30, 17),
+    }
+
+    class Options(RatedByText.Options):
+        """Options of SparseVLM."""
+
+        seed: int = Field(0, description="of the noise in the clustering, where faithful")
+        faithful: bool = Field(
+            False,
+            description="as the authors' code: noise decides ties in clustering; every stage drops a token at least",
+        )
+
+    def reads(self) -> tuple[Read, ...]:
+        """Attention of the raters, and the states that are clustered."""
+        return AttentionFrom(RATERS), HiddenStates()
+
+    def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep the best, merge what comes next."""
+        noise = random_scores(tokens, self.options.seed) if self.options.faithful else None
+        rows = [
+            recycle(tokens, row, scores, own.cut, self.positions, None if noise is None else noise[row])
+            for row, (scores, own) in enumerate(zip(tokens.attention, tokens.stages, strict=True))
+            if isinstance(own, Pruning) and own.cut is not None
+        ]
+        index, origin = (pad_sequence([row[i] for row in rows], batch_first=True, padding_value=-1) for i in (0, 1))
+        weights = pad_sequence([row[2] for row in rows], batch_first=True)
+        return Merge(index, weights=weights, origin=origin, scores=tokens.attention)
+
+
+class SparseVLMPlus(RatedByText):
+    """SparseVLM with scores free of what positions alone make of attention, by the better heads, nothing merged.
+
+    At each stage (1) the raters' attention in the layer before is divided by what the rotary embedding alone would give
+    to that distance (`PositionKernel`); (2) heads are ranked by the sum of that over raters and image tokens, and the
+    better ones scored by: mean over heads, then raters; (3) the best tokens stay, at their positions.
+
+    Ours: half of the heads (the authors: 14, whatever the model has), and the divisor does not fall below a tenth of
+    its largest value for the rater (it goes through 0 at long distances, where scores change sign).
+    """
+
+    name = "sparsevlm+"
+    recycles = False
+    tables: ClassVar[dict[int, Counts]] = {
+        192: (300, 200, 118),
+        128: (238, 108, 60),
+        96: (246, 54, 28),
+        64: (66, 34, 20),
+    }
+
+    class Options(RatedByText.Options):
+        """Options of SparseVLM+."""
+
+        positions: Positions = Field(
+            "keep", description="keep: as the authors do; renumber: counted anew at every stage"
+        )
+        heads: Amount = Field(0.5, description="attention heads that score: an int counts them, a float is a share")
+        faithful: bool = Field(
+            False,
+            description="as the authors' code: 14 heads, attention divided by what may be near 0 or negative, every "
+            "stage drops a token at least",
+        )
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """See `RatedByText`. Raises IncompatibleError where the model has fewer heads than are asked for."""
+        heads = HEADS if self.options.faithful else self.options.heads
+        if isinstance(heads, int) and 0 < shape.heads < heads:
+            raise IncompatibleError(
+                f"strategy {self.name!r} scores by {heads} attention heads, and the model has {shape.heads}; "
+                "use faithful=False with heads= a share or a smaller number"
+            )
+        return super().stages(shape)
+
+    def reads(self) -> tuple[Read, ...]:
+        """Attention of every rater in every head, and what positions make of it."""
+        return AttentionFrom(RATERS, reduce="each", heads="each"), PositionKernel(RATERS)
+
+    def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
+        """Keep the tokens of highest score."""
+        floor = 0.0 if self.options.faithful else FLOOR
+        attention, rows = corrected_attention(tokens.attention, tokens.position_kernel, tokens.active, floor)
+        heads = HEADS if self.options.faithful else tokens_of(self.options.heads, attention.shape[1])
+        best = attention.sum((2, 3)).topk(heads, dim=1).indices
+        by_token = attention.sum(2).gather(1, best[..., None].expand(-1, -1, attention.shape[3])).mean(1)
+        scores = (by_token / rows[:, None]).masked_fill(~tokens.active, float("-inf"))
+        return Keep.where(top_by_image(tokens, scores), scores=scores)

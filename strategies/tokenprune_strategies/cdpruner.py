@@ -39,7 +39,7 @@ class CDPruner(Strategy):
     class Options(StrategyOptions):
         """Options of CDPruner."""
 
-        keep: Amount = Field(1 / 9, description="image tokens kept: an int counts them, a float is a share")
+        keep: Amount = Field(0.112, description="image tokens kept: an int counts them, a float is a share")
         wording: Wording = Field("question", description=WORDING)
         positions: Positions = Field(
             "renumber", description="renumber: compact, as the authors do; keep: kept tokens stay at their own places"

@@ -37,7 +37,7 @@ class LiteLVLM(Strategy):
     class Options(StrategyOptions):
         """Options of LiteLVLM."""
 
-        keep: Amount = Field(1 / 3, description="K, image tokens kept: an int counts them, a float is a share")
+        keep: Amount = Field(0.334, description="K, image tokens kept: an int counts them, a float is a share")
         wording: Wording = Field("question", description=WORDING)
         order: Literal["chosen", "image"] = Field(
             "chosen", description="chosen: context tokens first, as the authors do; image: all in image order"

@@ -36,7 +36,7 @@ class VisionZip(Strategy):
     class Options(StrategyOptions):
         """Options of VisionZip."""
 
-        keep: Amount = Field(1 / 9, description="tokens left in a row, [CLS] included: an int or a share of them all")
+        keep: Amount = Field(0.112, description="tokens left in a row, [CLS] included: an int or a share of them all")
         contextual: Annotated[int | float, Field(ge=0)] = Field(
             10 / 64, description="contextual ones among them: an int counts those of a row, a float is a share of keep"
         )

@@ -17,6 +17,7 @@ import lisa_checkpoints
 import numpy as np
 import pixellm_checkpoints
 import torch
+from clip_checkpoints import whole_clip
 from vlm_families import FAMILIES
 
 import tokenprune as tp
@@ -45,6 +46,8 @@ OTHER_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     'csp, reentry="delta"': ("csp", {"reentry": "delta"}),
     'prumerge, positions="keep"': ("prumerge", {"positions": "keep"}),
     'prumerge+, positions="keep"': ("prumerge+", {"positions": "keep"}),
+    'pyramiddrop, positions="keep"': ("pyramiddrop", {"positions": "keep"}),
+    'sparsevlm, positions="keep"': ("sparsevlm", {"positions": "keep"}),
 }
 """Options with which a strategy reads something else than with its defaults."""
 
@@ -86,6 +89,7 @@ SEGMENTERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "pixellm": ("PixelLM", pixellm_checkpoints.write_pixellm),
 }
 PLAIN = "decoder"
+_FOLDER = tempfile.TemporaryDirectory()  # stays: CLIP's text tower is read when it is first needed
 ROWS = [*SEGMENTERS, *FAMILIES, PLAIN]
 
 
@@ -98,9 +102,11 @@ def row(name: str) -> Model:
 
 
 def _segmenter(name: str) -> Model:
+    """With a whole CLIP model as its tower, like the ones that released checkpoints name."""
     title, write = SEGMENTERS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        model = tp.load(write(Path(folder) / name))
+    folder = write(Path(_FOLDER.name) / name)
+    whole_clip(folder / "vision_tower")
+    model = tp.load(folder)
     image = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
 
     def run(strategy: tp.Strategy) -> Trace:

@@ -14,7 +14,18 @@ from PIL import Image
 from transformers import CLIPVisionModel
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.reads import ClsAttention, Pixels, Projector, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune.reads import (
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Pixels,
+    Projector,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
 from tokenprune_adapters.clip import ClipPixels, load_tower, processor_class
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.lisa.adapter import load_lisa
@@ -73,10 +84,16 @@ def test_keys_and_joint_attention_equal_the_projections(tower_run: TowerRun, eag
     entering = block.layer_norm1(tower_run.states[1])
     query, keys = block.self_attn.q_proj(entering)[0, 0], block.self_attn.k_proj(entering)[0]
     assert torch.allclose(tower_run.keys(1), keys[None, 1:], atol=1e-5)
+    assert torch.allclose(tower_run.keys(1, "mean")[0], keys[1:].unflatten(1, (2, 8)).mean(1), atol=1e-5)
+    assert torch.allclose(tower_run.values(1), block.self_attn.v_proj(entering)[:, 1:], atol=1e-5)
+    assert torch.allclose(tower_run.cls_query(1)[0, 0], query, atol=1e-5)
+    assert torch.equal(tower_run.cls_features, tower_run.states[-2][:, :1])
     joint = (keys @ query / len(query) ** 0.5).softmax(0)[1:]
     assert torch.allclose(tower_run.cls_attention(1, "joint")[0], joint, atol=1e-5)
     with pytest.raises(OptionError, match=r"heads='sum'"):
         tower_run.cls_attention(1, "sum")
+    with pytest.raises(OptionError, match=r"TowerKeys\(heads='sum'"):
+        tower_run.keys(1, "sum")
 
 
 def test_a_layer_is_computed_once(folder: Path, pixels: torch.Tensor) -> None:
@@ -96,6 +113,11 @@ def test_answers_line_up_with_the_rows(tower_run: TowerRun) -> None:
         ClsAttention(): (3, 16),
         ReceivedAttention(-2): (3, 16),
         TowerKeys(0): (3, 16, 16),
+        TowerKeys(0, "mean"): (3, 16, 8),
+        TowerValues(0): (3, 16, 16),
+        ClsFeatures(): (3, 16, 16),
+        ClsQuery(0): (3, 16, 16),
+        Crops(): (3, 16),
         Pixels(): (3, SIDE, SIDE, 3),
     }
     for read, shape in shapes.items():

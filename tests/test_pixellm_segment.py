@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clip_checkpoints import whole_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pixellm_checkpoints import SQUARE, write_pixellm
@@ -45,7 +46,9 @@ NAMES = [" ".join(map(str, (name, *options.values()))) for name, options in STRA
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> PixelLMModel:
-    loaded: PixelLMModel = tp.load(write_pixellm(tmp_path_factory.mktemp("pixellm")))
+    folder = write_pixellm(tmp_path_factory.mktemp("pixellm"))
+    whole_clip(folder / "vision_tower")
+    loaded: PixelLMModel = tp.load(folder)
     return loaded
 
 

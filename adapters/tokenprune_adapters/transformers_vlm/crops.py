@@ -21,12 +21,14 @@ class CropStates:
     def __init__(self, layers: Collection[int]) -> None:
         self.states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         self.shapes: list[torch.Size] = []
+        self.device = torch.device("cpu")
 
     def attach(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
         """Hook into the layers; `undo` takes the hooks off."""
 
         def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.shapes.append(_first(output).shape)
+            self.device = _first(output).device
 
         def note(kept: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             kept.append(_first(output).detach())
@@ -43,7 +45,7 @@ class CropStates:
     def numbers(self, cut: int) -> Tensor:
         """float32 [crops, patches, 1]: the number of the crop."""
         total = sum(shape[0] for shape in self.shapes)
-        return torch.arange(float(total))[:, None, None].expand(-1, self.shapes[0][1] - cut, -1)
+        return torch.arange(float(total), device=self.device)[:, None, None].expand(-1, self.shapes[0][1] - cut, -1)
 
 
 def _first(output: Any) -> Tensor:

@@ -117,10 +117,11 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
     """[batch, Q, …, K] over the query rows that are real: [batch, …, K]; "each" keeps them, the others as zeros."""
     real = real.to(weights.device).reshape(*real.shape, *[1] * (weights.dim() - 2))
+    weights = weights.masked_fill(~real, 0)  # where padding stands in for them they may be no numbers
     ways: dict[str, Callable[[], Tensor]] = {
         "max": lambda: weights.masked_fill(~real, float("-inf")).amax(1),
-        "mean": lambda: (weights * real).sum(1) / real.sum(1),
-        "each": lambda: weights * real,
+        "mean": lambda: weights.sum(1) / real.sum(1),
+        "each": lambda: weights,
     }
     if how not in ways:
         raise EngineError(f"AttentionFrom(reduce={how!r}) is not known; use 'mean', 'max' or 'each'")

@@ -112,9 +112,22 @@ def test_heads_and_query_rows_apart_come_together_as_the_mean(seed, padding):
         torch.testing.assert_close(found["each", "mean"][row], apart.mean(1))
         torch.testing.assert_close(found["each", "max"][row], apart.amax(1))
         torch.testing.assert_close(found["mean", "each"][row, :count], apart.mean(0))
-        assert not torch.isnan(found["mean", "mean"][row]).any()
         rest = found["each", "each"][row, :, count:]
         assert ((rest == 0) | (rest == float("-inf"))).all()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("how", ["mean", "max", "each"])
+def test_padding_does_not_spoil_rows_that_have_fewer_query_rows(how, padding):
+    """On the full sequence a missing query row is read at its first position, which on the left is padding."""
+
+    def rater(tokens):
+        return tokens.text & (tokens.text_places < torch.tensor([[3], [1]]))
+
+    read = AttentionFrom("raters", how, "each")
+    strategy = Reader(torch.arange(10) < torch.tensor([[10], [6]]), {2: (read,)}, rater=rater)
+    run(strategy, 0, padding)
+    assert not torch.isnan(strategy.found[2][read]).any()
 
 
 @QUICK

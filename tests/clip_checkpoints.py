@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast, CLIPVisionModel
 
 CONTEXT, SPACE = 20, 12
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -44,11 +44,14 @@ def write_clip(folder: Path, vision: CLIPVisionModel, tokenizer: str = "tokenize
     for file in folder.glob("*"):
         file.unlink()
     model.save_pretrained(folder)
+    plain = folder / "vocab.json", folder / "merges.txt"
+    plain[0].write_text(json.dumps(words))
+    plain[1].write_text("#version: 0.2\n")
     if tokenizer == "tokenizer.json":
-        CLIPTokenizer(vocab=words, merges=[]).save_pretrained(folder)
-    elif tokenizer:
-        (folder / "vocab.json").write_text(json.dumps(words))
-        (folder / "merges.txt").write_text("#version: 0.2\n")
+        CLIPTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    if tokenizer != "vocab.json":
+        for file in plain:
+            file.unlink(missing_ok=True)
     return folder
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenprune.errors import CheckpointError
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SMALL_FILES = ["*.json", "*.model", "merges.txt"]
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError, SafetensorError)
 
@@ -48,14 +49,14 @@ def _download(name: str) -> Path:
     import huggingface_hub
 
     # Many repositories hold the same weights twice; an index or a single file at the top tells which ones to take.
-    small = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.model"]))
+    small = Path(huggingface_hub.snapshot_download(name, allow_patterns=SMALL_FILES))
     try:
         listed = huggingface_hub.list_repo_files(name)
     except Exception:  # offline: whatever has been fetched before is what there is
         return small
     safe = any(file in listed for file in ("model.safetensors", "model.safetensors.index.json"))
     weights = "*.safetensors" if safe else "*.bin"
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.model", weights]))
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SMALL_FILES, weights]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tokenprune.errors import CheckpointError, OptionError
 from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json
 
 IMAGE, TEXT = "visual_projection.weight", "text_projection.weight"
-_TOKENIZER = ("tokenizer.json", "vocab.json")
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _NOT_TEXT = ("vision_model.", IMAGE, "logit_scale")
 _CONFIG_FIELDS = (
     "vocab_size",
@@ -51,9 +52,8 @@ class ClipSpace:
         if "text_config" not in read_json(folder / "config.json"):
             return None
         names = Checkpoint(folder).names()
-        if IMAGE not in names or TEXT not in names or not any((folder / file).is_file() for file in _TOKENIZER):
-            return None
-        return cls(folder)
+        spoken = any(all((folder / file).is_file() for file in files) for files in _TOKENIZERS)
+        return cls(folder) if IMAGE in names and TEXT in names and spoken else None
 
     @torch.no_grad()
     def embed_image(self, tower: nn.Module, states: Tensor) -> Tensor:
@@ -135,7 +135,8 @@ class ClipSpace:
     @cached_property
     def _tokenizer(self) -> Any:
         try:
-            return CLIPTokenizer.from_pretrained(self.folder)
+            # Older releases read tokenizer.json by this name alone; newer ones have one class by both names.
+            return getattr(transformers, "CLIPTokenizerFast").from_pretrained(self.folder)  # noqa: B009 - typed in none
         except Exception as error:  # what transformers raises here is its own business and changes
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(

@@ -79,7 +79,7 @@ def recycle(
         order = image[scores[image].argsort(descending=True, stable=True)]
         places, again = order[:keep].sort().values, order[keep : keep + some]
         weights = torch.zeros(keep + count, len(scores), device=scores.device)
-        weights[torch.arange(keep), places] = 1
+        weights[torch.arange(keep, device=places.device), places] = 1
         if count:
             centres, cluster = density_peaks(tokens.hidden[row, again], count, None if noise is None else noise[again])
             weights[keep:, again] = averages(cluster, count)

@@ -211,7 +211,7 @@ class Prefill(TokenScheduler):
 
     def _normed(self, states: Tensor, normed: bool) -> Tensor:
         norm: Any = self.decoder.module.norm
-        return norm(states) if normed else states
+        return norm(states).to(states.device) if normed else states
 
     def _next_frame(self) -> Frame | None:
         if torch.equal(self.state.active, self.state.exists) and self._ids is None:

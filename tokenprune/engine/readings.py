@@ -33,7 +33,7 @@ def from_layer(read: Read, seen: Seen, layout: SequenceLayout, frame: Frame | No
         averaged = isinstance(read, LayerKeys) and read.heads == "mean"
         keys = seen.key.mean(1) if averaged else seen.key.transpose(1, 2).flatten(2)
         slots = layout.slots if isinstance(read, LayerKeys) else layout.text_slots
-        return _at(keys, places(slots, frame))
+        return _at(keys, places(slots, frame)).to(slots.device)
     assert isinstance(read, AttentionFrom)
     positions = layout.query_rows(read.query)
     weights = seen.attention(_query_places(read.query, positions, frame))
@@ -89,10 +89,18 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
         raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
     found: list[Seen] = []
     names = ("attention_mask", "position_embeddings", "position_ids")
-    wanted = {name: kwargs[name] for name in names if name in kwargs}
+    placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
+    device = next(placed, hidden.device)
+    wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
     with torch.no_grad(), tap({attention: found.append}, instead=_nothing):
-        attention(norm(hidden), **wanted)
+        attention(norm(hidden.to(device)), **wanted)
     return found[0]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def places(positions: Tensor, frame: Frame | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -16,6 +17,7 @@ from tokenprune.base import Stage
 from tokenprune.decisions import Keep
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
 from tokenprune.reads import Pixels, TowerFeatures
+from tokenprune_adapters.transformers_vlm import adapter
 
 names = pytest.mark.parametrize("name", FAMILIES)
 
@@ -71,6 +73,31 @@ def test_families_that_are_not_known_are_refused_with_what_is_known():
     known = "llava_next", "qwen2_5_vl", "internvl", "smolvlm", "paligemma", "gemma3"
     words = "AyaVisionForConditionalGeneration", "'aya_vision'", "image_tokens=", *known
     with fails(UnsupportedError, *words), tokenprune.prune(model, Half()):
+        pass
+
+
+@pytest.mark.parametrize("found", ["4.56.0", "4.57.6"])
+def test_older_releases_are_refused_with_what_is_needed(found, monkeypatch, tmp_path):
+    """Where marks are given, the core still prunes."""
+    model, inputs = model_of("llava"), inputs_of("llava")
+    monkeypatch.setattr(adapter.transformers, "__version__", found)
+    words = f"transformers {found}", "5.0", "image_tokens="
+    with fails(UnsupportedError, type(model).__name__, *words), tokenprune.prune(model, Reader()):
+        pass
+    config = {"model_type": "llava", "architectures": [type(model).__name__]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with fails(UnsupportedError, str(tmp_path), *words):
+        tokenprune.load(str(tmp_path))
+    marks = FAMILIES["llava"].image_tokens(inputs)
+    with torch.no_grad(), tokenprune.prune(model, Reader(), image_tokens=marks) as run:
+        model(**inputs)
+    assert torch.equal(run.trace.layout.image_tokens, marks)
+
+
+@pytest.mark.parametrize("found", ["5.0.0", "5.0.0rc1", "5.7.0.dev0", "10.1.0"])
+def test_later_releases_are_not_refused(found, monkeypatch):
+    monkeypatch.setattr(adapter.transformers, "__version__", found)
+    with tokenprune.prune(model_of("llava"), Reader()):
         pass
 
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from vlm_families import CURRENT, FAMILIES, NAMES, VIDEO_NAMES
+from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
 
 SIZES = [(24, 32), (40, 20)]
 DIFFERENT_COUNTS = {
@@ -94,7 +94,7 @@ def test_videos_run_and_matter(name):
     assert (other[:, -1] - logits[:, -1]).abs().max() > 1e-3
 
 
-@pytest.mark.skipif(not CURRENT, reason="generate(use_cache=False) of older transformers is another computation")
+@RECOMPUTES
 @names
 def test_cached_decoding_equals_recomputation(name):
     family = FAMILIES[name]

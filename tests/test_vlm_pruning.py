@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vlm_families import FAMILIES, NAMES, VIDEO_NAMES
+from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
 from vlm_oracle import grown, oracle
 
 import tokenprune
@@ -139,7 +139,20 @@ def test_cached_decoding_equals_recomputation(name, attention, seed, batched):
         expected = model(**longer, use_cache=False).logits
     for step, logits in enumerate(pruned.logits):
         assert (logits - expected[:, start - 1 + step]).abs().max() < TOLERANCE
+
+
+@RECOMPUTES
+@names
+@attentions
+@settings(deadline=None, max_examples=4)
+@given(seed=st.integers(0, 10**6), batched=st.booleans())
+def test_decoding_without_a_cache_equals_cached_decoding(name, attention, seed, batched):
+    """Every step is a prefill of a longer prompt."""
+    model = model_of(name, attention)
+    inputs = inputs_of(name) if batched else inputs_of(name, sizes=(SIZES[1],))
+    script = script_of(name, inputs, seed)
     with tokenprune.prune(model, script):
+        pruned = model.generate(**inputs, **OPTIONS)
         again = model.generate(**inputs, **OPTIONS, use_cache=False)
     assert torch.equal(again.sequences, pruned.sequences)
     assert all((a - b).abs().max() < TOLERANCE for a, b in zip(again.logits, pruned.logits, strict=True))

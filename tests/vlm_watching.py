@@ -97,7 +97,8 @@ def tower_of(model):
     base = base_of(model)
     for name in ("vision_tower", "vision_model", "visual"):
         if hasattr(base, name):
-            return getattr(base, name)
+            tower = getattr(base, name)
+            return getattr(tower, "vision_model", tower)  # nested in older releases
     raise AssertionError("no tower")
 
 
@@ -124,12 +125,15 @@ def encoded(model, inputs, mode=torch.no_grad):
     base = base_of(model)
     with mode():
         if "pixel_values_videos" in inputs:
-            given = {k: inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs}
-            out = base.get_video_features(**given)
+            given = [inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs]
+            out = base.get_video_features(*given)
         else:
             names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
             out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
     parts = out.pooler_output
+    if hasattr(base, "image_newline") and "pixel_values_videos" in inputs and parts.shape[1] % 4 == 0:
+        newline = base.image_newline.expand(len(parts), 1, -1)  # which older releases add later
+        parts = torch.cat((parts, newline), 1)
     return torch.cat([part.flatten(0, -2) for part in ([parts] if isinstance(parts, Tensor) else parts)])
 
 

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText
 
 from tokenprune.adapter import Adapter
-from tokenprune.errors import CheckpointError
+from tokenprune.errors import CheckpointError, UnsupportedError
 from tokenprune_adapters.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
 from tokenprune_adapters.transformers_vlm.binding import TransformersBinding
 from tokenprune_adapters.transformers_vlm.families import FAMILIES
 from tokenprune_adapters.transformers_vlm.model import VisionLanguageModel
 
 OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "revision", "quantization_config")
+OLDEST = (5, 0)
+"""The oldest release of transformers whose models are known here; before it they are built otherwise inside."""
 
 
 class TransformersAdapter(Adapter):
@@ -33,11 +36,16 @@ class TransformersAdapter(Adapter):
 
     @classmethod
     def bind(cls, model: Any) -> TransformersBinding | None:
-        """A live model of a known family, with its language-modelling head or without."""
+        """A live model of a known family, with its language-modelling head or without.
+
+        Raises:
+            UnsupportedError: a release of transformers older than `OLDEST`, or a model without a part of its family.
+        """
         base = getattr(model, "base_model", None)
         kind = getattr(getattr(base, "config", None), "model_type", None)
         if kind not in FAMILIES or not hasattr(base, "get_image_features"):
             return None
+        _refuse_old_releases(type(model).__name__)
         return TransformersBinding(base, FAMILIES[kind])
 
     @classmethod
@@ -52,7 +60,9 @@ class TransformersAdapter(Adapter):
         Raises:
             CheckpointError: weights are missing, damaged or mis-shaped.
             OptionError: an option that does not exist, or both device= and device_map=.
+            UnsupportedError: a release of transformers older than `OLDEST`.
         """
+        _refuse_old_releases(source)
         refuse_unknown(options, OPTIONS, "transformers")
         device, device_map = options.pop("device", None), options.get("device_map")
         one_place(device, device_map)
@@ -76,3 +86,12 @@ class TransformersAdapter(Adapter):
         if device_map is None:
             model.to(place)
         return VisionLanguageModel(model.eval(), source, shown_name(source), options.get("revision"))
+
+
+def _refuse_old_releases(name: str) -> None:
+    found, oldest = transformers.__version__, ".".join(map(str, OLDEST))
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        raise UnsupportedError(
+            f"{name}: transformers {found} found, but its own vision-language models are known from {oldest} on; "
+            "upgrade transformers, or mark the image tokens yourself: prune(model, strategy, image_tokens=…)"
+        )

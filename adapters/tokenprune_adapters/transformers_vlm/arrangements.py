@@ -40,6 +40,10 @@ class Arrangement:
         """Open around the call, to note what else must be known."""
         yield
 
+    def tokens(self, returned: int) -> int:
+        """How many image tokens the call makes, given how many features it returned."""
+        return returned
+
     def cells(self, tokens: int, crops: int) -> Cells:
         """Where the image tokens belong, once the call is done.
 
@@ -140,22 +144,35 @@ class Tiled(Arrangement):
 class Frames(Arrangement):
     """LLaVA-OneVision's videos: every frame is shrunk by the model's own pooling, one separator ends a video."""
 
+    def tokens(self, returned: int) -> int:
+        """With the separators, which older releases of transformers add to what the call returned."""
+        videos, frames = self._pixels().shape[:2]
+        vision = self.base.config.vision_config
+        side = -(-(vision.image_size // vision.patch_size) // 2)
+        return int(videos * (frames * side**2 + 1))
+
     def cells(self, tokens: int, crops: int) -> Cells:
         """A frame is a picture."""
-        videos, frames = self.inputs["pixel_values_videos"].shape[:2]
+        videos, frames = self._pixels().shape[:2]
         one = [Cells.square((tokens // videos - 1) // frames)] * frames
         return Cells.joined([*one, Cells.lone_separator()] * videos)
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
         """Pooled as the model pools; separators get zeros."""
         pooled: Tensor = self.base.apply_pooling(torch.cat(list(values)))
-        videos = self.inputs["pixel_values_videos"].shape[0]
+        videos = self._pixels().shape[0]
         lines = pooled.reshape(videos, -1, pooled.shape[-1])
         return functional.pad(lines, (0, 0, 0, 1)).flatten(0, 1)
 
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
         """What the projector was given, pooled as the image tokens are."""
         return self.pool(given, tokens)
+
+    def _pixels(self) -> Tensor:
+        """[videos, frames, 3, height, width]; older releases of transformers name the argument as that of images."""
+        name = "pixel_values_videos" if "pixel_values_videos" in self.inputs else "pixel_values"
+        pixels: Tensor = self.inputs[name]
+        return pixels
 
 
 class Merged(Arrangement):

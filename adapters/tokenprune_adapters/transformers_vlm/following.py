@@ -132,9 +132,10 @@ class Following:
             undo.enter_context(tap(self._shows(seen)))
             output = original(*args, **kwargs)
         features = getattr(output, "pooler_output", output)
-        tokens = sum(part.shape[:-1].numel() for part in ([features] if isinstance(features, Tensor) else features))
+        parts = [features] if isinstance(features, Tensor) else features
+        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in parts))
         cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
-        values = {read: arrangement.pool(parts, tokens) for read, parts in seen.items() if parts}
+        values = {read: arrangement.pool(calls, tokens) for read, calls in seen.items() if calls}
         for read in self.reads:
             if isinstance(read, TowerFeatures):
                 values[read] = arrangement.features(given, tokens)

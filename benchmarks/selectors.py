@@ -15,8 +15,10 @@ Times are processor time of all threads unless --wall, so that other work on the
 
 from __future__ import annotations
 
+import os
 import sys
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait for each other take no processor time
 sys.path.remove(sys.path[0])  # a script's folder comes first, where this file would stand for the library's `selectors`
 import argparse
 import json

@@ -325,3 +325,14 @@ def test_layers_move_only_where_the_first_stage_would_keep_less_than_a_sixteenth
     assert SparseVLM(budget=96 / 576).bind(LLAVA).options.layers == (3, 7, 16)
     assert SparseVLM(budget=64 / 576).bind(LLAVA).options.layers == (2, 5, 11)
     assert SparseVLM(budget=64 / 576, layers=(3, 7, 16)).bind(LLAVA).options.keep[0] < 36
+
+
+def test_the_default_type_of_torch_does_not_matter() -> None:
+    """As while a model is loaded in half precision."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        bench = Bench(SparseVLM(keep=(6, 4, 3)), [[30]]).run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bench.states.dtype == torch.bfloat16
+    assert [len(stage.kept[0]) for stage in bench.trace.stages] == [30, 7, 5, 4]

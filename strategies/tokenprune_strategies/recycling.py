@@ -78,7 +78,7 @@ def recycle(
     for image, keep, some, count in zip(images, kept, recycled, clusters, strict=True):
         order = image[scores[image].argsort(descending=True, stable=True)]
         places, again = order[:keep].sort().values, order[keep : keep + some]
-        weights = torch.zeros(keep + count, len(scores), device=scores.device)
+        weights = torch.zeros(keep + count, len(scores), dtype=torch.float32, device=scores.device)
         weights[torch.arange(keep, device=places.device), places] = 1
         if count:
             centres, cluster = density_peaks(tokens.hidden[row, again], count, None if noise is None else noise[again])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 import vlm_families
 from PIL import Image
-from vlm_families import CURRENT, FAMILIES, GENERATES_OTHERWISE
+from vlm_families import FAMILIES, generates_otherwise
 from vlm_watching import (
     CASES,
     RUNS,
@@ -182,8 +181,8 @@ def test_masked_patches_are_no_keys_of_the_tower(name):
 )
 def test_generate_reads_what_a_forward_reads(name, options):
     """However often a row is returned; without a cache, where every step is a prefill of a longer prompt."""
-    if options and not CURRENT and name in GENERATES_OTHERWISE:
-        pytest.skip(f"transformers {transformers.__version__}: {GENERATES_OTHERWISE[name]}")
+    if reason := generates_otherwise(name, options):
+        pytest.skip(reason)
     model, inputs = model_of(name), inputs_of(name)
     once, trace = read(model, Reader(*every(name)), inputs)
 

@@ -137,14 +137,15 @@ def _tokens(entry: LayerEntry, which: Count) -> list[int]:
 
 def _exact(ledger: Ledger, spec: DecoderSpec, logit_positions: int, fixed: dict[str, int]) -> Flops:
     rows, attention = len(ledger.image_tokens), spec.heads * spec.head_dim
-    projections = spec.hidden * (2 * attention + 2 * spec.kv_heads * spec.head_dim)
+    ahead = spec.hidden * (attention + spec.kv_heads * spec.head_dim)  # queries and keys only
+    projections = 2 * ahead
     mlp = (3 if spec.gated_mlp else 2) * spec.hidden * spec.intermediate
     by_layer = tuple(
         rows * (2 * entry.width * (projections + mlp) + 4 * entry.width**2 * attention) for entry in ledger.entries
     )
     scorer = sum(2 * rows * entry.scored_rows * entry.width * attention for entry in ledger.entries)
     for entry in ledger.entries:
-        scorer += sum(2 * rows * width * (projections + scored * attention) for width, scored in entry.ahead)
+        scorer += sum(2 * rows * width * (ahead + scored * attention) for width, scored in entry.ahead)
     merge = 2 * ledger.merge_weights * spec.hidden
     lm_head = 2 * rows * logit_positions * spec.hidden * spec.vocab
     return Flops("exact", by_layer, scorer, merge, lm_head, fixed)

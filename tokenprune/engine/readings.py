@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ def position_kernel(
 def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Seen:
     """Queries and keys that a layer would compute from these states, by its own norm, projections and rotation.
 
+    Values and the output are not computed, where their projections have the usual names.
+
     Args:
         decoder: the decoder.
         layer: its number.
@@ -92,7 +95,13 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
     placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
     device = next(placed, hidden.device)
     wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
-    with torch.no_grad(), tap({attention: found.append}, instead=_nothing):
+    with ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(tap({attention: found.append}, instead=_nothing))
+        for name in ("v_proj", "o_proj"):
+            projection = getattr(attention, name, None)
+            if projection is not None:
+                undo.callback(projection.register_forward_pre_hook(_no_rows).remove)
         attention(norm(hidden.to(device)), **wanted)
     return found[0]
 
@@ -134,6 +143,11 @@ def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
     if how not in ways:
         raise EngineError(f"AttentionFrom(reduce={how!r}) is not known; use 'mean', 'max' or 'each'")
     return ways[how]()
+
+
+def _no_rows(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Leaves a projection nothing to do."""
+    return (args[0][:, :0], *args[1:])
 
 
 def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

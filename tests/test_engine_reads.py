@@ -271,7 +271,7 @@ def test_what_a_strategy_says_of_a_model_is_said_before_anything_runs():
 
 def test_position_kernel_is_not_offered_where_positions_have_several_axes():
     model = tiny_llama(LAYERS, heads=16)
-    model.config.rope_parameters = {**model.config.rope_parameters, "mrope_section": [1]}
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1]}
     found = compatible(ManyHeads(), model)
     assert found.missing == ("PositionKernel",)
     assert "that needs a rotary embedding of one axis" in found.reason

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategy_bench import PIXELS, Bench
 
@@ -171,6 +171,7 @@ def test_projected_comes_back_as_parked() -> None:
 @given(
     st.integers(3, 60), st.integers(1, 700), st.floats(0.01, 1), st.sampled_from([{}, {"keep": 3}, {"scatter_at": 0.4}])
 )
+@example(3, 1, 1.0, {"keep": 3})  # more than there are
 def test_budgets_are_met_closely(layers: int, total: int, budget: float, options: dict[str, Any]) -> None:
     shape, strategy = Shape(layers, total), CSP(budget=budget, **options)
     try:
@@ -190,7 +191,7 @@ def test_budgets_are_met_closely(layers: int, total: int, budget: float, options
     if "keep" not in options:
         assert spent > budget * total - 1
     assert bound.options.model_fields_set >= set(options)
-    assert options.get("keep", bound.options.keep) == bound.options.keep
+    assert min(options.get("keep", bound.options.keep), total) == bound.options.keep
 
 
 @QUICK

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokenprune import __version__
+from tokenprune.plugins import KINDS
 
 PROGRAM = Path(sys.executable).parent / "tokenprune"
 
@@ -47,7 +48,7 @@ def test_list_as_table_and_json() -> None:
     for name in ("fastv", "lisa", "shapes", "lisa-tiny"):
         assert name in table.stdout
     found = json.loads(run("list", "--format", "json").stdout)
-    assert set(found) == {"strategies", "adapters", "datasets", "models", "broken"}
+    assert set(found) == {*KINDS, "broken", "collisions"}
     (fastv,) = [entry for entry in found["strategies"] if entry["name"] == "fastv"]
     assert (fastv["package"], fastv["version"]) == ("tokenprune", __version__)
     assert found["broken"] == []

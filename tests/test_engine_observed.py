@@ -37,7 +37,11 @@ class Observer:
         self.seen.append("started")
 
     @tp.hookimpl
-    def tokenprune_stage_entered(self, run, stage, decision):
+    def tokenprune_stage_entered(self, run, stage):
+        self.seen.append(("enter", stage.name, len(run.trace.stages)))
+
+    @tp.hookimpl
+    def tokenprune_decision_taken(self, run, stage, decision):
         self.seen.append((stage.name, stage.layer, stage.kind, type(decision).__name__, int(stage.active.sum())))
 
     @tp.hookimpl
@@ -68,8 +72,11 @@ def test_observers_see_every_step_without_subclassing(plugin):
         model(ids)
     assert observer.seen == [
         "started",
+        ("enter", "cluster", 0),
         ("cluster", 0, "park", "Keep", 4),
+        ("enter", "scatter", 1),
         ("scatter", 2, "restore", "Restore", 16),
+        ("enter", "prune", 2),
         ("prune", 4, "keep", "Keep", 1),
         ("prefill", 8),
         "finished",
@@ -79,7 +86,7 @@ def test_observers_see_every_step_without_subclassing(plugin):
 def test_an_observer_that_fails_is_named_and_the_model_restored(plugin):
     class Failing:
         @tp.hookimpl
-        def tokenprune_stage_entered(self, run, stage, decision):
+        def tokenprune_decision_taken(self, run, stage, decision):
             raise RuntimeError("disk full")
 
     plugin(Failing(), "failing")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tokenprune
-from tokenprune import hookimpl, registry
+from tokenprune import Strategy, hookimpl, registry
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
 
 STRATEGIES = {"none", "blind", "random", "uniform", "csp", "csp-65", "csp-70", "fastv", "prumerge", "prumerge+"}
@@ -27,7 +27,7 @@ def _fresh_registry() -> Iterator[None]:
     registry.reset()
 
 
-class Widget:
+class Widget(Strategy):
     """Stands for any registered class."""
 
 
@@ -59,8 +59,12 @@ from tokenprune import hookimpl
 def tokenprune_register_strategies(register):
     register({name!r}, "{module}:Thing", summary="found")
 
-class Thing:
-    pass
+def __getattr__(name):
+    if name != "Thing":
+        raise AttributeError(name)
+    from tokenprune import Strategy
+
+    return type(name, (Strategy,), {{}})
 """
 
 
@@ -191,7 +195,9 @@ def test_installed_package_is_found(site: Path) -> None:
     ],
 )
 def test_broken_package_is_set_aside(site: Path, source: str, problem: str | None) -> None:
-    install(site, "bad-pack", source if problem else source.replace("class Thing", "raise OSError\nclass Thing"))
+    install(
+        site, "bad-pack", source if problem else source.replace("def __getattr__", "raise OSError\ndef __getattr__")
+    )
     install(site, "good-pack", REGISTERING.format(name="found", module="good_pack"))
     registry.reset()
     assert {"found", *STRATEGIES} <= set(registry.strategies())
@@ -206,7 +212,14 @@ def test_two_packages_with_one_name_are_both_named(site: Path) -> None:
     install(site, "pack-b", REGISTERING.format(name="same", module="pack_b"))
     registry.reset()
     with pytest.raises(PluginError, match="strategy 'same' is registered by two packages, 'pack-a' and 'pack-b'"):
-        registry.strategies()
+        registry.get("strategies", "same")
+    assert set(registry.strategies()) >= STRATEGIES
+    assert "same" not in registry.strategies()
+    (problem,) = registry.collisions()
+    assert problem.endswith("uninstall one of them, or see TOKENPRUNE_PLUGINS")
+    told = {p.distribution: (p.status, p.error) for p in registry.plugins()}
+    assert told["pack-a"] == told["pack-b"] == ("collides", problem)
+    assert told["tokenprune"] == ("works", "")
 
 
 def test_observers_are_called_and_a_failing_one_is_named() -> None:

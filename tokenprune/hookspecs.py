@@ -3,6 +3,11 @@
 A plugin is a module (or any object) that implements some of these hooks with `@tokenprune.hookimpl`, named in the
 entry-point group `tokenprune` of its package. Keep that module free of heavy imports: name targets as
 "module:attribute" strings, which are imported when somebody uses them.
+
+`HOOK_API` is the semantic version of these hooks: a new hook or argument raises its second number; a hook or argument
+that goes or changes its meaning raises the first. A plugin tells what it was built for with an attribute beside its
+hooks, `tokenprune_hook_api = "1.0"`; another first number is refused, and a second number higher than this one's.
+Without the attribute it counts as built for 1.0.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import pluggy
 
 PROJECT = "tokenprune"
 ENTRY_POINT_GROUP = "tokenprune"
+HOOK_API = "1.0.0"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -55,13 +61,64 @@ def tokenprune_register_models(register: Register) -> None:
 
 
 @hookspec
-def tokenprune_run_started(run: Any) -> None:
-    """A pruned prefill begins. `run` is the object that `with tokenprune.prune(...) as run` gives."""
+def tokenprune_register_metrics(register: Register) -> None:
+    """Register metrics of single queries, which `compare` shows as the mean over queries.
+
+    Each target is a function of a `tokenprune.evaluation.measured.Measured` that returns a number, or None where the
+    metric is not defined for the query.
+    """
 
 
 @hookspec
-def tokenprune_stage_entered(run: Any, stage: Any, decision: Any) -> None:
-    """A stage begins: `stage` is its `StageTrace`, `decision` the validated answer for every row of the batch."""
+def tokenprune_register_segmenters(register: Register) -> None:
+    """Register functions that find instances in an image, for options such as `segmenter` of `csp`.
+
+    Each target takes the image, uint8 [H, W, 3] (numpy), and returns masks, bool [instances, H, W].
+    """
+
+
+@hookspec
+def tokenprune_register_report_sections(register: Register) -> None:
+    """Register parts of what `compare --out` writes.
+
+    Each target is a function of the `tokenprune.evaluation.results.Comparison` and the folder (`pathlib.Path`) that
+    returns the paths of the files that it wrote there.
+    """
+
+
+@hookspec
+def tokenprune_register_commands(register: Register) -> None:
+    """Register commands: `register("census", ...)` gives `tokenprune census`.
+
+    Each target is a `typer.Typer` app, or a function with Typer's annotations. It is imported when the command runs;
+    until then `tokenprune --help` shows the summary.
+    """
+
+
+@hookspec
+def tokenprune_run_started(run: Any) -> None:
+    """A pruning context was opened. `run` is the object that `with tokenprune.prune(...) as run` gives."""
+
+
+@hookspec
+def tokenprune_stage_entered(run: Any, stage: Any) -> None:
+    """A stage begins and nothing is chosen yet.
+
+    Args:
+        run: the prefill: `run.strategy`, `run.model` (its name), `run.layout`, `run.state` (the tokens), `run.trace`.
+        stage: the `Stage` as the strategy declared it.
+    """
+
+
+@hookspec
+def tokenprune_decision_taken(run: Any, stage: Any, decision: Any) -> None:
+    """A stage's decision was checked and carried out.
+
+    Args:
+        run: the prefill, as above; `run.state` holds the tokens after the decision.
+        stage: what the trace says of the stage (`StageTrace`).
+        decision: the validated `Keep`, `Restore` or `Merge` for every row of the batch.
+    """
 
 
 @hookspec
@@ -71,4 +128,4 @@ def tokenprune_prefill_done(run: Any) -> None:
 
 @hookspec
 def tokenprune_run_finished(run: Any) -> None:
-    """The context was left, with or without an exception; the model is as it was before."""
+    """The context was left, with or without an exception; `run` is what `tokenprune_run_started` was given."""

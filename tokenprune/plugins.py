@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import pluggy
 
-from tokenprune.errors import PluginError
+from tokenprune.errors import PluginError, TokenPruneError, nearest
+from tokenprune.hookspecs import HOOK_API
+
+OWN = "tokenprune"  # the distribution whose plugins are the built-in ones
+LIMIT = "TOKENPRUNE_PLUGINS"
+API_ATTRIBUTE = "tokenprune_hook_api"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing that plugins register."""
+    """One kind of thing that plugins register.
+
+    Attributes:
+        noun: in the singular.
+        hook: that registers it.
+        base: "module:class" that targets are subclasses of; where empty, targets are called as they are.
+        reserved: names that tokenprune itself uses.
+    """
 
     noun: str
     hook: str
+    base: str = ""
+    reserved: frozenset[str] = frozenset()
 
 
+COMMANDS = frozenset({"list", "compare", "segment", "inspect", "flops", "new"})  # tokenprune's own
 KINDS = {
-    "strategies": Kind("strategy", "tokenprune_register_strategies"),
-    "adapters": Kind("adapter", "tokenprune_register_adapters"),
-    "datasets": Kind("data set", "tokenprune_register_datasets"),
+    "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.base:Strategy"),
+    "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.adapter:Adapter"),
+    "datasets": Kind("data set", "tokenprune_register_datasets", "tokenprune.datasets.base:Dataset"),
     "models": Kind("model", "tokenprune_register_models"),
+    "metrics": Kind("metric", "tokenprune_register_metrics"),
+    "segmenters": Kind("segmenter", "tokenprune_register_segmenters"),
+    "report_sections": Kind("report section", "tokenprune_register_report_sections"),
+    "commands": Kind("command", "tokenprune_register_commands", reserved=COMMANDS),
 }
 
 
@@ -72,18 +93,42 @@ class Entry:
         """The class or function itself.
 
         Raises:
-            PluginError: it cannot be imported; names the plugin, its package and the cause.
+            PluginError: it cannot be imported, or is not of its kind; names the plugin, its package and the cause.
         """
+        found = self._target()
+        base = KINDS[self.kind].base
+        if base and not (isinstance(found, type) and issubclass(found, _attribute(base))):
+            kind = found.__name__ if isinstance(found, type) else repr(found)
+            raise self.refusal(f"is {kind}, expected a subclass of {base.replace(':', '.')}", "fix or uninstall it")
+        return found
+
+    def call(self, *arguments: Any) -> Any:
+        """Call the target.
+
+        Raises:
+            PluginError: it cannot be imported, or raised something that is no TokenPruneError.
+        """
+        target = self.load()
+        try:
+            return target(*arguments)
+        except TokenPruneError:
+            raise
+        except Exception as error:
+            raise self.refusal(f"failed with {first_line(error)}", "fix or uninstall it") from error
+
+    def refusal(self, problem: str, advice: str = "") -> PluginError:
+        """The error that says of this thing what is wrong with it."""
+        what = f"{KINDS[self.kind].noun} {self.name!r} {problem}"
+        return PluginError.of(self.source.plugin, self.distribution, what, advice)
+
+    def _target(self) -> Any:
         if not isinstance(self.target, str):
             return self.target
-        module, _, attribute = self.target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return _attribute(self.target)
         except Exception as error:
-            problem = f"{KINDS[self.kind].noun} {self.name!r} ({self.target}) cannot be imported: {first_line(error)}"
-            raise PluginError.of(
-                self.source.plugin, self.distribution, problem, "reinstall or fix the package"
-            ) from error
+            problem = f"({self.target}) cannot be imported: {first_line(error)}"
+            raise self.refusal(problem, "reinstall or fix the package") from error
 
 
 @dataclass(frozen=True)
@@ -94,6 +139,90 @@ class BrokenPlugin:
     distribution: str
     version: str
     error: str
+
+
+@dataclass(frozen=True)
+class PluginStatus:
+    """One plugin as `tokenprune list --plugins` shows it.
+
+    Attributes:
+        name: of the entry point, or as given to `register_plugin`.
+        distribution: the package, or the plugin's name where there is none.
+        version: of the package.
+        origin: "built-in", "installed" or "this process".
+        status: "works", "broken", "collides" (a name of it is taken) or "left out" (by TOKENPRUNE_PLUGINS).
+        error: what is wrong; empty where it works.
+        hook_api: the version of the hooks that it says it was built for; empty where it does not say.
+        registers: names by kind.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    origin: str
+    status: str = "works"
+    error: str = ""
+    hook_api: str = ""
+    registers: dict[str, list[str]] = field(default_factory=dict)
+
+
+def chosen_plugins() -> set[str] | None:
+    """What TOKENPRUNE_PLUGINS names, in lower case with "-" for "_"; None where it is not set: all are wanted."""
+    given = os.environ.get(LIMIT)
+    return None if given is None else {_plain(name) for name in given.split(",") if name.strip()}
+
+
+def is_chosen(source: Source, chosen: set[str] | None) -> bool:
+    """Whether a plugin is to be loaded: a built-in one always, another by its own or its package's name."""
+    wanted = chosen is None or bool(chosen & {_plain(source.plugin), _plain(source.distribution)})
+    return wanted or source.distribution == OWN
+
+
+def missing(chosen: set[str] | None, sources: list[Source]) -> list[BrokenPlugin]:
+    """The names in TOKENPRUNE_PLUGINS that no installed plugin and no package of one has."""
+    known = {_plain(name) for source in sources for name in (source.plugin, source.distribution)}
+    others = sorted({source.distribution for source in sources if source.distribution != OWN})
+    listing = f"installed packages with plugins: {', '.join(others) or 'none'}"
+    found = sorted((chosen or set()) - known)
+    return [BrokenPlugin(name, LIMIT, "", f"no plugin and no package of this name; {listing}") for name in found]
+
+
+def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:
+    """Refuse a plugin that was built for other hooks.
+
+    Args:
+        manager: that the plugin is registered in.
+        plugin: the module or object.
+        source: where it comes from.
+
+    Raises:
+        PluginError: another major version, a higher minor one, an unknown hook, or no hook at all.
+    """
+    declared = api_of(plugin)
+    version = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.\d+)?", declared)
+    if version is None:
+        problem = f"{API_ATTRIBUTE} = {declared!r} found, expected a version such as '{HOOK_API}'"
+        raise PluginError.of(source.plugin, source.distribution, problem)
+    major, minor = (int(part) for part in HOOK_API.split(".")[:2])
+    if int(version[1]) != major or int(version[2] or 0) > minor:
+        problem = f"it is built for version {declared} of the plugin hooks, this tokenprune has {HOOK_API}"
+        advice = "install a release of one of the two that fits the other"
+        raise PluginError.of(source.plugin, source.distribution, problem, advice)
+    callers = manager.get_hookcallers(plugin) or []
+    if not callers:
+        problem = "no hook found; mark its functions with @tokenprune.hookimpl"
+        raise PluginError.of(source.plugin, source.distribution, problem)
+    specified = [name for name in vars(manager.hook) if getattr(manager.hook, name).has_spec()]
+    for caller in callers:
+        if not caller.has_spec():
+            near = nearest(caller.name, specified, limit=1)
+            advice = f"did you mean {near[0]}?" if near else "see tokenprune.hookspecs"
+            raise PluginError.of(source.plugin, source.distribution, f"there is no hook {caller.name}", advice)
+
+
+def api_of(plugin: Any) -> str:
+    """The version of the hooks that a plugin says it was built for; "1.0" where it does not say."""
+    return str(getattr(plugin, API_ATTRIBUTE, "1.0"))
 
 
 def collect(manager: pluggy.PluginManager, plugin: Any, source: Source) -> list[Entry]:
@@ -108,7 +237,7 @@ def collect(manager: pluggy.PluginManager, plugin: Any, source: Source) -> list[
     for kind, (noun, hook) in ((key, (value.noun, value.hook)) for key, value in KINDS.items()):
 
         def register(name: str, target: Any, summary: str = "", kind: str = kind, noun: str = noun) -> None:
-            _check(source, noun, name, target)
+            _check(source, KINDS[kind], name, target)
             if (kind, name) in found:
                 raise PluginError.of(source.plugin, source.distribution, f"it registers the {noun} {name!r} twice")
             found[kind, name] = Entry(name, kind, summary, source, target)
@@ -123,10 +252,23 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _check(source: Source, noun: str, name: Any, target: Any) -> None:
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+def _attribute(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _check(source: Source, kind: Kind, name: Any, target: Any) -> None:
+    noun = kind.noun
     if not isinstance(name, str) or not name or name.split() != [name]:
         problem = f"found {name!r} as the name of a {noun}, expected a word without white space"
         raise PluginError.of(source.plugin, source.distribution, problem)
+    if name in kind.reserved:
+        problem = f"the {noun} {name!r} is tokenprune's own"
+        raise PluginError.of(source.plugin, source.distribution, problem, "choose another name")
     if isinstance(target, str):
         module, colon, attribute = target.partition(":")
         valid = bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))

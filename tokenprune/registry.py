@@ -1,8 +1,9 @@
-"""Names of strategies, adapters, data sets and bundled models, collected from plugins and imported on first use.
+"""Names of strategies, adapters, data sets and all else that plugins register, imported on first use.
 
 Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The scan happens on first use and
 imports only the plugins' registration modules. A plugin that fails there is set aside with its error
-(`broken_plugins()`), and all others work. Two packages that register one name are an error that names both.
+(`broken_plugins()`), and all others work. A name that two packages register belongs to neither: asking for it is an
+error that names both, all other names work. With TOKENPRUNE_PLUGINS=a,b only those plugins and the built-in ones load.
 """
 
 from __future__ import annotations
@@ -15,7 +16,22 @@ import pluggy
 
 from tokenprune import hookspecs
 from tokenprune.errors import PluginError, UnknownNameError
-from tokenprune.plugins import KINDS, BrokenPlugin, Entry, Source, collect, first_line
+from tokenprune.plugins import (
+    KINDS,
+    LIMIT,
+    OWN,
+    BrokenPlugin,
+    Entry,
+    PluginStatus,
+    Source,
+    api_of,
+    check_plugin,
+    chosen_plugins,
+    collect,
+    first_line,
+    is_chosen,
+    missing,
+)
 
 
 class Registry:
@@ -30,8 +46,9 @@ class Registry:
         self._manager: pluggy.PluginManager | None = None
         self._sources: dict[str, Source] = {}
         self._entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
-        self._collisions: list[str] = []
+        self._contested: dict[tuple[str, str], list[Entry]] = {}
         self._broken: list[BrokenPlugin] = []
+        self._left_out: list[Source] = []
 
     def reset(self) -> None:
         """Forget the scan and every plugin that was added in process; the next use scans again."""
@@ -60,10 +77,10 @@ class Registry:
                 raise
             except Exception as error:
                 raise PluginError.of(name, name, f"registration failed with {first_line(error)}") from error
-            if self._collisions:
-                problem = self._collisions.pop()
+            contested = [found for found in self._contested.items() if any(e.source == source for e in found[1])]
+            if contested:
                 self._remove(source)
-                raise PluginError(problem)
+                raise PluginError(_collision(contested[0][1]))
             self._in_process.append((plugin, source))
 
     def unregister_plugin(self, name: str) -> None:
@@ -90,26 +107,67 @@ class Registry:
     def entries(self, kind: str) -> dict[str, Entry]:
         """All registered things of one kind, by name, in the order of their packages.
 
-        Raises:
-            PluginError: two packages register one name.
+        Names that two packages register are left out; `get` and `collisions` tell of them.
         """
         with self._lock:
             self._scan()
-            if self._collisions:
-                raise PluginError("; ".join(self._collisions))
-            return dict(self._entries[kind])
+            return {name: entry for name, entry in self._entries[kind].items() if (kind, name) not in self._contested}
 
     def get(self, kind: str, name: str) -> Entry:
         """The entry of that name.
 
         Raises:
             UnknownNameError: nobody registered it; the message suggests the nearest names.
-            PluginError: two packages register one name.
+            PluginError: two packages register the name.
         """
         known = self.entries(kind)
+        if (kind, name) in self._contested:
+            raise PluginError(_collision(self._contested[kind, name]))
         if name not in known:
             raise UnknownNameError.among(KINDS[kind].noun, name, known)
         return known[name]
+
+    def collisions(self) -> list[str]:
+        """What is wrong with each name that two packages register."""
+        with self._lock:
+            self._scan()
+            return [_collision(entries) for entries in self._contested.values()]
+
+    def plugins(self) -> list[PluginStatus]:
+        """Every plugin, working or not: the built-in ones, the installed ones, those of this process."""
+        with self._lock:
+            self._scan()
+            assert self._manager is not None
+            found = [self._status(source) for source in self._sources.values()]
+            for broken in self._broken:
+                where = ("built-in" if broken.distribution == OWN else "installed", "broken", broken.error)
+                found.append(PluginStatus(broken.name, broken.distribution, broken.version, *where))
+            for source in self._left_out:
+                reason = f"{LIMIT} does not name it"
+                found.append(
+                    PluginStatus(source.plugin, source.distribution, source.version, "installed", "left out", reason)
+                )
+            return found
+
+    def _status(self, source: Source) -> PluginStatus:
+        assert self._manager is not None
+        registers: dict[str, list[str]] = {}
+        for kind, entries in self._entries.items():
+            names = [name for name, entry in entries.items() if entry.source == source]
+            if names:
+                registers[kind] = names
+        taken = [_collision(entries) for entries in self._contested.values() if source in [e.source for e in entries]]
+        mine = any(source == other for _, other in self._in_process)
+        return PluginStatus(
+            name=source.plugin,
+            distribution=source.distribution,
+            version=source.version,
+            origin="this process" if mine else "built-in" if source.distribution == OWN else "installed",
+            status="collides" if taken else "works",
+            error="; ".join(taken),
+            hook_api=api_of(self._manager.get_plugin(source.key)),
+            registers=registers,
+        )
 
     def broken_plugins(self) -> list[BrokenPlugin]:
         """Plugins that were set aside, with their errors."""
@@ -121,8 +179,9 @@ class Registry:
         """Call a lifecycle hook of every observer, e.g. `notify("tokenprune_prefill_done", run=run)`.
 
         Raises:
-            PluginError: an observer raised; names the plugin and its package.
+            PluginError: an observer raised; names the first such plugin and its package, once all were called.
         """
+        failed: PluginError | None = None
         manager = self.plugin_manager()
         implementations = getattr(manager.hook, hook).get_hookimpls()
         for plugin in [implementation.plugin for implementation in reversed(implementations)]:
@@ -132,7 +191,11 @@ class Registry:
             except Exception as error:
                 source = self._sources[str(manager.get_name(plugin))]
                 problem = f"its hook {hook} failed with {first_line(error)}"
-                raise PluginError.of(source.plugin, source.distribution, problem, "fix or uninstall it") from error
+                wrong = PluginError.of(source.plugin, source.distribution, problem, "fix or uninstall it")
+                wrong.__cause__ = error
+                failed = failed or wrong
+        if failed is not None:
+            raise failed
 
     def _scan(self) -> None:
         if self._manager is not None:
@@ -140,18 +203,24 @@ class Registry:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         points = metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
-        for point in sorted(points, key=lambda p: (Source.of(p).distribution != "tokenprune", Source.of(p).key)):
+        chosen = chosen_plugins()
+        for point in sorted(points, key=lambda p: (Source.of(p).distribution != OWN, Source.of(p).key)):
             source = Source.of(point)
+            if not is_chosen(source, chosen):
+                self._left_out.append(source)
+                continue
             try:
                 self._add(point.load(), source)
             except (Exception, SystemExit) as error:
-                self._broken.append(BrokenPlugin(source.plugin, source.distribution, source.version, first_line(error)))
+                self._broken.append(BrokenPlugin(source.plugin, source.distribution, source.version, _told(error)))
+        self._broken.extend(missing(chosen, [Source.of(point) for point in points]))
 
     def _add(self, plugin: Any, source: Source) -> None:
         assert self._manager is not None
         self._manager.register(plugin, name=source.key)
         self._sources[source.key] = source
         try:
+            check_plugin(self._manager, plugin, source)
             found = collect(self._manager, plugin, source)
         except BaseException:
             self._remove(source)
@@ -159,10 +228,7 @@ class Registry:
         for entry in found:
             taken = self._entries[entry.kind].setdefault(entry.name, entry)
             if taken is not entry:
-                self._collisions.append(
-                    f"{KINDS[entry.kind].noun} {entry.name!r} is registered by two packages, "
-                    f"{taken.distribution!r} and {entry.distribution!r}; uninstall one of them"
-                )
+                self._contested.setdefault((entry.kind, entry.name), [taken]).append(entry)
 
     def _remove(self, source: Source) -> None:
         assert self._manager is not None
@@ -170,6 +236,11 @@ class Registry:
         del self._sources[source.key]
         for kind, entries in self._entries.items():
             self._entries[kind] = {name: entry for name, entry in entries.items() if entry.source != source}
+        for key, contenders in list(self._contested.items()):
+            left = [entry for entry in contenders if entry.source != source]
+            self._contested[key] = left
+            if len(left) < 2:
+                del self._contested[key]
 
 
 class Observers:
@@ -179,9 +250,13 @@ class Observers:
         """See `tokenprune.hookspecs`."""
         _registry.notify("tokenprune_run_started", run=run)
 
-    def tokenprune_stage_entered(self, *, run: Any, stage: Any, decision: Any) -> None:
+    def tokenprune_stage_entered(self, *, run: Any, stage: Any) -> None:
         """See `tokenprune.hookspecs`."""
-        _registry.notify("tokenprune_stage_entered", run=run, stage=stage, decision=decision)
+        _registry.notify("tokenprune_stage_entered", run=run, stage=stage)
+
+    def tokenprune_decision_taken(self, *, run: Any, stage: Any, decision: Any) -> None:
+        """See `tokenprune.hookspecs`."""
+        _registry.notify("tokenprune_decision_taken", run=run, stage=stage, decision=decision)
 
     def tokenprune_prefill_done(self, *, run: Any) -> None:
         """See `tokenprune.hookspecs`."""
@@ -192,6 +267,18 @@ class Observers:
         _registry.notify("tokenprune_run_finished", run=run)
 
 
+def _collision(entries: list[Entry]) -> str:
+    noun, name = KINDS[entries[0].kind].noun, entries[0].name
+    packages = [repr(entry.distribution) for entry in entries]
+    number = "two" if len(packages) == 2 else str(len(packages))
+    listing = f"{', '.join(packages[:-1])} and {packages[-1]}"
+    return f"{noun} {name!r} is registered by {number} packages, {listing}; uninstall one of them, or see {LIMIT}"
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, PluginError) else first_line(error)
+
+
 _registry = Registry()
 observers = Observers()
 reset = _registry.reset
@@ -199,6 +286,8 @@ register_plugin = _registry.register_plugin
 unregister_plugin = _registry.unregister_plugin
 plugin_manager = _registry.plugin_manager
 broken_plugins = _registry.broken_plugins
+plugins = _registry.plugins
+collisions = _registry.collisions
 get = _registry.get
 entries = _registry.entries
 

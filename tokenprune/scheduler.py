@@ -26,8 +26,11 @@ from tokenprune.validation import check_decision, check_target
 class Observer(Protocol):
     """What the scheduler tells of a run; `tokenprune.registry.observers` is one."""
 
-    def tokenprune_stage_entered(self, *, run: Any, stage: StageTrace, decision: Decision) -> Any:
-        """A stage was entered."""
+    def tokenprune_stage_entered(self, *, run: Any, stage: Stage) -> Any:
+        """A stage begins."""
+
+    def tokenprune_decision_taken(self, *, run: Any, stage: StageTrace, decision: Decision) -> Any:
+        """A stage's decision was carried out."""
 
     def tokenprune_prefill_done(self, *, run: Any) -> Any:
         """The last layer of a prefill has run."""
@@ -198,6 +201,8 @@ class TokenScheduler(ABC):
 
     def _take(self, planned: PlannedStage) -> None:
         stage, name = planned.stage, self.strategy.name
+        if self.observer is not None:
+            self.observer.tokenprune_stage_entered(run=self, stage=stage)
         target = planned.target.to(self.state.exists.device)
         tokens = self._view(stage, target, planned.own)
         try:
@@ -275,7 +280,7 @@ class TokenScheduler(ABC):
         )
         self.trace.stages.append(record)
         if self.observer is not None:
-            self.observer.tokenprune_stage_entered(run=self, stage=record, decision=decision)
+            self.observer.tokenprune_decision_taken(run=self, stage=record, decision=decision)
 
     def _check_reads(self) -> None:
         for planned in self.planned:

@@ -1,11 +1,14 @@
-"""`tokenprune list`: what is installed, and which plugins are broken."""
+"""`tokenprune list`: what is installed, where it comes from, and which plugins are broken."""
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tokenprune.plugins import PluginStatus
 
 
 class Format(str, Enum):
@@ -17,11 +20,15 @@ class Format(str, Enum):
 
 def command(
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
+    plugins: Annotated[bool, typer.Option("--plugins", help="Show the plugins: origin, version, status.")] = False,
 ) -> None:
-    """Show strategies, adapters, data sets and models with their packages, and broken plugins with their error."""
+    """Show all that plugins register (strategies, models, …) with packages, and broken plugins with their error."""
     from tokenprune import registry
     from tokenprune.plugins import KINDS
 
+    if plugins:
+        _print_plugins(registry.plugins(), output)
+        return
     kinds = {kind: registry.entries(kind) for kind in KINDS}
     broken = registry.broken_plugins()
     if output is Format.json:
@@ -37,6 +44,7 @@ def command(
         found["broken"] = [
             {"plugin": b.name, "package": b.distribution, "version": b.version, "error": b.error} for b in broken
         ]
+        found["collisions"] = registry.collisions()
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
 
@@ -53,7 +61,50 @@ def command(
     for kind, entries in kinds.items():
         for e in entries.values():
             table.add_row(KINDS[kind].noun, e.name, escape(f"{e.distribution} {e.version}".rstrip()), escape(e.summary))
-        table.add_section()
+        if entries:
+            table.add_section()
     for b in broken:
-        table.add_row("[red]broken[/red]", escape(b.name), escape(f"{b.distribution} {b.version}"), escape(b.error))
+        package = escape(f"{b.distribution} {b.version}".rstrip())
+        table.add_row("[red]broken[/red]", escape(b.name), package, escape(b.error))
+    for problem in registry.collisions():
+        table.add_row("[red]collides[/red]", "", "", escape(problem))
     Console().print(table)
+
+
+def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
+    if output is Format.json:
+        import json
+        from dataclasses import asdict
+
+        typer.echo(json.dumps([asdict(plugin) for plugin in plugins], indent=2, ensure_ascii=False))
+        return
+
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tokenprune.plugins import KINDS
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("plugin", style="bold", no_wrap=True)
+    for heading in ("package", "origin", "hooks", "status", "registers"):
+        table.add_column(heading)
+    colours = {"works": "green", "left out": "dim"}
+    for plugin in plugins:
+        colour = colours.get(plugin.status, "red")
+        counts = [_count(len(names), KINDS[kind].noun) for kind, names in plugin.registers.items()]
+        table.add_row(
+            escape(plugin.name),
+            escape(f"{plugin.distribution} {plugin.version}".rstrip()),
+            plugin.origin,
+            plugin.hook_api,
+            f"[{colour}]{plugin.status}[/{colour}]",
+            escape(plugin.error) or ", ".join(counts),
+        )
+    Console().print(table)
+
+
+def _count(number: int, noun: str) -> str:
+    many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number} {noun if number == 1 else many}"

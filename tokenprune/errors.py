@@ -72,6 +72,10 @@ class PluginError(TokenPruneError):
         return cls(f"plugin {plugin!r} of package {distribution!r}: {problem}" + (f"; {advice}" if advice else ""))
 
 
+class PluginWarning(UserWarning):
+    """A plugin that works but does something that it should not, such as keeping tensors that it was lent."""
+
+
 class IncompatibleError(TokenPruneError):
     """A strategy needs to read something that the model cannot provide."""
 

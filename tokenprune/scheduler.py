@@ -16,6 +16,7 @@ from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.fit import misfit
 from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import LayerEntry, Ledger
+from tokenprune.lending import Loans
 from tokenprune.reads import Read
 from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
@@ -146,6 +147,7 @@ class TokenScheduler(ABC):
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
         self.memory: dict[str, Any] = {}
+        self._loans = Loans()
         policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
         self.trace = Trace(repr(self.strategy), policies, layout, exists, ledger)
@@ -168,6 +170,10 @@ class TokenScheduler(ABC):
     @abstractmethod
     def write(self, index: Tensor, values: Tensor) -> None:
         """Replace the states of image tokens `index` [batch, k] (−1 ignored) by `values` [batch, k, width]."""
+
+    def owns(self, read: Read) -> bool:
+        """Whether a read's answer is made for the stage alone, so that nobody else has reason to keep it."""
+        return False
 
     def settle(self, stage: Stage) -> None:  # noqa: B027 - not everyone needs it
         """A stage's decision has been carried out."""
@@ -193,9 +199,11 @@ class TokenScheduler(ABC):
         ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows, ahead))
 
     def finish(self) -> None:
-        """The last layer has run: tell the observer."""
+        """The last layer has run: tell the observer, empty the memory."""
         if self.observer is not None:
             self.observer.tokenprune_prefill_done(run=self)
+        self.memory.clear()
+        self._loans.warn_of_kept(self.strategy)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +221,11 @@ class TokenScheduler(ABC):
             raise PluginError(
                 f"strategy {name!r}, stage {stage.name!r} raised {type(error).__name__}: {error}"
             ) from error
+        tokens.check_unwritten(name)
+        for read, value in tokens.given().items():
+            if self.owns(read):
+                self._loans.note(stage.name, read.field, value)
+        del tokens
         width = self.width
         decision = check_decision(answer, self.state, who=name, stage=stage.name, width=width)
         state = self.state.after(decision)

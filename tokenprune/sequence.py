@@ -99,6 +99,7 @@ class Sequence(Strategy):
         left, memory = tokens.memory[key]
         view = TokensLeft(tokens, left, own, others, memory)
         answer = part.choose(own, view)
+        view.check_unwritten(f"{self.name}: {part.name}")
         decision = check_decision(answer, view.left_state, who=f"{self.name}: {part.name}", stage=own.name)
         return left.whole(decision, tokens.exists.shape[1])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune.errors import PluginError
 from tokenprune.layout import SequenceLayout
+from tokenprune.lending import Lent
 from tokenprune.reads import Read
 from tokenprune.state import TokenState
 
@@ -35,7 +36,7 @@ class Tokens:
         origin: int64 [batch, N], the token whose place in the image each has, −1 for none.
         lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
         mark: mark(name, rows) makes text tokens, bool [batch, T], query rows of that name for later stages.
-        memory: a dict that lives as long as this run, to carry things from stage to stage.
+        memory: a dict to carry things from stage to stage; it is emptied at the end of the prefill.
 
     What the stage declared in `reads` is here as an attribute too: `attention`, `hidden`, `features`, … (see
     `tokenprune.reads`); of several reads of one kind, `tokens.read(...)` tells them apart. Reading what was not
@@ -62,6 +63,9 @@ class Tokens:
         self.target, self.memory, self.mark, self.stages = target, memory, mark, stages
         self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide
         self._known: dict[Read, Any] = {}
+        self._lent = Lent()
+        for name in ("exists", "active", "parked", "mass", "origin", "lineage", "target"):
+            self._lent.add(name, getattr(self, name))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -87,7 +91,16 @@ class Tokens:
             raise PluginError(f"stage {self._stage!r} reads {read!r} without declaring it; add it to the stage's reads")
         if read not in self._known:
             self._known[read] = self._provide(read)
+            self._lent.add(read.field, self._known[read])
         return self._known[read]
+
+    def check_unwritten(self, who: str) -> None:
+        """Raise PluginError, naming the strategy `who`, where a tensor that was lent has been written to."""
+        self._lent.check_unwritten(who, self._stage)
+
+    def given(self) -> dict[Read, Any]:
+        """What was read so far."""
+        return dict(self._known)
 
     @cached_property
     def image(self) -> Tensor:

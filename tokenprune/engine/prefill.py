@@ -97,6 +97,10 @@ class Prefill(TokenScheduler):
             return self._ahead(read)
         return self.vision.provide(read)
 
+    def owns(self, read: Read) -> bool:
+        """What the decoder gives; what the vision side gives may serve several prefills."""
+        return type(read) not in self.vision.answers
+
     def hidden(self) -> Tensor:
         """[batch, N, width], on the layout's device, whichever device the layers have come to."""
         return self.layout.gather_slots(self.full.to(self.layout.slots.device))

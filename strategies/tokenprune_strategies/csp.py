@@ -44,7 +44,8 @@ class CSP(Strategy):
         seed: int = Field(0, description="seed of random and kmeans clustering and of the regions")
         segmenter: str | Callable[[Any], Any] | None = Field(
             None,
-            description="seg_first: image-segmentation checkpoint, or function from uint8 [H, W, 3] to bool [n, H, W]",
+            description="seg_first: name of an installed segmenter, image-segmentation checkpoint, or function from "
+            "uint8 [H, W, 3] to bool [n, H, W]",
         )
         regions: int = Field(
             8, ge=1, description="seg_first without a segmenter: regions of the tower's features per image"

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune import registry
+from tokenprune.errors import InputError, OptionError, UnknownNameError
+from tokenprune.plugins import Entry
 
 COVERED = 0.5
 
@@ -19,26 +21,47 @@ def segment(segmenter: str | Callable[[Any], Any], image: Any) -> Tensor:
     """Instance masks, bool [n, H, W].
 
     Args:
-        segmenter: name or folder of a transformers image-segmentation checkpoint, or a function of the image.
+        segmenter: name of an installed segmenter (`tokenprune list`), name or folder of a transformers
+            image-segmentation checkpoint, or a function of the image.
         image: uint8 [H, W, 3] numpy array.
 
     Raises:
         OptionError: the checkpoint cannot be loaded.
+        PluginError: the installed segmenter failed; names its package.
         InputError: the function gave something else than masks of this image.
     """
     if isinstance(segmenter, str):
-        from PIL import Image
-
-        found = _pipeline(segmenter)(Image.fromarray(image))
-        masks = [torch.from_numpy(np.asarray(one["mask"]) > 0) for one in found]
-        return torch.stack(masks) if masks else torch.zeros(0, *image.shape[:2], dtype=torch.bool)
-    answer = torch.as_tensor(segmenter(image))
-    if answer.dim() != 3 or answer.shape[1:] != image.shape[:2]:
+        installed = _installed(segmenter)
+        if installed is None:
+            return _by_checkpoint(segmenter, image)
+        name, found = segmenter, installed.call(image)
+    else:
+        name, found = getattr(segmenter, "__name__", repr(segmenter)), segmenter(image)
+    try:
+        masks = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        masks = None
+    if masks is None or masks.dim() != 3 or masks.shape[1:] != image.shape[:2]:
+        kind = type(found).__name__ if masks is None else f"masks of shape {list(masks.shape)}"
         raise InputError(
-            f"segmenter {getattr(segmenter, '__name__', segmenter)!r}: found masks of shape {list(answer.shape)}, "
-            f"expected [n, {image.shape[0]}, {image.shape[1]}] like the image"
+            f"segmenter {name!r}: found {kind}, expected masks [n, {image.shape[0]}, {image.shape[1]}] like the image"
         )
-    return answer.bool().cpu()
+    return masks.bool().cpu()
+
+
+def _installed(name: str) -> Entry | None:
+    try:
+        return registry.get("segmenters", name)
+    except UnknownNameError:
+        return None
+
+
+def _by_checkpoint(checkpoint: str, image: Any) -> Tensor:
+    from PIL import Image
+
+    found = _pipeline(checkpoint)(Image.fromarray(image))
+    masks = [torch.from_numpy(np.asarray(one["mask"]) > 0) for one in found]
+    return torch.stack(masks) if masks else torch.zeros(0, *image.shape[:2], dtype=torch.bool)
 
 
 @lru_cache(maxsize=2)
@@ -48,9 +71,11 @@ def _pipeline(checkpoint: str) -> Any:
     try:
         return pipeline("image-segmentation", model=checkpoint, device="cpu")
     except Exception as error:
+        installed = ", ".join(registry.entries("segmenters")) or "none"
         raise OptionError(
-            f"option 'segmenter': {checkpoint!r} cannot be loaded for image segmentation "
-            f"({str(error).splitlines()[0]}); give the name or folder of such a checkpoint, or a function"
+            f"option 'segmenter': {checkpoint!r} is no installed segmenter ({installed}) and cannot be loaded for "
+            f"image segmentation ({str(error).splitlines()[0]}); give the name of one, the name or folder of such a "
+            "checkpoint, or a function"
         ) from error
 
 

@@ -13,10 +13,12 @@ from typing import Annotated
 import typer
 
 from tokenprune.cli import compare, flops, inspect, listing, segment
+from tokenprune.cli.mounting import PluginGroup
 from tokenprune.errors import OptionError, TokenPruneError
 
 app = typer.Typer(
     name="tokenprune",
+    cls=PluginGroup,
     help="Visual-token pruning for large vision-language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

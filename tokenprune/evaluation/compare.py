@@ -19,11 +19,13 @@ from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
 from tokenprune.evaluation.coverage import Box, target_coverage
+from tokenprune.evaluation.measured import Measured, measure, metrics_of
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
+from tokenprune.plugins import Entry
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,6 +42,7 @@ def compare(
     timing_samples: int = 8,
     timing_rounds: int = 5,
     records: int = 4,
+    extra_metrics: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run every strategy on the same queries and report accuracy and cost side by side.
@@ -64,10 +67,12 @@ def compare(
         timing_samples: queries that prefill is timed on; 0 leaves times out.
         timing_rounds: measured runs per query and strategy.
         records: samples to keep with masks and traces, for pictures.
+        extra_metrics: names of metrics that plugins add; None = all that are installed.
         progress: called with (what is being done, steps done, steps in all).
 
     Raises:
-        UnknownNameError: no such data set, split or strategy.
+        UnknownNameError: no such data set, split, strategy or metric.
+        PluginError: a metric of a plugin failed, or a strategy misbehaves.
         OptionError: a limit, seed or strategy option out of range.
         BudgetError: a budget outside (0, 1], or one that a strategy cannot meet.
         CheckpointError: the model cannot be loaded.
@@ -79,12 +84,13 @@ def compare(
     _check_number("timing_rounds", timing_rounds, 1)
     field_of = contenders(strategies, budgets)
     data = check_request(dataset, split, limit, seed)
+    added = metrics_of(extra_metrics)
     name = model if isinstance(model, str) else model.name
     loaded: SegmentationModel = api.load(model) if isinstance(model, str) else model
     if declares(loaded):
         for contender in field_of:
             check_on(contender.strategy, loaded)
-    run = _Run(loaded, field_of, timing_samples, records)
+    run = _Run(loaded, field_of, timing_samples, records, added)
     report = progress or (lambda what, done, total: None)
     with torch.no_grad():
         for scene in data.scenes(split, limit, seed):
@@ -125,6 +131,7 @@ class _Run:
     contenders: list[Contender]
     timing_samples: int
     keep_records: int
+    added: list[Entry]
     tallies: list[Tally] = field(init=False)
     untouched: Untouched = field(default_factory=Untouched)
     scenes: int = 0
@@ -163,6 +170,10 @@ class _Run:
                 tally.overlaps.append(metrics.overlap(mask, wanted[number]))
                 tally.agreements.append(metrics.overlap(mask, full[number]))
                 tally.coverages.append(target_coverage(wanted[number], trace, row, box))
+                for metric in self.added:
+                    query, label = scene.queries[number], tally.contender.label
+                    given = Measured(mask, wanted[number], full[number], query, trace, row, label)
+                    tally.measured.setdefault(metric.name, []).append(measure(metric, given))
                 ledger, sharing = row_ledger(trace.ledger, row), rows.count(row)
                 tally.costs.append(query_cost(ledger, self.spec, self.element_bytes, sharing))
                 if tally is self.tallies[0]:

@@ -34,6 +34,7 @@ class Row(BaseModel):
         prefill_ms: median milliseconds of one query's prefill, the strategy's own work included; None if not measured.
         prefill_speedup: the untouched model's median over this one.
         policies: positions and the like: what has to be told with every result.
+        metrics: mean over queries of each metric that a plugin adds; None where it is defined for no query.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,6 +58,7 @@ class Row(BaseModel):
     prefill_ms: float | None = None
     prefill_speedup: float | None = None
     policies: dict[str, str] = {}
+    metrics: dict[str, float | None] = {}
 
     @property
     def label(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.accounting import QueryCost, mean_parts
 from tokenprune.evaluation.contenders import Contender
+from tokenprune.evaluation.measured import mean
 from tokenprune.evaluation.results import Row
 
 
@@ -23,6 +24,7 @@ class Tally:
     policies: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     choice_flops: list[int] = field(default_factory=list)
+    measured: dict[str, list[float | None]] = field(default_factory=dict)
     prefill_seconds: float | None = None
     is_untouched: bool = True  # until a trace shows a decision
 
@@ -69,6 +71,7 @@ class Tally:
             prefill_ms=None if seconds is None else seconds * 1e3,
             prefill_speedup=None if not seconds or full is None else full / seconds,
             policies=self.policies,
+            metrics={name: mean(values) for name, values in self.measured.items()},
         )
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def comparison_tables(comparison: Comparison) -> RenderableType:
     """The main table, one by kind of query and size of target, and what the columns mean."""
     budgets = {row.budget for row in comparison.rows if row.budget is not None}
-    return Group(_Main(comparison, len(budgets) > 1), _by_group(comparison, len(budgets) > 1))
+    several = len(budgets) > 1
+    added = [_of_plugins(comparison, several)] if any(row.metrics for row in comparison.rows) else []
+    return Group(_Main(comparison, several), _by_group(comparison, several), *added)
 
 
 def as_text(renderable: RenderableType, width: int = 120) -> str:
@@ -108,6 +110,17 @@ def _by_group(comparison: Comparison, several_budgets: bool) -> Table:
         found = [row.giou_by_kind.get(kind) for kind in kinds] + [row.miou_by_size.get(size) for size in sizes]
         cells = ["–" if value is None else f"{value:.3f}" for value in (*found, row.target_coverage)]
         table.add_row(*_name(row, several_budgets), *cells)
+    return table
+
+
+def _of_plugins(comparison: Comparison, several_budgets: bool) -> Table:
+    names = list(dict.fromkeys(name for row in comparison.rows for name in row.metrics))
+    table = _table("metrics that plugins add, mean over queries", "", several_budgets)
+    for name in names:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for row in comparison.rows:
+        values = [row.metrics.get(name) for name in names]
+        table.add_row(*_name(row, several_budgets), *("–" if value is None else f"{value:.4g}" for value in values))
     return table
 
 

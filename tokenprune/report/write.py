@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tokenprune.errors import InputError
+from tokenprune import registry
+from tokenprune.errors import InputError, PluginError
 from tokenprune.evaluation.results import Comparison
 
 
@@ -27,10 +28,13 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """results.json, tradeoff-*.png, and one overlay-*.png for every sample that was kept and budget; gives the paths.
+    """results.json, tradeoff-*.png, one overlay-*.png for every sample that was kept and budget, and what plugins add.
+
+    Gives the paths.
 
     Raises:
         InputError: the folder cannot be written.
+        PluginError: a report section of a plugin failed; all else is written then.
     """
     from tokenprune.report.overlays import by_budget, comparison_sheet, file_name, save
     from tokenprune.report.plots import tradeoff
@@ -46,4 +50,21 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
             at = "" if budget is None else f"-budget-{budget:g}"
             path = folder / f"overlay-{number}-{file_name(record.query)}{at}.png"
             written.append(save(comparison_sheet(part), path))
+    return written + _sections_of_plugins(comparison, folder)
+
+
+def _sections_of_plugins(comparison: Comparison, folder: Path) -> list[Path]:
+    written: list[Path] = []
+    failed: PluginError | None = None
+    for entry in registry.entries("report_sections").values():
+        try:
+            answer = entry.call(comparison, folder)
+            paths = [Path(path) for path in answer] if isinstance(answer, (list, tuple)) else None
+            if paths is None or not all(path.is_file() for path in paths):
+                raise entry.refusal(f"gave {answer!r}, expected a list of the files that it wrote")
+            written += paths
+        except PluginError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
     return written

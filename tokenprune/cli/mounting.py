@@ -1,0 +1,91 @@
+"""Commands that plugins register, mounted beside tokenprune's own. They are imported when they run, not for help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from tokenprune.errors import TokenPruneError, UnknownNameError
+
+if TYPE_CHECKING:
+    from tokenprune.plugins import Entry
+
+
+CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class PluginGroup(TyperGroup):
+    """The commands of the program and those of plugins, which come after them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of all commands."""
+        return [*super().list_commands(ctx), *_registered()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command; of a plugin's only the name and the summary, which is what help and completion need."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        entry = _registered().get(cmd_name)
+        return entry and TyperCommand(entry.name, help=entry.summary or None, rich_help_panel="Commands of plugins")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run.
+
+        Raises:
+            PluginError: a plugin's command cannot be imported, or two packages register it.
+        """
+        if args and args[0] not in self.commands:
+            from tokenprune import registry
+
+            try:
+                entry = registry.get("commands", args[0])
+            except UnknownNameError:
+                return super().resolve_command(ctx, args)
+            return args[0], _loaded(entry), args[1:]
+        return super().resolve_command(ctx, args)
+
+
+def _registered() -> dict[str, Entry]:
+    from tokenprune import registry
+
+    return registry.entries("commands")
+
+
+def _loaded(entry: Entry) -> Any:
+    target = entry.load()
+    if isinstance(target, typer.Typer):
+        app = target
+    elif callable(target):
+        app = typer.Typer(pretty_exceptions_enable=False)
+        app.command(help=None if target.__doc__ else entry.summary)(target)
+    else:
+        raise entry.refusal(f"is {target!r}, expected a typer.Typer or a function")
+    try:
+        command: Any = typer.main.get_command(app)
+    except Exception as error:
+        from tokenprune.plugins import first_line
+
+        raise entry.refusal(f"is no command: {first_line(error)}", "fix or uninstall it") from error
+    command.name = entry.name
+    command.invoke = _guarded(command.invoke, entry)
+    return command
+
+
+def _guarded(invoke: Callable[[Any], Any], entry: Entry) -> Callable[[Any], Any]:
+    """Name the plugin where its command raises something that is neither Typer's nor tokenprune's own."""
+
+    def run(ctx: Any) -> Any:
+        try:
+            return invoke(ctx)
+        except (TokenPruneError, typer.Exit, typer.Abort, CLICK_ERROR):
+            raise
+        except Exception as error:
+            from tokenprune.plugins import first_line
+
+            raise entry.refusal(f"failed with {first_line(error)}", "fix or uninstall it") from error
+
+    return run

@@ -1,0 +1,83 @@
+"""`tokenprune new strategy` and `tokenprune new adapter`: a plugin package to begin with."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Write a new plugin package that installs and passes its own tests.")
+
+WHAT = {
+    "strategies": "src/{module}/strategy.py: options, stages, choose",
+    "adapters": "src/{module}/adapter.py: which checkpoints, which decoder, where the image tokens stand",
+}
+THEN = {
+    "strategies": "tokenprune compare --strategies csp,{name}",
+    "adapters": "tokenprune list",
+}
+
+
+class Licence(str, Enum):
+    """Licences that a text is there for."""
+
+    apache = "Apache-2.0"
+    mit = "MIT"
+    bsd = "BSD-3-Clause"
+    none = "none"
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="What users will type, as in my-method.", show_default=False)]
+Into = Annotated[Path, typer.Option(help="Folder in which the package's folder is made.")]
+LicenceOption = Annotated[
+    Licence, typer.Option("--licence", "--license", case_sensitive=False, help="Licence of the package.")
+]
+Author = Annotated[str, typer.Option(help='Its author, as in "Ada Lovelace <ada@example.org>".')]
+Description = Annotated[str, typer.Option(help="One line on what it is.")]
+
+
+@app.command("strategy")
+def strategy(
+    name: Name,
+    into: Into = Path("."),
+    licence: LicenceOption = Licence.apache,
+    author: Author = "",
+    description: Description = "",
+) -> None:
+    """Write a package with a small working strategy, to be replaced by yours."""
+    _write("strategies", name, into, licence, author, description)
+
+
+@app.command("adapter")
+def adapter(
+    name: Name,
+    into: Into = Path("."),
+    licence: LicenceOption = Licence.apache,
+    author: Author = "",
+    description: Description = "",
+) -> None:
+    """Write a package with a small working adapter for a family of models."""
+    _write("adapters", name, into, licence, author, description)
+
+
+def _write(kind: str, name: str, into: Path, licence: Licence, author: str, description: str) -> None:
+    import shlex
+
+    from tokenprune.scaffold.naming import check_name
+    from tokenprune.scaffold.package import Project, write
+
+    names = check_name(kind, name)
+    project = Project(names, licence.value, author.strip(), description.strip())
+    folder = write(project, into)
+    typer.echo(f"wrote {folder}, {len(project.files())} files; begin with")
+    typer.echo(f"  {WHAT[kind].format(module=names.module)}")
+    typer.echo("install it, test it, use it:")
+    for step in (
+        f"cd {shlex.quote(str(folder))}",
+        'python -m pip install -e ".[test]"',
+        "python -m pytest",
+        THEN[kind].format(name=names.name),
+    ):
+        typer.echo(f"  {step}")

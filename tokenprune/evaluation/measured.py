@@ -1,0 +1,76 @@
+"""Metrics that plugins add: what they are given of each query, and how their answers become a mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from tokenprune import registry
+from tokenprune.datasets.base import Query
+from tokenprune.plugins import Entry
+from tokenprune.trace import Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one strategy made of one query.
+
+    Attributes:
+        mask: the strategy's mask, bool [H, W].
+        target: what is asked for, [H, W]: bool, or integers where 0 is background and 255 is ignored.
+        untouched: the mask of the model without pruning, bool [H, W].
+        query: the words, their kind, and the target again.
+        trace: of the batch that the query was in.
+        row: the query's row in that batch.
+        strategy: the strategy's label, with its options and budget.
+    """
+
+    mask: NDArray[Any]
+    target: NDArray[Any]
+    untouched: NDArray[Any]
+    query: Query
+    trace: Trace
+    row: int
+    strategy: str
+
+
+def metrics_of(names: Sequence[str] | None) -> list[Entry]:
+    """The registered metrics of these names; all that are installed for None.
+
+    Raises:
+        UnknownNameError: nobody registered such a metric.
+        PluginError: two packages register it, or it cannot be imported.
+    """
+    known = registry.entries("metrics")
+    found = list(known.values()) if names is None else [registry.get("metrics", name) for name in names]
+    for entry in found:
+        entry.load()
+    return found
+
+
+def measure(metric: Entry, measured: Measured) -> float | None:
+    """The metric of one query.
+
+    Raises:
+        PluginError: it failed, or did not answer with a finite number or None; names the plugin and its package.
+    """
+    answer = metric.call(measured)
+    if answer is None:
+        return None
+    try:
+        value = float(answer)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(answer, str) or not math.isfinite(value):
+        raise metric.refusal(f"gave {answer!r} for query {measured.query.text!r}, expected a finite number or None")
+    return value
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of those that are defined; None where none is."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

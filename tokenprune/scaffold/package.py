@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tokenprune import __version__
 from tokenprune.errors import InputError
+from tokenprune.hookspecs import HOOK_API
 from tokenprune.scaffold.naming import Names
 
 COMMON = {
@@ -93,6 +94,7 @@ class Project:
             "binding_name": f"{names.camel}Binding",
             "kind_title": f"The {names.noun}",
             "version": __version__,
+            "hook_api": ".".join(HOOK_API.split(".")[:2]),
             "description": description,
             "description_quoted": _quoted(description),
             "summary": repr(description) if '"' in description else _quoted(description),

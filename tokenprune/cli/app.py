@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import compare, flops, inspect, listing, segment
+from tokenprune.cli import compare, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import PluginGroup
 from tokenprune.errors import OptionError, TokenPruneError
 
@@ -49,6 +49,7 @@ app.command("compare")(compare.command)
 app.command("segment")(segment.command)
 app.command("inspect")(inspect.command)
 app.command("flops")(flops.command)
+app.add_typer(new.app, name="new")
 
 
 def main(arguments: list[str] | None = None) -> None:

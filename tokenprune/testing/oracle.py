@@ -6,6 +6,7 @@ that computes on shortened sequences has to give the same. Nothing here uses the
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ def masked_full_length(
     """Final hidden states (after the final norm) [batch, S, width] of a scripted schedule.
 
     Args:
-        decoder: a LLaMA-like decoder stack (layers, rotary_emb, norm).
+        decoder: a decoder stack of LLaMA's or Gemma 3's shape (layers, rotary_emb, norm), sliding windows included.
         embeds: [batch, S, width].
         layout: of the batch.
         script: the decisions.
-        position_ids: int64 [batch, S], the positions that the untouched model would use.
+        position_ids: int64 [batch, S] (or [3, batch, S]), the positions that the untouched model would use.
     """
     hidden = embeds.clone()
     present = layout.valid.clone()
@@ -43,8 +44,8 @@ def masked_full_length(
         ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
-            attention_mask=_mask(present),
-            position_embeddings=decoder.rotary_emb(hidden, position_ids=ids),
+            attention_mask=_mask(present, _window(decoder.config, number)),
+            position_embeddings=rotary_tables(decoder, number, hidden, ids),
             position_ids=ids,
         )
         hidden = torch.where(present[..., None], output, hidden)
@@ -52,9 +53,25 @@ def masked_full_length(
     return normed
 
 
-def _mask(present: Tensor) -> Tensor:
+def _window(config: Any, layer: int) -> int | None:
+    """How many positions, itself included, a position of that layer looks back on; None = all."""
+    types = getattr(config, "layer_types", None)
+    slides = types is None or types[layer] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def rotary_tables(decoder: Any, layer: int, hidden: Tensor, ids: Tensor) -> Any:
+    """The decoder's rotary tables (cos, sin) for that layer at positions `ids`."""
+    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+        return decoder.rotary_emb(hidden, position_ids=ids, layer_type=decoder.config.layer_types[layer])
+    return decoder.rotary_emb(hidden, position_ids=ids)
+
+
+def _mask(present: Tensor, window: int | None) -> Tensor:
     length = present.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
+    if window is not None:
+        causal = causal.triu(1 - window)
     itself = torch.eye(length, dtype=torch.bool)  # hidden positions see themselves: their output is thrown away
     seen = (causal & present[:, None, :]) | itself
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]

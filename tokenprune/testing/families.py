@@ -1,0 +1,92 @@
+"""Tiny random decoders of the kinds that the conformance kit runs every strategy on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2VLTextConfig,
+    Qwen2VLTextModel,
+)
+
+from tokenprune.testing.cases import MadeUp
+from tokenprune.testing.models import tiny_llama
+
+LAYERS, WIDTH, HEADS = 8, 32, 4
+_SIZES: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "vocab_size": 64, "initializer_range": 0.2}
+_SIZES |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "head_dim": 8}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of decoder.
+
+    Attributes:
+        summary: what is particular, for messages.
+        make: builds the model.
+        axes: whether positions have three axes (time, height, width).
+    """
+
+    summary: str
+    make: Callable[[], Any]
+    axes: bool = False
+
+    def positions(self, made: MadeUp) -> Tensor:
+        """Position ids [batch, S], or [3, batch, S]."""
+        return made.positions_3d if self.axes else made.positions
+
+
+def _built(kind: Any, config: Any) -> Any:
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(config)
+    model.train(False)
+    return model
+
+
+def _mistral() -> Any:
+    return _built(MistralForCausalLM, MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=6))
+
+
+def _gemma() -> Any:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"] * (LAYERS // 4)
+    return _built(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**_SIZES, num_key_value_heads=2, sliding_window=6, layer_types=kinds),
+    )
+
+
+def _mrope() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    sizes = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+    return _built(Qwen2VLTextModel, Qwen2VLTextConfig(**sizes, num_key_value_heads=2, rope_parameters=rope))
+
+
+FAMILIES = {
+    "llama": Family("LLaMA-like", lambda: tiny_llama(LAYERS, heads=HEADS)),
+    "grouped-kv": Family("LLaMA-like with two key heads for four query heads", lambda: tiny_llama(LAYERS, kv_heads=2)),
+    "sliding-window": Family("Mistral-like, every layer looks back 6 positions", _mistral),
+    "mixed-windows": Family("Gemma-like, sliding and full layers with rotary tables of their own", _gemma),
+    "mrope": Family("Qwen2-VL-like, positions of three axes", _mrope, axes=True),
+}
+
+
+@cache
+def model_of(family: str) -> Any:
+    """The one tiny model of that family; strategies have to leave it as it is."""
+    return FAMILIES[family].make()
+
+
+def stack_of(model: Any) -> Any:
+    """The module whose forward runs the decoder layers."""
+    return model.model if hasattr(model, "model") else model

@@ -1,0 +1,231 @@
+"""Running a strategy on a case while writing down everything that happens."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.base import Positions, Shape, Stage, Strategy
+from tokenprune.decisions import Decision
+from tokenprune.engine import prune
+from tokenprune.testing.cases import Case, MadeUp
+from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.scripts import Scripted, Step
+from tokenprune.testing.vision import made_up_vision
+from tokenprune.tokens import Tokens
+from tokenprune.trace import Trace
+
+_LENT = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
+_LENT_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")
+
+
+@dataclass
+class Log:
+    """What a run did.
+
+    Attributes:
+        steps: the decisions, in order, with the position policy of their stages.
+        written: names of lent tensors that the strategy wrote to, and the stage where it was noticed.
+        entered: per layer, [batch, M, width]: the states that it was given.
+        tables: per layer, [batch, M, C]: the rotary tables that it was given.
+        left: per layer, [batch, M, width]: its output.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    entered: list[Tensor] = field(default_factory=list)
+    tables: list[Tensor] = field(default_factory=list)
+    left: list[Tensor] = field(default_factory=list)
+    _lent: list[tuple[str, weakref.ref[Tensor], Tensor]] = field(default_factory=list)
+
+    def lend(self, name: str, value: Any) -> None:
+        """Remember what a tensor, or a tuple of them, holds now."""
+        if isinstance(value, tuple):
+            for part in value:
+                self.lend(name, part)
+        elif isinstance(value, Tensor):
+            self._lent.append((name, weakref.ref(value), value.clone()))
+
+    def look(self, where: str) -> None:
+        """Compare everything that was lent with what it held."""
+        for name, lent, held in self._lent:
+            value = lent()  # what nobody holds any more, nobody reads any more
+            if value is None:
+                continue
+            same = value.shape == held.shape and torch.equal(value.nan_to_num(), held.nan_to_num())
+            if not same and not any(line.startswith(f"{name} ") for line in self.written):
+                self.written.append(f"{name} (noticed {where})")
+
+
+@dataclass
+class Run:
+    """A finished run: the prompt's final states [batch, S, width], the trace, the log, and what it ran on."""
+
+    made: MadeUp
+    output: Tensor
+    trace: Trace
+    log: Log
+    decoded: Tensor
+    context: Any
+
+    def script(self, strategy: Strategy) -> Scripted:
+        """The same decisions, to be replayed."""
+        return Scripted(self.log.steps, positions=strategy.positions)
+
+
+class Watched(Strategy):
+    """A strategy whose every choice goes into a log."""
+
+    def __init__(self, inner: Strategy, log: Log) -> None:
+        self.inner, self.log = inner, log
+        self.name, self.positions, self.budget, self.options = inner.name, inner.positions, inner.budget, inner.options
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """The strategy's."""
+        return self.inner.stages(shape)
+
+    def bind(self, shape: Shape) -> Watched:
+        """The strategy bound, and watched."""
+        return Watched(self.inner.bind(shape), self.log)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """The strategy's choice, after a look at everything that it was lent."""
+        provide = tokens._provide
+
+        def lending(read: Any) -> Any:
+            value = provide(read)
+            self.log.lend(f"tokens.{read.field}", value)
+            return value
+
+        tokens._provide = lending
+        for name in (*_LENT, *_LENT_PLACES):
+            self.log.lend(f"tokens.{name}", getattr(tokens, name))
+        decision = self.inner.choose(stage, tokens)
+        self.log.look(f"in stage {stage.name!r}")
+        policy: Positions = stage.positions or self.inner.positions
+        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy))
+        return decision
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+
+def _without_scores(decision: Any) -> Any:
+    """A decision that holds nothing which the strategy was lent; what is no decision stays as it is."""
+    return replace(decision, scores=None) if isinstance(decision, Decision) else decision
+
+
+def with_budget(strategy: Strategy, budget: float | None) -> Strategy:
+    """A copy of a strategy with that budget; as it is where None."""
+    if budget is None:
+        return strategy
+    made = copy.copy(strategy)
+    made.budget = budget
+    return made
+
+
+@torch.no_grad()
+def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
+    """The prefill of a case under a strategy, then `new` tokens decoded one by one on its cache."""
+    family, model = FAMILIES[case.family], model_of(case.family)
+    made = MadeUp(case.rows, case.padding, new=new)
+    prompt, length = MadeUp(case.rows, case.padding), made.length
+    embeds, ids, mask = made.embeds(WIDTH), family.positions(made), made.mask
+    log = Log()
+    log.lend("inputs_embeds", embeds)
+    log.lend("image_tokens", prompt.layout.image_tokens)
+    log.lend("grid", prompt.grid)
+    watched = Watched(with_budget(strategy, case.budget), log)
+    stack = stack_of(model)
+    with ExitStack() as undo:
+        undo.callback(_hook(stack, log, outputs=True))
+        context = undo.enter_context(
+            prune(
+                model,
+                watched,
+                image_tokens=prompt.layout.image_tokens,
+                grid=prompt.grid,
+                image_number=prompt.number,
+                vision=made_up_vision(prompt, WIDTH),
+                seed=seed,
+            )
+        )
+        unhook = _hook(stack, log, outputs=False)
+        try:
+            first = stack(
+                inputs_embeds=embeds[:, :length],
+                attention_mask=None if mask is None else mask[:, :length],
+                position_ids=ids[..., :length],
+                use_cache=new > 0,
+            )
+        finally:
+            unhook()
+        left = list(log.left)
+        decoded = [
+            stack(
+                inputs_embeds=embeds[:, step : step + 1],
+                attention_mask=None if mask is None else mask[:, : step + 1],
+                position_ids=ids[..., step : step + 1],
+                past_key_values=first.past_key_values,
+                use_cache=True,
+            ).last_hidden_state
+            for step in range(length, length + new)
+        ]
+    log.left = left
+    log.look("at the end of the run")
+    after = torch.cat(decoded, 1) if decoded else embeds[:, :0]
+    return Run(prompt, first.last_hidden_state, context.trace, log, after, context)
+
+
+@torch.no_grad()
+def baseline(case: Case) -> tuple[Tensor, Log]:
+    """Final states [batch, S, width] of the untouched model, and what its layers were given."""
+    made, log = MadeUp(case.rows, case.padding), Log()
+    stack = stack_of(model_of(case.family))
+    unhook = _hook(stack, log, outputs=False)
+    try:
+        output = stack(
+            inputs_embeds=made.embeds(WIDTH),
+            attention_mask=made.mask,
+            position_ids=FAMILIES[case.family].positions(made),
+            use_cache=False,
+        )
+    finally:
+        unhook()
+    return output.last_hidden_state, log
+
+
+def _hook(stack: Any, log: Log, *, outputs: bool) -> Callable[[], None]:
+    """Write down what the layers give or are given; returns what takes the hooks off."""
+
+    def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        log.entered.append((args[0] if args else kwargs["hidden_states"]).clone())
+        log.tables.append(joined(kwargs["position_embeddings"], len(log.entered[-1])))
+
+    def gave(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        log.left.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    handles = [
+        layer.register_forward_hook(gave) if outputs else layer.register_forward_pre_hook(given, with_kwargs=True)
+        for layer in stack.layers
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def joined(tables: tuple[Tensor, Tensor], batch: int) -> Tensor:
+    """Rotary tables (cos, sin) as one [batch, M, C], axes of positions side by side."""
+    both = torch.cat(tables, -1)
+    both = both.movedim(0, -2).flatten(-2) if both.dim() == 4 else both
+    return both.expand(batch, -1, -1).clone()

@@ -212,7 +212,9 @@ class Registry:
             try:
                 self._add(point.load(), source)
             except (Exception, SystemExit) as error:
-                self._broken.append(BrokenPlugin(source.plugin, source.distribution, source.version, _told(error)))
+                self._broken.append(
+                    BrokenPlugin(source.plugin, source.distribution, source.version, _told(error, source))
+                )
         self._broken.extend(missing(chosen, [Source.of(point) for point in points]))
 
     def _add(self, plugin: Any, source: Source) -> None:
@@ -275,8 +277,10 @@ def _collision(entries: list[Entry]) -> str:
     return f"{noun} {name!r} is registered by {number} packages, {listing}; uninstall one of them, or see {LIMIT}"
 
 
-def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, PluginError) else first_line(error)
+def _told(error: BaseException, source: Source) -> str:
+    if isinstance(error, PluginError):
+        return str(error)
+    return str(PluginError.of(source.plugin, source.distribution, f"it cannot be loaded: {first_line(error)}"))
 
 
 _registry = Registry()

@@ -215,6 +215,10 @@ class TokenScheduler(ABC):
         tokens = self._view(stage, target, planned.own)
         try:
             answer = self.strategy.choose(stage, tokens)
+        except PluginError as error:
+            if repr(name) in str(error):
+                raise
+            raise PluginError(f"strategy {name!r}: {error}") from error
         except TokenPruneError:
             raise
         except Exception as error:

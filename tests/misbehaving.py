@@ -1,0 +1,202 @@
+"""Plugins that misbehave, and the page docs/extend/misbehaving.md with the message that each one gets.
+
+`python tests/misbehaving.py` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from plugin_packages import install, registering, searched
+
+import tokenprune as tp
+from tokenprune import registry
+from tokenprune.testing.models import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "extend" / "misbehaving.md"
+
+STRATEGY = """
+from tokenprune import Keep, Stage, Strategy, hookimpl
+from tokenprune.reads import AttentionFrom, HiddenStates
+import torch
+
+
+@hookimpl
+def tokenprune_register_strategies(register):
+    register("bad", Bad, summary="misbehaves")
+
+
+class Bad(Strategy):
+    name = "bad"
+
+    def stages(self, shape):
+        return [Stage("prune", 2, 3, (AttentionFrom("last"), HiddenStates()))]
+
+    def choose(self, stage, tokens):
+        batch, total = tokens.exists.shape
+        {act}
+"""
+
+OBSERVER = """
+from tokenprune import hookimpl
+
+
+@hookimpl
+def tokenprune_decision_taken(run, stage, decision):
+    raise OSError("No space left on device")
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to misbehave.
+
+    Attributes:
+        title: what the plugin does.
+        source: of its module.
+        when: when it is noticed: "load", "use", "run" or "after".
+        shown: the line of the plugin to show, if that says more than the title.
+    """
+
+    title: str
+    source: str
+    when: str
+    shown: str = ""
+
+
+def choosing(title: str, act: str, when: str = "run") -> Case:
+    """A strategy whose `choose` does that."""
+    return Case(title, STRATEGY.replace("{act}", act.replace("\n", "\n        ")), when, act)
+
+
+def fixed(title: str, index: str) -> Case:
+    """A strategy that answers with these numbers."""
+    return choosing(title, f"return Keep(torch.tensor({index}).expand(batch, -1))")
+
+
+CASES = (
+    Case("cannot be imported", "import surely_not_installed\n", "load"),
+    Case("is built for another version of the hooks", registering("bad", tokenprune_hook_api="2.0"), "load"),
+    Case("registers junk", registering("bad", target="a strategy"), "load", 'register("bad", "a strategy")'),
+    Case(
+        "registers what is no strategy",
+        registering("bad", target="collections:OrderedDict"),
+        "use",
+        'register("bad", "collections:OrderedDict")',
+    ),
+    Case("takes a name that another package has", registering("uniform"), "use", 'register("uniform", …)'),
+    choosing("raises in `choose`", 'raise ValueError("nothing to choose from")'),
+    choosing("answers with the wrong shape", "return Keep(torch.zeros(1, 3, dtype=torch.int64))"),
+    choosing("answers with the wrong dtype", "return Keep(torch.ones(batch, 3))"),
+    choosing("answers on the wrong device", 'return Keep(torch.zeros(batch, 3, dtype=torch.int64, device="meta"))'),
+    fixed("chooses a token that does not exist", "[0, 1, 600]"),
+    fixed("chooses a token twice", "[0, 4, 4]"),
+    fixed("answers out of order", "[4, 0, 2]"),
+    fixed("keeps another number than it declared", "[0, 2]"),
+    choosing(
+        "scores with NaN",
+        "return Keep.top(tokens.attention / 0 * 0, 3)",
+    ),
+    choosing("writes to what it was lent", "return Keep.top(tokens.attention.mul_(2), 3)"),
+    choosing("reads what it did not declare", "return Keep.top(tokens.embeddings.norm(dim=-1), 3)"),
+    choosing("keeps what it was lent", "self.kept = tokens.hidden\nreturn Keep.top(tokens.attention, 3)", "after"),
+    Case("fails as an observer", OBSERVER, "run", 'raise OSError("No space left on device")'),
+)
+
+
+def misbehave(case: Case, folder: Path, check: Callable[[], None] = lambda: None) -> str:
+    """The message that the plugin gets; `check` is called while it is still installed."""
+    install(folder, "bad-pack", case.source)
+    install(folder, "good-pack", registering("good", target="tokenprune_strategies.baselines:Uniform"))
+    with searched(folder):
+        message = _message(case)
+        check()
+    return message
+
+
+def run(name: str) -> torch.Tensor:
+    """Logits of a tiny model under a strategy."""
+    image = torch.zeros(2, 12, dtype=torch.bool)
+    image[:, 2:8] = True
+    with torch.no_grad(), tp.prune(MODEL, tp.strategy(name), image_tokens=image):
+        logits: torch.Tensor = MODEL(torch.arange(24).reshape(2, 12)).logits
+    return logits
+
+
+MODEL = tiny_llama(4)
+
+
+def _message(case: Case) -> str:
+    if case.when == "load":
+        (broken,) = registry.broken_plugins()
+        return broken.error
+    name = "uniform" if "another package" in case.title else "fastv" if "observer" in case.title else "bad"
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run(name)
+    except tp.TokenPruneError as error:
+        return f"{type(error).__name__}: {error}"
+    (warning,) = told
+    return f"{warning.category.__name__}: {warning.message}"
+
+
+INTRO = """# Ways to misbehave
+
+What plugins do wrong is told with the name of the plugin and its package, or of the strategy and its stage; the model
+is as it was before, and other plugins work. These are real messages; `python tests/misbehaving.py` writes this page,
+and a test compares it with what really happens. In each case a package `bad-pack` is installed, whose plugin `plug`
+misbehaves.
+
+A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
+`tokenprune.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all others
+work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out.
+"""
+
+OUTRO = """## What is not seen
+
+- Writes are told by PyTorch's count of in-place writes. Those through `.data`, or `.numpy()`, are not counted, nor
+  those to tensors of `torch.inference_mode()`.
+- Keeping is told, once for each strategy class, where a tensor that was lent itself, or a view of it, is still alive
+  after the prefill. Copies are not seen, nor are tensors with gradients, which autograd may keep, nor what the vision
+  side lends, which may serve several prefills.
+- The engine itself holds none of it: when the last layer has run, `tokens.memory` is emptied and all states are
+  freed.
+- A plugin is code of yours in your process. Nothing holds it back from changing a model's weights, from writing files
+  or from never coming back.
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+    parts = [INTRO]
+    for number, case in enumerate(CASES, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            message = misbehave(case, Path(folder))
+        shown = f'\n```text title="the plugin"\n{case.shown}\n```\n' if case.shown else ""
+        parts.append(f'## {number}. It {case.title}\n{shown}\n```text title="the message"\n{wrapped(message)}\n```\n')
+    return "\n".join([*parts, OUTRO])
+
+
+def wrapped(text: str, width: int = 110) -> str:
+    """Lines of at most that many characters, broken at spaces only."""
+    lines, line = [], ""
+    for word in text.split(" "):
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}" if line else word
+    return "\n".join([*lines, line])
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests"))
+    PAGE.write_text(page(), encoding="utf-8")

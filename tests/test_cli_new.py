@@ -20,8 +20,6 @@ from cli_fixtures import Runner, assert_one_line, run
 import tokenprune as tp
 from tokenprune import registry
 from tokenprune.engine import prune
-from tokenprune.scaffold.naming import check_name
-from tokenprune.scaffold.package import Project
 from tokenprune.testing.models import tiny_llama
 
 if sys.version_info >= (3, 11):
@@ -205,6 +203,23 @@ def test_several_lines_are_refused(run: Runner, tmp_path: Path) -> None:
         assert_one_line(run("new", "strategy", "x", "--into", tmp_path, option, "a\nb"), option[2:], "one line")
 
 
+RUFF = ("--isolated", "--line-length", "120", "--target-version", "py310")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is not installed here")
+@pytest.mark.parametrize("noun", KINDS)
+def test_packages_are_clean(run: Runner, tmp_path: Path, noun: str) -> None:
+    run("new", noun, "my-own", "--into", tmp_path)
+    for command in (("check", "--select", "E,F,W,I,B,UP,C4,SIM,RUF", "--ignore", "RUF002"), ("format", "--check")):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *RUFF, "."],
+            cwd=tmp_path / "tokenprune-my-own",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+
+
 def test_a_new_strategy_needs_no_torch(tmp_path: Path) -> None:
     code = """
 import sys
@@ -261,8 +276,3 @@ def test_stable_parts_tell_results_apart(transcript: Any) -> None:
     assert transcript.stable("1 failed, 3 passed in 1s") != transcript.stable("3 passed in 1s")
     assert transcript.stable("x  0.914  89.0 (0.348)") == transcript.stable("x   0.9  9.0 (0.1)")
     assert transcript.stable("csp 1") != transcript.stable("x 1")
-
-
-def test_every_file_has_a_template() -> None:
-    for kind in KINDS.values():
-        assert Project(check_name(kind, "my-own"), "none").files()

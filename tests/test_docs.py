@@ -237,14 +237,21 @@ def parse(words: list[str]) -> None:
         assert words[0] in group.commands
         return
     context = group.make_context("tokenprune", [word for word in words if word != "--debug"])
-    rest = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else list(context.args)
-    name, command, arguments = group.resolve_command(context, rest)
-    command.make_context(name, arguments, parent=context)
+    while hasattr(group, "resolve_command"):
+        rest = [*context._protected_args, *context.args] if hasattr(context, "_protected_args") else list(context.args)
+        name, group, arguments = group.resolve_command(context, rest)
+        context = group.make_context(name, arguments, parent=context)
 
 
 def test_a_wrong_command_would_be_found() -> None:
     parse(["flops", "--strategy", "fastv", "-o", "layer=2"])
-    for wrong in (["flop"], ["flops", "--strategies", "fastv"], ["flops", "--budget", "much"], ["segment", "a.png"]):
+    for wrong in (
+        ["flop"],
+        ["flops", "--strategies", "fastv"],
+        ["flops", "--budget", "much"],
+        ["segment", "a.png"],
+        ["new", "plan", "x"],
+    ):
         with pytest.raises(Exception, match=r".+") as caught:
             parse(wrong)
         assert "UsageError" in {kind.__name__ for kind in type(caught.value).__mro__}

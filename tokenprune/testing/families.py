@@ -68,8 +68,9 @@ def _gemma() -> Any:
 
 def _mrope() -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
     sizes = {key: value for key, value in _SIZES.items() if key != "head_dim"}
-    return _built(Qwen2VLTextModel, Qwen2VLTextConfig(**sizes, num_key_value_heads=2, rope_parameters=rope))
+    return _built(Qwen2VLTextModel, Qwen2VLTextConfig(**sizes, num_key_value_heads=2, rope_parameters=rope, **ends))
 
 
 FAMILIES = {

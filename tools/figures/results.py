@@ -29,7 +29,7 @@ def read(name: str) -> Comparison:
 
 def headline() -> str:
     """The README's table: one budget, accuracy and cost."""
-    found = read("compare")
+    found = read("headline")
     rows = [row for row in found.rows if row.budget in (None, HEADLINE_BUDGET)]
     head = ("strategy", "gIoU", "agreement", "equivalent tokens", "FLOPs", "prefill")
     return table(

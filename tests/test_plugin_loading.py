@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,3 +181,14 @@ def test_every_kind_has_a_documented_hook() -> None:
         assert about.hook == f"tokenprune_register_{kind}"
         assert getattr(hookspecs, about.hook).__doc__
     assert hookspecs.HOOK_API.count(".") == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "--plugins"], ["list", "--format", "json"]])
+def test_help_and_list_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        f"import sys\nfrom tokenprune.cli.app import main\ntry:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'matplotlib', 'PIL', 'jinja2', 'tokenprune.base'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"

@@ -1,0 +1,13 @@
+"""Registers the adapter `mistral3`; imports nothing heavy, so that `tokenprune list` stays fast."""
+
+from __future__ import annotations
+
+from tokenprune.hookspecs import Register, hookimpl
+
+tokenprune_hook_api = "1.0"  # the version of tokenprune's hooks that this is built for
+
+
+@hookimpl
+def tokenprune_register_adapters(register: Register) -> None:
+    """One adapter; its module is imported when somebody loads or prunes a model."""
+    register("mistral3", "tokenprune_mistral3.adapter:Mistral3Adapter", summary="Mistral 3 vision-language models")

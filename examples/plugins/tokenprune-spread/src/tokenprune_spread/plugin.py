@@ -1,0 +1,13 @@
+"""Registers the strategy `spread`; imports nothing heavy, so that `tokenprune list` stays fast."""
+
+from __future__ import annotations
+
+from tokenprune.hookspecs import Register, hookimpl
+
+tokenprune_hook_api = "1.0"  # the version of tokenprune's hooks that this is built for
+
+
+@hookimpl
+def tokenprune_register_strategies(register: Register) -> None:
+    """One strategy; its module is imported when somebody uses it."""
+    register("spread", "tokenprune_spread.strategy:Spread", summary="the image tokens that lie farthest apart")

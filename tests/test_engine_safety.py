@@ -16,6 +16,7 @@ from tokenprune.engine import prune
 from tokenprune.errors import EngineError, IncompatibleError, InputError, PluginError, UnsupportedError
 from tokenprune.reads import AttentionFrom, TowerFeatures
 from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.scripts import Scripted, Step
 
 
 class Choosing(Strategy):
@@ -330,3 +331,17 @@ def test_a_row_without_image_tokens_runs_beside_one_with(model):
     with torch.no_grad():
         assert torch.allclose(out[1], plain(ids[1:]).logits[0], atol=1e-5)
     assert run.trace.ledger.entries[3].image == (3, 0)
+
+
+def test_padding_of_one_call_is_not_that_of_the_next(model):
+    """The decoder inside may be called alone after the whole model, in one context."""
+    ids, image = torch.arange(1, 13)[None], torch.zeros(1, 12, dtype=torch.bool)
+    image[:, 4:8] = True
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[:, :2] = 0
+    half = Keep.where(torch.tensor([[True, False, True, False]]))
+    with torch.no_grad(), prune(model, Scripted([Step(1, half)]), image_tokens=image) as run:
+        model(ids, attention_mask=mask)
+        assert run.trace.layout.valid.sum() == 10
+        model.model(ids)
+        assert run.trace.layout.valid.all()

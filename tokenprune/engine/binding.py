@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -90,14 +90,16 @@ class Given(Binding):
     @contextmanager
     def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
         """Look at the model's attention mask, which its decoder may be given in another form."""
-        handle = self.decoder.register_forward_pre_hook(self._look, with_kwargs=True)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.decoder.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+            undo.callback(self.decoder.register_forward_hook(self._forget, always_call=True).remove)
             yield self
-        finally:
-            handle.remove()
 
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._attention_mask = padding_mask(arguments(module, args, kwargs))
+
+    def _forget(self, *_: Any) -> None:
+        self._attention_mask = None  # of this call only: the decoder inside may be called alone next
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
         """The caller's."""

@@ -63,7 +63,7 @@ def prune(
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
     binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
     decoder = find_decoder(binding.decoder)
-    reads = check_on(strategy, binding)
+    reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
         watch = stack.enter_context(binding.watch(reads))
         source = VisionSource(dict.fromkeys(binding.offers(), watch.provide), binding.tower_layers)

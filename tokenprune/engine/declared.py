@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, TypeGuard
 
 from tokenprune.base import Shape, Strategy
-from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.decoder import Decoder, find_decoder
 from tokenprune.fit import TYPICAL_TOKENS, check_fit
 from tokenprune.reads import Read
 
@@ -34,23 +34,27 @@ def declares(model: Any) -> TypeGuard[Declared]:
     return all(hasattr(model, name) for name in ("name", "decoder", "tower_layers", "offers"))
 
 
-def shape_on(model: Declared) -> Shape:
+def shape_on(model: Declared, decoder: Decoder | None = None) -> Shape:
     """What is known of every run on this model; image tokens stand at a typical number.
+
+    Args:
+        model: what declares.
+        decoder: the one inside it, where it has been found already.
 
     Raises:
         UnsupportedError: the model has no decoder to hook into.
     """
-    decoder = find_decoder(model.decoder)
+    decoder = decoder or find_decoder(model.decoder)
     offers = decoder.offers | model.offers()
     return Shape(len(decoder.layers), TYPICAL_TOKENS, 0, model.tower_layers, offers, decoder.heads)
 
 
-def check_on(strategy: Strategy, model: Declared) -> set[Read]:
-    """What the strategy reads on this model, once it is known to fit.
+def check_on(strategy: Strategy, model: Declared, decoder: Decoder | None = None) -> set[Read]:
+    """What the strategy reads on this model, once it is known to fit; arguments as for `shape_on`.
 
     Raises:
         IncompatibleError: see `check_fit`.
         UnsupportedError: the model has no decoder to hook into.
     """
-    multimodal_rope = find_decoder(model.decoder).multimodal_rope
-    return check_fit(strategy, model.name, shape_on(model), multimodal_rope=multimodal_rope)
+    decoder = decoder or find_decoder(model.decoder)
+    return check_fit(strategy, model.name, shape_on(model, decoder), multimodal_rope=decoder.multimodal_rope)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -69,13 +70,13 @@ class RatedByText(Strategy):
         tokens.mark(RATERS, raters(tokens))
         return Keep.where(tokens.active)
 
+    @abstractmethod
     def reads(self) -> tuple[Read, ...]:
         """What a stage that prunes looks at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
         """The decision at a stage that prunes."""
-        raise NotImplementedError
 
     def counts(self, total: int) -> Counts:
         """Tokens that the stages are to keep of `total`: `keep`, or the table as shares of 576 (ours)."""

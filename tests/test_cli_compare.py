@@ -13,7 +13,9 @@ import pytest
 from cli_fixtures import Runner, assert_one_line, run
 from PIL import Image
 
+from tokenprune import hookimpl, registry
 from tokenprune.cli.compare import STRATEGIES
+from tokenprune.hookspecs import Register
 
 __all__ = ["run"]  # the fixture
 
@@ -37,6 +39,23 @@ def test_table_on_stdout_progress_on_stderr(run: Runner) -> None:
         assert text in ran.out
     assert "accuracy" in ran.err
     assert "accuracy" not in ran.out
+
+
+def test_metrics_of_plugins_are_chosen_by_name(run: Runner) -> None:
+    class Metrics:
+        @hookimpl
+        def tokenprune_register_metrics(self, register: Register) -> None:
+            for name in ("area", "height"):
+                register(name, lambda measured: measured.mask.mean(), summary="of a test")
+
+    registry.register_plugin(Metrics(), "metrics")
+    try:
+        for asked, given in ((), ["area", "height"]), (("--metrics", "height"), ["height"]), (("--metrics", ""), []):
+            ran = run("compare", *FAKE, "--strategies", "none", "--format", "json", *asked)
+            assert list(json.loads(ran.out)["rows"][0]["metrics"]) == given
+        assert_one_line(run("compare", *FAKE, "--metrics", "aera"), "unknown metric 'aera'; did you mean 'area'")
+    finally:
+        registry.unregister_plugin("metrics")
 
 
 def test_out_holds_results_plots_and_overlays(run: Runner, tmp_path: Path) -> None:

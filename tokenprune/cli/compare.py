@@ -33,6 +33,10 @@ def command(
     ] = None,
     overlays: Annotated[int, typer.Option(min=0, help="Samples to draw with --out.")] = 4,
     timing_samples: Annotated[int, typer.Option(min=0, help="Queries that prefill is timed on; 0 = none.")] = 8,
+    metrics: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='Metrics that plugins add, names separated by commas; "" = none.', show_default="all"),
+    ] = None,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -51,8 +55,11 @@ def command(
         writable_folder(out)
 
     from tokenprune.evaluation.compare import check_request, compare
+    from tokenprune.evaluation.measured import metrics_of
 
     check_request(dataset, split, limit, seed)
+    added = None if metrics is None else [part.strip() for part in metrics.split(",") if part.strip()]
+    metrics_of(added)
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     with _progress() as report:
         found = compare(
@@ -66,6 +73,7 @@ def command(
             timing_samples=timing_samples,
             records=overlays if out is not None else 0,
             progress=report,
+            extra_metrics=added,
         )
     found = found.model_copy(update={"model": model})  # as it was asked for, not the folder's name
     if output is Format.json:

@@ -20,8 +20,8 @@ from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.conformance import StrategyConformance
 from tokenprune.testing.families import FAMILIES, model_of
-from tokenprune.testing.invariants import Nonconforming, NotTested
 from tokenprune.testing.shown import ranges, show_case
+from tokenprune.testing.verdict import Nonconforming, NotTested
 
 pytest_plugins = ["pytester"]
 

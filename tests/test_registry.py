@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tokenprune
-from tokenprune import Strategy, hookimpl, registry
+from tokenprune import Strategy, hookimpl, observers, registry
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
 
 STRATEGIES = {"none", "blind", "random", "uniform", "csp", "csp-65", "csp-70", "fastv", "prumerge", "prumerge+"}
@@ -235,13 +235,13 @@ def test_observers_are_called_and_a_failing_one_is_named() -> None:
         def tokenprune_prefill_done(self, run: Any) -> None:
             raise RuntimeError("lost")
 
-    registry.observers.tokenprune_prefill_done(run=1)
+    observers.tokenprune_prefill_done(run=1)
     registry.register_plugin(Observer(), name="observer")
-    registry.observers.tokenprune_prefill_done(run=2)
+    observers.tokenprune_prefill_done(run=2)
     assert seen == [2]
     registry.register_plugin(Failing(), name="failing")
     with pytest.raises(PluginError, match=r"'failing'.*tokenprune_prefill_done failed with RuntimeError: lost"):
-        registry.observers.tokenprune_prefill_done(run=3)
+        observers.tokenprune_prefill_done(run=3)
 
 
 def test_entry_points_of_the_distribution_are_the_documented_ones() -> None:

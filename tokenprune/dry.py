@@ -5,8 +5,8 @@ from __future__ import annotations
 from tokenprune.base import Shape, Strategy
 from tokenprune.errors import BudgetError
 from tokenprune.ledger import LayerEntry, Ledger
+from tokenprune.planning import plan
 from tokenprune.reads import AttentionFrom
-from tokenprune.scheduler import plan
 
 
 def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:

@@ -175,27 +175,9 @@ class Registry:
             self._scan()
             return list(self._broken)
 
-    def notify(self, hook: str, **arguments: Any) -> None:
-        """Call a lifecycle hook of every observer, e.g. `notify("tokenprune_prefill_done", run=run)`.
-
-        Raises:
-            PluginError: an observer raised; names the first such plugin and its package, once all were called.
-        """
-        failed: PluginError | None = None
-        manager = self.plugin_manager()
-        implementations = getattr(manager.hook, hook).get_hookimpls()
-        for plugin in [implementation.plugin for implementation in reversed(implementations)]:
-            others = [other for other in manager.get_plugins() if other is not plugin]
-            try:
-                manager.subset_hook_caller(hook, others)(**arguments)
-            except Exception as error:
-                source = self._sources[str(manager.get_name(plugin))]
-                problem = f"its hook {hook} failed with {first_line(error)}"
-                wrong = PluginError.of(source.plugin, source.distribution, problem, "fix or uninstall it")
-                wrong.__cause__ = error
-                failed = failed or wrong
-        if failed is not None:
-            raise failed
+    def source_of(self, plugin: Any) -> Source:
+        """Where a registered plugin comes from."""
+        return self._sources[str(self.plugin_manager().get_name(plugin))]
 
     def _scan(self) -> None:
         if self._manager is not None:
@@ -245,30 +227,6 @@ class Registry:
                 del self._contested[key]
 
 
-class Observers:
-    """The lifecycle hooks of all plugins. An observer that raises is named in a PluginError."""
-
-    def tokenprune_run_started(self, *, run: Any) -> None:
-        """See `tokenprune.hookspecs`."""
-        _registry.notify("tokenprune_run_started", run=run)
-
-    def tokenprune_stage_entered(self, *, run: Any, stage: Any) -> None:
-        """See `tokenprune.hookspecs`."""
-        _registry.notify("tokenprune_stage_entered", run=run, stage=stage)
-
-    def tokenprune_decision_taken(self, *, run: Any, stage: Any, decision: Any) -> None:
-        """See `tokenprune.hookspecs`."""
-        _registry.notify("tokenprune_decision_taken", run=run, stage=stage, decision=decision)
-
-    def tokenprune_prefill_done(self, *, run: Any) -> None:
-        """See `tokenprune.hookspecs`."""
-        _registry.notify("tokenprune_prefill_done", run=run)
-
-    def tokenprune_run_finished(self, *, run: Any) -> None:
-        """See `tokenprune.hookspecs`."""
-        _registry.notify("tokenprune_run_finished", run=run)
-
-
 def _collision(entries: list[Entry]) -> str:
     noun, name = KINDS[entries[0].kind].noun, entries[0].name
     packages = [repr(entry.distribution) for entry in entries]
@@ -284,11 +242,11 @@ def _told(error: BaseException, source: Source) -> str:
 
 
 _registry = Registry()
-observers = Observers()
 reset = _registry.reset
 register_plugin = _registry.register_plugin
 unregister_plugin = _registry.unregister_plugin
 plugin_manager = _registry.plugin_manager
+source_of = _registry.source_of
 broken_plugins = _registry.broken_plugins
 plugins = _registry.plugins
 collisions = _registry.collisions

@@ -8,17 +8,17 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from tokenprune import observers
 from tokenprune.base import Strategy
-from tokenprune.engine.binding import Binding, Given, Watch, binding_of
+from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
 from tokenprune.engine.context import PruningRun, prune_decoder
 from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError
-from tokenprune.registry import observers
 
-__all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "prune"]
+__all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "arguments", "padding_mask", "prune"]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from tokenprune.errors import BudgetError, IncompatibleError, OptionError
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.invariants import Nonconforming, NotTested, refuses_batch, report
+from tokenprune.testing.verdict import Nonconforming, NotTested, refuses_batch, report
 from tokenprune.testing.vision import made_up_vision
 
 Invariant = Callable[[Case, Strategy], None]

@@ -11,38 +11,19 @@ import torch
 from torch import Tensor
 
 from tokenprune.base import Strategy
-from tokenprune.decisions import Decision, Restore
-from tokenprune.errors import PluginError, TokenPruneError
+from tokenprune.decisions import Restore
+from tokenprune.errors import TokenPruneError
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.oracle import apply_decision, masked_full_length, rotary_tables
-from tokenprune.testing.shown import ranges, show_case, show_schedule
+from tokenprune.testing.shown import ranges
 from tokenprune.testing.snapshot import differences, snapshot
-from tokenprune.testing.watching import Run, baseline, joined, run, with_budget
+from tokenprune.testing.verdict import NotTested, refuses_batch, report
+from tokenprune.testing.watching import Break, Breaking, Run, baseline, joined, run
 from tokenprune.trace import Trace
 
 TOLERANCE = 1e-4
 """Largest difference of final states (of size about 1) that rounding explains."""
-
-
-class Nonconforming(AssertionError):
-    """An invariant that does not hold: what, on which case, with which schedule."""
-
-
-def report(problem: str, strategy: Strategy, case: Case, trace: Trace | None = None) -> Nonconforming:
-    """The failure, with all that a person needs to see it."""
-    ran = repr(strategy) if trace is None else trace.strategy
-    parts = [problem, "", f"strategy  {ran}", show_case(case)]
-    return Nonconforming("\n".join(parts if trace is None else [*parts, show_schedule(trace)]))
-
-
-def refuses_batch(error: Exception) -> bool:
-    """Whether a strategy only refuses to run rows of such different sizes together, as it may."""
-    return isinstance(error, PluginError) and "run rows of such different sizes apart" in str(error)
-
-
-class NotTested(Exception):
-    """The invariant says nothing about this strategy on this case, and why."""
 
 
 def equals_oracle(case: Case, strategy: Strategy) -> None:
@@ -221,8 +202,8 @@ def no_hook_is_left(case: Case, strategy: Strategy) -> None:
     if not torch.equal(baseline(case)[0], expected):
         raise report("after a run the untouched model gives other states", strategy, case, done.trace)
     for last in {len(done.log.steps) - 1, 0} if done.log.steps else ():
-        with suppress(_Break):
-            run(case, _Breaking(strategy, last))
+        with suppress(Break):
+            run(case, Breaking(strategy, last))
         _same_model(before, f"an exception in the strategy's choice number {last + 1}", done.trace, case, strategy)
     if not torch.equal(baseline(case)[0], expected):
         raise report("after an exception the untouched model gives other states", strategy, case, done.trace)
@@ -254,34 +235,6 @@ def ledger_equals_what_entered(case: Case, strategy: Strategy) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class _Break(BaseException):
-    """Thrown into a run; no Exception, so that nothing turns it into another error."""
-
-
-class _Breaking(Strategy):
-    """A strategy whose choice of that number raises."""
-
-    def __init__(self, inner: Strategy, number: int, left: list[int] | None = None) -> None:
-        self.inner, self.number, self.left = inner, number, left or [number]
-        self.name, self.positions, self.budget, self.options = inner.name, inner.positions, inner.budget, inner.options
-
-    def stages(self, shape: Any) -> Any:
-        """The strategy's."""
-        return self.inner.stages(shape)
-
-    def bind(self, shape: Any) -> _Breaking:
-        """The strategy bound, and breaking."""
-        ready = self.inner if self.budget is None else with_budget(self.inner, self.budget)
-        return _Breaking(ready.bind(shape), self.number, self.left)
-
-    def choose(self, stage: Any, tokens: Any) -> Decision:
-        """The strategy's choice, or the exception."""
-        if self.left[0] == 0:
-            raise _Break
-        self.left[0] -= 1
-        return self.inner.choose(stage, tokens)
 
 
 def _same_model(before: dict[str, Any], after: str, trace: Trace, case: Case, strategy: Strategy) -> None:

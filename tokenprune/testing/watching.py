@@ -122,6 +122,34 @@ def _without_scores(decision: Any) -> Any:
     return replace(decision, scores=None) if isinstance(decision, Decision) else decision
 
 
+class Break(BaseException):
+    """Thrown into a run; no Exception, so that nothing turns it into another error."""
+
+
+class Breaking(Strategy):
+    """A strategy whose choice of that number raises."""
+
+    def __init__(self, inner: Strategy, number: int, left: list[int] | None = None) -> None:
+        self.inner, self.number, self.left = inner, number, left or [number]
+        self.name, self.positions, self.budget, self.options = inner.name, inner.positions, inner.budget, inner.options
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """The strategy's."""
+        return self.inner.stages(shape)
+
+    def bind(self, shape: Shape) -> Breaking:
+        """The strategy bound, and breaking."""
+        ready = self.inner if self.budget is None else with_budget(self.inner, self.budget)
+        return Breaking(ready.bind(shape), self.number, self.left)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """The strategy's choice, or the exception."""
+        if self.left[0] == 0:
+            raise Break
+        self.left[0] -= 1
+        return self.inner.choose(stage, tokens)
+
+
 def with_budget(strategy: Strategy, budget: float | None) -> Strategy:
     """A copy of a strategy with that budget; as it is where None."""
     if budget is None:

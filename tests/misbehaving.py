@@ -163,7 +163,7 @@ work. What goes wrong in a run is an exception; the hooks are taken off the mode
 OUTRO = """## What is not seen
 
 - Writes are told by PyTorch's count of in-place writes. Those through `.data`, or `.numpy()`, are not counted, nor
-  those to tensors of `torch.inference_mode()`.
+  those to tensors of `torch.inference_mode()`. The [conformance kit](conformance.md) compares values, and sees them.
 - Keeping is told, once for each strategy class, where a tensor that was lent itself, or a view of it, is still alive
   after the prefill. Copies are not seen, nor are tensors with gradients, which autograd may keep, nor what the vision
   side lends, which may serve several prefills.

@@ -83,9 +83,13 @@ class Dice(Half):
 class Scribbling(Half):
     """Writes to what it was lent."""
 
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+
     def choose(self, stage, tokens):
         chosen = super().choose(stage, tokens)
-        tokens.places.add_(1)
+        self.write(tokens.places)
         return chosen
 
 
@@ -166,9 +170,22 @@ def test_sabotaged_strategies_fail(name: str) -> None:
     assert "\n  row 1   2 text | image 0: tokens 0-8, a grid of 3 x 3 | 1 text | image 1: tokens" in str(caught.value)
 
 
-def test_writing_to_lent_tensors_is_told() -> None:
+def add_in_place(tensor):
+    tensor.add_(1)
+
+
+def add_to_data(tensor):
+    tensor.data.add_(1)
+
+
+def add_by_numpy(tensor):
+    tensor.numpy()[:] += 1
+
+
+@pytest.mark.parametrize("write", [add_in_place, add_to_data, add_by_numpy])
+def test_writing_to_lent_tensors_is_told(write) -> None:
     with pytest.raises((Nonconforming, tp.TokenPruneError), match="places"):
-        invariants.nothing_lent_is_written_to(TWO, Scribbling())
+        invariants.nothing_lent_is_written_to(TWO, Scribbling(write))
 
 
 def breaking(monkeypatch, owner, name, change):

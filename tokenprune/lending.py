@@ -2,7 +2,8 @@
 
 Both are told from what PyTorch counts anyway: a tensor's version, which every in-place write raises (through views and
 `detach()` too), and whether the tensor is still alive. Writes through `.data`, `.numpy()` or to tensors of inference
-mode are not counted, and copies that a plugin makes and keeps are not seen.
+mode are not counted (the conformance kit, which compares values, sees them), and copies that a plugin makes and keeps
+are not seen.
 """
 
 from __future__ import annotations

@@ -111,15 +111,19 @@ class Given(Binding):
 
 
 def binding_of(model: Any) -> Binding:
-    """What the installed adapters know of a live model.
+    """What the first of the installed adapters that knows a live model tells of it.
+
+    Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
+    installed alone. Those after the first that knows the model are not imported.
 
     Raises:
         InputError: a plain language model, whose image tokens the caller has to mark.
         UnsupportedError: a vision-language model that no adapter knows.
-        PluginError: an adapter cannot be imported.
+        PluginError: an adapter that was to be asked cannot be imported.
     """
-    adapters = {name: entry.load() for name, entry in registry.adapters().items()}
-    for adapter in adapters.values():
+    asked: dict[str, Any] = {}
+    for name, entry in registry.adapters().items():
+        asked[name] = adapter = entry.load()
         binding = adapter.bind(model)
         if binding is not None:
             assert isinstance(binding, Binding)
@@ -131,7 +135,7 @@ def binding_of(model: Any) -> Binding:
             "mask over the decoder's input"
         )
     families = "; ".join(
-        f"{name}: {', '.join(adapter.model_types)}" for name, adapter in adapters.items() if adapter.model_types
+        f"{name}: {', '.join(adapter.model_types)}" for name, adapter in asked.items() if adapter.model_types
     )
     raise UnsupportedError(
         f"no adapter knows the model {type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}); "

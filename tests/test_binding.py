@@ -1,0 +1,81 @@
+"""Which adapter answers for a live model, and which ones are imported to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tokenprune import hookimpl, registry
+from tokenprune.adapter import Adapter
+from tokenprune.engine.binding import Given, binding_of
+from tokenprune.errors import InputError, PluginError, UnsupportedError
+from tokenprune.testing.models import tiny_llama
+
+
+class Known(nn.Module):
+    """A model that `Knows` knows."""
+
+
+class Knows(Adapter):
+    """Binds one kind of model."""
+
+    model_types = ("known", "known_too")
+
+    @classmethod
+    def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
+        return False
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def bind(cls, model: Any) -> Any:
+        return Given(model, image_tokens=None) if isinstance(model, Known) else None  # type: ignore[arg-type]
+
+
+class Plugin:
+    """Registers adapters in the given order."""
+
+    def __init__(self, **adapters: Any) -> None:
+        self.adapters = adapters
+
+    @hookimpl
+    def tokenprune_register_adapters(self, register: Any) -> None:
+        for name, adapter in self.adapters.items():
+            register(name, adapter, summary="of this test")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry() -> Iterator[None]:
+    registry.reset()
+    yield
+    registry.reset()
+
+
+def test_adapters_after_the_one_that_knows_the_model_are_not_imported() -> None:
+    registry.register_plugin(Plugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
+    model = Known()
+    assert binding_of(model).decoder is model
+
+
+def test_one_that_is_asked_and_cannot_be_imported_is_named() -> None:
+    registry.register_plugin(Plugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
+    with pytest.raises(PluginError, match=r"'ours'.*'later'.*No module named 'surely_not_installed'"):
+        binding_of(tiny_llama())
+
+
+def test_a_model_that_nobody_knows() -> None:
+    registry.register_plugin(Plugin(knows=Knows), "ours")
+    with pytest.raises(InputError, match="where are the image tokens"):
+        binding_of(tiny_llama())
+    model = nn.Module()
+    model.config = SimpleNamespace(vision_config=object(), model_type="car")  # type: ignore[assignment]
+    with pytest.raises(
+        UnsupportedError, match=r"Module \(model_type 'car'\); adapters know .*; knows: known, known_too;"
+    ):
+        binding_of(model)

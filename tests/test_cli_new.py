@@ -20,6 +20,7 @@ from cli_fixtures import Runner, assert_one_line, run
 import tokenprune as tp
 from tokenprune import registry
 from tokenprune.engine import prune
+from tokenprune.scaffold.package import LONGEST
 from tokenprune.testing.models import tiny_llama
 
 if sys.version_info >= (3, 11):
@@ -203,13 +204,18 @@ def test_several_lines_are_refused(run: Runner, tmp_path: Path) -> None:
         assert_one_line(run("new", "strategy", "x", "--into", tmp_path, option, "a\nb"), option[2:], "one line")
 
 
+def test_long_descriptions_are_refused(run: Runner, tmp_path: Path) -> None:
+    ran = run("new", "strategy", "x", "--into", tmp_path, "--description", "a" * (LONGEST + 1))
+    assert_one_line(ran, "description of 101 characters found, expected at most 100")
+
+
 RUFF = ("--isolated", "--line-length", "120", "--target-version", "py310")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ruff") is None, reason="ruff is not installed here")
 @pytest.mark.parametrize("noun", KINDS)
 def test_packages_are_clean(run: Runner, tmp_path: Path, noun: str) -> None:
-    run("new", noun, "my-own", "--into", tmp_path)
+    run("new", noun, "my-own", "--into", tmp_path, "--description", "a " * (LONGEST // 2 - 1) + "bc")
     for command in (("check", "--select", "E,F,W,I,B,UP,C4,SIM,RUF", "--ignore", "RUF002"), ("format", "--check")):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *command, *RUFF, "."],

@@ -41,6 +41,7 @@ DEPENDENCIES = {"strategies": ["torch>=2.6", "pydantic>=2.11"], "adapters": ["to
 TEST_DEPENDENCIES = {"strategies": ["hypothesis>=6.100", "pytest>=8.2"], "adapters": ["pytest>=8.2"]}
 PLACE = re.compile(r"@\{([a-z_]+)\}")  # other "@" and "$", of decorators and workflows, stay as they are
 AUTHOR = re.compile(r"(?P<name>[^<>]*[^<>\s])\s*<(?P<email>[^<>\s]+@[^<>\s]+)>")
+LONGEST = 100  # characters of a description
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Project:
         names: of the package.
         licence: an SPDX identifier that `templates/licences` has a text for, or "none".
         author: "" or one line, "Ada Lovelace" or "Ada Lovelace <ada@example.org>".
-        description: "" or one line.
+        description: "" or one line of at most `LONGEST` characters.
         year: of the copyright.
     """
 
@@ -66,6 +67,9 @@ class Project:
             text = getattr(self, field)
             if not text.isprintable():
                 raise InputError(f"{field} {text!r} cannot be used; expected one line of printable characters")
+        if len(self.description) > LONGEST:
+            found = f"description of {len(self.description)} characters found"
+            raise InputError(f"{found}, expected at most {LONGEST}, as a list shows it; put more into README.md")
 
     def files(self) -> dict[str, str]:
         """Text of every file by its path in the package."""

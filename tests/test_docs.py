@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_plugin_stays() -> Iterator[None]:
+    before = of_this_process()
     yield
-    with suppress(tokenprune.TokenPruneError):  # only one page registers them
-        registry.unregister_plugin("mine")
-    with suppress(tokenprune.TokenPruneError):
-        registry.unregister_plugin("my-adapter")
+    for name in of_this_process() - before:
+        registry.unregister_plugin(name)
+
+
+def of_this_process() -> set[str]:
+    """Names of the plugins that were registered without a package."""
+    return {plugin.name for plugin in registry.plugins() if plugin.origin == "this process"}
 
 
 def bundled_weights() -> Path | None:

@@ -102,6 +102,24 @@ def test_an_observer_that_fails_is_named_and_the_model_restored(plugin):
         assert torch.equal(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("hook", ["tokenprune_run_started", "tokenprune_run_finished"])
+def test_every_run_that_was_started_is_finished(plugin, hook):
+    def fail(self, run):
+        raise RuntimeError("disk full")
+
+    observer, model = Observer(), tiny_llama(8)
+    plugin(observer)
+    plugin(type("Failing", (), {hook: tp.hookimpl(fail)})(), "failing")
+    _, image = inputs()
+    for times in (1, 2):  # no context stays open on the model
+        with (
+            pytest.raises(PluginError, match=rf"'failing'.*{hook}.*disk full"),
+            tp.prune(model, tp.strategy("uniform"), image_tokens=image),
+        ):
+            pass
+        assert observer.seen == ["started", "finished"] * times
+
+
 @pytest.mark.parametrize("name", ["none", "blind", "random", "uniform", "fastv", "csp"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_counted_kv_bytes_are_those_of_the_real_cache(name, kv_heads):

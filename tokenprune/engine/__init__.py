@@ -69,8 +69,8 @@ def prune(
         source = VisionSource(dict.fromkeys(binding.offers(), watch.provide), binding.tower_layers)
         marks = partial(watch.marks, named)
         run = stack.enter_context(prune_decoder(decoder, strategy, marks, vision=source, observer=observers, seed=seed))
-        observers.tokenprune_run_started(run=run)
         try:
+            observers.tokenprune_run_started(run=run)
             yield run
         finally:
             observers.tokenprune_run_finished(run=run)

@@ -7,12 +7,16 @@ that computes on shortened sequences has to give the same. Nothing here uses the
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.errors import InputError
 from tokenprune.layout import SequenceLayout
 from tokenprune.testing.scripts import Scripted
 
@@ -51,6 +55,78 @@ def masked_full_length(
         hidden = torch.where(present[..., None], output, hidden)
     normed: Tensor = decoder.norm(hidden)
     return normed
+
+
+@contextmanager
+def masked(decoder: Any, layout: SequenceLayout, script: Scripted) -> Iterator[None]:
+    """While open, calls without cache of any model around `decoder` compute the definition of a scripted schedule.
+
+    The model makes its own masks and positions, so this holds for decoders of any kind: `masked_full_length` makes
+    them itself. Image tokens are those of `layout`, so every call has to be for the same prompts.
+
+    Args:
+        decoder: the module with the decoder layers, `decoder.layers`; a binding's `decoder`.
+        layout: of the prompts, such as `run.trace.layout` of a run.
+        script: the decisions.
+
+    Raises:
+        InputError: the script counts positions anew.
+    """
+    if any((step.positions or script.positions) == "renumber" for step in script.steps):
+        raise InputError(
+            "masked() keeps the model's positions, and the script counts them anew; use masked_full_length()"
+        )
+    walk = _Masked(layout, script)
+    with ExitStack() as undo:
+        for number, layer in enumerate(decoder.layers):
+            undo.callback(layer.register_forward_pre_hook(partial(walk.before, number), with_kwargs=True).remove)
+            undo.callback(layer.register_forward_hook(walk.after).remove)
+        yield
+
+
+class _Masked:
+    """The hooks of `masked`."""
+
+    def __init__(self, layout: SequenceLayout, script: Scripted) -> None:
+        self.layout, self.script = layout, script
+        self._present: Tensor
+        self._alive: dict[str, Tensor]
+        self._before: Tensor
+        self._after: Tensor | None
+        self._ran: Tensor
+
+    def before(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of a layer."""
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if number == 0:
+            self._present, self._after = self.layout.valid.clone(), None
+            self._alive = {"active": self.layout.image_tokens.clone()}
+        if self._after is not None:  # what the decoder adds between layers (DeepStack) is for active positions only
+            hidden = torch.where(self._ran[..., None], hidden, self._after)
+        for step in self.script.steps:
+            if step.layer == number:
+                hidden = apply_decision(step.decision, hidden, self.layout, self._alive)
+                self._present = (self.layout.valid & ~self.layout.image_tokens) | self._alive["active"]
+        self._before, self._ran = hidden, self._present
+        kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), hidden)
+        return (hidden, *args[1:]), kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hook of a layer."""
+        first = output[0] if isinstance(output, tuple) else output
+        self._after = torch.where(self._ran[..., None], first, self._before)
+        return (self._after, *output[1:]) if isinstance(output, tuple) else self._after
+
+    def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        if mask is None:  # transformers' way to say plain causal
+            mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
+        seen = self._ran[:, None, None, :]
+        itself = torch.eye(length, dtype=torch.bool, device=hidden.device)  # their output is thrown away
+        if mask.dtype == torch.bool:
+            return (mask & seen) | itself
+        return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).masked_fill(itself, 0)
 
 
 def _window(config: Any, layer: int) -> int | None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune import Read, TowerFeatures
-from tokenprune.engine import Binding, Marks
-from tokenprune.engine.binding import arguments, padding_mask
+from tokenprune.engine import Binding, Marks, arguments, padding_mask
 from tokenprune.errors import InputError
 
 

@@ -123,7 +123,7 @@ def test_segment_generated(lisa: Golden) -> None:
     assert generated.ids == wanted["gen_new_ids"].tolist()
     assert model.tokenizer.pieces(generated.ids[0]) == lisa.case["gen_new_text_pieces"]
     assert difference(logits, wanted["gen_step_logits"]) < 1e-4
-    _, steps = generated.where(model.seg_id)
+    _, steps = generated.where(model.seg_ids[0])
     assert inputs.sequence.token_ids.shape[1] + steps[0] - 1 == int(wanted["gen_mask_position"])
     with torch.inference_mode():
         embeddings = model.mask_projection(generated.states[0, steps])

@@ -20,8 +20,8 @@ from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.lisa import LisaModel
-from tokenprune_adapters.lisa.prompts import is_sentence
 from tokenprune_adapters.llava_prompt import IMAGE_ID, splice
+from tokenprune_adapters.queries import is_sentence
 
 HEIGHT, WIDTH = 45, 70
 QUERIES = ["the cat", "the thing that is behind the red car", "Which of these can swim?"]
@@ -254,7 +254,7 @@ def test_generated_masks_come_from_the_state_that_said_seg(
         inputs = model.inputs_of(model.prompts(QUERIES, "generate"), encoded, continues=True)
         generated, _ = model.run_generation(inputs, max_new_tokens=6)
         said = generated.ids[1][3]
-        monkeypatch.setattr(model, "seg_id", said)
+        monkeypatch.setattr(LisaModel, "seg_ids", [said])
         result = model.segment(encoded, QUERIES, answer="generate", max_new_tokens=6)
         rows, steps = generated.where(said)
         wanted, _ = model.low_res_logits(generated.states[rows, steps], encoded)
@@ -268,7 +268,7 @@ def test_generated_masks_come_from_the_state_that_said_seg(
 def test_an_answer_without_seg_gives_no_mask(
     model: LisaModel, image: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "seg_id", 10**6)
+    monkeypatch.setattr(LisaModel, "seg_ids", [10**6])
     result = model.segment(image, "the cat", answer="generate", max_new_tokens=2)
     assert result.masks.shape == (0, HEIGHT, WIDTH)
     assert result.low_res_logits.shape == (0, 32, 32)

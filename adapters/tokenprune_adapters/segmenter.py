@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +14,26 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from tokenprune.base import Strategy
 from tokenprune.engine import PruningRun, VisionSource, prune
 from tokenprune.engine.declared import check_on
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import OptionError
 from tokenprune.reads import Read
 from tokenprune.trace import Trace
 from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.generation import Generated, generate
 from tokenprune_adapters.images import ImageInput
-from tokenprune_adapters.llava_prompt import prompt_ids, questions, splice
+from tokenprune_adapters.llava_prompt import prompt_ids, splice
 from tokenprune_adapters.llava_vision import count_layers, offers
-from tokenprune_adapters.queries import checked_query, given_answer, sentence_flags, several
+from tokenprune_adapters.prompts import Prompts
+from tokenprune_adapters.queries import given_answer, several
 from tokenprune_adapters.segmentation import Answered, Segmentation, SegmenterInputs
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
 
 
-class Segmenter(nn.Module):
+class Segmenter(Prompts, nn.Module):
     """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
 
-    A family says what its mask tokens are (`seg_tokens`), how queries become whole prompts (`ask`), how an image is
-    encoded (`encode_image`), what strategies may read of it (`vision_source`), and how states become masks
-    (`low_res_logits`, `to_original_size`).
+    A family says what its prompts are where they are not LISA's (`Prompts`), how an image is encoded (`encode_image`),
+    what strategies may read of it (`vision_source`), and how states become masks (`low_res_logits`,
+    `to_original_size`).
 
     Args:
         decoder: the language model.
@@ -43,9 +44,6 @@ class Segmenter(nn.Module):
             folder holds less.
     """
 
-    seg_tokens: ClassVar[tuple[str, ...]] = ("[SEG]",)
-    """The tokens that, said in this order, ask for one mask; each is a mask query of its own."""
-    forced_answer: ClassVar[str] = "[SEG]."
     tower: CLIPVisionModel
     """The vision tower, which the family sets."""
 
@@ -65,11 +63,6 @@ class Segmenter(nn.Module):
         self.name = name
         self.clip_space = clip_space
 
-    @property
-    def seg_ids(self) -> list[int]:
-        """Ids of `seg_tokens`; the loader refuses a tokenizer without them."""
-        return [found for token in self.seg_tokens if (found := self.tokenizer.token_id(token)) is not None]
-
     def offers(self) -> frozenset[type[Read]]:
         """Kinds of reads that `vision_source` answers for any image."""
         return offers(self.clip_space)
@@ -80,10 +73,6 @@ class Segmenter(nn.Module):
         return count_layers(self.tower)
 
     # what a family says ----------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
-        """Whole prompts for checked queries; see `segment` for the arguments."""
 
     @abstractmethod
     def encode_image(self, image: Any) -> Any:
@@ -117,14 +106,6 @@ class Segmenter(nn.Module):
         Args:
             height, width: of the image.
         """
-
-    def special_tokens(self) -> Sequence[str]:
-        """Tokens that a query must not contain."""
-        return self.seg_tokens
-
-    def question(self, text: str) -> str:
-        """The question alone, of what the user says in a turn of a prompt, without <image> and its marks."""
-        return text
 
     def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
         """More arguments of `tokenprune.prune`, such as `grid`."""
@@ -176,25 +157,6 @@ class Segmenter(nn.Module):
         single = isinstance(prompt if query is None else query, str)
         return self.masks_of(answered, inputs, text=said[0] if single else said)
 
-    def prompts(
-        self,
-        query: str | Sequence[str] | None,
-        answer: str = "forced",
-        prompt: str | Sequence[str] | None = None,
-        is_sentence: bool | Sequence[bool] | None = None,
-    ) -> list[str]:
-        """The whole prompts for queries, or the given ones once checked; arguments and errors as in `segment`."""
-        if answer not in ("forced", "generate"):
-            raise OptionError(f"answer={answer!r} found, expected 'forced' or 'generate'")
-        if (query is None) == (prompt is None):
-            raise InputError(
-                f"{'neither' if query is None else 'both'} of query and prompt given, expected one of them"
-            )
-        if prompt is not None:
-            return self._checked_prompts(several(prompt, "prompt"), answer)
-        queries = [checked_query(text, self.special_tokens()) for text in several(query, "query")]
-        return self.ask(queries, sentence_flags(queries, is_sentence), answer)
-
     def build_inputs(
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None
     ) -> SegmenterInputs:
@@ -222,13 +184,7 @@ class Segmenter(nn.Module):
             self.tokenizer.pad_id,
             encoded.image_valid,
         )
-        asked = [[self.question(text) for text in questions(prompt)] for prompt in prompts]
-        if queries is None:
-            words = asked
-        else:  # a row for each, or all of them in one conversation
-            stripped = [text.strip() for text in queries]
-            words = [[text] for text in stripped] if len(prompts) == len(stripped) else [stripped]
-        return SegmenterInputs(prompts, encoded, sequence, {"question": asked, "query": words})
+        return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
         """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did."""
@@ -265,8 +221,8 @@ class Segmenter(nn.Module):
         else:
             generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
             states, said, before = generated.states, generated.ids, 0
-        group, ids = len(self.seg_tokens), self.seg_ids
-        found = [(row, place) for row, tokens in enumerate(said) for place in _starts(tokens, ids)]
+        group = len(self.seg_tokens)
+        found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
         rows = [row for row, _ in found for _ in range(group)]
         columns = [place + step - before for _, place in found for step in range(group)]
         return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
@@ -314,29 +270,11 @@ class Segmenter(nn.Module):
         ) as run:
             yield run
 
-    def _checked_prompts(self, texts: list[Any], answer: str) -> list[str]:
-        for text in texts:
-            if not isinstance(text, str):
-                raise InputError(f"prompt is a {type(text).__name__}, expected a string")
-            ids = prompt_ids(self.tokenizer, text)
-            if answer == "forced" and not _starts(ids, self.seg_ids):
-                wanted = " ".join(self.seg_tokens)
-                raise InputError(
-                    f"the prompt holds no {wanted}; put one where a mask is wanted, or use answer='generate'"
-                )
-        return texts
-
     def _end_ids(self) -> set[int]:
         ends = self.decoder.config.eos_token_id
         if ends is None:
             return {self.tokenizer.eos_id}
         return {ends} if isinstance(ends, int) else set(ends)
-
-
-def _starts(ids: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """Where the run `wanted` begins in `ids`."""
-    group = list(wanted)
-    return [place for place in range(len(ids) - len(group) + 1) if list(ids[place : place + len(group)]) == group]
 
 
 def _check_limit(max_new_tokens: int) -> None:

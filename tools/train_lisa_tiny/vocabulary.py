@@ -11,9 +11,11 @@ from tokenprune.datasets.shapes import KINDS
 from tokenprune.datasets.shapes.dataset import scene_generator
 from tokenprune.datasets.shapes.queries import sample_queries
 from tokenprune.datasets.shapes.scenes import draw_scene
-from tokenprune_adapters.lisa.prompts import FORCED_ANSWER, SENTENCE, forced_prompt
+from tokenprune_adapters.lisa import LisaModel
+from tokenprune_adapters.queries import SENTENCE, forced_prompt
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
 
+ANSWER = LisaModel.forced_answer
 ADDED_TOKENS = ("[SEG]", "<im_start>", "<im_end>")  # LISA's order
 # Words that no query of the data set has, so that free text does not fall into bytes altogether.
 EXTRA = (
@@ -25,13 +27,13 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 ,.;
 
 
 def corpus(scenes: int = 300) -> list[str]:
-    lines = [SENTENCE.format(EXTRA), FORCED_ANSWER, ALPHABET]
+    lines = [SENTENCE.format(EXTRA), ANSWER, ALPHABET]
     for index in range(scenes):
         rng = scene_generator("train", 1, index)
         objects = draw_scene(rng).objects
         for kind in KINDS:
             for text, _ in sample_queries(rng, objects, kind, 3):
-                prompt = forced_prompt(text, False, True)
+                prompt = forced_prompt(text, False, True, ANSWER)
                 for token in ("<im_start>", "<image>", "<im_end>", "[SEG]", "</s>"):
                     prompt = prompt.replace(token, " ")
                 lines.extend(prompt.split("\n"))
@@ -106,7 +108,7 @@ class Prompts:
         self.template = next(n for n in range(1, len(one)) if one[-n - 1] != two[-n - 1])
 
     def _ids(self, text: str) -> list[int]:
-        before, after = forced_prompt(text, False, True).split("<image>")
+        before, after = forced_prompt(text, False, True, ANSWER).split("<image>")
         return [*self.encode(before), *self.encode(after, bos=False)]
 
     def query(self, text: str) -> list[int]:

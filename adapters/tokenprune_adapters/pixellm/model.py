@@ -15,7 +15,6 @@ from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.llava_prompt import IMAGE_ID
 from tokenprune_adapters.llava_vision import vision_source
 from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
-from tokenprune_adapters.pixellm.prompts import FORCED_ANSWER, SEG_TOKENS, forced_prompt, open_prompt
 from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
 from tokenprune_adapters.segmentation import SegmenterInputs
@@ -39,8 +38,9 @@ class PixelLMModel(Segmenter):
         parts: see `Segmenter`.
     """
 
-    seg_tokens = SEG_TOKENS
-    forced_answer = FORCED_ANSWER
+    seg_tokens = tuple(f"[SEG{number}]" for number in range(6))
+    """The six tokens of one mask: the first three for the coarser level, the others for the finer one."""
+    forced_answer = f"{' '.join(seg_tokens)}."
 
     def __init__(
         self,
@@ -62,11 +62,6 @@ class PixelLMModel(Segmenter):
         self.mask_projection = mask_projection
         self.square = square
         self.select_layer = select_layer
-
-    def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
-        """One prompt for each query, in LISA's templates."""
-        template = forced_prompt if answer == "forced" else open_prompt
-        return [template(text, flag, self.mark_image) for text, flag in zip(queries, sentences, strict=True)]
 
     def prepare_image(self, image: ImageInput) -> PreparedImage:
         """Pixels for the tower: the longest side resized to `square`, SAM's mean and deviation, zero-padded.

@@ -28,7 +28,7 @@ from tokenprune.reads import (
 )
 from tokenprune_adapters.clip import ClipPixels, load_tower, processor_class
 from tokenprune_adapters.lisa import LisaModel
-from tokenprune_adapters.lisa.adapter import load_lisa
+from tokenprune_adapters.lisa.adapter import LisaAdapter
 from tokenprune_adapters.llava_vision import TowerRun, run_tower, vision_source
 
 SIDE = 32  # of the tiny tower's input
@@ -141,7 +141,7 @@ def test_pictures_come_back_exactly(folder: Path, size: tuple[int, int]) -> None
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LisaModel:
-    return load_lisa(write_lisa(tmp_path_factory.mktemp("lisa")))
+    return LisaAdapter.load(str(write_lisa(tmp_path_factory.mktemp("lisa"))))
 
 
 @given(height=st.integers(8, 400), width=st.integers(8, 400))

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenprune.errors import OptionError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What `tokenprune.load` takes for a segmentation checkpoint. A family with more options adds fields.
+
+    Args:
+        vision_tower: folder or hub id of the CLIP model, which released checkpoints do not hold. By default the folder
+            `vision_tower` in the checkpoint, else the name in its config.json.
+        dtype: of all weights; by default float32 on a CPU and the stored type elsewhere.
+        device: where everything goes; the CPU by default.
+        device_map: spread the decoder over devices (needs accelerate); the rest goes where its embedding table is.
+        attn_implementation: of decoder and tower, as in transformers.
+    """
+
+    vision_tower: str | Path | None = None
+    dtype: torch.dtype | str | None = None
+    device: torch.device | str | None = None
+    device_map: str | dict[str, Any] | None = None
+    attn_implementation: str | None = None
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], family: str) -> None:

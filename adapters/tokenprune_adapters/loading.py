@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -17,26 +16,46 @@ from tokenprune.adapter import Adapter
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
 from tokenprune_adapters.clip import find_tower, load_tower
+from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.llama import build_llama, finish_llama, is_rotary_table, place
 from tokenprune_adapters.llava_prompt import IM_END, IM_START
-from tokenprune_adapters.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
+from tokenprune_adapters.load_options import (
+    LoadOptions,
+    one_place,
+    refuse_unknown,
+    shown_name,
+    torch_device,
+    torch_dtype,
+)
+from tokenprune_adapters.segmenter import Segmenter
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer, load_tokenizer
 
 PROJECTOR = "model.mm_projector."
 MASK_PROJECTION = "model.text_hidden_fcs.0."
 EMBEDDING = "model.embed_tokens.weight"
 
+OptionsT = TypeVar("OptionsT", bound=LoadOptions)
+
 
 class SegmenterAdapter(Adapter):
-    """Base of the adapters of segmentation families: a family names itself and its loader."""
+    """Base of the adapters of segmentation families: a family names itself and builds its model."""
 
     family: ClassVar[str]
     """How messages call it; config.json's `architectures` begin with it (in upper or lower case)."""
 
+    prefix: ClassVar[str]
+    """What the names of some tensors begin with in every checkpoint of the family."""
+    options: ClassVar[type[LoadOptions]] = LoadOptions
+    """The load options; a class of the family's own checks what it adds."""
+
     @classmethod
     @abstractmethod
-    def loader(cls) -> Callable[..., Any]:
-        """The function that loads a checkpoint; its parameters after the first are the load options."""
+    def build(cls, opened: Opened[Any]) -> Segmenter:
+        """The model, filled from a checkpoint; its parts may be anywhere and in training mode.
+
+        Raises:
+            CheckpointError: as in `load`.
+        """
 
     @classmethod
     def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
@@ -45,42 +64,44 @@ class SegmenterAdapter(Adapter):
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Any:
-        """Load a checkpoint; the loader documents the options.
+        """Read a checkpoint in its original format onto transformers' own modules.
+
+        Args:
+            source: folder or hub id. Weights may be sharded or not, .bin or safetensors.
+            options: see `LoadOptions`, or the family's own.
 
         Raises:
-            CheckpointError: see the loader.
-            OptionError: an option that does not exist.
+            CheckpointError: a file or tensor is missing, damaged, unexpected or mis-shaped, the tokenizer or the tower
+                does not belong to it, or it is of another family.
+            OptionError: an option that does not exist, an unknown dtype or device, or both device= and device_map=.
         """
-        refuse_unknown(options, list(inspect.signature(cls.loader()).parameters)[1:], cls.family)
-        return cls.loader()(source, **options)
+        refuse_unknown(options, [field.name for field in fields(cls.options)], cls.family)
+        opened = open_checkpoint(source, cls.options(**options))
+        refuse_other_families(opened, cls.family, cls.prefix)
+        return opened.placed(cls.build(opened))
 
 
 @dataclass(frozen=True)
-class Opened:
+class Opened(Generic[OptionsT]):
     """A checkpoint about to be loaded.
 
     Args:
         source: what the caller asked for.
+        options: the load options as they were given.
         folder: where it is.
         config: its config.json.
         checkpoint: its tensors.
-        device: where everything goes, unless `device_map` says it.
-        device_map: how to spread the decoder; None for one device.
+        device: where everything goes, unless `options.device_map` says it.
         dtype: of all weights.
     """
 
     source: str | Path
+    options: OptionsT
     folder: Path
     config: dict[str, Any]
     checkpoint: Checkpoint
     device: torch.device
-    device_map: str | dict[str, Any] | None
     dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        """How reports call the model."""
-        return shown_name(self.source)
 
     @property
     def mark_image(self) -> bool:
@@ -95,21 +116,17 @@ class Opened:
             rows=self.checkpoint.shape(EMBEDDING, dims=2)[0],
         )
 
-    def tower(
-        self, vision_tower: str | Path | None, reads: int, attn_implementation: str | None
-    ) -> tuple[CLIPVisionModel, Path]:
+    def tower(self, reads: int) -> tuple[CLIPVisionModel, Path]:
         """The CLIP tower and its folder; see `find_tower` for where it is looked for.
 
         Args:
-            vision_tower: what the caller asked for.
             reads: width of the features that the projector reads.
-            attn_implementation: as in transformers.
 
         Raises:
             CheckpointError: none found, damaged, or of another width.
         """
-        folder = find_tower(self.folder, self.config, vision_tower)
-        tower = load_tower(folder, self.dtype, attn_implementation)
+        folder = find_tower(self.folder, self.config, self.options.vision_tower)
+        tower = load_tower(folder, self.dtype, self.options.attn_implementation)
         if reads != tower.config.hidden_size:
             raise CheckpointError(
                 f"vision tower {folder} has features {tower.config.hidden_size} wide, but the projector of "
@@ -118,16 +135,23 @@ class Opened:
             )
         return tower, folder
 
+    def about(self, tower_folder: Path) -> dict[str, Any]:
+        """The arguments of every family's model that are no modules."""
+        return {
+            "select_layer": int(self.config.get("mm_vision_select_layer", -2)),
+            "mark_image": self.mark_image,
+            "name": shown_name(self.source),
+            "clip_space": ClipSpace.find(tower_folder),
+        }
+
     def fill(
         self,
-        attn_implementation: str | None,
         parts: Callable[[int], Sequence[Part[Any]]],
         ignore: Callable[[str], bool] = lambda name: False,
     ) -> list[Any]:
         """Read all weights but the tower's.
 
         Args:
-            attn_implementation: of the decoder, as in transformers.
             parts: from the decoder's width to the family's own modules.
             ignore: names that may be left over, besides rotary tables and a copy of the tower.
 
@@ -137,7 +161,7 @@ class Opened:
         Raises:
             CheckpointError: tensors are missing, left over or mis-shaped, or config.json describes no decoder.
         """
-        llama = build_llama(self.checkpoint, self.config, attn_implementation)
+        llama = build_llama(self.checkpoint, self.config, self.options.attn_implementation)
         own = parts(llama.module.config.hidden_size)
 
         def may_be_left_over(name: str) -> bool:
@@ -148,49 +172,41 @@ class Opened:
         finish_llama(llama.module)
         return [llama.module, *(part.module for part in own)]
 
-    def placed(self, model: Any) -> Any:
+    def placed(self, model: Segmenter) -> Segmenter:
         """The model in eval mode, on its device or spread over several."""
         model.eval()
-        if self.device_map is None:
+        if self.options.device_map is None:
             return model.to(device=self.device)
-        home = place(model.decoder, self.device_map)
+        home = place(model.decoder, self.options.device_map)
         for name, module in model.named_children():
             if name != "decoder":
                 module.to(device=home)
         return model
 
 
-def open_checkpoint(
-    source: str | Path,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    device_map: str | dict[str, Any] | None = None,
-) -> Opened:
+def open_checkpoint(source: str | Path, options: OptionsT) -> Opened[OptionsT]:
     """Check the options and look into a checkpoint's folder; no weight is read but for its type.
 
     Args:
-        source: folder or hub id. Weights may be sharded or not, .bin or safetensors.
-        dtype: of all weights; by default float32 on a CPU and the stored type elsewhere.
-        device: where everything goes; the CPU by default.
-        device_map: spread the decoder over devices (needs accelerate); the rest goes where its embedding table is.
+        source: folder or hub id.
+        options: as the caller gave them.
 
     Raises:
         CheckpointError: a file is missing or damaged.
         OptionError: an unknown dtype or device, or both device= and device_map=.
     """
-    one_place(device, device_map)
-    target = torch_device(device)
+    one_place(options.device, options.device_map)
+    target, kind = torch_device(options.device), torch_dtype(options.dtype)
     folder = resolve_folder(source)
     config = read_json(folder / "config.json")
     checkpoint = Checkpoint(folder)
-    kind = torch_dtype(dtype)
     if kind is None:
-        on_cpu = target.type == "cpu" and device_map is None
+        on_cpu = target.type == "cpu" and options.device_map is None
         kind = torch.float32 if on_cpu or EMBEDDING not in checkpoint else checkpoint.tensor(EMBEDDING).dtype
-    return Opened(source, folder, config, checkpoint, target, device_map, kind)
+    return Opened(source, options, folder, config, checkpoint, target, kind)
 
 
-def refuse_other_families(opened: Opened, family: str, prefix: str) -> None:
+def refuse_other_families(opened: Opened[Any], family: str, prefix: str) -> None:
     """Raise CheckpointError where no tensor's name starts with `prefix`, which every checkpoint of the family has."""
     if any(name.startswith(prefix) for name in opened.checkpoint.names()):
         return

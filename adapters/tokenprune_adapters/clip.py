@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,31 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
         target: flat.get(target.removeprefix("vision_model."), target.removeprefix("vision_model."))
         for target in tower.state_dict()
     }
-    load_parts(
-        checkpoint,
-        [Part(tower, names)],
-        dtype,
-        ignore=lambda name: name.startswith(_NOT_VISION) or name.endswith("position_ids"),
-    )
-    embeddings: Any = next(module for module in tower.modules() if type(module).__name__ == "CLIPVisionEmbeddings")
+    fill_clip(tower, checkpoint, names, dtype, _NOT_VISION)
+    return tower
+
+
+def fill_clip(
+    tower: Any, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype, others: tuple[str, ...]
+) -> None:
+    """Read the weights of a CLIP tower that is on the meta device, number its positions, and put it in eval mode.
+
+    Args:
+        tower: of images or of texts.
+        checkpoint: its own, or that of a whole CLIP model.
+        names: its tensors' names to those in the checkpoint.
+        dtype: of the weights.
+        others: prefixes of the tensors that belong to the rest of the CLIP model.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or mis-shaped.
+    """
+    parts = [Part(tower, dict(names))]
+    load_parts(checkpoint, parts, dtype, ignore=lambda name: name.startswith(others) or name.endswith("position_ids"))
+    embeddings = next(module for module in tower.modules() if hasattr(module, "position_embedding"))
     positions = torch.arange(embeddings.position_embedding.num_embeddings).expand(1, -1)
     embeddings.register_buffer("position_ids", positions, persistent=False)
     tower.eval()
-    return tower
 
 
 _CONFIG_FIELDS = (

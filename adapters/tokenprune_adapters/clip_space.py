@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from tokenprune.errors import CheckpointError, OptionError
-from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json
+from tokenprune_adapters.checkpoint import Checkpoint, read_json
+from tokenprune_adapters.clip import fill_clip
 
 IMAGE, TEXT = "visual_projection.weight", "text_projection.weight"
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -116,16 +117,7 @@ class ClipSpace:
         except Exception as error:  # what a config class raises on bad values is its own business and changes
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{self.folder}/config.json describes no CLIP text model: {reason}") from error
-        load_parts(
-            Checkpoint(self.folder),
-            [Part(tower, {name: name for name in tower.state_dict()})],
-            torch.float32,
-            ignore=lambda name: name.startswith(_NOT_TEXT) or name.endswith("position_ids"),
-        )
-        embeddings: Any = next(module for module in tower.modules() if type(module).__name__ == "CLIPTextEmbeddings")
-        positions = torch.arange(embeddings.position_embedding.num_embeddings).expand(1, -1)
-        embeddings.register_buffer("position_ids", positions, persistent=False)
-        tower.eval()
+        fill_clip(tower, Checkpoint(self.folder), {name: name for name in tower.state_dict()}, torch.float32, _NOT_TEXT)
         return tower
 
     @cached_property

@@ -10,12 +10,28 @@ from torch import Tensor
 
 from tokenprune.trace import Trace
 from tokenprune_adapters.llava_prompt import DecoderInputs
-from tokenprune_adapters.llava_vision import TowerRun
+from tokenprune_adapters.llava_vision import TowerReads, TowerRun
 from tokenprune_adapters.sam_masks import MaskSizes
+
+
+class Prepared(Protocol):
+    """An image in pixels, before any tower."""
+
+    @property
+    def sizes(self) -> MaskSizes:
+        """How masks get back to the image."""
 
 
 class Encoded(Protocol):
     """An image as far as it depends on nothing else. N image tokens, H decoder width."""
+
+    @property
+    def prepared(self) -> Prepared:
+        """What went in."""
+
+    @property
+    def tower(self) -> TowerReads:
+        """The tower's run."""
 
     @property
     def image_embeddings(self) -> Tensor:

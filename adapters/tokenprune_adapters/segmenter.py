@@ -17,14 +17,15 @@ from tokenprune.engine.declared import check_on
 from tokenprune.errors import OptionError
 from tokenprune.reads import Read
 from tokenprune.trace import Trace
+from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.generation import Generated, generate
 from tokenprune_adapters.images import ImageInput
 from tokenprune_adapters.llava_prompt import prompt_ids, splice
-from tokenprune_adapters.llava_vision import count_layers, offers
+from tokenprune_adapters.llava_vision import count_layers, offers, vision_source
 from tokenprune_adapters.prompts import Prompts
 from tokenprune_adapters.queries import given_answer, several
-from tokenprune_adapters.segmentation import Answered, Segmentation, SegmenterInputs
+from tokenprune_adapters.segmentation import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
 
 
@@ -32,11 +33,14 @@ class Segmenter(Prompts, nn.Module):
     """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
 
     A family says what its prompts are where they are not LISA's (`Prompts`), how an image is encoded (`encode_image`),
-    what strategies may read of it (`vision_source`), and how states become masks (`low_res_logits`,
-    `to_original_size`).
+    what of it the tower shows (`picture`, `grid_box`), and how states become masks (`low_res_logits`).
 
     Args:
         decoder: the language model.
+        tower: CLIP, whose patch features become the image tokens.
+        projector: from the tower's width to the decoder's.
+        mask_projection: from a mask query's final state to what prompts the mask head.
+        select_layer: index of the tower's hidden states that the projector reads.
         tokenizer: text to ids.
         mark_image: whether prompts have <im_start> and <im_end> around the image.
         name: shown in reports.
@@ -44,13 +48,14 @@ class Segmenter(Prompts, nn.Module):
             folder holds less.
     """
 
-    tower: CLIPVisionModel
-    """The vision tower, which the family sets."""
-
     def __init__(
         self,
         *,
         decoder: LlamaForCausalLM,
+        tower: CLIPVisionModel,
+        projector: nn.Module,
+        mask_projection: nn.Module,
+        select_layer: int,
         tokenizer: LlamaSlowTokenizer,
         mark_image: bool,
         name: str,
@@ -58,6 +63,10 @@ class Segmenter(Prompts, nn.Module):
     ) -> None:
         super().__init__()
         self.decoder = decoder
+        self.tower = tower
+        self.projector = projector
+        self.mask_projection = mask_projection
+        self.select_layer = select_layer
         self.tokenizer = tokenizer
         self.mark_image = mark_image
         self.name = name
@@ -84,20 +93,13 @@ class Segmenter(Prompts, nn.Module):
         """
 
     @abstractmethod
-    def vision_source(
-        self, encoded: Any, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
-    ) -> VisionSource:
-        """What strategies may read of an encoded image, lined up with `rows` batch rows; `texts` as in
-        `llava_vision.vision_source`."""
+    def picture(self, encoded: Any) -> Tensor:
+        """The part of an image that the image tokens show, see `tokenprune.reads.Pixels`."""
 
     @abstractmethod
     def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
         """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n · g, H], the g of a mask
         in a row."""
-
-    @abstractmethod
-    def to_original_size(self, low_res: Tensor, encoded: Any) -> Tensor:
-        """Mask logits float32 [n, H, W] at the image's size."""
 
     @abstractmethod
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
@@ -110,6 +112,10 @@ class Segmenter(Prompts, nn.Module):
     def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
         """More arguments of `tokenprune.prune`, such as `grid`."""
         return {}
+
+    def to_original_size(self, low_res: Tensor, encoded: Encoded) -> Tensor:
+        """Mask logits float32 [n, H, W] at the image's size, of those over SAM's padded square."""
+        return sam_masks.to_original_size(low_res, encoded.prepared.sizes)
 
     # the steps -------------------------------------------------------------------------------------------------------
 
@@ -269,6 +275,13 @@ class Segmenter(Prompts, nn.Module):
             **self.prune_options(inputs),
         ) as run:
             yield run
+
+    def vision_source(
+        self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
+    ) -> VisionSource:
+        """What strategies may read of an encoded image: the tower, the projector, the picture, and CLIP's space where
+        there is one. Lined up with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
+        return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
 
     def _end_ids(self) -> set[int]:
         ends = self.decoder.config.eos_token_id

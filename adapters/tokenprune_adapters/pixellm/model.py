@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
 
-from tokenprune.engine import VisionSource
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.llava_prompt import IMAGE_ID
-from tokenprune_adapters.llava_vision import vision_source
 from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
 from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
@@ -28,14 +24,10 @@ class PixelLMModel(Segmenter):
     the decoder: they are no image tokens for strategies, and positions count them.
 
     Args:
-        tower: CLIP, resized to `square`.
-        projector: from the tower's width to the decoder's, for image tokens.
-        mask_projector: the same for the features that masks are drawn on.
+        mask_projector: from the tower's width to that of the features that masks are drawn on.
         pixel_decoder: draws the masks.
-        mask_projection: from a mask query's final state to a mask embedding.
-        square: side of the tower's input, in pixels.
-        select_layer: index of the tower's hidden states that image tokens and coarser masks are made from.
-        parts: see `Segmenter`.
+        square: side of the input that the tower was resized to, in pixels.
+        parts: see `Segmenter`; coarser masks are made from what the projector reads.
     """
 
     seg_tokens = tuple(f"[SEG{number}]" for number in range(6))
@@ -45,23 +37,15 @@ class PixelLMModel(Segmenter):
     def __init__(
         self,
         *,
-        tower: CLIPVisionModel,
-        projector: nn.Module,
         mask_projector: nn.Module,
         pixel_decoder: PixelDecoder,
-        mask_projection: nn.Module,
         square: int,
-        select_layer: int,
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        self.tower = tower
-        self.projector = projector
         self.mask_projector = mask_projector
         self.pixel_decoder = pixel_decoder
-        self.mask_projection = mask_projection
         self.square = square
-        self.select_layer = select_layer
 
     def prepare_image(self, image: ImageInput) -> PreparedImage:
         """Pixels for the tower: the longest side resized to `square`, SAM's mean and deviation, zero-padded.
@@ -91,18 +75,9 @@ class PixelLMModel(Segmenter):
             mask_features=self.pixel_decoder.features(levels),
         )
 
-    def vision_source(
-        self, encoded: EncodedImage, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
-    ) -> VisionSource:
-        """The tower, the projector, the picture, and CLIP's space where there is one, of the visible cells."""
-        return vision_source(
-            encoded.tower,
-            self.projector,
-            lambda: picture(encoded.prepared.pixels, encoded.tower.visible),
-            rows,
-            self.clip_space,
-            texts,
-        )
+    def picture(self, encoded: EncodedImage) -> Tensor:
+        """What the visible cells show."""
+        return picture(encoded.prepared.pixels, encoded.tower.visible)
 
     def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
         """The grid cells, which the holes would hide, and that all image tokens of a row are of one image."""
@@ -140,7 +115,3 @@ class PixelLMModel(Segmenter):
         home = encoded.mask_features.device
         logits: Tensor = self.pixel_decoder(encoded.mask_features, self.mask_embeddings(states.to(home)))
         return logits, logits.new_zeros(0)
-
-    def to_original_size(self, low_res: Tensor, encoded: EncodedImage) -> Tensor:
-        """Mask logits float32 [n, H, W] at the image's size."""
-        return sam_masks.to_original_size(low_res, encoded.prepared.sizes)

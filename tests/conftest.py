@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("segmentation_golden")
+
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Path]:

@@ -255,9 +255,9 @@ def transcript() -> Any:
 
 
 @pytest.mark.slow
-def test_the_transcript_in_the_docs_is_the_real_one(transcript: Any, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "extend" / "first-strategy.md").read_text(encoding="utf-8")
-    shown = transcript.blocks(page)
+@pytest.mark.parametrize("page", ["first-strategy", "adapter"])
+def test_the_transcript_in_the_docs_is_the_real_one(transcript: Any, tmp_path: Path, page: str) -> None:
+    shown = transcript.blocks((ROOT / "docs" / "extend" / f"{page}.md").read_text(encoding="utf-8"))
     assert sum(len(block) for block in shown) >= 5
     found = transcript.run(shown, tmp_path)
     for was, now in zip(shown, found, strict=True):

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa, write_tower
@@ -28,7 +29,7 @@ from vlm_checkpoints import HUB, VIDEO_PROCESSORS, write_vlm
 from vlm_families import FAMILIES as TINY
 
 import tokenprune
-from tokenprune import registry
+from tokenprune import hookspecs, registry
 from tokenprune.cli.app import app, main
 from tokenprune_adapters.transformers_vlm import FAMILIES, TransformersAdapter
 
@@ -38,6 +39,7 @@ BUNDLED = "lisa-tiny"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'^--8<-- "([^":]+):(\w+)"$', re.MULTILINE)
 OPTIONS = re.compile(r"^<!-- options: (\S+) -->\n+((?:\|[^\n]*\n)+)", re.MULTILINE)
+CONTINUES = re.compile(r"^<!-- continues: (\S+) -->$", re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`(tokenprune(?: [^`\n]+)?)`")
 NEEDS_NO_MODEL = ("list", "flops")
 
@@ -92,6 +94,15 @@ def blocks(path: Path) -> list[Block]:
     return found
 
 
+def earlier(path: Path) -> list[Block]:
+    """All fenced blocks of the pages that a page goes on from, in order."""
+    found = CONTINUES.search(source(path))
+    if found is None:
+        return []
+    before = path.parent / found[1]
+    return [*earlier(before), *blocks(before)]
+
+
 def test_every_page_is_found() -> None:
     assert {"README.md", "index.md", "concepts.md", "counting.md", "cli.md", "lisa.md"} <= {page.name for page in PAGES}
     for path in PAGES:
@@ -116,9 +127,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_plugin_stays() -> Iterator[None]:
-    before = of_this_process()
+def _nothing_stays() -> Iterator[None]:
+    before, gradients = of_this_process(), torch.is_grad_enabled()
     yield
+    torch.set_grad_enabled(gradients)
     for name in of_this_process() - before:
         registry.unregister_plugin(name)
 
@@ -151,6 +163,8 @@ def test_python_blocks_run(path: Path, files: Path, monkeypatch: pytest.MonkeyPa
     module = types.ModuleType("page")
     module.__dict__["image"] = Image.open(files / "photo.png")
     page, unknown = Page(path), set[str]()
+    for block in (b for b in earlier(path) if b.language == "python"):
+        run_python(block, module.__dict__, f"before {path.relative_to(ROOT)}, line {block.line}")
     for block in (b for b in blocks(path) if b.language == "python"):
         where = f"{path.relative_to(ROOT)}, line {block.line}"
         if weights is None and (BUNDLED in block.text or names_in(block.text, ast.Load) & unknown):
@@ -322,6 +336,14 @@ def test_every_family_has_an_example_of_five_lines(kind: str) -> None:
     assert len(code) <= 5
     assert "tp.prune(model" in code[-2]
     assert ("AutoProcessor" in found[0]) == (kind not in VIDEO_PROCESSORS)
+
+
+def test_every_hook_has_its_place_in_the_guide() -> None:
+    pages = [source(ROOT / "docs" / page) for page in ("plugins.md", "extend/observers.md")]
+    for name in vars(hookspecs):
+        if name.startswith("tokenprune_"):
+            page = pages[not name.startswith("tokenprune_register_")]
+            assert re.search(rf"^\|.*`{name}`.*\|$", page, re.MULTILINE), f"no row of a table names {name}"
 
 
 def test_modules_named_in_the_reference_exist() -> None:

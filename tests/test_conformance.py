@@ -312,7 +312,7 @@ def test_a_failure_is_readable_and_tells_how_to_see_it_again(pytester: pytest.Py
         [
             "*row *, stage 'halve': active tokens * in the batch, * alone; choose for every row *",
             "*strategy  RowZero()",
-            "*model     llama: LLaMA-like, 8 layers",
+            "*model     *: *, 8 layers",
             "*layout    positions of each row, in order",
             "*row 1 * text | image 0: tokens *",
             "*schedule  image tokens active from each stage on",

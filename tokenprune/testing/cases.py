@@ -110,7 +110,9 @@ class MadeUp:
         result = torch.zeros(*self.layout.valid.shape, width)
         for row, (cells, start) in enumerate(zip(map(_cells, self.rows), self.starts, strict=True)):
             seed = self.rows[row].seed
-            result[row, start : start + len(cells)] = drawn("embeds", seed, len(cells), width)
+            shared = drawn("shared", seed, 1, width)  # by the row's image tokens: no mean of them is near zero
+            images = torch.tensor([cell is not None for cell in cells])[:, None]
+            result[row, start : start + len(cells)] = drawn("embeds", seed, len(cells), width) + shared * images
             result[row, self.length :] = drawn("new", seed, self.new, width)
         return result
 

@@ -8,11 +8,12 @@ class TestMyMethod(StrategyConformance):
 
 from __future__ import annotations
 
+import re
 import secrets
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 try:
     import hypothesis
@@ -27,11 +28,11 @@ except ImportError as missing:
 from tokenprune import api, registry
 from tokenprune.base import Strategy
 from tokenprune.engine import prune
-from tokenprune.errors import BudgetError, IncompatibleError, OptionError
+from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError, TokenPruneError
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.verdict import Nonconforming, NotTested, refuses_batch, report
+from tokenprune.testing.verdict import Nonconforming, NotTested, raised, refuses_batch, report
 from tokenprune.testing.vision import made_up_vision
 
 Invariant = Callable[[Case, Strategy], None]
@@ -168,7 +169,13 @@ class StrategyConformance:
     ) -> None:
         """Try random cases; fails with the smallest found, skips where none could be tried."""
         __tracebackhide__ = True  # a failure tells all that there is to see
-        fitting, reasons = self._fitting(families)
+        found = ""
+        try:
+            fitting, reasons = self._fitting(families)
+        except TokenPruneError as error:  # of the strategy: it cannot be made, or its stages cannot be read
+            found = raised(error)
+        if found:
+            self._fail(request, found)
         if not fitting:
             pytest.skip("; ".join(reasons))
         tried = 0
@@ -183,6 +190,7 @@ class StrategyConformance:
             database=None,
             print_blob=False,
             phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         @hypothesis.given(case=cases(fitting, wanted))
@@ -200,12 +208,12 @@ class StrategyConformance:
                 if refuses_batch(error):
                     why.append(str(error))
                     return
-                failure = report(f"the run fails with {type(error).__name__}: {error}", strategy, case)
-                raise Nonconforming(f"{failure}\n{self._again(request, seed)}") from error
+                failure = report(raised(error, strategy), strategy, case)
+                told = Nonconforming(f"{failure}\n{self._again(request, seed)}")
+                raise told from (None if "\nraised at\n" in str(failure) or isinstance(error, PluginError) else error)
             else:
                 tried += 1
 
-        found = ""
         try:
             holds()
         except Nonconforming as failure:
@@ -213,9 +221,17 @@ class StrategyConformance:
                 raise  # with the traceback through the strategy
             found = str(failure)
         if found:
-            pytest.fail(found, pytrace=False)
+            self._fail(request, found)
         if not tried:
             pytest.skip(f"not tested: {why[0]}" if why else "not tested: no case was drawn")
+
+    def _fail(self, request: pytest.FixtureRequest, told: str) -> NoReturn:
+        """Fail with this; what a test before failed with in the same way is not told at length again."""
+        __tracebackhide__ = True
+        line = told.splitlines()[0]
+        key = (request.node.parent.nodeid, repr(self.strategy), re.sub(r"\d+", "", line))
+        first = _told.setdefault(key, request.node.name)
+        pytest.fail(told if first == request.node.name else f"as in {first}: {line}", pytrace=False)
 
     def _fitting(self, families: Iterable[str]) -> tuple[list[str], list[str]]:
         """The families that the strategy runs on, and why it refuses the others."""
@@ -258,6 +274,7 @@ def _monotone(case: Case, strategy: Strategy) -> None:
 
 _SETTINGS = ("examples", "budgets", "budget_slack")
 _drawn_seed: list[int] = []
+_told: dict[tuple[str, ...], str] = {}  # of this session: what failed, and the test that said so first
 
 
 def _seed_of(config: pytest.Config) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenprune.base import Strategy
 from tokenprune.decisions import Restore
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.oracle import apply_decision, masked_full_length, rotary_tables
@@ -102,9 +102,11 @@ def budget_is_monotone(case: Case, strategy: Strategy, less: float) -> None:
     done = run(replace(case, budget=less), strategy)
     try:
         more = run(case, strategy)
-    except TokenPruneError as error:
+    except PluginError as error:  # it misbehaves, or refuses the batch
         if refuses_batch(error):
             raise NotTested(str(error)) from error
+        raise
+    except TokenPruneError as error:
         problem = f"budget {less:g} is met, and {case.budget:g} is refused: {error}"
         raise report(problem, strategy, case, done.trace) from error
     for row in range(len(case.rows)):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+from pathlib import Path
+
 from tokenprune.base import Strategy
-from tokenprune.errors import PluginError
+from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.testing.cases import Case
 from tokenprune.testing.shown import show_case, show_schedule
 from tokenprune.trace import Trace
@@ -18,6 +23,33 @@ def report(problem: str, strategy: Strategy, case: Case, trace: Trace | None = N
     ran = repr(strategy) if trace is None else trace.strategy
     parts = [problem, "", f"strategy  {ran}", show_case(case)]
     return Nonconforming("\n".join(parts if trace is None else [*parts, show_schedule(trace)]))
+
+
+def raised(error: BaseException, strategy: Strategy | None = None) -> str:
+    """What a run failed with, and the lines of the strategy's own package that it came through.
+
+    Args:
+        error: what was raised.
+        strategy: None where it could not even be made.
+    """
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    kind = "" if isinstance(error, TokenPruneError) else f"{type(error).__name__}: "
+    home = _home(strategy)
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if home and frame.filename.startswith(home)]
+    here = f"{Path.cwd()}{os.sep}"
+    lines = [f"  {f.filename.removeprefix(here)}:{f.lineno}, in {f.name}: {f.line}" for f in frames[-3:]]
+    return "\n".join([f"the run fails: {kind}{error}", *(["raised at", *lines] if lines else [])])
+
+
+def _home(strategy: Strategy | None) -> str:
+    """The folder of the strategy's package, or its file where it is in none."""
+    if strategy is None:
+        return ""
+    top = type(strategy).__module__.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    return str(Path(file).parent) if Path(file).name == "__init__.py" else file
 
 
 def refuses_batch(error: Exception) -> bool:

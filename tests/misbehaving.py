@@ -91,6 +91,18 @@ CASES = (
         "use",
         'register("bad", "collections:OrderedDict")',
     ),
+    Case(
+        "takes an argument that the hook does not have",
+        registering("bad").replace("(register)", "(registry)"),
+        "load",
+        "def tokenprune_register_strategies(registry):",
+    ),
+    Case(
+        "declares reads that are none",
+        STRATEGY.replace("HiddenStates())", "HiddenStates)").replace("{act}", "return Keep.top(tokens.attention, 3)"),
+        "run",
+        'Stage("prune", 2, 3, (AttentionFrom("last"), HiddenStates))',
+    ),
     Case("takes a name that another package has", registering("uniform"), "use", 'register("uniform", …)'),
     choosing("raises in `choose`", 'raise ValueError("nothing to choose from")'),
     choosing("answers with the wrong shape", "return Keep(torch.zeros(1, 3, dtype=torch.int64))"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from operator import index
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenprune.errors import BudgetError, OptionError
+from tokenprune.errors import BudgetError, OptionError, PluginError, TokenPruneError
 from tokenprune.reads import Read
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class Stage:
         reads: what `choose` looks at.
         positions: from this stage on, positions are counted anew ("renumber"), or tokens keep those that they have by
             now ("keep"); None = as the strategy's `positions` says.
+
+    Raises:
+        PluginError: a layer or a number of tokens that is not a whole number, something among the reads that is no
+            `Read`, or an unknown position policy.
     """
 
     name: str
@@ -73,8 +78,26 @@ class Stage:
     positions: Positions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.reads, Read):
-            object.__setattr__(self, "reads", (self.reads,))
+        reads = (self.reads,) if isinstance(self.reads, Read | type | str) else tuple(self.reads)
+        for read in reads:
+            if not isinstance(read, Read):
+                found = read.__name__ if isinstance(read, type) else repr(read)
+                call = f"{found}()" if isinstance(read, type) and issubclass(read, Read) else "HiddenStates()"
+                raise PluginError(f"stage {self.name!r}: {found} among its reads; expected objects such as {call}")
+        object.__setattr__(self, "reads", reads)
+        for name in ("layer", "tokens"):
+            if (number := getattr(self, name)) is not None:
+                object.__setattr__(self, name, self._whole(name, number))
+        _check_positions(f"stage {self.name!r}", self.positions)
+
+    def _whole(self, name: str, number: Any) -> int:
+        try:
+            return index(number)
+        except TypeError:
+            raise PluginError(
+                f"stage {self.name!r}: {name}={number!r} is {type(number).__name__}; expected int (use int(), round() "
+                "or //)"
+            ) from None
 
 
 class Strategy(ABC):
@@ -103,6 +126,7 @@ class Strategy(ABC):
             raise BudgetError(
                 f"strategy {self.name!r}: budget {budget} found, expected a share of the image tokens in (0, 1]"
             )
+        self._check_class()
         self.budget = budget
         self.options = self._checked(options)
 
@@ -123,14 +147,26 @@ class Strategy(ABC):
 
         Raises:
             BudgetError: no value fits.
+            PluginError: `budget_option` is not the name of an option that takes shares.
         """
-        if self.budget_option is None:
+        option = self.budget_option
+        if option is None:
             raise BudgetError(f"strategy {self.name!r} has nothing that a budget could move; leave budget= out")
+        known = self.Options.model_fields
+        if option not in known or known[option].annotation is int:
+            found = "is an int" if option in known else f"is none of its options ({', '.join(known) or 'none'})"
+            raise PluginError(
+                f"strategy {self.name!r}: budget_option {option!r} {found}; expected a float option, a share of the "
+                "image tokens, which a budget moves (or override fit)"
+            )
+        least = float("inf")
         for tokens in range(shape.image_tokens, -1, -1):
-            candidate = {self.budget_option: tokens / shape.image_tokens}
-            if self.spends(candidate, shape) <= budget * shape.image_tokens + 1e-9:
+            candidate = {option: tokens / shape.image_tokens}
+            spent = self.spends(candidate, shape)
+            if spent <= budget * shape.image_tokens + 1e-9:
                 return candidate
-        raise self.too_small(budget, shape, self.spends({self.budget_option: 0.0}, shape))
+            least = min(least, spent)
+        raise self.too_small(budget, shape, least)
 
     # what the framework calls ----------------------------------------------------------------------------------------
 
@@ -162,7 +198,7 @@ class Strategy(ABC):
             candidate = self.with_options(**changes)
         except OptionError:
             return float("inf")
-        return equivalent_tokens(list(candidate.stages(shape)), shape)
+        return equivalent_tokens(declared_stages(candidate, shape), shape)
 
     def too_small(self, budget: float, shape: Shape, least: float) -> BudgetError:
         """The error for a budget that cannot be met, naming the least that can."""
@@ -180,6 +216,17 @@ class Strategy(ABC):
         inner = ", ".join(f"{k}={v!r}" for k, v in {**budget, **given}.items())
         return f"{type(self).__name__}({inner})"
 
+    def _check_class(self) -> None:
+        here = type(self).__qualname__
+        if not isinstance(getattr(self, "name", None), str):
+            raise PluginError(f"strategy class {here} has no name; expected one, as in name = {here.lower()!r}")
+        if not (isinstance(self.Options, type) and issubclass(self.Options, StrategyOptions)):
+            raise PluginError(
+                f"strategy {self.name!r}: Options is {self.Options!r}; expected a class that inherits "
+                "tokenprune.StrategyOptions"
+            )
+        _check_positions(f"strategy {self.name!r}", self.positions)
+
     def _checked(self, options: dict[str, Any]) -> StrategyOptions:
         try:
             return self.Options(**options)
@@ -190,6 +237,37 @@ class Strategy(ABC):
 def portion(share: float, total: int) -> int:
     """floor(share · total), forgiving the last bits of a product that should be whole."""
     return int(share * total + 1e-6)
+
+
+def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
+    """What `strategy.stages` gives.
+
+    Raises:
+        PluginError: `stages` raised what is no TokenPruneError, or gave something else than stages.
+        TokenPruneError: as the strategy raised it.
+    """
+    name = strategy.name
+    try:
+        found = strategy.stages(shape)
+        stages: list[Any] = list(found) if isinstance(found, Iterable) else [found]
+    except PluginError as error:
+        if repr(name) in str(error):
+            raise
+        raise PluginError(f"strategy {name!r}: {error}") from error
+    except TokenPruneError:
+        raise
+    except Exception as error:
+        raise PluginError(f"strategy {name!r}: stages() raised {type(error).__name__}: {error}") from error
+    wrong = [stage for stage in stages if not isinstance(stage, Stage)]
+    if wrong or not isinstance(found, Iterable):
+        what = "one Stage" if isinstance(found, Stage) else repr(wrong[0])
+        raise PluginError(f"strategy {name!r}: stages() gave {what}; expected to yield each Stage, or a list of them")
+    return stages
+
+
+def _check_positions(who: str, positions: object) -> None:
+    if positions is not None and positions not in get_args(Positions):
+        raise PluginError(f"{who}: positions={positions!r}; expected 'keep' or 'renumber'")
 
 
 def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokenprune.errors import PluginError
 from tokenprune.layout import true_positions
 
 
@@ -42,13 +43,16 @@ class Keep(Decision):
         Args:
             scores: float [batch, N]; higher = kept; −inf = never, unless too few others are there.
             count: tokens to keep, one number or int [batch].
+
+        Raises:
+            PluginError: scores or counts of another shape.
         """
         return cls(top_index(scores, count), rest=rest, scores=scores)
 
     @classmethod
     def where(cls, mask: Tensor, *, rest: str = "drop", scores: Tensor | None = None) -> Keep:
-        """The tokens that bool [batch, N] marks."""
-        return cls(true_positions(mask), rest=rest, scores=scores)
+        """The tokens that bool [batch, N] marks. Raises PluginError for anything else."""
+        return cls(true_positions(_marks("Keep", mask)), rest=rest, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,8 @@ class Restore(Decision):
 
     @classmethod
     def where(cls, mask: Tensor, *, values: Tensor | None = None) -> Restore:
-        """The tokens that bool [batch, N] marks; `values` is [batch, N, width] here."""
-        index = true_positions(mask)
+        """The tokens that bool [batch, N] marks; `values` is [batch, N, width] here. Raises PluginError as `Keep`."""
+        index = true_positions(_marks("Restore", mask))
         if values is not None:
             values = values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
         return cls(index, values=values)
@@ -83,9 +87,27 @@ class Merge(Decision):
 
 
 def top_index(scores: Tensor, count: Tensor | int) -> Tensor:
-    """Numbers of the `count` highest of float [batch, N] per row, ascending, −1 behind: int64 [batch, max count]."""
+    """Numbers of the `count` highest of float [batch, N] per row, ascending, −1 behind: int64 [batch, max count].
+
+    Raises:
+        PluginError: scores or counts of another shape.
+    """
+    if scores.dim() != 2:
+        raise PluginError(f"scores of shape {list(scores.shape)}; expected [batch, N]")
+    counts = count.numel() if isinstance(count, Tensor) else 1
+    if counts not in (1, len(scores)):
+        raise PluginError(f"{counts} counts and scores of shape {list(scores.shape)}; expected one count, or [batch]")
     order = scores.argsort(dim=1, descending=True, stable=True)
     limit = torch.as_tensor(count, device=scores.device).reshape(-1, 1).expand(scores.shape[0], 1)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order) < limit)
     return true_positions(chosen)
+
+
+def _marks(kind: str, mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise PluginError(
+            f"{kind}.where was given {list(mask.shape)} {mask.dtype}; expected bool [batch, N] (token numbers go to "
+            f"{kind} itself)"
+        )
+    return mask

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.base import Shape, Strategy
-from tokenprune.errors import IncompatibleError, TokenPruneError
+from tokenprune.base import Shape, Strategy, declared_stages
+from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
 from tokenprune.reads import (
     AttentionFrom,
     Embeddings,
@@ -54,8 +54,8 @@ def declared_reads(strategy: Strategy, shape: Shape) -> set[Read]:
 
 def _reads(strategy: Strategy, shape: Shape) -> set[Read]:
     try:
-        return {read for stage in strategy.stages(shape) for read in stage.reads}
-    except IncompatibleError:
+        return {read for stage in declared_stages(strategy, shape) for read in stage.reads}
+    except (IncompatibleError, PluginError):
         raise
     except TokenPruneError:
         return set()

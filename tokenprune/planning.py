@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.base import Shape, Stage, Strategy, declared_stages
 from tokenprune.errors import PluginError
 
 
@@ -63,7 +63,7 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
 
 
 def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
-    stages = list(strategy.stages(shape))
+    stages = declared_stages(strategy, shape)
     layers = [stage.layer for stage in stages]
     if layers != sorted(layers) or any(not 0 <= layer < shape.layers for layer in layers):
         raise PluginError(
@@ -75,11 +75,12 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
         if stage.layer == 0 and any(read.looks_back for read in stage.reads):
             raise PluginError(
                 f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention or keys of the layer before layer "
-                "0, which does not exist"
+                "0, which does not exist; begin it at layer 1 or later (attention of the stage's own first layer is "
+                "AttentionFrom(layer='next'))"
             )
         if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
             raise PluginError(
                 f"strategy {strategy.name!r}, stage {stage.name!r}: declares {stage.tokens} tokens of "
-                f"{shape.image_tokens}"
+                f"{shape.image_tokens}; expected 0 … {shape.image_tokens}"
             )
     return stages

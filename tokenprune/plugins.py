@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from dataclasses import dataclass, field
@@ -185,6 +186,26 @@ def missing(chosen: set[str] | None, sources: list[Source]) -> list[BrokenPlugin
     listing = f"installed packages with plugins: {', '.join(others) or 'none'}"
     found = sorted((chosen or set()) - known)
     return [BrokenPlugin(name, LIMIT, "", f"no plugin and no package of this name; {listing}") for name in found]
+
+
+def register(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:
+    """Put a plugin into the manager.
+
+    Raises:
+        PluginError: one of its hooks takes an argument that the hook does not have.
+    """
+    try:
+        manager.register(plugin, name=source.key)
+    except pluggy.PluginValidationError as error:
+        for name in dir(plugin):
+            spec = getattr(getattr(manager.hook, name, None), "spec", None)
+            if spec is None or not manager.parse_hookimpl_opts(plugin, name):
+                continue
+            given = list(inspect.signature(getattr(plugin, name)).parameters)
+            if not set(given) <= set(spec.argnames):
+                problem = f"its hook {name} takes {', '.join(given)}; expected some of: {', '.join(spec.argnames)}"
+                raise PluginError.of(source.plugin, source.distribution, problem) from error
+        raise
 
 
 def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:

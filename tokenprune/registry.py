@@ -31,6 +31,7 @@ from tokenprune.plugins import (
     first_line,
     is_chosen,
     missing,
+    register,
 )
 
 
@@ -124,7 +125,10 @@ class Registry:
         if (kind, name) in self._contested:
             raise PluginError(_collision(self._contested[kind, name]))
         if name not in known:
-            raise UnknownNameError.among(KINDS[kind].noun, name, known)
+            error = UnknownNameError.among(KINDS[kind].noun, name, known)
+            broken = ", ".join(f"{plugin.name!r} of package {plugin.distribution!r}" for plugin in self._broken)
+            note = f"; could not be loaded: plugin {broken} (tokenprune list --plugins says why)" if broken else ""
+            raise UnknownNameError(f"{error}{note}")
         return known[name]
 
     def collisions(self) -> list[str]:
@@ -201,9 +205,9 @@ class Registry:
 
     def _add(self, plugin: Any, source: Source) -> None:
         assert self._manager is not None
-        self._manager.register(plugin, name=source.key)
         self._sources[source.key] = source
         try:
+            register(self._manager, plugin, source)
             check_plugin(self._manager, plugin, source)
             found = collect(self._manager, plugin, source)
         except BaseException:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions, equivalent_tokens
+from tokenprune.base import Shape, Stage, Strategy, StrategyOptions, declared_stages, equivalent_tokens
 from tokenprune.decisions import Decision
 from tokenprune.errors import BudgetError, OptionError, TokenPruneError
 from tokenprune.left import Left, TokensLeft
@@ -121,7 +121,7 @@ class Sequence(Strategy):
             here = replace(shape, image_tokens=shape.image_tokens if left is None else left)
             try:
                 bound = part.bind(here)
-                stages = list(bound.stages(here))
+                stages = declared_stages(bound, here)
             except OptionError as error:
                 raise type(error)(f"strategy {self.name!r}, part {number}: {error}") from error
             if number > 1 and stages and shape.image_tokens:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import PluginError
+from tokenprune.errors import PluginError, nearest
 from tokenprune.layout import SequenceLayout
 from tokenprune.lending import Lent
 from tokenprune.reads import Read
@@ -80,7 +80,9 @@ class Tokens:
             )
         known = {kind.field: kind.__name__ for kind in Read.__subclasses__()}
         if name not in known:
-            raise AttributeError(f"Tokens has no attribute {name!r}")
+            near = nearest(name, [*known, *(word for word in dir(self) if not word.startswith("_"))], limit=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise AttributeError(f"Tokens has no attribute {name!r}{hint}")
         raise PluginError(
             f"stage {self._stage!r} reads tokens.{name} without declaring it; add {known[name]}() to the stage's reads"
         )

@@ -63,12 +63,10 @@ def command(
             table.add_row(KINDS[kind].noun, e.name, escape(f"{e.distribution} {e.version}".rstrip()), escape(e.summary))
         if entries:
             table.add_section()
-    for b in broken:
-        package = escape(f"{b.distribution} {b.version}".rstrip())
-        table.add_row("[red]broken[/red]", escape(b.name), package, escape(b.error))
-    for problem in registry.collisions():
-        table.add_row("[red]collides[/red]", "", "", escape(problem))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for label, problem in [("broken", b.error) for b in broken] + [("collides", p) for p in registry.collisions()]:
+        console.print(f"[red]{label}[/red]: {escape(problem)}", highlight=False)
 
 
 def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
@@ -100,9 +98,13 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
             plugin.origin,
             plugin.hook_api,
             f"[{colour}]{plugin.status}[/{colour}]",
-            escape(plugin.error) or ", ".join(counts),
+            ", ".join(counts),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for plugin in plugins:
+        if plugin.error:  # under the table, where all of it can be read
+            console.print(f"[red]{plugin.status}[/red]: {escape(plugin.error)}", highlight=False)
 
 
 def _count(number: int, noun: str) -> str:

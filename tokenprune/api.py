@@ -48,7 +48,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
 
     Raises:
         CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
-        PluginError: an adapter cannot be imported.
+        PluginError: an adapter cannot be imported, or raises where it is asked whether it knows the checkpoint.
     """
     source = str(name_or_path)
     bundled = registry.models()
@@ -57,9 +57,8 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
     config = _read_config(source, list(bundled))
     adapters = registry.adapters()
     for entry in adapters.values():
-        adapter = entry.load()
-        if adapter.matches(source, config):
-            model = adapter.load(source, **options)
+        if entry.call(source, config, method="matches"):
+            model = entry.load().load(source, **options)
             if str(name_or_path) in bundled and hasattr(model, "name"):
                 model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
             return model

@@ -103,19 +103,20 @@ class Entry:
             raise self.refusal(f"is {kind}, expected a subclass of {base.replace(':', '.')}", "fix or uninstall it")
         return found
 
-    def call(self, *arguments: Any) -> Any:
-        """Call the target.
+    def call(self, *arguments: Any, method: str = "") -> Any:
+        """Call the target, or a method of it.
 
         Raises:
             PluginError: it cannot be imported, or raised something that is no TokenPruneError.
         """
-        target = self.load()
+        target = getattr(self.load(), method) if method else self.load()
         try:
             return target(*arguments)
         except TokenPruneError:
             raise
         except Exception as error:
-            raise self.refusal(f"failed with {first_line(error)}", "fix or uninstall it") from error
+            where = f" in {method}()" if method else ""
+            raise self.refusal(f"failed{where} with {first_line(error)}", "fix or uninstall it") from error
 
     def refusal(self, problem: str, advice: str = "") -> PluginError:
         """The error that says of this thing what is wrong with it."""

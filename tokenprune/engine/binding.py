@@ -119,15 +119,16 @@ def binding_of(model: Any) -> Binding:
     Raises:
         InputError: a plain language model, whose image tokens the caller has to mark.
         UnsupportedError: a vision-language model that no adapter knows.
-        PluginError: an adapter that was to be asked cannot be imported.
+        PluginError: an adapter that was to be asked cannot be imported, raises, or answers with something else.
     """
     asked: dict[str, Any] = {}
     for name, entry in registry.adapters().items():
-        asked[name] = adapter = entry.load()
-        binding = adapter.bind(model)
-        if binding is not None:
-            assert isinstance(binding, Binding)
+        asked[name] = entry.load()
+        binding = entry.call(model, method="bind")
+        if isinstance(binding, Binding):
             return binding
+        if binding is not None:
+            raise entry.refusal(f"answers bind() with {binding!r}, expected a Binding or None", "fix or uninstall it")
     config = getattr(model, "config", None)
     if getattr(config, "vision_config", None) is None:
         raise InputError(

@@ -1,0 +1,70 @@
+"""An adapter that misbehaves where it is asked what it knows is named; those asked before it work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokenprune as tp
+from tokenprune import Adapter, hookimpl, registry
+from tokenprune.errors import PluginError
+from tokenprune.testing.models import tiny_llama
+
+
+class Bad(Adapter):
+    """Raises, or answers with junk."""
+
+    answer: Any = None
+
+    @classmethod
+    def matches(cls, source, config):
+        raise KeyError("architectures")
+
+    @classmethod
+    def load(cls, source, **options):
+        raise AssertionError("nothing matches")
+
+    @classmethod
+    def bind(cls, model):
+        if cls.answer is None:
+            raise AttributeError("no config")
+        return cls.answer
+
+
+class Plugin:
+    @hookimpl
+    def tokenprune_register_adapters(self, register):
+        register("bad", Bad)
+
+
+@pytest.fixture(autouse=True)
+def _bad_plugin() -> Iterator[None]:
+    registry.register_plugin(Plugin(), name="bad-plugin")
+    yield
+    registry.unregister_plugin("bad-plugin")
+
+
+def test_an_adapter_that_raises_in_bind_is_named() -> None:
+    with (
+        pytest.raises(PluginError, match=r"'bad-plugin'.*adapter 'bad' failed in bind\(\) with AttributeError"),
+        tp.prune(tiny_llama(), tp.strategy("uniform")),
+    ):
+        pass
+
+
+def test_an_adapter_that_binds_junk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bad, "answer", "a model")
+    with (
+        pytest.raises(PluginError, match=r"adapter 'bad' answers bind\(\) with 'a model', expected a Binding or None"),
+        tp.prune(tiny_llama(), tp.strategy("uniform")),
+    ):
+        pass
+
+
+def test_an_adapter_that_raises_in_matches_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(PluginError, match=r"adapter 'bad' failed in matches\(\) with KeyError"):
+        tp.load(tmp_path)

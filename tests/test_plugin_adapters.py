@@ -1,4 +1,4 @@
-"""An adapter that misbehaves where it is asked what it knows is named; those asked before it work."""
+"""An adapter that misbehaves where it is asked what it knows is named; answers that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tokenprune as tp
-from tokenprune import Adapter, hookimpl, registry
-from tokenprune.errors import PluginError
+from tokenprune import Adapter, Keep, Stage, Strategy, TowerFeatures, hookimpl, registry
+from tokenprune.engine import VisionSource
+from tokenprune.errors import InputError, PluginError
 from tokenprune.testing.models import tiny_llama
 
 
@@ -68,3 +70,25 @@ def test_an_adapter_that_raises_in_matches_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(PluginError, match=r"adapter 'bad' failed in matches\(\) with KeyError"):
         tp.load(tmp_path)
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(16, 8), torch.zeros(1, 15, 8), [0.0] * 16])
+def test_an_answer_that_is_not_lined_up_is_refused(answer: Any) -> None:
+    class Look(Strategy):
+        name = "look"
+
+        def stages(self, shape):
+            yield Stage("look", 0, reads=TowerFeatures())
+
+        def choose(self, stage, tokens):
+            return Keep.top(tokens.features.norm(dim=-1), 4)
+
+    prompt = torch.arange(20)[None]
+    source = VisionSource({TowerFeatures: lambda read: answer})
+    image = (prompt > 1) & (prompt < 18)
+    model = tiny_llama()
+    with (
+        pytest.raises(InputError, match=r"the answer to TowerFeatures has .*expected \[1, 16\]"),
+        tp.prune(model, Look(), image_tokens=image, vision=source),
+    ):
+        model(prompt)

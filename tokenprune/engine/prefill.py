@@ -15,7 +15,7 @@ from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
 from tokenprune.engine.tap import Seen
-from tokenprune.engine.vision import VisionSource
+from tokenprune.engine.vision import VisionSource, lined_up
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import (
@@ -95,7 +95,7 @@ class Prefill(TokenScheduler):
             return self._normed(text, read.normed)
         if isinstance(read, (AttentionFrom, PositionKernel)):
             return self._ahead(read)
-        return self.vision.provide(read)
+        return lined_up(self.vision.provide(read), read, self.state.exists.shape, self.model)
 
     def owns(self, read: Read) -> bool:
         """What the decoder gives; what the vision side gives may serve several prefills."""

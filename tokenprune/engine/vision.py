@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from tokenprune.errors import InputError
 from tokenprune.reads import Read
 
 
@@ -26,3 +29,17 @@ class VisionSource:
     def provide(self, read: Read) -> Any:
         """The answer."""
         return self.answers[type(read)](read)
+
+
+def lined_up(answer: Any, read: Read, shape: Sequence[int], model: str) -> Any:
+    """The answer to a read, if it has a value for each of the [batch, N] image tokens where it should have.
+
+    Raises:
+        InputError: it has another shape.
+    """
+    if read.axis is None or (isinstance(answer, Tensor) and answer.shape[:2] == tuple(shape)):
+        return answer
+    found = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+    raise InputError(
+        f"{model}: the answer to {read} has {found}, expected {[*shape]} for batch rows and image tokens, then others"
+    )

@@ -128,6 +128,15 @@ def test_the_least_budget_is_told_where_an_option_may_not_be_zero() -> None:
         Half(budget=0.2).bind(Shape(layers=4, image_tokens=10))
 
 
+def test_an_option_that_the_user_set_is_kept_where_a_budget_is_given_too() -> None:
+    shape = Shape(layers=4, image_tokens=10)
+    assert Half(keep=0.3, budget=0.9).bind(shape).options.keep == 0.3
+    with pytest.raises(
+        BudgetError, match=r"cannot meet budget 0\.6 .* with options \{'keep': 0\.3\}: its least is 0\.650"
+    ):
+        Half(keep=0.3, budget=0.6).bind(shape)
+
+
 def test_a_name_that_nobody_has_tells_of_plugins_that_could_not_be_loaded(monkeypatch, tmp_path, capsys) -> None:
     install(tmp_path, "my-pack", registering("mine").replace("register_strategies", "register_strategys"))
     monkeypatch.syspath_prepend(tmp_path)

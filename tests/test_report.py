@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fake_segmentation import SIDE, FakeData, FakeModel, Front, Tour, Whole
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.results import Comparison
 from tokenprune.report import panels
-from tokenprune.report.overlays import by_budget, comparison_sheet, file_name, inspection_sheet
+from tokenprune.report.overlays import _stage_title, by_budget, comparison_sheet, file_name, inspection_sheet
 from tokenprune.report.plots import tradeoff
 from tokenprune.report.tables import si
 from tokenprune.report.write import writable_folder
@@ -122,3 +124,13 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (12.34, "12.3"), (1234.0, "1.23 k"), (5.0e12, "5 T")])
 def test_numbers_with_prefixes(value: float, text: str) -> None:
     assert si(value) == text
+
+
+def test_long_stage_names_stand_on_a_line_of_their_own() -> None:
+    trace = SimpleNamespace(exists=torch.ones(1, 256, dtype=torch.bool))
+    few, none = torch.arange(256)[None] < 52, torch.zeros(1, 256, dtype=torch.bool)
+    for name, expected in (
+        ("prune", "prune, from layer 6: 52 of 256"),
+        ("2:pyramiddrop/drop 1", "2:pyramiddrop/drop 1\nfrom layer 6: 52 of 256"),
+    ):
+        assert _stage_title(trace, SimpleNamespace(name=name, layer=6, active=few, parked=none), 0) == expected

@@ -159,9 +159,9 @@ class Strategy(ABC):
                 f"strategy {self.name!r}: budget_option {option!r} {found}; expected a float option, a share of the "
                 "image tokens, which a budget moves (or override fit)"
             )
-        least = float("inf")
-        for tokens in range(shape.image_tokens, -1, -1):
-            candidate = {option: tokens / shape.image_tokens}
+        least, shares = float("inf"), [tokens / shape.image_tokens for tokens in range(shape.image_tokens, -1, -1)]
+        for share in [getattr(self.options, option)] if option in self.options.model_fields_set else shares:
+            candidate = {option: share}
             spent = self.spends(candidate, shape)
             if spent <= budget * shape.image_tokens + 1e-9:
                 return candidate

@@ -18,6 +18,7 @@ from tokenprune.report import panels
 from tokenprune.trace import StageTrace, Trace
 
 PANEL = 2.3  # inches
+TITLE = 34  # characters of a panel's title that are as wide as the panel
 
 
 def comparison_sheet(record: SampleRecord) -> Figure:
@@ -138,7 +139,9 @@ def _stage_title(trace: Trace, stage: StageTrace | None, row: int) -> str:
     total = int(trace.exists[row].sum())
     if stage is None:
         return f"from layer 0: all {total}"
-    title = f"{stage.name}, from layer {stage.layer}: {int(stage.active[row].sum())} of {total}"
+    active = f"from layer {stage.layer}: {int(stage.active[row].sum())} of {total}"
+    short = len(stage.name) + len(active) <= TITLE - 2
+    title = f"{stage.name}, {active}" if short else "\n".join([*textwrap.wrap(stage.name, TITLE), active])
     parked = int(stage.parked[row].sum())
     return f"{title}\n{parked} parked" if parked else title
 

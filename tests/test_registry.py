@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import tokenprune
-from tokenprune import Strategy, hookimpl, observers, registry
+from tokenprune import Strategy, hookimpl, observers, reads, registry
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
 
 STRATEGIES = {"none", "blind", "random", "uniform", "csp", "csp-65", "csp-70", "fastv", "prumerge", "prumerge+"}
@@ -102,6 +102,12 @@ def test_every_public_name_of_the_module_exists() -> None:
         assert getattr(tokenprune, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = tokenprune.nonsense  # type: ignore[attr-defined]
+
+
+def test_every_kind_of_read_is_public() -> None:
+    kinds = {kind.__name__ for kind in vars(reads).values() if isinstance(kind, type) and issubclass(kind, reads.Read)}
+    assert len(kinds) > 9
+    assert kinds <= {*tokenprune.__all__}
 
 
 def test_listing_imports_neither_torch_nor_transformers() -> None:

@@ -4,6 +4,8 @@ Plugins come from the entry-point group `tokenprune` and from `register_plugin`.
 imports only the plugins' registration modules. A plugin that fails there is set aside with its error
 (`broken_plugins()`), and all others work. A name that two packages register belongs to neither: asking for it is an
 error that names both, all other names work. With TOKENPRUNE_PLUGINS=a,b only those plugins and the built-in ones load.
+
+The methods of one `Registry` are the functions of this module: `registry.plugins()`, `registry.register_plugin(…)`.
 """
 
 from __future__ import annotations

@@ -156,6 +156,22 @@ def test_a_name_that_nobody_has_tells_of_plugins_that_could_not_be_loaded(monkey
         registry.reset()
 
 
+def test_the_command_line_says_how_to_see_where_a_plugin_failed(monkeypatch, capsys) -> None:
+    def fail() -> None:
+        try:
+            raise KeyError("rank")
+        except KeyError as error:
+            raise PluginError("strategy 'mine', stage 'cut' raised KeyError: 'rank'") from error
+
+    monkeypatch.setattr("tokenprune.cli.app.app", lambda args: fail())
+    for arguments, hint in ((["flops"], True), (["flops", "--debug"], False)):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        told = capsys.readouterr().err
+        assert told.endswith("'rank' (--debug shows the traceback)\n") is hint
+        assert ("Traceback" in told) is not hint
+
+
 def test_the_kit_tells_a_mistake_once_and_with_its_line(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_mine="""

@@ -14,7 +14,7 @@ import typer
 
 from tokenprune.cli import compare, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import PluginGroup
-from tokenprune.errors import OptionError, TokenPruneError
+from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
 app = typer.Typer(
     name="tokenprune",
@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         if debug:
             traceback.print_exception(error)
-        typer.echo(f"error: {' '.join(str(problem).split())}", err=True)
+        hides = not debug and isinstance(problem, PluginError) and problem.__cause__ is not None
+        hint = " (--debug shows the traceback)" if hides else ""
+        typer.echo(f"error: {' '.join(str(problem).split())}{hint}", err=True)
         sys.exit(2)
 
 

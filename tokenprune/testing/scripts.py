@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.base import Positions, Shape, Stage, Strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.reads import Read
 from tokenprune.tokens import Tokens
 
 
@@ -44,6 +45,27 @@ class Scripted(Strategy):
         """The same script for one batch row alone, of `count` image tokens."""
         steps = [Step(s.layer, _row(s.decision, number, count), s.positions) for s in self.steps]
         return Scripted(steps, positions=self.positions)
+
+
+class Asking(Strategy):
+    """Reads one thing, keeps every token, and a copy of the answer."""
+
+    name = "asking"
+
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.asked = read
+        self.answer: Tensor | None = None
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """One, before the first layer."""
+        return [Stage("ask", 0, reads=(self.asked,))]
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """All."""
+        answer = tokens.read(self.asked)
+        self.answer = answer.clone() if isinstance(answer, Tensor) else None
+        return Keep.where(tokens.active)
 
 
 def random_script(

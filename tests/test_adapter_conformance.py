@@ -112,7 +112,7 @@ def test_mistakes_are_found(monkeypatch, name):
     monkeypatch.setattr(TransformersAdapter, "bind", lambda model: Mistaken(bind(model), **mistake))
     kit = Family()
     kit.family = vlm_families.FAMILIES["llava"]
-    kit._prepare()
+    kit.prepare()
     with pytest.raises((AssertionError, pytest.fail.Exception), match=told):
         getattr(kit, f"test_{test}")()
 
@@ -123,7 +123,7 @@ def test_an_adapter_that_knows_everything_is_found(monkeypatch):
     kept = vlm_families.FAMILIES["llava"].build()
     kit = Family()
     kit.family = vlm_families.FAMILIES["llava"]
-    kit._prepare()
+    kit.prepare()
     with pytest.raises(AssertionError, match=r"bind\(LlamaForCausalLM\) is to be None"):
         kit.test_it_knows_its_models_and_no_others()
 
@@ -133,4 +133,4 @@ def test_what_the_author_has_to_give_is_told():
         adapter = "transformers"
 
     with pytest.raises(pytest.UsageError, match=r"Bare: give model\(\)"):
-        Bare()._prepare()
+        Bare().prepare()

@@ -170,10 +170,14 @@ class AdapterConformance:
         if not callable(getattr(self._model, "generate", None)):
             pytest.skip("the model has no generate()")
         inputs, start = self._all, self._all["input_ids"].shape[1]
-        script, options = self._script(1), {"output_logits": True, "return_dict_in_generate": True}
+        script, layout = self._script(1), self._layout(inputs)
+        options: dict[str, Any] = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        never = {*(self._model.generation_config.suppress_tokens or ())}
+        never |= {*inputs["input_ids"][layout.image_tokens].tolist()}  # an answer in random words may hold any token
+        options |= {"max_new_tokens": 3, "min_new_tokens": 3, "suppress_tokens": sorted(never)}
         with torch.no_grad(), prune(self._model, script):
-            made = self._model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, **options)
-        longer, layout = self.longer(inputs, made.sequences[:, start:]), self._layout(inputs)
+            made = self._model.generate(**inputs, **options)
+        longer = self.longer(inputs, made.sequences[:, start:])
         grown = SequenceLayout.from_mask(
             torch.nn.functional.pad(layout.image_tokens, (0, 3)), longer.get("attention_mask")
         )
@@ -229,10 +233,10 @@ class AdapterConformance:
 
     @pytest.fixture(autouse=True)
     def _ready(self) -> None:
-        self._prepare()
+        self.prepare()
 
-    def _prepare(self) -> None:
-        """Makes the model, and calls it once: transformers puts hooks of its own on some models then."""
+    def prepare(self) -> None:
+        """What pytest does before each test. Makes the model, and calls it once: transformers puts hooks of its own on some models then."""
         self._model = self.model()
         self._all = self.inputs(range(self.prompts))
         self._untouched(self._all)

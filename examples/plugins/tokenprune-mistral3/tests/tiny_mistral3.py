@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 PAD, IMAGE, BREAK, END = 0, 10, 12, 13
@@ -55,11 +55,15 @@ def tiny_model() -> Mistral3ForConditionalGeneration:
     return Mistral3ForConditionalGeneration(config).eval()
 
 
-def inputs(*rows: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
-    """What the processor would give: for each row of the batch its images, each as (rows, columns) of tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = []
-    for row, images in enumerate(rows):
+def inputs(*rows: Sequence[tuple[int, int]], first: int = 0) -> dict[str, Any]:
+    """What the processor would give: for each row of the batch its images, each as (rows, columns) of tokens.
+
+    Text and pixels depend on the number of the row, counted from `first`.
+    """
+    prompts, pictures = [], []
+    for row, images in enumerate(rows, first):
+        generator = torch.Generator().manual_seed(row)
+        pictures += [torch.randn(3, height * CELL, width * CELL, generator=generator) for height, width in images]
         ids = [1, 20 + row]
         for height, width in images:
             ids += [token for _ in range(height) for token in [*[IMAGE] * width, BREAK]]
@@ -71,8 +75,8 @@ def inputs(*rows: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:
         "input_ids": torch.tensor([[PAD] * (longest - len(ids)) + ids for ids in prompts]),
         "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
     }
-    if len(sizes):
+    if pictures:
         height, width = sizes.amax(0).tolist()
-        pixels: Tensor = torch.randn(len(sizes), 3, height, width, generator=generator)
-        given.update(pixel_values=pixels, image_sizes=sizes)
+        filled = [pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
+        given.update(pixel_values=torch.stack(filled), image_sizes=sizes)
     return given

@@ -236,7 +236,8 @@ class AdapterConformance:
         self.prepare()
 
     def prepare(self) -> None:
-        """What pytest does before each test. Makes the model, and calls it once: transformers puts hooks of its own on some models then."""
+        """What pytest does before each test: make the model, and call it once, since transformers puts hooks of its own
+        on some models then."""
         self._model = self.model()
         self._all = self.inputs(range(self.prompts))
         self._untouched(self._all)

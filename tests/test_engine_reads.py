@@ -15,7 +15,7 @@ from tokenprune.compatibility import compatible
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter
 from tokenprune.decisions import Keep
 from tokenprune.engine import prune
-from tokenprune.errors import EngineError, IncompatibleError, PluginError
+from tokenprune.errors import IncompatibleError, PluginError
 from tokenprune.reads import (
     AttentionFrom,
     Embeddings,
@@ -279,8 +279,10 @@ def test_position_kernel_is_not_offered_where_positions_have_several_axes():
 
 def test_reads_that_do_not_go_together_are_named():
     kept = batch(0, "right")[3]
-    with pytest.raises(EngineError, match="reduce='sum'"):
-        run(Reader(kept, {2: (AttentionFrom("last", "sum"),)}), 0, "right")
+    with pytest.raises(
+        PluginError, match="AttentionFrom: reduce='sum' is not known; expected 'mean' or 'max' or 'each'"
+    ):
+        AttentionFrom("last", "sum")
     both = Reader(kept, {2: (AttentionFrom("last"), AttentionFrom("last", "max"))})
     run(both, 0, "right")
     with pytest.raises(PluginError, match=r"declares 2 reads that give tokens\.attention"):

@@ -13,7 +13,7 @@ from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
 from transformers import CLIPVisionModel
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError, PluginError
 from tokenprune.reads import (
     ClsAttention,
     ClsFeatures,
@@ -90,10 +90,10 @@ def test_keys_and_joint_attention_equal_the_projections(tower_run: TowerRun, eag
     assert torch.equal(tower_run.cls_features, tower_run.states[-2][:, :1])
     joint = (keys @ query / len(query) ** 0.5).softmax(0)[1:]
     assert torch.allclose(tower_run.cls_attention(1, "joint")[0], joint, atol=1e-5)
-    with pytest.raises(OptionError, match=r"heads='sum'"):
-        tower_run.cls_attention(1, "sum")
-    with pytest.raises(OptionError, match=r"TowerKeys\(heads='sum'"):
-        tower_run.keys(1, "sum")
+    with pytest.raises(PluginError, match="ClsAttention: heads='sum' is not known; expected 'mean' or 'joint'"):
+        ClsAttention(1, "sum")
+    with pytest.raises(PluginError, match="TowerKeys: heads='sum' is not known; expected 'joint' or 'mean'"):
+        TowerKeys(1, "sum")
 
 
 def test_a_layer_is_computed_once(folder: Path, pixels: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tokenprune
 from tokenprune.base import Shape, equivalent_tokens
-from tokenprune.errors import BudgetError, IncompatibleError, OptionError
+from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError
 from tokenprune.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
 from tokenprune_adapters.clip import load_tower
 from tokenprune_adapters.clip_space import ClipSpace
@@ -111,8 +111,8 @@ def test_texts_are_cut_into_segments_as_the_authors_cut_them(
         assert torch.equal(found_mask, mask[:, :width])
         embedded = space.embed_texts([text], "segments", torch.device("cpu"))
         torch.testing.assert_close(embedded, case[f"text{number}.text_embeds"], atol=1e-5, rtol=0)
-    with pytest.raises(OptionError, match="cut='words'"):
-        space.cut_ids("a", "words")
+    with pytest.raises(PluginError, match="cut='words' is not known; expected 'truncate' or 'segments'"):
+        ClipTextEmbeddings(cut="words")
 
 
 @QUICK

@@ -3,34 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-
-@dataclass(frozen=True)
-class Read:
-    """One thing that a stage wants to see before it chooses.
-
-    Attributes:
-        field: names the attribute of `Tokens` that holds it.
-        needs: what a model must have to offer it, for the message that refuses a model without it.
-        axis: axis of the value that runs over the image tokens, None where none does.
-        present: whether it tells of what an image token is now; else of the original token of that number.
-        missing: what the value holds for tokens that a row does not have.
-    """
-
-    field: ClassVar[str]
-    needs: ClassVar[str] = ""
-    axis: ClassVar[int | None] = 1
-    present: ClassVar[bool] = False
-    missing: ClassVar[float] = 0.0
-
-    def __str__(self) -> str:
-        return type(self).__name__
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether it is read out of the layer just before the stage, which a stage at layer 0 does not have."""
-        return False
+from tokenprune.read import Read as Read
 
 
 @dataclass(frozen=True)
@@ -56,9 +31,9 @@ class AttentionFrom(Read):
     present: ClassVar[bool] = True
     missing: ClassVar[float] = float("-inf")
     query: str = "mask_query"
-    reduce: str = "mean"
-    heads: str = "mean"
-    layer: str = "before"
+    reduce: Literal["mean", "max", "each"] = "mean"
+    heads: Literal["mean", "each"] = "mean"
+    layer: Literal["before", "next"] = "before"
 
     @property
     def looks_back(self) -> bool:
@@ -116,7 +91,7 @@ class LayerKeys(Read):
 
     field: ClassVar[str] = "layer_keys"
     present: ClassVar[bool] = True
-    heads: str = "joint"
+    heads: Literal["joint", "mean"] = "joint"
 
     @property
     def looks_back(self) -> bool:
@@ -178,7 +153,7 @@ class ClsAttention(Read):
 
     field: ClassVar[str] = "cls_attention"
     layer: int = -1
-    heads: str = "mean"
+    heads: Literal["mean", "joint"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -228,7 +203,7 @@ class TowerKeys(Read):
 
     field: ClassVar[str] = "keys"
     layer: int = -1
-    heads: str = "joint"
+    heads: Literal["joint", "mean"] = "joint"
 
 
 @dataclass(frozen=True)
@@ -269,7 +244,7 @@ class ClipTextEmbeddings(Read):
     axis: ClassVar[int | None] = None
     needs: ClassVar[str] = _WHOLE_CLIP
     wording: str = "question"
-    cut: str = "truncate"
+    cut: Literal["truncate", "segments"] = "truncate"
 
 
 @dataclass(frozen=True)

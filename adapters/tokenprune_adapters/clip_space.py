@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from tokenprune.errors import CheckpointError, OptionError
+from tokenprune.errors import CheckpointError
 from tokenprune_adapters.checkpoint import Checkpoint, read_json
 from tokenprune_adapters.clip import fill_clip
 
@@ -77,7 +77,6 @@ class ClipSpace:
             device: where the text tower is to run.
 
         Raises:
-            OptionError: another value of `cut`.
             CheckpointError: the text tower or the tokenizer cannot be read.
         """
         tower: Any = self.text_tower
@@ -89,11 +88,9 @@ class ClipSpace:
         length: int = self.text_tower.config.max_position_embeddings
         if cut == "truncate":
             pieces = [self._tokenizer(text, truncation=True, max_length=length)["input_ids"]]
-        elif cut == "segments":
+        else:
             ids = self._tokenizer(text, verbose=False)["input_ids"]
             pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
-        else:
-            raise OptionError(f"ClipTextEmbeddings(cut={cut!r}) is not known; use 'truncate' or 'segments'")
         rows = [torch.tensor(piece) for piece in pieces]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return pad_sequence(rows, batch_first=True), mask

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.tap import Seen
-from tokenprune.errors import OptionError
 
 ROWS_AT_ONCE = 256  # bounds memory: attention rows that are held at one time
 
@@ -17,15 +16,10 @@ def cls_attention(seen: Seen, heads: str = "mean") -> Tensor:
     Args:
         seen: a layer's queries and keys, [CLS] first.
         heads: "mean" or "joint", see `tokenprune.reads.ClsAttention`.
-
-    Raises:
-        OptionError: another value of `heads`.
     """
     if heads == "mean":
         first = torch.zeros(len(seen.query), 1, dtype=torch.int64, device=seen.query.device)
         return seen.attention(first)[:, :, 0, 1:].mean(1)
-    if heads != "joint":
-        raise OptionError(f"ClsAttention(heads={heads!r}) is not known; use 'mean' or 'joint'")
     query, every = seen.query[:, :, 0].flatten(1).float(), keys(seen)
     products: Tensor = torch.einsum("ic,ipc->ip", query, every) * query.shape[1] ** -0.5
     return products.softmax(1)[:, 1:]
@@ -47,12 +41,7 @@ def keys(seen: Seen, heads: str = "joint") -> Tensor:
     Args:
         seen: a layer's queries and keys.
         heads: "joint" or "mean", see `tokenprune.reads.TowerKeys`.
-
-    Raises:
-        OptionError: another value of `heads`.
     """
-    if heads not in ("joint", "mean"):
-        raise OptionError(f"TowerKeys(heads={heads!r}) is not known; use 'joint' or 'mean'")
     return seen.key.float().mean(1) if heads == "mean" else _joint(seen.key)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -135,14 +134,9 @@ def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
     """[batch, Q, …, K] over the query rows that are real: [batch, …, K]; "each" keeps them, the others as zeros."""
     real = real.to(weights.device).reshape(*real.shape, *[1] * (weights.dim() - 2))
     weights = weights.masked_fill(~real, 0)  # where padding stands in for them they may be no numbers
-    ways: dict[str, Callable[[], Tensor]] = {
-        "max": lambda: weights.masked_fill(~real, float("-inf")).amax(1),
-        "mean": lambda: weights.sum(1) / real.sum(1),
-        "each": lambda: weights,
-    }
-    if how not in ways:
-        raise EngineError(f"AttentionFrom(reduce={how!r}) is not known; use 'mean', 'max' or 'each'")
-    return ways[how]()
+    if how == "max":
+        return weights.masked_fill(~real, float("-inf")).amax(1)
+    return weights if how == "each" else weights.sum(1) / real.sum(1)
 
 
 def _no_rows(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

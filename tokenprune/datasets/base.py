@@ -16,7 +16,8 @@ class Query:
     """One referring expression and the region it means.
 
     `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is
-    one of the data set's kinds. `mask` is bool [H, W] at the size of the scene's image.
+    one of the data set's kinds. `mask` is [H, W] at the size of the scene's image: bool, or integers where 0 is
+    background and 255 does not count.
     """
 
     text: str

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from fake_segmentation import FakeModel
+from misbehaving_sources import ADAPTER, DATASET, OBSERVER
 from plugin_packages import install, registering, searched
 
 import tokenprune as tp
@@ -23,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "extend" / "misbehaving.md"
 
 STRATEGY = """
-from tokenprune import Keep, Stage, Strategy, hookimpl
+import sys
+
+from tokenprune import Keep, Merge, Stage, Strategy, hookimpl
 from tokenprune.reads import AttentionFrom, HiddenStates
 import torch
 
@@ -44,15 +48,6 @@ class Bad(Strategy):
         {act}
 """
 
-OBSERVER = """
-from tokenprune import hookimpl
-
-
-@hookimpl
-def tokenprune_decision_taken(run, stage, decision):
-    raise OSError("No space left on device")
-"""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -61,7 +56,7 @@ class Case:
     Attributes:
         title: what the plugin does.
         source: of its module.
-        when: when it is noticed: "load", "use", "run" or "after".
+        when: when it is noticed: "load", "use", "run" or "after"; "adapter" and "data" where those run.
         shown: the line of the plugin to show, if that says more than the title.
     """
 
@@ -79,6 +74,11 @@ def choosing(title: str, act: str, when: str = "run") -> Case:
 def fixed(title: str, index: str) -> Case:
     """A strategy that answers with these numbers."""
     return choosing(title, f"return Keep(torch.tensor({index}).expand(batch, -1))")
+
+
+def acting(title: str, source: str, act: str, when: str = "run") -> Case:
+    """A plugin of another kind that does that."""
+    return Case(title, source.replace("{act}", act), when, act)
 
 
 CASES = (
@@ -116,10 +116,30 @@ CASES = (
         "scores with NaN",
         "return Keep.top(tokens.attention / 0 * 0, 3)",
     ),
+    choosing(
+        "merges with weights that are too large for the model's type",
+        "weights = torch.eye(total, dtype=torch.float64)[:3].expand(batch, -1, -1) * 1e300\n"
+        "return Merge(torch.arange(3).expand(batch, -1), weights=weights)",
+    ),
+    choosing("leaves the program", 'sys.exit("no weights found")'),
+    choosing(
+        "changes a setting of PyTorch", "torch.set_default_dtype(torch.float64)\nreturn Keep.top(tokens.attention, 3)"
+    ),
+    choosing("replaces its memory", "tokens.memory = {}\nreturn Keep.top(tokens.attention, 3)"),
     choosing("writes to what it was lent", "return Keep.top(tokens.attention.mul_(2), 3)"),
     choosing("reads what it did not declare", "return Keep.top(tokens.embeddings.norm(dim=-1), 3)"),
     choosing("keeps what it was lent", "self.kept = tokens.hidden\nreturn Keep.top(tokens.attention, 3)", "after"),
-    Case("fails as an observer", OBSERVER, "run", 'raise OSError("No space left on device")'),
+    acting("fails as an observer", OBSERVER, 'raise OSError("No space left on device")'),
+    acting("writes to the run as an observer", OBSERVER, "run.state.active.fill_(True)"),
+    Case(
+        "has a hook that would never run",
+        OBSERVER.replace("def", "async def"),
+        "load",
+        "async def tokenprune_decision_taken(run, stage, decision):",
+    ),
+    acting("fails as an adapter", ADAPTER, 'return Marks(self.masks["image"], queries)', "adapter"),
+    acting("marks numbers as an adapter", ADAPTER, "return Marks(torch.tensor([[2, 3, 4]]), queries)", "adapter"),
+    acting("gives small masks as a data set", DATASET, "replace(query, mask=query.mask[:8, :8])", "data"),
 )
 
 
@@ -133,11 +153,11 @@ def misbehave(case: Case, folder: Path, check: Callable[[], None] = lambda: None
     return message
 
 
-def run(name: str) -> torch.Tensor:
-    """Logits of a tiny model under a strategy."""
+def run(name: str, marked: bool = True) -> torch.Tensor:
+    """Logits of a tiny model under a strategy; image tokens are marked here, or by an adapter."""
     image = torch.zeros(2, 12, dtype=torch.bool)
     image[:, 2:8] = True
-    with torch.no_grad(), tp.prune(MODEL, tp.strategy(name), image_tokens=image):
+    with torch.no_grad(), tp.prune(MODEL, tp.strategy(name), image_tokens=image if marked else None):
         logits: torch.Tensor = MODEL(torch.arange(24).reshape(2, 12)).logits
     return logits
 
@@ -149,11 +169,16 @@ def _message(case: Case) -> str:
     if case.when == "load":
         (broken,) = registry.broken_plugins()
         return broken.error
-    name = "uniform" if "another package" in case.title else "fastv" if "observer" in case.title else "bad"
+    name = "uniform" if "another package" in case.title else "bad"
+    if case.when == "adapter" or "observer" in case.title:
+        name = "fastv"
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            run(name)
+            if case.when == "data":
+                tp.compare(FakeModel(), "bad", ["none"], limit=2, timing_samples=0)
+            else:
+                run(name, marked=case.when != "adapter")
     except tp.TokenPruneError as error:
         return f"{type(error).__name__}: {error}"
     (warning,) = told
@@ -169,7 +194,9 @@ misbehaves.
 
 A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
 `tokenprune.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all others
-work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out.
+work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised by your
+own code inside `with tokenprune.prune(…)` is never taken for a plugin's, and memory that ran out
+(`torch.OutOfMemoryError`, `MemoryError`) passes as it is, so that you can catch it.
 """
 
 OUTRO = """## What is not seen
@@ -181,8 +208,10 @@ OUTRO = """## What is not seen
   side lends, which may serve several prefills.
 - The engine itself holds none of it: when the last layer has run, `tokens.memory` is emptied and all states are
   freed.
-- A plugin is code of yours in your process. Nothing holds it back from changing a model's weights, from writing files
-  or from never coming back.
+- Of PyTorch's settings, the default type, whether gradients are recorded and whether algorithms are deterministic are
+  put back. Random numbers drawn from the global generator are not seen in a run; the conformance kit sees them.
+- A plugin is code of yours in your process. Nothing holds it back from changing a model's weights, from putting hooks
+  on it, from writing files or from never coming back.
 """
 
 

@@ -76,7 +76,7 @@ def test_hooks_that_do_not_exist_and_plugins_without_hooks_are_refused(site: Pat
     install(site, "c-pack", registering("a").replace("(register)", "(registry)"))
     errors = {broken.distribution: broken.error for broken in registry.broken_plugins()}
     assert "no hook tokenprune_register_strategys; did you mean tokenprune_register_strategies?" in errors["a-pack"]
-    assert "no hook found; mark its functions with @tokenprune.hookimpl" in errors["b-pack"]
+    assert "no hook found in the module 'b_pack'; mark its functions with @tokenprune.hookimpl" in errors["b-pack"]
     assert "its hook tokenprune_register_strategies takes registry; expected some of: register" in errors["c-pack"]
     assert "fastv" in registry.strategies()
 

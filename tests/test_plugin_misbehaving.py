@@ -26,7 +26,7 @@ def test_a_plugin_that_misbehaves_is_named_and_spoils_nothing(case: Case, tmp_pa
         assert tp.strategies()["good"].load()
         with torch.no_grad():
             assert torch.equal(MODEL(ids).logits, before)
-        if case.title != "fails as an observer":
+        if "as an observer" not in case.title:
             assert torch.equal(run("fastv"), expected)
             assert run("good").shape == expected.shape
 

@@ -12,6 +12,7 @@ from tokenprune.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
+    from tokenprune.plugins import Entry
 
 
 def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy:
@@ -27,7 +28,7 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
         UnknownNameError: no such strategy.
         OptionError: an unknown option or a value out of range.
         BudgetError: a budget out of range.
-        PluginError: the strategy's module cannot be imported.
+        PluginError: the strategy's module cannot be imported, or its class cannot be made.
     """
     known = registry.strategies()
     if name not in known and "+" in name:
@@ -35,7 +36,10 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
 
         names = names_in(name, known) or name.split("+")
         return Sequence(*names, budget=budget, **options)
-    made: Strategy = registry.get("strategies", name).load()(budget=budget, **options)
+    entry = registry.get("strategies", name)
+    kind = entry.load()
+    with entry.running():
+        made: Strategy = kind(budget=budget, **options)
     return made
 
 
@@ -48,23 +52,34 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
 
     Raises:
         CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
-        PluginError: an adapter cannot be imported, or raises where it is asked whether it knows the checkpoint.
+        PluginError: an adapter cannot be imported, or raises what is no TokenPruneError; a bundled model's folder is
+            not there.
     """
     source = str(name_or_path)
     bundled = registry.models()
     if source in bundled:
-        source = str(bundled[source].load()())
+        source = str(_folder(bundled[source]))
     config = _read_config(source, list(bundled))
     adapters = registry.adapters()
     for entry in adapters.values():
         if entry.call(source, config, method="matches"):
-            model = entry.load().load(source, **options)
+            with entry.running("load"):
+                model = entry.load().load(source, **options)
+            if model is None:
+                raise entry.refusal("gave None in load(), expected the model")
             if str(name_or_path) in bundled and hasattr(model, "name"):
                 model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
             return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
     known = ", ".join(adapters) or "none"
     raise CheckpointError(f"{source}: no adapter knows this checkpoint; found {found}; installed adapters: {known}")
+
+
+def _folder(bundled: Entry) -> Path:
+    found = bundled.call()
+    if not isinstance(found, (str, Path)) or not Path(found).is_dir():
+        raise bundled.refusal(f"gave {str(found)!r}, expected its checkpoint's folder", "reinstall the package")
+    return Path(found)
 
 
 def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:

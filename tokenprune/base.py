@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenprune.errors import BudgetError, OptionError, PluginError, TokenPruneError
+from tokenprune.blame import blamed_strategy
+from tokenprune.errors import BudgetError, OptionError, PluginError
 from tokenprune.reads import Read
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ class Stage:
     positions: Positions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        reads = (self.reads,) if isinstance(self.reads, Read | type | str) else tuple(self.reads)
+        if not isinstance(self.name, str) or not self.name:
+            raise PluginError(f"found {self.name!r} as the name of a stage; expected a text, such as 'prune'")
+        several = isinstance(self.reads, Iterable) and not isinstance(self.reads, type | str)
+        reads = tuple(self.reads) if several else (self.reads,)
         for read in reads:
             if not isinstance(read, Read):
                 found = read.__name__ if isinstance(read, type) else repr(read)
@@ -153,8 +157,12 @@ class Strategy(ABC):
         if option is None:
             raise BudgetError(f"strategy {self.name!r} has nothing that a budget could move; leave budget= out")
         known = self.Options.model_fields
-        if option not in known or known[option].annotation is int:
-            found = "is an int" if option in known else f"is none of its options ({', '.join(known) or 'none'})"
+        chosen = known.get(option) if isinstance(option, str) else None
+        if chosen is None or chosen.annotation in (int, str, bool):
+            found = f"is none of its options ({', '.join(known) or 'none'})"
+            if chosen is not None:
+                kind = getattr(chosen.annotation, "__name__", "")
+                found = f"is {'an' if kind == 'int' else 'a'} {kind}"
             raise PluginError(
                 f"strategy {self.name!r}: budget_option {option!r} {found}; expected a float option, a share of the "
                 "image tokens, which a budget moves (or override fit)"
@@ -171,10 +179,22 @@ class Strategy(ABC):
     # what the framework calls ----------------------------------------------------------------------------------------
 
     def bind(self, shape: Shape) -> Strategy:
-        """The same strategy with its budget, if any, turned into options for this shape."""
+        """The same strategy with its budget, if any, turned into options for this shape.
+
+        Raises:
+            BudgetError: the budget cannot be met.
+            PluginError: `fit` raised what is no TokenPruneError, or gave no options.
+        """
         if self.budget is None or shape.image_tokens == 0:
             return self
-        return self.with_options(**self.fit(self.budget, shape))
+        with blamed_strategy(self.name, ": fit()"):
+            moved = self.fit(self.budget, shape)
+        if not isinstance(moved, Mapping) or not all(isinstance(option, str) for option in moved):
+            raise PluginError(
+                f"strategy {self.name!r}: fit() gave {moved!r}; expected values by the names of options, such as "
+                "{'keep': 0.5}"
+            )
+        return self.with_options(**moved)
 
     def with_options(self, **changes: Any) -> Strategy:
         """A copy without a budget whose options differ by `changes`."""
@@ -247,17 +267,9 @@ def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
         TokenPruneError: as the strategy raised it.
     """
     name = strategy.name
-    try:
+    with blamed_strategy(name, ": stages()"):
         found = strategy.stages(shape)
         stages: list[Any] = list(found) if isinstance(found, Iterable) else [found]
-    except PluginError as error:
-        if repr(name) in str(error):
-            raise
-        raise PluginError(f"strategy {name!r}: {error}") from error
-    except TokenPruneError:
-        raise
-    except Exception as error:
-        raise PluginError(f"strategy {name!r}: stages() raised {type(error).__name__}: {error}") from error
     wrong = [stage for stage in stages if not isinstance(stage, Stage)]
     if wrong or not isinstance(found, Iterable):
         what = "one Stage" if isinstance(found, Stage) else repr(wrong[0])

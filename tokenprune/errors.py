@@ -64,12 +64,20 @@ class CheckpointError(TokenPruneError):
 
 
 class PluginError(TokenPruneError):
-    """A plugin that cannot be imported, registers something invalid, or misbehaves while it runs."""
+    """A plugin that cannot be imported, registers something invalid, or misbehaves while it runs.
+
+    Attributes:
+        plugin: its name; empty where the message names a strategy or what it registers.
+    """
+
+    plugin = ""
 
     @classmethod
     def of(cls, plugin: str, distribution: str, problem: str, advice: str = "") -> PluginError:
         """Compose the message; `plugin` is its name, `distribution` the package that brings it."""
-        return cls(f"plugin {plugin!r} of package {distribution!r}: {problem}" + (f"; {advice}" if advice else ""))
+        error = cls(f"plugin {plugin!r} of package {distribution!r}: {problem}" + (f"; {advice}" if advice else ""))
+        error.plugin = plugin
+        return error
 
 
 class PluginWarning(UserWarning):

@@ -32,6 +32,10 @@ class Lent:
             if not tensor.is_inference():
                 self.tensors.append((name, tensor, tensor._version))
 
+    def written(self) -> str | None:
+        """The name of one of them that was written to, or None."""
+        return next((name for name, tensor, version in self.tensors if tensor._version != version), None)
+
     def check_unwritten(self, who: str, stage: str) -> None:
         """Raise where one of them was written to.
 
@@ -42,12 +46,12 @@ class Lent:
         Raises:
             PluginError: names strategy, stage and tensor.
         """
-        for name, tensor, version in self.tensors:
-            if tensor._version != version:
-                raise PluginError(
-                    f"strategy {who!r}, stage {stage!r}: choose() wrote to tokens.{name}, which is lent; expected it "
-                    f"unchanged (use an out-of-place operation, or work on tokens.{name}.clone())"
-                )
+        name = self.written()
+        if name is not None:
+            raise PluginError(
+                f"strategy {who!r}, stage {stage!r}: choose() wrote to tokens.{name}, which is lent; expected it "
+                f"unchanged (use an out-of-place operation, or work on tokens.{name}.clone())"
+            )
 
 
 class Loans:

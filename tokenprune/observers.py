@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tokenprune import registry
-from tokenprune.errors import PluginError
-from tokenprune.plugins import first_line
+from tokenprune.blame import blamed, brief
+from tokenprune.errors import PluginError, TokenPruneError
+from tokenprune.lending import Lent
 
 
 def tokenprune_run_started(*, run: Any) -> None:
@@ -38,20 +40,64 @@ def notify(hook: str, **arguments: Any) -> None:
     """Call a lifecycle hook of every plugin that implements it.
 
     Raises:
-        PluginError: an observer raised; names the first such plugin and its package, once all were called.
+        PluginError: an observer raised, or wrote to what it was shown; names the first such plugin and its package,
+            once all were called.
     """
-    failed: PluginError | None = None
     manager = registry.plugin_manager()
     implementations = getattr(manager.hook, hook).get_hookimpls()
+    if not implementations:
+        return
+    failed: PluginError | None = None
+    shown = _Shown(arguments)
     for plugin in [implementation.plugin for implementation in reversed(implementations)]:
         others = [other for other in manager.get_plugins() if other is not plugin]
-        try:
-            manager.subset_hook_caller(hook, others)(**arguments)
-        except Exception as error:
+
+        def refuse(found: str, plugin: Any = plugin) -> PluginError:
             source = registry.source_of(plugin)
-            problem = f"its hook {hook} failed with {first_line(error)}"
-            wrong = PluginError.of(source.plugin, source.distribution, problem, "fix or uninstall it")
-            wrong.__cause__ = error
-            failed = failed or wrong
+            problem = f"its hook {hook} failed with {found}"
+            return PluginError.of(source.plugin, source.distribution, problem, "fix or uninstall it")
+
+        try:
+            with blamed(refuse):
+                manager.subset_hook_caller(hook, others)(**arguments)
+        except TokenPruneError as error:
+            failed = failed or (error if isinstance(error, PluginError) and error.plugin else _named(refuse, error))
+        written = shown.written()
+        if written is not None:
+            failed = failed or refuse(f"a write to {written}, which it was only shown (work on a clone)")
+            break
     if failed is not None:
         raise failed
+
+
+def _named(refuse: Callable[[str], PluginError], error: Exception) -> PluginError:
+    wrong = refuse(brief(error))
+    wrong.__cause__ = error
+    return wrong
+
+
+class _Shown:
+    """What observers see of a run and of a decision, and could write to."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._run: dict[str, Any] = getattr(arguments["run"], "__dict__", {})
+        self._parts = {name: self._run[name] for name in ("state", "trace", "layout", "strategy") if name in self._run}
+        self._stages = list(getattr(self._parts.get("trace"), "stages", ()))
+        self._tensors = Lent()
+        holders = {"run.state": self._parts.get("state"), "decision": arguments.get("decision")}
+        for name, holder in holders.items():
+            for key, value in vars(holder).items() if holder is not None else ():
+                self._tensors.add(f"{name}.{key}", value)
+
+    def written(self) -> str | None:
+        """The name of what was written to, or None; parts of the run are put back."""
+        found = self._tensors.written()
+        for name, part in self._parts.items():
+            if self._run[name] is not part:
+                self._run[name] = part
+                found = f"run.{name}"
+        trace = self._parts.get("trace")
+        if trace is not None and list(map(id, trace.stages)) != list(map(id, self._stages)):
+            trace.stages[:] = self._stages
+            found = "run.trace.stages"
+        return found

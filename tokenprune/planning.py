@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.base import Shape, Stage, Strategy, declared_stages
+from tokenprune.blame import blamed_strategy
 from tokenprune.errors import PluginError
 
 
@@ -38,7 +39,10 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
     bound: dict[Shape, tuple[Strategy, list[Stage]]] = {}
     for shape in shapes:
         if shape not in bound:
-            ready = strategy.bind(shape)
+            with blamed_strategy(strategy.name, ": bind()"):
+                ready = strategy.bind(shape)
+            if not isinstance(ready, Strategy):
+                raise PluginError(f"strategy {strategy.name!r}: bind() gave {ready!r}; expected a strategy")
             bound[shape] = ready, _checked_stages(ready, shape)
     widest = max(shapes, key=lambda shape: shape.image_tokens)
     leader, stages = bound[widest]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
-import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import pluggy
 
-from tokenprune.errors import PluginError, TokenPruneError, nearest
-from tokenprune.hookspecs import HOOK_API
+from tokenprune.blame import blamed, brief
+from tokenprune.errors import PluginError
 
 OWN = "tokenprune"  # the distribution whose plugins are the built-in ones
 LIMIT = "TOKENPRUNE_PLUGINS"
-API_ATTRIBUTE = "tokenprune_hook_api"
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,15 @@ class Entry:
         Raises:
             PluginError: it cannot be imported, or raised something that is no TokenPruneError.
         """
-        target = getattr(self.load(), method) if method else self.load()
-        try:
+        found = self.load()
+        with self.running(method):
+            target = getattr(found, method) if method else found
             return target(*arguments)
-        except TokenPruneError:
-            raise
-        except Exception as error:
-            where = f" in {method}()" if method else ""
-            raise self.refusal(f"failed{where} with {first_line(error)}", "fix or uninstall it") from error
+
+    def running(self, method: str = "") -> AbstractContextManager[None]:
+        """Run the target's code: while open, what is no TokenPruneError becomes a PluginError as in `call`."""
+        where = f" in {method}()" if method else ""
+        return blamed(lambda found: self.refusal(f"failed{where} with {found}", "fix or uninstall it"))
 
     def refusal(self, problem: str, advice: str = "") -> PluginError:
         """The error that says of this thing what is wrong with it."""
@@ -128,8 +127,8 @@ class Entry:
             return self.target
         try:
             return _attribute(self.target)
-        except Exception as error:
-            problem = f"({self.target}) cannot be imported: {first_line(error)}"
+        except (Exception, SystemExit) as error:
+            problem = f"({self.target}) cannot be imported: {brief(error)}"
             raise self.refusal(problem, "reinstall or fix the package") from error
 
 
@@ -189,89 +188,30 @@ def missing(chosen: set[str] | None, sources: list[Source]) -> list[BrokenPlugin
     return [BrokenPlugin(name, LIMIT, "", f"no plugin and no package of this name; {listing}") for name in found]
 
 
-def register(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:
-    """Put a plugin into the manager.
-
-    Raises:
-        PluginError: one of its hooks takes an argument that the hook does not have.
-    """
-    try:
-        manager.register(plugin, name=source.key)
-    except pluggy.PluginValidationError as error:
-        for name in dir(plugin):
-            spec = getattr(getattr(manager.hook, name, None), "spec", None)
-            if spec is None or not manager.parse_hookimpl_opts(plugin, name):
-                continue
-            given = list(inspect.signature(getattr(plugin, name)).parameters)
-            if not set(given) <= set(spec.argnames):
-                problem = f"its hook {name} takes {', '.join(given)}; expected some of: {', '.join(spec.argnames)}"
-                raise PluginError.of(source.plugin, source.distribution, problem) from error
-        raise
-
-
-def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:
-    """Refuse a plugin that was built for other hooks.
-
-    Args:
-        manager: that the plugin is registered in.
-        plugin: the module or object.
-        source: where it comes from.
-
-    Raises:
-        PluginError: another major version, a higher minor one, an unknown hook, or no hook at all.
-    """
-    declared = api_of(plugin)
-    version = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.\d+)?", declared)
-    if version is None:
-        problem = f"{API_ATTRIBUTE} = {declared!r} found, expected a version such as '{HOOK_API}'"
-        raise PluginError.of(source.plugin, source.distribution, problem)
-    major, minor = (int(part) for part in HOOK_API.split(".")[:2])
-    if int(version[1]) != major or int(version[2] or 0) > minor:
-        problem = f"it is built for version {declared} of the plugin hooks, this tokenprune has {HOOK_API}"
-        advice = "install a release of one of the two that fits the other"
-        raise PluginError.of(source.plugin, source.distribution, problem, advice)
-    callers = manager.get_hookcallers(plugin) or []
-    if not callers:
-        problem = "no hook found; mark its functions with @tokenprune.hookimpl"
-        raise PluginError.of(source.plugin, source.distribution, problem)
-    specified = [name for name in vars(manager.hook) if getattr(manager.hook, name).has_spec()]
-    for caller in callers:
-        if not caller.has_spec():
-            near = nearest(caller.name, specified, limit=1)
-            advice = f"did you mean {near[0]}?" if near else "see tokenprune.hookspecs"
-            raise PluginError.of(source.plugin, source.distribution, f"there is no hook {caller.name}", advice)
-
-
-def api_of(plugin: Any) -> str:
-    """The version of the hooks that a plugin says it was built for; "1.0" where it does not say."""
-    return str(getattr(plugin, API_ATTRIBUTE, "1.0"))
-
-
 def collect(manager: pluggy.PluginManager, plugin: Any, source: Source) -> list[Entry]:
     """Call the registration hooks of one plugin.
 
     Raises:
-        PluginError: a name or target that cannot be registered, or a name that this plugin registers twice.
-        Exception: whatever the plugin raises.
+        PluginError: a name, target or summary that cannot be registered, a name that this plugin registers twice, or
+            a hook that raised something.
     """
     others = [other for other in manager.get_plugins() if other is not plugin]
     found: dict[tuple[str, str], Entry] = {}
     for kind, (noun, hook) in ((key, (value.noun, value.hook)) for key, value in KINDS.items()):
 
         def register(name: str, target: Any, summary: str = "", kind: str = kind, noun: str = noun) -> None:
-            _check(source, KINDS[kind], name, target)
+            _check(source, KINDS[kind], name, target, summary)
             if (kind, name) in found:
                 raise PluginError.of(source.plugin, source.distribution, f"it registers the {noun} {name!r} twice")
             found[kind, name] = Entry(name, kind, summary, source, target)
 
-        manager.subset_hook_caller(hook, others)(register=register)
+        with blamed(lambda said, hook=hook: _failed(source, hook, said)):  # type: ignore[misc]
+            manager.subset_hook_caller(hook, others)(register=register)
     return list(found.values())
 
 
-def first_line(error: BaseException) -> str:
-    """The error's type and the first line of its message."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+def _failed(source: Source, hook: str, said: str) -> PluginError:
+    return PluginError.of(source.plugin, source.distribution, f"its hook {hook} failed with {said}")
 
 
 def _plain(name: str) -> str:
@@ -283,7 +223,7 @@ def _attribute(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _check(source: Source, kind: Kind, name: Any, target: Any) -> None:
+def _check(source: Source, kind: Kind, name: Any, target: Any, summary: Any) -> None:
     noun = kind.noun
     if not isinstance(name, str) or not name or name.split() != [name]:
         problem = f"found {name!r} as the name of a {noun}, expected a word without white space"
@@ -291,6 +231,9 @@ def _check(source: Source, kind: Kind, name: Any, target: Any) -> None:
     if name in kind.reserved:
         problem = f"the {noun} {name!r} is tokenprune's own"
         raise PluginError.of(source.plugin, source.distribution, problem, "choose another name")
+    if not isinstance(summary, str):
+        problem = f"found {summary!r} as the summary of the {noun} {name!r}, expected a line of text"
+        raise PluginError.of(source.plugin, source.distribution, problem)
     if isinstance(target, str):
         module, colon, attribute = target.partition(":")
         valid = bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))

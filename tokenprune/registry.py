@@ -10,13 +10,17 @@ The methods of one `Registry` are the functions of this module: `registry.plugin
 
 from __future__ import annotations
 
+import sys
 import threading
+from contextlib import redirect_stdout
 from importlib import metadata
 from typing import Any
 
 import pluggy
 
 from tokenprune import hookspecs
+from tokenprune.admission import api_of, check_plugin, register
+from tokenprune.blame import brief
 from tokenprune.errors import PluginError, UnknownNameError
 from tokenprune.plugins import (
     KINDS,
@@ -26,14 +30,10 @@ from tokenprune.plugins import (
     Entry,
     PluginStatus,
     Source,
-    api_of,
-    check_plugin,
     chosen_plugins,
     collect,
-    first_line,
     is_chosen,
     missing,
-    register,
 )
 
 
@@ -43,6 +43,7 @@ class Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._in_process: list[tuple[Any, Source]] = []
+        self._scanning = False
         self._clear()
 
     def _clear(self) -> None:
@@ -54,8 +55,14 @@ class Registry:
         self._left_out: list[Source] = []
 
     def reset(self) -> None:
-        """Forget the scan and every plugin that was added in process; the next use scans again."""
+        """Forget the scan and every plugin that was added in process; the next use scans again.
+
+        Raises:
+            PluginError: a plugin asks for it while plugins are being loaded.
+        """
         with self._lock:
+            if self._scanning:
+                raise PluginError("registry.reset() was called while plugins are being loaded; call it afterwards")
             self._in_process = []
             self._clear()
 
@@ -79,7 +86,7 @@ class Registry:
             except PluginError:
                 raise
             except Exception as error:
-                raise PluginError.of(name, name, f"registration failed with {first_line(error)}") from error
+                raise PluginError.of(name, name, f"registration failed with {brief(error)}") from error
             contested = [found for found in self._contested.items() if any(e.source == source for e in found[1])]
             if contested:
                 self._remove(source)
@@ -192,21 +199,38 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         points = metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP)
         chosen = chosen_plugins()
-        for point in sorted(points, key=lambda p: (Source.of(p).distribution != OWN, Source.of(p).key)):
-            source = Source.of(point)
-            if not is_chosen(source, chosen):
-                self._left_out.append(source)
-                continue
-            try:
-                self._add(point.load(), source)
-            except (Exception, SystemExit) as error:
-                self._broken.append(
-                    BrokenPlugin(source.plugin, source.distribution, source.version, _told(error, source))
-                )
+        self._scanning = True
+        try:
+            for point in sorted(points, key=lambda p: (Source.of(p).distribution != OWN, Source.of(p).key)):
+                source = Source.of(point)
+                if is_chosen(source, chosen):
+                    self._load(point, source)
+                else:
+                    self._left_out.append(source)
+        except BaseException:  # interrupted by the user: the next use scans again
+            self._clear()
+            raise
+        finally:
+            self._scanning = False
         self._broken.extend(missing(chosen, [Source.of(point) for point in points]))
+
+    def _load(self, point: metadata.EntryPoint, source: Source) -> None:
+        try:
+            if point.pattern.match(point.value) is None:
+                problem = f'its entry point is {point.value!r}, expected "module" or "module:attribute"'
+                raise PluginError.of(source.plugin, source.distribution, problem)
+            with redirect_stdout(sys.stderr):  # what a plugin prints must not come into a command's output
+                self._add(point.load(), source)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # pytest.skip and the like are no Exceptions
+            self._broken.append(BrokenPlugin(source.plugin, source.distribution, source.version, _told(error, source)))
 
     def _add(self, plugin: Any, source: Source) -> None:
         assert self._manager is not None
+        if source.key in self._sources:
+            problem = "the package has two entry points of this name; the first is used"
+            raise PluginError.of(source.plugin, source.distribution, problem, "rename one of them")
         self._sources[source.key] = source
         try:
             register(self._manager, plugin, source)
@@ -242,9 +266,9 @@ def _collision(entries: list[Entry]) -> str:
 
 
 def _told(error: BaseException, source: Source) -> str:
-    if isinstance(error, PluginError):
+    if isinstance(error, PluginError) and error.plugin:
         return str(error)
-    return str(PluginError.of(source.plugin, source.distribution, f"it cannot be loaded: {first_line(error)}"))
+    return str(PluginError.of(source.plugin, source.distribution, f"it cannot be loaded: {brief(error)}"))
 
 
 _registry = Registry()

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from tokenprune.base import Positions, Shape, Stage, Strategy
+from tokenprune.blame import blamed_strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
-from tokenprune.errors import PluginError, TokenPruneError
+from tokenprune.errors import PluginError
 from tokenprune.fit import misfit
 from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import LayerEntry, Ledger
 from tokenprune.lending import Loans
 from tokenprune.planning import PlannedStage, plan
 from tokenprune.reads import Read
+from tokenprune.settings import same_settings
 from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
 from tokenprune.trace import StageTrace, Trace
@@ -76,7 +78,9 @@ class TokenScheduler(ABC):
         self._loans = Loans()
         policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
-        self.trace = Trace(repr(self.strategy), policies, layout, exists, ledger)
+        with blamed_strategy(self.strategy.name, ": __repr__()"):
+            told = repr(self.strategy)
+        self.trace = Trace(told, policies, layout, exists, ledger)
         self._check_reads()
 
     # where states live -----------------------------------------------------------------------------------------------
@@ -139,25 +143,19 @@ class TokenScheduler(ABC):
             self.observer.tokenprune_stage_entered(run=self, stage=stage)
         target = planned.target.to(self.state.exists.device)
         tokens = self._view(stage, target, planned.own)
-        try:
+        who = f"strategy {name!r}, stage {stage.name!r}"
+        with (
+            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; put it back before it returns")),
+            blamed_strategy(name, f", stage {stage.name!r}"),
+        ):
             answer = self.strategy.choose(stage, tokens)
-        except PluginError as error:
-            if repr(name) in str(error):
-                raise
-            raise PluginError(f"strategy {name!r}: {error}") from error
-        except TokenPruneError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"strategy {name!r}, stage {stage.name!r} raised {type(error).__name__}: {error}"
-            ) from error
         tokens.check_unwritten(name)
         for read, value in tokens.given().items():
             if self.owns(read):
                 self._loans.note(stage.name, read.field, value)
         del tokens
-        width = self.width
-        decision = check_decision(answer, self.state, who=name, stage=stage.name, width=width)
+        width, dtype = self.width, self.dtype
+        decision = check_decision(answer, self.state, who=name, stage=stage.name, width=width, dtype=dtype)
         state = self.state.after(decision)
         check_target(state, target, who=name, stage=stage.name)
         values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
@@ -180,6 +178,11 @@ class TokenScheduler(ABC):
         """Hidden size that new states must have; None where states are not kept."""
         return self.hidden().shape[-1]
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the states; None where states are not kept."""
+        return self.hidden().dtype
+
     def _merge(self, decision: Merge) -> Tensor:
         hidden = self.hidden()
         weights = decision.weights.masked_fill((decision.index < 0)[..., None], 0)
@@ -201,11 +204,15 @@ class TokenScheduler(ABC):
         )
 
     def _mark(self, name: str, rows: Tensor) -> None:
+        text = self.layout.text_slots
+        if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != text.shape:
+            found = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise PluginError(f"tokens.mark({name!r}) was given {found}; expected bool [batch, T] = {list(text.shape)}")
         self.layout = self.layout.marked(name, rows)
 
     def _record(self, stage: Stage, decision: Decision) -> None:
         state = self.state
-        kind = {Restore: "restore", Merge: "merge"}.get(type(decision), "keep")
+        kind = "restore" if isinstance(decision, Restore) else "merge" if isinstance(decision, Merge) else "keep"
         if isinstance(decision, Keep) and decision.rest == "park":
             kind = "park"
         scores = None if decision.scores is None else decision.scores.detach()

@@ -66,6 +66,13 @@ class Tokens:
         self._lent = Lent()
         for name in ("exists", "active", "parked", "mass", "origin", "lineage", "target"):
             self._lent.add(name, getattr(self, name))
+        self._is_lent = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_is_lent" in self.__dict__ and not name.startswith("_"):
+            how = "; put what a later stage needs into it: tokens.memory['name'] = …" if name == "memory" else ""
+            raise PluginError(f"stage {self._stage!r} assigns to tokens.{name}, which is lent, and would be lost{how}")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tokenprune.blame import blamed
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.errors import PluginError
 from tokenprune.state import TokenState, as_mask
@@ -16,7 +17,15 @@ from tokenprune.state import TokenState, as_mask
 _Refuse: TypeAlias = Callable[[str, str], PluginError]
 
 
-def check_decision(decision: object, state: TokenState, *, who: str, stage: str, width: int | None = None) -> Decision:
+def check_decision(
+    decision: object,
+    state: TokenState,
+    *,
+    who: str,
+    stage: str,
+    width: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Decision:
     """Return the decision if it is sound.
 
     Args:
@@ -25,6 +34,7 @@ def check_decision(decision: object, state: TokenState, *, who: str, stage: str,
         who: strategy name, for messages.
         stage: stage name, for messages.
         width: hidden size that `values` must have; None = not checked.
+        dtype: type of the states that `values` and `weights` must be numbers in; None = their own.
 
     Raises:
         PluginError: names strategy, stage, what was found and what was expected.
@@ -32,17 +42,18 @@ def check_decision(decision: object, state: TokenState, *, who: str, stage: str,
     refuse = partial(_refusal, who, stage)
     if not isinstance(decision, (Keep, Restore, Merge)):
         raise refuse(f"choose() returned {type(decision).__name__}", "a Keep, Restore or Merge decision")
-    _check_index(decision.index, state.exists, refuse)
-    if isinstance(decision, Keep) and decision.rest not in ("drop", "park"):
-        raise refuse(f"Keep(rest={decision.rest!r})", "rest='drop' or rest='park'")
-    pool, what = (state.parked, "parked") if isinstance(decision, Restore) else (state.active, "active")
-    chosen = as_mask(decision.index, state.exists.shape[1])
-    if (chosen & ~pool).any():
-        row, token = (chosen & ~pool).nonzero()[0].tolist()
-        raise refuse(f"image token {token} of batch row {row} chosen, which is not {what}", f"{what} tokens only")
-    _check_floats(decision, state, width, refuse)
-    if isinstance(decision, Merge):
-        _check_merge(decision, state, refuse)
+    with blamed(lambda found: refuse(f"the check of the decision's tensors failed with {found}", "ordinary tensors")):
+        _check_index(decision.index, state.exists, refuse)
+        if isinstance(decision, Keep) and decision.rest not in ("drop", "park"):
+            raise refuse(f"Keep(rest={decision.rest!r})", "rest='drop' or rest='park'")
+        pool, what = (state.parked, "parked") if isinstance(decision, Restore) else (state.active, "active")
+        chosen = as_mask(decision.index, state.exists.shape[1])
+        if (chosen & ~pool).any():
+            row, token = (chosen & ~pool).nonzero()[0].tolist()
+            raise refuse(f"image token {token} of batch row {row} chosen, which is not {what}", f"{what} tokens only")
+        _check_floats(decision, state, width, dtype, refuse)
+        if isinstance(decision, Merge):
+            _check_merge(decision, state, dtype, refuse)
     return decision
 
 
@@ -74,13 +85,21 @@ def _refusal(who: str, stage: str, found: str, expected: str) -> PluginError:
     return PluginError(f"strategy {who!r}, stage {stage!r}: {found}; expected {expected}")
 
 
+def _check_tensor(name: str, value: object, device: torch.device, refuse: _Refuse) -> None:
+    if not isinstance(value, Tensor):
+        raise refuse(f"{name} is {type(value).__name__}", "a tensor")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise refuse(f"{name} is a {kind} tensor", "a dense one (use to_dense())")
+    if value.device != device:
+        raise refuse(f"{name} is on {value.device}", f"{device}, where the tokens are (tokens.device)")
+
+
 def _check_index(index: Tensor, exists: Tensor, refuse: _Refuse) -> None:
     batch, size = exists.shape
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 2 or len(index) != batch:
-        found = f"{list(index.shape)} {index.dtype}" if isinstance(index, Tensor) else type(index).__name__
-        raise refuse(f"index is {found}", f"int64 [batch = {batch}, k]")
-    if index.device != exists.device:
-        raise refuse(f"index is on {index.device}", f"{exists.device}, where the tokens are (tokens.device)")
+    _check_tensor("index", index, exists.device, refuse)
+    if index.dtype != torch.int64 or index.dim() != 2 or len(index) != batch:
+        raise refuse(f"index is {list(index.shape)} {index.dtype}", f"int64 [batch = {batch}, k]")
     if index.numel() == 0:
         return
     low, high = int(index.min()), int(index.max())
@@ -103,32 +122,45 @@ def _repeats(index: Tensor) -> bool:
     return bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
 
 
-def _check_floats(decision: Decision, state: TokenState, width: int | None, refuse: _Refuse) -> None:
+def _check_floats(
+    decision: Decision, state: TokenState, width: int | None, dtype: torch.dtype | None, refuse: _Refuse
+) -> None:
+    device = state.exists.device
     if decision.scores is not None:
+        _check_tensor("scores", decision.scores, device, refuse)
         if decision.scores.shape != state.exists.shape:
             raise refuse(f"scores of shape {list(decision.scores.shape)}", f"[batch, N] = {list(state.exists.shape)}")
+        if decision.scores.is_complex():
+            raise refuse(f"scores are {decision.scores.dtype}", "real numbers")
         if torch.isnan(decision.scores).any():
             raise refuse("NaN among the scores", "numbers; −inf means never")
     values = decision.values
     if values is not None:
+        _check_tensor("values", values, device, refuse)
         wanted = [*decision.index.shape, width if width is not None else values.shape[-1]]
         if list(values.shape) != wanted:
             raise refuse(f"values of shape {list(values.shape)}", f"[batch, k, width] = {wanted}")
-        if not values.is_floating_point() or values.device != state.exists.device:
-            raise refuse(f"values are {values.dtype} on {values.device}", f"floating point on {state.exists.device}")
-        if not torch.isfinite(values[decision.index >= 0]).all():
-            raise refuse("NaN or infinity among the values", "finite states")
+        if not values.is_floating_point():
+            raise refuse(f"values are {values.dtype}", "floating point")
+        if not _finite(values[decision.index >= 0], dtype):
+            raise refuse("NaN or infinity among the values", f"states that are finite{_in(dtype)}")
 
 
-def _check_merge(decision: Merge, state: TokenState, refuse: _Refuse) -> None:
-    wanted = [*decision.index.shape, state.exists.shape[1]]
-    if list(decision.weights.shape) != wanted:
-        raise refuse(f"weights of shape {list(decision.weights.shape)}", f"[batch, k, N] = {wanted}")
-    if decision.origin is not None and decision.origin.shape != decision.index.shape:
-        raise refuse(f"origin of shape {list(decision.origin.shape)}", f"{list(decision.index.shape)} like index")
-    real = decision.weights.masked_fill((decision.index < 0)[..., None], 0)
-    if (real.ne(0) & ~state.active[:, None, :]).any() or not torch.isfinite(real).all():
-        raise refuse("weights on tokens that are not active, or not finite", "finite weights on active tokens")
+def _check_merge(decision: Merge, state: TokenState, dtype: torch.dtype | None, refuse: _Refuse) -> None:
+    weights, device, size = decision.weights, state.exists.device, state.exists.shape[1]
+    _check_tensor("weights", weights, device, refuse)
+    wanted = [*decision.index.shape, size]
+    if list(weights.shape) != wanted:
+        raise refuse(f"weights of shape {list(weights.shape)}", f"[batch, k, N] = {wanted}")
+    if not weights.is_floating_point():
+        raise refuse(f"weights are {weights.dtype}", "floating point")
+    if decision.origin is not None:
+        _check_origin(decision.origin, decision.index, size, refuse)
+    real = weights.masked_fill((decision.index < 0)[..., None], 0)
+    if (real.ne(0) & ~state.active[:, None, :]).any():
+        raise refuse("weights on tokens that are not active", "weights of 0 there")
+    if not _finite(real, dtype):
+        raise refuse("NaN or infinity among the weights", f"numbers that are finite{_in(dtype)}")
     if decision.conserves_mass:
         given = (real.sum(1) - 1).abs().masked_fill(~state.active, 0)
         if (given > 1e-4).any():
@@ -136,3 +168,21 @@ def _check_merge(decision: Merge, state: TokenState, refuse: _Refuse) -> None:
                 "a merge that says it conserves mass but does not",
                 "weights that sum to 1 over k for every active token",
             )
+
+
+def _check_origin(origin: Tensor, index: Tensor, size: int, refuse: _Refuse) -> None:
+    _check_tensor("origin", origin, index.device, refuse)
+    if origin.shape != index.shape or origin.dtype != torch.int64:
+        raise refuse(f"origin is {list(origin.shape)} {origin.dtype}", f"int64 {list(index.shape)} like index")
+    outside = (origin < -1) | (origin >= size)
+    if outside.any():
+        found = int(origin[outside][0])
+        raise refuse(f"origin out of range: {found}", f"image-token numbers 0 … {size - 1}, −1 for no place")
+
+
+def _finite(values: Tensor, dtype: torch.dtype | None) -> bool:
+    return bool(torch.isfinite(values if dtype is None else values.to(dtype)).all())
+
+
+def _in(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}, the model's type"

@@ -67,9 +67,9 @@ def _loaded(entry: Entry) -> Any:
     try:
         command: Any = typer.main.get_command(app)
     except Exception as error:
-        from tokenprune.plugins import first_line
+        from tokenprune.blame import brief
 
-        raise entry.refusal(f"is no command: {first_line(error)}", "fix or uninstall it") from error
+        raise entry.refusal(f"is no command: {brief(error)}", "fix or uninstall it") from error
     command.name = entry.name
     command.invoke = _guarded(command.invoke, entry)
     return command
@@ -84,8 +84,8 @@ def _guarded(invoke: Callable[[Any], Any], entry: Entry) -> Callable[[Any], Any]
         except (TokenPruneError, typer.Exit, typer.Abort, CLICK_ERROR):
             raise
         except Exception as error:
-            from tokenprune.plugins import first_line
+            from tokenprune.blame import brief
 
-            raise entry.refusal(f"failed with {first_line(error)}", "fix or uninstall it") from error
+            raise entry.refusal(f"failed with {brief(error)}", "fix or uninstall it") from error
 
     return run

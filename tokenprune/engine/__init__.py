@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.vision import VisionSource
-from tokenprune.errors import InputError
+from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
 __all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "arguments", "padding_mask", "prune"]
 
@@ -53,9 +54,13 @@ def prune(
 
     Raises:
         InputError: masks that do not fit, or none given for a plain decoder.
+        OptionError: no strategy.
         IncompatibleError: the strategy reads something that the model does not offer.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context is open on it.
+        PluginError: an adapter, the strategy or an observer misbehaves; names it.
     """
+    if not isinstance(strategy, Strategy):
+        raise OptionError(f"strategy={strategy!r} found, expected an instance, such as tokenprune.strategy('fastv')")
     named = dict(queries or {})
     if isinstance(query, Tensor):
         named.setdefault("mask_query", query)
@@ -66,11 +71,17 @@ def prune(
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
         watch = stack.enter_context(binding.watch(reads))
-        source = VisionSource(dict.fromkeys(binding.offers(), watch.provide), binding.tower_layers)
+        answers = dict.fromkeys(binding.offers(), watch.provide)
+        source = VisionSource(answers, binding.tower_layers, binding.source)
         marks = partial(watch.marks, named)
         run = stack.enter_context(prune_decoder(decoder, strategy, marks, vision=source, observer=observers, seed=seed))
         try:
             observers.tokenprune_run_started(run=run)
             yield run
-        finally:
-            observers.tokenprune_run_finished(run=run)
+        except BaseException:
+            try:
+                observers.tokenprune_run_finished(run=run)
+            except PluginError as wrong:  # the error on its way is the one to tell
+                warnings.warn(str(wrong), PluginWarning, stacklevel=3)
+            raise
+        observers.tokenprune_run_finished(run=run)

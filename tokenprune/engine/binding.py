@@ -35,11 +35,13 @@ class Binding(ABC):
         name: of the model, for messages.
         decoder: the module that runs the decoder layers.
         tower_layers: layers of the vision tower.
+        source: the adapter and its package, for messages; tokenprune sets it.
     """
 
     name: str
     decoder: nn.Module
     tower_layers: int
+    source: str = ""
 
     @abstractmethod
     def offers(self) -> frozenset[type[Read]]:
@@ -111,7 +113,7 @@ class Given(Binding):
 
 
 def binding_of(model: Any) -> Binding:
-    """What the first of the installed adapters that knows a live model tells of it.
+    """What the first of the installed adapters that knows a live model tells of it; its failures name the adapter.
 
     Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
     installed alone. Those after the first that knows the model are not imported.
@@ -121,12 +123,14 @@ def binding_of(model: Any) -> Binding:
         UnsupportedError: a vision-language model that no adapter knows.
         PluginError: an adapter that was to be asked cannot be imported, raises, or answers with something else.
     """
+    from tokenprune.engine.guarded import Guarded
+
     asked: dict[str, Any] = {}
     for name, entry in registry.adapters().items():
         asked[name] = entry.load()
         binding = entry.call(model, method="bind")
         if isinstance(binding, Binding):
-            return binding
+            return Guarded(binding, entry)
         if binding is not None:
             raise entry.refusal(f"answers bind() with {binding!r}, expected a Binding or None", "fix or uninstall it")
     config = getattr(model, "config", None)

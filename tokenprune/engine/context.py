@@ -22,7 +22,7 @@ from tokenprune.engine.marks import Marks
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
-from tokenprune.errors import EngineError, UnsupportedError
+from tokenprune.errors import EngineError, PluginError, UnsupportedError
 from tokenprune.scheduler import Observer
 from tokenprune.trace import Trace
 
@@ -56,6 +56,7 @@ class PruningRun:
         self._decoding = False
         self._taps = ExitStack()
         self._new = self._past = 0
+        self._asking = False
 
     @property
     def trace(self) -> Trace:
@@ -84,6 +85,8 @@ class PruningRun:
             raise UnsupportedError(
                 "gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off"
             )
+        if self._asking:
+            raise _reentered()
         self._attention_mask = padding_mask(arguments(module, args, kwargs))
         kwargs = dict(kwargs)
         self._deepstack = DeepStack.take(kwargs)
@@ -93,14 +96,21 @@ class PruningRun:
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         cache = kwargs.get("past_key_values")
-        if number == 0:
-            self._begin(hidden, cache)
-        if self._prefill is None:
-            raise EngineError(f"decoder layer {number} was called outside a forward of the whole decoder")
+        if self._asking:
+            raise _reentered()
+        self._asking = True  # plugins run from here: strategies, observers, an adapter's watch
+        try:
+            if number == 0:
+                self._begin(hidden, cache)
+            if self._prefill is None:
+                raise EngineError(f"decoder layer {number} was called outside a forward of the whole decoder")
+            if not self._decoding:
+                hidden = self._prefill.before_layer(number, hidden, kwargs)
+        finally:
+            self._asking = False
         if self._decoding:
             self._shorten_step(number, hidden, kwargs)
         else:
-            hidden = self._prefill.before_layer(number, hidden, kwargs)
             frame = self._frame(number)
             if cache is not None and frame is not None:
                 shorten_layer(cache, number, frame.length - frame.width, self._lease)
@@ -110,7 +120,11 @@ class PruningRun:
         if self._decoding or self._prefill is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        first = self._prefill.after_layer(number, hidden)
+        self._asking = True
+        try:
+            first = self._prefill.after_layer(number, hidden)
+        finally:
+            self._asking = False
         if number == len(self.decoder.layers) - 1:
             self._taps.close()
             self._widen_windows()
@@ -172,6 +186,13 @@ class PruningRun:
             ids = length.to(hidden.device)[:, None] + steps
             kwargs["position_embeddings"] = self.decoder.tables(number, hidden, ids)
             kwargs["position_ids"] = ids
+
+
+def _reentered() -> PluginError:
+    return PluginError(
+        "the model was called while it waits for a strategy, an observer or an adapter; declare what a stage reads "
+        "(tokenprune.reads), and call the model after the run"
+    )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class Marks:
         grid: int64 [batch, prompt, 2], grid cells of the image tokens; None = square images row by row.
         image_number: int64; None = every run of image tokens is one image.
         attention_mask: 0 on padding; None = what the decoder itself is called with.
+        source: who marked, for messages; empty = the caller.
     """
 
     image_tokens: Tensor
@@ -29,6 +30,7 @@ class Marks:
     grid: Tensor | None = None
     image_number: Tensor | None = None
     attention_mask: Tensor | None = None
+    source: str = ""
 
     def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
         """The layout of a prefill.
@@ -42,27 +44,61 @@ class Marks:
         """
         batch, length = hidden.shape[:2]
 
-        def fit(mask: Tensor | None, fill: int) -> Tensor | None:
-            return None if mask is None else _fit(mask.to(hidden.device), batch, length, fill)
+        def fit(name: str, mask: Tensor, fill: int) -> Tensor:
+            _check(name, mask)
+            return _fit(name, mask.to(hidden.device), batch, length, fill)
 
-        image_tokens = fit(self.image_tokens, 0)
-        assert image_tokens is not None
-        mask = attention_mask if self.attention_mask is None else self.attention_mask
-        return SequenceLayout.from_mask(
-            image_tokens,
-            None if mask is None else mask[:, -length:],
-            grid=fit(self.grid, -1),
-            image_number=fit(self.image_number, -1),
-            queries={name: _fit(rows.to(hidden.device), batch, length, 0) for name, rows in self.queries.items()},
-        )
+        def beside(name: str, values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            fitted = fit(name, values, -1)
+            if values.shape[:2] != self.image_tokens.shape:
+                wanted = list(self.image_tokens.shape)
+                raise InputError(f"{name}: found {list(values.shape[:2])}, expected {wanted} like image_tokens")
+            return fitted
+
+        queries = {name: fit(f"query row {name!r}", rows, 0) for name, rows in self.queries.items()}
+        try:
+            image_tokens, mask = fit("image_tokens", self.image_tokens, 0), attention_mask
+            if self.attention_mask is not None:
+                mask = self.attention_mask
+                _check("attention_mask", mask)
+            return SequenceLayout.from_mask(
+                image_tokens,
+                None if mask is None else mask[:, -length:],
+                grid=beside("grid", self.grid),
+                image_number=beside("image_number", self.image_number),
+                queries=queries,
+            )
+        except InputError as error:
+            if not self.source:
+                raise
+            raise InputError(f"{self.source}: {error}") from error
 
 
-def _fit(mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
+def _check(name: str, mask: object) -> None:
+    """Is it a tensor of the kind that `Marks` says?"""
+    numbers = {"grid": "int64 [batch, prompt, 2]", "image_number": "int64 [batch, prompt]"}
+    expected = numbers.get(name, "bool [batch, prompt]")
+    if not isinstance(mask, Tensor):
+        raise InputError(f"{name}: found {type(mask).__name__}, expected {expected}")
+    fits = mask.dim() == 3 and mask.shape[-1] == 2 if name == "grid" else mask.dim() == 2
+    if name in numbers:
+        fits = fits and not (mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool)
+    elif name != "attention_mask" and mask.dtype != torch.bool and mask.device.type != "meta":
+        # zeros and ones will do; positions and scores are no mask
+        fits = fits and bool(((mask == 0) | (mask == 1)).all())
+    if not fits or mask.device.type == "meta":
+        found = f"{list(mask.shape)} {str(mask.dtype).removeprefix('torch.')} on {mask.device}"
+        raise InputError(f"{name}: found {found}, expected {expected}")
+
+
+def _fit(name: str, mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
     """A mask over the prompt, repeated for returned sequences and extended over tokens generated without a cache."""
-    if batch % len(mask) or mask.shape[1] > length:
+    if not len(mask) or batch % len(mask) or mask.shape[1] > length:
         raise InputError(
-            f"a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover the "
-            "expanded prompt"
+            f"{name}: a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover "
+            "the expanded prompt"
         )
     mask = mask.repeat_interleave(batch // len(mask), 0)
     rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)

@@ -16,7 +16,7 @@ from tokenprune.engine.frame import Frame
 from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource, lined_up
-from tokenprune.errors import EngineError, UnsupportedError
+from tokenprune.errors import EngineError, InputError, UnsupportedError
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import (
     AttentionFrom,
@@ -95,7 +95,7 @@ class Prefill(TokenScheduler):
             return self._normed(text, read.normed)
         if isinstance(read, (AttentionFrom, PositionKernel)):
             return self._ahead(read)
-        return lined_up(self.vision.provide(read), read, self.state.exists.shape, self.model)
+        return lined_up(self.vision.provide(read), read, self.state.exists.shape, self.vision.source or self.model)
 
     def owns(self, read: Read) -> bool:
         """What the decoder gives; what the vision side gives may serve several prefills."""
@@ -109,6 +109,11 @@ class Prefill(TokenScheduler):
     def width(self) -> int:
         """Hidden size of the decoder."""
         return int(self.full.shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the decoder's states."""
+        return self.full.dtype
 
     def write(self, index: Tensor, values: Tensor) -> None:
         """See `TokenScheduler.write`; out of place, so that gradients and the caller's tensors are left alone."""
@@ -194,7 +199,10 @@ class Prefill(TokenScheduler):
     def see(self, layer: int, seen: Seen) -> None:
         """Callback of the attention tap in `layer`: answer its reads."""
         for read in self.taps(layer):
-            self._told[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
+            try:
+                self._told[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
+            except (InputError, EngineError) as error:
+                raise type(error)(f"strategy {self.strategy.name!r}: {error}") from error
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -21,25 +21,35 @@ class VisionSource:
             the value,
             already lined up with the batch rows: [batch, N, …].
         layers: layers of the vision tower, 0 where there is none.
+        source: who answers, for messages; empty = the model.
     """
 
     answers: Mapping[type[Read], Callable[[Any], Any]] = field(default_factory=dict)
     layers: int = 0
+    source: str = ""
 
     def provide(self, read: Read) -> Any:
         """The answer."""
         return self.answers[type(read)](read)
 
 
-def lined_up(answer: Any, read: Read, shape: Sequence[int], model: str) -> Any:
+def lined_up(answer: Any, read: Read, shape: Sequence[int], source: str) -> Any:
     """The answer to a read, if it has a value for each of the [batch, N] image tokens where it should have.
+
+    Args:
+        answer: whatever was answered.
+        read: what was asked.
+        shape: [batch, N].
+        source: who answered, for messages.
 
     Raises:
         InputError: it has another shape.
     """
-    if read.axis is None or (isinstance(answer, Tensor) and answer.shape[:2] == tuple(shape)):
+    if read.axis is None or (
+        isinstance(answer, Tensor) and answer.shape[:2] == tuple(shape) and answer.device.type != "meta"
+    ):
         return answer
-    found = f"shape {list(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+    found = f"shape {list(answer.shape)} on {answer.device}" if isinstance(answer, Tensor) else type(answer).__name__
     raise InputError(
-        f"{model}: the answer to {read} has {found}, expected {[*shape]} for batch rows and image tokens, then others"
+        f"{source}: the answer to {read} has {found}, expected {[*shape]} for batch rows and image tokens, then others"
     )

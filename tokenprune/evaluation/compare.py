@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenprune import api, registry
+from tokenprune import api
 from tokenprune.base import Shape, Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
@@ -23,6 +23,7 @@ from tokenprune.evaluation.measured import Measured, measure, metrics_of
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
+from tokenprune.evaluation.scenes import made, scenes_of
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.plugins import Entry
@@ -72,7 +73,7 @@ def compare(
 
     Raises:
         UnknownNameError: no such data set, split, strategy or metric.
-        PluginError: a metric of a plugin failed, or a strategy misbehaves.
+        PluginError: a metric or data set of a plugin failed, or a strategy misbehaves.
         OptionError: a limit, seed or strategy option out of range.
         BudgetError: a budget outside (0, 1], or one that a strategy cannot meet.
         CheckpointError: the model cannot be loaded.
@@ -93,7 +94,7 @@ def compare(
     run = _Run(loaded, field_of, timing_samples, records, added)
     report = progress or (lambda what, done, total: None)
     with torch.no_grad():
-        for scene in data.scenes(split, limit, seed):
+        for scene in scenes_of(data, split, limit, seed):
             run.evaluate(scene)
             report("accuracy", len(run.kinds), limit)
         if not run.kinds:
@@ -117,7 +118,7 @@ def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> 
     """The data set, once it is known that these queries can be asked of it; errors as in `compare`."""
     _check_number("limit", limit, 1)
     _check_number("seed", seed, 0)
-    data: Dataset = registry.get("datasets", dataset).load()() if isinstance(dataset, str) else dataset
+    data = made(dataset) if isinstance(dataset, str) else dataset
     if split not in data.splits:
         raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
     return data

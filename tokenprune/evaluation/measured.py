@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from tokenprune.trace import Trace
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What one strategy made of one query.
+    """What one strategy made of one query. The arrays cannot be written to: other strategies are measured by them too.
 
     Attributes:
         mask: the strategy's mask, bool [H, W].
@@ -36,6 +36,11 @@ class Measured:
     trace: Trace
     row: int
     strategy: str
+
+    def __post_init__(self) -> None:
+        for name in ("mask", "target", "untouched"):
+            object.__setattr__(self, name, _read_only(getattr(self, name)))
+        object.__setattr__(self, "query", replace(self.query, mask=_read_only(self.query.mask)))
 
 
 def metrics_of(names: Sequence[str] | None) -> list[Entry]:
@@ -63,11 +68,17 @@ def measure(metric: Entry, measured: Measured) -> float | None:
         return None
     try:
         value = float(answer)
-    except (TypeError, ValueError):
+    except Exception:  # whatever it is, it is no number
         value = math.nan
     if isinstance(answer, str) or not math.isfinite(value):
         raise metric.refusal(f"gave {answer!r} for query {measured.query.text!r}, expected a finite number or None")
     return value
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    view: NDArray[Any] = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def mean(values: Sequence[float | None]) -> float | None:

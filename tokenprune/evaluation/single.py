@@ -17,6 +17,7 @@ from tokenprune.evaluation import metrics
 from tokenprune.evaluation.compare import check_request
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
+from tokenprune.evaluation.scenes import scenes_of
 
 
 def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
@@ -26,11 +27,12 @@ def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tup
         UnknownNameError: no such data set or split.
         OptionError: a negative index or seed.
         InputError: the split has fewer queries.
+        PluginError: the data set failed.
     """
     if index < 0:
         raise OptionError(f"index: {index} found, expected a whole number of at least 0")
     data = check_request(dataset, split, index + 1, seed)
-    pairs = ((scene, query) for scene in data.scenes(split, index + 1, seed) for query in scene.queries)
+    pairs = ((scene, query) for scene in scenes_of(data, split, index + 1, seed) for query in scene.queries)
     found = next(islice(pairs, index, None), None)
     if found is None:
         raise InputError(f"data set {data.name!r}, split {split!r} has no query number {index}; choose a lower one")

@@ -59,9 +59,11 @@ def _sections_of_plugins(comparison: Comparison, folder: Path) -> list[Path]:
     for entry in registry.entries("report_sections").values():
         try:
             answer = entry.call(comparison, folder)
-            paths = [Path(path) for path in answer] if isinstance(answer, (list, tuple)) else None
-            if paths is None or not all(path.is_file() for path in paths):
-                raise entry.refusal(f"gave {answer!r}, expected a list of the files that it wrote")
+            given = answer if isinstance(answer, (list, tuple)) else [None]
+            paths = [Path(path) for path in given if isinstance(path, (str, Path))]
+            inside = [path for path in paths if path.resolve().is_relative_to(folder.resolve()) and path.is_file()]
+            if len(inside) != len(given):
+                raise entry.refusal(f"gave {answer!r}, expected a list of the files that it wrote in {str(folder)!r}")
             written += paths
         except PluginError as error:
             failed = failed or error

@@ -1,0 +1,89 @@
+"""The scenes of a data set, each held to what the protocol says, so that a data set's mistakes carry its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tokenprune import registry
+from tokenprune.blame import blamed
+from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.errors import PluginError
+
+
+def made(name: str) -> Dataset:
+    """The data set of that name.
+
+    Raises:
+        UnknownNameError: no such data set.
+        PluginError: it cannot be imported or made.
+    """
+    entry = registry.get("datasets", name)
+    data: Dataset = entry.call()
+    splits = getattr(data, "splits", None)
+    if not isinstance(splits, (tuple, list)) or not all(isinstance(split, str) for split in splits):
+        raise entry.refusal(f"has splits {splits!r}, expected a tuple of names such as ('val',)")
+    return data
+
+
+def scenes_of(data: Dataset, split: str, limit: int, seed: int) -> Iterator[Scene]:
+    """The scenes of a split, checked one by one; what their user raises is not the data set's.
+
+    Raises:
+        PluginError: `scenes` raised what is no TokenPruneError, or gave no sound scenes, or more queries than `limit`.
+    """
+
+    def refuse(problem: str) -> PluginError:
+        entry = registry.datasets().get(data.name)
+        if entry is not None and entry.load() is type(data):
+            return entry.refusal(f"{problem}", "fix or uninstall it")
+        return PluginError(f"data set {data.name!r} ({type(data).__name__}) {problem}")
+
+    def failing(found: str) -> PluginError:
+        return refuse(f"failed in scenes() with {found}")
+
+    queries = 0
+    with blamed(failing):
+        scenes = iter(data.scenes(split, limit, seed))
+    while True:
+        with blamed(failing):
+            scene = next(scenes, None)
+        if scene is None:
+            return
+        problem = _problem(scene)
+        if problem:
+            where = f"scene {scene.id!r}" if isinstance(scene, Scene) else f"after {queries} queries"
+            raise refuse(f"gave in scenes(), {where}, {problem}")
+        queries += len(scene.queries)
+        if queries > limit:
+            raise refuse(f"gave {queries} queries or more, expected at most limit = {limit}")
+        yield scene
+
+
+def _problem(scene: object) -> str:
+    """What is wrong with a scene, and what is expected; empty for a sound one."""
+    if not isinstance(scene, Scene):
+        return f"{type(scene).__name__}, expected a Scene"
+    image = scene.image
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        return f"an image that is {_kind(image)}, expected uint8 [H, W, 3]"
+    if not isinstance(scene.queries, (list, tuple)) or not scene.queries:
+        return f"queries {scene.queries!r}, expected a list of at least one Query"
+    return next((problem for query in scene.queries if (problem := _query_problem(query, image.shape[:2]))), "")
+
+
+def _query_problem(query: object, size: tuple[int, ...]) -> str:
+    if not isinstance(query, Query):
+        return f"{type(query).__name__} among its queries, expected a Query"
+    for name, text in (("text", query.text), ("kind", query.kind)):
+        if not isinstance(text, str) or not text.strip():
+            return f"a query whose {name} is {text!r}, expected words"
+    mask = query.mask
+    if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "bui":
+        return f"the mask of {query.text!r}, which is {_kind(mask)}, expected bool {list(size)}, the image's size"
+    return ""
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__

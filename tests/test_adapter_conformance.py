@@ -12,8 +12,10 @@ import vlm_oracle
 from vlm_configs import BOS
 
 from tokenprune.engine import Binding
+from tokenprune.errors import PluginError
 from tokenprune.reads import TowerFeatures
 from tokenprune.testing.adapters import AdapterConformance
+from tokenprune.testing.cells import check_cells
 from tokenprune_adapters.transformers_vlm import TransformersAdapter
 
 SIZES = [(24, 32), [(40, 20), (24, 24)]]
@@ -92,11 +94,27 @@ def image_of_the_batch(marks):
     return replace(marks, image_number=torch.where(marks.image_number < 0, -1, marks.image_number + 1))
 
 
+def columns_first(marks):
+    return replace(marks, grid=marks.grid.flip(-1))
+
+
+def a_separator_too(marks):
+    image = marks.image_tokens
+    before = ~image & image.roll(-1, 1)
+    return replace(marks, image_tokens=image | before)
+
+
 CELLS, ANSWERS = "image_tokens_and_cells_fit_together", "vision_side_answers_for_each_token"
 MISTAKES = {
     "padding": (CELLS, {"marks": no_padding}, "tokens that are not padding in the batch 49, alone "),
     "one_cell": (CELLS, {"marks": one_cell}, "image tokens in a cell that another one of the image has"),
     "no_tokens": (CELLS, {"marks": none_in_the_last_row}, "prompt 1: no image token is marked"),
+    "transposed": (
+        CELLS,
+        {"marks": columns_first},
+        "prompt 0, image 0: cells do not run row by row in the order of the p",
+    ),
+    "separator": (CELLS, {"marks": a_separator_too}, "prompt 0: images are to be numbered from 0; found .-1, 0, 0"),
     "numbers": (CELLS, {"marks": image_of_the_batch}, "images are to be numbered from 0; found"),
     "order": (ANSWERS, {"answer": lambda a: a.flip(1)}, "TowerFeatures, prompt 0: the answer in the batch and"),
     "rows": (ANSWERS, {"answer": lambda a: a.roll(1, 0)}, "TowerFeatures, prompt 0: the answer in the batch and"),
@@ -117,6 +135,29 @@ def test_mistakes_are_found(monkeypatch, name):
         getattr(kit, f"test_{test}")()
 
 
+def test_rows_and_columns_mixed_up_are_found():
+    kit = Family()
+    kit.family = vlm_families.FAMILIES["qwen2_vl"]
+    kit.prepare()
+    rows, columns = (int(size) for size in kit._layout(kit.inputs([0])).grid[0].amax(0) + 1)
+    assert rows != columns
+    kit.sizes = lambda row: None if row else [(rows, columns)]
+    kit.test_image_tokens_and_cells_fit_together()
+    kit.sizes = lambda row: None if row else [(columns, rows)]
+    with pytest.raises(AssertionError, match=rf"image 0: cells of .{rows}, {columns}. rows and columns, expected"):
+        kit.test_image_tokens_and_cells_fit_together()
+    kit.sizes = lambda row: [(rows, columns)] * 3
+    with pytest.raises(AssertionError, match="prompt 0: 1 images found, expected 3"):
+        kit.test_image_tokens_and_cells_fit_together()
+
+
+def test_cells_of_another_order_can_be_allowed():
+    numbers, cells = [0, 0, 0, 0], [(0, 0), (1, 0), (0, 1), (1, 1)]
+    with pytest.raises(AssertionError, match="row by row"):
+        check_cells("prompt 0", numbers, cells)
+    check_cells("prompt 0", numbers, cells, [(2, 2)], in_reading_order=False)
+
+
 def test_an_adapter_that_knows_everything_is_found(monkeypatch):
     bind = TransformersAdapter.bind
     monkeypatch.setattr(TransformersAdapter, "bind", lambda model: Mistaken(bind(kept)))
@@ -125,6 +166,19 @@ def test_an_adapter_that_knows_everything_is_found(monkeypatch):
     kit.family = vlm_families.FAMILIES["llava"]
     kit.prepare()
     with pytest.raises(AssertionError, match=r"bind\(LlamaForCausalLM\) is to be None"):
+        kit.test_it_knows_its_models_and_no_others()
+
+
+def test_a_bind_that_raises_is_named(monkeypatch):
+    def bind(model):
+        return known(model) if model.config.vision_config else None
+
+    known = TransformersAdapter.bind
+    monkeypatch.setattr(TransformersAdapter, "bind", bind)
+    kit = Family()
+    kit.family = vlm_families.FAMILIES["llava"]
+    kit.prepare()
+    with pytest.raises(PluginError, match=r"adapter 'transformers' failed in bind\(\) with AttributeError"):
         kit.test_it_knows_its_models_and_no_others()
 
 

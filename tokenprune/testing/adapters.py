@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -29,10 +28,12 @@ from tokenprune.compatibility import compatible
 from tokenprune.decisions import Keep
 from tokenprune.engine import Binding, prune
 from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import Read
+from tokenprune.testing.cells import check_cells
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked
 from tokenprune.testing.scripts import Asking, Scripted, Step, random_script
@@ -50,12 +51,14 @@ class AdapterConformance:
         prompts: how many prompts `inputs` knows: two or more, with images, of different lengths.
         schedules: random schedules that the engine is compared with the oracle on.
         tolerance: largest difference of outputs, absolute and relative, that rounding explains.
+        in_reading_order: whether tokens of an image stand in the prompt row by row, from left to right.
     """
 
     adapter: ClassVar[str] = ""
     prompts: ClassVar[int] = 2
     schedules: ClassVar[int] = 8
     tolerance: ClassVar[float] = 1e-4
+    in_reading_order: ClassVar[bool] = True
 
     # what the author gives -------------------------------------------------------------------------------------------
 
@@ -73,6 +76,10 @@ class AdapterConformance:
 
     def text(self) -> Inputs | None:
         """The same for a prompt without images; None where the family cannot be asked without."""
+        return None
+
+    def sizes(self, row: int) -> Sequence[tuple[int, int]] | None:
+        """Rows and columns of cells of each image of a prompt, which an adapter may mix up; None = not compared."""
         return None
 
     def output(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -96,26 +103,24 @@ class AdapterConformance:
 
     def test_it_knows_its_models_and_no_others(self) -> None:
         """The adapter is registered, binds the model before any other does, and leaves a plain LLaMA alone."""
-        kind = registry.get("adapters", self.adapter).load()
-        binders = [name for name, entry in registry.adapters().items() if entry.load().bind(self._model)]
+        entries = registry.adapters()
+        binders = [name for name, entry in entries.items() if entry.call(self._model, method="bind")]
         assert self.adapter in binders, f"bind() of {self.adapter!r} does not know {type(self._model).__name__}"
         assert binders[0] == self.adapter, f"{binders[0]!r} is asked before {self.adapter!r}, and knows the model too"
         for other in (tiny_llama(), "no model at all", None):
-            assert kind.bind(other) is None, f"bind({type(other).__name__}) is to be None"
-        assert not kind.matches("folder", {"model_type": "of nobody"}), "matches() knows a model_type of nobody"
+            known = entries[self.adapter].call(other, method="bind")
+            assert known is None, f"bind({type(other).__name__}) is to be None"
+        known = entries[self.adapter].call("folder", {"model_type": "of nobody"}, method="matches")
+        assert not known, "matches() knows a model_type of nobody"
 
     def test_image_tokens_and_cells_fit_together(self) -> None:
-        """Every prompt has image tokens, numbered by image, no two of an image in one cell, as it has them alone."""
+        """Every prompt has image tokens, numbered by image, in cells row by row, as it has them alone."""
         layout = self._layout(self._all)
         for row, count in enumerate(layout.counts.tolist()):
             prompt = f"prompt {row}"
             assert count > 0, f"{prompt}: no image token is marked"
             numbers, cells = (values[row, :count].tolist() for values in _marked(layout))
-            assert numbers[0] == 0, f"{prompt}: images are to be numbered from 0; found {numbers}"
-            assert all(b - a in (0, 1) for a, b in pairwise(numbers)), f"{prompt}: images not in order; found {numbers}"
-            assert min(map(min, cells)) >= 0, f"{prompt}: an image token without a cell; found {cells}"
-            twice = count - len({(number, *cell) for number, cell in zip(numbers, cells, strict=True)})
-            assert not twice, f"{prompt}: {twice} image tokens in a cell that another one of the image has; {cells}"
+            check_cells(prompt, numbers, cells, self.sizes(row), self.in_reading_order)
             alone = self._layout(self.inputs([row]))
             for what, here, there in (
                 ("tokens that are not padding", int(layout.valid[row].sum()), int(alone.valid.sum())),
@@ -133,8 +138,7 @@ class AdapterConformance:
     def test_nothing_stays_on_the_model(self) -> None:
         """After a run, and after an exception in one, the model is what it was."""
         expected, before = self._untouched(self._all), snapshot(self._model)
-        script = self._script(0)
-        self._pruned(self._all, script)
+        self._pruned(self._all, self._script(0))
         self._same(before, "a run")
         with suppress(Break):
             self._pruned(self._all, Breaking(self._keeping(), number=0))
@@ -241,8 +245,10 @@ class AdapterConformance:
         self._model = self.model()
         self._all = self.inputs(range(self.prompts))
         self._untouched(self._all)
-        binding = registry.get("adapters", self.adapter).load().bind(self._model)
+        entry = registry.get("adapters", self.adapter)
+        binding = entry.call(self._model, method="bind")
         assert isinstance(binding, Binding), f"bind() of {self.adapter!r} answers {binding!r}, expected a Binding"
+        binding = Guarded(binding, entry)
         stack = find_decoder(binding.decoder)
         self._binding, self._decoder, self._depth = binding, stack.module, len(stack.layers)
 

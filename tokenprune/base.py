@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenprune.blame import blamed_strategy
+from tokenprune.blame import blame_strategy, blamed_strategy
 from tokenprune.errors import BudgetError, OptionError, PluginError
 from tokenprune.reads import Read
 
@@ -81,8 +81,9 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise PluginError(f"found {self.name!r} as the name of a stage; expected a text, such as 'prune'")
-        several = isinstance(self.reads, Iterable) and not isinstance(self.reads, type | str)
-        reads = tuple(self.reads) if several else (self.reads,)
+        reads = self.reads
+        if not isinstance(reads, tuple):
+            reads = tuple(reads) if isinstance(reads, Iterable) and not isinstance(reads, type | str) else (reads,)
         for read in reads:
             if not isinstance(read, Read):
                 found = read.__name__ if isinstance(read, type) else repr(read)
@@ -267,9 +268,11 @@ def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
         TokenPruneError: as the strategy raised it.
     """
     name = strategy.name
-    with blamed_strategy(name, ": stages()"):
+    try:  # not `blamed_strategy`: a budget is solved by asking for the stages of many options
         found = strategy.stages(shape)
         stages: list[Any] = list(found) if isinstance(found, Iterable) else [found]
+    except (Exception, SystemExit) as error:
+        blame_strategy(name, ": stages()", error)
     wrong = [stage for stage in stages if not isinstance(stage, Stage)]
     if wrong or not isinstance(found, Iterable):
         what = "one Stage" if isinstance(found, Stage) else repr(wrong[0])

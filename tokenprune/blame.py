@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from tokenprune.errors import EngineError, PluginError, TokenPruneError, UnsupportedError
 
@@ -54,12 +55,20 @@ def blamed_strategy(name: str, where: str) -> Iterator[None]:
         PluginError: as `blamed`.
     """
     try:
-        with blamed(lambda found: PluginError(f"strategy {name!r}{where} raised {found}")):
-            yield
-    except (PluginError, EngineError, UnsupportedError) as error:
+        yield
+    except (Exception, SystemExit) as error:
+        blame_strategy(name, where, error)
+
+
+def blame_strategy(name: str, where: str, error: BaseException) -> NoReturn:
+    """Raise what `blamed_strategy` makes of an error; for code that runs too often for a context of its own."""
+    if isinstance(error, (PluginError, EngineError, UnsupportedError)):
         if getattr(error, "plugin", "") or repr(name) in str(error):
-            raise
+            raise error
         raise type(error)(f"strategy {name!r}: {error}") from error
+    if _passes(error):
+        raise error
+    raise PluginError(f"strategy {name!r}{where} raised {brief(error)}") from error
 
 
 def _passes(error: BaseException) -> bool:

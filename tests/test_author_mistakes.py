@@ -113,7 +113,7 @@ class Whole(StrategyOptions):
     [
         ({"Options": Plain}, "Options is <class '.*Plain'>; expected a class that inherits tokenprune.StrategyOptions"),
         ({"Options": {"keep": 0.5}}, r"Options is \{'keep': 0.5\}; expected a class"),
-        ({"Options": Whole}, "budget_option 'keep' is an int; expected a float option"),
+        ({"Options": Whole}, "budget_option 'keep' is of type int; expected a float option"),
         ({"budget_option": "kep"}, r"budget_option 'kep' is none of its options \(keep\); expected a float option"),
         ({"positions": "renumbered"}, "positions='renumbered'; expected 'keep' or 'renumber'"),
         ({"name": None}, "strategy class Mine has no name; expected one, as in name = 'mine'"),

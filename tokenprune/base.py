@@ -160,10 +160,8 @@ class Strategy(ABC):
         known = self.Options.model_fields
         chosen = known.get(option) if isinstance(option, str) else None
         if chosen is None or chosen.annotation in (int, str, bool):
-            found = f"is none of its options ({', '.join(known) or 'none'})"
-            if chosen is not None:
-                kind = getattr(chosen.annotation, "__name__", "")
-                found = f"is {'an' if kind == 'int' else 'a'} {kind}"
+            kind = getattr(chosen and chosen.annotation, "__name__", "")
+            found = f"is of type {kind}" if kind else f"is none of its options ({', '.join(known) or 'none'})"
             raise PluginError(
                 f"strategy {self.name!r}: budget_option {option!r} {found}; expected a float option, a share of the "
                 "image tokens, which a budget moves (or override fit)"
@@ -294,10 +292,8 @@ def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
     total, active, start = 0.0, shape.image_tokens, 0
     for stage in stages:
         if stage.tokens is None:
-            raise BudgetError(
-                f"stage {stage.name!r} keeps a number of tokens that depends on the image; use fixed numbers for "
-                "budgets"
-            )
+            found = f"stage {stage.name!r} keeps a number of tokens that depends on the image"
+            raise BudgetError(f"{found}; use fixed numbers for budgets")
         total += active * (min(stage.layer, shape.layers) - start)
         active, start = stage.tokens, min(stage.layer, shape.layers)
     return (total + active * (shape.layers - start)) / shape.layers

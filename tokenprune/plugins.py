@@ -214,6 +214,15 @@ def _failed(source: Source, hook: str, said: str) -> PluginError:
     return PluginError.of(source.plugin, source.distribution, f"its hook {hook} failed with {said}")
 
 
+def collision(entries: list[Entry]) -> str:
+    """What is wrong with a name that several packages register."""
+    noun, name = KINDS[entries[0].kind].noun, entries[0].name
+    packages = [repr(entry.distribution) for entry in entries]
+    number = "two" if len(packages) == 2 else str(len(packages))
+    listing = f"{', '.join(packages[:-1])} and {packages[-1]}"
+    return f"{noun} {name!r} is registered by {number} packages, {listing}; uninstall one of them, or see {LIMIT}"
+
+
 def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 

@@ -32,6 +32,7 @@ from tokenprune.plugins import (
     Source,
     chosen_plugins,
     collect,
+    collision,
     is_chosen,
     missing,
 )
@@ -90,7 +91,7 @@ class Registry:
             contested = [found for found in self._contested.items() if any(e.source == source for e in found[1])]
             if contested:
                 self._remove(source)
-                raise PluginError(_collision(contested[0][1]))
+                raise PluginError(collision(contested[0][1]))
             self._in_process.append((plugin, source))
 
     def unregister_plugin(self, name: str) -> None:
@@ -132,7 +133,7 @@ class Registry:
         """
         known = self.entries(kind)
         if (kind, name) in self._contested:
-            raise PluginError(_collision(self._contested[kind, name]))
+            raise PluginError(collision(self._contested[kind, name]))
         if name not in known:
             error = UnknownNameError.among(KINDS[kind].noun, name, known)
             broken = ", ".join(f"{plugin.name!r} of package {plugin.distribution!r}" for plugin in self._broken)
@@ -144,7 +145,7 @@ class Registry:
         """What is wrong with each name that two packages register."""
         with self._lock:
             self._scan()
-            return [_collision(entries) for entries in self._contested.values()]
+            return [collision(entries) for entries in self._contested.values()]
 
     def plugins(self) -> list[PluginStatus]:
         """Every plugin, working or not: the built-in ones, the installed ones, those of this process."""
@@ -169,7 +170,7 @@ class Registry:
             names = [name for name, entry in entries.items() if entry.source == source]
             if names:
                 registers[kind] = names
-        taken = [_collision(entries) for entries in self._contested.values() if source in [e.source for e in entries]]
+        taken = [collision(entries) for entries in self._contested.values() if source in [e.source for e in entries]]
         mine = any(source == other for _, other in self._in_process)
         return PluginStatus(
             name=source.plugin,
@@ -255,14 +256,6 @@ class Registry:
             self._contested[key] = left
             if len(left) < 2:
                 del self._contested[key]
-
-
-def _collision(entries: list[Entry]) -> str:
-    noun, name = KINDS[entries[0].kind].noun, entries[0].name
-    packages = [repr(entry.distribution) for entry in entries]
-    number = "two" if len(packages) == 2 else str(len(packages))
-    listing = f"{', '.join(packages[:-1])} and {packages[-1]}"
-    return f"{noun} {name!r} is registered by {number} packages, {listing}; uninstall one of them, or see {LIMIT}"
 
 
 def _told(error: BaseException, source: Source) -> str:

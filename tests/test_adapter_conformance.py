@@ -101,7 +101,7 @@ def columns_first(marks):
 def a_separator_too(marks):
     image = marks.image_tokens
     before = ~image & image.roll(-1, 1)
-    return replace(marks, image_tokens=image | before)
+    return replace(marks, image_tokens=image | before, grid=None, image_number=None)
 
 
 CELLS, ANSWERS = "image_tokens_and_cells_fit_together", "vision_side_answers_for_each_token"
@@ -114,7 +114,7 @@ MISTAKES = {
         {"marks": columns_first},
         "prompt 0, image 0: cells do not run row by row in the order of the p",
     ),
-    "separator": (CELLS, {"marks": a_separator_too}, "prompt 0: images are to be numbered from 0; found .-1, 0, 0"),
+    "separator": (CELLS, {"marks": a_separator_too}, "prompt 0: an image token without a cell; found .* separator"),
     "numbers": (CELLS, {"marks": image_of_the_batch}, "images are to be numbered from 0; found"),
     "order": (ANSWERS, {"answer": lambda a: a.flip(1)}, "TowerFeatures, prompt 0: the answer in the batch and"),
     "rows": (ANSWERS, {"answer": lambda a: a.roll(1, 0)}, "TowerFeatures, prompt 0: the answer in the batch and"),

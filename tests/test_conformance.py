@@ -15,6 +15,7 @@ from tokenprune.base import Shape, Stage, Strategy
 from tokenprune.decisions import Keep, Restore
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.prefill import Prefill
+from tokenprune.fit import DECODER_READS
 from tokenprune.reads import AttentionFrom
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
@@ -22,6 +23,7 @@ from tokenprune.testing.conformance import StrategyConformance
 from tokenprune.testing.families import FAMILIES, model_of
 from tokenprune.testing.shown import ranges, show_case
 from tokenprune.testing.verdict import Nonconforming, NotTested
+from tokenprune.testing.vision import made_up_vision
 
 pytest_plugins = ["pytester"]
 
@@ -278,6 +280,13 @@ def test_layouts_are_shown_as_they_stand() -> None:
     ]
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert ranges([]) == "none"
+
+
+def test_the_kit_offers_everything_that_can_be_read() -> None:
+    """Else strategies that read what is missing would be skipped, and nobody would notice."""
+    known = {getattr(tp, name) for name in tp.__all__ if isinstance(getattr(tp, name), type)}
+    kinds = {kind for kind in known if issubclass(kind, tp.Read) and kind is not tp.Read}
+    assert kinds - {*made_up_vision(MadeUp(TWO.rows, "right"), 32).answers} == {*DECODER_READS}
 
 
 def test_all_families_are_there() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tokenprune import reads
 from tokenprune.engine.vision import VisionSource
 from tokenprune.fit import DECODER_READS
 from tokenprune.reads import Read
@@ -25,7 +26,8 @@ def made_up_vision(made: MadeUp, width: int) -> VisionSource:
         made: the batch; a row's answers depend on its seed and images only.
         width: hidden size of the decoder, for the projector.
     """
-    kinds = [kind for kind in Read.__subclasses__() if kind not in DECODER_READS and kind.__module__ == Read.__module__]
+    known = [kind for kind in Read.__subclasses__() if kind.__module__ == reads.__name__]
+    kinds = [kind for kind in known if kind not in DECODER_READS]
     return VisionSource({kind: _answer(kind.field, made, width) for kind in kinds}, TOWER_LAYERS)
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 import tokenprune as tp
 from tokenprune import AttentionFrom, HiddenStates, Keep, Restore, Shape, Stage, Strategy, StrategyOptions, registry
 from tokenprune.cli.app import main
-from tokenprune.errors import BudgetError, PluginError, UnknownNameError
+from tokenprune.errors import BudgetError, CheckpointError, PluginError, UnknownNameError, UnsupportedError
 from tokenprune.testing.models import tiny_llama
 
 pytest_plugins = ["pytester"]
@@ -145,6 +145,13 @@ def test_a_name_that_nobody_has_tells_of_plugins_that_could_not_be_loaded(monkey
     try:
         with pytest.raises(UnknownNameError, match=r"could not be loaded: plugin 'plug' of package 'my-pack' \(token"):
             tp.strategy("mine")
+        (tmp_path / "config.json").write_text('{"model_type": "of nobody"}')
+        with pytest.raises(CheckpointError, match=r"no adapter knows this checkpoint.* could not be loaded: plugin 'p"):
+            tp.load(tmp_path)
+        model = tiny_llama()
+        model.config.vision_config = {}
+        with pytest.raises(UnsupportedError, match=r"no adapter knows the model.* could not be loaded: plugin 'plug'"):
+            tp.compatible("uniform", model)
         for command in (["list"], ["list", "--plugins"]):
             with pytest.raises(SystemExit):
                 main(command)

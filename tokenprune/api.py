@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune import registry
 from tokenprune.errors import CheckpointError, nearest
+from tokenprune.plugins import not_loaded
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
@@ -71,7 +72,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
                 model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
             return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
-    known = ", ".join(adapters) or "none"
+    known = f"{', '.join(adapters) or 'none'}{not_loaded(registry.broken_plugins())}"
     raise CheckpointError(f"{source}: no adapter knows this checkpoint; found {found}; installed adapters: {known}")
 
 

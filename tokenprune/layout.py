@@ -49,7 +49,7 @@ class SequenceLayout:
         square number is laid out row by row, any other run gets no cells.
 
         Raises:
-            InputError: shapes that do not fit, or an image token on padding.
+            InputError: shapes that do not fit, or an image token on padding or of no image.
         """
         if image_tokens.dim() != 2:
             raise InputError(f"image_tokens: found shape {list(image_tokens.shape)}, expected [batch, sequence]")
@@ -67,6 +67,8 @@ class SequenceLayout:
             raise InputError("image_tokens: some image tokens lie on padding; mask them out or mark them as valid")
         if image_number is None:
             image_number = _number_runs(image_tokens)
+        elif (image_number[image_tokens] < 0).any():
+            raise InputError("image_number: −1 found on image tokens; expected the number of their image, from 0")
         if grid is None:
             grid = _square_grids(image_number)
         marks = {name: mask.bool() for name, mask in (queries or {}).items()}

@@ -214,6 +214,12 @@ def _failed(source: Source, hook: str, said: str) -> PluginError:
     return PluginError.of(source.plugin, source.distribution, f"its hook {hook} failed with {said}")
 
 
+def not_loaded(broken: list[BrokenPlugin]) -> str:
+    """What the message about something unknown adds where plugins could not be loaded: which; else empty."""
+    names = ", ".join(f"{plugin.name!r} of package {plugin.distribution!r}" for plugin in broken)
+    return f"; could not be loaded: plugin {names} (tokenprune list --plugins says why)" if names else ""
+
+
 def collision(entries: list[Entry]) -> str:
     """What is wrong with a name that several packages register."""
     noun, name = KINDS[entries[0].kind].noun, entries[0].name

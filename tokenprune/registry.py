@@ -35,6 +35,7 @@ from tokenprune.plugins import (
     collision,
     is_chosen,
     missing,
+    not_loaded,
 )
 
 
@@ -136,9 +137,7 @@ class Registry:
             raise PluginError(collision(self._contested[kind, name]))
         if name not in known:
             error = UnknownNameError.among(KINDS[kind].noun, name, known)
-            broken = ", ".join(f"{plugin.name!r} of package {plugin.distribution!r}" for plugin in self._broken)
-            note = f"; could not be loaded: plugin {broken} (tokenprune list --plugins says why)" if broken else ""
-            raise UnknownNameError(f"{error}{note}")
+            raise UnknownNameError(f"{error}{not_loaded(self._broken)}")
         return known[name]
 
     def collisions(self) -> list[str]:

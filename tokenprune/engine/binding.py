@@ -15,6 +15,7 @@ from tokenprune import registry
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.plugins import not_loaded
 from tokenprune.reads import Read
 
 
@@ -145,5 +146,5 @@ def binding_of(model: Any) -> Binding:
     raise UnsupportedError(
         f"no adapter knows the model {type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}); "
         f"adapters know {families or 'no live models'}; mark its image tokens with image_tokens= to prune it anyway, "
-        "or write an adapter"
+        f"or write an adapter{not_loaded(registry.broken_plugins())}"
     )

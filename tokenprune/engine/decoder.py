@@ -73,7 +73,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     """The decoder of a model: the one submodule with `layers`, `rotary_emb` and `norm`.
 
     Raises:
-        UnsupportedError: none, or several.
+        UnsupportedError: none, or several, or one whose layers are not all of self-attention.
     """
     found = [
         module
@@ -84,12 +84,37 @@ def find_decoder(model: nn.Module) -> Decoder:
     ]
     if len(found) != 1:
         names = ", ".join(type(module).__name__ for module in found) or "none"
+        near = "" if found else _near(model)
         raise UnsupportedError(
             f"{type(model).__name__}: expected exactly one decoder (a module with layers, rotary_emb and norm), "
-            f"found {names}; "
-            "hand the decoder itself to tokenprune.prune()"
+            f"found {names}{near}; hand the decoder itself to tokenprune.prune(), or name it in the adapter's binding"
         )
     module = found[0]
+    other = _other_layers(module)
+    if other:
+        raise UnsupportedError(
+            f"{type(module).__name__} has layers of the kind {', '.join(other)}; pruning is defined for decoders whose "
+            "layers all attend to the sequence itself"
+        )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
     return Decoder(module, tuple(layers), rotary)
+
+
+def _near(model: nn.Module) -> str:
+    """The modules with layers, and what they lack to be decoders."""
+    lacking = []
+    for module in model.modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList):
+            missing = [name for name in ("rotary_emb", "norm") if not hasattr(module, name)]
+            lacking.append(f"{type(module).__name__} has no {' and no '.join(missing)}")
+    return f" ({'; '.join(lacking)})" if lacking else ""
+
+
+def _other_layers(module: nn.Module) -> list[str]:
+    """The kinds of layers that are not self-attention over the sequence, as the configuration tells them."""
+    config: Any = getattr(module, "config", None)
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if getattr(config, "cross_attention_layers", None):
+        kinds.add("cross_attention")
+    return sorted(kinds)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.base import Strategy
+from tokenprune.base import Shape, Strategy, equivalent_tokens
+from tokenprune.errors import BudgetError
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import AttentionFrom, PositionKernel, Projector, Read
 from tokenprune.scheduler import TokenScheduler
@@ -132,3 +134,14 @@ class Bench(TokenScheduler):
             self.states = torch.where(self.state.active[..., None], moved, self.states)
         self.finish()
         return self
+
+
+def check_budget_is_met_within_a_token(kind: type[Strategy], total: int, budget: float) -> None:
+    """For strategies that choose before the decoder: at least one token, and as many as the budget has room for."""
+    shape = Shape(12, total)
+    if budget * total < 1 - 1e-6:
+        with pytest.raises(BudgetError, match="raise the budget"):
+            kind(budget=budget).bind(shape)
+        return
+    spent = equivalent_tokens(list(kind(budget=budget).bind(shape).stages(shape)), shape)
+    assert budget * total - 1 - 1e-6 < spent <= budget * total + 1e-6

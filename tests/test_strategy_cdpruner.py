@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from strategy_bench import Bench
+from strategy_bench import Bench, check_budget_is_met_within_a_token
 from torch import Tensor, nn
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
-from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError
+from tokenprune.errors import IncompatibleError, OptionError, PluginError
 from tokenprune.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
 from tokenprune_adapters.clip import load_tower
 from tokenprune_adapters.clip_space import ClipSpace
@@ -175,13 +174,7 @@ def test_picks_are_the_greedy_ones_by_determinants(seed: int) -> None:
 @QUICK
 @given(st.integers(3, 700), st.floats(0.001, 1))
 def test_budgets_are_met_within_a_token(total: int, budget: float) -> None:
-    shape = Shape(12, total)
-    if budget * total < 1 - 1e-6:
-        with pytest.raises(BudgetError, match="raise the budget"):
-            CDPruner(budget=budget).bind(shape)
-        return
-    spent = equivalent_tokens(list(CDPruner(budget=budget).bind(shape).stages(shape)), shape)
-    assert budget * total - 1 - 1e-6 < spent <= budget * total + 1e-6
+    check_budget_is_met_within_a_token(CDPruner, total, budget)
 
 
 @pytest.mark.parametrize("missing", [ClipImageEmbeddings, ClipTextEmbeddings])

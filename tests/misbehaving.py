@@ -226,7 +226,7 @@ def page() -> str:
     return "\n".join([*parts, OUTRO])
 
 
-def wrapped(text: str, width: int = 110) -> str:
+def wrapped(text: str, width: int = 76) -> str:
     """Lines of at most that many characters, broken at spaces only."""
     lines, line = [], ""
     for word in text.split(" "):

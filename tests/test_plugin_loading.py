@@ -112,7 +112,7 @@ def test_a_plugin_that_is_left_out_is_not_imported(site: Path, monkeypatch: pyte
     assert "fastv" in registry.strategies()
     (unknown,) = registry.broken_plugins()
     assert (unknown.name, unknown.distribution) == ("b-pack", LIMIT)
-    assert unknown.error == "no plugin and no package of this name; installed packages with plugins: a-pack"
+    assert unknown.error == "no plugin and no package is named 'b-pack'; installed packages with plugins: a-pack"
 
 
 def test_list_shows_origin_version_and_status(

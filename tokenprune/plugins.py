@@ -185,7 +185,7 @@ def missing(chosen: set[str] | None, sources: list[Source]) -> list[BrokenPlugin
     others = sorted({source.distribution for source in sources if source.distribution != OWN})
     listing = f"installed packages with plugins: {', '.join(others) or 'none'}"
     found = sorted((chosen or set()) - known)
-    return [BrokenPlugin(name, LIMIT, "", f"no plugin and no package of this name; {listing}") for name in found]
+    return [BrokenPlugin(name, LIMIT, "", f"no plugin and no package is named {name!r}; {listing}") for name in found]
 
 
 def collect(manager: pluggy.PluginManager, plugin: Any, source: Source) -> list[Entry]:

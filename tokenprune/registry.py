@@ -156,7 +156,7 @@ class Registry:
                 where = ("built-in" if broken.distribution == OWN else "installed", "broken", broken.error)
                 found.append(PluginStatus(broken.name, broken.distribution, broken.version, *where))
             for source in self._left_out:
-                reason = f"{LIMIT} does not name it"
+                reason = f"{LIMIT} does not name {source.plugin!r}"
                 found.append(
                     PluginStatus(source.plugin, source.distribution, source.version, "installed", "left out", reason)
                 )

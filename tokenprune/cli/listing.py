@@ -104,7 +104,8 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
     console.print(table)
     for plugin in plugins:
         if plugin.error:  # under the table, where all of it can be read
-            console.print(f"[red]{plugin.status}[/red]: {escape(plugin.error)}", highlight=False)
+            colour = colours.get(plugin.status, "red")
+            console.print(f"[{colour}]{plugin.status}[/{colour}]: {escape(plugin.error)}", highlight=False)
 
 
 def _count(number: int, noun: str) -> str:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -200,14 +201,17 @@ class StrategyConformance:
             strategy = self.made()
             try:
                 invariant(case, strategy)
-            except (NotTested, BudgetError, OptionError, IncompatibleError) as refusal:
+            except NotTested as reason:
+                why.append(str(reason))
+            except (BudgetError, OptionError, IncompatibleError) as refusal:
                 why.append(str(refusal))
+                hypothesis.reject()  # another case is drawn for it
             except Nonconforming as problem:
                 raise Nonconforming(f"{problem}\n{self._again(request, seed)}") from problem.__cause__
             except Exception as error:  # whatever a strategy raises is told with the case
                 if refuses_batch(error):
                     why.append(str(error))
-                    return
+                    hypothesis.reject()
                 failure = report(raised(error, strategy), strategy, case)
                 told = Nonconforming(f"{failure}\n{self._again(request, seed)}")
                 raise told from (None if "\nraised at\n" in str(failure) or isinstance(error, PluginError) else error)
@@ -215,7 +219,8 @@ class StrategyConformance:
                 tried += 1
 
         try:
-            holds()
+            with suppress(hypothesis.errors.Unsatisfiable):  # every case was refused
+                holds()
         except Nonconforming as failure:
             if failure.__cause__ is not None:
                 raise  # with the traceback through the strategy

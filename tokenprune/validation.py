@@ -110,16 +110,20 @@ def _check_index(index: Tensor, exists: Tensor, refuse: _Refuse) -> None:
     before, after = index[:, :-1], index[:, 1:]
     if ((before < 0) & (after >= 0)).any():
         raise refuse("−1 before a token number", "the padding −1 at the end of a row")
-    both = after >= 0
-    if (both & (after == before)).any() or _repeats(index):
-        raise refuse("a token number twice in one row", "every token once")
-    if (both & (after < before)).any():
-        raise refuse("unsorted token numbers", "ascending order (use torch.sort)")
-
-
-def _repeats(index: Tensor) -> bool:
     ordered = index.sort(1).values
-    return bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
+    if found := _first((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)):
+        row, place = found
+        raise refuse(f"image token {int(ordered[row, place])} twice in batch row {row}", "every token once")
+    if found := _first((after >= 0) & (after < before)):
+        row, place = found
+        told = f"unsorted token numbers, {int(before[row, place])} before {int(after[row, place])} in batch row {row}"
+        raise refuse(told, "ascending order (use torch.sort, Keep.top or Keep.where)")
+
+
+def _first(wrong: Tensor) -> list[int] | None:
+    """The first place where a mask holds, or None."""
+    places: list[list[int]] = wrong.nonzero()[:1].tolist()
+    return places[0] if places else None
 
 
 def _check_floats(
@@ -132,8 +136,10 @@ def _check_floats(
             raise refuse(f"scores of shape {list(decision.scores.shape)}", f"[batch, N] = {list(state.exists.shape)}")
         if decision.scores.is_complex():
             raise refuse(f"scores are {decision.scores.dtype}", "real numbers")
-        if torch.isnan(decision.scores).any():
-            raise refuse("NaN among the scores", "numbers; −inf means never")
+        if found := _first(torch.isnan(decision.scores)):
+            row, token = found
+            told = f"NaN among the scores, at image token {token} of batch row {row}"
+            raise refuse(told, "numbers; −inf means never")
     values = decision.values
     if values is not None:
         _check_tensor("values", values, device, refuse)
@@ -157,17 +163,18 @@ def _check_merge(decision: Merge, state: TokenState, dtype: torch.dtype | None, 
     if decision.origin is not None:
         _check_origin(decision.origin, decision.index, size, refuse)
     real = weights.masked_fill((decision.index < 0)[..., None], 0)
-    if (real.ne(0) & ~state.active[:, None, :]).any():
-        raise refuse("weights on tokens that are not active", "weights of 0 there")
+    if found := _first(real.ne(0) & ~state.active[:, None, :]):
+        row, _, token = found
+        raise refuse(f"a weight on image token {token} of batch row {row}, which is not active", "weights of 0 there")
     if not _finite(real, dtype):
         raise refuse("NaN or infinity among the weights", f"numbers that are finite{_in(dtype)}")
     if decision.conserves_mass:
-        given = (real.sum(1) - 1).abs().masked_fill(~state.active, 0)
-        if (given > 1e-4).any():
-            raise refuse(
-                "a merge that says it conserves mass but does not",
-                "weights that sum to 1 over k for every active token",
-            )
+        given = real.sum(1)
+        if found := _first(((given - 1).abs() > 1e-4) & state.active):
+            row, token = found
+            share = f"image token {token} of batch row {row} goes {float(given[row, token]):.3f} times into those kept"
+            expected = "weights that sum to 1 over k for every active token"
+            raise refuse(f"a merge that says it conserves mass but does not: {share}", expected)
 
 
 def _check_origin(origin: Tensor, index: Tensor, size: int, refuse: _Refuse) -> None:

@@ -14,6 +14,7 @@ import tokenprune as tp
 from tokenprune import AttentionFrom, HiddenStates, Keep, Restore, Shape, Stage, Strategy, StrategyOptions, registry
 from tokenprune.cli.app import main
 from tokenprune.errors import BudgetError, CheckpointError, PluginError, UnknownNameError, UnsupportedError
+from tokenprune.planning import plan
 from tokenprune.testing.models import tiny_llama
 
 pytest_plugins = ["pytester"]
@@ -226,3 +227,13 @@ def test_the_kit_tells_a_mistake_once_and_with_its_line(pytester: pytest.Pyteste
     )
     assert "modeling_llama" not in result.stdout.str()
     assert len(result.outlines) < 100
+
+
+def test_a_stage_outside_the_model_is_told_with_a_budget_too() -> None:
+    class Late(Half):
+        def stages(self, shape):
+            yield Stage("late", 40, tokens=max(1, int(self.options.keep * shape.image_tokens)))
+
+    for budget in (None, 0.5):
+        with pytest.raises(PluginError, match=r"stages at layers \[40\] found, expected ascending layers in 0 … 7"):
+            plan(Late(budget=budget), [Shape(layers=8, image_tokens=16)])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.base import Shape, Stage, Strategy, declared_stages
 from tokenprune.blame import blamed_strategy
-from tokenprune.errors import PluginError
+from tokenprune.errors import BudgetError, PluginError
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,12 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
     bound: dict[Shape, tuple[Strategy, list[Stage]]] = {}
     for shape in shapes:
         if shape not in bound:
-            with blamed_strategy(strategy.name, ": bind()"):
-                ready = strategy.bind(shape)
+            try:
+                with blamed_strategy(strategy.name, ": bind()"):
+                    ready = strategy.bind(shape)
+            except BudgetError:  # where stages lie outside the model, that is the reason to tell
+                _check_layers(strategy, declared_stages(strategy, shape), shape)
+                raise
             if not isinstance(ready, Strategy):
                 raise PluginError(f"strategy {strategy.name!r}: bind() gave {ready!r}; expected a strategy")
             bound[shape] = ready, _checked_stages(ready, shape)
@@ -68,13 +72,7 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
 
 def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
     stages = declared_stages(strategy, shape)
-    layers = [stage.layer for stage in stages]
-    if layers != sorted(layers) or any(not 0 <= layer < shape.layers for layer in layers):
-        raise PluginError(
-            f"strategy {strategy.name!r}: stages at layers {layers} found, expected ascending layers in 0 … "
-            f"{shape.layers - 1} "
-            f"(the model has {shape.layers} layers)"
-        )
+    _check_layers(strategy, stages, shape)
     for stage in stages:
         if stage.layer == 0 and any(read.looks_back for read in stage.reads):
             raise PluginError(
@@ -88,3 +86,13 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
                 f"{shape.image_tokens}; expected 0 … {shape.image_tokens}"
             )
     return stages
+
+
+def _check_layers(strategy: Strategy, stages: list[Stage], shape: Shape) -> None:
+    layers = [stage.layer for stage in stages]
+    if layers != sorted(layers) or any(not 0 <= layer < shape.layers for layer in layers):
+        raise PluginError(
+            f"strategy {strategy.name!r}: stages at layers {layers} found, expected ascending layers in 0 … "
+            f"{shape.layers - 1} "
+            f"(the model has {shape.layers} layers)"
+        )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from tokenprune.blame import blamed, brief
 from tokenprune.errors import TokenPruneError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -64,12 +65,8 @@ def _loaded(entry: Entry) -> Any:
         app.command(help=None if target.__doc__ else entry.summary)(target)
     else:
         raise entry.refusal(f"is {target!r}, expected a typer.Typer or a function")
-    try:
+    with blamed(lambda found: entry.refusal(f"is no command: {found}", "fix or uninstall it")):
         command: Any = typer.main.get_command(app)
-    except Exception as error:
-        from tokenprune.blame import brief
-
-        raise entry.refusal(f"is no command: {brief(error)}", "fix or uninstall it") from error
     command.name = entry.name
     command.invoke = _guarded(command.invoke, entry)
     return command
@@ -84,8 +81,6 @@ def _guarded(invoke: Callable[[Any], Any], entry: Entry) -> Callable[[Any], Any]
         except (TokenPruneError, typer.Exit, typer.Abort, CLICK_ERROR):
             raise
         except Exception as error:
-            from tokenprune.blame import brief
-
             raise entry.refusal(f"failed with {brief(error)}", "fix or uninstall it") from error
 
     return run

@@ -37,7 +37,7 @@ def scenes_of(data: Dataset, split: str, limit: int, seed: int) -> Iterator[Scen
     def refuse(problem: str) -> PluginError:
         entry = registry.datasets().get(data.name)
         if entry is not None and entry.load() is type(data):
-            return entry.refusal(f"{problem}", "fix or uninstall it")
+            return entry.refusal(problem, "fix or uninstall it")
         return PluginError(f"data set {data.name!r} ({type(data).__name__}) {problem}")
 
     def failing(found: str) -> PluginError:

@@ -202,7 +202,7 @@ def test_compare_tells_how_its_threads_were_chosen(run: Runner, monkeypatch: pyt
 
 @pytest.mark.parametrize("number", [0, 5])
 def test_threads_that_a_command_refuses(number: int, run: Runner, tmp_path: Path) -> None:
-    picture = Path(__file__).parent / "none.png"
+    picture = tmp_path / "none.png"
     for words in (
         ("compare",),
         ("segment", picture, "thing", "--out", tmp_path / "m.png"),

@@ -69,7 +69,7 @@ def choose(asked: int | None = None) -> ThreadChoice:
     if checked(asked, "--threads") is not None:
         assert asked is not None
         return ThreadChoice(asked, "--threads")
-    setting = environment_setting(torch.backends.mkl.is_available())
+    setting = environment_setting(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
     if setting is not None:
         return ThreadChoice(torch.get_num_threads(), setting)  # torch has read it
     most = min(allowed_cores(), torch.get_num_threads())

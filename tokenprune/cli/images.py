@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenprune.errors import InputError
+import typer
+
+from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """What of a folder counts as an image; files that are named are tried whatever their suffix."""
@@ -42,7 +45,7 @@ def find_images(arguments: Sequence[Path]) -> Images:
     """The images that files, folders and patterns such as "photos/*.jpg" name.
 
     Raises:
-        InputError: a folder or a pattern without any image.
+        InputError: a folder or a pattern without any image; a single file that is not there.
     """
     found: list[Path] = []
     many = len(arguments) > 1
@@ -63,7 +66,26 @@ def find_images(arguments: Sequence[Path]) -> Images:
             found += matching
         else:
             found.append(given)
+    if not many and not found[0].exists():
+        raise InputError(f"image {str(found[0])!r}: no such file; check the path")
     return Images(list(dict.fromkeys(found)), many)
+
+
+@contextmanager
+def unusable(image: Path, images: Images) -> Iterator[list[str]]:
+    """Tell on stderr, with its name, what one of many images cannot be used for, and go on; the list then holds it.
+
+    Errors that are not of this image alone go on to the caller, as all do where there is only one.
+    """
+    told: list[str] = []
+    try:
+        yield told
+    except (InputError, BudgetError, EngineError, PluginError) as error:
+        if not images.many:
+            raise
+        problem = " ".join(str(error).split())
+        told.append(problem if str(image) in problem else f"image {str(image)!r}: {problem}")
+        typer.echo(f"error: {told[0]}", err=True)
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -40,10 +40,10 @@ def command(
     done, and the exit code is 1.
     """
     from tokenprune import api
-    from tokenprune.cli.images import find_images
+    from tokenprune.cli.images import find_images, unusable
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.options import parse_options
-    from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
+    from tokenprune.errors import InputError
     from tokenprune.report.files import check_target
     from tokenprune.threads import checked, choose, using
 
@@ -66,13 +66,10 @@ def command(
     with using(choose(threads)):
         loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
         for number, image in enumerate(found.paths):
-            try:
+            with unusable(image, found) as problem:
                 record = run_single(loaded, image, query, chosen)
-            except (InputError, BudgetError, EngineError, PluginError) as error:  # others are of no single image
-                if not found.many:
-                    raise
+            if problem:
                 failed += 1
-                typer.echo(f"error: {_named(image, str(error))}", err=True)
                 continue
             assert masks is not None
             _write(record, masks[number], None if overlays is None else overlays[number])
@@ -106,8 +103,3 @@ def _check_folder(path: Path) -> None:
     if path.suffix.lower() == ".png" or path.is_file():
         raise InputError(f"output {str(path)!r} is a file, and there may be several images; name a folder")
     writable_folder(path)
-
-
-def _named(image: Path, problem: str) -> str:
-    told = " ".join(problem.split())
-    return told if str(image) in told else f"image {str(image)!r}: {told}"

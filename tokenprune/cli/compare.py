@@ -17,7 +17,7 @@ STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
 def command(
     model: ModelName = "lisa-tiny",
-    dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     strategies: Annotated[
         str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")

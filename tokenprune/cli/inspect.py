@@ -24,7 +24,7 @@ def command(
     strategy: StrategyName = "csp",
     option: OptionTexts = None,
     budget: Budget = None,
-    dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     index: Annotated[int, typer.Option(help="Number of the query in the split, from 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,

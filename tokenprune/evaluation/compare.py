@@ -61,7 +61,7 @@ def compare(
 
     Args:
         model: a segmentation model, or what `tokenprune.load` takes.
-        dataset: a data set, or the name of one.
+        dataset: a data set, the name of one, or the place of its class, "my_module:MyData".
         strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`.
         budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
         split: of the data set.

@@ -7,13 +7,19 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_fixtures import Runner, assert_one_line, run
+from glamm_checkpoints import write_glamm
+from lisa_checkpoints import write_lisa
 from PIL import Image
+from pixellm_checkpoints import write_pixellm
 
+import tokenprune as tp
 from tokenprune import stopwatch
 
 __all__ = ["run"]  # the fixture
@@ -63,6 +69,8 @@ def test_budget_and_options_reach_the_strategy(run: Runner, picture: Path, tmp_p
         (("{tmp}/empty", "thing", "--out", "{tmp}/masks"), ("{tmp}/empty", "holds no image")),
         (("{tmp}/*.jpg", "thing", "--out", "{tmp}/masks"), ("{tmp}/*.jpg", "matches no file")),
         (("{tmp}", "thing"), ("m.png", "name a folder")),
+        (("{picture}", "{tmp}/text.png"), ("query", "{tmp}/text.png", "behind the images")),
+        (("~nobody-at-all/a.png", "thing"), ("~nobody-at-all/a.png", "no such file")),
         (("{picture}", "{picture}", "thing"), ("m.png", "name a folder")),
         (("{picture}", "thing", "--out", "{picture}"), ("{picture}", "one of the images")),
         (("{tmp}", "thing", "--out", "{tmp}"), ("{picture}", "one of the images")),
@@ -171,6 +179,32 @@ def test_milliseconds_are_told(run: Runner, picture: Path, tmp_path: Path) -> No
     assert sum(parts) <= total + 0.05 * len(parts)  # as rounded
     plain = run(*words, "fake").out  # which tells of no stages
     assert re.search(r"^[\d.]+ ms in all$", plain, re.MULTILINE)
+
+
+@pytest.mark.parametrize("write", [write_lisa, write_glamm, write_pixellm])
+def test_every_family_tells_its_stages(write: Callable[[Path], Path], picture: Path, tmp_path: Path) -> None:
+    model = tp.load(write(tmp_path / "model"))
+    with stopwatch.recorded() as times:
+        model.segment(picture, "the red thing")
+    assert list(times) == ["preprocess", "vision tower", "mask encoder", "prefill", "mask decoder", "total"]
+    encoded = model.encode_image(picture)
+    with stopwatch.recorded() as times:
+        model.segment(encoded, "the red thing", answer="generate", max_new_tokens=2)
+    assert {*times} <= {"generation", "mask decoder", "total"}  # the image was encoded before
+
+
+def test_devices_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was started counts in the stage that started it."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with stopwatch.stage("early"):
+        pass
+    assert waited == []  # nobody asks
+    with stopwatch.recorded(), stopwatch.stage("prefill"):
+        assert waited == [0, 1] * 2
+    assert waited == [0, 1] * 4
 
 
 def test_stages_are_measured_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tokenprune.base import Shape, Stage, Strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.engine import prune
 from tokenprune.errors import PluginError
-from tokenprune.layout import SequenceLayout
+from tokenprune.layout import SequenceLayout, true_positions
 from tokenprune.state import TokenState
+from tokenprune.testing.conformance import StrategyConformance
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripts import Scripted, random_script
+from tokenprune.tokens import Tokens
 from tokenprune.trace import Trace
 from tokenprune.validation import check_decision
 
@@ -210,3 +215,32 @@ def test_the_engine_keeps_parked_tokens_as_the_oracle_defines_it() -> None:
                     assert float(stage.mass[row, token]) == pytest.approx(mass, abs=1e-4)
         returned += came_back(script, run.trace)
     assert returned >= 5
+
+
+class FoldAndReturn(Strategy):
+    """Folds a fifth of the tokens into the first of each row, parks a fifth, and has those back later."""
+
+    name = "fold-and-return"
+
+    def stages(self, shape: Shape) -> Iterable[Stage]:
+        """Two."""
+        yield Stage("fold", 2)
+        yield Stage("return", 4)
+
+    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
+        """By the token's number."""
+        if stage.name == "return":
+            return Restore.where(tokens.parked)
+        size = tokens.exists.shape[1]
+        fifth = torch.arange(size, device=tokens.device).expand_as(tokens.exists) % 5
+        index = true_positions(tokens.active & (fifth != 3) & (fifth != 4))
+        weights = torch.nn.functional.one_hot(index.clamp(min=0), size).to(torch.float32)
+        weights[:, 0] += ((fifth == 3) & tokens.active).float()
+        weights = weights.masked_fill((index < 0)[..., None], 0)
+        return Merge(index, weights=weights, rest="park", conserves_mass=True)
+
+
+class TestConformance(StrategyConformance):
+    """What every strategy must hold, with tokens that a merge parks: batches, caches, paddings, positions."""
+
+    strategy = FoldAndReturn

@@ -30,18 +30,17 @@ def command(
     one; one that cannot be used is told, the others are done, and the exit code is 1.
     """
     from tokenprune import api
-    from tokenprune.cli.images import find_images, unusable
+    from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_answering_model, quiet_loading
     from tokenprune.cli.options import parse_options
-    from tokenprune.errors import InputError, OptionError
+    from tokenprune.errors import OptionError
     from tokenprune.stopwatch import recorded, told
     from tokenprune.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
     chosen = api.strategy(strategy, budget, **parse_options(option or []))
-    if not question.strip():
-        raise InputError("question is empty; ask about the image in words")
+    words(question, "question")
     if max_new_tokens < 1:
         raise OptionError(f"--max-new-tokens: {max_new_tokens} found, expected at least 1")
     found = find_images(images)

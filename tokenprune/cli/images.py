@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,19 +43,37 @@ class Images:
         return found
 
 
+def words(text: str, what: str) -> str:
+    """What is asked about images, as it was given.
+
+    Args:
+        text: the last argument of the command.
+        what: "query" or "question", for messages.
+
+    Raises:
+        InputError: no words, or a file: the words were left out, and the last image stands in their place.
+    """
+    if not text.strip():
+        raise InputError(f"{what} is empty; say it in words")
+    if os.path.exists(os.path.expanduser(text)):
+        raise InputError(f"{what} {text!r} is a file or folder; put the {what}, in words, behind the images")
+    return text
+
+
 def find_images(arguments: Sequence[Path]) -> Images:
     """The images that files, folders and patterns such as "photos/*.jpg" name.
 
     Raises:
-        InputError: a folder or a pattern without any image; a single file that is not there.
+        InputError: a folder or a pattern without any image; a folder that cannot be read; a single file that is not
+            there.
     """
     found: list[Path] = []
     many = len(arguments) > 1
     for argument in arguments:
-        given = argument.expanduser()
+        given = Path(os.path.expanduser(argument))
         if given.is_dir():
             many = True
-            inside = sorted(path for path in given.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+            inside = _inside(given)
             if not inside:
                 expected = ", ".join(sorted(SUFFIXES))
                 raise InputError(f"folder {str(argument)!r} holds no image; expected files that end in {expected}")
@@ -88,9 +108,14 @@ def unusable(image: Path, images: Images) -> Iterator[list[str]]:
         typer.echo(f"error: {told[0]}", err=True)
 
 
-def _matching(pattern: Path) -> list[Path]:
-    import glob
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError as error:
+        raise InputError(f"folder {str(folder)!r} cannot be read ({error.strerror}); choose another") from error
 
+
+def _matching(pattern: Path) -> list[Path]:
     return sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
 
 

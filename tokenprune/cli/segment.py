@@ -40,7 +40,7 @@ def command(
     done, and the exit code is 1.
     """
     from tokenprune import api
-    from tokenprune.cli.images import find_images, unusable
+    from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.options import parse_options
     from tokenprune.errors import InputError
@@ -50,8 +50,7 @@ def command(
     quiet_loading()
     checked(threads, "--threads")
     chosen = api.strategy(strategy, budget, **parse_options(option or []))
-    if not query.strip():
-        raise InputError("query is empty; say in words what to segment")
+    words(query, "query")
     found = find_images(images)
     if overlay is not None and overlay.expanduser().resolve() == out.expanduser().resolve():
         raise InputError(f"--overlay and --out are both {str(out)!r}; choose another path for one of them")

@@ -131,7 +131,9 @@ class ClipPixels:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels float32 [1, 3, H, W] of an RGB image."""
-        pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"]
+        # Said explicitly, since older releases take a picture of one or three rows for one with its channels first.
+        given = {"images": image, "input_data_format": "channels_last", "return_tensors": "pt"}
+        pixels: Tensor = self._processor(**given)["pixel_values"]
         return pixels
 
     def picture(self, pixels: Tensor) -> Tensor:

@@ -84,7 +84,17 @@ class VisionLanguageModel:
         text = prompt if written else self._asked(len(images), prompt)
         begin = self.processor.tokenizer.bos_token
         once = {"add_special_tokens": False} if begin and text.startswith(begin) else {}  # as some templates write it
-        return self.processor(text=[text], images=[images], return_tensors="pt", **once).to(self.model.device)
+        processor = self.processor
+        try:
+            made = processor(text=[text], images=[images], return_tensors="pt", **once)
+        except Exception as error:  # what a processor raises on odd sizes differs from family to family
+            sizes = ", ".join(f"{width}×{height}" for width, height in (one.size for one in images))
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{type(processor).__name__} cannot prepare images of {sizes} pixels and this prompt "
+                f"({type(error).__name__}: {reason}); resize or crop them, or change the prompt"
+            ) from error
+        return made.to(self.model.device)
 
     @torch.inference_mode()
     def answer(

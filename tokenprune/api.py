@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenprune import registry
 from tokenprune.errors import CheckpointError, nearest
 from tokenprune.plugins import not_loaded
+from tokenprune.unmerged import ADAPTER_CONFIG, MERGE, base_of
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
@@ -64,8 +65,14 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
     adapters = registry.adapters()
     for entry in adapters.values():
         if entry.call(source, config, method="matches"):
+            kind = entry.load()
+            if not getattr(kind, "merges_lora", False) and base_of(Path(source).expanduser()) is not None:
+                raise CheckpointError(
+                    f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), which {entry.name!r} does not merge; "
+                    f"{MERGE}"
+                )
             with entry.running("load"):
-                model = entry.load().load(source, **options)
+                model = kind.load(source, **options)
             if model is None:
                 raise entry.refusal("gave None in load(), expected the model")
             if str(name_or_path) in bundled and hasattr(model, "name"):
@@ -88,7 +95,7 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{source}: found no config.json in this folder, expected a checkpoint's folder")
+            path = _config_of_base(source, folder)
     elif folder.is_file():
         raise CheckpointError(f"{source}: found a file, expected a checkpoint's folder; pass the folder that holds it")
     else:
@@ -102,6 +109,26 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
             f"{path}: found {type(config).__name__}, expected a JSON object; fetch the checkpoint again"
         )
     return config
+
+
+def _config_of_base(source: str, folder: Path) -> Path:
+    """The config.json of the model that the adapter in a folder changes."""
+    base = base_of(folder)
+    if base is None:
+        raise CheckpointError(f"{source}: found no config.json in this folder, expected a checkpoint's folder")
+    cure = f"put the base model there, or correct base_model_name_or_path in its {ADAPTER_CONFIG}"
+    if Path(base) == folder:
+        raise CheckpointError(f"{source} holds an unmerged adapter and names no base model; {cure}")
+    path = Path(base) / "config.json"
+    if not Path(base).is_dir():
+        try:
+            path = _download_config(base, [])
+        except CheckpointError as error:
+            problem = f"holds an unmerged adapter of {base!r}, which is not there; {cure}"
+            raise CheckpointError(f"{source} {problem}") from error
+    if not path.is_file():
+        raise CheckpointError(f"{source} holds an unmerged adapter of {base!r}, which has no config.json; {cure}")
+    return path
 
 
 def _download_config(source: str, bundled: list[str]) -> Path:

@@ -217,6 +217,9 @@ def without(name: str) -> State:
         (None, {"init_lora_weights": "pissa_niter_4"}, "says init_lora_weights='pissa_niter_4', which is not"),
         (None, {"revision": "abc"}, "says revision='abc', which is not covered"),
         (None, {"lora_alpha": None}, "lora_alpha is None, expected a number above 0"),
+        (None, {"alpha_pattern": {"*": 2}}, r"alpha_pattern has '\*': 2, expected a regular expression and a number"),
+        (None, {"rank_pattern": {"q_proj": "3"}}, "rank_pattern has 'q_proj': '3', expected a regular"),
+        (factors("model.vision_tower.q_proj", 4, 4), {}, r"changes the vision tower \(model.vision_tower.q_proj\)"),
         (None, {"r": 5}, f"says rank 5 for {QUERY}, whose factors are"),
         (without(f"{UP}.lora_B.weight"), {}, f"has only the factor A of {UP}"),
         ({}, {}, "holds no LoRA factors"),
@@ -262,6 +265,21 @@ def test_a_base_that_is_not_there(base: Path, tmp_path: Path, monkeypatch: pytes
     (write_adapter(tmp_path / "5", base) / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"neither of adapter_model\.safetensors, adapter_model\.bin"):
         tp.load(tmp_path / "5")
+
+
+def test_an_adapter_on_the_hub_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fetch(source: str, name: str) -> str:
+        if name != "adapter_config.json":
+            raise FileNotFoundError(name)
+        return name
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    with pytest.raises(
+        CheckpointError, match=r"somebody/adapter is an unmerged adapter without a config.json; fetch it"
+    ):
+        tp.load("somebody/adapter")
 
 
 def test_lora_tensors_among_the_weights(tmp_path: Path) -> None:

@@ -143,5 +143,18 @@ def _download_config(source: str, bundled: list[str]) -> Path:
     try:
         return Path(hf_hub_download(source, "config.json"))
     except Exception as error:
+        if _is_adapter_on_hub(source):
+            cure = "fetch it with huggingface_hub.snapshot_download, and load the folder that this gives"
+            raise CheckpointError(f"{source} is an unmerged adapter without a config.json; {cure}") from error
         problem = f"no such folder, and config.json cannot be fetched from the hub ({type(error).__name__})"
         raise CheckpointError(f"{source}: {problem}; check the name or pass a local folder; {names}") from error
+
+
+def _is_adapter_on_hub(source: str) -> bool:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(source, ADAPTER_CONFIG)
+    except Exception:  # whatever kept config.json away
+        return False
+    return True

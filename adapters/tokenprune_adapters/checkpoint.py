@@ -100,8 +100,7 @@ class Checkpoint:
     def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
-        single = next((file for file in files if (folder / file).is_file()), None)
-        self._files = self._locate() if single is None else dict.fromkeys(self._reader(single).keys(), single)
+        self._files = self._locate() if not files else self._from_file(files)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -135,13 +134,16 @@ class Checkpoint:
             )
         return self._files[name]
 
+    def _from_file(self, files: Sequence[str]) -> dict[str, str]:
+        single = next((file for file in files if (self.folder / file).is_file()), files[0])
+        return dict.fromkeys(self._reader(single).keys(), single)
+
     def _locate(self) -> dict[str, str]:
         for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
             if (self.folder / index).is_file():
                 return self._from_index(index)
             if (self.folder / single).is_file():
-                reader = self._reader(single)
-                return dict.fromkeys(reader.keys(), single)
+                return self._from_file([single])
         found = tensors_of_shards(self.folder, lambda file: self._reader(file).keys())
         if not found:
             raise CheckpointError(

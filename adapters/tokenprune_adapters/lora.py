@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune.errors import CheckpointError
 from tokenprune.unmerged import ADAPTER_CONFIG, MERGE
 from tokenprune_adapters.checkpoint import Checkpoint
+from tokenprune_adapters.tower_facts import COPY
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_FILES = ("non_lora_trainables.bin",)
@@ -111,6 +112,9 @@ class MergedCheckpoint(Checkpoint):
     def _check(self) -> None:
         if not self._factors:
             raise self._error("holds no LoRA factors")
+        tower = [name for name in (*self._factors, *self._whole) if name.startswith(COPY)]
+        if tower:
+            raise self._error(f"changes the vision tower ({tower[0]}), which is read from a folder of its own")
         for module, sides in self._factors.items():
             if set(sides) != {"A", "B"}:
                 raise self._error(f"has only the factor {next(iter(sides))} of {module}")
@@ -136,6 +140,13 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{folder}/{ADAPTER_CONFIG}: {name} is {config.get(name)!r}, expected a number above 0"
             )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in dict(config.get(name) or {}).items():
+            if not isinstance(value, (int, float)) or value <= 0 or not _is_pattern(pattern):
+                raise CheckpointError(
+                    f"{folder}/{ADAPTER_CONFIG}: {name} has {pattern!r}: {value!r}, expected a regular expression "
+                    "and a number above 0"
+                )
     unknown = [name for name, value in config.items() if value and name not in (*_FOLLOWED, *_OF_TRAINING)]
     unknown = [name for name in unknown if (name, config[name]) != ("revision", "main")]
     if config.get("init_lora_weights", True) not in _SAFE_STARTS:
@@ -143,6 +154,14 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
     if unknown:
         told = ", ".join(f"{name}={config[name]!r}" for name in unknown)[:200]
         raise CheckpointError(f"{folder}/{ADAPTER_CONFIG} says {told}, which is not covered here; {MERGE}")
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def plain_name(stored: str) -> str:

@@ -77,6 +77,8 @@ class TransformersAdapter(Adapter):
         one_place(device, device_map)
         place = torch_device(device)
         quantised = options.get("quantization_config") is not None
+        if quantised and device is not None:  # such models cannot be moved later
+            options["device_map"] = device_map = {"": str(place)}
         default = torch.float32 if place.type == "cpu" and device_map is None and not quantised else "auto"
         dtype = torch_dtype(options.pop("dtype", None)) or default
         base = merging.base_source(source)

@@ -39,7 +39,7 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, Path)):
         return _from_file(Path(image))
     if isinstance(image, Image.Image):
-        return _from_pil(image, f"PIL image of mode {image.mode!r}")
+        return _from_pil(image, "PIL image")
     if isinstance(image, torch.Tensor):
         return _from_tensor(image).convert("RGB")
     if isinstance(image, np.ndarray):
@@ -84,7 +84,9 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
         found.info = {}  # above all the orientation, which must not turn it again
         return found
     except Exception as error:
-        raise InputError(f"{name} cannot be turned into RGB ({_brief(error)}); convert it first") from error
+        raise InputError(
+            f"{name} of mode {image.mode!r} cannot be turned into RGB ({_brief(error)}); convert it first"
+        ) from error
 
 
 def _load(image: Image.Image) -> None:

@@ -19,6 +19,7 @@ from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import scenes_of
 from tokenprune.images import to_rgb
+from tokenprune.stopwatch import recorded, stage
 
 
 def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
@@ -56,27 +57,22 @@ def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strat
     Raises:
         InputError: no such file, not an image, an empty query.
     """
-    pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
-    result = model.segment(pixels, [query], strategy)
+    with recorded() as milliseconds:
+        with stage("preprocess"):
+            pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
+        result = model.segment(pixels, [query], strategy)
     mask = _first(result.masks)
     box = model.grid_box(*mask.shape)
     name = str(image) if isinstance(image, (str, Path)) else "image"
-    return SampleRecord(name, pixels, query, None, box, [Outcome(_label(strategy), mask, result.trace, 0)])
+    outcome = Outcome(_label(strategy), mask, result.trace, 0, milliseconds=milliseconds)
+    return SampleRecord(name, pixels, query, None, box, [outcome])
 
 
 def token_summary(outcome: Outcome) -> str:
     """What ran, in one line: image tokens per stage, and equivalent tokens."""
     if outcome.trace is None:
         return f"{outcome.label}: no pruning"
-    trace, row = outcome.trace, outcome.row
-    total = int(trace.exists[row].sum())
-    stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in trace.stages)
-    equivalent = trace.ledger.equivalent_tokens
-    share = trace.ledger.equivalent_tokens_ratio
-    return (
-        f"{outcome.label}: {total} image tokens, {stages or 'all in every layer'}; "
-        f"{equivalent:.1f} equivalent tokens ({share:.1%})"
-    )
+    return f"{outcome.label}: {outcome.trace.summary(outcome.row)}"
 
 
 def _label(strategy: Strategy | None) -> str:

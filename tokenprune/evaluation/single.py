@@ -19,7 +19,7 @@ from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import scenes_of
 from tokenprune.images import to_rgb
-from tokenprune.stopwatch import recorded, stage
+from tokenprune.stopwatch import recorded
 
 
 def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
@@ -58,8 +58,7 @@ def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strat
         InputError: no such file, not an image, an empty query.
     """
     with recorded() as milliseconds:
-        with stage("preprocess"):
-            pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
+        pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
         result = model.segment(pixels, [query], strategy)
     mask = _first(result.masks)
     box = model.grid_box(*mask.shape)

@@ -11,6 +11,7 @@ from tokenprune.blame import blamed
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.by_path import dataset_at
 from tokenprune.errors import PluginError
+from tokenprune.masks import target_problem
 
 
 def made(name: str) -> Dataset:
@@ -85,7 +86,8 @@ def _query_problem(query: object, size: tuple[int, ...]) -> str:
     mask = query.mask
     if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "bui":
         return f"the mask of {query.text!r}, which is {_kind(mask)}, expected bool {list(size)}, the image's size"
-    return ""
+    problem = target_problem(mask)
+    return f"the mask of {query.text!r}, which {problem}" if problem else ""
 
 
 def _kind(value: object) -> str:

@@ -18,6 +18,7 @@ from tokenprune.evaluation.compare import check_request
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import scenes_of
+from tokenprune.images import to_rgb
 from tokenprune.stopwatch import recorded
 
 
@@ -51,15 +52,15 @@ def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: St
 
 
 def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None) -> SampleRecord:
-    """A user's own image (whatever the model takes) and query.
+    """A user's own image (see `tokenprune.images.to_rgb`) and query.
 
     Raises:
         InputError: no such file, not an image, an empty query.
     """
     with recorded() as milliseconds:
-        result = model.segment(image, [query], strategy)
+        pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
+        result = model.segment(pixels, [query], strategy)
     mask = _first(result.masks)
-    pixels = _pixels(image)
     box = model.grid_box(*mask.shape)
     name = str(image) if isinstance(image, (str, Path)) else "image"
     outcome = Outcome(_label(strategy), mask, result.trace, 0, milliseconds=milliseconds)
@@ -81,14 +82,3 @@ def _label(strategy: Strategy | None) -> str:
 
 def _first(masks: torch.Tensor) -> NDArray[np.bool_]:
     return np.asarray(masks[0].detach().cpu().numpy(), dtype=np.bool_)
-
-
-def _pixels(image: Any) -> NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
-    if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    return np.asarray(image)

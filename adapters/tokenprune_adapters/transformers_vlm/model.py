@@ -85,9 +85,18 @@ class VisionLanguageModel:
         rows = [self._row(*row) for row in _rows(image, prompt)]
         texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
         padding = {} if len(rows) == 1 else self._padding()
-        return self.processor(text=texts, images=images, return_tensors="pt", **padding, **self._special(texts)).to(
-            self.model.device
-        )
+        options = {"return_tensors": "pt", **padding, **self._special(texts)}
+        processor = self.processor
+        try:
+            made = processor(text=texts, images=images, **options)
+        except Exception as error:  # what a processor raises on odd sizes differs from family to family
+            sizes = ", ".join(f"{one.size[0]}×{one.size[1]}" for pictures in images for one in pictures)
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{type(processor).__name__} cannot prepare images of {sizes} pixels and these prompts "
+                f"({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
+            ) from error
+        return made.to(self.model.device)
 
     @overload
     def answer(self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64) -> Answer: ...

@@ -25,6 +25,8 @@ class StageTrace:
         mass: float32, original tokens that each stands for.
         scores: what the choice was made by, or None.
         lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
+        rows: bool [batch], the rows that the stage was for; None = all. A budget may begin a stage at another layer for
+            rows of another size, which then have a stage of the same name there.
     """
 
     name: str
@@ -37,6 +39,7 @@ class StageTrace:
     mass: Tensor
     scores: Tensor | None
     lineage: Tensor | None
+    rows: Tensor | None = None
 
     @property
     def kept(self) -> list[list[int]]:
@@ -70,6 +73,10 @@ class Trace:
     exists: Tensor
     ledger: Ledger
     stages: list[StageTrace] = field(default_factory=list)
+
+    def stages_of(self, row: int) -> list[StageTrace]:
+        """The stages of one batch row."""
+        return [stage for stage in self.stages if stage.rows is None or bool(stage.rows[row])]
 
     def active(self, layer: int) -> Tensor:
         """bool [batch, N]: image tokens that took part in a decoder layer."""

@@ -19,7 +19,7 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.marks import Marks
-from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.prefill import Prefill, where_renumbered
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
@@ -183,9 +183,11 @@ class PruningRun:
         length = prefill.lengths[number]
         if length is not None:
             steps = torch.arange(self._past, self._past + self._new, device=hidden.device)
-            ids = length.to(hidden.device)[:, None] + steps
-            kwargs["position_embeddings"] = self.decoder.tables(number, hidden, ids)
-            kwargs["position_ids"] = ids
+            new = length.to(hidden.device)[:, None] + steps
+            tables = zip(self.decoder.tables(number, hidden, new), kwargs["position_embeddings"], strict=True)
+            kwargs["position_embeddings"] = tuple(where_renumbered(length, *table) for table in tables)
+            kept = kwargs.get("position_ids")
+            kwargs["position_ids"] = new if kept is None else where_renumbered(length, new, kept)
 
 
 def _reentered() -> PluginError:

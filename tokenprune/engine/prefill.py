@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Stage, Strategy
+from tokenprune.base import Strategy
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
@@ -18,6 +18,7 @@ from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource, lined_up
 from tokenprune.errors import EngineError, InputError, UnsupportedError
 from tokenprune.layout import SequenceLayout
+from tokenprune.planning import PlannedStage
 from tokenprune.reads import (
     AttentionFrom,
     Embeddings,
@@ -36,7 +37,8 @@ class Prefill(TokenScheduler):
 
     Attributes:
         frames: per layer, the frame that it ran on; None = the full sequence.
-        lengths: per layer, int64 [batch], how many positions there were when they were counted anew; None = never.
+        lengths: per layer, int64 [batch], how many positions there were when they were counted anew, −1 in rows where
+            they were not; None = in no row.
         full: [batch, S, width], the last known state of every position; there only while a stage is entered.
     """
 
@@ -121,11 +123,14 @@ class Prefill(TokenScheduler):
         full = self.full
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
-    def settle(self, stage: Stage) -> None:
+    def settle(self, planned: PlannedStage) -> None:
         """Count positions anew where the stage says so; see `TokenScheduler.settle`."""
-        if self.policy(stage) == "renumber":
-            present = self._present()
-            self._ids, self._length = (present.long().cumsum(1) - 1).clamp(min=0), present.sum(1)
+        if self.policy(planned.stage) == "renumber":
+            present, rows = self._present(), planned.group.rows.to(self.layout.valid.device)
+            before = present.new_full((len(rows),), -1, dtype=torch.int64) if self._length is None else self._length
+            ids = (present.long().cumsum(1) - 1).clamp(min=0)
+            self._ids = torch.where(rows[:, None], ids, 0 if self._ids is None else self._ids)
+            self._length = torch.where(rows, present.sum(1), before)
 
     # the layers ------------------------------------------------------------------------------------------------------
 
@@ -247,21 +252,28 @@ class Prefill(TokenScheduler):
 
     def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
-        ids = kwargs.get("position_ids")
-        if self._ids is not None:
-            ids = frame.prefill_ids(self._ids).to(hidden.device)
-            kwargs["position_embeddings"] = tuple(
-                frame.once(table, partial(self._renumbered, number, layer, hidden, ids))
-                for number, table in enumerate(_tables(kwargs))
-            )
-        else:
-            kwargs["position_embeddings"] = tuple(frame.prefill_table(t) for t in _tables(kwargs))
-            if ids is not None:
-                ids = frame.prefill_ids(ids)
-        kwargs["position_ids"] = ids
+        tables, ids = _tables(kwargs), kwargs.get("position_ids")
+        if self._ids is None or self._length is None:
+            kwargs["position_embeddings"] = tuple(frame.prefill_table(table) for table in tables)
+            kwargs["position_ids"] = None if ids is None else frame.prefill_ids(ids)
+            return
+        new = frame.prefill_ids(self._ids).to(hidden.device)
+        kwargs["position_embeddings"] = tuple(
+            frame.once(table, partial(self._renumbered, frame, number, layer, hidden, new))
+            for number, table in enumerate(tables)
+        )
+        kwargs["position_ids"] = new if ids is None else where_renumbered(self._length, new, frame.prefill_ids(ids))
 
-    def _renumbered(self, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-        return self.decoder.tables(layer, hidden, ids)[number]
+    def _renumbered(self, frame: Frame, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+        assert self._length is not None
+        new = self.decoder.tables(layer, hidden, ids)[number]
+        return where_renumbered(self._length, new, frame.gather_table(table))
+
+
+def where_renumbered(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
+    """What was counted anew in the rows where it was (int64 [batch] `length`, −1 elsewhere), and what was kept."""
+    rows = (length >= 0).to(new.device)
+    return new if bool(rows.all()) else torch.where(rows.reshape(-1, *[1] * (new.dim() - 1)), new, kept.to(new))
 
 
 def _tables(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

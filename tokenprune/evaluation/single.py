@@ -69,7 +69,7 @@ def token_summary(outcome: Outcome) -> str:
         return f"{outcome.label}: no pruning"
     trace, row = outcome.trace, outcome.row
     total = int(trace.exists[row].sum())
-    stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in trace.stages)
+    stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in trace.stages_of(row))
     equivalent = trace.ledger.equivalent_tokens
     share = trace.ledger.equivalent_tokens_ratio
     return (

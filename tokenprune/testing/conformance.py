@@ -33,7 +33,7 @@ from tokenprune.errors import BudgetError, IncompatibleError, OptionError, Plugi
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.verdict import Nonconforming, NotTested, raised, refuses_batch, report
+from tokenprune.testing.verdict import Nonconforming, NotTested, raised, report
 from tokenprune.testing.vision import made_up_vision
 
 Invariant = Callable[[Case, Strategy], None]
@@ -209,9 +209,6 @@ class StrategyConformance:
             except Nonconforming as problem:
                 raise Nonconforming(f"{problem}\n{self._again(request, seed)}") from problem.__cause__
             except Exception as error:  # whatever a strategy raises is told with the case
-                if refuses_batch(error):
-                    why.append(str(error))
-                    hypothesis.reject()
                 failure = report(raised(error, strategy), strategy, case)
                 told = Nonconforming(f"{failure}\n{self._again(request, seed)}")
                 raise told from (None if "\nraised at\n" in str(failure) or isinstance(error, PluginError) else error)

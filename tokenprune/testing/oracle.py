@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.decisions import Keep, Merge
 from tokenprune.errors import InputError
 from tokenprune.layout import SequenceLayout
-from tokenprune.testing.scripts import Scripted
+from tokenprune.testing.scripts import Scripted, Step
 
 
 @torch.no_grad()
@@ -41,10 +41,12 @@ def masked_full_length(
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
             if step.layer == number:
-                hidden = apply_decision(step.decision, hidden, layout, alive)
+                hidden = apply_step(step, hidden, layout, alive)
                 present = (layout.valid & ~layout.image_tokens) | alive["active"]
                 if (step.positions or script.positions) == "renumber":
-                    renumbered = (present.long().cumsum(1) - 1).clamp(min=0)
+                    counted = (present.long().cumsum(1) - 1).clamp(min=0)
+                    before = position_ids if renumbered is None else renumbered
+                    renumbered = counted if step.rows is None else torch.where(step.rows[:, None], counted, before)
         ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
@@ -106,7 +108,7 @@ class _Masked:
             hidden = torch.where(self._ran[..., None], hidden, self._after)
         for step in self.script.steps:
             if step.layer == number:
-                hidden = apply_decision(step.decision, hidden, self.layout, self._alive)
+                hidden = apply_step(step, hidden, self.layout, self._alive)
                 self._present = (self.layout.valid & ~self.layout.image_tokens) | self._alive["active"]
         self._before, self._ran = hidden, self._present
         kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), hidden)
@@ -153,10 +155,14 @@ def _mask(present: Tensor, window: int | None) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
-def apply_decision(decision: Decision, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+def apply_step(step: Step, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+    """The states [batch, S, width] after a decision; `alive["active"]`, bool [batch, S], is changed with it."""
+    decision = step.decision
     hidden = hidden.clone()
     before = hidden.clone()
     for row, numbers in enumerate(decision.index.tolist()):
+        if not step.is_for(row):
+            continue
         slots = layout.image_tokens[row].nonzero().flatten().tolist()
         chosen = [slots[n] for n in numbers if n >= 0]
         for k, slot in enumerate(chosen):

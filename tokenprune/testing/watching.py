@@ -110,7 +110,7 @@ class Watched(Strategy):
         decision = self.inner.choose(stage, tokens)
         self.log.look(f"in stage {stage.name!r}")
         policy: Positions = stage.positions or self.inner.positions
-        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy))
+        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy, tokens.exists.any(1)))
         return decision
 
     def __repr__(self) -> str:

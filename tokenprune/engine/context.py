@@ -19,7 +19,8 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.marks import Marks
-from tokenprune.engine.prefill import Prefill, where_renumbered
+from tokenprune.engine.positions import renumber_step
+from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
@@ -182,12 +183,7 @@ class PruningRun:
         kwargs["attention_mask"] = frame.decode_mask(kwargs.get("attention_mask"), self._new, self._past, two_d=flash)
         length = prefill.lengths[number]
         if length is not None:
-            steps = torch.arange(self._past, self._past + self._new, device=hidden.device)
-            new = length.to(hidden.device)[:, None] + steps
-            tables = zip(self.decoder.tables(number, hidden, new), kwargs["position_embeddings"], strict=True)
-            kwargs["position_embeddings"] = tuple(where_renumbered(length, *table) for table in tables)
-            kept = kwargs.get("position_ids")
-            kwargs["position_ids"] = new if kept is None else where_renumbered(length, new, kept)
+            renumber_step(self.decoder, number, hidden, kwargs, length, self._past)
 
 
 def _reentered() -> PluginError:

@@ -54,12 +54,13 @@ class Decoder:
         """Kinds of reads that the engine can answer of it."""
         return DECODER_READS - {PositionKernel} if self.multimodal_rope else DECODER_READS
 
-    def tables(self, layer: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer."""
+    def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer; `rotary` makes them instead."""
+        rotary = rotary or self.rotary
         types: Any = getattr(self.module.config, "layer_types", None)
-        typed = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        typed = "layer_type" in inspect.signature(rotary.forward).parameters
         extra = {"layer_type": types[layer]} if typed else {}
-        cos, sin = self.rotary(hidden, position_ids=ids, **extra)
+        cos, sin = rotary(hidden, position_ids=ids, **extra)
         return cos, sin
 
     @property

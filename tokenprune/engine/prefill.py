@@ -13,6 +13,7 @@ from tokenprune.base import Strategy
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
+from tokenprune.engine.positions import new_or_kept, new_tables
 from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource, lined_up
@@ -262,18 +263,12 @@ class Prefill(TokenScheduler):
             frame.once(table, partial(self._renumbered, frame, number, layer, hidden, new))
             for number, table in enumerate(tables)
         )
-        kwargs["position_ids"] = new if ids is None else where_renumbered(self._length, new, frame.prefill_ids(ids))
+        kwargs["position_ids"] = new if ids is None else new_or_kept(self._length, new, frame.prefill_ids(ids))
 
     def _renumbered(self, frame: Frame, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
         assert self._length is not None
-        new = self.decoder.tables(layer, hidden, ids)[number]
-        return where_renumbered(self._length, new, frame.gather_table(table))
-
-
-def where_renumbered(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
-    """What was counted anew in the rows where it was (int64 [batch] `length`, −1 elsewhere), and what was kept."""
-    rows = (length >= 0).to(new.device)
-    return new if bool(rows.all()) else torch.where(rows.reshape(-1, *[1] * (new.dim() - 1)), new, kept.to(new))
+        new = new_tables(self.decoder, layer, hidden, ids)[number]
+        return new_or_kept(self._length, new, frame.gather_table(table))
 
 
 def _tables(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:

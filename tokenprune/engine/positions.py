@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.engine.decoder import Decoder
+from tokenprune.errors import UnsupportedError
+
+
+def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Rotary tables among a layer's keyword arguments.
+
+    Raises:
+        UnsupportedError: there are none.
+    """
+    tables = kwargs.get("position_embeddings")
+    if not isinstance(tables, tuple) or not all(isinstance(table, Tensor) for table in tables):
+        raise UnsupportedError(
+            "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
+        )
+    return tables
 
 
 def fresh_rotary(rotary: nn.Module) -> nn.Module:
@@ -56,6 +72,38 @@ def new_or_kept(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
     """
     rows = (length >= 0).to(new.device)
     return new if bool(rows.all()) else torch.where(rows.reshape(-1, *[1] * (new.dim() - 1)), new, kept.to(new))
+
+
+def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
+    """Rotary tables [..., batch, 1, D] of each row's first real token; None where all rows begin at position 0.
+
+    Args:
+        tables: cos and sin, [..., batch or 1, S, D].
+        valid: bool [batch, S], False on padding.
+    """
+    first = valid.int().argmax(1)[:, None, None]
+    taken = []
+    for table in tables:
+        table = table.expand(*table.shape[:-3], len(valid), *table.shape[-2:])
+        where = first.to(table.device).expand(*table.shape[:-2], 1, table.shape[-1])
+        taken.append(table.gather(-2, where))
+    return tuple(taken) if bool(taken[1].any()) else None
+
+
+def moved_back(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Tensor | None) -> tuple[Tensor, ...]:
+    """Rotary tables at positions counted from those of `first`: the angle of each channel less than that one's.
+
+    Args:
+        tables: cos and sin, [..., batch, M, D].
+        first: the same of one position, [..., batch, 1, D].
+        length: int64 [batch], not −1 in rows whose positions were counted anew, from 0; None = in no row.
+    """
+    (cos, sin), (away, up) = ([table.float() for table in pair] for pair in (tables, first))
+    scale = torch.hypot(away, up)  # tables may carry a factor on the attention
+    if length is not None:
+        away, up = new_or_kept(length, scale, away), new_or_kept(length, torch.zeros_like(up), up)
+    turned = (cos * away + sin * up) / scale, (sin * away - cos * up) / scale
+    return tuple(new.to(table) for new, table in zip(turned, tables, strict=True))
 
 
 def renumber_step(

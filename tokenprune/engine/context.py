@@ -82,10 +82,6 @@ class PruningRun:
         self._taps.close()
 
     def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            raise UnsupportedError(
-                "gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off"
-            )
         if self._asking:
             raise _reentered()
         self._attention_mask = padding_mask(arguments(module, args, kwargs))
@@ -147,6 +143,11 @@ class PruningRun:
             self.strategy, layout, self.decoder, vision=self._vision, observer=self._observer, seed=self._seed
         )
         prefill.deepstack, self._deepstack = self._deepstack, None
+        if prefill.planned and self.decoder.checkpoints:
+            raise UnsupportedError(
+                f"strategy {self.strategy.name!r}: gradient checkpointing runs layers again in the backward pass, "
+                "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
+            )
         if cache is not None and prefill.planned:
             check_cache(cache)
         wanted = [layer for layer in range(len(self.decoder.layers)) if prefill.taps(layer)]

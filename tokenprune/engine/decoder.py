@@ -63,6 +63,21 @@ class Decoder:
         cos, sin = rotary(hidden, position_ids=ids, **extra)
         return cos, sin
 
+    def check_mask(self, mask: Any) -> None:
+        """Refuse a mask that cannot be cut down. Raises UnsupportedError, naming the attention implementation."""
+        if mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedError(
+                f"attention implementation {self.attention_name!r} takes its masks as {type(mask).__name__}, which "
+                "cannot be cut down to the tokens left; load the model with attn_implementation='sdpa', or call "
+                "model.set_attn_implementation('sdpa')"
+            )
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether layers run again in the backward pass."""
+        parts = (self.module, *self.layers)
+        return any(part.training and getattr(part, "gradient_checkpointing", False) for part in parts)
+
     @property
     def attention_name(self) -> str:
         """Name of the attention implementation that the model runs with."""

@@ -145,6 +145,8 @@ class Prefill(TokenScheduler):
             hidden: [batch, S, width] for layer 0, else what the layer before gave, on its frame.
             kwargs: the layer's keyword arguments, made for the full sequence.
         """
+        if self.planned:
+            self.decoder.check_mask(kwargs.get("attention_mask"))
         if layer == 0:
             self.full = hidden
             self._remember(TextEmbeddings)

@@ -18,7 +18,7 @@ from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.oracle import apply_step, masked_full_length, rotary_tables
 from tokenprune.testing.shown import ranges
 from tokenprune.testing.snapshot import differences, snapshot
-from tokenprune.testing.verdict import NotTested, report
+from tokenprune.testing.verdict import NotTested, Tied, report
 from tokenprune.testing.watching import Break, Breaking, Run, baseline, joined, run
 from tokenprune.trace import Trace
 
@@ -70,6 +70,7 @@ def row_equals_row_alone(case: Case, strategy: Strategy) -> None:
                 here = getattr(together, what)[row].nonzero().flatten().tolist()
                 there = getattr(single, what)[0].nonzero().flatten().tolist()
                 if here != there:
+                    _refuse_tie(case.alone(row), strategy, alone, f"row {row}, stage {together.name!r}")
                     problem = (
                         f"row {row}, stage {together.name!r}: {what} tokens {ranges(here)} in the batch, "
                         f"{ranges(there)} alone; choose for every row from what belongs to that row"
@@ -237,6 +238,16 @@ def ledger_equals_what_entered(case: Case, strategy: Strategy) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_tie(case: Case, strategy: Strategy, done: Run, where: str) -> None:
+    """Raise Tied if the choice hangs on less than rounding, so that another order of sums makes another choice."""
+    for noise in (None, *range(8)):
+        other = run(case, strategy, noise=noise)
+        if [stage.kept for stage in other.trace.stages] != [stage.kept for stage in done.trace.stages]:
+            if noise is None:  # chance of another kind
+                return
+            raise Tied(f"{where}: scores are equal up to rounding, so that what is chosen is chance")
 
 
 def _same_model(before: dict[str, Any], after: str, trace: Trace, case: Case, strategy: Strategy) -> None:

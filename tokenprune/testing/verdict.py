@@ -54,3 +54,7 @@ def _home(strategy: Strategy | None) -> str:
 
 class NotTested(Exception):
     """The invariant says nothing about this strategy on this case, and why."""
+
+
+class Tied(NotTested):
+    """The strategy's choice hangs on a tie; another case may tell."""

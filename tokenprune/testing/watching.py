@@ -160,12 +160,24 @@ def with_budget(strategy: Strategy, budget: float | None) -> Strategy:
 
 
 @torch.no_grad()
-def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
-    """The prefill of a case under a strategy, then `new` tokens decoded one by one on its cache."""
+def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: int | None = None) -> Run:
+    """The prefill of a case under a strategy, then `new` tokens decoded one by one on its cache.
+
+    Args:
+        case: what it runs on.
+        strategy: that chooses.
+        new: tokens to decode.
+        seed: of the run.
+        noise: seed of a rounding error on everything that the strategy may read; None = none.
+    """
     family, model = FAMILIES[case.family], model_of(case.family)
     made = MadeUp(case.rows, case.padding, new=new)
     prompt, length = MadeUp(case.rows, case.padding), made.length
     embeds, ids, mask = made.embeds(WIDTH), family.positions(made), made.mask
+    vision = made_up_vision(prompt, WIDTH)
+    if noise is not None:
+        embeds = rounded(embeds, noise)
+        vision = replace(vision, answers={kind: _rounding(give, noise) for kind, give in vision.answers.items()})
     log = Log()
     log.lend("inputs_embeds", embeds)
     log.lend("image_tokens", prompt.layout.image_tokens)
@@ -181,7 +193,7 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
                 image_tokens=prompt.layout.image_tokens,
                 grid=prompt.grid,
                 image_number=prompt.number,
-                vision=made_up_vision(prompt, WIDTH),
+                vision=vision,
                 seed=seed,
             )
         )
@@ -210,6 +222,24 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
     log.look("at the end of the run")
     after = torch.cat(decoded, 1) if decoded else embeds[:, :0]
     return Run(prompt, first.last_hidden_state, context.trace, log, after, context)
+
+
+ROUNDING = 1e-5
+"""Relative size of a rounding error: above those of sums in another order, far below any difference that counts."""
+
+
+def rounded(value: Any, seed: int) -> Any:
+    """The same floats with a random error of rounding; other things, and parts of tuples, likewise as they are."""
+    if isinstance(value, tuple):
+        return tuple(rounded(part, seed) for part in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    draw = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+    return value * (1 + ROUNDING * draw)
+
+
+def _rounding(give: Callable[[Any], Any], seed: int) -> Callable[[Any], Any]:
+    return lambda read: rounded(give(read), seed)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -99,3 +100,16 @@ def test_prompts_with_pictures_in_parts_are_refused() -> None:
     ):
         model.generate(**inputs, prefill_chunk_size=20, max_new_tokens=2)
     assert "generate" not in model.__dict__
+
+
+def test_copies_made_under_a_context_are_refused() -> None:
+    """Their calls would go on being pruned when the context is closed, by a run of another model."""
+    for model in (tiny_llama(), FAMILIES["llava"].build()):
+        marks = {"image_tokens": IMAGE} if model.config.model_type == "llama" else {}
+        with tp.prune(model, PRUNING, **marks):
+            with pytest.raises(UnsupportedError, match="cannot be copied or pickled while it is under"):
+                copy.deepcopy(model)
+            with pytest.raises(UnsupportedError, match="cannot be copied or pickled while it is under"):
+                pickle.dumps(model)
+        copied = copy.deepcopy(model)
+        assert "generate" not in copied.__dict__

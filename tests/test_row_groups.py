@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 import tokenprune as tp
 from tokenprune import prune
 from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.decisions import Decision, Keep
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates, TowerFeatures
 from tokenprune.testing import invariants
@@ -55,14 +55,12 @@ class BySize(Strategy):
         assert tokens.exists.shape[1] == count
         one = self.script(count).steps[int(stage.name.split()[0])].decision
         here = tokens.exists.any(1)
-        index = torch.where(here[:, None], one.index, -1)
-        values = None if one.values is None else one.values.expand(len(here), -1, -1)
-        if isinstance(one, Merge):
-            return Merge(index, weights=one.weights.expand(len(here), -1, -1))
-        if isinstance(one, Restore):
-            return Restore(index, values=values)
-        assert isinstance(one, Keep)
-        return Keep(index, values=values, rest=one.rest)
+        shared = {
+            name: value.expand(len(here), *value.shape[1:])
+            for name in ("values", "weights")
+            if (value := getattr(one, name, None)) is not None
+        }
+        return replace(one, index=torch.where(here[:, None], one.index, -1), **shared)
 
 
 def batch_of(counts: list[int], padding: str, extra: int = 0) -> SequenceLayout:

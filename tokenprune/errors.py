@@ -92,6 +92,14 @@ class UnsupportedError(TokenPruneError):
     """Something sensible that tokenprune refuses because it does not support it (beam search, nesting)."""
 
 
+class BusyError(UnsupportedError):
+    """Another thread is using the model, and the caller does not want to wait."""
+
+
+class PruningWarning(UserWarning):
+    """Something that is right but not pruned, such as an image in a later turn of a conversation."""
+
+
 class EngineError(TokenPruneError):
     """The engine cannot run a schedule, or a strategy answered a stage with something invalid."""
 

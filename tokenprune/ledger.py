@@ -27,6 +27,19 @@ class LayerEntry:
     ahead: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class LaterTurn:
+    """Tokens with images among them that a later call added to the prefill's cache. All layers keep them whole.
+
+    Attributes:
+        image: image tokens added, per batch row.
+        other: every other token added, per batch row.
+    """
+
+    image: tuple[int, ...]
+    other: tuple[int, ...]
+
+
 @dataclass
 class Ledger:
     """Layer entries of one prefill.
@@ -37,6 +50,7 @@ class Ledger:
         entries: one per decoder layer, in order.
         sequence: positions of a row before any pruning, padding included; 0 = as many as the longest row has tokens.
         merge_weights: weights that merges applied to hidden states, all rows together (tokens after · tokens before).
+        later_turns: images that came on top later. They are in none of the figures, which are the prefill's.
     """
 
     image_tokens: tuple[int, ...]
@@ -44,6 +58,7 @@ class Ledger:
     entries: list[LayerEntry] = field(default_factory=list)
     sequence: int = 0
     merge_weights: int = 0
+    later_turns: list[LaterTurn] = field(default_factory=list)
 
     @property
     def width(self) -> int:

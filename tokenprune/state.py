@@ -110,7 +110,10 @@ class TokenState:
         if self.lineage is not None:
             lineage = torch.einsum("bkj,bji->bki", lineage.float(), carried.float()) > 0
         mass = (weights * self.mass[:, None]).sum(2)
-        kept_parked = self.parked[:, :, None] & carried
+        parked = self.parked
+        if decision.rest == "park":
+            parked = parked | (self.active & ~chosen & ~(weights != 0).any(1))  # what no other token carries
+        kept_parked = parked[:, :, None] & carried
         origin = torch.where(decision.index >= 0, decision.index, -1) if decision.origin is None else decision.origin
         # a token that moved to another slot brings the place that it had itself
         origin = torch.where(origin >= 0, self.origin.gather(1, origin.clamp(min=0)), -1)
@@ -119,7 +122,8 @@ class TokenState:
         return replace(
             self,
             active=chosen,
-            mass=torch.where(self.parked, self.mass, torch.where(chosen, mass, 0.0)),
+            parked=parked,
+            mass=torch.where(parked, self.mass, torch.where(chosen, mass, 0.0)),
             origin=torch.where(chosen, placed, self.origin),
             lineage=(lineage & chosen[:, :, None]) | kept_parked,
         )

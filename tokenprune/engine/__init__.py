@@ -6,16 +6,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
 from tokenprune import observers
 from tokenprune.base import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
-from tokenprune.engine.context import PruningRun, prune_decoder
+from tokenprune.engine.context import PruningRun
 from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
+from tokenprune.engine.queue import pruning_turn
 from tokenprune.engine.vision import VisionSource
 from tokenprune.engine.wrapping import unwrapped, whole_prompts
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
@@ -35,6 +37,8 @@ def prune(
     image_number: Tensor | None = None,
     vision: VisionSource | None = None,
     seed: int = 0,
+    wait: bool | float = False,
+    threads: Literal["any", "own"] = "any",
 ) -> Iterator[PruningRun]:
     """Prune image tokens in every prefill of `model` while the context is open.
 
@@ -50,6 +54,10 @@ def prune(
         image_number: int64 [batch, sequence]; by default every run of image tokens is one image.
         vision: what strategies may read from the vision side.
         seed: added to the seeds of strategies that draw random numbers.
+        wait: where another thread uses the model: False refuses, True waits until it is free, a number waits so many
+            seconds.
+        threads: whose forwards are pruned. "any": those of all threads, one at a time, as where `generate` streams from
+            a worker thread. "own": those of this thread; others wait until the context is closed and run unpruned.
 
     Yields:
         The run; `run.trace` tells what the latest prefill did.
@@ -58,7 +66,9 @@ def prune(
         InputError: masks that do not fit, or none given for a plain decoder.
         OptionError: no strategy.
         IncompatibleError: the strategy reads something that the model does not offer.
-        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context is open on it.
+        BusyError: another thread uses the model, and `wait` is over.
+        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
+            open on it.
         PluginError: an adapter, the strategy or an observer misbehaves; names it.
     """
     if not isinstance(strategy, Strategy):
@@ -73,12 +83,23 @@ def prune(
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
+        stack.enter_context(pruning_turn(decoder.module, wait))
         stack.enter_context(whole_prompts(model))
         watch = stack.enter_context(binding.watch(reads))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        marks = partial(watch.marks, named)
-        run = stack.enter_context(prune_decoder(decoder, strategy, marks, vision=source, observer=observers, seed=seed))
+        later = getattr(watch, "later", None)
+        run = PruningRun(
+            decoder,
+            strategy,
+            partial(watch.marks, named),
+            later=later,
+            vision=source,
+            observer=observers,
+            seed=seed,
+            threads=threads,
+        )
+        stack.enter_context(run.attached())
         try:
             observers.tokenprune_run_started(run=run)
             yield run

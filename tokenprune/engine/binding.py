@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune import registry
 from tokenprune.engine.marks import Marks
+from tokenprune.engine.shadow import shadowed, traced
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.plugins import not_loaded
@@ -20,7 +22,11 @@ from tokenprune.reads import Read
 
 
 class Watch(Protocol):
-    """Looks on while a model takes in images, and tells afterwards what it saw."""
+    """Looks on while a model takes in images, and tells afterwards what it saw.
+
+    It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
+    tokens among the new ones; None = there are none.
+    """
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
         """Where the image tokens of the present prefill stand. Called when its first decoder layer begins."""
@@ -82,7 +88,7 @@ class Given(Binding):
     ) -> None:
         self.name, self.decoder = type(model).__name__, model
         self._marks = Marks(image_tokens, grid=grid, image_number=image_number)
-        self._attention_mask: Tensor | None = None
+        self._now = threading.local()  # a call belongs to its thread
         self._vision = vision or VisionSource()
         self.tower_layers = self._vision.layers
 
@@ -93,20 +99,20 @@ class Given(Binding):
     @contextmanager
     def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
         """Look at the model's attention mask, which its decoder may be given in another form."""
-        with ExitStack() as undo:
-            undo.callback(self.decoder.register_forward_pre_hook(self._look, with_kwargs=True).remove)
-            undo.callback(self.decoder.register_forward_hook(self._forget, always_call=True).remove)
+        with shadowed(self.decoder, "forward", self._forward):
             yield self
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._attention_mask = padding_mask(arguments(module, args, kwargs))
-
-    def _forget(self, *_: Any) -> None:
-        self._attention_mask = None  # of this call only: the decoder inside may be called alone next
+    @traced
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._now.attention_mask = padding_mask(arguments(self.decoder, args, kwargs))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._now.attention_mask = None  # of this call only: the decoder inside may be called alone next
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
         """The caller's."""
-        return replace(self._marks, queries=queries, attention_mask=self._attention_mask)
+        return replace(self._marks, queries=queries, attention_mask=getattr(self._now, "attention_mask", None))
 
     def provide(self, read: Read) -> Any:
         """The caller's source answers."""

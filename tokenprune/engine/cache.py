@@ -1,41 +1,83 @@
-"""A KV-cache layer that holds fewer tokens than the sequence has, and still knows the true length."""
+"""KV caches that hold fewer tokens than the sequence has, and know what was left out and by which context."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tokenprune.engine.frame import Frame
 from tokenprune.errors import UnsupportedError
+from tokenprune.ledger import Ledger
+
+_MARK = "_tokenprune_prefill"
 
 
 @dataclass
 class Lease:
-    """Whether the pruning context that made a cache is still open."""
+    """Whether a pruning context is still open. Copies of a cache share it; a pickled one comes back as closed."""
 
     open: bool = True
+
+    def __deepcopy__(self, memo: Any) -> Lease:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Lease, (False,)
+
+
+class CachedPrefill:
+    """The prefill that filled a cache; carried by the cache, and by every copy of it.
+
+    Args:
+        lease: of the context.
+        length: S, positions of a row, padding included.
+        ledger: of the prefill.
+    """
+
+    def __init__(self, lease: Lease, length: int, ledger: Ledger) -> None:
+        self.lease, self.length, self.ledger = lease, length, ledger
+
+    def __deepcopy__(self, memo: Any) -> CachedPrefill:
+        return self  # a copied cache is of the same prefill
+
+    def sign(self, cache: Any) -> None:
+        """Note on a cache that this prefill filled it."""
+        setattr(cache, _MARK, self)
+
+    @staticmethod
+    def of(cache: Any) -> CachedPrefill | None:
+        """The one that filled a cache; None where it was filled without pruning."""
+        return getattr(cache, _MARK, None)
 
 
 class PrunedCacheLayer(DynamicLayer):
     """A dynamic layer whose `get_seq_length` counts pruned tokens too, so that next positions and masks stay right.
 
-    Attributes:
-        absent: tokens of the sequence that this layer does not hold.
+    Args:
+        frame: the positions of the prefill that it holds.
+        renumbered: int64 [batch], how many positions a row had when they were counted anew; None = never.
+        prefill: the one that fills it.
     """
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, frame: Frame, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.absent = 0
-        self._lease = lease
+        self.frame, self.renumbered, self._prefill = frame, renumbered, prefill
+
+    @property
+    def absent(self) -> int:
+        """Positions of the sequence that it does not hold."""
+        return self.frame.length - self.frame.width
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; refused once the pruning context is closed, since only it knows which keys belong to which row."""
-        if not self._lease.open:
+        if not self._prefill.lease.open:
             raise UnsupportedError(
-                "this KV cache was filled under tokenprune.prune(), whose context is closed; go on generating "
-                "inside the context"
+                "this KV cache, or the one that it was copied from, was filled under tokenprune.prune(), whose "
+                "context is closed; continue generating inside the context"
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -44,75 +86,135 @@ class PrunedCacheLayer(DynamicLayer):
         held = super().get_seq_length()
         return held + self.absent if held else 0
 
-    def reset(self) -> None:
-        """Empty the layer."""
-        self.absent = 0
-        super().reset()
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows in another order (beam search)."""
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
 
-    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
-        """Beam search is not supported."""
-        self._refuse("beam search")
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times."""
+        super().batch_repeat_interleave(repeats)
+        self._take(torch.arange(len(self.frame.index)).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> NoReturn:
-        """Cropping (assisted decoding) is not supported."""
-        self._refuse("assisted decoding")
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        super().batch_select_indices(indices)
+        self._take(indices)
 
-    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
-        """Repeating rows after prefill is not supported."""
-        self._refuse("repeating the rows of a filled cache")
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back tokens decoded since the prefill (assisted decoding).
 
-    def batch_select_indices(self, indices: Tensor) -> NoReturn:
-        """Selecting rows (contrastive search) is not supported."""
-        self._refuse("selecting rows of a filled cache")
+        Args:
+            tokens_to_remove: how many, negative; older releases of transformers give the length that stays, positive.
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise UnsupportedError(f"{what} is not supported under tokenprune.prune(); use greedy search or sampling")
+        Raises:
+            UnsupportedError: some of them belong to the prefill.
+        """
+        length = self.get_seq_length()
+        left = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
+        if length and left < self.frame.length:
+            raise UnsupportedError(
+                f"the KV cache is to be cut to {left} of {length} tokens, and {self.frame.length} of them are of a "
+                "prefill under tokenprune.prune(); only tokens decoded since can be taken back: start with "
+                "an empty cache"
+            )
+        if left < length:
+            super().crop(left - length)
+
+    def _take(self, rows: Tensor) -> None:
+        self.frame = self.frame.rows(rows)
+        if self.renumbered is not None:
+            self.renumbered = self.renumbered[rows.to(self.renumbered.device)]
+
+
+def held_tokens(cache: Any) -> int:
+    """Tokens per row that a cache holds, those that were pruned included; 0 where there is none.
+
+    Raises:
+        UnsupportedError: the layers disagree, so that somebody changed some of them.
+    """
+    if cache is None:
+        return 0
+    held = int(cache.get_seq_length())
+    lengths = {int(own.get_seq_length()) for own in getattr(cache, "layers", ())} - {0}  # 0: shares another's
+    if len(lengths) > 1:
+        raise UnsupportedError(
+            f"the layers of the KV cache hold {', '.join(map(str, sorted(lengths)))} tokens, expected the same number "
+            "in all; some were changed by hand: start with an empty cache"
+        )
+    return held
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse what the engine cannot prune.
+    """Refuse a cache that the engine cannot prune.
 
     Raises:
-        UnsupportedError: a cache of another kind, or one that already holds tokens.
+        UnsupportedError: a cache of another kind.
     """
     if not isinstance(cache, Cache) or any(type(own) not in _REPLACEABLE for own in cache.layers):
         kinds = sorted({type(own).__name__ for own in getattr(cache, "layers", [])}) or [type(cache).__name__]
         raise UnsupportedError(
             f"KV cache of kind {', '.join(kinds)} found under tokenprune.prune(), expected a DynamicCache"
         )
-    held: list[Any] = cache.layers
-    if any(own.get_seq_length() for own in held):
+
+
+def clear(cache: Cache) -> None:
+    """Make an empty cache one that knows of no prefill, whatever it held before."""
+    cache.__dict__.pop(_MARK, None)
+    for number, own in enumerate(cache.layers):
+        if isinstance(own, PrunedCacheLayer):
+            cache.layers[number] = DynamicLayer()
+
+
+def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
+    """Refuse a filled cache that does not belong to the open context.
+
+    Raises:
+        UnsupportedError: it was filled elsewhere.
+    """
+    if known is None:
         raise UnsupportedError(
-            "the KV cache already holds tokens from outside this pruning context; start with an empty cache "
-            "inside the context"
+            "the KV cache already holds tokens from outside this pruning context, so nothing in it was pruned; start "
+            "with an empty cache inside the context"
         )
+    if known.lease is not lease:
+        state = "another one" if known.lease.open else "one that is closed"
+        raise UnsupportedError(
+            f"the KV cache was not filled in this pruning context but in {state}; continue inside the context that "
+            "filled it, or start with an empty cache"
+        )
+    return known
 
 
-def shorten_layer(cache: Cache, number: int, absent: int, lease: Lease) -> None:
-    """Make layer `number` of a cache, still empty there, one that will lack `absent` tokens of the sequence."""
-    layer = PrunedCacheLayer(lease)
-    layer.absent = absent
-    cache.layers[number : number + 1] = [layer]  # a cache without a config makes its layers one by one
+def shorten_layer(cache: Cache, number: int, frame: Frame, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
+    """Make layer `number` of a cache, still empty there, one that will hold a frame of the sequence only."""
+    # a slice, since a cache without a config makes its layers one by one
+    cache.layers[number : number + 1] = [PrunedCacheLayer(frame, renumbered, prefill)]
 
 
-def widen_window(cache: Cache, number: int, lease: Lease) -> int | None:
+def widen_window(cache: Cache, number: int, valid: Tensor, prefill: CachedPrefill) -> None:
     """Turn a filled sliding-window layer into one whose masks have the true length, as those of pruned layers have.
 
-    Returns:
-        The number of tokens that it holds, the last ones; None for a layer of another kind, which stays.
+    A layer of another kind stays.
+
+    Args:
+        cache: filled by a prefill.
+        number: of the layer.
+        valid: bool [batch, S], the prefill's.
+        prefill: the one that filled it.
     """
     window: Any = cache.layers[number]
     if not isinstance(window, DynamicSlidingWindowLayer):
-        return None
-    layer, keys, values = PrunedCacheLayer(lease), window.keys, window.values
+        return
+    keys, values = window.keys, window.values
     assert keys is not None
     assert values is not None
+    last = torch.zeros_like(valid)
+    last[:, valid.shape[1] - keys.shape[-2] :] = True
+    layer = PrunedCacheLayer(Frame.of(last), None, prefill)
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
-    held = keys.shape[-2]
-    layer.absent = int(window.get_seq_length()) - held
     cache.layers[number] = layer
-    return held
 
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, PrunedCacheLayer)

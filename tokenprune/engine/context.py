@@ -1,40 +1,82 @@
-"""The pruning context: hooks on a decoder that carry a strategy through prefill and cached decoding."""
+"""The pruning context: carries a strategy through a decoder's prefills and cached decoding."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-from weakref import WeakSet
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from tokenprune.base import Strategy
+from tokenprune.base import Shape, Strategy, declared_stages
 from tokenprune.engine.binding import arguments, padding_mask
-from tokenprune.engine.cache import Lease, check_cache, shorten_layer, widen_window
+from tokenprune.engine.cache import (
+    CachedPrefill,
+    Lease,
+    PrunedCacheLayer,
+    check_cache,
+    check_known,
+    clear,
+    held_tokens,
+    shorten_layer,
+    widen_window,
+)
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.frame import Frame
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.positions import renumber_step
 from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.queue import model_turn
+from tokenprune.engine.shadow import shadowed, traced, untraced
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
-from tokenprune.errors import EngineError, PluginError, UnsupportedError
+from tokenprune.errors import EngineError, PluginError, PruningWarning, TokenPruneError, UnsupportedError
+from tokenprune.fit import TYPICAL_TOKENS
+from tokenprune.ledger import LaterTurn
 from tokenprune.scheduler import Observer
 from tokenprune.trace import Trace
 
-_BUSY: WeakSet[nn.Module] = WeakSet()
-_LOCK = threading.Lock()
+
+@dataclass
+class _Call:
+    """One forward of the decoder: a prefill, or a step on a cache that a prefill of this context filled, or neither.
+
+    Attributes:
+        inputs: the decoder's arguments by name.
+        held: tokens per row in the cache that it was called with.
+        deepstack: what the decoder would add between its layers in a prefill.
+        cache: that its layers fill.
+        thread: that called.
+        asking: a strategy, an observer or an adapter is at work.
+        prefill: where it is one.
+        cached: the prefill whose cache a step continues.
+        new: tokens per row of a step.
+        past: tokens per row decoded before it.
+        taps: on layers that a prefill reads.
+    """
+
+    inputs: dict[str, Any]
+    held: int = 0
+    deepstack: DeepStack | None = None
+    cache: Any = None
+    thread: int = field(default_factory=threading.get_ident)
+    asking: bool = False
+    prefill: Prefill | None = None
+    cached: CachedPrefill | None = None
+    new: int = 0
+    past: int = 0
+    taps: ExitStack = field(default_factory=ExitStack)
 
 
 class PruningRun:
     """What `with tokenprune.prune(...) as run` gives.
 
-    Every forward without cached tokens is a prefill of its own; `trace` tells of the latest one.
+    Every forward without cached tokens is a prefill of its own, and a cache belongs to the prefill that filled it; so
+    conversations may be continued in turn. Forwards of other threads take turns.
     """
 
     def __init__(
@@ -43,148 +85,267 @@ class PruningRun:
         strategy: Strategy,
         marks: Callable[[], Marks],
         *,
+        later: Callable[[], Tensor | None] | None = None,
         vision: VisionSource | None = None,
         observer: Observer | None = None,
         seed: int = 0,
+        threads: Literal["any", "own"] = "any",
     ) -> None:
         self.decoder, self.strategy = decoder, strategy
-        self._marks, self._vision, self._observer, self._seed = marks, vision, observer, seed
+        self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
+        self._owner = threading.get_ident() if threads == "own" else None
         self._lease = Lease()
-        self._attention_mask: Tensor | None = None
-        self._deepstack: DeepStack | None = None
-        self._prefill: Prefill | None = None
-        self._cache: Any = None
-        self._decoding = False
-        self._taps = ExitStack()
-        self._new = self._past = 0
-        self._asking = False
+        self._turn = threading.RLock()
+        self._call: _Call | None = None
+        self._latest: Prefill | None = None
 
     @property
     def trace(self) -> Trace:
-        """The trace of the latest prefill. Raises EngineError where none has run yet."""
-        if self._prefill is None:
+        """The trace of the latest prefill that had image tokens; of the latest one where none had.
+
+        So it tells of the prompt also where `generate` makes another prefill of text alone, as for guidance.
+
+        Raises:
+            EngineError: none has run yet.
+        """
+        if self._latest is None:
             raise EngineError("no prefill has run in this context yet, so there is no trace; call the model first")
-        return self._prefill.trace
+        return self._latest.trace
 
-    # hooks -----------------------------------------------------------------------------------------------------------
+    # around the calls ------------------------------------------------------------------------------------------------
 
-    def attach(self, undo: ExitStack) -> None:
-        """Put the hooks on; `undo` takes them off."""
-        undo.callback(self._close)
-        module = self.decoder.module
-        undo.callback(module.register_forward_pre_hook(self._on_model, with_kwargs=True).remove)
-        for number, layer in enumerate(self.decoder.layers):
-            undo.callback(layer.register_forward_pre_hook(partial(self._on_layer, number), with_kwargs=True).remove)
-            undo.callback(layer.register_forward_hook(partial(self._on_output, number)).remove)
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Look on at the decoder and its layers meanwhile."""
+        with ExitStack() as undo:
+            undo.callback(setattr, self._lease, "open", False)
+            undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
+            for number, layer in enumerate(self.decoder.layers):
+                undo.enter_context(shadowed(layer, "forward", partial(_layer_forward, self, number)))
+            yield
 
-    def _close(self) -> None:
-        self._lease.open = False
-        self._taps.close()
+    @traced
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the decoder's forward."""
+        if self._owner not in (None, threading.get_ident()):
+            with model_turn(self.decoder.module):  # the context is closed then
+                return self.decoder.module.forward(*args, **kwargs)
+        with self._turn:
+            args, kwargs = self._enter(args, kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._leave()
 
-    def _on_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._asking:
+    @untraced
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._call is not None:
             raise _reentered()
-        self._attention_mask = padding_mask(arguments(module, args, kwargs))
         kwargs = dict(kwargs)
-        self._deepstack = DeepStack.take(kwargs)
+        inputs = arguments(self.decoder.module, args, kwargs)
+        held = held_tokens(inputs.get("past_key_values"))
+        self._call = _Call(inputs, held, None if held else DeepStack.take(kwargs))
         return args, kwargs
 
-    def _on_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @untraced
+    def _leave(self) -> None:
+        call, self._call = self._call, None
+        assert call is not None
+        call.taps.close()
+
+    def mine(self) -> _Call | None:
+        """The forward under way, if it is this thread's: another thread's that began before the context is not."""
+        call = self._call
+        return call if call is not None and call.thread == threading.get_ident() else None
+
+    @untraced
+    def before(
+        self, call: _Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a layer runs on, instead of its arguments."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        cache = kwargs.get("past_key_values")
-        if self._asking:
+        if call.asking:
             raise _reentered()
-        self._asking = True  # plugins run from here: strategies, observers, an adapter's watch
+        call.asking = True  # plugins run from here: strategies, observers, an adapter's watch
         try:
             if number == 0:
-                self._begin(hidden, cache)
-            if self._prefill is None:
-                raise EngineError(f"decoder layer {number} was called outside a forward of the whole decoder")
-            if not self._decoding:
-                hidden = self._prefill.before_layer(number, hidden, kwargs)
+                self._begin(call, hidden, kwargs.get("past_key_values"))
+            if call.prefill is not None:
+                hidden = call.prefill.before_layer(number, hidden, kwargs)
         finally:
-            self._asking = False
-        if self._decoding:
-            self._shorten_step(number, hidden, kwargs)
-        else:
-            frame = self._frame(number)
-            if cache is not None and frame is not None:
-                shorten_layer(cache, number, frame.length - frame.width, self._lease)
+            call.asking = False
+        if call.prefill is not None and call.cached is not None:
+            frame = call.prefill.frames[number]
+            if frame is not None:
+                self._refuse_attentions(call)
+                if call.cache is not None:
+                    shorten_layer(call.cache, number, frame, call.prefill.lengths[number], call.cached)
+        elif call.cached is not None:
+            self._shorten_step(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def _on_output(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._decoding or self._prefill is None:
-            return None
+    @untraced
+    def after(self, call: _Call, number: int, output: Any, watched: bool) -> Any:
+        """What a layer gives, instead of its output.
+
+        Args:
+            call: the forward.
+            number: of the layer.
+            output: of the layer.
+            watched: whether others look at it.
+        """
+        if call.prefill is None:
+            return output
         hidden = output[0] if isinstance(output, tuple) else output
-        self._asking = True
+        call.asking = True
         try:
-            first = self._prefill.after_layer(number, hidden)
+            first = call.prefill.after_layer(number, hidden, full=watched)
         finally:
-            self._asking = False
+            call.asking = False
         if number == len(self.decoder.layers) - 1:
-            self._taps.close()
-            self._widen_windows()
+            self._filled(call)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     # prefill ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, hidden: Tensor, cache: Any) -> None:
-        held = 0 if cache is None else int(cache.get_seq_length())
-        self._decoding = held > 0 and self._prefill is not None
-        if self._decoding:
-            assert self._prefill is not None
-            self._new = hidden.shape[1]
-            self._past = held - self._prefill.trace.layout.valid.shape[1]
+    def _begin(self, call: _Call, hidden: Tensor, cache: Any) -> None:
+        call.cache = cache
+        if call.held:
+            self._continue(call, hidden)
             return
-        self._taps.close()
-        layout = self._marks().layout(hidden, self._attention_mask)
+        layout = self._marks().layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
             self.strategy, layout, self.decoder, vision=self._vision, observer=self._observer, seed=self._seed
         )
-        prefill.deepstack, self._deepstack = self._deepstack, None
-        if prefill.planned and self.decoder.checkpoints:
+        prefill.deepstack, call.deepstack = call.deepstack, None
+        if prefill.planned:
+            self._check(call, prefill, cache)
+        if cache is not None and hasattr(cache, "layers"):
+            clear(cache)
+        wanted = [layer for layer in range(len(self.decoder.layers)) if prefill.taps(layer)]
+        call.taps.enter_context(tap({self.decoder.attention(layer): partial(prefill.see, layer) for layer in wanted}))
+        call.prefill = prefill
+        call.cached = CachedPrefill(self._lease, hidden.shape[1], prefill.trace.ledger)
+        latest = self._latest
+        if latest is None or layout.image_tokens.any() or not latest.layout.image_tokens.any():
+            self._latest = prefill
+
+    def _check(self, call: _Call, prefill: Prefill, cache: Any) -> None:
+        """Refuse a prefill with stages that cannot be pruned right."""
+        if self.decoder.checkpoints:
             raise UnsupportedError(
                 f"strategy {self.strategy.name!r}: gradient checkpointing runs layers again in the backward pass, "
                 "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
             )
-        if cache is not None and prefill.planned:
+        if cache is not None:
             check_cache(cache)
-        wanted = [layer for layer in range(len(self.decoder.layers)) if prefill.taps(layer)]
-        shows = {self.decoder.attention(layer): partial(prefill.see, layer) for layer in wanted}
-        self._taps = ExitStack()
-        self._taps.enter_context(tap(shows))
-        self._prefill, self._cache = prefill, cache
+        _refuse_packed(call.inputs, prefill.layout.valid)
 
-    def _widen_windows(self) -> None:
-        """Once anything was pruned, sliding-window layers that were not must take full-length masks too."""
-        assert self._prefill is not None
-        frames, layout = self._prefill.frames, self._prefill.trace.layout
-        cache, self._cache = self._cache, None
-        if cache is None or all(frame is None for frame in frames):
+    def _filled(self, call: _Call) -> None:
+        """Once the last layer has run: the cache is known, and its layers that were not pruned fit those that were."""
+        cache, prefill = call.cache, call.prefill
+        assert prefill is not None
+        assert call.cached is not None
+        if cache is None:
             return
-        for number, frame in enumerate(frames):
-            held = widen_window(cache, number, self._lease) if frame is None else None
-            if held is not None:
-                last = torch.zeros_like(layout.valid)
-                last[:, last.shape[1] - held :] = True
-                frames[number] = Frame.of(last)
+        if any(frame is not None for frame in prefill.frames):
+            # sliding-window layers that were not pruned must take full-length masks too
+            for number, frame in enumerate(prefill.frames):
+                if frame is None:
+                    widen_window(cache, number, prefill.layout.valid, call.cached)
+        call.cached.sign(cache)
 
     # decoding --------------------------------------------------------------------------------------------------------
 
-    def _frame(self, number: int) -> Frame | None:
-        assert self._prefill is not None
-        return self._prefill.frames[number]
+    def _continue(self, call: _Call, hidden: Tensor) -> None:
+        known = CachedPrefill.of(call.cache)
+        if known is None and self._never_prunes():
+            return  # nothing was pruned before, and nothing would be
+        call.cached = known = check_known(known, self._lease)
+        call.new, call.past = hidden.shape[1], call.held - known.length
+        if call.new > 1:
+            self._count_images(call, known, len(hidden))
 
-    def _shorten_step(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        frame, prefill = self._frame(number), self._prefill
-        if frame is None or prefill is None:
+    def _never_prunes(self) -> bool:
+        """Whether the strategy leaves models like this one as they are, as "none" does."""
+        decoder, vision = self.decoder, self._vision or VisionSource()
+        readable = decoder.offers | frozenset(vision.answers)
+        shape = Shape(len(decoder.layers), TYPICAL_TOKENS, 0, vision.layers, readable, decoder.heads)
+        try:
+            return not declared_stages(self.strategy, shape)
+        except TokenPruneError:
+            return False
+
+    def _count_images(self, call: _Call, known: CachedPrefill, batch: int) -> None:
+        # The seam for pruning later turns: here a turn's image tokens are known, and the frames of what came before.
+        images = None if self._later is None else self._later()
+        if images is None or not bool(images.any()):
             return
+        counts = images.sum(1).tolist()
+        mask = padding_mask(call.inputs)
+        real = [call.new] * batch if mask is None else mask[:, -call.new :].sum(1).tolist()
+        known.ledger.later_turns.append(
+            LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
+        )
+        warnings.warn(
+            f"a later turn added {max(counts)} image tokens to a filled KV cache; they are kept whole in all layers, "
+            "since only a prefill is pruned; trace.ledger.later_turns counts them",
+            PruningWarning,
+            stacklevel=2,
+        )
+
+    def _shorten_step(self, call: _Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        own = call.cache.layers[number] if number < len(call.cache.layers) else None
+        if not isinstance(own, PrunedCacheLayer):
+            return
+        self._refuse_attentions(call)
         flash = "flash" in self.decoder.attention_name
-        kwargs["attention_mask"] = frame.decode_mask(kwargs.get("attention_mask"), self._new, self._past, two_d=flash)
-        length = prefill.lengths[number]
-        if length is not None:
-            renumber_step(self.decoder, number, hidden, kwargs, length, self._past)
+        kwargs["attention_mask"] = own.frame.decode_mask(kwargs.get("attention_mask"), call.new, call.past, two_d=flash)
+        if own.renumbered is not None:
+            renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.past)
+
+    def _refuse_attentions(self, call: _Call) -> None:
+        config = self.decoder.module.config
+        if call.inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise UnsupportedError(
+                "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
+                "tokens than the sequence has; call the model without it, or let a strategy read "
+                "tokenprune.reads.AttentionFrom"
+            )
+
+
+@traced
+def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around a layer's forward."""
+    call = run.mine()
+    if call is None:  # a layer called by itself, or by another thread's forward that began before the context
+        return original(*args, **kwargs)
+    args, kwargs = run.before(call, number, args, kwargs)
+    return run.after(call, number, original(*args, **kwargs), _watched(run.decoder.layers, number))
+
+
+def _watched(layers: Sequence[nn.Module], number: int) -> bool:
+    """Whether anybody else looks at a layer's output, as `output_hidden_states=True` does: by hooks, or, in older
+    releases of transformers, by a forward of its own."""
+    layer, following = layers[number], layers[number + 1 : number + 2]
+    hooks = layer._forward_hooks or any(after._forward_pre_hooks for after in following)
+    return bool(hooks) or not hasattr(layer.forward, "__tokenprune__")
+
+
+def _refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
+    """Refuse several prompts in one row, which attend to themselves alone."""
+    ids = inputs.get("position_ids")
+    packed = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    if isinstance(ids, Tensor) and ids.shape[-1] == valid.shape[1]:
+        ids = ids.reshape(-1, *ids.shape[-2:])[0].to(valid.device)  # the text's or the time axis of M-RoPE
+        both = valid[:, 1:] & valid[:, :-1]
+        packed = packed or bool(((ids[:, 1:] < ids[:, :-1]) & both).any())
+    if packed:
+        raise UnsupportedError(
+            "several prompts packed into one row found (position ids that restart, or cu_seq_lens), which cannot be "
+            "pruned as one; give them as the rows of a batch, with an attention_mask"
+        )
 
 
 def _reentered() -> PluginError:
@@ -192,29 +353,3 @@ def _reentered() -> PluginError:
         "the model was called while it waits for a strategy, an observer or an adapter; declare what a stage reads "
         "(tokenprune.reads), and call the model after the run"
     )
-
-
-@contextmanager
-def prune_decoder(
-    decoder: Decoder, strategy: Strategy, marks: Callable[[], Marks], **options: Any
-) -> Iterator[PruningRun]:
-    """Open a pruning context on a decoder; arguments as for `PruningRun`.
-
-    Raises:
-        UnsupportedError: a context is open on it already.
-    """
-    with _LOCK:
-        if decoder.module in _BUSY:
-            raise UnsupportedError(
-                f"{type(decoder.module).__name__} is under tokenprune.prune() already; contexts on one model do "
-                "not nest"
-            )
-        _BUSY.add(decoder.module)
-    try:
-        run = PruningRun(decoder, strategy, marks, **options)
-        with ExitStack() as undo:
-            run.attach(undo)
-            yield run
-    finally:
-        with _LOCK:
-            _BUSY.discard(decoder.module)

@@ -38,6 +38,11 @@ class Frame:
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
 
+    def rows(self, rows: Tensor) -> Frame:
+        """The frame of other batch rows: int64 [new batch], which of this one's each of them is."""
+        rows = rows.to(self.index.device)
+        return Frame(self.index[rows], self.filled[rows], self.length)
+
     @property
     def width(self) -> int:
         """M, positions computed per row."""

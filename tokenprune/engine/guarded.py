@@ -97,6 +97,14 @@ class _Watched:
             raise self._entry.refusal(f"answers marks() with queries {found.queries!r}, expected masks by name")
         return replace(found, source=self._source)
 
+    def later(self) -> Tensor | None:
+        ask = getattr(self._inner, "later", None)
+        if ask is None:
+            return None
+        with self._running("later"):
+            found: Tensor | None = ask()
+        return found
+
     def provide(self, read: Read) -> Any:
         with self._running("provide"):
             return self._inner.provide(read)

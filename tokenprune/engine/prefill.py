@@ -73,6 +73,7 @@ class Prefill(TokenScheduler):
         self.full: Tensor
         self._frame: Frame | None = None
         self._rest: Tensor | None = None
+        self._shown = False
         self.deepstack: DeepStack | None = None
         self._embeddings: dict[type[Read], Tensor] = {}
         self._told: dict[Read, Tensor] = {}
@@ -152,6 +153,8 @@ class Prefill(TokenScheduler):
             self._remember(TextEmbeddings)
             if not self.due(layer):
                 self._remember(Embeddings)
+        elif self._shown:
+            hidden = self._taken_back(layer, hidden)
         if self.due(layer):
             self._entering = layer, kwargs
             self.enter(layer)
@@ -179,24 +182,42 @@ class Prefill(TokenScheduler):
         self._computed_ahead.clear()
         return hidden
 
-    def after_layer(self, layer: int, hidden: Tensor) -> Tensor:
+    def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
         """What the next layer is to be given.
 
-        Before a stage that is an empty tensor, since the states are in `full` then, and the model would hold a second
-        copy. After the last layer it is the full-length output [batch, S, width]; dropped positions hold their last
-        state.
+        After the last layer, and where others look at it, that is the full-length output [batch, S, width]; dropped
+        positions hold their last state. Else it is what the next layer runs on; before a stage an empty tensor, since
+        the states are in `full` then, and the model would hold a second copy.
 
         Args:
             layer: the decoder layer that has run.
             hidden: its output.
+            full: whether others look at what this returns.
         """
+        last = layer == self.layers - 1
+        self._shown = full and not last
+        if self._shown:
+            return self._whole(hidden)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer, hidden, self._frame)
-        if layer < self.layers - 1 and not self.due(layer + 1):
+        if not last and not self.due(layer + 1):
             return hidden
-        self.full = hidden if self._frame is None or self._rest is None else self._frame.join(hidden, self._rest)
+        self.full = self._whole(hidden)
         self._rest = None
-        return hidden.new_empty(len(hidden), 0, hidden.shape[-1]) if layer < self.layers - 1 else self._finished()
+        return self._finished() if last else hidden.new_empty(len(hidden), 0, hidden.shape[-1])
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[batch, S, width] of states on the present frame."""
+        return hidden if self._frame is None or self._rest is None else self._frame.join(hidden, self._rest)
+
+    def _taken_back(self, layer: int, whole: Tensor) -> Tensor:
+        """What others were shown at full length, on the present frame again; at full length before a stage."""
+        hidden, self._rest = (whole, None) if self._frame is None else self._frame.split(whole)
+        if self.deepstack is not None:
+            hidden = self.deepstack.add(layer - 1, hidden, self._frame)
+        if self.due(layer):
+            self.full = hidden = self._whole(hidden)
+        return hidden
 
     def _finished(self) -> Tensor:
         full = self.full

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tokenprune.engine.shadow import untraced
 from tokenprune.errors import UnsupportedError
 
 _NAME = "tokenprune_tap"
@@ -85,6 +87,7 @@ class Seen:
 class _Tap:
     inner: Callable[..., Any]
     show: Callable[[Seen], None]
+    thread: int
 
 
 def _tapped_attention(
@@ -92,6 +95,22 @@ def _tapped_attention(
 ) -> Any:
     tap: _Tap = getattr(module, _TAP)
     output = tap.inner(module, query, key, value, attention_mask, **kwargs)
+    _show(module, tap, query, key, value, attention_mask, kwargs)
+    return output
+
+
+@untraced
+def _show(
+    module: nn.Module,
+    tap: _Tap,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> None:
+    if tap.thread != threading.get_ident():  # its forward began before the tap was put on
+        return
     scaling = kwargs.get("scaling")
     causal = kwargs.get("is_causal")
     if kwargs.get("s_aux") is not None:
@@ -108,7 +127,6 @@ def _tapped_attention(
         kwargs.get("softcap"),
     )
     tap.show(seen)
-    return output
 
 
 AttentionInterface.register(_NAME, _tapped_attention)
@@ -153,7 +171,7 @@ def _install(module: nn.Module, show: Callable[[Seen], None], instead: Callable[
         )
     private = copy.copy(config)
     private._attn_implementation_internal = _NAME
-    module.__dict__[_TAP] = _Tap(inner, show)
+    module.__dict__[_TAP] = _Tap(inner, show, threading.get_ident())
     module.config = private
 
     def remove() -> None:

@@ -9,21 +9,24 @@ import numpy as np
 from tokenprune import registry
 from tokenprune.blame import blamed
 from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.by_path import dataset_at
 from tokenprune.errors import PluginError
 
 
 def made(name: str) -> Dataset:
-    """The data set of that name.
+    """The data set of that name, or of the class at "module:Class" (see `tokenprune.datasets.by_path`).
 
     Raises:
         UnknownNameError: no such data set.
         PluginError: it cannot be imported or made.
     """
-    entry = registry.get("datasets", name)
-    data: Dataset = entry.call()
+    by_path = ":" in name and name not in registry.datasets()
+    entry = None if by_path else registry.get("datasets", name)
+    data: Dataset = dataset_at(name) if entry is None else entry.call()
     splits = getattr(data, "splits", None)
     if not isinstance(splits, (tuple, list)) or not all(isinstance(split, str) for split in splits):
-        raise entry.refusal(f"has splits {splits!r}, expected a tuple of names such as ('val',)")
+        problem = f"has splits {splits!r}, expected a tuple of names such as ('val',)"
+        raise PluginError(f"data set {name!r} {problem}") if entry is None else entry.refusal(problem)
     return data
 
 

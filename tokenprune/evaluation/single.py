@@ -18,6 +18,7 @@ from tokenprune.evaluation.compare import check_request
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import scenes_of
+from tokenprune.stopwatch import recorded
 
 
 def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
@@ -55,27 +56,21 @@ def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strat
     Raises:
         InputError: no such file, not an image, an empty query.
     """
-    result = model.segment(image, [query], strategy)
+    with recorded() as milliseconds:
+        result = model.segment(image, [query], strategy)
     mask = _first(result.masks)
     pixels = _pixels(image)
     box = model.grid_box(*mask.shape)
     name = str(image) if isinstance(image, (str, Path)) else "image"
-    return SampleRecord(name, pixels, query, None, box, [Outcome(_label(strategy), mask, result.trace, 0)])
+    outcome = Outcome(_label(strategy), mask, result.trace, 0, milliseconds=milliseconds)
+    return SampleRecord(name, pixels, query, None, box, [outcome])
 
 
 def token_summary(outcome: Outcome) -> str:
     """What ran, in one line: image tokens per stage, and equivalent tokens."""
     if outcome.trace is None:
         return f"{outcome.label}: no pruning"
-    trace, row = outcome.trace, outcome.row
-    total = int(trace.exists[row].sum())
-    stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in trace.stages_of(row))
-    equivalent = trace.ledger.equivalent_tokens
-    share = trace.ledger.equivalent_tokens_ratio
-    return (
-        f"{outcome.label}: {total} image tokens, {stages or 'all in every layer'}; "
-        f"{equivalent:.1f} equivalent tokens ({share:.1%})"
-    )
+    return f"{outcome.label}: {outcome.trace.summary(outcome.row)}"
 
 
 def _label(strategy: Strategy | None) -> str:

@@ -15,7 +15,7 @@ from tokenprune.decisions import Restore
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.oracle import apply_step, masked_full_length, rotary_tables
+from tokenprune.testing.oracle import all_active, apply_step, masked_full_length, rotary_tables
 from tokenprune.testing.shown import ranges
 from tokenprune.testing.snapshot import differences, snapshot
 from tokenprune.testing.verdict import NotTested, Tied, report
@@ -169,7 +169,7 @@ def restore_restores(case: Case, strategy: Strategy) -> None:
     if not any(isinstance(step.decision, Restore) for step in done.log.steps):
         raise NotTested("it never restores a token")
     layout = done.made.layout
-    full, alive = done.made.embeds(WIDTH), {"active": layout.image_tokens.clone()}
+    full, alive = done.made.embeds(WIDTH), all_active(layout)
     for layer, (entered, left) in enumerate(zip(done.log.entered, done.log.left, strict=True)):
         for step in done.log.steps:
             if step.layer == layer:

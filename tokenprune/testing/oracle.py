@@ -36,7 +36,7 @@ def masked_full_length(
     """
     hidden = embeds.clone()
     present = layout.valid.clone()
-    alive = {"active": layout.image_tokens.clone()}
+    alive = all_active(layout)
     renumbered: Tensor | None = None
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
@@ -103,7 +103,7 @@ class _Masked:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if number == 0:
             self._present, self._after = self.layout.valid.clone(), None
-            self._alive = {"active": self.layout.image_tokens.clone()}
+            self._alive = all_active(self.layout)
         if self._after is not None:  # what the decoder adds between layers (DeepStack) is for active positions only
             hidden = torch.where(self._ran[..., None], hidden, self._after)
         for step in self.script.steps:
@@ -155,8 +155,17 @@ def _mask(present: Tensor, window: int | None) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
+def all_active(layout: SequenceLayout) -> dict[str, Tensor]:
+    """Where `apply_step` begins: bool [batch, S] each, every image token active and none parked."""
+    return {"active": layout.image_tokens.clone(), "parked": torch.zeros_like(layout.image_tokens)}
+
+
 def apply_step(step: Step, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
-    """The states [batch, S, width] after a decision; `alive["active"]`, bool [batch, S], is changed with it."""
+    """The states [batch, S, width] once a decision is taken; `alive`, what is active and parked, is changed in place.
+
+    Raises:
+        InputError: a position that cannot be chosen: restored though not parked, else not active.
+    """
     decision = step.decision
     hidden = hidden.clone()
     before = hidden.clone()
@@ -171,7 +180,17 @@ def apply_step(step: Step, hidden: Tensor, layout: SequenceLayout, alive: dict[s
                 hidden[row, slot] = torch.stack(parts).sum(0)
             elif decision.values is not None:
                 hidden[row, slot] = decision.values[row, k]
+        active, parked = alive["active"][row], alive["parked"][row]
+        pool = active if isinstance(decision, (Keep, Merge)) else parked
+        if not bool(pool[chosen].all()):
+            raise InputError(f"the script chooses positions {chosen} of row {row}, which are not all there to choose")
         if isinstance(decision, (Keep, Merge)):
-            alive["active"][row] = False
-        alive["active"][row, chosen] = True
+            for number, slot in enumerate(slots):
+                given = isinstance(decision, Merge) and any(
+                    bool(decision.weights[row, k, number] != 0) for k in range(len(chosen))
+                )
+                if bool(active[slot]) and slot not in chosen and decision.rest == "park" and not given:
+                    parked[slot] = True
+            active[:] = False
+        active[chosen], parked[chosen] = True, False
     return hidden

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tokenprune.engine.shadow import shadowed
 from tokenprune_adapters.transformers_vlm.cells import Cells
-from tokenprune_adapters.transformers_vlm.shadow import shadowed
 
 
 class Arrangement:

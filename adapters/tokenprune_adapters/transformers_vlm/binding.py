@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.engine.binding import Binding, Watch
+from tokenprune.engine.shadow import shadowed
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.reads import (
     ClsAttention,
@@ -25,7 +26,6 @@ from tokenprune.reads import (
 )
 from tokenprune_adapters.transformers_vlm.families import Family
 from tokenprune_adapters.transformers_vlm.following import METHODS, Following
-from tokenprune_adapters.transformers_vlm.shadow import shadowed
 
 ATTENTION = ("self_attn", "attn", "attention")
 
@@ -110,8 +110,7 @@ class TransformersBinding(Binding):
         """See `Binding.watch`. The methods that make image features are looked at on this one object meanwhile."""
         following = Following(self, reads)
         with ExitStack() as undo:
-            undo.callback(self.base.register_forward_pre_hook(following.called, with_kwargs=True).remove)
-            undo.callback(self.base.register_forward_hook(following.returned, always_call=True).remove)
+            undo.enter_context(shadowed(self.base, "forward", following.forward))
             for modality, method in METHODS.items():
                 undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))
             yield following

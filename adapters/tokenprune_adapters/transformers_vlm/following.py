@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine.binding import arguments, padding_mask
 from tokenprune.engine.marks import Marks
+from tokenprune.engine.shadow import traced, untraced
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.layout import true_positions
@@ -53,8 +55,23 @@ class Encoded:
     values: dict[Read, Tensor]
 
 
+class _Now(threading.local):
+    """What one thread's call of the model has shown so far."""
+
+    inside = False
+    encoding = False
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    flat: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        self.ahead: dict[str, Encoded] = {}
+        self.encoded: dict[str, Encoded] = {}
+
+
 class Following:
-    """The watch of one context; what a forward saw is forgotten when it ends.
+    """The watch of one context; what a forward saw is forgotten when it ends, and is its thread's alone.
 
     `generate` may encode images ahead and hand them to its forwards (`mm_encoder_outputs`); what was seen then is kept
     until more is encoded ahead.
@@ -64,44 +81,70 @@ class Following:
         self.binding = binding
         self.reads = [read for read in reads if type(read) in binding.offers()]
         self._shows({read: [] for read in self.reads})  # refuses layers that are not there
-        self._inside = self._encoding = False
-        self._ids: Tensor | None = None
-        self._mask: Tensor | None = None
-        self._ahead: dict[str, Encoded] = {}
-        self._encoded: dict[str, Encoded] = {}
-        self._flat: Tensor
-        self._tokens: Tensor
+        self._now = _Now()
+        self._turn = threading.RLock()  # the tower is looked at for one call at a time
 
-    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: note ids, padding and what was encoded ahead."""
-        inputs, name = arguments(module, args, kwargs), self.binding.name
+    @traced
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the model's forward."""
+        self._called(args, kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._returned()
+
+    @untraced
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note ids, padding and what was encoded ahead."""
+        inputs, name, now = arguments(self.binding.base, args, kwargs), self.binding.name, self._now
         if inputs.get("pixel_values_videos") is not None and self.binding.family.videos is None:
             raise UnsupportedError(f"{name} was given a video (pixel_values_videos), but its family has images only")
-        self._inside, self._ids, self._mask = True, inputs.get("input_ids"), padding_mask(inputs)
+        now.inside, now.ids, now.mask = True, self._given_ids(inputs), padding_mask(inputs)
         handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
-        self._encoded = {key: self._ahead[key] for key in METHODS if key in handed and key in self._ahead}
-        for modality, encoded in self._encoded.items():
+        now.encoded = {key: now.ahead[key] for key in METHODS if key in handed and key in now.ahead}
+        for modality, encoded in now.encoded.items():
             self._numbers(modality, encoded)
 
-    def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model, called after exceptions too."""
-        self._inside, self._ids, self._mask, self._encoded = False, None, None, {}
+    def _given_ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The ids; where the model was given embeddings and pixels, the placeholders among them, as it finds them."""
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        pixels = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        if ids is not None or not isinstance(embeds, Tensor) or not pixels:
+            return ids
+        found = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        table = self.binding.base.get_input_embeddings()
+        for token in self.binding.token_ids.values():
+            if token is not None:
+                row = table(torch.tensor(token, device=embeds.device)).to(embeds)
+                found[(embeds == row).all(-1)] = token
+        return found
 
+    @untraced
+    def _returned(self) -> None:
+        now = self._now
+        now.inside, now.ids, now.mask, now.encoded = False, None, None, {}
+
+    @untraced
     def encode(self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the tower and the projector, and keep what the strategy wants to read."""
-        if self._encoding:  # Qwen3-VL's videos go through its method for images
+        now = self._now
+        if now.encoding:  # Qwen3-VL's videos go through its method for images
             return original(*args, **kwargs)
-        self._encoding = True
+        now.encoding = True
+        as_tuple = kwargs.get("return_dict", getattr(self.binding.base.config, "return_dict", True)) is False
         try:
-            output, encoded = self._encode(modality, original, args, kwargs)
+            with self._turn:
+                output, encoded = self._encode(
+                    modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
+                )
         finally:
-            self._encoding = False
-        if self._inside:
-            self._encoded[modality] = encoded
+            now.encoding = False
+        if now.inside:
+            now.encoded[modality] = encoded
             self._numbers(modality, encoded)  # before the model itself complains, in other words
         else:
-            self._ahead[modality] = encoded
-        return output
+            now.ahead[modality] = encoded
+        return output.to_tuple() if as_tuple else output
 
     def _encode(
         self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,7 +222,8 @@ class Following:
         Raises:
             InputError: the model was called without ids, or placeholders and image features differ in number.
         """
-        ids, name = self._ids, self.binding.name
+        now, name = self._now, self.binding.name
+        ids = now.ids
         if ids is None:
             raise InputError(f"{name} was called without input_ids; call it with them, or give image_tokens=")
         flat = torch.full(ids.shape, -1, device=ids.device)
@@ -187,7 +231,7 @@ class Following:
         for modality, token in self.binding.token_ids.items():
             if token is None:
                 continue
-            where, encoded = ids.eq(token), self._encoded.get(modality)
+            where, encoded = ids.eq(token), now.encoded.get(modality)
             if encoded is not None:
                 flat[where] = self._numbers(modality, encoded).to(ids.device) + start
                 parts.append(encoded.cells)
@@ -198,21 +242,27 @@ class Following:
                     "this context; pass the pixels, or give image_tokens="
                 )
         cells = Cells.joined(parts)
-        self._flat = flat
+        now.flat = flat
         found = flat.clamp(min=0)
         separator = torch.cat((cells.separator, torch.zeros(1).bool())).to(ids.device)[found]
-        self._tokens = (flat >= 0) & ~separator
+        now.tokens = (flat >= 0) & ~separator
+        if now.mask is not None:  # a placeholder under padding is padding
+            now.tokens &= now.mask[:, -ids.shape[1] :].to(ids.device).bool()
         grid, image = (
             torch.cat((value, value.new_zeros(1, *value.shape[1:]))).to(ids.device)[found]
             for value in (cells.grid, cells.image)
         )
-        number = _numbered(torch.where(self._tokens, image, -1))
-        grid = torch.where(self._tokens[..., None], grid, -1)
-        return Marks(self._tokens, queries, grid, number, self._mask)
+        number = _numbered(torch.where(now.tokens, image, -1))
+        grid = torch.where(now.tokens[..., None], grid, -1)
+        return Marks(now.tokens, queries, grid, number, now.mask)
+
+    def later(self) -> Tensor | None:
+        """See `Watch.later`."""
+        return self.marks({}).image_tokens if self._now.encoded else None
 
     def _numbers(self, modality: str, encoded: Encoded) -> Tensor:
         """For each placeholder, row by row, the number of its token; rows may be repeated for returned sequences."""
-        ids = self._ids
+        ids = self._now.ids
         if ids is None:
             return torch.zeros(0, dtype=torch.int64)
         counts, tokens = ids.eq(self.binding.token_ids[modality]).sum(1), len(encoded.cells)
@@ -231,15 +281,16 @@ class Following:
         """See `Watch.provide`."""
         if isinstance(read, Projector):
             return self.binding.project
-        parts = [self._encoded[modality].values.get(read) for modality in METHODS if modality in self._encoded]
+        now = self._now
+        parts = [now.encoded[modality].values.get(read) for modality in METHODS if modality in now.encoded]
         if not all(isinstance(part, Tensor) for part in parts):
             raise PluginError(
                 f"{read} was not declared when the context was opened, so {self.binding.name}'s tower was not read; "
                 "declare the same reads for every shape"
             )
         values = torch.cat([part for part in parts if part is not None])
-        slots = true_positions(self._tokens)
-        index = self._flat.gather(1, slots.clamp(min=0)).to(values.device)
+        slots = true_positions(now.tokens)
+        index = now.flat.gather(1, slots.clamp(min=0)).to(values.device)
         lined = values[index]
         return lined.masked_fill((slots < 0).to(values.device).view(*slots.shape, *[1] * (lined.dim() - 2)), 0)
 

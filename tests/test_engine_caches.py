@@ -1,0 +1,293 @@
+"""Caches know their prefill: conversations in turn, copies, cuts, other orders of rows, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine_oracle import LAYERS, MODELS, WIDTH, random_layout
+from transformers import DynamicCache
+
+from tokenprune.base import Stage, Strategy
+from tokenprune.decisions import Keep
+from tokenprune.engine import prune
+from tokenprune.engine.context import PruningRun
+from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.marks import Marks
+from tokenprune.errors import UnsupportedError
+from tokenprune.layout import SequenceLayout
+from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.oracle import masked_full_length
+from tokenprune.testing.scripts import Scripted, Step, random_script
+
+
+class Turns(Strategy):
+    """Answers by the script of the conversation whose prefill is under way."""
+
+    name = "turns"
+    now: Scripted
+
+    def stages(self, shape):
+        return self.now.stages(shape)
+
+    def choose(self, stage, tokens):
+        return self.now.choose(stage, tokens)
+
+
+@dataclass
+class Conversation:
+    """What one cache should hold, told to the oracle as one long prompt."""
+
+    layout: SequenceLayout
+    script: Scripted
+    embeds: torch.Tensor
+    ids: torch.Tensor
+    padded: bool
+    cache: DynamicCache | None = None
+
+    @property
+    def length(self):
+        return self.embeds.shape[1]
+
+    def grown(self, new):
+        """The same with random text tokens behind it."""
+        draw = torch.Generator().manual_seed(self.length)
+        more = torch.randn(len(self.embeds), new, WIDTH, generator=draw)
+        last = self.layout.valid.long().sum(1, keepdim=True) - 1
+        ids = last + torch.arange(1, new + 1)
+        ones = torch.ones(len(more), new, dtype=torch.bool)
+        layout = SequenceLayout.from_mask(
+            torch.cat((self.layout.image_tokens, ~ones), 1), torch.cat((self.layout.valid, ones), 1)
+        )
+        return replace(self, layout=layout, embeds=torch.cat((self.embeds, more), 1), ids=torch.cat((self.ids, ids), 1))
+
+    def rows(self, rows):
+        """The same of other batch rows."""
+        layout = SequenceLayout.from_mask(self.layout.image_tokens[rows], self.layout.valid[rows])
+        steps = []
+        for step in self.script.steps:
+            parts = {
+                name: value[rows] for name, value in vars(step.decision).items() if isinstance(value, torch.Tensor)
+            }
+            steps.append(replace(step, decision=replace(step.decision, **parts)))
+        script = Scripted(steps, positions=self.script.positions)
+        return replace(self, layout=layout, script=script, embeds=self.embeds[rows], ids=self.ids[rows])
+
+    def call(self, model, start):
+        """The model's states for everything from `start` on, which go into the cache."""
+        output = model.model(
+            inputs_embeds=self.embeds[:, start:],
+            attention_mask=self.layout.valid.long() if self.padded else None,
+            position_ids=self.ids[:, start:] if self.padded else None,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        return output.last_hidden_state
+
+    def expected(self, model):
+        return masked_full_length(model.model, self.embeds, self.layout, self.script, self.ids)
+
+
+def conversation(seed, positions):
+    padding = ("none", "left", "right")[seed % 3]
+    layout, ids = random_layout(seed, 1 + seed % 2, padding)
+    script = random_script(layout.slots >= 0, LAYERS, WIDTH, seed, positions=positions)
+    embeds = torch.randn(*layout.valid.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return Conversation(layout, script, embeds, ids, padding != "none")
+
+
+def check(model, positions, seeds, moves):
+    """Two conversations in one context, and what `moves` says: (kind, which conversation, number)."""
+    talks = [conversation(seed, positions) for seed in seeds]
+    strategy = Turns()
+    strategy.positions = positions
+    strategy.now = talks[0].script
+    pending = iter(talks)
+
+    def marks():
+        now = next(pending)
+        strategy.now = now.script
+        return Marks(now.layout.image_tokens)
+
+    worst = 0.0
+    with torch.no_grad(), PruningRun(find_decoder(model), strategy, marks).attached():
+        prompts = [talk.length for talk in talks]
+        for talk in talks:
+            got = talk.call(model, 0)
+            worst = max(worst, float((got - talk.expected(model))[talk.layout.valid].abs().max()))
+        for kind, which, number in moves:
+            which %= len(talks)
+            talk = talks[which]
+            if kind == "step":
+                talks[which] = longer = talk.grown(number)
+                got = longer.call(model, talk.length)
+                worst = max(worst, float((got - longer.expected(model)[:, talk.length :]).abs().max()))
+            elif kind == "fork":
+                talks.append(replace(talk, cache=copy.deepcopy(talk.cache)))
+                prompts.append(prompts[which])
+            elif kind == "cut":
+                number = min(number, talk.length - prompts[which])
+                talk.cache.crop(-number)
+                kept = talk.length - number
+                layout = SequenceLayout.from_mask(talk.layout.image_tokens[:, :kept], talk.layout.valid[:, :kept])
+                talks[which] = replace(talk, layout=layout, embeds=talk.embeds[:, :kept], ids=talk.ids[:, :kept])
+            else:
+                rows = torch.arange(len(talk.embeds)).roll(number)
+                if kind == "repeat":
+                    rows = rows.sort().values.repeat_interleave(2)
+                    talk.cache.batch_repeat_interleave(2)
+                elif kind == "select":
+                    rows = rows[:1]
+                    talk.cache.batch_select_indices(rows)
+                else:
+                    talk.cache.reorder_cache(rows)
+                talks[which] = talk.rows(rows)
+    return worst
+
+
+kinds = st.sampled_from(["step", "step", "step", "fork", "cut", "reorder", "repeat", "select"])
+moves = st.lists(st.tuples(kinds, st.integers(0, 5), st.integers(1, 3)), min_size=2, max_size=8)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(sorted(MODELS)),
+    st.lists(st.integers(0, 10**6), min_size=2, max_size=2),
+    st.sampled_from(["keep", "renumber"]),
+    moves,
+)
+def test_conversations_in_turn_equal_the_oracle(kind, seeds, positions, moves):
+    assert check(MODELS[kind], positions, seeds, moves) < 3e-5
+
+
+HALF = Keep.where(torch.tensor([[True, False, True, False, True, False]] * 2))
+
+
+class EverySecond(Strategy):
+    """The same tokens whatever the states, so that recomputation prunes alike."""
+
+    name = "every-second"
+
+    def stages(self, shape):
+        return [Stage("thin", 1)]
+
+    def choose(self, stage, tokens):
+        return Keep.where(tokens.exists & (torch.arange(tokens.exists.shape[1]) % 2 == 0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(4)
+
+
+@pytest.fixture
+def image():
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[:, 2:8] = True
+    return mask
+
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def test_a_cache_from_elsewhere_is_refused_inside(model, image):
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        with prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
+            with pytest.raises(UnsupportedError, match="already holds tokens from outside this pruning context"):
+                model(IDS[:, :1], past_key_values=cache)
+            other = model(IDS, use_cache=True).past_key_values
+        with (
+            prune(model, Scripted([Step(1, HALF)]), image_tokens=image),
+            pytest.raises(UnsupportedError, match="not filled in this pruning context but in one that is closed"),
+        ):
+            model(IDS[:, :1], past_key_values=other)
+
+
+def test_a_cache_from_elsewhere_is_as_good_where_nothing_is_pruned(model, image):
+    with torch.no_grad():
+        cache, other = (model(IDS, use_cache=True).past_key_values for _ in range(2))
+        expected = model(IDS[:, :1], past_key_values=cache).logits
+        with prune(model, Scripted([]), image_tokens=image):
+            assert torch.equal(model(IDS[:, :1], past_key_values=other).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["deep", "shallow", "pickled"],
+)
+def test_copies_do_not_outlive_the_context(model, image, copied):
+    with torch.no_grad():
+        with prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
+            cache = copied(model(IDS, use_cache=True).past_key_values)
+        with pytest.raises(UnsupportedError, match="context is closed"):
+            model(IDS[:, :1], past_key_values=cache)
+
+
+def test_a_prefix_is_used_again_by_copies(model, image):
+    """The usual recipe: prefill once, and continue a copy for every question."""
+    tails = [torch.tensor([[5, 6], [7, 8]]), torch.tensor([[9, 1], [2, 3]])]
+    script = Scripted([Step(1, HALF)], positions="renumber")
+    with torch.no_grad(), prune(model, script, image_tokens=image):
+        prefix = model(IDS, use_cache=True).past_key_values
+        got = [model(tail, past_key_values=copy.deepcopy(prefix)).logits for tail in tails]
+        for tail, logits in zip(tails, got, strict=True):
+            whole = model(torch.cat((IDS, tail), 1), use_cache=False).logits[:, 12:]
+            assert (logits - whole).abs().max() < 2e-5
+
+
+def test_layers_that_disagree_are_refused(model, image):
+    with torch.no_grad(), prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
+        cache = model(IDS, use_cache=True).past_key_values
+        cache.layers[0].crop(-3)
+        with pytest.raises(UnsupportedError, match=r"layers of the KV cache hold 9, 12 tokens"):
+            model(IDS[:, :1], past_key_values=cache)
+
+
+def test_a_prefill_cannot_be_cut(model, image):
+    with torch.no_grad(), prune(model, Scripted([Step(0, HALF)]), image_tokens=image):
+        cache = model(IDS, use_cache=True).past_key_values
+        with pytest.raises(UnsupportedError, match="cut to 10 of 12 tokens"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 12
+
+
+def test_an_emptied_cache_is_a_new_one(model, image):
+    with torch.no_grad():
+        with prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
+            cache = model(IDS, use_cache=True).past_key_values
+            cache.reset()
+            again = model(IDS, past_key_values=cache).logits
+            assert (again - model(IDS).logits).abs().max() < 1e-6
+            cache.reset()
+        with prune(model, Scripted([]), image_tokens=image):
+            first = model(IDS, past_key_values=cache).logits
+        assert torch.equal(first, model(IDS).logits)
+        assert torch.equal(
+            model(IDS[:, :1], past_key_values=cache).logits,
+            model(IDS[:, :1], past_key_values=model(IDS, use_cache=True).past_key_values).logits,
+        )
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+def test_ways_to_generate_equal_recomputation(model, image, positions, how):
+    """Beam search reorders the cache's rows, prompt look-up takes back what it guessed wrongly."""
+    one = "prompt_lookup_num_tokens" in how
+    ids, mask = (IDS[:1], image[:1]) if one else (IDS, image)
+    strategy = EverySecond()
+    strategy.positions = positions
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad(), prune(model, strategy, image_tokens=mask):
+        got = model.generate(ids, **settings, **how)
+        plain = model.generate(ids, use_cache=False, **settings, **({} if one else how))
+    assert torch.equal(got, plain)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenprune.base import Positions, Shape, Stage, Strategy
 from tokenprune.decisions import Decision
 from tokenprune.engine import prune
+from tokenprune.engine.shadow import shadowed
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.scripts import Scripted, Step
@@ -36,6 +37,7 @@ class Log:
         entered: per layer, [batch, M, width]: the states that it was given.
         tables: per layer, [batch, M, C]: the rotary tables that it was given.
         left: per layer, [batch, M, width]: its output.
+        open: whether layers are still written down; not while decoding.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Log:
     entered: list[Tensor] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
+    open: bool = True
     _lent: list[tuple[str, weakref.ref[Tensor], Tensor]] = field(default_factory=list)
 
     def lend(self, name: str, value: Any) -> None:
@@ -185,7 +188,7 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: i
     watched = Watched(with_budget(strategy, case.budget), log)
     stack = stack_of(model)
     with ExitStack() as undo:
-        undo.callback(_hook(stack, log, outputs=True))
+        undo.enter_context(_logged(stack, log))
         context = undo.enter_context(
             prune(
                 model,
@@ -197,17 +200,13 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: i
                 seed=seed,
             )
         )
-        unhook = _hook(stack, log, outputs=False)
-        try:
-            first = stack(
-                inputs_embeds=embeds[:, :length],
-                attention_mask=None if mask is None else mask[:, :length],
-                position_ids=ids[..., :length],
-                use_cache=new > 0,
-            )
-        finally:
-            unhook()
-        left = list(log.left)
+        first = stack(
+            inputs_embeds=embeds[:, :length],
+            attention_mask=None if mask is None else mask[:, :length],
+            position_ids=ids[..., :length],
+            use_cache=new > 0,
+        )
+        log.open = False
         decoded = [
             stack(
                 inputs_embeds=embeds[:, step : step + 1],
@@ -218,7 +217,6 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: i
             ).last_hidden_state
             for step in range(length, length + new)
         ]
-    log.left = left
     log.look("at the end of the run")
     after = torch.cat(decoded, 1) if decoded else embeds[:, :0]
     return Run(prompt, first.last_hidden_state, context.trace, log, after, context)
@@ -247,39 +245,33 @@ def baseline(case: Case) -> tuple[Tensor, Log]:
     """Final states [batch, S, width] of the untouched model, and what its layers were given."""
     made, log = MadeUp(case.rows, case.padding), Log()
     stack = stack_of(model_of(case.family))
-    unhook = _hook(stack, log, outputs=False)
-    try:
+    with _logged(stack, log):
         output = stack(
             inputs_embeds=made.embeds(WIDTH),
             attention_mask=made.mask,
             position_ids=FAMILIES[case.family].positions(made),
             use_cache=False,
         )
-    finally:
-        unhook()
     return output.last_hidden_state, log
 
 
-def _hook(stack: Any, log: Log, *, outputs: bool) -> Callable[[], None]:
-    """Write down what the layers give or are given; returns what takes the hooks off."""
+@contextmanager
+def _logged(stack: Any, log: Log) -> Iterator[None]:
+    """Write down what the layers themselves are given and give; inside of what pruning contexts do that open later."""
 
-    def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not log.open:
+            return forward(*args, **kwargs)
         log.entered.append((args[0] if args else kwargs["hidden_states"]).clone())
         log.tables.append(joined(kwargs["position_embeddings"], len(log.entered[-1])))
-
-    def gave(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        output = forward(*args, **kwargs)
         log.left.append((output[0] if isinstance(output, tuple) else output).clone())
+        return output
 
-    handles = [
-        layer.register_forward_hook(gave) if outputs else layer.register_forward_pre_hook(given, with_kwargs=True)
-        for layer in stack.layers
-    ]
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+    with ExitStack() as undo:
+        for layer in stack.layers:
+            undo.enter_context(shadowed(layer, "forward", look))
+        yield
 
 
 def joined(tables: tuple[Tensor, Tensor], batch: int) -> Tensor:

@@ -11,6 +11,7 @@ from tokenprune import api
 from tokenprune.base import Shape, Strategy
 from tokenprune.engine.binding import binding_of
 from tokenprune.engine.declared import Declared, check_on, declares, shape_on
+from tokenprune.engine.wrapping import unwrapped
 from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 from tokenprune.fit import declared_reads
 from tokenprune.reads import Read
@@ -77,6 +78,7 @@ def _not_in(shape: Shape, reads: set[Read]) -> set[Read]:
 
 def declaration_of(model: Any) -> Declared:
     """What a model declares, itself or through its adapter; errors as in `compatible`."""
+    model = unwrapped(model)
     if declares(model):
         return model
     if hasattr(model, "segment"):

@@ -56,6 +56,39 @@ class TokenState:
         lineage = identity if self.lineage is None else self.lineage
         return lineage & self.alive[:, :, None]
 
+    def only(self, rows: Tensor, size: int) -> TokenState:
+        """What a strategy sees that chooses for some of the rows: the others without any token.
+
+        Args:
+            rows: bool [batch].
+            size: the most tokens that one of these rows has.
+        """
+        here = rows.to(self.exists.device)[:, None]
+
+        def cut(values: Tensor, missing: int = 0) -> Tensor:
+            return torch.where(here, values[:, :size], missing)
+
+        exists, active, parked = (cut(values, False) for values in (self.exists, self.active, self.parked))
+        lineage = None if self.lineage is None else self.lineage[:, :size, :size] & here[..., None]
+        return TokenState(exists, active, parked, cut(self.mass), cut(self.origin, -1), lineage)
+
+    def replaced(self, rows: Tensor, part: TokenState) -> TokenState:
+        """This state where `rows` have come to what `part` says of them; see `only`."""
+        size, here = part.exists.shape[1], rows.to(self.exists.device)[:, None]
+
+        def joined(values: Tensor, new: Tensor) -> Tensor:
+            return torch.cat((torch.where(here, new, values[:, :size]), values[:, size:]), 1)
+
+        names = ("exists", "active", "parked", "mass", "origin")
+        fields = {name: joined(getattr(self, name), getattr(part, name)) for name in names}
+        lineage = self.lineage
+        if lineage is not None or part.lineage is not None:
+            lineage = self.stands_for() if lineage is None else lineage.clone()
+            own = torch.zeros_like(lineage)
+            own[:, :size, :size] = part.stands_for()
+            lineage = torch.where(here[..., None], own, lineage)
+        return TokenState(**fields, lineage=lineage)
+
     def after(self, decision: Decision) -> TokenState:
         """The state once a (validated) decision is taken."""
         chosen = as_mask(decision.index, self.exists.shape[1])

@@ -25,6 +25,8 @@ class StageTrace:
         mass: float32, original tokens that each stands for.
         scores: what the choice was made by, or None.
         lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
+        rows: bool [batch], the rows that the stage was for; None = all. A budget may begin a stage at another layer for
+            rows of another size, which then have a stage of the same name there.
     """
 
     name: str
@@ -37,6 +39,7 @@ class StageTrace:
     mass: Tensor
     scores: Tensor | None
     lineage: Tensor | None
+    rows: Tensor | None = None
 
     def __repr__(self) -> str:
         """What happened, without the tensors."""
@@ -77,6 +80,10 @@ class Trace:
     ledger: Ledger
     stages: list[StageTrace] = field(default_factory=list)
 
+    def stages_of(self, row: int) -> list[StageTrace]:
+        """The stages of one batch row."""
+        return [stage for stage in self.stages if stage.rows is None or bool(stage.rows[row])]
+
     def __repr__(self) -> str:
         """The strategy, and a line for each of the first rows: see `summary`."""
         rows = len(self.exists)
@@ -89,7 +96,7 @@ class Trace:
     def summary(self, row: int = 0) -> str:
         """What a batch row went through, in one line: image tokens by stage, and equivalent tokens."""
         total = int(self.exists[row].sum())
-        stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in self.stages)
+        stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in self.stages_of(row))
         entered = [entry.image[row] for entry in self.ledger.entries]
         equivalent = sum(entered) / len(entered) if entered else 0.0
         share = f" ({equivalent / total:.1%})" if total else ""

@@ -19,6 +19,7 @@ from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.queue import pruning_turn
 from tokenprune.engine.vision import VisionSource
+from tokenprune.engine.wrapping import unwrapped, whole_prompts
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
 __all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "arguments", "padding_mask", "prune"]
@@ -43,7 +44,8 @@ def prune(
 
     Args:
         model: a vision-language model that an installed adapter knows, which finds its image tokens itself; or, with
-            `image_tokens`, a transformers decoder or any model that has exactly one inside.
+            `image_tokens`, a transformers decoder or any model that has exactly one inside. Wrappers around it are
+            looked through (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines of transformers).
         strategy: what to prune; see `tokenprune.strategy`.
         image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input.
         query: the query row for attention scores where none is marked: "last" (the default) or bool [batch, sequence].
@@ -76,11 +78,13 @@ def prune(
         named.setdefault("mask_query", query)
     elif query not in (None, "last"):
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
+    model = unwrapped(model)
     binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
         stack.enter_context(pruning_turn(decoder.module, wait))
+        stack.enter_context(whole_prompts(model))
         watch = stack.enter_context(binding.watch(reads))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)

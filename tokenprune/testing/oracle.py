@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.decisions import Keep, Merge
 from tokenprune.errors import InputError
 from tokenprune.layout import SequenceLayout
-from tokenprune.testing.scripts import Scripted
+from tokenprune.testing.scripts import Scripted, Step
 
 
 @torch.no_grad()
@@ -41,10 +41,12 @@ def masked_full_length(
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
             if step.layer == number:
-                hidden = apply_decision(step.decision, hidden, layout, alive)
+                hidden = apply_step(step, hidden, layout, alive)
                 present = (layout.valid & ~layout.image_tokens) | alive["active"]
                 if (step.positions or script.positions) == "renumber":
-                    renumbered = (present.long().cumsum(1) - 1).clamp(min=0)
+                    counted = (present.long().cumsum(1) - 1).clamp(min=0)
+                    before = position_ids if renumbered is None else renumbered
+                    renumbered = counted if step.rows is None else torch.where(step.rows[:, None], counted, before)
         ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
@@ -106,7 +108,7 @@ class _Masked:
             hidden = torch.where(self._ran[..., None], hidden, self._after)
         for step in self.script.steps:
             if step.layer == number:
-                hidden = apply_decision(step.decision, hidden, self.layout, self._alive)
+                hidden = apply_step(step, hidden, self.layout, self._alive)
                 self._present = (self.layout.valid & ~self.layout.image_tokens) | self._alive["active"]
         self._before, self._ran = hidden, self._present
         kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), hidden)
@@ -154,19 +156,22 @@ def _mask(present: Tensor, window: int | None) -> Tensor:
 
 
 def all_active(layout: SequenceLayout) -> dict[str, Tensor]:
-    """Where `apply_decision` begins: bool [batch, S] each, every image token active and none parked."""
+    """Where `apply_step` begins: bool [batch, S] each, every image token active and none parked."""
     return {"active": layout.image_tokens.clone(), "parked": torch.zeros_like(layout.image_tokens)}
 
 
-def apply_decision(decision: Decision, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
-    """The states once a decision is taken; `alive`, the positions that are active and parked, is changed in place.
+def apply_step(step: Step, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+    """The states [batch, S, width] once a decision is taken; `alive`, what is active and parked, is changed in place.
 
     Raises:
         InputError: a position that cannot be chosen: restored though not parked, else not active.
     """
+    decision = step.decision
     hidden = hidden.clone()
     before = hidden.clone()
     for row, numbers in enumerate(decision.index.tolist()):
+        if not step.is_for(row):
+            continue
         slots = layout.image_tokens[row].nonzero().flatten().tolist()
         chosen = [slots[n] for n in numbers if n >= 0]
         for k, slot in enumerate(chosen):

@@ -16,11 +16,19 @@ from tokenprune.tokens import Tokens
 
 @dataclass(frozen=True)
 class Step:
-    """One scripted decision on entering `layer`, and the position policy from there on if it is another."""
+    """One scripted decision on entering `layer`, and the position policy from there on if it is another.
+
+    `rows`, bool [batch], are the batch rows that it is for where others are not decided on; for the oracle.
+    """
 
     layer: int
     decision: Decision
     positions: Positions | None = None
+    rows: Tensor | None = None
+
+    def is_for(self, row: int) -> bool:
+        """Whether it is about that batch row."""
+        return self.rows is None or bool(self.rows[row])
 
 
 class Scripted(Strategy):

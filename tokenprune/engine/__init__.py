@@ -22,7 +22,17 @@ from tokenprune.engine.shadow import concerning
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
-__all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "arguments", "model_turn", "padding_mask", "prune"]
+__all__ = [
+    "Binding",
+    "Marks",
+    "PruningRun",
+    "VisionSource",
+    "Watch",
+    "arguments",
+    "model_turn",
+    "padding_mask",
+    "prune",
+]
 
 
 @contextmanager
@@ -54,7 +64,8 @@ def prune(
         vision: what strategies may read from the vision side.
         seed: added to the seeds of strategies that draw random numbers.
         wait: where another thread has a context open on the model, or is in the middle of `segment` or `answer`: False
-            refuses, True waits until it is done (for ever, if it waits for this thread), a number waits so many seconds.
+            refuses, True waits until it is done (for ever, if it waits for this thread itself), a number waits so many
+            seconds.
         threads: whose calls of the model are pruned. "any": those of all threads, one at a time, as where `generate`
             streams from a worker thread. "own": those of this thread. What is not pruned runs as if there were no
             context; so do `segment` and `answer` in other threads always.

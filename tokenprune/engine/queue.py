@@ -1,7 +1,8 @@
 """Who may use a model: our own calls take turns, and pruning contexts are open one at a time.
 
-A turn ends by itself, so everyone may wait for it. A context ends when its owner pleases, who may be waiting for the very
-thread that would wait for him; so turns of other threads do not wait for it but run beside it, as if it were not there.
+A turn ends by itself, so everyone may wait for it. A context ends when its owner pleases, who may be waiting for the
+very thread that would wait for him; so turns of other threads do not wait for it but run beside it, as if it were not
+there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from tokenprune.engine.binding import binding_of
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.errors import BusyError, OptionError, UnsupportedError
+from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
 
 Wait = bool | float
 
@@ -102,8 +104,8 @@ class _Queue:
         doing = "a pruning context is open there" if self.opener is not None else "it is segmenting or answering there"
         waited = f" after {wait:g} s" if wait else ""
         return BusyError(
-            f"{name} is still in use in {thread}{waited}: {doing}; pass wait=True to tokenprune.prune() to wait until it "
-            "is free, or use a copy of the model"
+            f"{name} is still in use in {thread}{waited}: {doing}; pass wait=True to tokenprune.prune() to wait until "
+            "it is free, or use a copy of the model"
         )
 
 
@@ -124,18 +126,26 @@ def model_turn(model: nn.Module) -> Iterator[None]:
     open all the while changes nothing inside; one that this thread has open goes on. Turns may be nested.
 
     Args:
-        model: the decoder, or any model that has one inside.
+        model: the decoder, or any model that `tokenprune.prune` takes.
     """
-    try:
-        decoder = find_decoder(model).module
-    except UnsupportedError:  # nothing that could be pruned, but calls of it may take turns all the same
-        decoder = model
+    decoder = _decoder_in(model)
     queue = _queue_of(decoder)
     queue.begin_turn(True, type(decoder).__name__)
     try:
         yield
     finally:
         queue.end_turn()
+
+
+def _decoder_in(model: nn.Module) -> nn.Module:
+    """What `tokenprune.prune` would hook into; the model itself where that is nothing: its calls may take turns too."""
+    try:
+        return find_decoder(model).module
+    except UnsupportedError:  # several, of which an adapter knows the right one
+        try:
+            return find_decoder(binding_of(model).decoder).module
+        except TokenPruneError:
+            return model
 
 
 @contextmanager

@@ -98,12 +98,13 @@ def prune(
             watch = stack.enter_context(binding.watch(reads))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        later = getattr(watch, "later", None)
+        later, missed = (getattr(watch, name, None) for name in ("later", "missed"))
         run = PruningRun(
             decoder,
             strategy,
             partial(watch.marks, named),
             later=later,
+            missed=missed,
             vision=source,
             observer=observers,
             seed=seed,

@@ -85,12 +85,14 @@ class PruningRun:
         marks: Callable[[], Marks],
         *,
         later: Callable[[], Tensor | None] | None = None,
+        missed: Callable[[], bool] | None = None,
         vision: VisionSource | None = None,
         observer: Observer | None = None,
         seed: int = 0,
     ) -> None:
         self.decoder, self.strategy = decoder, strategy
         self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
+        self._missed = untraced(missed or (lambda: False))
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: _Call | None = None
@@ -129,6 +131,8 @@ class PruningRun:
     @traced
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the decoder's forward."""
+        if self._missed():
+            return original(*args, **kwargs)
         with self._turn:
             args, kwargs = self._enter(args, kwargs)
             try:

@@ -254,6 +254,15 @@ class Following:
         grid = torch.where(now.tokens[..., None], grid, -1)
         return Marks(now.tokens, queries, grid, number, now.mask)
 
+    def missed(self) -> bool:
+        """See `Watch.missed`: whether the model's forward is on the stack, but was not seen to begin."""
+        frame = None if self._now.inside else inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.binding.base:
+                return True
+            frame = frame.f_back
+        return False
+
     def later(self) -> Tensor | None:
         """See `Watch.later`."""
         return self.marks({}).image_tokens if self._now.encoded else None

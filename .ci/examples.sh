@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The example plugins, installed as packages and tested, in a new virtual environment built on the one of $1, without network.
+# The example plugins, installed as packages and tested, in a new virtual environment built on the one of $1, without network;
+# then the example server.
 set -euo pipefail
 base="$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
 cd "$(dirname "$0")/../examples/plugins"
@@ -16,3 +17,6 @@ for plugin in */; do
     cp -r "$plugin/tests" "$plugin/pyproject.toml" "$(mkdir -p "$work/$plugin" && echo "$work/$plugin")"
     (cd "$work/$plugin" && OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q)
 done
+echo server
+cp -r ../server "$work"
+(cd "$work/server" && OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q -ra)

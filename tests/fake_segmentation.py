@@ -19,7 +19,7 @@ from tokenprune.adapter import Adapter
 from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.decisions import Decision, Keep, Merge, Restore
-from tokenprune.engine import prune
+from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError
 from tokenprune.testing.models import tiny_llama
 from tokenprune.tokens import Tokens
@@ -106,7 +106,7 @@ class FakeModel(nn.Module):
         context: AbstractContextManager[Any] = nullcontext()
         if strategy is not None:
             context = prune(self.decoder.model, strategy, image_tokens=inputs.image_tokens, queries=marks)
-        with context as run:
+        with model_turn(self.decoder), context as run:
             output = self.decoder.model(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.attention_mask, use_cache=False
             )

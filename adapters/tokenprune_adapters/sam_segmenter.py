@@ -13,7 +13,7 @@ from tokenprune_adapters.clip import ClipPixels
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.llava_vision import run_tower
 from tokenprune_adapters.segmentation import EncodedImage, PreparedImage
-from tokenprune_adapters.segmenter import Segmenter
+from tokenprune_adapters.segmenter import Segmenter, in_turn
 
 
 class SamSegmenter(Segmenter):
@@ -41,6 +41,7 @@ class SamSegmenter(Segmenter):
         pixels, sizes = sam_masks.preprocess(rgb, config.image_size)
         return PreparedImage(self.clip_pixels(rgb), pixels, sizes)
 
+    @in_turn
     def encode_image(self, image: ImageInput | PreparedImage | EncodedImage) -> EncodedImage:
         """Tower features, image tokens and SAM's image embedding. What is encoded already is returned as it is.
 

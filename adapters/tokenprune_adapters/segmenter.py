@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.base import Strategy
-from tokenprune.engine import PruningRun, VisionSource, prune
+from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
 from tokenprune.engine.declared import check_on
 from tokenprune.errors import OptionError
 from tokenprune.reads import Read
@@ -29,9 +30,24 @@ from tokenprune_adapters.queries import given_answer, several
 from tokenprune_adapters.segmentation import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def in_turn(method: _Method) -> _Method:
+    """A model's method that runs in a turn of its thread, see `tokenprune.engine.model_turn`."""
+
+    @functools.wraps(method)
+    def safe(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
+        with model_turn(self.decoder):
+            return method(self, *args, **kwargs)
+
+    return safe  # type: ignore[return-value]
+
 
 class Segmenter(Prompts, nn.Module):
     """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
+
+    Both may be called from any thread; calls that run a tower or the decoder take turns.
 
     A family says what its prompts are where they are not LISA's (`Prompts`), how an image is encoded (`encode_image`),
     what of it the tower shows (`picture`, `grid_box`), and how states become masks (`low_res_logits`).
@@ -157,12 +173,14 @@ class Segmenter(Prompts, nn.Module):
         if strategy is not None:
             check_on(strategy, self)
         texts = self.prompts(query, answer, prompt, is_sentence)
-        encoded, queries = self.encode_image(image), None if query is None else several(query, "query")
-        inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
-        answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
-        said = self.texts(inputs, answered, answer)
-        single = isinstance(prompt if query is None else query, str)
-        return self.masks_of(answered, inputs, text=said[0] if single else said)
+        queries = None if query is None else several(query, "query")
+        with model_turn(self.decoder):
+            encoded = self.encode_image(image)
+            inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
+            answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
+            said = self.texts(inputs, answered, answer)
+            single = isinstance(prompt if query is None else query, str)
+            return self.masks_of(answered, inputs, text=said[0] if single else said)
 
     def build_inputs(
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None
@@ -259,9 +277,10 @@ class Segmenter(Prompts, nn.Module):
 
     @contextmanager
     def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
-        """The context in which the decoder runs under a strategy; gives the run, or None without a strategy."""
+        """The turn in which the decoder runs under a strategy; gives the run, or None without a strategy."""
         if strategy is None:
-            yield None
+            with model_turn(self.decoder):
+                yield None
             return
         check_on(strategy, self)
         sequence = inputs.sequence
@@ -269,14 +288,18 @@ class Segmenter(Prompts, nn.Module):
         if sequence.seg.any(1).all():
             queries["seg"] = sequence.seg
         source = self.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts)
-        with prune(
-            self.decoder,
-            strategy,
-            image_tokens=sequence.image_tokens,
-            queries=queries,
-            vision=source,
-            **self.prune_options(inputs),
-        ) as run:
+        options = self.prune_options(inputs)
+        with (
+            model_turn(self.decoder),
+            prune(
+                self.decoder,
+                strategy,
+                image_tokens=sequence.image_tokens,
+                queries=queries,
+                vision=source,
+                **options,
+            ) as run,
+        ):
             yield run
 
     def vision_source(

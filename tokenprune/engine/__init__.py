@@ -17,12 +17,23 @@ from tokenprune.engine.context import PruningRun
 from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
-from tokenprune.engine.queue import pruning_turn
+from tokenprune.engine.queue import model_turn, open_context
+from tokenprune.engine.shadow import concerning
 from tokenprune.engine.vision import VisionSource
 from tokenprune.engine.wrapping import unwrapped, whole_prompts
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
-__all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "arguments", "padding_mask", "prune"]
+__all__ = [
+    "Binding",
+    "Marks",
+    "PruningRun",
+    "VisionSource",
+    "Watch",
+    "arguments",
+    "model_turn",
+    "padding_mask",
+    "prune",
+]
 
 
 @contextmanager
@@ -54,17 +65,19 @@ def prune(
         image_number: int64 [batch, sequence]; by default every run of image tokens is one image.
         vision: what strategies may read from the vision side.
         seed: added to the seeds of strategies that draw random numbers.
-        wait: where another thread uses the model: False refuses, True waits until it is free, a number waits so many
+        wait: where another thread has a context open on the model, or is in the middle of `segment` or `answer`: False
+            refuses, True waits until it is done (for ever, if it waits for this thread itself), a number waits so many
             seconds.
-        threads: whose forwards are pruned. "any": those of all threads, one at a time, as where `generate` streams from
-            a worker thread. "own": those of this thread; others wait until the context is closed and run unpruned.
+        threads: whose calls of the model are pruned. "any": those of all threads, one at a time, as where `generate`
+            streams from a worker thread. "own": those of this thread. What is not pruned runs as if there were no
+            context; so do `segment` and `answer` in other threads always.
 
     Yields:
         The run; `run.trace` tells what the latest prefill did.
 
     Raises:
         InputError: masks that do not fit, or none given for a plain decoder.
-        OptionError: no strategy.
+        OptionError: no strategy; `wait` or `threads` of another kind.
         IncompatibleError: the strategy reads something that the model does not offer.
         BusyError: another thread uses the model, and `wait` is over.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
@@ -83,23 +96,25 @@ def prune(
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
-        stack.enter_context(pruning_turn(decoder.module, wait))
-        stack.enter_context(whole_prompts(model))
-        watch = stack.enter_context(binding.watch(reads))
+        concerns = stack.enter_context(open_context(decoder.module, wait, threads))
+        with concerning(concerns):
+            stack.enter_context(whole_prompts(model))
+            watch = stack.enter_context(binding.watch(reads))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        later = getattr(watch, "later", None)
+        later, missed = (getattr(watch, name, None) for name in ("later", "missed"))
         run = PruningRun(
             decoder,
             strategy,
             partial(watch.marks, named),
             later=later,
+            missed=missed,
             vision=source,
             observer=observers,
             seed=seed,
-            threads=threads,
         )
-        stack.enter_context(run.attached())
+        with concerning(concerns):
+            stack.enter_context(run.attached())
         try:
             observers.tokenprune_run_started(run=run)
             yield run

@@ -25,7 +25,8 @@ class Watch(Protocol):
     """Looks on while a model takes in images, and tells afterwards what it saw.
 
     It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
-    tokens among the new ones; None = there are none.
+    tokens among the new ones; None = there are none. And a method `missed()`, which is asked when the decoder is
+    called: whether that is in a call of the model that began before the context was opened, as other threads' may.
     """
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:

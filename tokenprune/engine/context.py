@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +30,6 @@ from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.positions import renumber_step
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.queue import model_turn
 from tokenprune.engine.shadow import shadowed, traced, untraced
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
@@ -86,14 +85,14 @@ class PruningRun:
         marks: Callable[[], Marks],
         *,
         later: Callable[[], Tensor | None] | None = None,
+        missed: Callable[[], bool] | None = None,
         vision: VisionSource | None = None,
         observer: Observer | None = None,
         seed: int = 0,
-        threads: Literal["any", "own"] = "any",
     ) -> None:
         self.decoder, self.strategy = decoder, strategy
         self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
-        self._owner = threading.get_ident() if threads == "own" else None
+        self._missed = untraced(missed or (lambda: False))
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: _Call | None = None
@@ -121,15 +120,19 @@ class PruningRun:
             undo.callback(setattr, self._lease, "open", False)
             undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
-                undo.enter_context(shadowed(layer, "forward", partial(_layer_forward, self, number)))
-            yield
+                look = partial(_layer_forward, self, number)
+                undo.enter_context(shadowed(layer, "forward", look, every_thread=True))
+            try:
+                yield
+            finally:
+                with self._turn:  # a forward of another thread comes to its end as it began
+                    undo.close()
 
     @traced
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the decoder's forward."""
-        if self._owner not in (None, threading.get_ident()):
-            with model_turn(self.decoder.module):  # the context is closed then
-                return self.decoder.module.forward(*args, **kwargs)
+        if self._missed():
+            return original(*args, **kwargs)
         with self._turn:
             args, kwargs = self._enter(args, kwargs)
             try:

@@ -94,7 +94,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     found = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList)
+        if isinstance(module._modules.get("layers"), nn.ModuleList)  # quick, since every prefill asks
         and isinstance(getattr(module, "rotary_emb", None), nn.Module)
         and hasattr(module, "norm")
     ]

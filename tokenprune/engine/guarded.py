@@ -105,6 +105,13 @@ class _Watched:
             found: Tensor | None = ask()
         return found
 
+    def missed(self) -> bool:
+        ask = getattr(self._inner, "missed", None)
+        if ask is None:
+            return False
+        with self._running("missed"):
+            return bool(ask())
+
     def provide(self, read: Read) -> Any:
         with self._running("provide"):
             return self._inner.provide(read)

@@ -1,59 +1,112 @@
-"""Who may use a model: one thread at a time, the others wait in turn or are refused."""
+"""Who may use a model: our own calls take turns, and pruning contexts are open one at a time.
+
+A turn ends by itself, so everyone may wait for it. A context ends when its owner pleases, who may be waiting for the
+very thread that would wait for him; so turns of other threads do not wait for it but run beside it, as if it were not
+there.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tokenprune.errors import BusyError, UnsupportedError
+from tokenprune.engine.binding import binding_of
+from tokenprune.engine.decoder import find_decoder
+from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
+
+Wait = bool | float
 
 
 class _Queue:
-    """Of one decoder.
+    """Of one decoder. Threads are told apart by their objects, since numbers are given anew.
 
     Attributes:
-        holder: identifier of the thread that has the model; None = nobody.
-        depth: how often it has entered.
-        pruning: whether it has a pruning context open.
-        waiting: threads in the order in which they came.
+        holder: the thread whose turn it is; None = nobody's.
+        depth: how many turns it has begun, one inside the other.
+        inside: whether it has opened a pruning context within its turn.
+        opener: the thread that opened the pruning context of its own, outside of any turn; None = there is none.
+        waiting: who waits, in the order of arrival; True = to open such a context, False = for a turn.
     """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.holder: int | None = None
+        self.holder: threading.Thread | None = None
         self.depth = 0
-        self.pruning = False
-        self.waiting: list[object] = []
+        self.inside = False
+        self.opener: threading.Thread | None = None
+        self.waiting: dict[object, bool] = {}
 
-    def enter(self, wait: bool | float, name: str) -> None:
-        me, ticket = threading.get_ident(), object()
+    def begin_turn(self, wait: Wait, name: str) -> None:
+        me = threading.current_thread()
         with self.changed:
-            if self.holder != me:
-                self.waiting.append(ticket)
-                try:
-                    patience = None if wait is True else float(wait)
-                    if not self.changed.wait_for(lambda: self._free_for(ticket), patience):
-                        raise _busy(name, wait)
-                finally:
-                    self.waiting.remove(ticket)
-                    self.changed.notify_all()
+            if self.holder is not me:
+                self._stand_in_line(False, wait, name)
                 self.holder = me
             self.depth += 1
 
-    def _free_for(self, ticket: object) -> bool:
-        return self.holder is None and self.waiting[0] is ticket
-
-    def leave(self) -> None:
-        """Also from another thread than the one that entered, as where a framework closes what it opened elsewhere."""
+    def end_turn(self) -> None:
         with self.changed:
             self.depth -= 1
             if not self.depth:
                 self.holder = None
                 self.changed.notify_all()
+
+    def open(self, wait: Wait, name: str) -> bool:
+        """Let this thread open a context; whether that is one within its turn."""
+        me = threading.current_thread()
+        with self.changed:
+            within = self.holder is me
+            if self.opener is me or (within and self.inside):
+                raise UnsupportedError(
+                    f"{name} is under tokenprune.prune() already in this thread; contexts on one model do not nest"
+                )
+            if within:
+                self.inside = True
+            else:
+                self._stand_in_line(True, wait, name)
+                self.opener = me
+            return within
+
+    def close(self, within: bool) -> None:
+        """Also from another thread than the one that opened, as where a framework closes what it opened elsewhere."""
+        with self.changed:
+            if within:
+                self.inside = False
+            else:
+                self.opener = None
+            self.changed.notify_all()
+
+    def _stand_in_line(self, opens: bool, wait: Wait, name: str) -> None:
+        ticket = object()
+        self.waiting[ticket] = opens
+        try:
+            patience = None if wait is True else min(float(wait), threading.TIMEOUT_MAX)
+            if not self.changed.wait_for(lambda: self._may_go(ticket, opens), patience):
+                raise self._busy(name, wait)
+        finally:
+            del self.waiting[ticket]
+            self.changed.notify_all()
+
+    def _may_go(self, ticket: object, opens: bool) -> bool:
+        if self.holder is not None or (opens and self.opener is not None):
+            return False
+        # those that wait for the open context to be closed keep no turn waiting
+        return ticket is next(one for one, other in self.waiting.items() if not (other and self.opener is not None))
+
+    def _busy(self, name: str, wait: Wait) -> BusyError:
+        user = self.opener or self.holder
+        thread = f"thread {user.name!r}" if user is not None else "another thread"
+        doing = "a pruning context is open there" if self.opener is not None else "it is segmenting or answering there"
+        waited = f" after {wait:g} s" if wait else ""
+        return BusyError(
+            f"{name} is still in use in {thread}{waited}: {doing}; pass wait=True to tokenprune.prune() to wait until "
+            "it is free, or use a copy of the model"
+        )
 
 
 _QUEUES: WeakKeyDictionary[nn.Module, _Queue] = WeakKeyDictionary()
@@ -66,48 +119,66 @@ def _queue_of(decoder: nn.Module) -> _Queue:
 
 
 @contextmanager
-def model_turn(decoder: nn.Module, wait: bool | float = True) -> Iterator[None]:
-    """Have a model to this thread alone; it may enter again inside.
+def model_turn(model: nn.Module) -> Iterator[None]:
+    """Call a model safely from any thread: such calls take turns, in the order in which they come.
+
+    Inside, `tokenprune.prune` opens a context of this thread alone, without waiting. A context that another thread has
+    open all the while changes nothing inside; one that this thread has open goes on. Turns may be nested.
 
     Args:
-        decoder: the module that runs the decoder layers.
-        wait: for another thread to be done: True = as long as it takes, False = not at all, or so many seconds.
-
-    Raises:
-        BusyError: another thread still has it.
+        model: the decoder, or any model that `tokenprune.prune` takes.
     """
+    decoder = _decoder_in(model)
     queue = _queue_of(decoder)
-    queue.enter(wait, type(decoder).__name__)
+    queue.begin_turn(True, type(decoder).__name__)
     try:
         yield
     finally:
-        queue.leave()
+        queue.end_turn()
+
+
+def _decoder_in(model: nn.Module) -> nn.Module:
+    """What `tokenprune.prune` would hook into; the model itself where that is nothing: its calls may take turns too."""
+    try:
+        return find_decoder(model).module
+    except UnsupportedError:  # several, of which an adapter knows the right one
+        try:
+            return find_decoder(binding_of(model).decoder).module
+        except TokenPruneError:
+            return model
 
 
 @contextmanager
-def pruning_turn(decoder: nn.Module, wait: bool | float) -> Iterator[None]:
-    """The same for a pruning context, of which a model has one at a time.
+def open_context(decoder: nn.Module, wait: Wait, threads: Literal["any", "own"]) -> Iterator[Callable[[], bool]]:
+    """Let this thread have the pruning context of a decoder.
+
+    Args:
+        decoder: the module that runs the decoder layers.
+        wait: as in `tokenprune.prune`.
+        threads: as in `tokenprune.prune`; "own" within a turn.
+
+    Yields:
+        Whether the thread that asks is one whose calls the context is for.
 
     Raises:
-        BusyError: see `model_turn`.
+        OptionError: `wait` or `threads` is none of what they can be.
+        BusyError: another thread still has the model.
         UnsupportedError: this thread has a context open on it already.
     """
-    queue = _queue_of(decoder)
-    with model_turn(decoder, wait):
-        if queue.pruning:
-            raise UnsupportedError(
-                f"{type(decoder).__name__} is under tokenprune.prune() already; contexts on one model do not nest"
-            )
-        queue.pruning = True
-        try:
-            yield
-        finally:
-            queue.pruning = False
+    if not isinstance(wait, (bool, int, float)) or not wait >= 0:
+        raise OptionError(f"wait={wait!r} found, expected True, False or a number of seconds")
+    if threads not in ("any", "own"):
+        raise OptionError(f"threads={threads!r} found, expected 'any' or 'own'")
+    queue, me = _queue_of(decoder), threading.current_thread()
+    within = queue.open(wait, type(decoder).__name__)
 
+    def concerns() -> bool:
+        thread = threading.current_thread()
+        if within or threads == "own":
+            return thread is me
+        return queue.holder is not thread or queue.opener is thread  # others' turns run beside it
 
-def _busy(name: str, wait: bool | float) -> BusyError:
-    waited = f" after {wait:g} s" if wait else ""
-    return BusyError(
-        f"{name} is in use in another thread{waited}: a pruning context is open on it, or it is segmenting or "
-        "answering; pass wait=True to tokenprune.prune() to wait for it, or use a copy of the model"
-    )
+    try:
+        yield concerns
+    finally:
+        queue.close(within)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.frame import Frame
+from tokenprune.engine.shadow import own_calls
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.layout import SequenceLayout
@@ -100,7 +101,7 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
         for name in ("v_proj", "o_proj"):
             projection = getattr(attention, name, None)
             if projection is not None:
-                undo.callback(projection.register_forward_pre_hook(_no_rows).remove)
+                undo.callback(projection.register_forward_pre_hook(own_calls(_no_rows)).remove)
         attention(norm(hidden.to(device)), **wanted)
     return found[0]
 

@@ -2,7 +2,8 @@
 
 A tapped module gets a private copy of its config that names an attention function registered with
 `transformers.AttentionInterface`; that function calls the module's own implementation for the output and then shows
-queries and keys to a callback. Masks are made by the model from its own, untouched config.
+queries and keys to a callback. Masks are made by the model from its own, untouched config. A tap belongs to the thread
+that put it on: calls of other threads are not shown, and may have taps of their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,13 +88,27 @@ class Seen:
 class _Tap:
     inner: Callable[..., Any]
     show: Callable[[Seen], None]
-    thread: int
+
+
+@dataclass(frozen=True)
+class _Taps:
+    """Of one module, by thread; and the config that the module has without them."""
+
+    config: Any
+    by_thread: dict[int, _Tap] = field(default_factory=dict)
+
+
+_LOCK = threading.Lock()
 
 
 def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    tap: _Tap = getattr(module, _TAP)
+    taps: _Taps | None = module.__dict__.get(_TAP)
+    tap = None if taps is None else taps.by_thread.get(threading.get_ident())
+    if tap is None:  # another thread's; it may have been taken off since this call saw it
+        inner = _implementation(module, module.config if taps is None else taps.config)
+        return inner(module, query, key, value, attention_mask, **kwargs)
     output = tap.inner(module, query, key, value, attention_mask, **kwargs)
     _show(module, tap, query, key, value, attention_mask, kwargs)
     return output
@@ -109,8 +124,6 @@ def _show(
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> None:
-    if tap.thread != threading.get_ident():  # its forward began before the tap was put on
-        return
     scaling = kwargs.get("scaling")
     causal = kwargs.get("is_causal")
     if kwargs.get("s_aux") is not None:
@@ -159,26 +172,39 @@ def _install(module: nn.Module, show: Callable[[Seen], None], instead: Callable[
             "transformers' attention "
             "interface, so its attention cannot be read"
         )
-    before = module.__dict__.get(_TAP)
-    if before is not None and instead is None:
-        raise UnsupportedError(f"{type(module).__name__} is being read by another run; one run per model at a time")
+    thread = threading.get_ident()
+    with _LOCK:
+        taps: _Taps = module.__dict__.get(_TAP) or _Taps(module.config)
+        before = taps.by_thread.get(thread)
+        if before is not None and instead is None:
+            raise UnsupportedError(f"{type(module).__name__} is being read by another run; one run per model at a time")
+        taps.by_thread[thread] = _Tap(instead or _implementation(module, taps.config), show)
+        if _TAP not in module.__dict__:
+            module.__dict__[_TAP] = taps
+            private = copy.copy(taps.config)
+            private._attn_implementation_internal = _NAME
+            module.config = private
+
+    def remove() -> None:
+        with _LOCK:
+            if before is not None:
+                taps.by_thread[thread] = before
+                return
+            del taps.by_thread[thread]
+            if not taps.by_thread:
+                module.config = taps.config
+                del module.__dict__[_TAP]
+
+    return remove
+
+
+def _implementation(module: nn.Module, config: Any) -> Callable[..., Any]:
+    """The attention function that a module with this config runs."""
     name = config._attn_implementation or "eager"
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    inner = instead or (eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name, eager))
-    if inner is None:
+    found = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name, eager)
+    if found is None:
         raise UnsupportedError(
             f"attention implementation {name!r} of {type(module).__name__} is not known to transformers"
         )
-    private = copy.copy(config)
-    private._attn_implementation_internal = _NAME
-    module.__dict__[_TAP] = _Tap(inner, show, threading.get_ident())
-    module.config = private
-
-    def remove() -> None:
-        module.config = config
-        if before is None:
-            del module.__dict__[_TAP]
-        else:
-            module.__dict__[_TAP] = before
-
-    return remove
+    return found  # type: ignore[no-any-return]

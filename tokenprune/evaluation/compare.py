@@ -14,6 +14,7 @@ from tokenprune.base import Shape, Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.engine.declared import check_on, declares
+from tokenprune.engine.queue import model_turn
 from tokenprune.errors import InputError, OptionError, UnknownNameError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
@@ -26,6 +27,7 @@ from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import made, scenes_of
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
+from tokenprune.evaluation.turns import TurnTaking
 from tokenprune.plugins import Entry
 from tokenprune.threads import ThreadChoice, checked, using
 
@@ -97,7 +99,7 @@ def compare(
     if declares(loaded):
         for contender in field_of:
             check_on(contender.strategy, loaded)
-    run = _Run(loaded, field_of, timing_samples, records, added)
+    run = _Run(TurnTaking(loaded), field_of, timing_samples, records, added)
     report = progress or (lambda what, done, total: None)
     with torch.no_grad(), using(threads) as chosen:
         for scene in scenes_of(data, split, limit, seed):
@@ -217,6 +219,7 @@ class _Run:
             [list(self._prefills(*sample, strategies)) for sample in self.timed],
             rounds=rounds,
             on_sample=lambda: on_sample(next(done)),
+            alone=lambda: model_turn(self.model.decoder),
         )
         for tally in self.tallies:
             tally.prefill_seconds = seconds[0]

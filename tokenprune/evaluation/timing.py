@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 Run = Callable[[], object]
 
@@ -15,6 +16,7 @@ def interleaved_medians(
     rounds: int = 3,
     clock: Callable[[], float] = time.perf_counter,
     on_sample: Callable[[], None] = lambda: None,
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[float]:
     """Median seconds of every contender over samples × rounds.
 
@@ -27,19 +29,22 @@ def interleaved_medians(
         rounds: measured runs per sample and contender.
         clock: seconds; replaced in tests.
         on_sample: called after every sample.
+        alone: opened around every run; what it waits for is not measured.
     """
     contenders = len(samples[0]) if samples else 0
     found: list[list[float]] = [[] for _ in range(contenders)]
     for number, runs in enumerate(samples):
         for run in runs:
-            run()
+            with alone():
+                run()
         taken: list[list[float]] = [[] for _ in range(contenders)]
         for turn in range(rounds):
             first = (number + turn) % contenders
             for contender in [*range(first, contenders), *range(first)]:
-                start = clock()
-                runs[contender]()
-                taken[contender].append(clock() - start)
+                with alone():
+                    start = clock()
+                    runs[contender]()
+                    taken[contender].append(clock() - start)
         for contender, times in enumerate(taken):
             found[contender].append(statistics.median(times))
         on_sample()

@@ -15,7 +15,7 @@ from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
 from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
 from tokenprune_adapters.segmentation import SegmenterInputs
-from tokenprune_adapters.segmenter import Segmenter
+from tokenprune_adapters.segmenter import Segmenter, in_turn
 
 
 class PixelLMModel(Segmenter):
@@ -56,6 +56,7 @@ class PixelLMModel(Segmenter):
         """
         return PreparedImage(*sam_masks.preprocess(to_rgb(image), self.square))
 
+    @in_turn
     def encode_image(self, image: ImageInput | PreparedImage | EncodedImage) -> EncodedImage:
         """Tower features, image tokens and mask features. What is encoded already is returned as it is.
 

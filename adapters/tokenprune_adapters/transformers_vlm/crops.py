@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.engine.shadow import own_calls
+
 
 class CropStates:
     """What layers of a tower that runs on crops give, and how many crops there are.
@@ -33,9 +35,9 @@ class CropStates:
         def note(kept: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             kept.append(_first(output).detach())
 
-        undo.callback(blocks[0].register_forward_hook(count).remove)
+        undo.callback(blocks[0].register_forward_hook(own_calls(count)).remove)
         for layer, kept in self.states.items():
-            undo.callback(blocks[layer].register_forward_hook(partial(note, kept)).remove)
+            undo.callback(blocks[layer].register_forward_hook(own_calls(partial(note, kept))).remove)
 
     def cls_features(self, cut: int) -> Tensor:
         """[crops, patches, C]: the first row of every crop, for each of its patches; several layers side by side."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine.binding import arguments, padding_mask
 from tokenprune.engine.marks import Marks
-from tokenprune.engine.shadow import traced, untraced
+from tokenprune.engine.shadow import own_calls, traced, untraced
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.layout import true_positions
@@ -82,7 +82,6 @@ class Following:
         self.reads = [read for read in reads if type(read) in binding.offers()]
         self._shows({read: [] for read in self.reads})  # refuses layers that are not there
         self._now = _Now()
-        self._turn = threading.RLock()  # the tower is looked at for one call at a time
 
     @traced
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,10 +132,9 @@ class Following:
         now.encoding = True
         as_tuple = kwargs.get("return_dict", getattr(self.binding.base.config, "return_dict", True)) is False
         try:
-            with self._turn:
-                output, encoded = self._encode(
-                    modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
-                )
+            output, encoded = self._encode(
+                modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
+            )
         finally:
             now.encoding = False
         if now.inside:
@@ -168,7 +166,7 @@ class Following:
                 given.append(args[0].detach())
 
         with ExitStack() as undo:
-            undo.callback(binding.part(kind.projector).register_forward_hook(projected).remove)
+            undo.callback(binding.part(kind.projector).register_forward_hook(own_calls(projected)).remove)
             undo.enter_context(arrangement.recording())
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
                 crops.attach(binding.blocks, undo)
@@ -255,6 +253,15 @@ class Following:
         number = _numbered(torch.where(now.tokens, image, -1))
         grid = torch.where(now.tokens[..., None], grid, -1)
         return Marks(now.tokens, queries, grid, number, now.mask)
+
+    def missed(self) -> bool:
+        """See `Watch.missed`: whether the model's forward is on the stack, but was not seen to begin."""
+        frame = None if self._now.inside else inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.binding.base:
+                return True
+            frame = frame.f_back
+        return False
 
     def later(self) -> Tensor | None:
         """See `Watch.later`."""

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 
 from tokenprune.base import Strategy
-from tokenprune.engine import prune
+from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.stopwatch import stage
 from tokenprune.trace import Trace
@@ -42,6 +42,8 @@ class Answer:
 
 class VisionLanguageModel:
     """A model of transformers and its processor, as `tokenprune.load` gives them.
+
+    `inputs` and `answer` may be called from any thread; calls take turns.
 
     Args:
         model: the model with its language-modelling head; `tokenprune.prune` takes it, or this object.
@@ -88,7 +90,8 @@ class VisionLanguageModel:
         options = {"return_tensors": "pt", **padding, **self._special(texts)}
         processor = self.processor
         try:
-            made = processor(text=texts, images=images, **options)
+            with model_turn(self.model):  # fast tokenizers serve one thread at a time
+                made = processor(text=texts, images=images, **options)
         except Exception as error:  # what a processor raises on odd sizes differs from family to family
             sizes = ", ".join(f"{one.size[0]}×{one.size[1]}" for pictures in images for one in pictures)
             reason = " ".join(str(error).split())[:200]
@@ -128,13 +131,14 @@ class VisionLanguageModel:
         """
         if max_new_tokens < 1:
             raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")
-        _ = self.processor  # read from its folder when first needed, which is no work on the image
-        with stage("preprocess"):
-            inputs = self.inputs(image, prompt)
-        with stage("generation"), nullcontext() if strategy is None else prune(self.model, strategy) as run:
-            ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        trace = None if run is None else run.trace
-        texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        with model_turn(self.model):
+            _ = self.processor  # read from its folder when first needed, which is no work on the image
+            with stage("preprocess"):
+                inputs = self.inputs(image, prompt)
+            with stage("generation"), nullcontext() if strategy is None else prune(self.model, strategy) as run:
+                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            trace = None if run is None else run.trace
+            texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
         return answers[0] if isinstance(prompt, str) else answers
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from tokenprune.cli.listing import Format
+from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:
     from tokenprune.cost import DecoderSpec, Flops, KVBytes
@@ -100,7 +101,7 @@ def command(
 
         options = chosen.options.model_dump(mode="json")
         head = {"strategy": strategy, "options": options, "budget": budget, "sizes": spec.model_dump()}
-        typer.echo(json.dumps({**head, **found.as_json(), "kv_dtype": dtype.value}, indent=2, ensure_ascii=False))
+        say_json(json.dumps({**head, **found.as_json(), "kv_dtype": dtype.value}, indent=2, ensure_ascii=False))
     else:
         found.print()
 

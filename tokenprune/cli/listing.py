@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenprune.cli.printing import say_json
+
 if TYPE_CHECKING:
     from tokenprune.plugins import PluginStatus
 
@@ -45,7 +47,7 @@ def command(
             {"plugin": b.name, "package": b.distribution, "version": b.version, "error": b.error} for b in broken
         ]
         found["collisions"] = registry.collisions()
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        say_json(json.dumps(found, indent=2, ensure_ascii=False))
         return
 
     from rich import box
@@ -74,7 +76,7 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
         import json
         from dataclasses import asdict
 
-        typer.echo(json.dumps([asdict(plugin) for plugin in plugins], indent=2, ensure_ascii=False))
+        say_json(json.dumps([asdict(plugin) for plugin in plugins], indent=2, ensure_ascii=False))
         return
 
     from rich import box

@@ -78,7 +78,7 @@ def _guarded(invoke: Callable[[Any], Any], entry: Entry) -> Callable[[Any], Any]
     def run(ctx: Any) -> Any:
         try:
             return invoke(ctx)
-        except (TokenPruneError, typer.Exit, typer.Abort, CLICK_ERROR):
+        except (TokenPruneError, typer.Exit, typer.Abort, CLICK_ERROR, BrokenPipeError):
             raise
         except Exception as error:
             raise entry.refusal(f"failed with {brief(error)}", "fix or uninstall it") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -88,7 +89,10 @@ class Comparison(BaseModel):
 
     def to_json(self, indent: int | None = 2) -> str:
         """One JSON object: model, dataset, split, samples, budget, environment, rows."""
-        return self.model_dump_json(indent=indent)
+        try:
+            return self.model_dump_json(indent=indent)
+        except ValueError:  # text that is no Unicode, as the name of a folder may be: it can still be escaped
+            return json.dumps(self.model_dump(), indent=indent, default=repr)
 
     def table(self) -> RenderableType:
         """The rows as Rich tables."""

@@ -35,9 +35,14 @@ def test_after_an_error_the_old_file_is_as_it_was(tmp_path: Path, error: BaseExc
     target = tmp_path / "old.txt"
     target.write_text("old")
     expected = InputError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), replacing(target) as temporary:
-        temporary.write_text("ne")
-        raise error
+
+    def write() -> None:
+        with replacing(target) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(expected):
+        write()
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
 
@@ -57,7 +62,7 @@ def test_what_is_replaced_keeps_its_permissions_and_links_are_followed(tmp_path:
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "none" / "x.txt", tmp_path / "file" / "x.txt"):
-        with pytest.raises(InputError, match="x.txt' cannot be written"), replacing(path) as temporary:
+        with pytest.raises(InputError, match=r"x\.txt' cannot be written"), replacing(path) as temporary:
             temporary.write_text("")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -115,10 +120,13 @@ def test_of_many_writers_one_is_first(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); make room"):
+    def fill() -> None:
         with new_folder(tmp_path / "package", "make room") as unfinished:
             (unfinished / "a.txt").write_text("")
             raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\); make room"):
+        fill()
     assert list(tmp_path.iterdir()) == []
     with new_folder(tmp_path / "package", "") as unfinished:
         (unfinished / "a.txt").write_text("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,17 +31,41 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
         BudgetError: a budget out of range.
         PluginError: the strategy's module cannot be imported, or its class cannot be made.
     """
-    known = registry.strategies()
-    if name not in known and "+" in name:
-        from tokenprune.sequence import Sequence, names_in
+    parts = parts_of(name)
+    if len(parts) > 1:
+        from tokenprune.sequence import Sequence
 
-        names = names_in(name, known) or name.split("+")
-        return Sequence(*names, budget=budget, **options)
-    entry = registry.get("strategies", name)
+        return Sequence(*(part.name for part in parts), budget=budget, **options)
+    (entry,) = parts
     kind = entry.load()
     with entry.running():
         made: Strategy = kind(budget=budget, **options)
     return made
+
+
+def parts_of(name: str) -> list[Entry]:
+    """The strategies that a name stands for: one, or those that a "+" joins; none is imported.
+
+    Raises:
+        UnknownNameError: no such strategy.
+        PluginError: two packages register it.
+    """
+    known = registry.strategies()
+    joined = name not in known and "+" in name
+    names = (names_in(name, known) or name.split("+")) if joined else [name]
+    return [registry.get("strategies", part) for part in names]
+
+
+def names_in(text: str, known: Collection[str]) -> list[str] | None:
+    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
+    if text in known:
+        return [text]
+    for name in sorted(known, key=len, reverse=True):
+        if text.startswith(name + "+"):
+            rest = names_in(text[len(name) + 1 :], known)
+            if rest is not None:
+                return [name, *rest]
+    return None
 
 
 def load(name_or_path: str | Path, **options: Any) -> Any:
@@ -56,11 +80,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
         PluginError: an adapter cannot be imported, or raises what is no TokenPruneError; a bundled model's folder is
             not there.
     """
-    source = str(name_or_path)
-    bundled = registry.models()
-    if source in bundled:
-        source = str(_folder(bundled[source]))
-    config = _read_config(source, list(bundled))
+    source, config = find_checkpoint(name_or_path)
     adapters = registry.adapters()
     for entry in adapters.values():
         if entry.call(source, config, method="matches"):
@@ -68,12 +88,31 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
                 model = entry.load().load(source, **options)
             if model is None:
                 raise entry.refusal("gave None in load(), expected the model")
-            if str(name_or_path) in bundled and hasattr(model, "name"):
+            if str(name_or_path) in registry.models() and hasattr(model, "name"):
                 model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
             return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
     known = f"{', '.join(adapters) or 'none'}{not_loaded(registry.broken_plugins())}"
     raise CheckpointError(f"{source}: no adapter knows this checkpoint; found {found}; installed adapters: {known}")
+
+
+def find_checkpoint(name_or_path: str | Path) -> tuple[str, Mapping[str, Any]]:
+    """The folder or hub id that a model's name stands for, and its config.json; nothing is loaded.
+
+    Raises:
+        CheckpointError: nothing is there.
+        PluginError: a bundled model's folder is not there.
+    """
+    source = str(name_or_path)
+    bundled = registry.models()
+    if source in bundled:
+        source = str(_folder(bundled[source]))
+    return source, _read_config(source, list(bundled))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text may be the id of a repository on the hub."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
 
 
 def _folder(bundled: Entry) -> Path:
@@ -108,8 +147,7 @@ def _download_config(source: str, bundled: list[str]) -> Path:
     near = nearest(source, bundled)
     hint = f"did you mean {near[0]!r}? " if near else ""
     names = f"{hint}bundled models: {', '.join(bundled) or 'none'}"
-    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
-    if not looks_like_hub_id:
+    if not is_hub_id(source):
         raise CheckpointError(f"{source}: found no such folder and no bundled model of that name; {names}")
     from huggingface_hub import hf_hub_download
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as ListOf
 from dataclasses import replace
 from typing import Annotated, Any
@@ -211,18 +211,6 @@ class Sequence(Strategy):
         copied = copy.copy(self)
         copied.parts, copied.budget = tuple(parts), None
         return copied
-
-
-def names_in(text: str, known: Mapping[str, Any]) -> list[str] | None:
-    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
-    if text in known:
-        return [text]
-    for name in sorted(known, key=len, reverse=True):
-        if text.startswith(name + "+"):
-            rest = names_in(text[len(name) + 1 :], known)
-            if rest is not None:
-                return [name, *rest]
-    return None
 
 
 def _flat(part: Strategy | str) -> tuple[Strategy, ...]:

@@ -20,6 +20,7 @@ STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
 
 def command(
+    context: typer.Context,
     model: ModelName = "lisa-tiny",
     dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
@@ -47,23 +48,28 @@ def command(
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
 ) -> None:
     """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""
+    from tokenprune.cli.checks import check_metrics, check_model, check_strategies, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.evaluation.contenders import budgets_of, contenders, split_list
+    from tokenprune.evaluation.contenders import budgets_of, contenders, parse_text, split_list
+    from tokenprune.evaluation.scenes import check_request
 
     quiet_loading()
     chosen, budgets = split_list(strategies), budgets_of(_numbers(budget))
-    contenders(chosen, budgets)  # bad names and options are told before anything is loaded
+    added = None if metrics is None else [part.strip() for part in metrics.split(",") if part.strip()]
+    if out is None:
+        refuse_given(context, ["overlays"], "without --out")
+    check_strategies(parse_text(item)[0] for item in chosen)
+    check_metrics(added or ())
+    check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    check_request(dataset, split, limit, seed)
     if out is not None:
         from tokenprune.report.write import unused_folder
 
         unused_folder(out)
+    contenders(chosen, budgets)  # options of strategies are known to their modules only, which need torch
 
-    from tokenprune.evaluation.compare import check_request, compare
-    from tokenprune.evaluation.measured import metrics_of
+    from tokenprune.evaluation.compare import compare
 
-    check_request(dataset, split, limit, seed)
-    added = None if metrics is None else [part.strip() for part in metrics.split(",") if part.strip()]
-    metrics_of(added)
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     with _progress() as report:
         found = compare(

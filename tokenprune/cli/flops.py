@@ -35,6 +35,7 @@ class Dtype(str, Enum):
 
 
 def command(
+    context: typer.Context,
     shape: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--model-shape", help="7b, 13b, or a config.json (or its folder).", show_default="7b"),
@@ -70,10 +71,13 @@ def command(
     """
     from tokenprune.api import strategy as make_strategy
     from tokenprune.base import Shape
+    from tokenprune.cli.checks import check_strategies, refuse_given
     from tokenprune.cli.options import parse_options
     from tokenprune.cost import ELEMENT_BYTES, count_flops, kv_bytes
-    from tokenprune.dry import declared_ledger
 
+    check_strategies([strategy])
+    if convention is not Convention.exact:
+        refuse_given(context, ["logit_positions"], f"with --convention {convention.value}, which leaves lm_head out")
     sizes = {
         "layers": layers,
         "hidden": hidden,
@@ -85,6 +89,9 @@ def command(
     }
     spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
+
+    from tokenprune.dry import declared_ledger
+
     chosen = make_strategy(strategy, budget=budget, **parse_options(option or [])).bind(where)
     ledger = declared_ledger(chosen, where)
     found = _Account(

@@ -28,15 +28,16 @@ def command(
 ) -> None:
     """Segment an image by a query, and write the mask as PNG."""
     from tokenprune import api
+    from tokenprune.cli.checks import check_model, check_strategies
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.options import parse_options
-    from tokenprune.report.files import check_target, write_mask
+    from tokenprune.report.files import check_targets, write_mask
 
     quiet_loading()
+    check_strategies([strategy])
+    check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    check_targets({"--out": out, "--overlay": overlay}, inputs=[image])
     chosen = api.strategy(strategy, budget, **parse_options(option or []))
-    for path in (out, overlay):
-        if path is not None:
-            check_target(path)
 
     from tokenprune.evaluation.single import run_single, token_summary
 

@@ -14,7 +14,7 @@ from tokenprune.base import Shape, Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.engine.declared import check_on, declares
-from tokenprune.errors import InputError, OptionError, UnknownNameError
+from tokenprune.errors import InputError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
@@ -23,7 +23,7 @@ from tokenprune.evaluation.measured import Measured, measure, metrics_of
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.scenes import made, scenes_of
+from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.plugins import Entry
@@ -81,8 +81,8 @@ def compare(
             declares what it provides.
     """
     budgets = budgets_of(budget)
-    _check_number("timing_samples", timing_samples, 0)
-    _check_number("timing_rounds", timing_rounds, 1)
+    check_number("timing_samples", timing_samples, 0)
+    check_number("timing_rounds", timing_rounds, 1)
     field_of = contenders(strategies, budgets)
     data = check_request(dataset, split, limit, seed)
     added = metrics_of(extra_metrics)
@@ -112,16 +112,6 @@ def compare(
     )
     comparison._records.extend(run.records)
     return comparison
-
-
-def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
-    """The data set, once it is known that these queries can be asked of it; errors as in `compare`."""
-    _check_number("limit", limit, 1)
-    _check_number("seed", seed, 0)
-    data = made(dataset) if isinstance(dataset, str) else dataset
-    if split not in data.splits:
-        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
-    return data
 
 
 @dataclass
@@ -266,8 +256,3 @@ def batch_rows(result: SegmentationResult) -> list[int]:
 
 def _masks(result: SegmentationResult) -> list[Any]:
     return list(result.masks.detach().cpu().numpy())
-
-
-def _check_number(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name}: {value!r} found, expected a whole number of at least {least}")

@@ -207,26 +207,23 @@ class _Account:
 
     def print(self) -> None:
         """The stages as a Rich table, the totals below."""
-        from rich import box
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
+
+        from tokenprune.report.parted import Column, Parted
 
         flops, ledger, spec = self.flops, self.ledger, self.spec
         title = f"{self.strategy} on {spec.layers} layers of width {spec.hidden}"
-        table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
-        for name in ("layers", "image tokens", "text tokens", "scored rows", "FLOPs", "KV cache"):
-            table.add_column(name, justify="right")
-        for stage in self.stages():
-            first, last = stage["first_layer"], stage["last_layer"]
-            table.add_row(
-                str(first) if first == last else f"{first}–{last}",
-                str(stage["image_tokens"]),
-                str(stage["text_tokens"]),
-                str(stage["scored_rows"]),
-                _short(stage["flops"]),
-                f"{_short(stage['kv_bytes'])}B",
-            )
+        stages = list(self.stages())
+        spans = [(stage["first_layer"], stage["last_layer"]) for stage in stages]
+        layers = Column("layers", [str(first) if first == last else f"{first}–{last}" for first, last in spans])
+        columns = [
+            Column(name.replace("_", " "), [str(stage[name]) for stage in stages])
+            for name in ("image_tokens", "text_tokens", "scored_rows")
+        ]
+        columns.append(Column("FLOPs", [_short(stage["flops"]) for stage in stages]))
+        columns.append(Column("KV cache", [f"{_short(stage['kv_bytes'])}B" for stage in stages]))
+        table = Parted(title, layers, [(columns, "")], justify="left")
         totals = Table(box=None, show_header=False)
         totals.add_column(style="bold")
         totals.add_column(justify="right")

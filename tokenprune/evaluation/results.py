@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Row(BaseModel):
-    """One strategy at one budget.
+    """One strategy at one budget; where it could not run, the `reason`, and None in the place of every number.
 
     Attributes:
         strategy: registered name.
@@ -36,6 +36,7 @@ class Row(BaseModel):
         prefill_speedup: the untouched model's median over this one.
         policies: positions and the like: what has to be told with every result.
         metrics: mean over queries of each metric that a plugin adds; None where it is defined for no query.
+        reason: why it could not run; None where it did.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,22 +45,23 @@ class Row(BaseModel):
     options: dict[str, Any]
     given: dict[str, Any] = {}
     budget: float | None = None
-    giou: float
-    ciou: float
-    giou_by_kind: dict[str, float]
+    giou: float | None = None
+    ciou: float | None = None
+    giou_by_kind: dict[str, float] = {}
     miou_by_size: dict[str, float] = {}
-    agreement: float
+    agreement: float | None = None
     target_coverage: float | None = None
-    equivalent_tokens: float
-    equivalent_tokens_ratio: float
-    flops: float
-    flops_ratio: float
+    equivalent_tokens: float | None = None
+    equivalent_tokens_ratio: float | None = None
+    flops: float | None = None
+    flops_ratio: float | None = None
     flops_by_part: dict[str, float] = {}
-    kv_bytes: float
+    kv_bytes: float | None = None
     prefill_ms: float | None = None
     prefill_speedup: float | None = None
     policies: dict[str, str] = {}
     metrics: dict[str, float | None] = {}
+    reason: str | None = None
 
     @property
     def label(self) -> str:

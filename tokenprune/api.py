@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune import registry
-from tokenprune.errors import CheckpointError, nearest
+from tokenprune.errors import CheckpointError, OptionError, nearest
 from tokenprune.plugins import not_loaded
 
 if TYPE_CHECKING:
@@ -27,20 +27,30 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
 
     Raises:
         UnknownNameError: no such strategy.
-        OptionError: an unknown option or a value out of range.
-        BudgetError: a budget out of range.
+        OptionError: an unknown option, a value out of range, or an option that would have no effect.
+        BudgetError: a budget out of range, or for a strategy that has nothing to move.
         PluginError: the strategy's module cannot be imported, or its class cannot be made.
     """
     parts = parts_of(name)
     if len(parts) > 1:
         from tokenprune.sequence import Sequence
 
-        return Sequence(*(part.name for part in parts), budget=budget, **options)
+        joined = Sequence(*(part.name for part in parts), budget=budget, **options)
+        for part in joined.parts:
+            _check_effects(part)
+        return joined
     (entry,) = parts
     kind = entry.load()
     with entry.running():
         made: Strategy = kind(budget=budget, **options)
+        _check_effects(made)
     return made
+
+
+def _check_effects(made: Strategy) -> None:
+    for option, why in made.without_effect().items():
+        if option in made.options.model_fields_set:
+            raise OptionError(f"strategy {made.name!r}: option {option!r} has no effect {why}; leave it out")
 
 
 def parts_of(name: str) -> list[Entry]:

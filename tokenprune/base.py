@@ -182,6 +182,13 @@ class Strategy(ABC):
         """Whether a budget can move anything: there are options, and it is said how a budget moves them."""
         return (cls.budget_option is not None or cls.fit is not Strategy.fit) and bool(cls.Options.model_fields)
 
+    def without_effect(self) -> Mapping[str, str]:
+        """Options that change nothing beside the others and the budget, each with the reason ("unless layer=0").
+
+        `tokenprune.strategy` refuses those among them that the user sets.
+        """
+        return {}
+
     # what the framework calls ----------------------------------------------------------------------------------------
 
     def bind(self, shape: Shape) -> Strategy:

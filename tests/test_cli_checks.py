@@ -55,6 +55,17 @@ MISSPELT: dict[tuple[str, ...], str] = {
     ("flops", "--convention", "fastv", "--logit-positions", "1"): "--logit-positions has no effect",
     ("new", "strategy", "fastv"): "exists already",
 }
+# options of strategies are known to their modules, which import torch: told before transformers and the model
+OPTIONS: dict[tuple[str, ...], str] = {
+    ("compare", "--strategies", "none,fastv:kep=1"): "did you mean 'keep'",
+    ("compare", "--strategies", "blind:budget=0.5"): "'blind' has nothing that a budget could move",
+    ("segment", *IMAGE, "--out", "m.png", "--strategy", "fastv", "-o", "kep=1"): "did you mean 'keep'",
+    ("segment", *IMAGE, "--out", "m.png", "--budget", "0.5"): "'none' has nothing that a budget could move",
+    ("inspect", *IMAGE, "--strategy", "fastv", "-o", "seed=3"): "'seed' has no effect unless layer=0",
+    ("inspect", "--strategy", "blind", "--budget", "0.5"): "'blind' has nothing that a budget could move",
+    ("flops", "--strategy", "blind", "--budget", "0.5"): "'blind' has nothing that a budget could move",
+    ("flops", "--strategy", "fastv", "--budget", "7"): "(0, 1]",
+}
 PROGRAM = """
 import contextlib, io, json, sys
 from tokenprune.cli.app import main
@@ -76,14 +87,16 @@ def test_what_is_misspelt_is_told_before_torch_and_transformers_are_imported(tmp
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        input=json.dumps([list(arguments) for arguments in MISSPELT]),
+        input=json.dumps([list(arguments) for arguments in (*MISSPELT, *OPTIONS)]),
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    for (arguments, part), (code, message, heavy) in zip(MISSPELT.items(), json.loads(done.stdout), strict=True):
-        assert (code, heavy) == (2, []), (arguments, message)
+    asked = {**MISSPELT, **OPTIONS}
+    for (arguments, part), (code, message, heavy) in zip(asked.items(), json.loads(done.stdout), strict=True):
+        assert code == 2, (arguments, message)
+        assert heavy in ([], ["torch"] if arguments in OPTIONS else []), (arguments, message)
         assert message.startswith("error: "), arguments
         assert message.count("\n") == 1, arguments
         assert part in message, arguments

@@ -171,6 +171,29 @@ def test_results_of_a_folder_whose_name_is_no_text(run: Runner, tmp_path: Path) 
     assert json.loads((tmp_path / "out" / "results.json").read_text())["model"] == f"{tmp_path}/m\ufffd"
 
 
+@pytest.mark.parametrize(
+    ("stream", "code"), [(broken_pipe, 1), pytest.param(full_disk, 2, marks=FULL)], ids=["pipe", "disk"]
+)
+def test_a_plugins_command_is_not_blamed_for_stdout(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, stream: Callable[[], IO[str]], code: int
+) -> None:
+    class Census:
+        @hookimpl
+        def tokenprune_register_commands(self, register: Any) -> None:
+            register("census", lambda: print("7", flush=True))
+
+    registry.register_plugin(Census(), "census")
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stream())
+            ran = run("census")
+    finally:
+        registry.unregister_plugin("census")
+    assert ran.code == code
+    assert "plugin" not in ran.err
+    assert ran.err.startswith("error: standard output") is (code == 2)
+
+
 def test_a_second_run_into_one_folder_is_refused_before_it_starts(run: Runner, tmp_path: Path) -> None:
     assert run("compare", *FAKE, "--out", tmp_path / "out").code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}

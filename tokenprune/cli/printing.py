@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BROKEN_PIPE = 1  # exit code, as Typer and Rich have it
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
 PLAIN = {"–": "-", "—": "-", "×": "x", "…": ".", "·": ".", "“": '"', "”": '"', "²": "2"}
 NARROW_PIPE = 120  # columns, where a table does not go to a terminal
 
@@ -47,10 +47,15 @@ def printable() -> Iterator[None]:
         _silence()
         sys.exit(BROKEN_PIPE)
     except OSError as error:
-        if error.errno not in FULL or error.filename is not None:  # that of a file names it
+        if not is_of_output(error):
             raise
         _silence()
         raise InputError(f"standard output cannot be written ({error.strerror}); send it elsewhere") from error
+
+
+def is_of_output(error: Exception) -> bool:
+    """Whether an error is that of stdout or stderr, which cannot be written; that of a file names the file."""
+    return isinstance(error, OSError) and error.errno in FULL and error.filename is None
 
 
 def say_json(text: str) -> None:

@@ -54,6 +54,9 @@ def main() -> None:
         records=0,
         progress=lambda what, done, total: print(f"\r{what} {done}/{total}", end="", file=sys.stderr, flush=True),
     ).model_copy(update={"model": given.model})
+    for row in found.rows:
+        if row.reason is not None:
+            sys.exit(f"{row.label} did not run: {row.reason}")
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "ablate_csp.json").write_text(found.to_json() + "\n", encoding="utf-8")
     table = markdown(found, choices)

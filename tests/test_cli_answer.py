@@ -95,10 +95,10 @@ def test_bad_input_is_one_clear_line(
     assert_one_line(run("answer", *filled, *rest), *parts)
 
 
-def test_a_model_that_takes_no_words(run: Runner, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_takes_no_words(run: Runner, folder: Path, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenprune.api.load", lambda source, **options: torch.nn.Linear(1, 1))
-    ran = run("answer", album / "first.png", "What?", "--model", "mine")
-    assert_one_line(ran, "model 'mine' is a Linear, which has no answer(image, prompt)")
+    ran = run("answer", album / "first.png", "What?", "--model", folder)
+    assert_one_line(ran, f"model '{folder}' is a Linear, which has no answer(image, prompt)")
 
 
 def test_the_model_has_to_be_named(run: Runner, album: Path) -> None:

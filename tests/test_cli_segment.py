@@ -72,9 +72,9 @@ def test_budget_and_options_reach_the_strategy(run: Runner, picture: Path, tmp_p
         (("{picture}", "{tmp}/text.png"), ("query", "{tmp}/text.png", "behind the images")),
         (("~nobody-at-all/a.png", "thing"), ("~nobody-at-all/a.png", "no such file")),
         (("{picture}", "{picture}", "thing"), ("m.png", "name a folder")),
-        (("{picture}", "thing", "--out", "{picture}"), ("{picture}", "one of the images")),
-        (("{tmp}", "thing", "--out", "{tmp}"), ("{picture}", "one of the images")),
-        (("{tmp}", "thing", "--out", "{tmp}/a", "--overlay", "{tmp}/a"), ("--overlay", "--out")),
+        (("{picture}", "thing", "--out", "{picture}"), ("--out '{picture}'", "same file as the image that is read")),
+        (("{tmp}", "thing", "--out", "{tmp}"), ("--out '{picture}'", "same file as the image that is read")),
+        (("{tmp}", "thing", "--out", "{tmp}/a", "--overlay", "{tmp}/a"), ("--overlay '{tmp}/a/", "same file as --out")),
         (("{picture}", "  "), ("query is empty",)),
         (("{picture}", "thing", "--strategy", "frnt"), ("frnt", "did you mean 'front'")),
         (("{picture}", "thing", "-o", "kep=1"), ("kep", "did you mean 'keep'")),
@@ -96,9 +96,10 @@ def test_bad_input_is_one_clear_line(
     filled = [part.format(tmp=tmp_path, picture=picture) for part in arguments]
     defaults = {"--model": "fake", "--strategy": "front", "--out": str(tmp_path / "m.png")}
     rest = [part for name, value in defaults.items() if name not in filled for part in (name, value)]
+    before = sorted(tmp_path.rglob("*"))
     ran = run("segment", *filled, *rest)
     assert_one_line(ran, *(part.format(tmp=tmp_path, picture=picture) for part in parts))
-    assert not (tmp_path / "m.png").exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune.evaluation.contenders import contenders, parse_text, split_list, takes_budget
+from tokenprune.evaluation.contenders import contenders, parse_text, split_list
 
 WORD = st.from_regex(r"[a-z][a-z0-9+\-]{0,8}", fullmatch=True)
 OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.integers(0, 99), max_size=3)
@@ -67,8 +67,8 @@ def test_instances_run_as_they_are() -> None:
 
 
 def test_who_takes_a_budget() -> None:
-    assert takes_budget(Front())
-    assert not takes_budget(Whole())
+    assert Front.takes_budget()
+    assert not Whole.takes_budget()
 
 
 @pytest.mark.parametrize("budget", ["x", "true", "2", "0", "-0.5"])

@@ -197,8 +197,11 @@ def test_what_cannot_be_told() -> None:
 def test_compare_refuses_before_the_first_query() -> None:
     model = row("lisa").model
     with counted(model) as called, pytest.raises(IncompatibleError, match="'by-depth' does not fit model"):
-        tp.compare(model, FakeData(), ["none", "fastv", ByDepth()], limit=1)
+        tp.compare(model, FakeData(), [ByDepth()], limit=1)
     assert called == []
+    found = tp.compare(model, FakeData(), ["none", ByDepth()], limit=1, timing_samples=0)
+    assert "'by-depth' does not fit model" in (found.rows[1].reason or "")
+    assert found.rows[0].reason is None
 
 
 @pytest.fixture
@@ -226,7 +229,7 @@ def test_a_plugins_strategy_is_asked_by_its_name() -> None:
     [
         ("inspect", "--strategy", "by-depth", "--out", "{tmp}/sample.png"),
         ("segment", "{tmp}/picture.png", "the cat", "--strategy", "by-depth", "--out", "{tmp}/mask.png"),
-        ("compare", "--strategies", "none,fastv,by-depth", "--limit", "1"),
+        ("compare", "--strategies", "by-depth", "--limit", "1"),
     ],
 )
 def test_commands_tell_a_misfit_in_one_line(

@@ -12,6 +12,7 @@ from strategy_bench import Bench, layout_of
 
 import tokenprune
 from tokenprune import registry
+from tokenprune.api import names_in
 from tokenprune.base import Shape, Stage, Strategy, equivalent_tokens
 from tokenprune.decisions import Keep, Merge
 from tokenprune.dry import declared_ledger
@@ -19,7 +20,7 @@ from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, OptionError, PluginError, TokenPruneError, UnknownNameError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.reads import Embeddings, HiddenStates, TowerFeatures
-from tokenprune.sequence import Sequence, names_in
+from tokenprune.sequence import Sequence
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.scripts import Scripted, Step, random_script
 

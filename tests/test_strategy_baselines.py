@@ -77,11 +77,22 @@ def test_none_and_blind() -> None:
     untouched = Bench(NoPruning(), [[9], [4]]).run()
     assert untouched.trace.stages == []
     assert untouched.trace.ledger.equivalent_tokens_ratio == 1
-    blind = Bench(Blind(budget=0.1), [[9], [4]]).run()
+    blind = Bench(Blind(), [[9], [4]]).run()
     assert not blind.state.active.any()
     assert blind.trace.ledger.equivalent_tokens == 0
-    with pytest.raises(BudgetError, match=r"'none' cannot meet budget 0\.5"):
-        NoPruning(budget=0.5).bind(Shape(4, 9))
+
+
+@pytest.mark.parametrize("name", ["none", "blind"])
+@pytest.mark.parametrize("budget", [0.35, 1.0])
+def test_a_budget_that_moves_nothing_is_refused(name: str, budget: float) -> None:
+    with pytest.raises(BudgetError, match=rf"'{name}' has nothing that a budget could move; leave budget= out"):
+        tokenprune.strategy(name, budget=budget)
+    with pytest.raises(BudgetError, match=rf"'{name}\+blind' has nothing that a budget could move"):
+        tokenprune.strategy(f"{name}+blind", budget=budget)
+    with pytest.raises(BudgetError, match=rf"'{name}\+fastv': option 'budgets': '{name}' has nothing"):
+        tokenprune.strategy(f"{name}+fastv", budgets=(budget, None))
+    assert tokenprune.strategy(name).budget is None
+    assert tokenprune.strategy(f"{name}+fastv", budgets=(None, budget)).budget is None
 
 
 @QUICK
@@ -101,7 +112,7 @@ def test_fastv_keeps_the_most_attended(rows: list[list[int]], layer: int, keep: 
 
 
 @QUICK
-@given(st.sampled_from([Random, Uniform, FastV, Blind]), st.integers(3, 40), st.integers(4, 700), st.floats(0.01, 1))
+@given(st.sampled_from([Random, Uniform, FastV]), st.integers(3, 40), st.integers(4, 700), st.floats(0.01, 1))
 def test_budgets_are_met_closely(kind: type[FastV], layers: int, total: int, budget: float) -> None:
     shape = Shape(layers, total)
     try:
@@ -112,8 +123,7 @@ def test_budgets_are_met_closely(kind: type[FastV], layers: int, total: int, bud
         return
     spent = equivalent_tokens(list(bound.stages(shape)), shape)
     assert spent <= budget * total + 1e-6
-    if kind is not Blind:
-        assert spent > budget * total - 1 - 1e-6
+    assert spent > budget * total - 1 - 1e-6
 
 
 @QUICK
@@ -135,7 +145,7 @@ def test_fastv_lowers_its_layer_only_when_it_must_and_may() -> None:
         FastV(budget=0.2, keep=0.5).bind(shape)
 
 
-@pytest.mark.parametrize("name", ["csp", "fastv", "prumerge", "random", "uniform", "blind"])
+@pytest.mark.parametrize("name", ["csp", "fastv", "prumerge", "random", "uniform"])
 def test_a_row_without_images_follows_the_others(name: str) -> None:
     strategy = tokenprune.strategy(name, budget=0.15)
     together = Bench(strategy, [[64], []]).run().trace

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune import registry
-from tokenprune.errors import CheckpointError, nearest
+from tokenprune.errors import CheckpointError, OptionError, nearest
+from tokenprune.files import expanded
 from tokenprune.plugins import not_loaded
 from tokenprune.unmerged import ADAPTER_CONFIG, MERGE, base_of
 
@@ -28,21 +29,55 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
 
     Raises:
         UnknownNameError: no such strategy.
-        OptionError: an unknown option or a value out of range.
-        BudgetError: a budget out of range.
+        OptionError: an unknown option, a value out of range, or an option that would have no effect.
+        BudgetError: a budget out of range, or for a strategy that has nothing to move.
         PluginError: the strategy's module cannot be imported, or its class cannot be made.
     """
-    known = registry.strategies()
-    if name not in known and "+" in name:
-        from tokenprune.sequence import Sequence, names_in
+    parts = parts_of(name)
+    if len(parts) > 1:
+        from tokenprune.sequence import Sequence
 
-        names = names_in(name, known) or name.split("+")
-        return Sequence(*names, budget=budget, **options)
-    entry = registry.get("strategies", name)
+        joined = Sequence(*(part.name for part in parts), budget=budget, **options)
+        for part in joined.parts:
+            _check_effects(part)
+        return joined
+    (entry,) = parts
     kind = entry.load()
     with entry.running():
         made: Strategy = kind(budget=budget, **options)
+        _check_effects(made)
     return made
+
+
+def _check_effects(made: Strategy) -> None:
+    for option, why in made.without_effect().items():
+        if option in made.options.model_fields_set:
+            raise OptionError(f"strategy {made.name!r}: option {option!r} has no effect {why}; leave it out")
+
+
+def parts_of(name: str) -> list[Entry]:
+    """The strategies that a name stands for: one, or those that a "+" joins; none is imported.
+
+    Raises:
+        UnknownNameError: no such strategy.
+        PluginError: two packages register it.
+    """
+    known = registry.strategies()
+    joined = name not in known and "+" in name
+    names = (names_in(name, known) or name.split("+")) if joined else [name]
+    return [registry.get("strategies", part) for part in names]
+
+
+def names_in(text: str, known: Collection[str]) -> list[str] | None:
+    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
+    if text in known:
+        return [text]
+    for name in sorted(known, key=len, reverse=True):
+        if text.startswith(name + "+"):
+            rest = names_in(text[len(name) + 1 :], known)
+            if rest is not None:
+                return [name, *rest]
+    return None
 
 
 def load(name_or_path: str | Path, **options: Any) -> Any:
@@ -57,16 +92,12 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
         PluginError: an adapter cannot be imported, or raises what is no TokenPruneError; a bundled model's folder is
             not there.
     """
-    source = str(name_or_path)
-    bundled = registry.models()
-    if source in bundled:
-        source = str(_folder(bundled[source]))
-    config = _read_config(source, list(bundled))
+    source, config = find_checkpoint(name_or_path)
     adapters = registry.adapters()
     for entry in adapters.values():
         if entry.call(source, config, method="matches"):
             kind = entry.load()
-            if not getattr(kind, "merges_lora", False) and base_of(Path(source).expanduser()) is not None:
+            if not getattr(kind, "merges_lora", False) and base_of(expanded(source)) is not None:
                 raise CheckpointError(
                     f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), which {entry.name!r} does not merge; "
                     f"{MERGE}"
@@ -75,12 +106,31 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
                 model = kind.load(source, **options)
             if model is None:
                 raise entry.refusal("gave None in load(), expected the model")
-            if str(name_or_path) in bundled and hasattr(model, "name"):
+            if str(name_or_path) in registry.models() and hasattr(model, "name"):
                 model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
             return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
     known = f"{', '.join(adapters) or 'none'}{not_loaded(registry.broken_plugins())}"
     raise CheckpointError(f"{source}: no adapter knows this checkpoint; found {found}; installed adapters: {known}")
+
+
+def find_checkpoint(name_or_path: str | Path) -> tuple[str, Mapping[str, Any]]:
+    """The folder or hub id that a model's name stands for, and its config.json; nothing is loaded.
+
+    Raises:
+        CheckpointError: nothing is there.
+        PluginError: a bundled model's folder is not there.
+    """
+    source = str(name_or_path)
+    bundled = registry.models()
+    if source in bundled:
+        source = str(_folder(bundled[source]))
+    return source, _read_config(source, list(bundled))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a text may be the id of a repository on the hub."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
 
 
 def _folder(bundled: Entry) -> Path:
@@ -91,7 +141,7 @@ def _folder(bundled: Entry) -> Path:
 
 
 def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
@@ -135,8 +185,7 @@ def _download_config(source: str, bundled: list[str]) -> Path:
     near = nearest(source, bundled)
     hint = f"did you mean {near[0]!r}? " if near else ""
     names = f"{hint}bundled models: {', '.join(bundled) or 'none'}"
-    looks_like_hub_id = source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
-    if not looks_like_hub_id:
+    if not is_hub_id(source):
         raise CheckpointError(f"{source}: found no such folder and no bundled model of that name; {names}")
     from huggingface_hub import hf_hub_download
 

@@ -126,12 +126,14 @@ class Strategy(ABC):
         """No options."""
 
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
-        """Raises OptionError for an unknown option or bad value, BudgetError for a budget outside (0, 1]."""
+        """Raises OptionError for an unknown option or bad value, BudgetError for a budget outside (0, 1] or in vain."""
         if budget is not None and not 0 < budget <= 1:
             raise BudgetError(
                 f"strategy {self.name!r}: budget {budget} found, expected a share of the image tokens in (0, 1]"
             )
         self._check_class()
+        if budget is not None and not self.takes_budget():
+            raise self._budget_in_vain()
         self.budget = budget
         self.options = self._checked(options)
 
@@ -156,7 +158,7 @@ class Strategy(ABC):
         """
         option = self.budget_option
         if option is None:
-            raise BudgetError(f"strategy {self.name!r} has nothing that a budget could move; leave budget= out")
+            raise self._budget_in_vain()
         known = self.Options.model_fields
         chosen = known.get(option) if isinstance(option, str) else None
         if chosen is None or chosen.annotation in (int, str, bool):
@@ -174,6 +176,18 @@ class Strategy(ABC):
                 return candidate
             least = min(least, spent)
         raise self.too_small(budget, shape, least)
+
+    @classmethod
+    def takes_budget(cls) -> bool:
+        """Whether a budget can move anything: there are options, and it is said how a budget moves them."""
+        return (cls.budget_option is not None or cls.fit is not Strategy.fit) and bool(cls.Options.model_fields)
+
+    def without_effect(self) -> Mapping[str, str]:
+        """Options that change nothing beside the others and the budget, each with the reason ("unless layer=0").
+
+        `tokenprune.strategy` refuses those among them that the user sets.
+        """
+        return {}
 
     # what the framework calls ----------------------------------------------------------------------------------------
 
@@ -228,6 +242,9 @@ class Strategy(ABC):
             f"tokens with options {self.options.model_dump(exclude_unset=True) or 'at their defaults'}: its least is "
             f"{share:.3f}; raise the budget or change the options"
         )
+
+    def _budget_in_vain(self) -> BudgetError:
+        return BudgetError(f"strategy {self.name!r} has nothing that a budget could move; leave budget= out")
 
     def __repr__(self) -> str:
         given = self.options.model_dump(exclude_unset=True)

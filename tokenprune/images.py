@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tokenprune.errors import InputError
+from tokenprune.files import expanded
 
 ImageInput = Any  # a path, PIL image, numpy array or tensor; spelled out in `to_rgb`
 
@@ -37,7 +38,7 @@ def to_rgb(image: ImageInput) -> Image.Image:
             whose range is not known ("F", "I"), or an array of another shape, type or range.
     """
     if isinstance(image, (str, Path)):
-        return _from_file(Path(image))
+        return _from_file(expanded(image))
     if isinstance(image, Image.Image):
         return _from_pil(image, "PIL image")
     if isinstance(image, torch.Tensor):

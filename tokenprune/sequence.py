@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as ListOf
 from dataclasses import replace
 from typing import Annotated, Any
@@ -68,12 +68,20 @@ class Sequence(Strategy):
                     f"strategy {self.name!r}: option {name!r}: found {len(given)} for {len(found)} parts; give one "
                     "for each"
                 )
+        if budget is not None and not any(part.takes_budget() for part in found):
+            raise self._budget_in_vain()
         changes = self.options.parts or ({},) * len(found)
         budgets = self.options.budgets or (None,) * len(found)
         found = [
             _budgeted(part.with_options(**change), part.budget) if change else part
             for part, change in zip(found, changes, strict=True)
         ]
+        for part, own in zip(found, budgets, strict=True):
+            if own is not None and not part.takes_budget():
+                raise BudgetError(
+                    f"strategy {self.name!r}: option 'budgets': {part.name!r} has nothing that a budget could move; "
+                    "leave its own out, as in -/0.5"
+                )
         self.parts = tuple(_budgeted(part, own) if own else part for part, own in zip(found, budgets, strict=True))
         self.positions = "renumber" if any(part.positions == "renumber" for part in self.parts) else "keep"
 
@@ -211,18 +219,6 @@ class Sequence(Strategy):
         copied = copy.copy(self)
         copied.parts, copied.budget = tuple(parts), None
         return copied
-
-
-def names_in(text: str, known: Mapping[str, Any]) -> list[str] | None:
-    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
-    if text in known:
-        return [text]
-    for name in sorted(known, key=len, reverse=True):
-        if text.startswith(name + "+"):
-            rest = names_in(text[len(name) + 1 :], known)
-            if rest is not None:
-                return [name, *rest]
-    return None
 
 
 def _flat(part: Strategy | str) -> tuple[Strategy, ...]:

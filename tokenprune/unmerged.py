@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import CheckpointError
+from tokenprune.files import expanded
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE = "merge it with peft: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(…)"
@@ -44,5 +45,5 @@ def base_of(folder: Path) -> str | None:
     name = config.get("base_model_name_or_path")
     if not name:
         return str(folder)
-    places = (Path(str(name)).expanduser(), folder / str(name))
+    places = (expanded(str(name)), folder / str(name))
     return next((str(place) for place in places if place.is_dir()), str(name))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokenprune.errors import CheckpointError
+from tokenprune.files import expanded
 from tokenprune.unmerged import ADAPTER_CONFIG
 from tokenprune_adapters.shards import tensors_of_shards
 
@@ -31,7 +32,7 @@ def resolve_folder(name_or_path: str | Path, what: str = "checkpoint", advice: s
     Raises:
         CheckpointError: no such folder, and the hub does not have it or cannot be reached. `advice` ends the message.
     """
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.is_dir():
         return path
     hint = advice or "give the path of a local folder"

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from tokenprune.errors import OptionError, nearest
+from tokenprune.files import expanded
+from tokenprune.placement import DTYPES, unknown_device
 
 QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_config")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = {name: getattr(torch, name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ def torch_device(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(device or "cpu")
     except RuntimeError as error:
-        raise OptionError(f"device {device!r} is unknown; expected e.g. 'cpu', 'cuda' or 'cuda:1'") from error
+        raise unknown_device(str(device)) from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device {str(found)!r} asked for, but torch finds no CUDA device here; use device='cpu'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = f"'cuda:0' … 'cuda:{torch.cuda.device_count() - 1}'"
+        raise OptionError(f"device {str(found)!r} asked for, but torch finds {there} here; use one of them")
     return found
 
 
@@ -79,13 +84,13 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The type that is meant, None for none. Raises OptionError for one that weights cannot have."""
     if dtype is None:
         return None
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
+    found = KINDS.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found is None or found not in KINDS.values():
         raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")
     return found
 
 
 def shown_name(source: str | Path) -> str:
     """How reports call a model: the folder's name, of a hub id the part after the slash."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.resolve().name if path.is_dir() else path.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_serializer
@@ -56,6 +56,19 @@ class CSP(Strategy):
             return segmenter if segmenter is None or isinstance(segmenter, str) else getattr(segmenter, "__name__", "?")
 
     options: Options
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        kind, found = self.options.clustering, dict[str, str]()
+        segments = kind == "seg_first"
+        regions = segments and self.options.segmenter is None
+        if not segments:
+            found["segmenter"] = f"with clustering={kind}, only with seg_first"
+        if not regions:
+            found["regions"] = "but with clustering=seg_first and without a segmenter"
+        if not regions and kind not in ("random", "kmeans"):
+            found["seed"] = f"with clustering={kind}, which draws nothing"
+        return found
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """Cluster at layer 0, scatter at s, prune at p. Raises OptionError where the model is not deep enough."""

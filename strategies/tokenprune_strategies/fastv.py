@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -36,6 +36,12 @@ class FastV(Strategy):
         seed: int = Field(0, description="seed of the draw where layer = 0")
 
     options: Options
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        if self.options.layer:
+            return {"seed": "unless layer=0"}
+        return dict.fromkeys(("query", "query_reduce"), "with layer=0, where the draw is random")
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage at layer K. Raises OptionError where the model has no layer K."""

@@ -3,7 +3,7 @@ Vision-Language Models", arXiv 2605.13178)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,10 @@ class LiteLVLM(Strategy):
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
         self.positions = self.options.positions
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        return {"order": "with positions=keep"} if self.positions == "keep" else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer."""

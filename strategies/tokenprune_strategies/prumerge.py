@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -53,6 +53,12 @@ class PruMerge(Strategy):
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
         self.positions = self.options.positions
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        if self.options.keep is None and self.budget is None:
+            return {}
+        return {"ratio": "beside keep" if self.budget is None else "beside a budget"}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer; without `keep` only the picture tells how many tokens there will be."""

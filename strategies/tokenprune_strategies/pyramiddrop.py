@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -57,6 +57,11 @@ class PyramidDrop(Strategy):
                 f"strategy {self.name!r}: options 'layers' and 'keep': found {len(self.options.layers)} and "
                 f"{len(self.options.keep)} values, expected one of each for every stage"
             )
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        faithful = dict.fromkeys(("query", "query_reduce"), "where faithful: the last row is the query")
+        return faithful if self.options.faithful else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage per layer. Raises OptionError for stages that grow, IncompatibleError for too few layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -55,6 +55,10 @@ class RatedByText(Strategy):
                 f"strategy {self.name!r}: option 'layers': found {len(layers)} for {len(amounts)} stages; give one "
                 "layer, and one number to 'keep', for every stage"
             )
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        return {"table": "beside keep"} if self.options.keep is not None else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """Rating before layer 0, then the stages that prune. Raises IncompatibleError where the model is not fit."""

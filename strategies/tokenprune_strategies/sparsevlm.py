@@ -5,7 +5,7 @@ SparseVLM+ is the second version, as the authors' code has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -57,6 +57,10 @@ class SparseVLM(RatedByText):
             description="as the authors' code: noise decides ties in clustering; every stage drops a token at least",
         )
 
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        return {**super().without_effect(), **({} if self.options.faithful else {"seed": "unless faithful"})}
+
     def reads(self) -> tuple[Read, ...]:
         """Attention of the raters, and the states that are clustered."""
         return AttentionFrom(RATERS), HiddenStates()
@@ -106,6 +110,11 @@ class SparseVLMPlus(RatedByText):
             description="as the authors' code: 14 heads, attention divided by what may be near 0 or negative, every "
             "stage drops a token at least",
         )
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        fixed = {"heads": f"where faithful: {HEADS} heads score"} if self.options.faithful else {}
+        return {**super().without_effect(), **fixed}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """See `RatedByText`. Raises IncompatibleError where the model has fewer heads than are asked for."""

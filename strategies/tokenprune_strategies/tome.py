@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -65,6 +65,10 @@ class ToMe(Strategy):
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
         self.positions = self.options.positions
+
+    def without_effect(self) -> Mapping[str, str]:
+        """See `Strategy.without_effect`."""
+        return {"layers": "with where=tower"} if self.options.where == "tower" else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage a merge. Raises OptionError where the model has no such layer, or no keys before it."""

@@ -30,20 +30,23 @@ def command(
     one; one that cannot be used is told, the others are done, and the exit code is 1.
     """
     from tokenprune import api
+    from tokenprune.cli.checks import check_model, check_strategies
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_answering_model, quiet_loading
     from tokenprune.cli.options import parse_options
-    from tokenprune.errors import OptionError
+    from tokenprune.cli.printing import note
+    from tokenprune.evaluation.scenes import check_number
     from tokenprune.stopwatch import recorded, told
     from tokenprune.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
-    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    check_number("--max-new-tokens", max_new_tokens, 1)
+    check_strategies([strategy])
     words(question, "question")
-    if max_new_tokens < 1:
-        raise OptionError(f"--max-new-tokens: {max_new_tokens} found, expected at least 1")
     found = find_images(images)
+    check_model(model, dtype=dtype, device=device)
+    chosen = api.strategy(strategy, budget, **parse_options(option or []))
 
     failed = 0
     with using(choose(threads)):
@@ -56,8 +59,8 @@ def command(
                 continue
             typer.echo(f"{image}: {said.text}" if found.many else said.text)
             label = strategy if budget is None else f"{strategy} at {budget:g}"
-            typer.echo(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning", err=True)
-            typer.echo(told(milliseconds), err=True)
+            note(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning")
+            note(told(milliseconds))
     if failed:
-        typer.echo(f"error: {failed} of {len(found.paths)} images could not be used", err=True)
+        note(f"error: {failed} of {len(found.paths)} images could not be used")
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ import typer
 
 from tokenprune.cli import answer, compare, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import PluginGroup
+from tokenprune.cli.printing import note, printable
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
 app = typer.Typer(
@@ -61,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
-        app(args=[argument for argument in given if argument != "--debug"])
+        with printable():
+            app(args=[argument for argument in given if argument != "--debug"])
     except Exception as error:
         problem = _as_user_error(error)
         if problem is None:
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exception(error)
         hides = not debug and isinstance(problem, PluginError) and problem.__cause__ is not None
         hint = " (--debug shows the traceback)" if hides else ""
-        typer.echo(f"error: {' '.join(str(problem).split())}{hint}", err=True)
+        note(f"error: {' '.join(str(problem).split())}{hint}")
         sys.exit(2)
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower
 from tokenprune.cli.listing import Format
+from tokenprune.cli.printing import NARROW_PIPE, note, notes_console, say_json
+
+if TYPE_CHECKING:
+    from tokenprune.evaluation.results import Comparison
 
 STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
 
 def command(
+    context: typer.Context,
     model: ModelName = "lisa-tiny",
     dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
@@ -44,30 +49,35 @@ def command(
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
 ) -> None:
     """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""
+    from tokenprune.cli.checks import check_metrics, check_model, check_strategies, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.evaluation.contenders import budgets_of, contenders, split_list
+    from tokenprune.evaluation.contenders import budgets_of, contenders, parse_text, split_list
+    from tokenprune.evaluation.scenes import check_request
     from tokenprune.threads import checked, choose
 
     quiet_loading()
     checked(threads, "--threads")
     chosen, budgets = split_list(strategies), budgets_of(_numbers(budget))
-    contenders(chosen, budgets)  # bad names and options are told before anything is loaded
-    if out is not None:
-        from tokenprune.report.write import writable_folder
-
-        writable_folder(out)
-
-    from tokenprune.evaluation.compare import check_request, compare
-    from tokenprune.evaluation.measured import metrics_of
-
-    check_request(dataset, split, limit, seed)
     added = None if metrics is None else [part.strip() for part in metrics.split(",") if part.strip()]
-    metrics_of(added)
+    if out is None:
+        refuse_given(context, ["overlays"], "without --out")
+    check_strategies(parse_text(item)[0] for item in chosen)
+    check_metrics(added or ())
+    check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    data = check_request(dataset, split, limit, seed)
+    if out is not None:
+        from tokenprune.report.write import unused_folder
+
+        unused_folder(out)
+    contenders(chosen, budgets)  # options of strategies are known to their modules only, which need torch
+
+    from tokenprune.evaluation.compare import compare
+
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     with _progress() as report:
         found = compare(
             loaded,
-            dataset,
+            data,
             chosen,
             budgets if len(budgets) > 1 else budgets[0],
             split,
@@ -79,21 +89,43 @@ def command(
             extra_metrics=added,
             threads=choose(threads),
         )
-    found = found.model_copy(update={"model": model})  # as it was asked for, not the folder's name
-    if output is Format.json:
-        typer.echo(found.to_json())
-    else:
-        from rich.console import Console
+    asked = model.encode(errors="surrogateescape").decode(errors="replace")  # a folder's name may be no Unicode
+    found = found.model_copy(update={"model": asked})  # as it was asked for, not the folder's name
+    try:  # first what stays, then what can fail without a loss
+        if out is not None:
+            _write(found, out)
+    finally:
+        _show(found, output, is_kept=out is not None)
 
-        console = Console()
-        if not console.is_terminal:
-            console.width = 120
-        console.print(found.table())
-    if out is not None:
-        from tokenprune.report.write import write_comparison
 
-        written = write_comparison(found, out)
-        typer.echo(f"wrote {len(written)} files to {out}: {', '.join(path.name for path in written)}", err=True)
+def _write(found: Comparison, out: Path) -> None:
+    from tokenprune.files import expanded
+    from tokenprune.report.write import write_comparison
+
+    written = write_comparison(found, out)
+    folder = written[0].parent
+    if folder != expanded(out):
+        note(f"another run wrote its results to {out} meanwhile; these are kept apart")
+    note(f"wrote {len(written)} files to {folder}: {', '.join(path.name for path in written)}")
+
+
+def _show(found: Comparison, output: Format, is_kept: bool) -> None:
+    try:
+        if output is Format.json:
+            say_json(found.to_json())
+        else:
+            from rich.console import Console
+
+            console = Console()
+            if not console.is_terminal:
+                console.width = NARROW_PIPE
+            console.print(found.table())
+    except BrokenPipeError:
+        raise  # whoever reads has read enough
+    except OSError:
+        if not is_kept:
+            note(found.to_json())
+        raise
 
 
 def _numbers(text: str) -> list[float]:
@@ -107,11 +139,10 @@ def _numbers(text: str) -> list[float]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = Progress(*columns, console=notes_console())
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int) -> None:

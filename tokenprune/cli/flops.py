@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from tokenprune.cli.listing import Format
+from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:
     from tokenprune.cost import DecoderSpec, Flops, KVBytes
@@ -34,6 +35,7 @@ class Dtype(str, Enum):
 
 
 def command(
+    context: typer.Context,
     shape: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--model-shape", help="7b, 13b, or a config.json (or its folder).", show_default="7b"),
@@ -69,10 +71,13 @@ def command(
     """
     from tokenprune.api import strategy as make_strategy
     from tokenprune.base import Shape
+    from tokenprune.cli.checks import check_strategies, refuse_given
     from tokenprune.cli.options import parse_options
     from tokenprune.cost import ELEMENT_BYTES, count_flops, kv_bytes
-    from tokenprune.dry import declared_ledger
 
+    check_strategies([strategy])
+    if convention is not Convention.exact:
+        refuse_given(context, ["logit_positions"], f"with --convention {convention.value}, which leaves lm_head out")
     sizes = {
         "layers": layers,
         "hidden": hidden,
@@ -84,6 +89,9 @@ def command(
     }
     spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
+
+    from tokenprune.dry import declared_ledger
+
     chosen = make_strategy(strategy, budget=budget, **parse_options(option or [])).bind(where)
     ledger = declared_ledger(chosen, where)
     found = _Account(
@@ -100,24 +108,24 @@ def command(
 
         options = chosen.options.model_dump(mode="json")
         head = {"strategy": strategy, "options": options, "budget": budget, "sizes": spec.model_dump()}
-        typer.echo(json.dumps({**head, **found.as_json(), "kv_dtype": dtype.value}, indent=2, ensure_ascii=False))
+        say_json(json.dumps({**head, **found.as_json(), "kv_dtype": dtype.value}, indent=2, ensure_ascii=False))
     else:
         found.print()
 
 
 def _spec(shape: str | None, sizes: dict[str, Any]) -> DecoderSpec:
     import json
-    from pathlib import Path
 
     from tokenprune.cost import DecoderSpec
     from tokenprune.cost.spec import NAMED
     from tokenprune.errors import CheckpointError, UnknownNameError
+    from tokenprune.files import expanded
 
     if shape is None and sizes:
         return DecoderSpec.of(**sizes)
     if shape is None or shape.lower() in NAMED:
         return DecoderSpec.named(shape or "7b", **sizes)
-    path = Path(shape).expanduser()
+    path = expanded(shape)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         if path.suffix == ".json" or "/" in shape:
@@ -199,26 +207,23 @@ class _Account:
 
     def print(self) -> None:
         """The stages as a Rich table, the totals below."""
-        from rich import box
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
+
+        from tokenprune.report.parted import Column, Parted
 
         flops, ledger, spec = self.flops, self.ledger, self.spec
         title = f"{self.strategy} on {spec.layers} layers of width {spec.hidden}"
-        table = Table(box=box.SIMPLE_HEAD, title=escape(title), title_justify="left")
-        for name in ("layers", "image tokens", "text tokens", "scored rows", "FLOPs", "KV cache"):
-            table.add_column(name, justify="right")
-        for stage in self.stages():
-            first, last = stage["first_layer"], stage["last_layer"]
-            table.add_row(
-                str(first) if first == last else f"{first}–{last}",
-                str(stage["image_tokens"]),
-                str(stage["text_tokens"]),
-                str(stage["scored_rows"]),
-                _short(stage["flops"]),
-                f"{_short(stage['kv_bytes'])}B",
-            )
+        stages = list(self.stages())
+        spans = [(stage["first_layer"], stage["last_layer"]) for stage in stages]
+        layers = Column("layers", [str(first) if first == last else f"{first}–{last}" for first, last in spans])
+        columns = [
+            Column(name.replace("_", " "), [str(stage[name]) for stage in stages])
+            for name in ("image_tokens", "text_tokens", "scored_rows")
+        ]
+        columns.append(Column("FLOPs", [_short(stage["flops"]) for stage in stages]))
+        columns.append(Column("KV cache", [f"{_short(stage['kv_bytes'])}B" for stage in stages]))
+        table = Parted(title, layers, [(columns, "")], justify="left")
         totals = Table(box=None, show_header=False)
         totals.add_column(style="bold")
         totals.add_column(justify="right")

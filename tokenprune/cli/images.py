@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-import typer
-
+from tokenprune.cli.checks import check_image
+from tokenprune.cli.printing import note
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
+from tokenprune.files import expanded, reason
+from tokenprune.report.files import check_distinct, check_target, check_targets
+from tokenprune.report.write import writable_folder
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """What of a folder counts as an image; files that are named are tried whatever their suffix."""
@@ -29,17 +33,30 @@ class Images:
     paths: list[Path]
     many: bool
 
-    def targets(self, out: Path) -> list[Path]:
-        """Where the picture made of each image goes: `out` itself for one, `out`/NAME.png for many; names differ.
+    def targets(self, places: Mapping[str, Path | None]) -> dict[str, list[Path]]:
+        """Where the pictures made of each image go: to the place itself for one, to NAME.png in it for many.
+
+        Folders are made.
+
+        Args:
+            places: by the option that names them; None = not asked for, and left out of what is given.
 
         Raises:
-            InputError: it would be written over one of the images.
+            InputError: one cannot be written, would be written over an image, or two pictures over each other.
         """
-        found = [out / name for name in _names(self.paths)] if self.many else [out]
-        taken = {path.resolve() for path in self.paths}
-        for target in found:
-            if target.expanduser().resolve() in taken:
-                raise InputError(f"output {str(target)!r} is one of the images; choose another path")
+        asked = {option: place for option, place in places.items() if place is not None}
+        if not self.many:
+            check_targets(asked, inputs=self.paths)
+            return {option: [place] for option, place in asked.items()}
+        names = _names(self.paths)
+        found = {option: [place / name for name in names] for option, place in asked.items()}
+        for place in asked.values():
+            _check_folder(place)
+        check_distinct(found, self.paths)
+        for place in asked.values():
+            writable_folder(place)
+        for target in chain(*found.values()):
+            check_target(target)
         return found
 
 
@@ -55,7 +72,7 @@ def words(text: str, what: str) -> str:
     """
     if not text.strip():
         raise InputError(f"{what} is empty; say it in words")
-    if os.path.exists(os.path.expanduser(text)):
+    if os.path.exists(expanded(text)):
         raise InputError(f"{what} {text!r} is a file or folder; put the {what}, in words, behind the images")
     return text
 
@@ -70,7 +87,7 @@ def find_images(arguments: Sequence[Path]) -> Images:
     found: list[Path] = []
     many = len(arguments) > 1
     for argument in arguments:
-        given = Path(os.path.expanduser(argument))
+        given = expanded(argument)
         if given.is_dir():
             many = True
             inside = _inside(given)
@@ -86,8 +103,8 @@ def find_images(arguments: Sequence[Path]) -> Images:
             found += matching
         else:
             found.append(given)
-    if not many and not found[0].exists():
-        raise InputError(f"image {str(found[0])!r}: no such file; check the path")
+    if not many:
+        check_image(found[0])
     return Images(list(dict.fromkeys(found)), many)
 
 
@@ -105,14 +122,19 @@ def unusable(image: Path, images: Images) -> Iterator[list[str]]:
             raise
         problem = " ".join(str(error).split())
         told.append(problem if str(image) in problem else f"image {str(image)!r}: {problem}")
-        typer.echo(f"error: {told[0]}", err=True)
+        note(f"error: {told[0]}")
 
 
 def _inside(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     except OSError as error:
-        raise InputError(f"folder {str(folder)!r} cannot be read ({error.strerror}); choose another") from error
+        raise InputError(f"folder {str(folder)!r} cannot be read ({reason(error)}); choose another") from error
+
+
+def _check_folder(place: Path) -> None:
+    if place.suffix.lower() == ".png" or expanded(place).is_file():
+        raise InputError(f"output {str(place)!r} is a file, and there may be several images; name a folder")
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTex
 
 
 def command(
+    context: typer.Context,
     image: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Argument(help="Image file; without one, a sample of the data set.", metavar="[IMAGE]"),
@@ -35,23 +36,34 @@ def command(
 ) -> None:
     """Draw one sample: kept, parked and merged tokens stage by stage, with the scores that they were chosen by."""
     from tokenprune import api
+    from tokenprune.cli.checks import check_image, check_model, check_strategies, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.options import parse_options
     from tokenprune.errors import InputError
-    from tokenprune.report.files import check_target
+    from tokenprune.evaluation.scenes import check_number, check_request
+    from tokenprune.report.files import check_targets
     from tokenprune.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
-    chosen = api.strategy(strategy, budget, **parse_options(option or []))
-    check_target(out)
-    if image is not None and query is None:
+    check_strategies([strategy])
+    check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    data = None
+    if image is None:
+        check_number("index", index, 0)
+        data = check_request(dataset, split, index + 1, seed)
+    elif query is None:
         raise InputError(f"image {str(image)!r} is given without a query; give both, or neither for a sample")
+    else:
+        refuse_given(context, ["dataset", "split", "index", "seed"], "with an image of your own")
+        check_image(image)
+    check_targets({"--out": out}, inputs=[] if image is None else [image])
+    chosen = api.strategy(strategy, budget, **parse_options(option or []))
 
     from tokenprune.evaluation.single import run_query, run_single, sample, token_summary
     from tokenprune.report.overlays import inspection_sheet, save
 
-    picked = sample(dataset, split, index, seed) if image is None else None
+    picked = None if data is None else sample(data, split, index, seed)
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     with using(choose(threads)):
         if picked is not None:

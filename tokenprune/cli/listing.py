@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenprune.cli.printing import say_json
+
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Column
+
     from tokenprune.plugins import PluginStatus
+
+NARROW = 72  # columns of a terminal below which a table has two columns
 
 
 class Format(str, Enum):
@@ -45,7 +52,7 @@ def command(
             {"plugin": b.name, "package": b.distribution, "version": b.version, "error": b.error} for b in broken
         ]
         found["collisions"] = registry.collisions()
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        say_json(json.dumps(found, indent=2, ensure_ascii=False))
         return
 
     from rich import box
@@ -53,17 +60,20 @@ def command(
     from rich.markup import escape
     from rich.table import Table
 
+    console = Console()
+    is_narrow = console.width < NARROW
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("kind", style="dim")
-    table.add_column("name", style="bold", no_wrap=True)
-    table.add_column("package")
-    table.add_column("what it is")
+    for heading in ("name", "what it is") if is_narrow else ("kind", "name", "package", "what it is"):
+        table.add_column(heading, style={"kind": "dim", "name": "bold"}.get(heading), overflow="fold")
+    _keep_whole(table.columns[0 if is_narrow else 1], [name for entries in kinds.values() for name in entries], console)
     for kind, entries in kinds.items():
         for e in entries.values():
-            table.add_row(KINDS[kind].noun, e.name, escape(f"{e.distribution} {e.version}".rstrip()), escape(e.summary))
+            noun, package = KINDS[kind].noun, f"{e.distribution} {e.version}".rstrip()
+            told = f"{noun} of {package}: {e.summary}" if e.summary else f"{noun} of {package}"
+            cells = (e.name, told) if is_narrow else (noun, e.name, package, e.summary)
+            table.add_row(*map(escape, cells))
         if entries:
             table.add_section()
-    console = Console()
     console.print(table)
     for label, problem in [("broken", b.error) for b in broken] + [("collides", p) for p in registry.collisions()]:
         console.print(f"[red]{label}[/red]: {escape(problem)}", highlight=False)
@@ -74,7 +84,7 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
         import json
         from dataclasses import asdict
 
-        typer.echo(json.dumps([asdict(plugin) for plugin in plugins], indent=2, ensure_ascii=False))
+        say_json(json.dumps([asdict(plugin) for plugin in plugins], indent=2, ensure_ascii=False))
         return
 
     from rich import box
@@ -84,28 +94,31 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
 
     from tokenprune.plugins import KINDS
 
+    console = Console()
+    is_narrow = console.width < NARROW
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("plugin", style="bold", no_wrap=True)
-    for heading in ("package", "origin", "hooks", "status", "registers"):
-        table.add_column(heading)
+    table.add_column("plugin", style="bold", overflow="fold")
+    for heading in ("what it is",) if is_narrow else ("package", "origin", "hooks", "status", "registers"):
+        table.add_column(heading, overflow="fold")
+    _keep_whole(table.columns[0], [plugin.name for plugin in plugins], console)
     colours = {"works": "green", "left out": "dim"}
     for plugin in plugins:
         colour = colours.get(plugin.status, "red")
         counts = [_count(len(names), KINDS[kind].noun) for kind, names in plugin.registers.items()]
-        table.add_row(
-            escape(plugin.name),
-            escape(f"{plugin.distribution} {plugin.version}".rstrip()),
-            plugin.origin,
-            plugin.hook_api,
-            f"[{colour}]{plugin.status}[/{colour}]",
-            ", ".join(counts),
-        )
-    console = Console()
+        package = escape(f"{plugin.distribution} {plugin.version}".rstrip())
+        hooks = f"hooks {plugin.hook_api}" if is_narrow and plugin.hook_api else plugin.hook_api
+        cells = [package, plugin.origin, hooks, f"[{colour}]{plugin.status}[/{colour}]", ", ".join(counts)]
+        table.add_row(escape(plugin.name), *([", ".join(filter(None, cells))] if is_narrow else cells))
     console.print(table)
     for plugin in plugins:
         if plugin.error:  # under the table, where all of it can be read
             colour = colours.get(plugin.status, "red")
             console.print(f"[{colour}]{plugin.status}[/{colour}]: {escape(plugin.error)}", highlight=False)
+
+
+def _keep_whole(column: Column, names: list[str], console: Console) -> None:
+    """Let a column of names have what they need, but for what leaves nothing to the others."""
+    column.min_width = min(max(map(len, names), default=1), max(console.width - 24, 8))
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from tokenprune.blame import blamed, brief
+from tokenprune.cli.printing import is_of_output
 from tokenprune.errors import TokenPruneError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def _guarded(invoke: Callable[[Any], Any], entry: Entry) -> Callable[[Any], Any]
         except (TokenPruneError, typer.Exit, typer.Abort, CLICK_ERROR):
             raise
         except Exception as error:
+            if is_of_output(error):
+                raise
             raise entry.refusal(f"failed with {brief(error)}", "fix or uninstall it") from error
 
     return run

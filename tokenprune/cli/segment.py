@@ -40,44 +40,41 @@ def command(
     done, and the exit code is 1.
     """
     from tokenprune import api
+    from tokenprune.cli.checks import check_model, check_strategies
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.options import parse_options
-    from tokenprune.errors import InputError
-    from tokenprune.report.files import check_target
+    from tokenprune.cli.printing import note, working_first
     from tokenprune.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
-    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    check_strategies([strategy])
     words(query, "query")
     found = find_images(images)
-    if overlay is not None and overlay.expanduser().resolve() == out.expanduser().resolve():
-        raise InputError(f"--overlay and --out are both {str(out)!r}; choose another path for one of them")
-    masks, overlays = (None if path is None else found.targets(path) for path in (out, overlay))
-    for path in (out, overlay):
-        if path is not None:
-            _check_folder(path) if found.many else check_target(path)
+    check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+    targets = found.targets({"--out": out, "--overlay": overlay})
+    chosen = api.strategy(strategy, budget, **parse_options(option or []))
 
     from tokenprune.evaluation.single import run_single
 
     failed = 0
-    with using(choose(threads)):
+    with using(choose(threads)), working_first() as say:
         loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
-        for number, image in enumerate(found.paths):
+        for image, *files in zip(found.paths, *targets.values(), strict=True):
             with unusable(image, found) as problem:
                 record = run_single(loaded, image, query, chosen)
             if problem:
                 failed += 1
                 continue
-            assert masks is not None
-            _write(record, masks[number], None if overlays is None else overlays[number])
+            say(_written(record, *files))
     if failed:
-        typer.echo(f"error: {failed} of {len(found.paths)} images could not be segmented", err=True)
+        note(f"error: {failed} of {len(found.paths)} images could not be segmented")
         raise typer.Exit(1)
 
 
-def _write(record: SampleRecord, out: Path, overlay: Path | None) -> None:
+def _written(record: SampleRecord, out: Path, overlay: Path | None = None) -> str:
+    """Write the mask, and the overlay where one is asked for; gives the lines that say so."""
     from tokenprune import stopwatch
     from tokenprune.evaluation.single import token_summary
     from tokenprune.report.files import write_mask
@@ -85,20 +82,9 @@ def _write(record: SampleRecord, out: Path, overlay: Path | None) -> None:
     outcome = record.outcomes[0]
     write_mask(outcome.mask, out)
     height, width = outcome.mask.shape
-    typer.echo(f"wrote {out}: {width}×{height}, mask covers {float(outcome.mask.mean()):.1%} of the image")
+    lines = [f"wrote {out}: {width}×{height}, mask covers {float(outcome.mask.mean()):.1%} of the image"]
     if overlay is not None:
         from tokenprune.report.overlays import inspection_sheet, save
 
-        save(inspection_sheet(record), overlay)
-        typer.echo(f"wrote {overlay}")
-    typer.echo(token_summary(outcome))
-    typer.echo(stopwatch.told(outcome.milliseconds))
-
-
-def _check_folder(path: Path) -> None:
-    from tokenprune.errors import InputError
-    from tokenprune.report.write import writable_folder
-
-    if path.suffix.lower() == ".png" or path.is_file():
-        raise InputError(f"output {str(path)!r} is a file, and there may be several images; name a folder")
-    writable_folder(path)
+        lines.append(f"wrote {save(inspection_sheet(record), overlay)}")
+    return "\n".join([*lines, token_summary(outcome), stopwatch.told(outcome.milliseconds)])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from tokenprune import api
 from tokenprune.base import Shape, Strategy
+from tokenprune.blame import brief
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.engine.declared import check_on, declares
 from tokenprune.engine.queue import model_turn
-from tokenprune.errors import InputError, OptionError, UnknownNameError
+from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
@@ -24,7 +26,7 @@ from tokenprune.evaluation.measured import Measured, measure, metrics_of
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.scenes import made, scenes_of
+from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.evaluation.turns import TurnTaking
@@ -32,6 +34,7 @@ from tokenprune.plugins import Entry
 from tokenprune.threads import ThreadChoice, checked, using
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 
 def compare(
@@ -51,6 +54,8 @@ def compare(
     threads: int | ThreadChoice | None = None,
 ) -> Comparison:
     """Run every strategy on the same queries and report accuracy and cost side by side.
+
+    A strategy that cannot run at a budget gets a row that says why, and the others run.
 
     - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. A strategy's
       option `seed` is moved by the scene's number, so that random choices differ from image to image.
@@ -79,16 +84,16 @@ def compare(
 
     Raises:
         UnknownNameError: no such data set, split, strategy or metric.
-        PluginError: a metric or data set of a plugin failed, or a strategy misbehaves.
+        PluginError: a metric or data set of a plugin failed, or every strategy misbehaves.
         OptionError: a limit, seed, number of threads or strategy option out of range.
-        BudgetError: a budget outside (0, 1], or one that a strategy cannot meet.
+        BudgetError: a budget outside (0, 1], or none of the strategies can meet its own.
         CheckpointError: the model cannot be loaded.
-        IncompatibleError: a strategy reads what the model does not provide; told before any query runs where the model
-            declares what it provides.
+        IncompatibleError: every strategy reads what the model does not provide; told before any query runs where the
+            model declares what it provides.
     """
     budgets = budgets_of(budget)
-    _check_number("timing_samples", timing_samples, 0)
-    _check_number("timing_rounds", timing_rounds, 1)
+    check_number("timing_samples", timing_samples, 0)
+    check_number("timing_rounds", timing_rounds, 1)
     if not isinstance(threads, ThreadChoice):
         checked(threads)
     field_of = contenders(strategies, budgets)
@@ -96,10 +101,10 @@ def compare(
     added = metrics_of(extra_metrics)
     name = model if isinstance(model, str) else model.name
     loaded: SegmentationModel = api.load(model) if isinstance(model, str) else model
-    if declares(loaded):
-        for contender in field_of:
-            check_on(contender.strategy, loaded)
     run = _Run(TurnTaking(loaded), field_of, timing_samples, records, added)
+    if declares(loaded):
+        for tally in run.tallies:
+            run.attempt(tally, partial(check_on, tally.contender.strategy, loaded))
     report = progress or (lambda what, done, total: None)
     with torch.no_grad(), using(threads) as chosen:
         for scene in scenes_of(data, split, limit, seed):
@@ -120,16 +125,6 @@ def compare(
     )
     comparison._records.extend(run.records)
     return comparison
-
-
-def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
-    """The data set, once it is known that these queries can be asked of it; errors as in `compare`."""
-    _check_number("limit", limit, 1)
-    _check_number("seed", seed, 0)
-    data = made(dataset) if isinstance(dataset, str) else dataset
-    if split not in data.splits:
-        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
-    return data
 
 
 @dataclass
@@ -154,22 +149,46 @@ class _Run:
         self.spec = DecoderSpec.from_config(self.model.decoder.config)
         self.element_bytes = next(self.model.decoder.parameters()).element_size()
 
+    def running(self) -> list[Tally]:
+        """Those that nothing has kept from running so far."""
+        return [tally for tally in self.tallies if tally.reason is None]
+
+    def attempt(self, tally: Tally, run: Callable[[], T]) -> T | None:
+        """What `run` gives; None where the contender cannot run, which is then left out from here on.
+
+        Raises:
+            InputError: an image or a query that no contender could run on.
+            TokenPruneError: the last contender cannot run either.
+        """
+        try:
+            return run()
+        except InputError:
+            raise
+        except (TokenPruneError, torch.OutOfMemoryError) as error:
+            tally.reason = str(error) if isinstance(error, TokenPruneError) else brief(error)
+            if not self.running():
+                raise
+            return None
+
     def evaluate(self, scene: Scene) -> None:
         """Run every contender on the queries of one scene."""
         image = self.model.encode_image(scene.image)
         box = self.model.grid_box(*scene.image.shape[:2])
         reference: SegmentationResult | None = None
-        results = []
-        for tally in self.tallies:
-            result = self._segment(image, scene, tally.contender.strategy.reseeded(self.scenes))
-            results.append(result)
+        results: list[tuple[Tally, SegmentationResult]] = []
+        for tally in self.running():
+            strategy = tally.contender.strategy.reseeded(self.scenes)
+            result = self.attempt(tally, partial(self._segment, image, scene, strategy))
+            if result is None:
+                continue
+            results.append((tally, result))
             if reference is None and result.trace is not None and not result.trace.stages:
                 reference = result  # a strategy that decides nothing leaves the model untouched
         if reference is None:
             reference = self._segment(image, scene, None)
         wanted = [np.asarray(query.mask) for query in scene.queries]
         full = _masks(reference)
-        for tally, result in zip(self.tallies, results, strict=True):
+        for tally, result in results:
             trace = result.trace
             assert trace is not None
             tally.policies = dict(trace.policies)
@@ -185,7 +204,7 @@ class _Run:
                     tally.measured.setdefault(metric.name, []).append(measure(metric, given))
                 ledger, sharing = row_ledger(trace.ledger, row), rows.count(row)
                 tally.costs.append(query_cost(ledger, self.spec, self.element_bytes, sharing))
-                if tally is self.tallies[0]:
+                if tally is results[0][0]:
                     self.untouched.costs.append(query_cost(ledger.unpruned(), self.spec, self.element_bytes, sharing))
         self._remember(scene, image, box, results)
         self.scenes += 1
@@ -196,27 +215,29 @@ class _Run:
         """Measure what strategies compute themselves, and the mask head; settle the options that really ran."""
         image, query, sentence = self.timed[0]
         self.untouched.head_flops = head_flops(self.model, image, query, sentence)
-        for tally in self.tallies:
-            strategy = tally.contender.strategy
-            for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
-                inputs = self._inputs(image, query, sentence)
-                _, trace = self.model.run_decoder(inputs, strategy)
-                assert trace is not None
-                shape = Shape(self.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
-                bound = strategy.bind(shape)
-                tally.options = bound.options.model_dump(mode="json", fallback=repr)
-                own = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
-                tally.choice_flops.append(own)
+        for tally in self.running():
+            self.attempt(tally, partial(self._count_own_work, tally))
+
+    def _count_own_work(self, tally: Tally) -> None:
+        strategy = tally.contender.strategy
+        for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
+            inputs = self._inputs(image, query, sentence)
+            _, trace = self.model.run_decoder(inputs, strategy)
+            assert trace is not None
+            shape = Shape(self.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
+            bound = strategy.bind(shape)
+            tally.options = bound.options.model_dump(mode="json", fallback=repr)
+            own = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
+            tally.choice_flops.append(own)
 
     def time(self, rounds: int, on_sample: Callable[[int], None]) -> None:
         """Time one query's prefill for the untouched model and every contender that differs from it."""
         if not self.timing_samples:
             return
-        moving = [tally for tally in self.tallies if not tally.is_untouched]
-        strategies: list[Strategy | None] = [None, *(tally.contender.strategy for tally in moving)]
+        moving = [tally for tally in self.running() if not tally.is_untouched]
         done = iter(range(1, len(self.timed) + 1))
         seconds = interleaved_medians(
-            [list(self._prefills(*sample, strategies)) for sample in self.timed],
+            [list(self._prefills(*sample, [None, *moving])) for sample in self.timed],
             rounds=rounds,
             on_sample=lambda: on_sample(next(done)),
             alone=lambda: model_turn(self.model.decoder),
@@ -228,20 +249,23 @@ class _Run:
             tally.prefill_seconds = value
 
     def _prefills(
-        self, image: Any, query: str, sentence: bool, strategies: list[Strategy | None]
+        self, image: Any, query: str, sentence: bool, tallies: list[Tally | None]
     ) -> Iterator[Callable[[], object]]:
         inputs = self._inputs(image, query, sentence)
         device = next(self.model.decoder.parameters()).device
 
-        def timed(strategy: Strategy | None) -> Callable[[], object]:
+        def timed(tally: Tally | None) -> Callable[[], object]:
             def run() -> None:
-                self.model.run_decoder(inputs, strategy)
+                if tally is None:
+                    self.model.run_decoder(inputs, None)
+                elif tally.reason is None:
+                    self.attempt(tally, lambda: self.model.run_decoder(inputs, tally.contender.strategy))
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
 
             return run
 
-        return (timed(strategy) for strategy in strategies)
+        return (timed(tally) for tally in tallies)
 
     def _inputs(self, image: Any, query: str, sentence: bool) -> Any:
         return self.model.build_inputs(image, [query], is_sentence=[sentence])
@@ -251,7 +275,7 @@ class _Run:
         sentences = [query.is_sentence for query in scene.queries]
         return self.model.segment(image, queries, strategy=strategy, is_sentence=sentences)
 
-    def _remember(self, scene: Scene, image: Any, box: Box, results: list[SegmentationResult]) -> None:
+    def _remember(self, scene: Scene, image: Any, box: Box, results: list[tuple[Tally, SegmentationResult]]) -> None:
         number = len(self.timed) % len(scene.queries)  # another kind of query every time
         if len(self.timed) < max(self.timing_samples, 1):
             query = scene.queries[number]
@@ -260,7 +284,8 @@ class _Run:
             number = len(self.records) % len(scene.queries)
             query = scene.queries[number]
             record = SampleRecord(scene.id, scene.image, query.text, query.mask, box)
-            for contender, result in zip(self.contenders, results, strict=True):
+            for tally, result in results:
+                contender = tally.contender
                 mask, row = _masks(result)[number], batch_rows(result)[number]
                 iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
                 outcome = Outcome(contender.label, mask, result.trace, row, iou, contender.budget)
@@ -275,8 +300,3 @@ def batch_rows(result: SegmentationResult) -> list[int]:
 
 def _masks(result: SegmentationResult) -> list[Any]:
     return list(result.masks.detach().cpu().numpy())
-
-
-def _check_number(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name}: {value!r} found, expected a whole number of at least {least}")

@@ -83,13 +83,6 @@ def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[fl
     return found
 
 
-def takes_budget(strategy: Strategy) -> bool:
-    """Whether a budget can move anything in this strategy: it has options, and says how a budget moves them."""
-    kind = type(strategy)
-    solves = kind.budget_option is not None or kind.fit is not Strategy.fit
-    return solves and bool(kind.Options.model_fields)
-
-
 def split_list(text: str) -> list[str]:
     """A comma-separated list of strategies, whose options are separated by commas too.
 
@@ -137,4 +130,4 @@ def _checked_budget(name: str, value: Any) -> float | None:
 def _wants_budget(strategy: Strategy) -> bool:
     moved = type(strategy).budget_option
     fixed = moved is not None and moved in strategy.options.model_fields_set
-    return takes_budget(strategy) and strategy.budget is None and not fixed
+    return strategy.takes_budget() and strategy.budget is None and not fixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Row(BaseModel):
-    """One strategy at one budget.
+    """One strategy at one budget; where it could not run, the `reason`, and None in the place of every number.
 
     Attributes:
         strategy: registered name.
@@ -35,6 +36,7 @@ class Row(BaseModel):
         prefill_speedup: the untouched model's median over this one.
         policies: positions and the like: what has to be told with every result.
         metrics: mean over queries of each metric that a plugin adds; None where it is defined for no query.
+        reason: why it could not run; None where it did.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,22 +45,23 @@ class Row(BaseModel):
     options: dict[str, Any]
     given: dict[str, Any] = {}
     budget: float | None = None
-    giou: float
-    ciou: float
-    giou_by_kind: dict[str, float]
+    giou: float | None = None
+    ciou: float | None = None
+    giou_by_kind: dict[str, float] = {}
     miou_by_size: dict[str, float] = {}
-    agreement: float
+    agreement: float | None = None
     target_coverage: float | None = None
-    equivalent_tokens: float
-    equivalent_tokens_ratio: float
-    flops: float
-    flops_ratio: float
+    equivalent_tokens: float | None = None
+    equivalent_tokens_ratio: float | None = None
+    flops: float | None = None
+    flops_ratio: float | None = None
     flops_by_part: dict[str, float] = {}
-    kv_bytes: float
+    kv_bytes: float | None = None
     prefill_ms: float | None = None
     prefill_speedup: float | None = None
     policies: dict[str, str] = {}
     metrics: dict[str, float | None] = {}
+    reason: str | None = None
 
     @property
     def label(self) -> str:
@@ -88,7 +91,10 @@ class Comparison(BaseModel):
 
     def to_json(self, indent: int | None = 2) -> str:
         """One JSON object: model, dataset, split, samples, budget, environment, rows."""
-        return self.model_dump_json(indent=indent)
+        try:
+            return self.model_dump_json(indent=indent)
+        except ValueError:  # text that is no Unicode, as the name of a folder may be: it can still be escaped
+            return json.dumps(self.model_dump(), indent=indent, default=repr)
 
     def table(self) -> RenderableType:
         """The rows as Rich tables."""

@@ -10,7 +10,7 @@ from tokenprune import registry
 from tokenprune.blame import blamed
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.by_path import dataset_at
-from tokenprune.errors import PluginError
+from tokenprune.errors import OptionError, PluginError, UnknownNameError
 from tokenprune.masks import target_problem
 
 
@@ -29,6 +29,28 @@ def made(name: str) -> Dataset:
         problem = f"has splits {splits!r}, expected a tuple of names such as ('val',)"
         raise PluginError(f"data set {name!r} {problem}") if entry is None else entry.refusal(problem)
     return data
+
+
+def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
+    """The data set, once it is known that these queries can be asked of it.
+
+    Raises:
+        UnknownNameError: no such data set or split.
+        OptionError: a limit or seed out of range.
+        PluginError: the data set cannot be imported or made.
+    """
+    check_number("limit", limit, 1)
+    check_number("seed", seed, 0)
+    data = made(dataset) if isinstance(dataset, str) else dataset
+    if split not in data.splits:
+        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
+    return data
+
+
+def check_number(name: str, value: object, least: int) -> None:
+    """Raises OptionError for what is no whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise OptionError(f"{name}: {value!r} found, expected a whole number of at least {least}")
 
 
 def scenes_of(data: Dataset, split: str, limit: int, seed: int) -> Iterator[Scene]:

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from tokenprune.base import Strategy
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
-from tokenprune.evaluation.compare import check_request
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.scenes import scenes_of
+from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
 from tokenprune.images import to_rgb
 from tokenprune.stopwatch import recorded
 
@@ -31,8 +30,7 @@ def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tup
         InputError: the split has fewer queries.
         PluginError: the data set failed.
     """
-    if index < 0:
-        raise OptionError(f"index: {index} found, expected a whole number of at least 0")
+    check_number("index", index, 0)
     data = check_request(dataset, split, index + 1, seed)
     pairs = ((scene, query) for scene in scenes_of(data, split, index + 1, seed) for query in scene.queries)
     found = next(islice(pairs, index, None), None)

@@ -27,6 +27,7 @@ class Tally:
     measured: dict[str, list[float | None]] = field(default_factory=dict)
     prefill_seconds: float | None = None
     is_untouched: bool = True  # until a trace shows a decision
+    reason: str | None = None  # why it cannot run
 
     def flops_by_part(self, head: int) -> dict[str, float]:
         """Mean FLOPs per query by part."""
@@ -45,6 +46,10 @@ class Tally:
             sizes: size buckets of their targets.
             untouched: the model without pruning, to compare with.
         """
+        strategy, given, budget = self.contender.strategy, self.contender.given, self.contender.budget
+        if self.reason is not None:
+            options = strategy.options.model_dump(mode="json", fallback=repr)
+            return Row(strategy=strategy.name, options=options, given=given, budget=budget, reason=self.reason)
         count = len(self.costs)
         parts = self.flops_by_part(untouched.head_flops)
         flops = sum(parts.values())
@@ -52,10 +57,10 @@ class Tally:
         covered = [value for value in self.coverages if value is not None]
         seconds, full = self.prefill_seconds, untouched.prefill_seconds
         return Row(
-            strategy=self.contender.strategy.name,
+            strategy=strategy.name,
             options=self.options,
-            given=self.contender.given,
-            budget=self.contender.budget,
+            given=given,
+            budget=budget,
             giou=metrics.giou(self.overlaps),
             ciou=metrics.ciou(self.overlaps),
             giou_by_kind=metrics.miou_by(kinds, self.overlaps),

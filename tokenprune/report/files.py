@@ -3,30 +3,79 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputError
+from tokenprune.files import expanded, replacing
+
+
+def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> None:
+    """See before any work that pictures can be written.
+
+    Args:
+        targets: by the option that names them.
+        inputs: files that are read, none of which may be written over.
+
+    Raises:
+        InputError: see `check_target` and `check_distinct`.
+    """
+    for path in targets.values():
+        check_target(path)
+    check_distinct({option: [path] for option, path in targets.items()}, inputs)
+
+
+def check_distinct(targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path] = ()) -> None:
+    """See that no file is written twice, or is one that is read; arguments as in `check_targets`.
+
+    Raises:
+        InputError: two of them are one file.
+    """
+    seen = {_identity(path): "the image that is read" for path in inputs}
+    for option, paths in targets.items():
+        for path in paths:
+            identity = _identity(path)
+            if identity in seen:
+                raise InputError(f"{option} {str(path)!r} is the same file as {seen[identity]}; choose another path")
+            seen[identity] = option if len(paths) == 1 else f"{option} {str(path)!r}"
 
 
 def check_target(path: Path) -> None:
     """See before any work that a PNG can be written there.
 
     Raises:
-        InputError: another suffix, a folder, or a place that cannot be written.
+        InputError: another suffix, a folder or something else that is no file, or a place that cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"output {str(path)!r}: found suffix {path.suffix!r}, expected .png")
-    parent = path.expanduser().parent
-    if path.is_dir() or not parent.is_dir():
-        found = "a folder of that name" if path.is_dir() else f"no folder {str(parent)!r}"
+    target = Path(os.path.realpath(expanded(path)))  # a link is followed, as in writing
+    if target.is_dir() or not target.parent.is_dir():
+        found = "a folder of that name" if target.is_dir() else f"no folder {str(path.parent)!r}"
         raise InputError(f"output {str(path)!r}: found {found}; choose another path or make the folder")
-    if not os.access(path if path.exists() else parent, os.W_OK):
+    if target.exists() and not target.is_file():
+        raise InputError(f"output {str(path)!r} is no ordinary file; choose another path")
+    if not all(os.access(place, os.W_OK) for place in (target, target.parent) if place.exists()):
         raise InputError(f"output {str(path)!r} cannot be written (permission denied); choose another path")
 
 
 def write_mask(mask: Any, path: Path) -> None:
-    """A bool mask [H, W] as PNG with one 8-bit channel: 255 inside, 0 outside."""
+    """A bool mask [H, W] as PNG with one 8-bit channel: 255 inside, 0 outside.
+
+    Raises:
+        InputError: it cannot be written; a file that was there is as before.
+    """
     from PIL import Image
 
-    Image.fromarray(mask.astype("uint8") * 255).save(path, format="PNG")
+    with replacing(path) as temporary:
+        Image.fromarray(mask.astype("uint8") * 255).save(temporary, format="PNG")
+
+
+def _identity(path: Path) -> object:
+    """The same for two paths of one file, links and upper and lower case of the file system included."""
+    found = expanded(path)
+    try:
+        known = found.stat()
+    except OSError:  # not there yet
+        return os.path.normcase(os.path.realpath(found))
+    return (known.st_dev, known.st_ino)

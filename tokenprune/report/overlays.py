@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tokenprune.evaluation.samples import Outcome, SampleRecord
+from tokenprune.files import replacing
 from tokenprune.report import panels
 from tokenprune.trace import StageTrace, Trace
 
@@ -72,8 +73,13 @@ def by_budget(record: SampleRecord) -> dict[float | None, SampleRecord]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG; gives the path back."""
-    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white", format="png")
+    """Write a figure as PNG; gives the path back.
+
+    Raises:
+        InputError: it cannot be written; a file that was there is as before.
+    """
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white", format="png")
     return path
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tokenprune.errors import OptionError
-from tokenprune.evaluation.results import Comparison, Row
+from tokenprune.evaluation.results import Comparison
 
 METRICS = {
     "giou": "gIoU",
@@ -34,13 +34,16 @@ def tradeoff(comparison: Comparison, metric: str = "giou") -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(STYLES), strict=False)
-    for (label, rows), (colour, marker, style) in zip(_curves(comparison, metric).items(), looks, strict=False):
-        x = [1 - row.flops_ratio for row in rows]
-        y = [getattr(row, metric) for row in rows]
-        if all(row.budget is None for row in rows):
+    for (label, points), (colour, marker, style) in zip(_curves(comparison, metric).items(), looks, strict=False):
+        x, y, budgets = zip(*sorted(points, key=lambda point: -point[0]), strict=True)
+        if all(budget is None for budget in budgets):
             axes.axhline(y[0], color="0.65", linewidth=1, linestyle=":", zorder=0)
             style = ""
         axes.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=7, linewidth=1.8, label=label)
+    for row in comparison.rows:
+        if row.reason is not None:
+            at = "" if row.budget is None else f" at {row.budget:g}"
+            axes.plot([], [], linestyle="", marker="x", color="0.5", label=f"{row.label}{at}: did not run")
     axes.set_xlabel("FLOPs saved per query, against the unpruned model")
     axes.set_ylabel(METRICS[metric])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -51,9 +54,11 @@ def tradeoff(comparison: Comparison, metric: str = "giou") -> Figure:
     return figure
 
 
-def _curves(comparison: Comparison, metric: str) -> dict[str, list[Row]]:
-    curves: dict[str, list[Row]] = {}
+def _curves(comparison: Comparison, metric: str) -> dict[str, list[tuple[float, float, float | None]]]:
+    """FLOPs saved, value and budget of every row, by label."""
+    curves: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in comparison.rows:
-        if getattr(row, metric) is not None:
-            curves.setdefault(row.label, []).append(row)
-    return {label: sorted(rows, key=lambda row: row.flops_ratio) for label, rows in curves.items()}
+        value: float | None = getattr(row, metric)
+        if value is not None and row.flops_ratio is not None:
+            curves.setdefault(row.label, []).append((1 - row.flops_ratio, value, row.budget))
+    return curves

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from tokenprune.report.parted import Column, Parted
 
 if TYPE_CHECKING:
     from tokenprune.evaluation.results import Comparison, Row
 
 
 def comparison_tables(comparison: Comparison) -> RenderableType:
-    """The main table, one by kind of query and size of target, and what the columns mean."""
-    budgets = {row.budget for row in comparison.rows if row.budget is not None}
-    several = len(budgets) > 1
-    added = [_of_plugins(comparison, several)] if any(row.metrics for row in comparison.rows) else []
-    return Group(_Main(comparison, several), _by_group(comparison, several), *added)
+    """The main table, one by kind of query and size of target, what the columns mean, and what could not run."""
+    parts: list[RenderableType] = [_main(comparison), _by_group(comparison)]
+    if any(row.metrics for row in comparison.rows):
+        parts.append(_of_plugins(comparison))
+    for row in comparison.rows:
+        if row.reason is not None:
+            parts.append(Padding(Text.assemble((_called(row), "bold"), f" did not run: {row.reason}"), (0, 1)))
+    return Group(*parts)
 
 
 def as_text(renderable: RenderableType, width: int = 120) -> str:
@@ -40,88 +42,76 @@ def si(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-@dataclass(frozen=True)
-class _Main:
-    """Accuracy and cost in one table, or in two where the terminal is too narrow for one."""
-
-    comparison: Comparison
-    several_budgets: bool
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        whole = self._columns(list(COLUMNS), ACCURACY + COST)
-        if Measurement.get(console, options.update(width=1000), whole).maximum <= options.max_width:
-            yield whole
-            return
-        yield self._columns(list(COLUMNS)[:3], ACCURACY)
-        yield self._columns(list(COLUMNS)[3:], COST)
-
-    def _columns(self, names: list[str], caption: str) -> Table:
-        found = self.comparison
-        title = f"{found.model} on {found.dataset} ({found.split}), {found.samples} queries"
-        if not self.several_budgets:
-            title += f", budget {_budget(found.budget)}"
-        table = _table(title, caption.strip(), self.several_budgets)
-        for name in names:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in found.rows:
-            table.add_row(*_name(row, self.several_budgets), *(COLUMNS[name](row) for name in names))
-        return table
-
-
-ACCURACY = "agree: gIoU against the untouched model's masks. "
+MISSING = "–"
+ACCURACY = "agree: gIoU against the untouched model's masks."
 COST = (
     "tokens: image tokens entering a layer, mean over layers. FLOPs: all that runs for one query. "
     "prefill: median for one query. In brackets: share of the untouched model's."
 )
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "gIoU": lambda row: f"{row.giou:.3f}",
-    "cIoU": lambda row: f"{row.ciou:.3f}",
-    "agree": lambda row: f"{row.agreement:.3f}",
-    "tokens": lambda row: f"{row.equivalent_tokens:.1f} ({row.equivalent_tokens_ratio:.3f})",
-    "FLOPs": lambda row: f"{si(row.flops)} ({row.flops_ratio:.3f})",
-    "KV": lambda row: si(row.kv_bytes, "B"),
-    "prefill": lambda row: "–" if row.prefill_ms is None else f"{row.prefill_ms:.1f} ms",
-    "speed-up": lambda row: "–" if row.prefill_speedup is None else f"{row.prefill_speedup:.2f}×",
-}
 
 
-def _table(title: str, caption: str, several_budgets: bool) -> Table:
-    table = Table(title=escape(title), caption=caption, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    table.add_column("strategy", style="bold", min_width=9)
-    if several_budgets:
-        table.add_column("budget", justify="right")
-    return table
+def _main(found: Comparison) -> Parted:
+    title = f"{found.model} on {found.dataset} ({found.split}), {found.samples} queries"
+    if not _has_several_budgets(found):
+        title += f", budget {_budget(found.budget)}"
+    accuracy: dict[str, Callable[[Row], str]] = {
+        "gIoU": lambda row: _number(row.giou, ".3f"),
+        "cIoU": lambda row: _number(row.ciou, ".3f"),
+        "agree": lambda row: _number(row.agreement, ".3f"),
+    }
+    cost: dict[str, Callable[[Row], str]] = {
+        "tokens": lambda row: _number(row.equivalent_tokens, ".1f") + _share(row.equivalent_tokens_ratio),
+        "FLOPs": lambda row: (MISSING if row.flops is None else si(row.flops)) + _share(row.flops_ratio),
+        "KV": lambda row: MISSING if row.kv_bytes is None else si(row.kv_bytes, "B"),
+        "prefill": lambda row: _number(row.prefill_ms, ".1f", " ms"),
+        "speed-up": lambda row: _number(row.prefill_speedup, ".2f", "×"),
+    }
+    groups = [
+        ([Column(head, [cell(row) for row in found.rows]) for head, cell in columns.items()], text)
+        for columns, text in ((accuracy, ACCURACY), (cost, COST))
+    ]
+    return _table(found, title, groups)
 
 
-def _name(row: Row, several_budgets: bool) -> list[str]:
-    budget = ["–" if row.budget is None else f"{row.budget:g}"] if several_budgets else []
-    return [escape(row.label), *budget]
-
-
-def _by_group(comparison: Comparison, several_budgets: bool) -> Table:
-    kinds = list(dict.fromkeys(kind for row in comparison.rows for kind in row.giou_by_kind))
-    sizes = list(dict.fromkeys(size for row in comparison.rows for size in row.miou_by_size))
+def _by_group(found: Comparison) -> Parted:
+    kinds = list(dict.fromkeys(kind for row in found.rows for kind in row.giou_by_kind))
+    sizes = list(dict.fromkeys(size for row in found.rows for size in row.miou_by_size))
     sizes.sort(key=lambda size: ("small", "medium", "large").index(size))
+    columns = [Column(kind, [_number(row.giou_by_kind.get(kind), ".3f") for row in found.rows]) for kind in kinds]
+    columns += [Column(size, [_number(row.miou_by_size.get(size), ".3f") for row in found.rows]) for size in sizes]
+    columns.append(Column("cover", [_number(row.target_coverage, ".3f") for row in found.rows]))
     caption = "cover: mean share of the target's area whose place a token of the last stage holds"
-    table = _table("gIoU by kind of query, mIoU by size of target", caption, several_budgets)
-    for name in (*kinds, *sizes, "cover"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
-    for row in comparison.rows:
-        found = [row.giou_by_kind.get(kind) for kind in kinds] + [row.miou_by_size.get(size) for size in sizes]
-        cells = ["–" if value is None else f"{value:.3f}" for value in (*found, row.target_coverage)]
-        table.add_row(*_name(row, several_budgets), *cells)
-    return table
+    return _table(found, "gIoU by kind of query, mIoU by size of target", [(columns, caption)])
 
 
-def _of_plugins(comparison: Comparison, several_budgets: bool) -> Table:
-    names = list(dict.fromkeys(name for row in comparison.rows for name in row.metrics))
-    table = _table("metrics that plugins add, mean over queries", "", several_budgets)
-    for name in names:
-        table.add_column(escape(name), justify="right", no_wrap=True)
-    for row in comparison.rows:
-        values = [row.metrics.get(name) for name in names]
-        table.add_row(*_name(row, several_budgets), *("–" if value is None else f"{value:.4g}" for value in values))
-    return table
+def _of_plugins(found: Comparison) -> Parted:
+    names = list(dict.fromkeys(name for row in found.rows for name in row.metrics))
+    columns = [Column(name, [_number(row.metrics.get(name), ".4g") for row in found.rows]) for name in names]
+    return _table(found, "metrics that plugins add, mean over queries", [(columns, "")])
+
+
+def _table(found: Comparison, title: str, groups: list[tuple[list[Column], str]]) -> Parted:
+    names = Column("strategy", [row.label for row in found.rows])
+    budgets = Column("budget", [_number(row.budget, "g") for row in found.rows])
+    if not _has_several_budgets(found):
+        return Parted(title, names, groups)
+    return Parted(title, names, groups, [budgets], tight_names=Column("strategy", [_called(row) for row in found.rows]))
+
+
+def _has_several_budgets(found: Comparison) -> bool:
+    return len({row.budget for row in found.rows if row.budget is not None}) > 1
+
+
+def _called(row: Row) -> str:
+    return row.label if row.budget is None else f"{row.label} at {row.budget:g}"
+
+
+def _number(value: float | None, kind: str, unit: str = "") -> str:
+    return MISSING if value is None else f"{value:{kind}}{unit}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f" ({value:.3f})"
 
 
 def _budget(budget: float | list[float]) -> str:

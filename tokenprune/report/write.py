@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import count
 from pathlib import Path
 
 from tokenprune import registry
 from tokenprune.errors import InputError, PluginError
 from tokenprune.evaluation.results import Comparison
+from tokenprune.files import expanded, reason, write_first
+
+OWN_FILES = ("results.json", "tradeoff-*.png", "overlay-*.png")
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -16,33 +20,51 @@ def writable_folder(path: str | Path) -> Path:
     Raises:
         InputError: it cannot be made or written.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise InputError(f"output folder {str(folder)!r} cannot be written ({why}); choose another") from error
+        raise InputError(
+            f"output folder {str(folder)!r} cannot be written ({reason(error)}); choose another"
+        ) from error
+    return folder
+
+
+def unused_folder(path: str | Path) -> Path:
+    """The folder, as from `writable_folder`, once it is known that no other run's results are in it.
+
+    Raises:
+        InputError: it cannot be made or written, or it holds results.
+    """
+    folder = writable_folder(path)
+    taken = next((found for pattern in OWN_FILES for found in sorted(folder.glob(pattern))), None)
+    if taken is not None:
+        raise InputError(
+            f"output folder {str(folder)!r} holds the results of another run ({taken.name}); choose another folder, or "
+            "delete those files first"
+        )
     return folder
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """results.json, tradeoff-*.png, one overlay-*.png for every sample that was kept and budget, and what plugins add.
 
+    results.json comes first. Nothing is written over: where the folder holds the results of another run by now, all
+    goes to a folder `run-2` (`run-3`, …) in it.
+
     Gives the paths.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder, or a file in it, cannot be written; what was written before stays.
         PluginError: a report section of a plugin failed; all else is written then.
     """
     from tokenprune.report.overlays import by_budget, comparison_sheet, file_name, save
     from tokenprune.report.plots import tradeoff
 
-    folder = writable_folder(folder)
-    results = folder / "results.json"
-    results.write_text(comparison.to_json() + "\n", encoding="utf-8")
-    written = [results]
+    results = _write_results(comparison.to_json() + "\n", expanded(folder))
+    folder, written = results.parent, [results]
     for metric in ("giou", "agreement"):
         written.append(save(tradeoff(comparison, metric), folder / f"tradeoff-{metric}.png"))
     for number, record in enumerate(comparison.records):
@@ -51,6 +73,14 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
             path = folder / f"overlay-{number}-{file_name(record.query)}{at}.png"
             written.append(save(comparison_sheet(part), path))
     return written + _sections_of_plugins(comparison, folder)
+
+
+def _write_results(text: str, folder: Path) -> Path:
+    for number in count(1):
+        path = writable_folder(folder if number == 1 else folder / f"run-{number}") / "results.json"
+        if write_first(path, text):
+            return path
+    raise AssertionError  # a count has no end
 
 
 def _sections_of_plugins(comparison: Comparison, folder: Path) -> list[Path]:

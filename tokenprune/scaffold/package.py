@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tokenprune import __version__
 from tokenprune.errors import InputError
+from tokenprune.files import new_folder
 from tokenprune.hookspecs import HOOK_API
 from tokenprune.scaffold.naming import Names
 
@@ -146,14 +146,11 @@ def write(project: Project, into: Path) -> Path:
     folder = into / project.names.distribution
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists already; choose another name, or another folder with --into")
-    try:
+    with new_folder(folder, "choose a folder with --into") as unfinished:
         for path, text in texts.items():
-            target = folder / path
+            target = unfinished / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise InputError(f"{folder} cannot be written ({error.strerror}); choose a folder with --into") from error
     return folder
 
 

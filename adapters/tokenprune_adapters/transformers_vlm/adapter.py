@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from tokenprune.adapter import Adapter
 from tokenprune.errors import CheckpointError, UnsupportedError
+from tokenprune.files import expanded
 from tokenprune.unmerged import MERGE
 from tokenprune_adapters.checkpoint import INDEX_FILES, SINGLE_FILES
 from tokenprune_adapters.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
@@ -87,13 +87,13 @@ class TransformersAdapter(Adapter):
             model = merging.merged(model, source)
         if device_map is None and not getattr(model, "is_quantized", False):  # which has its place already
             model.to(place)
-        processor = base if base is not None and not has_processor(Path(source).expanduser()) else source
+        processor = base if base is not None and not has_processor(expanded(source)) else source
         return VisionLanguageModel(model.eval(), processor, shown_name(source), options.get("revision"))
 
 
 def _read(source: str, **options: Any) -> Any:
     """The model of a folder or hub id, with all of its weights."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if (
         folder.is_dir()
         and has_shards(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import CheckpointError, UnsupportedError
+from tokenprune.files import expanded
 from tokenprune.unmerged import ADAPTER_CONFIG, MERGE, base_of
 
 
@@ -17,7 +18,7 @@ def base_source(source: str) -> str | None:
         CheckpointError: adapter_config.json is damaged, or names the folder itself or nothing.
         UnsupportedError: peft is not installed.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     base = base_of(folder)
     if base is None:
         return None

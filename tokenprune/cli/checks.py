@@ -1,0 +1,94 @@
+"""What can be known to be wrong with a request before anything heavy is imported: names, above all.
+
+Nothing here imports torch or transformers, so that a misspelt name is told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.errors import CheckpointError, InputError, OptionError
+from tokenprune.files import expanded
+
+if TYPE_CHECKING:
+    import typer
+
+
+def check_model(
+    model: str, *, vision_tower: Path | None = None, dtype: str | None = None, device: str | None = None
+) -> None:
+    """See that there is such a model, and that its options can be meant.
+
+    Raises:
+        CheckpointError: neither a bundled model nor a checkpoint's folder nor on the hub; no such vision tower.
+        OptionError: an unknown device or number format.
+    """
+    from tokenprune import api
+    from tokenprune.placement import check_device, check_dtype
+
+    if device is not None:
+        check_device(device)
+    if dtype is not None:
+        check_dtype(dtype)
+    if vision_tower is not None:
+        tower = expanded(vision_tower)
+        if not tower.is_dir() and not (api.is_hub_id(str(vision_tower)) and not tower.exists()):
+            found = "is a file, expected the folder that holds it" if tower.exists() else "no such folder"
+            raise CheckpointError(f"vision tower {str(vision_tower)!r}: {found}; check --vision-tower")
+    api.find_checkpoint(model)
+
+
+def check_strategies(names: Iterable[str]) -> None:
+    """See that strategies of these names are installed, parts of "a+b" included; options are not looked at.
+
+    Raises:
+        UnknownNameError: one is not.
+        PluginError: two packages register it.
+    """
+    from tokenprune import api
+
+    for name in names:
+        api.parts_of(name)
+
+
+def check_metrics(names: Iterable[str]) -> None:
+    """See that metrics of these names are installed; errors as in `check_strategies`."""
+    from tokenprune import registry
+
+    for name in names:
+        registry.get("metrics", name)
+
+
+def check_image(image: Path) -> None:
+    """See that an image file is there.
+
+    Raises:
+        InputError: it is not, or it is a folder.
+    """
+    found = expanded(image)
+    if found.is_dir() or not found.exists():
+        problem = "a folder, expected an image file" if found.is_dir() else "no such file"
+        raise InputError(f"image {str(image)!r}: {problem}; check the path")
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that the user gave and that would have no effect.
+
+    Args:
+        context: of the command.
+        names: parameters of the command's function.
+        why: they have none, as it follows "has no effect".
+
+    Raises:
+        OptionError: one was given.
+    """
+    for name in names:
+        if given(context, name):
+            raise OptionError(f"--{name.replace('_', '-')} has no effect {why}; leave it out")
+
+
+def given(context: Any, name: str) -> bool:
+    """Whether the user gave this parameter, on the command line or through the environment."""
+    return context.get_parameter_source(name).name not in ("DEFAULT", "DEFAULT_MAP")

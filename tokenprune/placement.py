@@ -1,0 +1,33 @@
+"""Names of devices and number formats, told apart from misspelt ones without importing torch."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from tokenprune.errors import OptionError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")  # that weights can have
+# those of torch; packages that add others register themselves in its entry-point group
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla", "ipu", "vulkan", "meta", "privateuseone")
+ADDED = "torch.backends"
+
+
+def check_device(device: str) -> None:
+    """Raises OptionError for what is the name of no device; whether it is there only torch can tell."""
+    found = re.fullmatch(r"([a-z]+)(:\d+)?", device)
+    if found is None or (found[1] not in DEVICES and not metadata.entry_points(group=ADDED)):
+        raise unknown_device(device)
+
+
+def unknown_device(device: str) -> OptionError:
+    """The error for a name that no device has."""
+    near = nearest(device.partition(":")[0], ("cpu", "cuda", "mps", "xpu"), limit=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return OptionError(f"device {device!r} is unknown; {hint}expected e.g. 'cpu', 'cuda' or 'cuda:1'")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises OptionError for a number format that weights cannot have."""
+    if dtype.removeprefix("torch.") not in DTYPES:
+        raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")

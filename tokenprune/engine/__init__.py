@@ -13,15 +13,28 @@ from torch import Tensor, nn
 from tokenprune import observers
 from tokenprune.base import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
+from tokenprune.engine.compiling import hooks_on, hooks_seen, not_compiled, told_by_name, uncompiled, whole_module
 from tokenprune.engine.context import PruningRun
 from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.queue import pruning_turn
+from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
-__all__ = ["Binding", "Marks", "PruningRun", "VisionSource", "Watch", "arguments", "padding_mask", "prune"]
+__all__ = [
+    "Binding",
+    "Marks",
+    "PruningRun",
+    "VisionSource",
+    "Watch",
+    "arguments",
+    "padding_mask",
+    "prune",
+    "shadowed",
+    "uncompiled",
+]
 
 
 @contextmanager
@@ -76,12 +89,18 @@ def prune(
         named.setdefault("mask_query", query)
     elif query not in (None, "last"):
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
+    model = uncompiled(model)
     binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
+        stack.enter_context(told_by_name())
         stack.enter_context(pruning_turn(decoder.module, wait))
+        whole = whole_module(model, decoder.module)
+        hooks = hooks_on(whole)
+        stack.enter_context(not_compiled(whole))
         watch = stack.enter_context(binding.watch(reads))
+        stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
         later = getattr(watch, "later", None)

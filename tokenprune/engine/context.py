@@ -26,12 +26,13 @@ from tokenprune.engine.cache import (
     shorten_layer,
     widen_window,
 )
+from tokenprune.engine.compiling import check_runs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.queue import model_turn
-from tokenprune.engine.shadow import shadowed, traced, untraced
+from tokenprune.engine.shadow import compiled, shadowed
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, PluginError, PruningWarning, TokenPruneError, UnsupportedError
@@ -124,7 +125,6 @@ class PruningRun:
                 undo.enter_context(shadowed(layer, "forward", partial(_layer_forward, self, number)))
             yield
 
-    @traced
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the decoder's forward."""
         if self._owner not in (None, threading.get_ident()):
@@ -137,7 +137,6 @@ class PruningRun:
             finally:
                 self._leave()
 
-    @untraced
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._call is not None:
             raise _reentered()
@@ -147,7 +146,6 @@ class PruningRun:
         self._call = _Call(inputs, held, None if held else DeepStack.take(kwargs))
         return args, kwargs
 
-    @untraced
     def _leave(self) -> None:
         call, self._call = self._call, None
         assert call is not None
@@ -158,7 +156,6 @@ class PruningRun:
         call = self._call
         return call if call is not None and call.thread == threading.get_ident() else None
 
-    @untraced
     def before(
         self, call: _Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -185,7 +182,6 @@ class PruningRun:
             self._shorten_step(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    @untraced
     def after(self, call: _Call, number: int, output: Any, watched: bool) -> Any:
         """What a layer gives, instead of its output.
 
@@ -210,6 +206,7 @@ class PruningRun:
     # prefill ---------------------------------------------------------------------------------------------------------
 
     def _begin(self, call: _Call, hidden: Tensor, cache: Any) -> None:
+        check_runs(hidden)
         call.cache = cache
         if call.held:
             self._continue(call, hidden)
@@ -318,14 +315,16 @@ class PruningRun:
             )
 
 
-@traced
 def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around a layer's forward."""
     call = run.mine()
     if call is None:  # a layer called by itself, or by another thread's forward that began before the context
         return original(*args, **kwargs)
     args, kwargs = run.before(call, number, args, kwargs)
-    return run.after(call, number, original(*args, **kwargs), _watched(run.decoder.layers, number))
+    read = call.prefill is not None and call.prefill.taps(number)
+    # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
+    output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
+    return run.after(call, number, output, _watched(run.decoder.layers, number))
 
 
 def _watched(layers: Sequence[nn.Module], number: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.engine.compiling import modules_of, uncompiled
 from tokenprune.errors import UnsupportedError
 from tokenprune.fit import DECODER_READS
 from tokenprune.reads import PositionKernel, Read
@@ -29,7 +30,7 @@ class Decoder:
 
     def attention(self, layer: int) -> nn.Module:
         """The attention module of a layer. Raises UnsupportedError if the layer has none that can be read."""
-        for child in self.layers[layer].children():
+        for child in map(uncompiled, self.layers[layer].children()):
             if hasattr(child, "config") and hasattr(child, "layer_idx"):
                 return child
         raise UnsupportedError(
@@ -77,7 +78,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     """
     found = [
         module
-        for module in model.modules()
+        for module in modules_of(model)
         if isinstance(getattr(module, "layers", None), nn.ModuleList)
         and isinstance(getattr(module, "rotary_emb", None), nn.Module)
         and hasattr(module, "norm")
@@ -98,13 +99,13 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
-    return Decoder(module, tuple(layers), rotary)
+    return Decoder(module, tuple(map(uncompiled, layers)), rotary)
 
 
 def _near(model: nn.Module) -> str:
     """The modules with layers, and what they lack to be decoders."""
     lacking = []
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             missing = [name for name in ("rotary_emb", "norm") if not hasattr(module, name)]
             lacking.append(f"{type(module).__name__} has no {' and no '.join(missing)}")

@@ -4,37 +4,48 @@ Forward hooks of PyTorch would not do: code that `torch.compile` made before doe
 the order of their registration, so that what others see depends on who came first, and they have no `finally`. A method
 in the instance's own dictionary is seen by compiled code, is innermost to all hooks, and is one function around the
 call.
+
+Code that runs under a shadow is not compiled: neither what looks on, nor what the looked-at method calls. What should be
+compiled all the same is called through `compiled`.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from types import FunctionType
+from typing import Any, NoReturn
 
-import torch
+from torch._C._dynamo.eval_frame import set_eval_frame  # what torch.compiler.disable is made of
+from torch._dynamo.decorators import skip
 
 from tokenprune.errors import UnsupportedError
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+REASON = "tokenprune.prune() looks on here"
 
 
-def untraced(function: _Function) -> _Function:
-    """`torch.compile` leaves this function and all that it calls alone."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return,no-untyped-call]
+class _Compiler(threading.local):
+    """Of one thread.
+
+    Attributes:
+        paused: what compiled the code around the outermost shadow that is being called; None = nothing did.
+        active: whether anything compiled the code right around the innermost one.
+    """
+
+    paused: Any = None
+    active = False
 
 
-def traced(function: _Function) -> _Function:
-    """`torch.compile` leaves this function alone, but compiles what it calls."""
-    return torch.compiler.disable(function, recursive=False)  # type: ignore[no-any-return,no-untyped-call]
+_COMPILER = _Compiler()
 
 
 @contextmanager
 def shadowed(thing: Any, name: str, look: Callable[..., Any]) -> Iterator[None]:
     """Calls of `thing.name(...)` go to `look(original, ...)` meanwhile; the class and other objects are left alone.
 
-    Nothing happens where there is no such method. `look` should be `traced` or `untraced`.
+    Nothing happens where there is no such method. `torch.compile` leaves `look` and all that it calls alone.
     """
     original = getattr(thing, name, None)
     if original is None:
@@ -46,6 +57,7 @@ def shadowed(thing: Any, name: str, look: Callable[..., Any]) -> Iterator[None]:
     try:
         yield
     finally:
+        shadow.lift()
         if thing.__dict__.get(name) is shadow:  # else somebody else put another one there since
             if before is None:
                 del thing.__dict__[name]
@@ -59,12 +71,31 @@ class _Shadow:
     __tokenprune__ = True
 
     def __init__(self, original: Callable[..., Any], look: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self._original, self._look = original, look
+        # without the original's attributes, by which torch.compile would find its way around the shadow
+        functools.update_wrapper(self, original, updated=())
+        self._original = original
+        self._look: Callable[..., Any] | None = look
 
-    @traced
+    def lift(self) -> None:
+        """Only pass calls on from now: somebody may have kept this, as `torch.compile(model.forward)` does."""
+        self._look = None
+
+    @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._look(self._original, *args, **kwargs)
+        if self._look is None:
+            return self._original(*args, **kwargs)
+        compiler = set_eval_frame(None)
+        outer = _COMPILER.paused, _COMPILER.active
+        _COMPILER.active = compiler is not None
+        if compiler is not None:
+            _COMPILER.paused = compiler
+        try:
+            return self._look(self._original, *args, **kwargs)
+        finally:
+            _COMPILER.paused, _COMPILER.active = outer
+            set_eval_frame(compiler)
+
+    __call__._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise UnsupportedError(
@@ -74,3 +105,34 @@ class _Shadow:
 
     def __reduce__(self) -> NoReturn:
         self.__deepcopy__(None)
+
+
+def being_compiled() -> bool:
+    """Asked by what looks on: whether the code that made the call is compiled, so that forward hooks may be unseen."""
+    return _COMPILER.active
+
+
+def compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function from under a shadow, compiled as the code around the shadow is.
+
+    Args:
+        number: which of several alike it is. PyTorch limits the graphs of a piece of code (8 by default), and layers
+            of a model share theirs, so each number counts for itself.
+        function: to call.
+        args: for it.
+        kwargs: for it.
+    """
+    set_eval_frame(_COMPILER.paused)
+    try:
+        return _frame(number)(function, args, kwargs)
+    finally:
+        set_eval_frame(None)
+
+
+@functools.cache
+def _frame(number: int) -> Callable[..., Any]:
+    return FunctionType(_call.__code__.replace(co_name=f"layer_{number}"), globals())
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenprune.engine.shadow import untraced
+from tokenprune.engine.shadow import REASON
 from tokenprune.errors import UnsupportedError
 
 _NAME = "tokenprune_tap"
@@ -99,7 +99,7 @@ def _tapped_attention(
     return output
 
 
-@untraced
+@torch.compiler.disable(reason=REASON)
 def _show(
     module: nn.Module,
     tap: _Tap,

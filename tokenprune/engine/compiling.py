@@ -1,0 +1,136 @@
+"""Models that go through `torch.compile`, and other ways to record a model once instead of running it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.engine.shadow import REASON, being_compiled, shadowed
+from tokenprune.errors import UnsupportedError
+
+
+def uncompiled(thing: Any) -> Any:
+    """The module inside what `torch.compile(module)` gives; anything else is given back itself."""
+    while _is_wrapper(thing):
+        thing = thing._orig_mod
+    return thing
+
+
+def _is_wrapper(thing: Any) -> bool:
+    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return kind is not None and isinstance(thing, kind)
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules of a model but the wrappers of `torch.compile`, which answer as what they hold does."""
+    return (module for module in model.modules() if not _is_wrapper(module))
+
+
+def whole_module(model: Any, decoder: nn.Module) -> nn.Module:
+    """The outermost module of what a user hands over, which may be no module but hold one."""
+    held = (uncompiled(part) for part in (model, getattr(model, "model", None), decoder))
+    return next(part for part in held if isinstance(part, nn.Module))
+
+
+def not_compiled(model: nn.Module) -> AbstractContextManager[None]:
+    """Have the outermost module run as it is, and only the decoder layers compiled.
+
+    So adapters' hooks inside are called, `torch.compile` makes no graphs that it has to give up at the first layer, and
+    fullgraph=True holds for the layers.
+    """
+    return shadowed(model, "forward", _as_it_is)
+
+
+def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
+@contextmanager
+def told_by_name() -> Iterator[None]:
+    """Turn PyTorch's refusals of what cannot be compiled under a pruning context into our own.
+
+    Raises:
+        UnsupportedError: `torch.compile(fullgraph=True)`, the stance "fail_on_recompile" and the like.
+    """
+    try:
+        yield
+    except Exception as error:  # PyTorch's are of its private classes, and of RuntimeError
+        cure = _cure(str(error)) if type(error).__module__.startswith(("torch.", "builtins")) else ""
+        if not cure:
+            raise
+        raise UnsupportedError(
+            f"a model under tokenprune.prune() cannot be compiled in one piece, or only once: {cure}"
+        ) from error
+
+
+def _cure(message: str) -> str:
+    if "fail_on_recompile" in message:
+        return (
+            "the stance 'fail_on_recompile' found; call it once inside the context under "
+            "torch.compiler.set_stance('default') first, or use 'eager_on_recompile'"
+        )
+    if REASON in message or "fullgraph=True found no compiled frames" in message:
+        return "fullgraph=True (or torch.export) found; call torch.compile without it, which compiles the layers"
+    return ""
+
+
+def check_runs(hidden: Tensor) -> None:
+    """Refuse a call that only records what the model does, or works out shapes: strategies choose by values.
+
+    Args:
+        hidden: [batch, sequence, width], what enters the decoder.
+
+    Raises:
+        UnsupportedError: it names what was found.
+    """
+    found = (
+        "torch.jit.trace"
+        if torch.jit.is_tracing()
+        else "torch.export"
+        if torch.compiler.is_compiling()
+        else "a tensor without values (on the device meta, or of FakeTensorMode)"
+        if hidden.is_meta or type(hidden) not in (Tensor, nn.Parameter) and "Fake" in type(hidden).__name__
+        else ""
+    )
+    if found:
+        raise UnsupportedError(
+            f"{found} found under tokenprune.prune(): image tokens are chosen by their values in every prefill, which "
+            "cannot be recorded; export the model outside the context, or use torch.compile"
+        )
+
+
+@contextmanager
+def hooks_seen(model: nn.Module, hooks: dict[nn.Module, set[int]], source: str) -> Iterator[None]:
+    """Refuse calls in which compiled code may not call the forward hooks that an adapter put on a model.
+
+    Args:
+        model: the model.
+        hooks: what `hooks_on` told before the adapter came.
+        source: the adapter, for messages.
+    """
+    new = [module for module, found in hooks_on(model).items() if found - hooks.get(module, set())]
+    with ExitStack() as undo:
+        for module in new:
+            undo.enter_context(shadowed(module, "forward", partial(_refuse_unseen, type(module).__name__, source)))
+        yield
+
+
+def hooks_on(model: nn.Module) -> dict[nn.Module, set[int]]:
+    """The forward hooks on each module of a model that has any, by their ids."""
+    found = {module: {*module._forward_pre_hooks, *module._forward_hooks} for module in modules_of(model)}
+    return {module: ids for module, ids in found.items() if ids}
+
+
+def _refuse_unseen(name: str, source: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if being_compiled():
+        raise UnsupportedError(
+            f"{source} follows {name} by forward hooks, which code that torch.compile made need not call; have it use "
+            "tokenprune.engine.shadowed instead, or prune the model without torch.compile"
+        )
+    return original(*args, **kwargs)

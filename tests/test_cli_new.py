@@ -5,6 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import itertools
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +19,15 @@ import pytest
 import torch
 import yaml
 from cli_fixtures import Runner, assert_one_line, run
+from fake_segmentation import FakeData, FakeModel
+from PIL import Image
 
 import tokenprune as tp
 from tokenprune import registry
+from tokenprune.datasets.base import Scene
 from tokenprune.engine import prune
 from tokenprune.scaffold.package import LONGEST
+from tokenprune.testing.datasets import DatasetConformance
 from tokenprune.testing.models import tiny_llama
 
 if sys.version_info >= (3, 11):
@@ -30,7 +37,7 @@ else:
 
 __all__ = ["run"]
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = {"strategy": "strategies", "adapter": "adapters"}
+KINDS = {"strategy": "strategies", "adapter": "adapters", "dataset": "datasets"}
 LICENCES = {"Apache-2.0": "Apache License", "MIT": "MIT License", "BSD-3-Clause": "BSD 3-Clause License", "none": None}
 
 
@@ -126,6 +133,108 @@ def test_the_adapter_works(run: Runner, tmp_path: Path, monkeypatch: pytest.Monk
     assert kind.bind(tiny_llama()) is None
 
 
+def test_the_dataset_passes_its_own_tests(run: Runner, tmp_path: Path) -> None:
+    """As if it were installed: the package and its metadata are where Python looks."""
+    run("new", "dataset", "my-own", "--into", tmp_path)
+    folder = tmp_path / "tokenprune-my-own"
+    known = folder / "src" / "tokenprune_my_own-0.1.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenprune-my-own\nVersion: 0.1.0\n")
+    (known / "entry_points.txt").write_text("[tokenprune]\nmy-own = tokenprune_my_own.plugin\n")
+    path = os.pathsep.join(map(str, (folder / "src", ROOT, ROOT / "strategies", ROOT / "adapters")))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "8 passed" in done.stdout
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_the_dataset_is_compared_on(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("new", "dataset", "my-own", "--into", tmp_path)
+    plugin_of(tmp_path / "tokenprune-my-own", monkeypatch)
+    words = ("compare", "--model", "fake", "--dataset", "my-own", "--strategies", "front", "--timing-samples", 0)
+    assert_one_line(run(*words), "no NAME.json found; set MY_OWN_FOLDER to the folder with the splits")
+    scene = next(FakeData().scenes("val", 2))
+    files = tmp_path / "files" / "val"
+    files.mkdir(parents=True)
+    Image.fromarray(scene.image).save(files / "one.png")
+    Image.fromarray(scene.queries[0].mask).save(files / "mask.png")
+    (files / "one.json").write_text('[{"text": "red thing", "kind": "phrase", "mask": "mask.png"}]')
+    monkeypatch.setenv("MY_OWN_FOLDER", str(tmp_path / "files"))
+    ran = run(*words, "--limit", 5, "--format", "json")
+    assert ran.code == 0, ran.err
+    found, expected = json.loads(ran.out), tp.compare(FakeModel(), FakeData(), ["front"], limit=1, timing_samples=0)
+    assert (found["dataset"], found["samples"]) == ("my-own", 1)
+    assert found["rows"][0]["giou"] == expected.rows[0].giou  # the first query of the same scene
+
+
+class Sound(FakeData):
+    """Whose kinds are those of its queries; each breach of a promise is a subclass."""
+
+    name = "sound"
+
+    def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+        if split not in self.splits:
+            raise tp.TokenPruneError(f"no split {split!r}")
+        return super().scenes(split, limit, seed)
+
+
+class OtherKinds(Sound):
+    kinds = ("short",)
+
+
+class Endless(Sound):
+    def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+        return super().scenes(split, None if limit is None else max(limit - 1, 1), seed)
+
+
+class Drawn(Sound):
+    draws = itertools.count()
+
+    def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+        return super().scenes(split, limit, next(self.draws))
+
+
+class AnySplit(Sound):
+    def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+        return super().scenes("val", limit, seed)
+
+
+class Empty(Sound):
+    def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("kind", "failing"),
+    [
+        (Sound, ""),
+        (OtherKinds, "test_kinds_are_declared"),
+        (Endless, "test_limit_counts_queries"),
+        (Drawn, "test_the_same_seed_gives_the_same"),
+        (AnySplit, "test_an_unknown_split_is_refused"),
+        (Empty, "test_every_split_has_sound_scenes"),
+    ],
+)
+def test_the_kit_for_data_sets_finds_each_breach(kind: type[FakeData], failing: str) -> None:
+    class Kit(DatasetConformance):
+        def data(self) -> FakeData:
+            return kind()
+
+    broken = []
+    for name in [name for name in dir(Kit) if name.startswith("test_")]:
+        try:
+            getattr(Kit(), name)()
+        except (AssertionError, pytest.fail.Exception):
+            broken.append(name)
+    assert (failing in broken) if failing else not broken
+
+
 AWKWARD = ('She said "no" \\ and @{name} $name', "it's ’quoted’ é", "both ' and \"")
 
 
@@ -175,6 +284,7 @@ def test_bad_names_are_refused_with_a_good_one(run: Runner, tmp_path: Path, name
         ("strategy", "fastv", ("strategy 'fastv' exists already", "package 'tokenprune'")),
         ("adapter", "lisa", ("adapter 'lisa' exists already", "package 'tokenprune'")),
         ("adapter", "qwen2-vl", ("'qwen2_vl'", "adapter 'transformers'")),
+        ("dataset", "shapes", ("data set 'shapes' exists already", "package 'tokenprune'")),
         ("strategy", "adapters", ("module 'tokenprune_adapters' is installed",)),
     ],
 )

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_fixtures import Runner, assert_one_line, run
+from glamm_checkpoints import write_glamm
+from lisa_checkpoints import write_lisa
 from PIL import Image
+from pixellm_checkpoints import write_pixellm
+
+import tokenprune as tp
+from tokenprune import stopwatch
 
 __all__ = ["run"]  # the fixture
 
@@ -56,7 +66,15 @@ def test_budget_and_options_reach_the_strategy(run: Runner, picture: Path, tmp_p
     [
         (("{tmp}/none.png", "thing"), ("none.png",)),
         (("{tmp}/text.png", "thing"), ("text.png",)),
-        (("{tmp}", "thing"), ("{tmp}",)),
+        (("{tmp}/empty", "thing", "--out", "{tmp}/masks"), ("{tmp}/empty", "holds no image")),
+        (("{tmp}/*.jpg", "thing", "--out", "{tmp}/masks"), ("{tmp}/*.jpg", "matches no file")),
+        (("{tmp}", "thing"), ("m.png", "name a folder")),
+        (("{picture}", "{tmp}/text.png"), ("query", "{tmp}/text.png", "behind the images")),
+        (("~nobody-at-all/a.png", "thing"), ("~nobody-at-all/a.png", "no such file")),
+        (("{picture}", "{picture}", "thing"), ("m.png", "name a folder")),
+        (("{picture}", "thing", "--out", "{picture}"), ("{picture}", "one of the images")),
+        (("{tmp}", "thing", "--out", "{tmp}"), ("{picture}", "one of the images")),
+        (("{tmp}", "thing", "--out", "{tmp}/a", "--overlay", "{tmp}/a"), ("--overlay", "--out")),
         (("{picture}", "  "), ("query is empty",)),
         (("{picture}", "thing", "--strategy", "frnt"), ("frnt", "did you mean 'front'")),
         (("{picture}", "thing", "-o", "kep=1"), ("kep", "did you mean 'keep'")),
@@ -74,12 +92,139 @@ def test_bad_input_is_one_clear_line(
     run: Runner, picture: Path, tmp_path: Path, arguments: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
     filled = [part.format(tmp=tmp_path, picture=picture) for part in arguments]
     defaults = {"--model": "fake", "--strategy": "front", "--out": str(tmp_path / "m.png")}
     rest = [part for name, value in defaults.items() if name not in filled for part in (name, value)]
     ran = run("segment", *filled, *rest)
-    assert_one_line(ran, *(part.format(tmp=tmp_path) for part in parts))
+    assert_one_line(ran, *(part.format(tmp=tmp_path, picture=picture) for part in parts))
     assert not (tmp_path / "m.png").exists()
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> dict[str, Path]:
+    """Four pictures of different sizes in two folders, two of them called the same; and what is no picture."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "album"
+    found = {}
+    for number, name in enumerate(("one.png", "two.jpg", "one.jpg", "other/two.jpg")):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (30 + number, 40, 3), dtype=np.uint8)).save(path)
+        found[name] = path
+    (folder / "notes.txt").write_text("no picture")
+    return found
+
+
+def alone(run: Runner, image: Path, out: Path) -> np.ndarray:
+    """The mask of one image by itself."""
+    assert run("segment", image, "the red thing", "--model", "fake", "--strategy", "front", "--out", out).code == 0
+    return np.asarray(Image.open(out))
+
+
+MANY = ("the red thing", "--model", "fake", "--strategy", "front")
+
+
+def test_a_folder_is_segmented_image_by_image(run: Runner, album: dict[str, Path], tmp_path: Path) -> None:
+    ran = run("segment", tmp_path / "album", *MANY, "--out", tmp_path / "masks", "--overlay", tmp_path / "sheets")
+    assert (ran.code, ran.err) == (0, "")
+    names = {"one.png": "one.png.png", "two.jpg": "two.png", "one.jpg": "one.jpg.png"}  # of the folder, not below it
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == set(names.values())
+    assert {path.name for path in (tmp_path / "sheets").iterdir()} == set(names.values())
+    for name, mask in names.items():
+        expected = alone(run, album[name], tmp_path / "alone.png")
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / mask)), expected)
+
+
+def test_files_folders_and_patterns_together(run: Runner, album: dict[str, Path], tmp_path: Path) -> None:
+    given = (album["one.png"], tmp_path / "album" / "**" / "two.*", tmp_path / "album" / "other")
+    ran = run("segment", *given, *MANY, "--out", tmp_path / "masks")
+    assert (ran.code, ran.err) == (0, "")
+    masks = {path.name: np.asarray(Image.open(path)) for path in (tmp_path / "masks").iterdir()}
+    heights = {name: len(mask) for name, mask in masks.items()}
+    assert heights == {"one.png": 30, "two.jpg.png": 33, "two.jpg-2.png": 31}  # patterns are sorted: other/ comes first
+
+
+def test_an_image_whose_name_looks_like_a_pattern(run: Runner, album: dict[str, Path], tmp_path: Path) -> None:
+    path = album["one.png"].rename(tmp_path / "one[1].png")
+    assert alone(run, path, tmp_path / "m.png").shape == (30, 40)
+
+
+def test_a_bad_image_is_told_and_the_others_are_done(run: Runner, album: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "album" / "bad.png").write_text("no picture")
+    ran = run("segment", tmp_path / "album", *MANY, "--out", tmp_path / "masks")
+    assert ran.code == 1
+    first, last = ran.err.strip().splitlines()
+    assert first.startswith("error: image ")
+    assert "bad.png" in first
+    assert last == "error: 1 of 4 images could not be segmented"
+    assert len(list((tmp_path / "masks").iterdir())) == 3
+    assert ran.out.count("wrote ") == 3
+
+
+def test_what_is_wrong_for_every_image_is_told_once(run: Runner, album: dict[str, Path], tmp_path: Path) -> None:
+    words = ("--model", "fake", "--strategy", "csp", "-o", "clustering=cls_attention")
+    ran = run("segment", tmp_path / "album", "thing", *words, "--out", tmp_path / "masks")
+    assert_one_line(ran, "csp", "ClsAttention")
+
+
+def test_milliseconds_are_told(run: Runner, picture: Path, tmp_path: Path) -> None:
+    words = ("segment", picture, "thing", "--out", tmp_path / "m.png", "--model")
+    stages = ("preprocess", "vision tower", "mask encoder", "prefill", "mask decoder")
+    told = re.escape(", ".join(f"{stage} # ms" for stage in stages) + "; # ms in all").replace(r"\#", r"([\d.]+)")
+    found = re.search(rf"^{told}$", run(*words, "lisa-tiny").out, re.MULTILINE)
+    assert found is not None
+    *parts, total = map(float, found.groups())
+    assert all(part > 0 for part in parts)
+    assert sum(parts) <= total + 0.05 * len(parts)  # as rounded
+    plain = run(*words, "fake").out  # which tells of no stages
+    assert re.search(r"^[\d.]+ ms in all$", plain, re.MULTILINE)
+
+
+@pytest.mark.parametrize("write", [write_lisa, write_glamm, write_pixellm])
+def test_every_family_tells_its_stages(write: Callable[[Path], Path], picture: Path, tmp_path: Path) -> None:
+    model = tp.load(write(tmp_path / "model"))
+    with stopwatch.recorded() as times:
+        model.segment(picture, "the red thing")
+    assert list(times) == ["preprocess", "vision tower", "mask encoder", "prefill", "mask decoder", "total"]
+    encoded = model.encode_image(picture)
+    with stopwatch.recorded() as times:
+        model.segment(encoded, "the red thing", answer="generate", max_new_tokens=2)
+    assert {*times} <= {"generation", "mask decoder", "total"}  # the image was encoded before
+
+
+def test_devices_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was started counts in the stage that started it."""
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with stopwatch.stage("early"):
+        pass
+    assert waited == []  # nobody asks
+    with stopwatch.recorded(), stopwatch.stage("prefill"):
+        assert waited == [0, 1] * 2
+    assert waited == [0, 1] * 4
+
+
+def test_stages_are_measured_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) ** 2)
+    with stopwatch.stage("early"):  # nobody asks: no look at the clock
+        pass
+    with stopwatch.recorded() as times:  # from 0
+        with stopwatch.stage("first"):  # from 1 to 4
+            pass
+        with stopwatch.stage("second"):  # from 9 to 16
+            pass
+        with pytest.raises(ValueError, match="away"), stopwatch.stage("failed"):  # from 25
+            raise ValueError("away")
+        with stopwatch.stage("first"):  # from 36 to 49
+            pass
+    assert times == {"first": 16_000, "second": 7_000, "total": 64_000}
+    with stopwatch.stage("late"):
+        pass
+    assert "late" not in times
 
 
 def test_inspect_draws_a_sample_of_a_data_set(run: Runner, tmp_path: Path) -> None:

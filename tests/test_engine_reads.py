@@ -68,11 +68,13 @@ def batch(seed, padding):
     return torch.randn(2, 20, WIDTH, generator=draw), image, mask, kept
 
 
-def run(strategy, seed, padding, attention="sdpa", **options):
+def run(strategy, seed, padding, attention="sdpa", counted=False, **options):
+    """`counted`: with position ids that leave padding out, as `generate` gives them."""
     model = tiny_llama(LAYERS, kv_heads=2, attention=attention, seed=seed)
     embeds, image, mask, _ = batch(seed, padding)
+    ids = (mask.cumsum(1) - 1).clamp(min=0) if counted else None
     with torch.no_grad(), prune(model, strategy, image_tokens=image, **options) as found:
-        output = model.model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+        output = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=True)
     return model, output, found
 
 
@@ -135,7 +137,7 @@ def test_padding_does_not_spoil_rows_that_have_fewer_query_rows(how, padding):
 def test_keys_are_those_in_the_cache(seed, padding):
     kept = batch(seed, padding)[3]
     strategy = Reader(kept, {3: (LayerKeys(), TextKeys(), LayerKeys(heads="mean"))})
-    _, output, found = run(strategy, seed, padding)
+    _, output, found = run(strategy, seed, padding, counted=True)
     keys, text = strategy.found[3][LayerKeys()], strategy.found[3][TextKeys()]
     torch.testing.assert_close(strategy.found[3][LayerKeys(heads="mean")], keys.unflatten(2, (2, 8)).mean(2))
     cached = output.past_key_values.layers[2].keys.transpose(1, 2).flatten(2)

@@ -15,9 +15,12 @@ class Adapter(ABC):
 
     Attributes:
         model_types: `model_type`s of the live models that `bind` knows, for messages.
+        merges_lora: whether `load` merges the adapter of a folder with adapter_config.json (see `tokenprune.unmerged`);
+            where it does not, such folders are refused.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
+    merges_lora: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

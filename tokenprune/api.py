@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tokenprune import registry
 from tokenprune.errors import CheckpointError, nearest
 from tokenprune.plugins import not_loaded
+from tokenprune.unmerged import ADAPTER_CONFIG, MERGE, base_of
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
@@ -64,8 +65,14 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
     adapters = registry.adapters()
     for entry in adapters.values():
         if entry.call(source, config, method="matches"):
+            kind = entry.load()
+            if not getattr(kind, "merges_lora", False) and base_of(Path(source).expanduser()) is not None:
+                raise CheckpointError(
+                    f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), which {entry.name!r} does not merge; "
+                    f"{MERGE}"
+                )
             with entry.running("load"):
-                model = entry.load().load(source, **options)
+                model = kind.load(source, **options)
             if model is None:
                 raise entry.refusal("gave None in load(), expected the model")
             if str(name_or_path) in bundled and hasattr(model, "name"):
@@ -88,7 +95,7 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
     if folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{source}: found no config.json in this folder, expected a checkpoint's folder")
+            path = _config_of_base(source, folder)
     elif folder.is_file():
         raise CheckpointError(f"{source}: found a file, expected a checkpoint's folder; pass the folder that holds it")
     else:
@@ -104,6 +111,26 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
     return config
 
 
+def _config_of_base(source: str, folder: Path) -> Path:
+    """The config.json of the model that the adapter in a folder changes."""
+    base = base_of(folder)
+    if base is None:
+        raise CheckpointError(f"{source}: found no config.json in this folder, expected a checkpoint's folder")
+    cure = f"put the base model there, or correct base_model_name_or_path in its {ADAPTER_CONFIG}"
+    if Path(base) == folder:
+        raise CheckpointError(f"{source} holds an unmerged adapter and names no base model; {cure}")
+    path = Path(base) / "config.json"
+    if not Path(base).is_dir():
+        try:
+            path = _download_config(base, [])
+        except CheckpointError as error:
+            problem = f"holds an unmerged adapter of {base!r}, which is not there; {cure}"
+            raise CheckpointError(f"{source} {problem}") from error
+    if not path.is_file():
+        raise CheckpointError(f"{source} holds an unmerged adapter of {base!r}, which has no config.json; {cure}")
+    return path
+
+
 def _download_config(source: str, bundled: list[str]) -> Path:
     near = nearest(source, bundled)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -116,5 +143,18 @@ def _download_config(source: str, bundled: list[str]) -> Path:
     try:
         return Path(hf_hub_download(source, "config.json"))
     except Exception as error:
+        if _is_adapter_on_hub(source):
+            cure = "fetch it with huggingface_hub.snapshot_download, and load the folder that this gives"
+            raise CheckpointError(f"{source} is an unmerged adapter without a config.json; {cure}") from error
         problem = f"no such folder, and config.json cannot be fetched from the hub ({type(error).__name__})"
         raise CheckpointError(f"{source}: {problem}; check the name or pass a local folder; {names}") from error
+
+
+def _is_adapter_on_hub(source: str) -> bool:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(source, ADAPTER_CONFIG)
+    except Exception:  # whatever kept config.json away
+        return False
+    return True

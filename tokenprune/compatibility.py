@@ -10,8 +10,8 @@ from torch import nn
 from tokenprune import api
 from tokenprune.base import Shape, Strategy
 from tokenprune.engine.binding import binding_of
-from tokenprune.engine.compiling import uncompiled
 from tokenprune.engine.declared import Declared, check_on, declares, shape_on
+from tokenprune.engine.wrapping import unwrapped
 from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 from tokenprune.fit import declared_reads
 from tokenprune.reads import Read
@@ -78,7 +78,7 @@ def _not_in(shape: Shape, reads: set[Read]) -> set[Read]:
 
 def declaration_of(model: Any) -> Declared:
     """What a model declares, itself or through its adapter; errors as in `compatible`."""
-    model = uncompiled(model)
+    model = unwrapped(model)
     if declares(model):
         return model
     if hasattr(model, "segment"):

@@ -75,15 +75,22 @@ class Merge(Decision):
     A row's k-th token becomes Σ_j weights[k, j] · state_j, or `values` where the sum was taken elsewhere (before the
     projector, say). `Merge` changes states; that it stands for several original tokens is kept as lineage.
 
+    With `rest="park"` a token that goes into none (all its weights are 0) and is not chosen is parked instead, with its
+    state, mass and lineage; one that goes into another is dropped all the same, since that one carries it now. A merge
+    that conserves mass then conserves it over active and parked tokens together.
+
     Attributes:
         weights: float [batch, k, N], the share of token j's state that goes into token k.
         origin: int64 [batch, k], the token whose place in the image token k has; −1 for none. Default: itself.
-        conserves_mass: whether every original token's weights sum to 1 over k (checked when True).
+        conserves_mass: whether the weights of every active token that is not parked sum to 1 over k (checked when
+            True).
+        rest: "drop" or "park".
     """
 
     weights: Tensor = field(kw_only=True)
     origin: Tensor | None = field(default=None, kw_only=True)
     conserves_mass: bool = field(default=False, kw_only=True)
+    rest: str = field(default="drop", kw_only=True)
 
 
 def top_index(scores: Tensor, count: Tensor | int) -> Tensor:

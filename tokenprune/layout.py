@@ -114,6 +114,11 @@ class SequenceLayout:
         rows.scatter_(1, torch.where(slots < 0, length, slots), text)  # the last column takes what −1 points to
         return replace(self, queries={**self.queries, name: rows[:, :length]})
 
+    def only(self, rows: Tensor) -> SequenceLayout:
+        """This layout where rows other than bool [batch] `rows` have text alone."""
+        others = self.image_tokens & ~rows.to(self.image_tokens.device)[:, None]
+        return replace(self, image_tokens=self.image_tokens & ~others, valid=self.valid & ~others)
+
     @staticmethod
     def _gather(values: Tensor, slots: Tensor) -> Tensor:
         index = (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,28 +15,56 @@ from tokenprune.blame import blamed_strategy
 from tokenprune.errors import BudgetError, PluginError
 
 
-@dataclass(frozen=True)
-class PlannedStage:
-    """A declared stage for a whole batch.
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Batch rows whose stages begin at the same layers and read the same.
+
+    A strategy chooses for one group at a time, as if the other rows had no image tokens.
 
     Attributes:
-        stage: as declared for the row with most image tokens.
-        target: int64 [batch], −1 where a row's stage declares no number.
+        strategy: bound to the group's row with most image tokens.
+        rows: bool [batch].
+        size: image tokens of that row.
+        memory: what the strategy carries from stage to stage.
+    """
+
+    strategy: Strategy
+    rows: Tensor
+    size: int
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the group is the batch."""
+        return bool(self.rows.all())
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A declared stage for a group of batch rows.
+
+    Attributes:
+        stage: as declared for the group's row with most image tokens.
+        target: int64 [batch], −1 where a row's stage declares no number, 0 or −1 outside the group.
         own: the stage as declared for each batch row.
+        group: the rows that it is for.
     """
 
     stage: Stage
     target: Tensor
-    own: tuple[Stage, ...] = ()
+    own: tuple[Stage, ...]
+    group: RowGroup
 
 
 def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[PlannedStage]]:
     """Bind the strategy to the batch's shapes and line up the rows' stages.
 
-    Returns the strategy bound to the row with most image tokens, and its stages.
+    Rows whose stages begin at different layers, as budgets may want it for rows of different sizes, form groups.
+
+    Returns the strategy bound to the row with most image tokens, and the stages of all groups in the order of layers.
 
     Raises:
-        PluginError: stages out of order, out of the model, or different in layers from row to row.
+        PluginError: stages out of order or out of the model.
         BudgetError: a budget that cannot be met on one of the shapes.
     """
     bound: dict[Shape, tuple[Strategy, list[Stage]]] = {}
@@ -52,22 +83,32 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
     leader, stages = bound[widest]
     if widest.image_tokens == 0:
         return leader, []  # a prompt of text alone leaves nothing to choose from
-    # a row without image tokens has no budget to meet, and follows the others
-    idle = [replace(stage, tokens=None if stage.tokens is None else 0) for stage in stages]
-    rows = [bound[shape][1] if shape.image_tokens else idle for shape in shapes]
-    for row, own in enumerate(rows):
-        if [(s.name, s.layer) for s in own] != [(s.name, s.layer) for s in stages]:
-            raise PluginError(
-                f"strategy {strategy.name!r}: batch row {row} ({shapes[row].image_tokens} image tokens) wants "
-                "stages at layers "
-                f"{[s.layer for s in own]}, another row at {[s.layer for s in stages]}; run rows of such "
-                "different sizes apart"
-            )
-    targets = [
-        torch.tensor([-1 if own[i].tokens is None else own[i].tokens for own in rows]) for i in range(len(stages))
-    ]
-    owned = [tuple(own[i] for own in rows) for i in range(len(stages))]
-    return leader, [PlannedStage(*planned) for planned in zip(stages, targets, owned, strict=True)]
+    alike: dict[Any, set[int]] = {_walk(stages): set()}
+    for row, shape in enumerate(shapes):
+        # a row without image tokens has no budget to meet, and follows the widest
+        alike.setdefault(_walk(bound[shape][1] if shape.image_tokens else stages), set()).add(row)
+    found = [planned for rows in alike.values() for planned in _grouped(rows, shapes, bound)]
+    return leader, sorted(found, key=lambda planned: planned.stage.layer)  # stable: of one row, in its own order
+
+
+def _walk(stages: list[Stage]) -> tuple[Any, ...]:
+    """What the stages of rows that are chosen for together have in common."""
+    return tuple((stage.name, stage.layer, stage.reads, stage.positions) for stage in stages)
+
+
+def _grouped(
+    rows: set[int], shapes: list[Shape], bound: dict[Shape, tuple[Strategy, list[Stage]]]
+) -> Iterator[PlannedStage]:
+    """The stages of a group of rows, which differ in numbers of tokens alone."""
+    widest = max((shapes[row] for row in rows), key=lambda shape: shape.image_tokens)
+    strategy, stages = bound[widest]
+    group = RowGroup(strategy, torch.tensor([row in rows for row in range(len(shapes))]), widest.image_tokens)
+    for number, stage in enumerate(stages):
+        idle = replace(stage, tokens=None if stage.tokens is None else 0)
+        own = tuple(
+            bound[shape][1][number] if row in rows and shape.image_tokens else idle for row, shape in enumerate(shapes)
+        )
+        yield PlannedStage(stage, torch.tensor([-1 if s.tokens is None else s.tokens for s in own]), own, group)
 
 
 def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:

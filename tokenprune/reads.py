@@ -82,8 +82,9 @@ class TextStates(Read):
 
 @dataclass(frozen=True)
 class LayerKeys(Read):
-    """`tokens.layer_keys`: [batch, N, C], keys in the decoder layer just before the stage, after the rotary embedding;
-    zeros where a token was not active.
+    """`tokens.layer_keys`: [batch, N, C], keys in the decoder layer just before the stage, after the rotary embedding
+    at positions counted from the row's first token, whatever padding stands before it; zeros where a token was not
+    active.
 
     Attributes:
         heads: "joint" concatenates the key heads, "mean" averages them (C is the head size then).

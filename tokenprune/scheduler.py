@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenprune.base import Positions, Shape, Stage, Strategy
 from tokenprune.blame import blamed_strategy
@@ -17,7 +19,7 @@ from tokenprune.fit import misfit
 from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import LayerEntry, Ledger
 from tokenprune.lending import Loans
-from tokenprune.planning import PlannedStage, plan
+from tokenprune.planning import PlannedStage, RowGroup, plan
 from tokenprune.reads import Read
 from tokenprune.settings import same_settings
 from tokenprune.state import TokenState
@@ -74,7 +76,6 @@ class TokenScheduler(ABC):
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
-        self.memory: dict[str, Any] = {}
         self._loans = Loans()
         policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
@@ -105,7 +106,7 @@ class TokenScheduler(ABC):
         """Whether a read's answer is made for the stage alone, so that nobody else has reason to keep it."""
         return False
 
-    def settle(self, stage: Stage) -> None:  # noqa: B027 - not everyone needs it
+    def settle(self, planned: PlannedStage) -> None:  # noqa: B027 - not everyone needs it
         """A stage's decision has been carried out."""
 
     # the walk --------------------------------------------------------------------------------------------------------
@@ -132,46 +133,52 @@ class TokenScheduler(ABC):
         """The last layer has run: tell the observer, empty the memory."""
         if self.observer is not None:
             self.observer.tokenprune_prefill_done(run=self)
-        self.memory.clear()
+        for planned in self.planned:
+            planned.group.memory.clear()
         self._loans.warn_of_kept(self.strategy)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _take(self, planned: PlannedStage) -> None:
-        stage, name = planned.stage, self.strategy.name
+        stage, group, name = planned.stage, planned.group, self.strategy.name
         if self.observer is not None:
             self.observer.tokenprune_stage_entered(run=self, stage=stage)
         target = planned.target.to(self.state.exists.device)
-        tokens = self._view(stage, target, planned.own)
+        before = self.state if group.whole else self.state.only(group.rows, group.size)
+        tokens = self._view(planned, before, target)
         who = f"strategy {name!r}, stage {stage.name!r}"
         with (
             same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; put it back before it returns")),
             blamed_strategy(name, f", stage {stage.name!r}"),
         ):
-            answer = self.strategy.choose(stage, tokens)
+            answer = group.strategy.choose(stage, tokens)
         tokens.check_unwritten(name)
         for read, value in tokens.given().items():
             if self.owns(read):
                 self._loans.note(stage.name, read.field, value)
         del tokens
         width, dtype = self.width, self.dtype
-        decision = check_decision(answer, self.state, who=name, stage=stage.name, width=width, dtype=dtype)
-        state = self.state.after(decision)
+        decision = check_decision(answer, before, who=name, stage=stage.name, width=width, dtype=dtype)
+        state = before.after(decision)
         check_target(state, target, who=name, stage=stage.name)
         values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
         if values is not None:
             self.write(decision.index, values)
-        self.state, self._counts = state, tuple(state.active.sum(1).tolist())
-        self.settle(stage)
-        self._record(stage, decision)
+        self.state = state if group.whole else self.state.replaced(group.rows, state)
+        self._counts = tuple(self.state.active.sum(1).tolist())
+        self.settle(planned)
+        self._record(stage, group, decision)
 
     def policy(self, stage: Stage) -> Positions:
         """The position policy from a stage on."""
         return stage.positions or self.strategy.positions
 
     def _position_policy(self) -> str:
-        found = [self.policy(planned.stage) for planned in self.planned] or [self.strategy.positions]
-        return ", then ".join(kind for kind, _ in groupby(found))
+        walks: dict[RowGroup, list[Positions]] = {}
+        for planned in self.planned:
+            walks.setdefault(planned.group, []).append(self.policy(planned.stage))
+        told = [", then ".join(kind for kind, _ in groupby(walk)) for walk in walks.values()]
+        return " or ".join(dict.fromkeys(told)) or self.strategy.positions
 
     @property
     def width(self) -> int | None:
@@ -184,38 +191,57 @@ class TokenScheduler(ABC):
         return self.hidden().dtype
 
     def _merge(self, decision: Merge) -> Tensor:
-        hidden = self.hidden()
+        hidden = self.hidden()[:, : decision.weights.shape[-1]]
         weights = decision.weights.masked_fill((decision.index < 0)[..., None], 0)
         self.trace.ledger.merge_weights += weights.numel()
         return torch.einsum("bkj,bjd->bkd", weights.to(hidden.dtype), hidden)
 
-    def _view(self, stage: Stage, target: Tensor, own: tuple[Stage, ...] = ()) -> Tokens:
+    def _view(self, planned: PlannedStage, state: TokenState, target: Tensor) -> Tokens:
+        group = planned.group
         return Tokens(
-            stage=stage.name,
-            stages=own or (stage,) * len(target),
-            layout=self.layout,
-            state=self.state,
+            stage=planned.stage.name,
+            stages=planned.own,
+            layout=self.layout if group.whole else self.layout.only(group.rows),
+            state=state,
             target=target,
-            memory=self.memory,
+            memory=group.memory,
             seed=self.seed,
-            reads=stage.reads,
-            provide=self.provide,
-            mark=self._mark,
+            reads=planned.stage.reads,
+            provide=partial(self._provided, group, state.exists),
+            mark=partial(self._mark, group),
         )
 
-    def _mark(self, name: str, rows: Tensor) -> None:
+    def _provided(self, group: RowGroup, exists: Tensor, read: Read) -> Any:
+        value = self.provide(read)
+        if group.whole or read.axis is None:
+            return value
+        value = value.narrow(read.axis, 0, exists.shape[1])
+        others = ~group.rows.to(value.device).reshape(-1, *[1] * (value.dim() - 1))
+        return value.masked_fill(others, read.missing)
+
+    def _mark(self, group: RowGroup, name: str, rows: Tensor) -> None:
         text = self.layout.text_slots
         if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != text.shape:
             found = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
             raise PluginError(f"tokens.mark({name!r}) was given {found}; expected bool [batch, T] = {list(text.shape)}")
+        if not group.whole:  # what others have marked, or else any token, so that every row has one
+            others = (
+                self.layout.gather_text(self.layout.queries[name])
+                if name in self.layout.queries
+                else text == text[:, :1]
+            )
+            rows = torch.where(group.rows.to(rows.device)[:, None], rows, others)
         self.layout = self.layout.marked(name, rows)
 
-    def _record(self, stage: Stage, decision: Decision) -> None:
+    def _record(self, stage: Stage, group: RowGroup, decision: Decision) -> None:
         state = self.state
         kind = "restore" if isinstance(decision, Restore) else "merge" if isinstance(decision, Merge) else "keep"
         if isinstance(decision, Keep) and decision.rest == "park":
             kind = "park"
         scores = None if decision.scores is None else decision.scores.detach()
+        if scores is not None and not group.whole:
+            missing = state.exists.shape[1] - scores.shape[1]
+            scores = pad(scores.float(), (0, missing), value=float("-inf"))
         record = StageTrace(
             stage.name,
             stage.layer,
@@ -227,6 +253,7 @@ class TokenScheduler(ABC):
             state.mass,
             scores,
             state.lineage,
+            None if group.whole else group.rows.to(state.exists.device),
         )
         self.trace.stages.append(record)
         if self.observer is not None:

@@ -56,6 +56,39 @@ class TokenState:
         lineage = identity if self.lineage is None else self.lineage
         return lineage & self.alive[:, :, None]
 
+    def only(self, rows: Tensor, size: int) -> TokenState:
+        """What a strategy sees that chooses for some of the rows: the others without any token.
+
+        Args:
+            rows: bool [batch].
+            size: the most tokens that one of these rows has.
+        """
+        here = rows.to(self.exists.device)[:, None]
+
+        def cut(values: Tensor, missing: int = 0) -> Tensor:
+            return torch.where(here, values[:, :size], missing)
+
+        exists, active, parked = (cut(values, False) for values in (self.exists, self.active, self.parked))
+        lineage = None if self.lineage is None else self.lineage[:, :size, :size] & here[..., None]
+        return TokenState(exists, active, parked, cut(self.mass), cut(self.origin, -1), lineage)
+
+    def replaced(self, rows: Tensor, part: TokenState) -> TokenState:
+        """This state where `rows` have come to what `part` says of them; see `only`."""
+        size, here = part.exists.shape[1], rows.to(self.exists.device)[:, None]
+
+        def joined(values: Tensor, new: Tensor) -> Tensor:
+            return torch.cat((torch.where(here, new, values[:, :size]), values[:, size:]), 1)
+
+        names = ("exists", "active", "parked", "mass", "origin")
+        fields = {name: joined(getattr(self, name), getattr(part, name)) for name in names}
+        lineage = self.lineage
+        if lineage is not None or part.lineage is not None:
+            lineage = self.stands_for() if lineage is None else lineage.clone()
+            own = torch.zeros_like(lineage)
+            own[:, :size, :size] = part.stands_for()
+            lineage = torch.where(here[..., None], own, lineage)
+        return TokenState(**fields, lineage=lineage)
+
     def after(self, decision: Decision) -> TokenState:
         """The state once a (validated) decision is taken."""
         chosen = as_mask(decision.index, self.exists.shape[1])
@@ -77,7 +110,10 @@ class TokenState:
         if self.lineage is not None:
             lineage = torch.einsum("bkj,bji->bki", lineage.float(), carried.float()) > 0
         mass = (weights * self.mass[:, None]).sum(2)
-        kept_parked = self.parked[:, :, None] & carried
+        parked = self.parked
+        if decision.rest == "park":
+            parked = parked | (self.active & ~chosen & ~(weights != 0).any(1))  # what no other token carries
+        kept_parked = parked[:, :, None] & carried
         origin = torch.where(decision.index >= 0, decision.index, -1) if decision.origin is None else decision.origin
         # a token that moved to another slot brings the place that it had itself
         origin = torch.where(origin >= 0, self.origin.gather(1, origin.clamp(min=0)), -1)
@@ -86,7 +122,8 @@ class TokenState:
         return replace(
             self,
             active=chosen,
-            mass=torch.where(self.parked, self.mass, torch.where(chosen, mass, 0.0)),
+            parked=parked,
+            mass=torch.where(parked, self.mass, torch.where(chosen, mass, 0.0)),
             origin=torch.where(chosen, placed, self.origin),
             lineage=(lineage & chosen[:, :, None]) | kept_parked,
         )

@@ -11,7 +11,7 @@ from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import Ledger
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StageTrace:
     """The tokens once a stage was entered. All tensors are [batch, N] over the row's original image tokens.
 
@@ -25,6 +25,8 @@ class StageTrace:
         mass: float32, original tokens that each stands for.
         scores: what the choice was made by, or None.
         lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
+        rows: bool [batch], the rows that the stage was for; None = all. A budget may begin a stage at another layer for
+            rows of another size, which then have a stage of the same name there.
     """
 
     name: str
@@ -37,6 +39,13 @@ class StageTrace:
     mass: Tensor
     scores: Tensor | None
     lineage: Tensor | None
+    rows: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """What happened, without the tensors."""
+        counts = (f"{_range(getattr(self, state).sum(1))} {state}" for state in ("active", "parked", "dropped"))
+        batch, size = self.active.shape
+        return f"StageTrace({self.name!r} at layer {self.layer}, {self.kind}: {', '.join(counts)}; [{batch}, {size}])"
 
     @property
     def kept(self) -> list[list[int]]:
@@ -51,7 +60,7 @@ class StageTrace:
         return spare.scatter(1, index, True)[:, :size]
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """A whole prefill.
 
@@ -71,6 +80,28 @@ class Trace:
     ledger: Ledger
     stages: list[StageTrace] = field(default_factory=list)
 
+    def stages_of(self, row: int) -> list[StageTrace]:
+        """The stages of one batch row."""
+        return [stage for stage in self.stages if stage.rows is None or bool(stage.rows[row])]
+
+    def __repr__(self) -> str:
+        """The strategy, and a line for each of the first rows: see `summary`."""
+        rows = len(self.exists)
+        lines = [self.summary(row) for row in range(min(rows, 4))]
+        if rows == 1:
+            return f"Trace({self.strategy}: {lines[0]})"
+        listing = [f"  row {row}: {line}" for row, line in enumerate(lines)] + ["  …"] * (rows > len(lines))
+        return "\n".join((f"Trace({self.strategy}: {rows} rows", *listing)) + ")"
+
+    def summary(self, row: int = 0) -> str:
+        """What a batch row went through, in one line: image tokens by stage, and equivalent tokens."""
+        total = int(self.exists[row].sum())
+        stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in self.stages_of(row))
+        entered = [entry.image[row] for entry in self.ledger.entries]
+        equivalent = sum(entered) / len(entered) if entered else 0.0
+        share = f" ({equivalent / total:.1%})" if total else ""
+        return f"{total} image tokens, {stages or 'all in every layer'}; {equivalent:.1f} equivalent tokens{share}"
+
     def active(self, layer: int) -> Tensor:
         """bool [batch, N]: image tokens that took part in a decoder layer."""
         present = self.exists
@@ -78,3 +109,9 @@ class Trace:
             if stage.layer <= layer:
                 present = stage.active
         return present
+
+
+def _range(counts: Tensor) -> str:
+    """One number, or the least and the most of several."""
+    low, high = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
+    return str(low) if low == high else f"{low}–{high}"

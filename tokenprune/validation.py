@@ -44,8 +44,8 @@ def check_decision(
         raise refuse(f"choose() returned {type(decision).__name__}", "a Keep, Restore or Merge decision")
     with blamed(lambda found: refuse(f"the check of the decision's tensors failed with {found}", "ordinary tensors")):
         _check_index(decision.index, state.exists, refuse)
-        if isinstance(decision, Keep) and decision.rest not in ("drop", "park"):
-            raise refuse(f"Keep(rest={decision.rest!r})", "rest='drop' or rest='park'")
+        if isinstance(decision, (Keep, Merge)) and decision.rest not in ("drop", "park"):
+            raise refuse(f"{type(decision).__name__}(rest={decision.rest!r})", "rest='drop' or rest='park'")
         pool, what = (state.parked, "parked") if isinstance(decision, Restore) else (state.active, "active")
         chosen = as_mask(decision.index, state.exists.shape[1])
         if (chosen & ~pool).any():
@@ -169,8 +169,10 @@ def _check_merge(decision: Merge, state: TokenState, dtype: torch.dtype | None, 
     if not _finite(real, dtype):
         raise refuse("NaN or infinity among the weights", f"numbers that are finite{_in(dtype)}")
     if decision.conserves_mass:
-        given = real.sum(1)
-        if found := _first(((given - 1).abs() > 1e-4) & state.active):
+        given, counted = real.sum(1), state.active
+        if decision.rest == "park":
+            counted = counted & (as_mask(decision.index, size) | real.ne(0).any(1))
+        if found := _first(((given - 1).abs() > 1e-4) & counted):
             row, token = found
             share = f"image token {token} of batch row {row} goes {float(given[row, token]):.3f} times into those kept"
             expected = "weights that sum to 1 over k for every active token"

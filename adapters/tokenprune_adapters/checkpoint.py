@@ -15,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokenprune.errors import CheckpointError
+from tokenprune.unmerged import ADAPTER_CONFIG
+from tokenprune_adapters.shards import tensors_of_shards
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SMALL_FILES = ["*.json", "*.model", "merges.txt"]
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+SMALL_WEIGHTS = ["adapter_model.*", "non_lora_trainables.bin"]
 _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
@@ -54,9 +57,11 @@ def _download(name: str) -> Path:
         listed = huggingface_hub.list_repo_files(name)
     except Exception:  # offline: whatever has been fetched before is what there is
         return small
-    safe = any(file in listed for file in ("model.safetensors", "model.safetensors.index.json"))
-    weights = "*.safetensors" if safe else "*.bin"
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SMALL_FILES, weights]))
+    safe = any(
+        file.startswith("model") and file.endswith((".safetensors", ".safetensors.index.json")) for file in listed
+    )
+    weights = [f"*.{'safetensors' if safe else 'bin'}", *(SMALL_WEIGHTS if ADAPTER_CONFIG in listed else [])]
+    return Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SMALL_FILES, *weights]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,15 +87,20 @@ class Checkpoint:
     Files are opened when the first of their tensors is read. `.bin` files are read with `weights_only=True`,
     memory-mapped where their format allows it.
 
+    Args:
+        folder: where the files are.
+        files: the file to read is the first of these that is there. By default a checkpoint's own names, with their
+            index or, where all of them are there, without.
+
     Raises:
-        CheckpointError: at construction, if the folder holds no weight file or an index names a file that is not
-            there; when reading, if a file is damaged or lacks a tensor that its index promises.
+        CheckpointError: at construction, if the folder holds no weight file, a shard is not there or two hold one
+            tensor; when reading, if a file is damaged or lacks a tensor that its index promises.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
-        self._files = self._locate()
+        self._files = self._locate() if not files else self._from_file(files)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -124,16 +134,22 @@ class Checkpoint:
             )
         return self._files[name]
 
+    def _from_file(self, files: Sequence[str]) -> dict[str, str]:
+        single = next((file for file in files if (self.folder / file).is_file()), files[0])
+        return dict.fromkeys(self._reader(single).keys(), single)
+
     def _locate(self) -> dict[str, str]:
         for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
             if (self.folder / index).is_file():
                 return self._from_index(index)
             if (self.folder / single).is_file():
-                reader = self._reader(single)
-                return dict.fromkeys(reader.keys(), single)
-        raise CheckpointError(
-            f"{self.folder} holds no weights; expected one of {', '.join(SINGLE_FILES + INDEX_FILES)} in it"
-        )
+                return self._from_file([single])
+        found = tensors_of_shards(self.folder, lambda file: self._reader(file).keys())
+        if not found:
+            raise CheckpointError(
+                f"{self.folder} holds no weights; expected one of {', '.join(SINGLE_FILES + INDEX_FILES)} in it"
+            )
+        return found
 
     def _from_index(self, index: str) -> dict[str, str]:
         files = read_json(self.folder / index).get("weight_map")
@@ -250,12 +266,19 @@ def load_parts(
     ]
     _refuse(checkpoint, "mis-shaped", wrong)
     for part in parts:
-        state = {name: _converted(checkpoint.tensor(source), dtype) for name, source in part.names.items()}
+        kinds = part.module.state_dict()
+        state = {name: _read(checkpoint, source, kinds[name], dtype) for name, source in part.names.items()}
         part.module.load_state_dict(state, strict=True, assign=True)
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _read(checkpoint: Checkpoint, name: str, kind: Tensor, dtype: torch.dtype) -> Tensor:
+    found = checkpoint.tensor(name)
+    if kind.is_floating_point() != found.is_floating_point():
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is stored as {str(found.dtype).removeprefix('torch.')}, expected "
+            "floating-point numbers; if it is quantised, take the checkpoint that it was made from"
+        )
+    return found.to(dtype) if found.is_floating_point() else found
 
 
 _MEANING = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
 
+PREPROCESSOR = "preprocessor_config.json"
 ADVICE = "pass vision_tower= the folder of the CLIP model"
 _NOT_VISION = ("text_model.", "visual_projection.", "text_projection.", "logit_scale")
 
@@ -117,21 +120,62 @@ class ClipPixels:
     Args:
         folder: holds `preprocessor_config.json`; without it CLIP's own constants at the tower's image size are taken.
         tower: the vision model.
+
+    Raises:
+        CheckpointError: the file describes no image processor.
     """
 
     def __init__(self, folder: Path, tower: CLIPVisionModel) -> None:
-        file = folder / "preprocessor_config.json"
-        options = read_json(file) if file.is_file() else {}
-        for name in ("image_processor_type", "feature_extractor_type", "processor_class"):
-            options.pop(name, None)
-        if not options:
-            image_size = tower.config.image_size
-            options = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
-        self._processor = processor_class()(**options)
+        config: Any = tower.config
+        self.folder, self.square = folder, int(config.image_size)
+        self._processor = _processor(folder) or processor_class()(
+            size={"shortest_edge": self.square}, crop_size={"height": self.square, "width": self.square}
+        )
+
+    def check(self, checkpoint: Path, openai: bool) -> None:
+        """Hold the processor against the tower, and against what a checkpoint tells of it.
+
+        Args:
+            checkpoint: a folder that may hold a `preprocessor_config.json` of its own.
+            openai: whether the checkpoint was trained with one of OpenAI's towers, whose colours are known.
+
+        Raises:
+            CheckpointError: it makes pictures of another size, takes steps away, or scales colours in another way.
+        """
+        found = self._processor
+        for step in ("do_resize", "do_rescale", "do_normalize"):
+            if not getattr(found, step):
+                self._refuse(f"says {step} false, but the tower was trained on pictures that went through that step")
+        if not math.isclose(found.rescale_factor, 1 / 255, rel_tol=1e-3):
+            self._refuse(f"says rescale_factor {found.rescale_factor}, expected 1/255")
+        own = _processor(checkpoint) if checkpoint != self.folder else None
+        if _side(found) != f"{self.square}×{self.square}":
+            self._refuse(f"makes pictures of {_side(found)} pixels, but the tower takes {self.square}×{self.square}")
+        if own and _side(own) != _side(found):
+            self._refuse(f"makes pictures of {_side(found)} pixels, but {checkpoint}/{PREPROCESSOR} of {_side(own)}")
+        colours = processor_class()() if openai else None  # whose own are OpenAI's
+        for name in ("image_mean", "image_std"):
+            values = getattr(found, name)
+            shown = list(values) if isinstance(values, (list, tuple)) else values
+            if not isinstance(values, (list, tuple)) or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+                self._refuse(f"says {name} {shown}, expected three numbers" + " above 0" * (name == "image_std"))
+            for wanted, source in (
+                (colours and getattr(colours, name), "the tower that config.json names"),
+                (own and getattr(own, name), f"{checkpoint}/{PREPROCESSOR}"),
+            ):
+                if wanted and not np.allclose(values, wanted, atol=1e-3):
+                    self._refuse(f"says {name} {shown}, but {source} has {list(wanted)}")
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.folder}/{PREPROCESSOR} {problem}; use the {PREPROCESSOR} that belongs to the tower"
+        )
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels float32 [1, 3, H, W] of an RGB image."""
-        pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"]
+        # Said explicitly, since older releases take a picture of one or three rows for one with its channels first.
+        given = {"images": image, "input_data_format": "channels_last", "return_tensors": "pt"}
+        pixels: Tensor = self._processor(**given)["pixel_values"]
         return pixels
 
     def picture(self, pixels: Tensor) -> Tensor:
@@ -158,6 +202,37 @@ class ClipPixels:
         top, left = (resized[0] - crop["height"]) // 2, (resized[1] - crop["width"]) // 2
         rows, columns = height / resized[0], width / resized[1]
         return top * rows, left * columns, (top + crop["height"]) * rows, (left + crop["width"]) * columns
+
+
+def _processor(folder: Path) -> Any:
+    """The image processor that a folder describes; None where it describes none."""
+    file = folder / PREPROCESSOR
+    options = read_json(file) if file.is_file() else {}
+    for name in ("image_processor_type", "feature_extractor_type"):
+        kind = str(options.pop(name, "CLIP"))
+        if not kind.startswith("CLIP"):
+            raise CheckpointError(f"{file} is of a {kind}, expected CLIP's; use the file that belongs to the tower")
+    options.pop("processor_class", None)
+    if not options:
+        return None
+    try:
+        return processor_class()(**options)
+    except Exception as error:  # what a processor raises on bad values is its own business and changes
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} describes no image processor of CLIP: {reason}; fetch the file again") from error
+
+
+def _side(processor: Any) -> str:
+    """Width and height of what comes out, in words where they depend on the picture."""
+    size, crop = processor.size, processor.crop_size
+    height, width = (int(size.get(name) or size.get("shortest_edge") or 0) for name in ("height", "width"))
+    if processor.do_center_crop:
+        if height < crop["height"] or width < crop["width"]:
+            return f"{crop['width']}×{crop['height']} (cropped from less)"
+        height, width = crop["height"], crop["width"]
+    elif size.get("shortest_edge"):
+        return "various"
+    return f"{width}×{height}"
 
 
 def processor_class() -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from tokenprune.errors import OptionError, nearest
 
+QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_config")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,9 +39,23 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], family: str) ->
     """Raises OptionError for a load option that a family of models does not have."""
     for name in given:
         if name not in known:
+            if name in QUANTISED:
+                raise OptionError(_quantised(name, known, family))
             near = nearest(name, known)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise OptionError(f"{family} models have no load option {name!r}; {hint}options: {', '.join(known)}")
+
+
+def _quantised(name: str, known: Collection[str], family: str) -> str:
+    if "quantization_config" in known:
+        return (
+            f"{name}= is no longer an option of {family}; pass "
+            f"quantization_config=transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes"
+        )
+    return (
+        f"{name}= was given, but {family} models are loaded in floating point only; save memory with "
+        "dtype='bfloat16' or device_map='auto'"
+    )
 
 
 def one_place(device: object, device_map: object) -> None:

@@ -14,6 +14,7 @@ from transformers import CLIPVisionModel
 
 from tokenprune.adapter import Adapter
 from tokenprune.errors import CheckpointError
+from tokenprune.unmerged import ADAPTER_CONFIG, adapter_config, base_of
 from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
 from tokenprune_adapters.clip import find_tower, load_tower
 from tokenprune_adapters.clip_space import ClipSpace
@@ -27,10 +28,13 @@ from tokenprune_adapters.load_options import (
     torch_device,
     torch_dtype,
 )
+from tokenprune_adapters.lora import MergedCheckpoint
+from tokenprune_adapters.projector import ProjectorPlan
 from tokenprune_adapters.segmenter import Segmenter
+from tokenprune_adapters.stored import refuse_quantised, refuse_wrapped
 from tokenprune_adapters.tokenizer import LlamaSlowTokenizer, load_tokenizer
+from tokenprune_adapters.tower_facts import COPY, CURE, check_tower
 
-PROJECTOR = "model.mm_projector."
 MASK_PROJECTION = "model.text_hidden_fcs.0."
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -40,6 +44,7 @@ OptionsT = TypeVar("OptionsT", bound=LoadOptions)
 class SegmenterAdapter(Adapter):
     """Base of the adapters of segmentation families: a family names itself and builds its model."""
 
+    merges_lora = True
     family: ClassVar[str]
     """How messages call it; config.json's `architectures` begin with it (in upper or lower case)."""
 
@@ -67,7 +72,8 @@ class SegmenterAdapter(Adapter):
         """Read a checkpoint in its original format onto transformers' own modules.
 
         Args:
-            source: folder or hub id. Weights may be sharded or not, .bin or safetensors.
+            source: folder or hub id. Weights may be sharded or not, .bin or safetensors, with a LoRA adapter merged or
+                not (see `tokenprune_adapters.lora`).
             options: see `LoadOptions`, or the family's own.
 
         Raises:
@@ -88,11 +94,12 @@ class Opened(Generic[OptionsT]):
     Args:
         source: what the caller asked for.
         options: the load options as they were given.
-        folder: where it is.
+        folder: where it is; of an unmerged adapter, where its base is.
         config: its config.json.
         checkpoint: its tensors.
         device: where everything goes, unless `options.device_map` says it.
         dtype: of all weights.
+        adapter: folder of an adapter that is merged into the weights; its files other than weights are used first.
     """
 
     source: str | Path
@@ -102,6 +109,12 @@ class Opened(Generic[OptionsT]):
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
+    adapter: Path | None = None
+
+    def home(self, name: str) -> Path:
+        """The folder that a file or folder of that name is taken from."""
+        own = self.adapter is not None and (self.adapter / name).exists()
+        return self.adapter if own and self.adapter is not None else self.folder
 
     @property
     def mark_image(self) -> bool:
@@ -111,28 +124,33 @@ class Opened(Generic[OptionsT]):
     def tokenizer(self, seg_tokens: Sequence[str]) -> LlamaSlowTokenizer:
         """The tokenizer. Raises CheckpointError where it lacks a mask token or does not fit the embedding table."""
         return load_tokenizer(
-            self.folder,
+            self.home("tokenizer.model"),
             required=[*seg_tokens, *([IM_START, IM_END] if self.mark_image else [])],
             rows=self.checkpoint.shape(EMBEDDING, dims=2)[0],
         )
 
-    def tower(self, reads: int) -> tuple[CLIPVisionModel, Path]:
+    def projector(self) -> ProjectorPlan:
+        """What the projector is. Raises CheckpointError where it is of another kind, or not what config.json says."""
+        return ProjectorPlan(self.checkpoint, self.config)
+
+    def tower(self, reads: int, resized: int | None = None) -> tuple[CLIPVisionModel, Path]:
         """The CLIP tower and its folder; see `find_tower` for where it is looked for.
 
         Args:
             reads: width of the features that the projector reads.
+            resized: see `check_tower`.
 
         Raises:
-            CheckpointError: none found, damaged, or of another width.
+            CheckpointError: none found, damaged, of another width, or not the one that the checkpoint tells of.
         """
-        folder = find_tower(self.folder, self.config, self.options.vision_tower)
+        folder = find_tower(self.home("vision_tower"), self.config, self.options.vision_tower)
         tower = load_tower(folder, self.dtype, self.options.attn_implementation)
         if reads != tower.config.hidden_size:
             raise CheckpointError(
                 f"vision tower {folder} has features {tower.config.hidden_size} wide, but the projector of "
-                f"{self.folder} reads {reads}; pass vision_tower= the folder of the tower that the checkpoint was "
-                "trained with"
+                f"{self.folder} reads {reads}; {CURE}"
             )
+        check_tower(self.checkpoint, self.config, tower, folder, resized)
         return tower, folder
 
     def about(self, tower_folder: Path) -> dict[str, Any]:
@@ -166,7 +184,7 @@ class Opened(Generic[OptionsT]):
 
         def may_be_left_over(name: str) -> bool:
             # A tower inside the checkpoint is a copy of the one that config.json names, which is what the authors load.
-            return is_rotary_table(name) or name.startswith("model.vision_tower.") or ignore(name)
+            return is_rotary_table(name) or name.startswith(COPY) or ignore(name)
 
         load_parts(self.checkpoint, [llama, *own], self.dtype, ignore=may_be_left_over)
         finish_llama(llama.module)
@@ -197,13 +215,29 @@ def open_checkpoint(source: str | Path, options: OptionsT) -> Opened[OptionsT]:
     """
     one_place(options.device, options.device_map)
     target, kind = torch_device(options.device), torch_dtype(options.dtype)
-    folder = resolve_folder(source)
-    config = read_json(folder / "config.json")
-    checkpoint = Checkpoint(folder)
+    folder, adapter = resolve_folder(source), None
+    lora = adapter_config(folder)
+    if lora is None:
+        checkpoint = Checkpoint(folder)
+    else:
+        adapter, folder = folder, _base(folder)
+        checkpoint = MergedCheckpoint(folder, adapter, lora)
+    own = adapter is not None and (adapter / "config.json").is_file()
+    config = read_json((adapter if own and adapter is not None else folder) / "config.json")
+    refuse_quantised(folder, config, checkpoint)
+    refuse_wrapped(checkpoint)
     if kind is None:
         on_cpu = target.type == "cpu" and options.device_map is None
         kind = torch.float32 if on_cpu or EMBEDDING not in checkpoint else checkpoint.tensor(EMBEDDING).dtype
-    return Opened(source, options, folder, config, checkpoint, target, kind)
+    return Opened(source, options, folder, config, checkpoint, target, kind, adapter)
+
+
+def _base(adapter: Path) -> Path:
+    """The folder of the model that the adapter in a folder changes."""
+    base = base_of(adapter)
+    assert base is not None
+    advice = f"it is the base that {adapter / ADAPTER_CONFIG} names; put it there, or correct base_model_name_or_path"
+    return resolve_folder(base, "base model", advice)
 
 
 def refuse_other_families(opened: Opened[Any], family: str, prefix: str) -> None:
@@ -216,13 +250,6 @@ def refuse_other_families(opened: Opened[Any], family: str, prefix: str) -> None
         f"says architectures {config.get('architectures')}, model_type {config.get('model_type')!r}; "
         "load it with its own adapter"
     )
-
-
-def linear(prefix: str, inputs: int, outputs: int) -> Part[nn.Linear]:
-    """A linear layer, to be filled from `prefix`weight and `prefix`bias."""
-    with torch.device("meta"):
-        module = nn.Linear(inputs, outputs)
-    return under(prefix, module)
 
 
 def mlp(prefix: str, inputs: int, hidden: int, outputs: int, activation: nn.Module) -> Part[nn.Sequential]:

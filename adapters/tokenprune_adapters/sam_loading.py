@@ -8,16 +8,15 @@ from typing import Any
 from torch import nn
 
 from tokenprune_adapters.checkpoint import Part
-from tokenprune_adapters.clip import ClipPixels
+from tokenprune_adapters.clip import PREPROCESSOR, ClipPixels
 from tokenprune_adapters.loading import MASK_PROJECTION, Opened, mlp
 from tokenprune_adapters.sam_weights import build_sam
+from tokenprune_adapters.tower_facts import is_openai
 
 
 def sam_segmenter_parts(
     opened: Opened[Any],
     sam_prefix: str,
-    reads: int,
-    projector: Callable[[int], Part[Any]],
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
     """The arguments of a `SamSegmenter` but its tokenizer, filled from a checkpoint.
@@ -25,19 +24,20 @@ def sam_segmenter_parts(
     Args:
         opened: the checkpoint.
         sam_prefix: what the names of SAM's tensors begin with.
-        reads: width of the features that the projector reads.
-        projector: made for the decoder's width.
         ignore: as in `Opened.fill`.
 
     Raises:
-        CheckpointError: see `Opened.tower`, `build_sam` and `Opened.fill`.
+        CheckpointError: see `Opened.projector`, `Opened.tower`, `ClipPixels`, `build_sam` and `Opened.fill`.
     """
-    tower, tower_folder = opened.tower(reads)
+    projector = opened.projector()
+    tower, tower_folder = opened.tower(projector.reads)
+    clip_pixels = ClipPixels(tower_folder, tower)
+    clip_pixels.check(opened.home(PREPROCESSOR), is_openai(opened.config))
     sam = build_sam(opened.checkpoint, sam_prefix, opened.config.get("sam_mask_decoder_heads"))
     channels = sam.module.prompt_encoder.hidden_size
 
     def parts(width: int) -> list[Part[Any]]:
-        return [projector(width), sam, mlp(MASK_PROJECTION, width, width, channels, nn.ReLU())]
+        return [projector.part(width), sam, mlp(MASK_PROJECTION, width, width, channels, nn.ReLU())]
 
     decoder, filled, _, mask_projection = opened.fill(parts, ignore)
     return {
@@ -46,6 +46,6 @@ def sam_segmenter_parts(
         "projector": filled,
         "sam": sam.module,
         "mask_projection": mask_projection,
-        "clip_pixels": ClipPixels(tower_folder, tower),
+        "clip_pixels": clip_pixels,
         **opened.about(tower_folder),
     }

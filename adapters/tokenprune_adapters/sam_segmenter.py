@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import SamModel
 
+from tokenprune.stopwatch import stage
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip import ClipPixels
 from tokenprune_adapters.images import ImageInput, to_rgb
@@ -48,10 +49,14 @@ class SamSegmenter(Segmenter):
         """
         if isinstance(image, EncodedImage):
             return image
-        prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
-        tower = run_tower(self.tower, prepared.clip_pixels, self.select_layer)
-        sam_embedding = sam_masks.embed_image(self.sam, prepared.sam_pixels.to(tower.features))
-        return EncodedImage(prepared, tower, self.projector(tower.features), sam_embedding)
+        with stage("preprocess"):
+            prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
+        with stage("vision tower"):
+            tower = run_tower(self.tower, prepared.clip_pixels, self.select_layer)
+            image_embeddings = self.projector(tower.features)
+        with stage("mask encoder"):
+            sam_embedding = sam_masks.embed_image(self.sam, prepared.sam_pixels.to(tower.features))
+        return EncodedImage(prepared, tower, image_embeddings, sam_embedding)
 
     def picture(self, encoded: EncodedImage) -> Tensor:
         """What the tower sees."""

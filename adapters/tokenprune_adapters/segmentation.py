@@ -13,6 +13,9 @@ from tokenprune_adapters.llava_prompt import DecoderInputs
 from tokenprune_adapters.llava_vision import TowerReads, TowerRun
 from tokenprune_adapters.sam_masks import MaskSizes
 
+SHOWN = 3  # masks, texts and batch rows that printing a result tells of
+WIDTH = 80  # characters of a text that it shows
+
 
 class Prepared(Protocol):
     """An image in pixels, before any tower."""
@@ -112,7 +115,7 @@ class Answered:
     trace: Trace | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Segmentation:
     """Masks for the queries about one image: one per [SEG], in order of the queries. n masks, the image is W×H.
 
@@ -138,3 +141,30 @@ class Segmentation:
     query_index: list[int]
     trace: Trace | None = None
     row_index: list[int] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """How many masks of which size, the text, the tokens, and where they are: a few lines, no tensors."""
+        return "\n  ".join((f"{type(self).__name__}:", *self.lines()))
+
+    def lines(self) -> list[str]:
+        """What `print` shows, line by line."""
+        shares = ", ".join(f"{float(mask.float().mean()):.1%}" for mask in self.masks[:SHOWN])
+        covering = f", covering {shares}{', …' if len(self.masks) > SHOWN else ''} of the image" if shares else ""
+        rows = sorted(set(self.row_index)) or [0]
+        tokens = [] if self.trace is None else [f"row {row}: {self.trace.summary(row)}" for row in rows[:SHOWN]]
+        if len(rows) > SHOWN:
+            tokens += ["…"] * bool(tokens)
+        size = f"[{', '.join(map(str, self.masks.shape))}]"
+        return [
+            f".masks: bool {size}{covering}; .mask_logits as large, .low_res_logits {list(self.low_res_logits.shape)}",
+            f".text: {short(self.text)}",
+            *(f".trace: {line}" for line in tokens or ["None, no strategy ran"]),
+        ]
+
+
+def short(texts: str | list[str]) -> str:
+    """A text, or the first of several, each cut to what a line holds."""
+    if isinstance(texts, str):
+        return repr(texts if len(texts) <= WIDTH else f"{texts[: WIDTH - 1]}…")
+    more = ", …" if len(texts) > SHOWN else ""
+    return f"[{', '.join(short(text) for text in texts[:SHOWN])}{more}]"

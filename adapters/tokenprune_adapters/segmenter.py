@@ -16,6 +16,7 @@ from tokenprune.engine import PruningRun, VisionSource, prune
 from tokenprune.engine.declared import check_on
 from tokenprune.errors import OptionError
 from tokenprune.reads import Read
+from tokenprune.stopwatch import stage
 from tokenprune.trace import Trace
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip_space import ClipSpace
@@ -194,7 +195,7 @@ class Segmenter(Prompts, nn.Module):
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
         """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did."""
-        with self.pruned(inputs, strategy) as run:
+        with stage("prefill"), self.pruned(inputs, strategy) as run:
             states: Tensor = self.decoder.model(
                 inputs_embeds=inputs.sequence.inputs_embeds,
                 attention_mask=inputs.sequence.attention_mask,
@@ -207,7 +208,7 @@ class Segmenter(Prompts, nn.Module):
         self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
     ) -> tuple[Generated, Trace | None]:
         """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
-        with self.pruned(inputs, strategy) as run:
+        with stage("generation"), self.pruned(inputs, strategy) as run:
             generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
         return generated, None if run is None else run.trace
 
@@ -241,10 +242,12 @@ class Segmenter(Prompts, nn.Module):
 
     def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> Segmentation:
         """Masks from the states that were picked for them."""
-        low_res, scores = self.low_res_logits(answered.states, inputs.encoded)
-        logits = self.to_original_size(low_res, inputs.encoded)
+        with stage("mask decoder"):
+            low_res, scores = self.low_res_logits(answered.states, inputs.encoded)
+            logits = self.to_original_size(low_res, inputs.encoded)
+            masks = logits > 0
         return Segmentation(
-            masks=logits > 0,
+            masks=masks,
             mask_logits=logits,
             low_res_logits=low_res,
             iou_predictions=scores,

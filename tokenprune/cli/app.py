@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import compare, flops, inspect, listing, new, segment
+from tokenprune.cli import answer, compare, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import PluginGroup
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
@@ -47,6 +47,7 @@ def options(
 app.command("list")(listing.command)
 app.command("compare")(compare.command)
 app.command("segment")(segment.command)
+app.command("answer")(answer.command)
 app.command("inspect")(inspect.command)
 app.command("flops")(flops.command)
 app.add_typer(new.app, name="new")

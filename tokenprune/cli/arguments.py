@@ -20,3 +20,7 @@ VisionTower = Annotated[
 ]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")]
+Threads = Annotated[
+    Optional[int],
+    typer.Option(help="Processor threads; by default OMP_NUM_THREADS, else what a short probe finds faster."),
+]

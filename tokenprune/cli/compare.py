@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from tokenprune.cli.arguments import Device, Dtype, ModelName, VisionTower
+from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower
 from tokenprune.cli.listing import Format
 
 STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
@@ -17,7 +17,7 @@ STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
 def command(
     model: ModelName = "lisa-tiny",
-    dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     strategies: Annotated[
         str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")
@@ -40,13 +40,16 @@ def command(
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
     device: Device = None,
+    threads: Threads = None,
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
 ) -> None:
     """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.evaluation.contenders import budgets_of, contenders, split_list
+    from tokenprune.threads import checked, choose
 
     quiet_loading()
+    checked(threads, "--threads")
     chosen, budgets = split_list(strategies), budgets_of(_numbers(budget))
     contenders(chosen, budgets)  # bad names and options are told before anything is loaded
     if out is not None:
@@ -74,6 +77,7 @@ def command(
             records=overlays if out is not None else 0,
             progress=report,
             extra_metrics=added,
+            threads=choose(threads),
         )
     found = found.model_copy(update={"model": model})  # as it was asked for, not the folder's name
     if output is Format.json:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, VisionTower
+from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, Threads, VisionTower
 
 
 def command(
@@ -24,13 +24,14 @@ def command(
     strategy: StrategyName = "csp",
     option: OptionTexts = None,
     budget: Budget = None,
-    dataset: Annotated[str, typer.Option(help="Name of a data set.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
     index: Annotated[int, typer.Option(help="Number of the query in the split, from 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
     device: Device = None,
+    threads: Threads = None,
 ) -> None:
     """Draw one sample: kept, parked and merged tokens stage by stage, with the scores that they were chosen by."""
     from tokenprune import api
@@ -38,8 +39,10 @@ def command(
     from tokenprune.cli.options import parse_options
     from tokenprune.errors import InputError
     from tokenprune.report.files import check_target
+    from tokenprune.threads import checked, choose, using
 
     quiet_loading()
+    checked(threads, "--threads")
     chosen = api.strategy(strategy, budget, **parse_options(option or []))
     check_target(out)
     if image is not None and query is None:
@@ -50,10 +53,11 @@ def command(
 
     picked = sample(dataset, split, index, seed) if image is None else None
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
-    if picked is not None:
-        record = run_query(loaded, *picked, strategy=chosen)
-    else:
-        record = run_single(loaded, image, query or "", chosen)
+    with using(choose(threads)):
+        if picked is not None:
+            record = run_query(loaded, *picked, strategy=chosen)
+        else:
+            record = run_single(loaded, image, query or "", chosen)
     save(inspection_sheet(record), out)
     typer.echo(f"wrote {out}: {record.query!r}")
     typer.echo(token_summary(record.outcomes[0]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.protocol import SegmentationModel
+    from tokenprune.evaluation.protocol import AnsweringModel, SegmentationModel
 
 
 def quiet_loading() -> None:
@@ -25,13 +25,36 @@ def load_model(
         CheckpointError: it cannot be loaded.
         InputError: it is no segmentation model.
     """
-    from tokenprune import api
     from tokenprune.errors import InputError
     from tokenprune.evaluation.protocol import SegmentationModel
 
-    options = {"vision_tower": vision_tower, "dtype": dtype, "device": device}
-    model = api.load(source, **{name: value for name, value in options.items() if value is not None})
+    model = _loaded(source, vision_tower=vision_tower, dtype=dtype, device=device)
     if not isinstance(model, SegmentationModel):
         kind = type(model).__name__
         raise InputError(f"model {source!r} is a {kind}, which makes no masks; choose a segmentation model")
     return model
+
+
+def load_answering_model(source: str, *, dtype: str | None = None, device: str | None = None) -> AnsweringModel:
+    """A model that answers in words.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        InputError: it makes masks instead, or takes no image and words.
+    """
+    from tokenprune.errors import InputError
+    from tokenprune.evaluation.protocol import AnsweringModel, SegmentationModel
+
+    model = _loaded(source, dtype=dtype, device=device)
+    kind = type(model).__name__
+    if isinstance(model, SegmentationModel):  # whose `answer`, if it has one, is a step of `segment`
+        raise InputError(f"model {source!r} is a {kind}, which makes masks; use `tokenprune segment`")
+    if not isinstance(model, AnsweringModel):
+        raise InputError(f"model {source!r} is a {kind}, which has no answer(image, prompt); choose another model")
+    return model
+
+
+def _loaded(source: str, **options: object) -> Any:
+    from tokenprune import api
+
+    return api.load(source, **{name: value for name, value in options.items() if value is not None})

@@ -1,4 +1,4 @@
-"""`tokenprune new strategy` and `tokenprune new adapter`: a plugin package to begin with."""
+"""`tokenprune new strategy`, `new adapter` and `new dataset`: a plugin package to begin with."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ app = typer.Typer(no_args_is_help=True, help="Write a new plugin package that in
 WHAT = {
     "strategies": "src/{module}/strategy.py: options, stages, choose",
     "adapters": "src/{module}/adapter.py: which checkpoints, which decoder, where the image tokens stand",
+    "datasets": "src/{module}/dataset.py: where the files are, how queries are read",
 }
 THEN = {
     "strategies": "tokenprune compare --strategies csp,{name}",
     "adapters": "tokenprune list",
+    "datasets": "{environment}=path/to/files tokenprune compare --dataset {name} --limit 20",
 }
 
 
@@ -62,6 +64,18 @@ def adapter(
     _write("adapters", name, into, licence, author, description)
 
 
+@app.command("dataset")
+def dataset(
+    name: Name,
+    into: Into = Path("."),
+    licence: LicenceOption = Licence.apache,
+    author: Author = "",
+    description: Description = "",
+) -> None:
+    """Write a package with a small working data set, which reads images, queries and masks from a folder."""
+    _write("datasets", name, into, licence, author, description)
+
+
 def _write(kind: str, name: str, into: Path, licence: Licence, author: str, description: str) -> None:
     import shlex
 
@@ -78,6 +92,6 @@ def _write(kind: str, name: str, into: Path, licence: Licence, author: str, desc
         f"cd {shlex.quote(str(folder))}",
         'python -m pip install -e ".[test]"',
         "python -m pytest",
-        THEN[kind].format(name=names.name),
+        THEN[kind].format(name=names.name, environment=names.environment),
     ):
         typer.echo(f"  {step}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune import observers
 from tokenprune.base import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
-from tokenprune.engine.compiling import hooks_on, hooks_seen, not_compiled, told_by_name, uncompiled, whole_module
+from tokenprune.engine.compiling import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.context import PruningRun
 from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
@@ -21,6 +21,7 @@ from tokenprune.engine.marks import Marks
 from tokenprune.engine.queue import pruning_turn
 from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.vision import VisionSource
+from tokenprune.engine.wrapping import uncompiled, unwrapped, whole_module, whole_prompts
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
 __all__ = [
@@ -56,7 +57,8 @@ def prune(
 
     Args:
         model: a vision-language model that an installed adapter knows, which finds its image tokens itself; or, with
-            `image_tokens`, a transformers decoder or any model that has exactly one inside.
+            `image_tokens`, a transformers decoder or any model that has exactly one inside. Wrappers around it are
+            looked through (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines of transformers).
         strategy: what to prune; see `tokenprune.strategy`.
         image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input.
         query: the query row for attention scores where none is marked: "last" (the default) or bool [batch, sequence].
@@ -89,7 +91,7 @@ def prune(
         named.setdefault("mask_query", query)
     elif query not in (None, "last"):
         raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
-    model = uncompiled(model)
+    model = unwrapped(model)
     binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
@@ -99,6 +101,7 @@ def prune(
         whole = whole_module(model, decoder.module)
         hooks = hooks_on(whole)
         stack.enter_context(not_compiled(whole))
+        stack.enter_context(whole_prompts(whole))
         watch = stack.enter_context(binding.watch(reads))
         stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), watch.provide)

@@ -86,7 +86,7 @@ class PrunedCacheLayer(DynamicLayer):
         held = super().get_seq_length()
         return held + self.absent if held else 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows in another order (beam search)."""
         super().reorder_cache(beam_idx)
         self._take(beam_idx)
@@ -119,8 +119,7 @@ class PrunedCacheLayer(DynamicLayer):
                 "an empty cache"
             )
         if left < length:
-            held = left - self.absent
-            self.keys, self.values = self.keys[..., :held, :], self.values[..., :held, :]
+            super().crop(left - length)
 
     def _take(self, rows: Tensor) -> None:
         self.frame = self.frame.rows(rows)
@@ -164,7 +163,7 @@ def clear(cache: Cache) -> None:
     cache.__dict__.pop(_MARK, None)
     for number, own in enumerate(cache.layers):
         if isinstance(own, PrunedCacheLayer):
-            cache.layers[number] = DynamicLayer()  # type: ignore[no-untyped-call]
+            cache.layers[number] = DynamicLayer()
 
 
 def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:

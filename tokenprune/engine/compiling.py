@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -10,32 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from tokenprune.engine.shadow import REASON, being_compiled, shadowed
+from tokenprune.engine.wrapping import modules_of
 from tokenprune.errors import UnsupportedError
-
-
-def uncompiled(thing: Any) -> Any:
-    """The module inside what `torch.compile(module)` gives; anything else is given back itself."""
-    while _is_wrapper(thing):
-        thing = thing._orig_mod
-    return thing
-
-
-def _is_wrapper(thing: Any) -> bool:
-    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
-    return kind is not None and isinstance(thing, kind)
-
-
-def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules of a model but the wrappers of `torch.compile`, which answer as what they hold does."""
-    return (module for module in model.modules() if not _is_wrapper(module))
-
-
-def whole_module(model: Any, decoder: nn.Module) -> nn.Module:
-    """The outermost module of what a user hands over, which may be no module but hold one."""
-    held = (uncompiled(part) for part in (model, getattr(model, "model", None), decoder))
-    return next(part for part in held if isinstance(part, nn.Module))
 
 
 def not_compiled(model: nn.Module) -> AbstractContextManager[None]:
@@ -69,13 +47,16 @@ def told_by_name() -> Iterator[None]:
         ) from error
 
 
+_OURS = ("function _Shadow.__call__", "function _show ")  # in releases of PyTorch that tell no reason
+
+
 def _cure(message: str) -> str:
     if "fail_on_recompile" in message:
         return (
             "the stance 'fail_on_recompile' found; call it once inside the context under "
             "torch.compiler.set_stance('default') first, or use 'eager_on_recompile'"
         )
-    if REASON in message or "fullgraph=True found no compiled frames" in message:
+    if any(word in message for word in (REASON, *_OURS)) or "fullgraph=True found no compiled frames" in message:
         return "fullgraph=True (or torch.export) found; call torch.compile without it, which compiles the layers"
     return ""
 
@@ -89,20 +70,17 @@ def check_runs(hidden: Tensor) -> None:
     Raises:
         UnsupportedError: it names what was found.
     """
-    found = (
-        "torch.jit.trace"
-        if torch.jit.is_tracing()
-        else "torch.export"
-        if torch.compiler.is_compiling()
-        else "a tensor without values (on the device meta, or of FakeTensorMode)"
-        if hidden.is_meta or type(hidden) not in (Tensor, nn.Parameter) and "Fake" in type(hidden).__name__
-        else ""
-    )
-    if found:
-        raise UnsupportedError(
-            f"{found} found under tokenprune.prune(): image tokens are chosen by their values in every prefill, which "
-            "cannot be recorded; export the model outside the context, or use torch.compile"
-        )
+    found = {
+        "torch.jit.trace": torch._C._is_tracing(),
+        "torch.export": torch.compiler.is_compiling(),
+        "a tensor without values (of the device meta, or a FakeTensor)": hidden.is_meta or is_fake(hidden),
+    }
+    for name, is_so in found.items():
+        if is_so:
+            raise UnsupportedError(
+                f"{name} found under tokenprune.prune(): image tokens are chosen by their values in every prefill, "
+                "which cannot be recorded or left out; call the model itself, or do this outside the context"
+            )
 
 
 @contextmanager

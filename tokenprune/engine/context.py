@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from tokenprune.base import Shape, Strategy, declared_stages
@@ -30,6 +29,7 @@ from tokenprune.engine.compiling import check_runs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.marks import Marks
+from tokenprune.engine.positions import renumber_step
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.queue import model_turn
 from tokenprune.engine.shadow import compiled, shadowed
@@ -230,10 +230,10 @@ class PruningRun:
 
     def _check(self, call: _Call, prefill: Prefill, cache: Any) -> None:
         """Refuse a prefill with stages that cannot be pruned right."""
-        module: Any = self.decoder.module
-        if module.training and getattr(module, "gradient_checkpointing", False):
+        if self.decoder.checkpoints:
             raise UnsupportedError(
-                "gradient checkpointing runs layers twice and is not supported under tokenprune.prune(); switch it off"
+                f"strategy {self.strategy.name!r}: gradient checkpointing runs layers again in the backward pass, "
+                "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
             )
         if cache is not None:
             check_cache(cache)
@@ -300,10 +300,7 @@ class PruningRun:
         flash = "flash" in self.decoder.attention_name
         kwargs["attention_mask"] = own.frame.decode_mask(kwargs.get("attention_mask"), call.new, call.past, two_d=flash)
         if own.renumbered is not None:
-            steps = torch.arange(call.past, call.past + call.new, device=hidden.device)
-            ids = own.renumbered.to(hidden.device)[:, None] + steps
-            kwargs["position_embeddings"] = self.decoder.tables(number, hidden, ids)
-            kwargs["position_ids"] = ids
+            renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.past)
 
     def _refuse_attentions(self, call: _Call) -> None:
         config = self.decoder.module.config

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.engine.compiling import modules_of, uncompiled
+from tokenprune.engine.wrapping import modules_of, uncompiled
 from tokenprune.errors import UnsupportedError
 from tokenprune.fit import DECODER_READS
 from tokenprune.reads import PositionKernel, Read
@@ -30,9 +30,10 @@ class Decoder:
 
     def attention(self, layer: int) -> nn.Module:
         """The attention module of a layer. Raises UnsupportedError if the layer has none that can be read."""
-        for child in map(uncompiled, self.layers[layer].children()):
-            if hasattr(child, "config") and hasattr(child, "layer_idx"):
-                return child
+        for child in self.layers[layer].children():
+            attention: nn.Module = uncompiled(child)
+            if hasattr(attention, "config") and hasattr(attention, "layer_idx"):
+                return attention
         raise UnsupportedError(
             f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its "
             "attention cannot be read"
@@ -55,13 +56,29 @@ class Decoder:
         """Kinds of reads that the engine can answer of it."""
         return DECODER_READS - {PositionKernel} if self.multimodal_rope else DECODER_READS
 
-    def tables(self, layer: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer."""
+    def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer; `rotary` makes them instead."""
+        rotary = rotary or self.rotary
         types: Any = getattr(self.module.config, "layer_types", None)
-        typed = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        typed = "layer_type" in inspect.signature(rotary.forward).parameters
         extra = {"layer_type": types[layer]} if typed else {}
-        cos, sin = self.rotary(hidden, position_ids=ids, **extra)
+        cos, sin = rotary(hidden, position_ids=ids, **extra)
         return cos, sin
+
+    def check_mask(self, mask: Any) -> None:
+        """Refuse a mask that cannot be cut down. Raises UnsupportedError, naming the attention implementation."""
+        if mask is not None and not isinstance(mask, Tensor):
+            raise UnsupportedError(
+                f"attention implementation {self.attention_name!r} takes its masks as {type(mask).__name__}, which "
+                "cannot be cut down to the tokens left; load the model with attn_implementation='sdpa', or call "
+                "model.set_attn_implementation('sdpa')"
+            )
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether layers run again in the backward pass."""
+        parts = (self.module, *self.layers)
+        return any(part.training and getattr(part, "gradient_checkpointing", False) for part in parts)
 
     @property
     def attention_name(self) -> str:
@@ -99,7 +116,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
-    return Decoder(module, tuple(map(uncompiled, layers)), rotary)
+    return Decoder(module, tuple(map(uncompiled, layers)), uncompiled(rotary))
 
 
 def _near(model: nn.Module) -> str:

@@ -80,13 +80,14 @@ class Frame:
 
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
-        return self.once(table, self._gather_table)
+        return self.once(table, self.gather_table)
 
     def prefill_ids(self, ids: Tensor) -> Tensor:
         """Position ids [..., batch or 1, S] -> [..., batch, M]."""
-        return self.once(ids, lambda full: self._gather_table(full[..., None]).squeeze(-1))
+        return self.once(ids, lambda full: self.gather_table(full[..., None]).squeeze(-1))
 
-    def _gather_table(self, table: Tensor) -> Tensor:
+    def gather_table(self, table: Tensor) -> Tensor:
+        """The same, made anew at each call."""
         index = self.index.to(table.device)
         table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
         where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.base import Stage, Strategy
+from tokenprune.base import Strategy
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.frame import Frame
+from tokenprune.engine.positions import first_tables, moved_back, new_or_kept, new_tables, tables_of
 from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource, lined_up
-from tokenprune.errors import EngineError, InputError, UnsupportedError
+from tokenprune.errors import EngineError, InputError
 from tokenprune.layout import SequenceLayout
+from tokenprune.planning import PlannedStage
 from tokenprune.reads import (
     AttentionFrom,
     Embeddings,
     HiddenStates,
+    LayerKeys,
     PositionKernel,
     Read,
     TextEmbeddings,
+    TextKeys,
     TextStates,
 )
 from tokenprune.scheduler import Observer, TokenScheduler
@@ -36,7 +40,8 @@ class Prefill(TokenScheduler):
 
     Attributes:
         frames: per layer, the frame that it ran on; None = the full sequence.
-        lengths: per layer, int64 [batch], how many positions there were when they were counted anew; None = never.
+        lengths: per layer, int64 [batch], how many positions there were when they were counted anew, −1 in rows where
+            they were not; None = in no row.
         full: [batch, S, width], the last known state of every position; there only while a stage is entered.
     """
 
@@ -122,11 +127,14 @@ class Prefill(TokenScheduler):
         full = self.full
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
-    def settle(self, stage: Stage) -> None:
+    def settle(self, planned: PlannedStage) -> None:
         """Count positions anew where the stage says so; see `TokenScheduler.settle`."""
-        if self.policy(stage) == "renumber":
-            present = self._present()
-            self._ids, self._length = (present.long().cumsum(1) - 1).clamp(min=0), present.sum(1)
+        if self.policy(planned.stage) == "renumber":
+            present, rows = self._present(), planned.group.rows.to(self.layout.valid.device)
+            before = present.new_full((len(rows),), -1, dtype=torch.int64) if self._length is None else self._length
+            ids = (present.long().cumsum(1) - 1).clamp(min=0)
+            self._ids = torch.where(rows[:, None], ids, 0 if self._ids is None else self._ids)
+            self._length = torch.where(rows, present.sum(1), before)
 
     # the layers ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +146,8 @@ class Prefill(TokenScheduler):
             hidden: [batch, S, width] for layer 0, else what the layer before gave, on its frame.
             kwargs: the layer's keyword arguments, made for the full sequence.
         """
+        if self.planned:
+            self.decoder.check_mask(kwargs.get("attention_mask"))
         if layer == 0:
             self.full = hidden
             self._remember(TextEmbeddings)
@@ -157,8 +167,15 @@ class Prefill(TokenScheduler):
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
         self.frames.append(self._frame)
         self.lengths.append(self._length)
+        keys = [read for read in self.taps(layer) if isinstance(read, (LayerKeys, TextKeys))]
+        first = first_tables(tables_of(kwargs), self.layout.valid) if keys else None
         if self._frame is not None:
             self._shorten(layer, kwargs, hidden, self._frame)
+        if first is not None:  # attention goes by distances alone, a key does not: read it as that of the row alone
+            moved = moved_back(tables_of(kwargs), first, self._length)
+            seen = look_ahead(self.decoder, layer, hidden, {**kwargs, "position_embeddings": moved})
+            self._computed_ahead.append((hidden.shape[1], 0))
+            self.see(layer, seen, keys)
         rows = [read.query for read in self.taps(layer) if isinstance(read, AttentionFrom)]
         scored = sum(self.layout.query_rows(query).shape[1] for query in rows)
         self.account(layer, hidden.shape[1], scored, tuple(self._computed_ahead))
@@ -217,9 +234,9 @@ class Prefill(TokenScheduler):
         """Reads that `layer` has to answer: those of the stage that begins after it."""
         return [read for read in self.reads_before(layer + 1) if read.looks_back]
 
-    def see(self, layer: int, seen: Seen) -> None:
-        """Callback of the attention tap in `layer`: answer its reads."""
-        for read in self.taps(layer):
+    def see(self, layer: int, seen: Seen, reads: Sequence[Read] | None = None) -> None:
+        """Callback of the attention tap in `layer`: answer its reads, or these."""
+        for read in reads or [read for read in self.taps(layer) if read not in self._told]:
             try:
                 self._told[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
             except (InputError, EngineError) as error:
@@ -237,7 +254,7 @@ class Prefill(TokenScheduler):
             self._shorten(layer, kwargs, hidden, frame)
         if isinstance(read, PositionKernel):
             scaling = float(getattr(self.decoder.attention(layer), "scaling"))  # noqa: B009
-            return position_kernel(read, _tables(kwargs), scaling, self.layout, frame)
+            return position_kernel(read, tables_of(kwargs), scaling, self.layout, frame)
         seen = look_ahead(self.decoder, layer, hidden, kwargs)
         self._computed_ahead.append((hidden.shape[1], self.layout.query_rows(read.query).shape[1]))
         return from_layer(read, seen, self.layout, frame, self.state.active)
@@ -268,27 +285,19 @@ class Prefill(TokenScheduler):
 
     def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
-        ids = kwargs.get("position_ids")
-        if self._ids is not None:
-            ids = frame.prefill_ids(self._ids).to(hidden.device)
-            kwargs["position_embeddings"] = tuple(
-                frame.once(table, partial(self._renumbered, number, layer, hidden, ids))
-                for number, table in enumerate(_tables(kwargs))
-            )
-        else:
-            kwargs["position_embeddings"] = tuple(frame.prefill_table(t) for t in _tables(kwargs))
-            if ids is not None:
-                ids = frame.prefill_ids(ids)
-        kwargs["position_ids"] = ids
-
-    def _renumbered(self, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-        return self.decoder.tables(layer, hidden, ids)[number]
-
-
-def _tables(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    tables = kwargs.get("position_embeddings")
-    if not isinstance(tables, tuple) or not all(isinstance(table, Tensor) for table in tables):
-        raise UnsupportedError(
-            "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
+        tables, ids = tables_of(kwargs), kwargs.get("position_ids")
+        if self._ids is None or self._length is None:
+            kwargs["position_embeddings"] = tuple(frame.prefill_table(table) for table in tables)
+            kwargs["position_ids"] = None if ids is None else frame.prefill_ids(ids)
+            return
+        new = frame.prefill_ids(self._ids).to(hidden.device)
+        kwargs["position_embeddings"] = tuple(
+            frame.once(table, partial(self._renumbered, frame, number, layer, hidden, new))
+            for number, table in enumerate(tables)
         )
-    return tables
+        kwargs["position_ids"] = new if ids is None else new_or_kept(self._length, new, frame.prefill_ids(ids))
+
+    def _renumbered(self, frame: Frame, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+        assert self._length is not None
+        new = new_tables(self.decoder, layer, hidden, ids)[number]
+        return new_or_kept(self._length, new, frame.gather_table(table))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.engine.compiling import uncompiled
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.tap import Seen, tap
+from tokenprune.engine.wrapping import uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys

@@ -5,8 +5,8 @@ the order of their registration, so that what others see depends on who came fir
 in the instance's own dictionary is seen by compiled code, is innermost to all hooks, and is one function around the
 call.
 
-Code that runs under a shadow is not compiled: neither what looks on, nor what the looked-at method calls. What should be
-compiled all the same is called through `compiled`.
+Code that runs under a shadow is not compiled: neither what looks on, nor what the looked-at method calls. What should
+be compiled all the same is called through `compiled`.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _tapped_attention(
     return output
 
 
-@torch.compiler.disable(reason=REASON)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _show(
     module: nn.Module,
     tap: _Tap,
@@ -129,6 +129,7 @@ def _show(
     tap.show(seen)
 
 
+_show._torchdynamo_disable_msg = REASON
 AttentionInterface.register(_NAME, _tapped_attention)
 
 

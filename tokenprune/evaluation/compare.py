@@ -27,6 +27,7 @@ from tokenprune.evaluation.scenes import made, scenes_of
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.plugins import Entry
+from tokenprune.threads import ThreadChoice, checked, using
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,6 +46,7 @@ def compare(
     records: int = 4,
     extra_metrics: Sequence[str] | None = None,
     progress: Progress | None = None,
+    threads: int | ThreadChoice | None = None,
 ) -> Comparison:
     """Run every strategy on the same queries and report accuracy and cost side by side.
 
@@ -59,7 +61,7 @@ def compare(
 
     Args:
         model: a segmentation model, or what `tokenprune.load` takes.
-        dataset: a data set, or the name of one.
+        dataset: a data set, the name of one, or the place of its class, "my_module:MyData".
         strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`.
         budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
         split: of the data set.
@@ -70,11 +72,13 @@ def compare(
         records: samples to keep with masks and traces, for pictures.
         extra_metrics: names of metrics that plugins add; None = all that are installed.
         progress: called with (what is being done, steps done, steps in all).
+        threads: processor threads to compute with, set for the whole process until the comparison is done; None leaves
+            the number alone.
 
     Raises:
         UnknownNameError: no such data set, split, strategy or metric.
         PluginError: a metric or data set of a plugin failed, or a strategy misbehaves.
-        OptionError: a limit, seed or strategy option out of range.
+        OptionError: a limit, seed, number of threads or strategy option out of range.
         BudgetError: a budget outside (0, 1], or one that a strategy cannot meet.
         CheckpointError: the model cannot be loaded.
         IncompatibleError: a strategy reads what the model does not provide; told before any query runs where the model
@@ -83,6 +87,8 @@ def compare(
     budgets = budgets_of(budget)
     _check_number("timing_samples", timing_samples, 0)
     _check_number("timing_rounds", timing_rounds, 1)
+    if not isinstance(threads, ThreadChoice):
+        checked(threads)
     field_of = contenders(strategies, budgets)
     data = check_request(dataset, split, limit, seed)
     added = metrics_of(extra_metrics)
@@ -93,7 +99,7 @@ def compare(
             check_on(contender.strategy, loaded)
     run = _Run(loaded, field_of, timing_samples, records, added)
     report = progress or (lambda what, done, total: None)
-    with torch.no_grad():
+    with torch.no_grad(), using(threads) as chosen:
         for scene in scenes_of(data, split, limit, seed):
             run.evaluate(scene)
             report("accuracy", len(run.kinds), limit)
@@ -107,7 +113,7 @@ def compare(
         split=split,
         samples=len(run.kinds),
         budget=budgets[0] if len(budgets) == 1 else budgets,
-        environment={**environment.describe(loaded.decoder), "seed": seed, "timing_samples": len(run.timed)},
+        environment={**environment.describe(loaded.decoder, chosen), "seed": seed, "timing_samples": len(run.timed)},
         rows=[tally.row(kinds=run.kinds, sizes=run.sizes, untouched=run.untouched) for tally in run.tallies],
     )
     comparison._records.extend(run.records)

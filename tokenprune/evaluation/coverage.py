@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenprune.evaluation.metrics import Mask, foreground, ignored
+from tokenprune.masks import Mask, foreground
 from tokenprune.trace import Trace
 
 Box = tuple[float, float, float, float]
@@ -59,7 +59,7 @@ def cells_to_pixels(cells: NDArray[np.bool_], height: int, width: int, box: Box 
 
 def target_coverage(target: Mask, trace: Trace, row: int, box: Box | None = None) -> float | None:
     """Share of the target's area whose place a kept token of the last stage holds; None for an empty target."""
-    wanted = foreground(target) & ~ignored(target)
+    wanted = foreground(target)
     area = int(wanted.sum())
     if not area:
         return None

@@ -12,10 +12,17 @@ import torch
 import transformers
 
 import tokenprune
+from tokenprune.threads import ThreadChoice, present
 
 
-def describe(decoder: Any = None) -> dict[str, str | int]:
-    """Versions, machine, threads, and the decoder's device and dtype."""
+def describe(decoder: Any = None, threads: ThreadChoice | None = None) -> dict[str, str | int]:
+    """Versions, machine, threads, and the decoder's device and dtype.
+
+    Args:
+        decoder: the model's decoder.
+        threads: what was computed with, where it is not what the process has now.
+    """
+    threads = threads or present()
     found: dict[str, str | int] = {
         "tokenprune": tokenprune.__version__,
         "python": platform.python_version(),
@@ -25,7 +32,8 @@ def describe(decoder: Any = None) -> dict[str, str | int]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
+        "threads": threads.count,
+        "threads_chosen_by": threads.chosen_by,
     }
     parameter = next(iter(decoder.parameters()), None) if decoder is not None else None
     if parameter is not None:

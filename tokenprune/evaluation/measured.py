@@ -21,7 +21,7 @@ class Measured:
 
     Attributes:
         mask: the strategy's mask, bool [H, W].
-        target: what is asked for, [H, W]: bool, or integers where 0 is background and 255 is ignored.
+        target: what is asked for, [H, W]: bool, or integers as `tokenprune.masks` says.
         untouched: the mask of the model without pruning, bool [H, W].
         query: the words, their kind, and the target again.
         trace: of the batch that the query was in.

@@ -1,20 +1,16 @@
 """Mask metrics of referring and reasoning segmentation: gIoU, cIoU, mIoU by target size, agreement.
 
 gIoU and cIoU are those of the field (ReasonSeg, refCOCO): an empty union counts as 1.0, label 255 is ignored.
-Masks are numpy arrays [H, W]: bool, or integers where 0 is background, 255 is ignored and all else is foreground.
+Masks are numpy arrays [H, W]; what their values mean is said in `tokenprune.masks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tokenprune.errors import InputError
+from tokenprune.masks import Mask, foreground, ignored, predicted
 
-IGNORE = 255
 EPSILON = 1e-5  # in the denominator of every expression's IoU, as the field's evaluation code has it
 
 # COCO calls an object small below 32² pixels and large above 96²; turned into shares of a 640 × 480 image, so that they
@@ -23,33 +19,20 @@ SMALL_SHARE = 32**2 / (640 * 480)
 LARGE_SHARE = 96**2 / (640 * 480)
 SIZES = ("small", "medium", "large")
 
-Mask = NDArray[Any]
-
 
 def overlap(prediction: Mask, target: Mask) -> tuple[int, int]:
     """Pixels in the intersection and in the union, without those that the target marks as ignored.
 
     Raises:
-        InputError: two shapes.
+        InputError: two shapes, or values that mean nothing or two things (see `tokenprune.masks`).
     """
     if prediction.shape != target.shape:
         found = f"prediction {list(prediction.shape)}, target {list(target.shape)}"
         raise InputError(f"masks of two shapes: {found}; resize one of them")
-    predicted, wanted = foreground(prediction), foreground(target)
-    counted = ~ignored(prediction) & ~ignored(target)
-    both = predicted & wanted & counted
-    either = (predicted | wanted) & counted
+    inside, wanted, counted = predicted(prediction), foreground(target), ~ignored(target)
+    both = inside & wanted & counted
+    either = (inside | wanted) & counted
     return int(both.sum()), int(either.sum())
-
-
-def foreground(mask: Mask) -> NDArray[np.bool_]:
-    """bool [H, W]: neither background nor ignored."""
-    return mask if mask.dtype == np.bool_ else (mask != 0) & (mask != IGNORE)
-
-
-def ignored(mask: Mask) -> NDArray[np.bool_]:
-    """bool [H, W]: pixels that do not count."""
-    return np.zeros(mask.shape, dtype=np.bool_) if mask.dtype == np.bool_ else mask == IGNORE
 
 
 def expression_iou(intersection: int, union: int) -> float:
@@ -99,4 +82,4 @@ def miou_by(groups: Sequence[str | None], overlaps: Sequence[tuple[int, int]]) -
 
 def agreement(masks: Sequence[Mask], reference: Sequence[Mask]) -> float:
     """gIoU of a strategy's masks against the unpruned model's: 1.0 = the strategy changes no mask."""
-    return giou([overlap(mask, other) for mask, other in zip(masks, reference, strict=True)])
+    return giou([overlap(mask, predicted(other)) for mask, other in zip(masks, reference, strict=True)])

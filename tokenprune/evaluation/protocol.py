@@ -63,3 +63,29 @@ class SegmentationModel(Protocol):
 
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """The part of an image that the image tokens' grid divides: (top, left, bottom, right) in its own pixels."""
+
+
+class AnswerResult(Protocol):
+    """What `answer` returns; `row` is the answer's batch row in the trace."""
+
+    @property
+    def text(self) -> str:
+        """The words."""
+
+    @property
+    def trace(self) -> Trace | None:
+        """Of the prefill; None where no strategy ran."""
+
+    @property
+    def row(self) -> int:
+        """0 for a single prompt."""
+
+
+@runtime_checkable
+class AnsweringModel(Protocol):
+    """A model that answers in words about an image, as `tokenprune answer` needs it; it makes no masks."""
+
+    def answer(
+        self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64
+    ) -> AnswerResult:
+        """The answer to a prompt about an image. Raises InputError for what is no image, or an empty prompt."""

@@ -23,6 +23,8 @@ class Outcome:
         row: the sample's row in that batch.
         iou: against the target; None without one.
         budget: that it ran at; None without one.
+        milliseconds: what each stage of the model took, and all of it, as `stopwatch.recorded` tells; empty where it
+            was not measured.
     """
 
     label: str
@@ -31,6 +33,7 @@ class Outcome:
     row: int
     iou: float | None = None
     budget: float | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,21 +9,25 @@ import numpy as np
 from tokenprune import registry
 from tokenprune.blame import blamed
 from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.by_path import dataset_at
 from tokenprune.errors import PluginError
+from tokenprune.masks import target_problem
 
 
 def made(name: str) -> Dataset:
-    """The data set of that name.
+    """The data set of that name, or of the class at "module:Class" (see `tokenprune.datasets.by_path`).
 
     Raises:
         UnknownNameError: no such data set.
         PluginError: it cannot be imported or made.
     """
-    entry = registry.get("datasets", name)
-    data: Dataset = entry.call()
+    by_path = ":" in name and name not in registry.datasets()
+    entry = None if by_path else registry.get("datasets", name)
+    data: Dataset = dataset_at(name) if entry is None else entry.call()
     splits = getattr(data, "splits", None)
     if not isinstance(splits, (tuple, list)) or not all(isinstance(split, str) for split in splits):
-        raise entry.refusal(f"has splits {splits!r}, expected a tuple of names such as ('val',)")
+        problem = f"has splits {splits!r}, expected a tuple of names such as ('val',)"
+        raise PluginError(f"data set {name!r} {problem}") if entry is None else entry.refusal(problem)
     return data
 
 
@@ -82,7 +86,8 @@ def _query_problem(query: object, size: tuple[int, ...]) -> str:
     mask = query.mask
     if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "bui":
         return f"the mask of {query.text!r}, which is {_kind(mask)}, expected bool {list(size)}, the image's size"
-    return ""
+    problem = target_problem(mask)
+    return f"the mask of {query.text!r}, which {problem}" if problem else ""
 
 
 def _kind(value: object) -> str:

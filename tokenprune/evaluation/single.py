@@ -18,6 +18,8 @@ from tokenprune.evaluation.compare import check_request
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import scenes_of
+from tokenprune.images import to_rgb
+from tokenprune.stopwatch import recorded
 
 
 def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
@@ -50,32 +52,26 @@ def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: St
 
 
 def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None) -> SampleRecord:
-    """A user's own image (whatever the model takes) and query.
+    """A user's own image (see `tokenprune.images.to_rgb`) and query.
 
     Raises:
         InputError: no such file, not an image, an empty query.
     """
-    result = model.segment(image, [query], strategy)
+    with recorded() as milliseconds:
+        pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
+        result = model.segment(pixels, [query], strategy)
     mask = _first(result.masks)
-    pixels = _pixels(image)
     box = model.grid_box(*mask.shape)
     name = str(image) if isinstance(image, (str, Path)) else "image"
-    return SampleRecord(name, pixels, query, None, box, [Outcome(_label(strategy), mask, result.trace, 0)])
+    outcome = Outcome(_label(strategy), mask, result.trace, 0, milliseconds=milliseconds)
+    return SampleRecord(name, pixels, query, None, box, [outcome])
 
 
 def token_summary(outcome: Outcome) -> str:
     """What ran, in one line: image tokens per stage, and equivalent tokens."""
     if outcome.trace is None:
         return f"{outcome.label}: no pruning"
-    trace, row = outcome.trace, outcome.row
-    total = int(trace.exists[row].sum())
-    stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in trace.stages)
-    equivalent = trace.ledger.equivalent_tokens
-    share = trace.ledger.equivalent_tokens_ratio
-    return (
-        f"{outcome.label}: {total} image tokens, {stages or 'all in every layer'}; "
-        f"{equivalent:.1f} equivalent tokens ({share:.1%})"
-    )
+    return f"{outcome.label}: {outcome.trace.summary(outcome.row)}"
 
 
 def _label(strategy: Strategy | None) -> str:
@@ -86,14 +82,3 @@ def _label(strategy: Strategy | None) -> str:
 
 def _first(masks: torch.Tensor) -> NDArray[np.bool_]:
     return np.asarray(masks[0].detach().cpu().numpy(), dtype=np.bool_)
-
-
-def _pixels(image: Any) -> NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
-    if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    return np.asarray(image)

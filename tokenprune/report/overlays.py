@@ -86,7 +86,7 @@ def _stages(outcome: Outcome) -> list[StageTrace | None]:
     """The stages to draw; None stands for the untouched start where nothing was decided before layer 0 ran."""
     if outcome.trace is None:
         return []
-    found: list[StageTrace | None] = list(outcome.trace.stages)
+    found: list[StageTrace | None] = list(outcome.trace.stages_of(outcome.row))
     starts_full = not found or (found[0] is not None and found[0].layer > 0)
     return [None, *found] if starts_full else found
 

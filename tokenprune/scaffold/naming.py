@@ -14,6 +14,7 @@ from tokenprune.plugins import KINDS
 
 PREFIX = "tokenprune-"
 LONGEST = 40
+SUFFIX = {"strategies": "Strategy", "datasets": "Data"}  # of a class whose name would hide another
 GOOD = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -22,7 +23,7 @@ class Names:
     """The names of one new package.
 
     Attributes:
-        kind: "strategies" or "adapters".
+        kind: "strategies", "adapters" or "datasets".
         name: what users type, "my-method".
     """
 
@@ -31,7 +32,7 @@ class Names:
 
     @property
     def noun(self) -> str:
-        """What it is, "strategy" or "adapter"."""
+        """What it is: "strategy", "adapter" or "data set"."""
         return KINDS[self.kind].noun
 
     @property
@@ -50,6 +51,11 @@ class Names:
         return self.distribution.replace("-", "_")
 
     @property
+    def environment(self) -> str:
+        """The environment variable that says where a data set's files are: "MY_DATA_FOLDER"."""
+        return f"{self.identifier.upper()}_FOLDER"
+
+    @property
     def camel(self) -> str:
         """The name as a class is called: "MyMethod"."""
         return "".join(part[0].upper() + part[1:] for part in self.name.split("-"))
@@ -59,14 +65,14 @@ class Names:
         if self.kind == "adapters":
             return self.camel + "Adapter"
         used = keyword.iskeyword(self.camel) or hasattr(builtins, self.camel)
-        return self.camel + "Strategy" if used or re.search(rf"\b{self.camel}\b", source) else self.camel
+        return self.camel + SUFFIX[self.kind] if used or re.search(rf"\b{self.camel}\b", source) else self.camel
 
 
 def check_name(kind: str, name: str) -> Names:
     """The names of a new package, if `name` is good and free.
 
     Args:
-        kind: "strategies" or "adapters".
+        kind: "strategies", "adapters" or "datasets".
         name: what the user typed.
 
     Raises:

@@ -35,10 +35,33 @@ KIND = {
         "tests/test_@{identifier}.py": "adapter/test.py",
         "tests/tiny_@{identifier}.py": "adapter/tiny.py",
     },
+    "datasets": {
+        "README.md": "dataset/README.md",
+        "src/@{module}/plugin.py": "dataset/plugin.py",
+        "src/@{module}/dataset.py": "dataset/dataset.py",
+        "tests/test_@{identifier}.py": "dataset/test.py",
+    },
 }
-DESCRIPTION = {"strategies": "Visual-token pruning by {}", "adapters": "Visual-token pruning for {} models"}
-DEPENDENCIES = {"strategies": ["torch>=2.6", "pydantic>=2.11"], "adapters": ["torch>=2.6", "transformers>=5.0"]}
-TEST_DEPENDENCIES = {"strategies": ["hypothesis>=6.100", "pytest>=8.2"], "adapters": ["pytest>=8.2"]}
+MAIN = {
+    "strategies": "strategy/strategy.py.tmpl",
+    "adapters": "adapter/adapter.py.tmpl",
+    "datasets": "dataset/dataset.py.tmpl",
+}
+DESCRIPTION = {
+    "strategies": "Visual-token pruning by {}",
+    "adapters": "Visual-token pruning for {} models",
+    "datasets": "Images, queries and masks of {}, to compare visual-token pruning on",
+}
+DEPENDENCIES = {
+    "strategies": ["torch>=2.6", "pydantic>=2.11"],
+    "adapters": ["torch>=2.6", "transformers>=5.0"],
+    "datasets": ["numpy>=1.26", "pillow>=10.3"],
+}
+TEST_DEPENDENCIES = {
+    "strategies": ["hypothesis>=6.100", "pytest>=8.2"],
+    "adapters": ["pytest>=8.2"],
+    "datasets": ["pytest>=8.2"],
+}
 PLACE = re.compile(r"@\{([a-z_]+)\}")  # other "@" and "$", of decorators and workflows, stay as they are
 AUTHOR = re.compile(r"(?P<name>[^<>]*[^<>\s])\s*<(?P<email>[^<>\s]+@[^<>\s]+)>")
 LONGEST = 100  # characters of a description
@@ -74,7 +97,7 @@ class Project:
     def files(self) -> dict[str, str]:
         """Text of every file by its path in the package."""
         kind = self.names.kind
-        values = self._values(_read(KIND["strategies"]["src/@{module}/strategy.py"] + ".tmpl"))
+        values = self._values(_read(MAIN[kind]))
         found = {
             _filled(path, values): _filled(_read(f"{template}.tmpl"), values)
             for path, template in {**COMMON, **KIND[kind]}.items()
@@ -95,6 +118,7 @@ class Project:
             "distribution": names.distribution,
             "module": names.module,
             "class_name": names.class_name(source),
+            "environment": names.environment,
             "binding_name": f"{names.camel}Binding",
             "kind_title": f"The {names.noun}",
             "version": __version__,

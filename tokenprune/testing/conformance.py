@@ -33,7 +33,7 @@ from tokenprune.errors import BudgetError, IncompatibleError, OptionError, Plugi
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.verdict import Nonconforming, NotTested, raised, refuses_batch, report
+from tokenprune.testing.verdict import Nonconforming, NotTested, Tied, raised, report
 from tokenprune.testing.vision import made_up_vision
 
 Invariant = Callable[[Case, Strategy], None]
@@ -201,6 +201,9 @@ class StrategyConformance:
             strategy = self.made()
             try:
                 invariant(case, strategy)
+            except Tied as tie:
+                why.append(str(tie))
+                hypothesis.reject()  # another case is drawn for it
             except NotTested as reason:
                 why.append(str(reason))
             except (BudgetError, OptionError, IncompatibleError) as refusal:
@@ -209,9 +212,6 @@ class StrategyConformance:
             except Nonconforming as problem:
                 raise Nonconforming(f"{problem}\n{self._again(request, seed)}") from problem.__cause__
             except Exception as error:  # whatever a strategy raises is told with the case
-                if refuses_batch(error):
-                    why.append(str(error))
-                    hypothesis.reject()
                 failure = report(raised(error, strategy), strategy, case)
                 told = Nonconforming(f"{failure}\n{self._again(request, seed)}")
                 raise told from (None if "\nraised at\n" in str(failure) or isinstance(error, PluginError) else error)

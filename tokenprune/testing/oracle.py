@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.decisions import Keep, Merge
 from tokenprune.errors import InputError
 from tokenprune.layout import SequenceLayout
-from tokenprune.testing.scripts import Scripted
+from tokenprune.testing.scripts import Scripted, Step
 
 
 @torch.no_grad()
@@ -36,15 +36,17 @@ def masked_full_length(
     """
     hidden = embeds.clone()
     present = layout.valid.clone()
-    alive = {"active": layout.image_tokens.clone()}
+    alive = all_active(layout)
     renumbered: Tensor | None = None
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
             if step.layer == number:
-                hidden = apply_decision(step.decision, hidden, layout, alive)
+                hidden = apply_step(step, hidden, layout, alive)
                 present = (layout.valid & ~layout.image_tokens) | alive["active"]
                 if (step.positions or script.positions) == "renumber":
-                    renumbered = (present.long().cumsum(1) - 1).clamp(min=0)
+                    counted = (present.long().cumsum(1) - 1).clamp(min=0)
+                    before = position_ids if renumbered is None else renumbered
+                    renumbered = counted if step.rows is None else torch.where(step.rows[:, None], counted, before)
         ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
@@ -101,12 +103,12 @@ class _Masked:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if number == 0:
             self._present, self._after = self.layout.valid.clone(), None
-            self._alive = {"active": self.layout.image_tokens.clone()}
+            self._alive = all_active(self.layout)
         if self._after is not None:  # what the decoder adds between layers (DeepStack) is for active positions only
             hidden = torch.where(self._ran[..., None], hidden, self._after)
         for step in self.script.steps:
             if step.layer == number:
-                hidden = apply_decision(step.decision, hidden, self.layout, self._alive)
+                hidden = apply_step(step, hidden, self.layout, self._alive)
                 self._present = (self.layout.valid & ~self.layout.image_tokens) | self._alive["active"]
         self._before, self._ran = hidden, self._present
         kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), hidden)
@@ -153,10 +155,23 @@ def _mask(present: Tensor, window: int | None) -> Tensor:
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
-def apply_decision(decision: Decision, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+def all_active(layout: SequenceLayout) -> dict[str, Tensor]:
+    """Where `apply_step` begins: bool [batch, S] each, every image token active and none parked."""
+    return {"active": layout.image_tokens.clone(), "parked": torch.zeros_like(layout.image_tokens)}
+
+
+def apply_step(step: Step, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
+    """The states [batch, S, width] once a decision is taken; `alive`, what is active and parked, is changed in place.
+
+    Raises:
+        InputError: a position that cannot be chosen: restored though not parked, else not active.
+    """
+    decision = step.decision
     hidden = hidden.clone()
     before = hidden.clone()
     for row, numbers in enumerate(decision.index.tolist()):
+        if not step.is_for(row):
+            continue
         slots = layout.image_tokens[row].nonzero().flatten().tolist()
         chosen = [slots[n] for n in numbers if n >= 0]
         for k, slot in enumerate(chosen):
@@ -165,7 +180,17 @@ def apply_decision(decision: Decision, hidden: Tensor, layout: SequenceLayout, a
                 hidden[row, slot] = torch.stack(parts).sum(0)
             elif decision.values is not None:
                 hidden[row, slot] = decision.values[row, k]
+        active, parked = alive["active"][row], alive["parked"][row]
+        pool = active if isinstance(decision, (Keep, Merge)) else parked
+        if not bool(pool[chosen].all()):
+            raise InputError(f"the script chooses positions {chosen} of row {row}, which are not all there to choose")
         if isinstance(decision, (Keep, Merge)):
-            alive["active"][row] = False
-        alive["active"][row, chosen] = True
+            for number, slot in enumerate(slots):
+                given = isinstance(decision, Merge) and any(
+                    bool(decision.weights[row, k, number] != 0) for k in range(len(chosen))
+                )
+                if bool(active[slot]) and slot not in chosen and decision.rest == "park" and not given:
+                    parked[slot] = True
+            active[:] = False
+        active[chosen], parked[chosen] = True, False
     return hidden

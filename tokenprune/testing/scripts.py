@@ -16,11 +16,19 @@ from tokenprune.tokens import Tokens
 
 @dataclass(frozen=True)
 class Step:
-    """One scripted decision on entering `layer`, and the position policy from there on if it is another."""
+    """One scripted decision on entering `layer`, and the position policy from there on if it is another.
+
+    `rows`, bool [batch], are the batch rows that it is for where others are not decided on; for the oracle.
+    """
 
     layer: int
     decision: Decision
     positions: Positions | None = None
+    rows: Tensor | None = None
+
+    def is_for(self, row: int) -> bool:
+        """Whether it is about that batch row."""
+        return self.rows is None or bool(self.rows[row])
 
 
 class Scripted(Strategy):
@@ -101,7 +109,10 @@ def random_script(
         else:
             kept = active & chance(active.shape, share)
             if kind == 3 and merges:
-                decision = _random_merge(kept, active, draw)
+                rest = "park" if chance((1,), 0.5).item() else "drop"
+                decision = _random_merge(kept, active, draw, rest)
+                if rest == "park":
+                    parked = parked | (active & ~kept & (decision.weights == 0).all(1))
             else:
                 rest = "park" if kind == 1 else "drop"
                 decision = Keep.where(kept, rest=rest)
@@ -111,13 +122,13 @@ def random_script(
     return Scripted(steps, positions=positions)
 
 
-def _random_merge(kept: Tensor, active: Tensor, draw: torch.Generator) -> Merge:
+def _random_merge(kept: Tensor, active: Tensor, draw: torch.Generator, rest: str) -> Merge:
     index = Keep.where(kept).index
     weights = torch.rand(*index.shape, active.shape[1], generator=draw)
     weights = weights * (weights < 0.3) * active[:, None]
     own = torch.zeros_like(weights).scatter_(2, index.clamp(min=0)[..., None], 1.0)
     weights = (weights + own) / (weights + own).sum(2, keepdim=True)
-    return Merge(index, weights=weights.masked_fill((index < 0)[..., None], 0))
+    return Merge(index, weights=weights.masked_fill((index < 0)[..., None], 0), rest=rest)
 
 
 def _row(decision: Decision, row: int, count: int) -> Decision:
@@ -126,7 +137,8 @@ def _row(decision: Decision, row: int, count: int) -> Decision:
     index = index[:, :width]
     values = None if decision.values is None else decision.values[row : row + 1, :width]
     if isinstance(decision, Merge):
-        return Merge(index, values=values, weights=decision.weights[row : row + 1, :width, :count])
+        weights = decision.weights[row : row + 1, :width, :count]
+        return Merge(index, values=values, weights=weights, rest=decision.rest)
     if isinstance(decision, Restore):
         return Restore(index, values=values)
     assert isinstance(decision, Keep)

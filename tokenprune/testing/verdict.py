@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from tokenprune.base import Strategy
-from tokenprune.errors import PluginError, TokenPruneError
+from tokenprune.errors import TokenPruneError
 from tokenprune.testing.cases import Case
 from tokenprune.testing.shown import show_case, show_schedule
 from tokenprune.trace import Trace
@@ -52,10 +52,9 @@ def _home(strategy: Strategy | None) -> str:
     return str(Path(file).parent) if Path(file).name == "__init__.py" else file
 
 
-def refuses_batch(error: Exception) -> bool:
-    """Whether a strategy only refuses to run rows of such different sizes together, as it may."""
-    return isinstance(error, PluginError) and "run rows of such different sizes apart" in str(error)
-
-
 class NotTested(Exception):
     """The invariant says nothing about this strategy on this case, and why."""
+
+
+class Tied(NotTested):
+    """The strategy's choice hangs on a tie; another case may tell."""

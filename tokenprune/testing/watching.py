@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenprune.base import Positions, Shape, Stage, Strategy
 from tokenprune.decisions import Decision
 from tokenprune.engine import prune
+from tokenprune.engine.shadow import shadowed
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.scripts import Scripted, Step
@@ -36,6 +37,7 @@ class Log:
         entered: per layer, [batch, M, width]: the states that it was given.
         tables: per layer, [batch, M, C]: the rotary tables that it was given.
         left: per layer, [batch, M, width]: its output.
+        open: whether layers are still written down; not while decoding.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Log:
     entered: list[Tensor] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
+    open: bool = True
     _lent: list[tuple[str, weakref.ref[Tensor], Tensor]] = field(default_factory=list)
 
     def lend(self, name: str, value: Any) -> None:
@@ -110,7 +113,7 @@ class Watched(Strategy):
         decision = self.inner.choose(stage, tokens)
         self.log.look(f"in stage {stage.name!r}")
         policy: Positions = stage.positions or self.inner.positions
-        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy))
+        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy, tokens.exists.any(1)))
         return decision
 
     def __repr__(self) -> str:
@@ -160,12 +163,24 @@ def with_budget(strategy: Strategy, budget: float | None) -> Strategy:
 
 
 @torch.no_grad()
-def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
-    """The prefill of a case under a strategy, then `new` tokens decoded one by one on its cache."""
+def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: int | None = None) -> Run:
+    """The prefill of a case under a strategy, then `new` tokens decoded one by one on its cache.
+
+    Args:
+        case: what it runs on.
+        strategy: that chooses.
+        new: tokens to decode.
+        seed: of the run.
+        noise: seed of a rounding error on everything that the strategy may read; None = none.
+    """
     family, model = FAMILIES[case.family], model_of(case.family)
     made = MadeUp(case.rows, case.padding, new=new)
     prompt, length = MadeUp(case.rows, case.padding), made.length
     embeds, ids, mask = made.embeds(WIDTH), family.positions(made), made.mask
+    vision = made_up_vision(prompt, WIDTH)
+    if noise is not None:
+        embeds = rounded(embeds, noise)
+        vision = replace(vision, answers={kind: _rounding(give, noise) for kind, give in vision.answers.items()})
     log = Log()
     log.lend("inputs_embeds", embeds)
     log.lend("image_tokens", prompt.layout.image_tokens)
@@ -173,7 +188,7 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
     watched = Watched(with_budget(strategy, case.budget), log)
     stack = stack_of(model)
     with ExitStack() as undo:
-        undo.callback(_hook(stack, log, outputs=True))
+        undo.enter_context(_logged(stack, log))
         context = undo.enter_context(
             prune(
                 model,
@@ -181,21 +196,17 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
                 image_tokens=prompt.layout.image_tokens,
                 grid=prompt.grid,
                 image_number=prompt.number,
-                vision=made_up_vision(prompt, WIDTH),
+                vision=vision,
                 seed=seed,
             )
         )
-        unhook = _hook(stack, log, outputs=False)
-        try:
-            first = stack(
-                inputs_embeds=embeds[:, :length],
-                attention_mask=None if mask is None else mask[:, :length],
-                position_ids=ids[..., :length],
-                use_cache=new > 0,
-            )
-        finally:
-            unhook()
-        left = list(log.left)
+        first = stack(
+            inputs_embeds=embeds[:, :length],
+            attention_mask=None if mask is None else mask[:, :length],
+            position_ids=ids[..., :length],
+            use_cache=new > 0,
+        )
+        log.open = False
         decoded = [
             stack(
                 inputs_embeds=embeds[:, step : step + 1],
@@ -206,10 +217,27 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0) -> Run:
             ).last_hidden_state
             for step in range(length, length + new)
         ]
-    log.left = left
     log.look("at the end of the run")
     after = torch.cat(decoded, 1) if decoded else embeds[:, :0]
     return Run(prompt, first.last_hidden_state, context.trace, log, after, context)
+
+
+ROUNDING = 1e-5
+"""Relative size of a rounding error: above those of sums in another order, far below any difference that counts."""
+
+
+def rounded(value: Any, seed: int) -> Any:
+    """The same floats with a random error of rounding; other things, and parts of tuples, likewise as they are."""
+    if isinstance(value, tuple):
+        return tuple(rounded(part, seed) for part in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    draw = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+    return value * (1 + ROUNDING * draw)
+
+
+def _rounding(give: Callable[[Any], Any], seed: int) -> Callable[[Any], Any]:
+    return lambda read: rounded(give(read), seed)
 
 
 @torch.no_grad()
@@ -217,39 +245,33 @@ def baseline(case: Case) -> tuple[Tensor, Log]:
     """Final states [batch, S, width] of the untouched model, and what its layers were given."""
     made, log = MadeUp(case.rows, case.padding), Log()
     stack = stack_of(model_of(case.family))
-    unhook = _hook(stack, log, outputs=False)
-    try:
+    with _logged(stack, log):
         output = stack(
             inputs_embeds=made.embeds(WIDTH),
             attention_mask=made.mask,
             position_ids=FAMILIES[case.family].positions(made),
             use_cache=False,
         )
-    finally:
-        unhook()
     return output.last_hidden_state, log
 
 
-def _hook(stack: Any, log: Log, *, outputs: bool) -> Callable[[], None]:
-    """Write down what the layers give or are given; returns what takes the hooks off."""
+@contextmanager
+def _logged(stack: Any, log: Log) -> Iterator[None]:
+    """Write down what the layers themselves are given and give; inside of what pruning contexts do that open later."""
 
-    def given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not log.open:
+            return forward(*args, **kwargs)
         log.entered.append((args[0] if args else kwargs["hidden_states"]).clone())
         log.tables.append(joined(kwargs["position_embeddings"], len(log.entered[-1])))
-
-    def gave(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        output = forward(*args, **kwargs)
         log.left.append((output[0] if isinstance(output, tuple) else output).clone())
+        return output
 
-    handles = [
-        layer.register_forward_hook(gave) if outputs else layer.register_forward_pre_hook(given, with_kwargs=True)
-        for layer in stack.layers
-    ]
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+    with ExitStack() as undo:
+        for layer in stack.layers:
+            undo.enter_context(shadowed(layer, "forward", look))
+        yield
 
 
 def joined(tables: tuple[Tensor, Tensor], batch: int) -> Tensor:

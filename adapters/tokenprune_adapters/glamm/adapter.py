@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from tokenprune.errors import OptionError
 from tokenprune_adapters.glamm.model import GlammModel
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START
 from tokenprune_adapters.load_options import LoadOptions
-from tokenprune_adapters.loading import PROJECTOR, Opened, SegmenterAdapter, mlp
+from tokenprune_adapters.loading import Opened, SegmenterAdapter
 from tokenprune_adapters.sam_loading import sam_segmenter_parts
 
 SAM_PREFIX = "model.grounding_encoder."
@@ -47,12 +45,9 @@ class GlammAdapter(SegmenterAdapter):
 
     @classmethod
     def build(cls, opened: Opened[GlammOptions]) -> GlammModel:
-        """The model of an opened checkpoint, with its projector of two layers."""
+        """The model of an opened checkpoint."""
         tokenizer = opened.tokenizer([*GlammModel.seg_tokens, PHRASE_START, PHRASE_END])
-        hidden, reads = opened.checkpoint.shape(PROJECTOR + "0.weight", dims=2)
-        parts = sam_segmenter_parts(
-            opened, SAM_PREFIX, reads, lambda width: mlp(PROJECTOR, reads, hidden, width, nn.GELU()), _of_regions
-        )
+        parts = sam_segmenter_parts(opened, SAM_PREFIX, _of_regions)
         return GlammModel(
             tokenizer=tokenizer,
             template_seed=opened.options.template_seed,

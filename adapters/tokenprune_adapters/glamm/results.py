@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenprune_adapters.segmentation import Segmentation
+from tokenprune_adapters.segmentation import Segmentation, short
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GroundedSegmentation(Segmentation):
     """A segmentation whose masks may belong to phrases of the answer.
 
@@ -17,6 +17,10 @@ class GroundedSegmentation(Segmentation):
     """
 
     phrases: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """See `Segmentation.lines`."""
+        return [*super().lines(), f".phrases: {short(self.phrases)}"]
 
 
 def phrase_span(ids: Sequence[int], place: int, seg: int, start: int, end: int) -> tuple[int, int]:

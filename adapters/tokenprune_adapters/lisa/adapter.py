@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenprune_adapters.lisa.model import LisaModel
 from tokenprune_adapters.load_options import LoadOptions
-from tokenprune_adapters.loading import PROJECTOR, Opened, SegmenterAdapter, linear
+from tokenprune_adapters.loading import Opened, SegmenterAdapter
 from tokenprune_adapters.sam_loading import sam_segmenter_parts
 
 SAM_PREFIX = "model.visual_model."
@@ -18,8 +18,7 @@ class LisaAdapter(SegmenterAdapter):
 
     @classmethod
     def build(cls, opened: Opened[LoadOptions]) -> LisaModel:
-        """The model of an opened checkpoint, with its linear projector."""
+        """The model of an opened checkpoint, with its projector: linear, or that of LLaVA-1.5."""
         tokenizer = opened.tokenizer(LisaModel.seg_tokens)
-        reads = opened.checkpoint.shape(PROJECTOR + "weight", dims=2)[1]
-        parts = sam_segmenter_parts(opened, SAM_PREFIX, reads, lambda width: linear(PROJECTOR, reads, width))
+        parts = sam_segmenter_parts(opened, SAM_PREFIX)
         return LisaModel(tokenizer=tokenizer, **parts)

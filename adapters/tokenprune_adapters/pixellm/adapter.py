@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.checkpoint import Part
 from tokenprune_adapters.load_options import LoadOptions
-from tokenprune_adapters.loading import MASK_PROJECTION, PROJECTOR, Opened, SegmenterAdapter, mlp
+from tokenprune_adapters.loading import MASK_PROJECTION, Opened, SegmenterAdapter, mlp
 from tokenprune_adapters.pixellm.model import PixelLMModel
 from tokenprune_adapters.pixellm.pixel_decoder import NECK, build_pixel_decoder
 from tokenprune_adapters.pixellm.tower import EARLY_LAYER, resize_tower
@@ -42,8 +42,9 @@ class PixelLMAdapter(SegmenterAdapter):
         """
         tokenizer = opened.tokenizer(PixelLMModel.seg_tokens)
         square = int(opened.config.get("resize_vision_tower_size") or SQUARE)
-        hidden, reads = opened.checkpoint.shape(PROJECTOR + "0.weight", dims=2)
-        tower, tower_folder = _tower(opened, reads, square)
+        _refuse_other_settings(opened)
+        plan = opened.projector()
+        tower, tower_folder = _tower(opened, plan.reads, square)
         mask_hidden = opened.checkpoint.shape(MASK_PROJECTOR + "0.weight", dims=2)[0]
         mask_width = opened.checkpoint.shape(MASK_PROJECTOR + "2.weight", dims=2)[0]
         config: Any = tower.config
@@ -53,8 +54,8 @@ class PixelLMAdapter(SegmenterAdapter):
 
         def parts(width: int) -> list[Part[Any]]:
             return [
-                mlp(PROJECTOR, reads, hidden, width, nn.GELU()),
-                mlp(MASK_PROJECTOR, reads, mask_hidden, mask_width, nn.GELU()),
+                plan.part(width),
+                mlp(MASK_PROJECTOR, plan.reads, mask_hidden, mask_width, nn.GELU()),
                 pixel_part,
                 mlp(MASK_PROJECTION, width, width, channels, nn.ReLU()),
             ]
@@ -73,11 +74,21 @@ class PixelLMAdapter(SegmenterAdapter):
         )
 
 
+def _refuse_other_settings(opened: Opened[LoadOptions]) -> None:
+    """What the authors' code can be told to do otherwise, and is not done here."""
+    for name in ("resize_vision_tower", "pad_train_clip_images"):
+        if opened.config.get(name) is False:
+            raise CheckpointError(
+                f"{opened.folder}/config.json says {name} false; only PixelLMs that were trained with a resized "
+                "tower and padded pictures are supported"
+            )
+
+
 def _tower(opened: Opened[LoadOptions], reads: int, square: int) -> tuple[CLIPVisionModel, Path]:
     """The tower, resized in float32 and then converted, and its folder."""
     attention = opened.options.attn_implementation
     options = replace(opened.options, attn_implementation="sdpa" if attention and "flash" in attention else attention)
-    tower, folder = replace(opened, dtype=torch.float32, options=options).tower(reads)
+    tower, folder = replace(opened, dtype=torch.float32, options=options).tower(reads, resized=square)
     config: Any = tower.config
     if square % config.patch_size:
         raise CheckpointError(

@@ -23,7 +23,7 @@ def match_masks(mask_logits: Tensor, targets: Tensor) -> list[tuple[int, int]]:
         min(n, m) pairs (mask, target), ascending by mask. Whatever is left over has no partner.
 
     Raises:
-        InputError: shapes that do not fit, or logits that are not finite.
+        InputError: shapes that do not fit, logits that are not finite, or targets of other values than 0 and 1.
     """
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
 
@@ -34,6 +34,8 @@ def match_masks(mask_logits: Tensor, targets: Tensor) -> list[tuple[int, int]]:
         )
     if not bool(torch.isfinite(mask_logits).all()):
         raise InputError("mask_logits: some are NaN or infinite, expected finite numbers")
+    if not bool(((targets == 0) | (targets == 1)).all()):
+        raise InputError("targets: some values are neither 0 nor 1; give bool, such as targets == 255 or targets == 1")
     logits = mask_logits.flatten(1).float()
     wanted = targets.flatten(1).to(logits)
     cost = _cross_entropy(logits, wanted) + _dice(logits.sigmoid(), wanted)

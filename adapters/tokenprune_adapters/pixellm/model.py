@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.stopwatch import stage
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.llava_prompt import IMAGE_ID
@@ -63,16 +64,21 @@ class PixelLMModel(Segmenter):
         """
         if isinstance(image, EncodedImage):
             return image
-        prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
-        tower = run_pixel_tower(self.tower, prepared.pixels, prepared.sizes, self.select_layer)
-        levels = [self.mask_projector(features) for features in (tower.patches.features, tower.early_features)]
+        with stage("preprocess"):
+            prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
+        with stage("vision tower"):
+            tower = run_pixel_tower(self.tower, prepared.pixels, prepared.sizes, self.select_layer)
+            image_embeddings = self.projector(tower.grid_features)
+        with stage("mask encoder"):
+            levels = [self.mask_projector(features) for features in (tower.patches.features, tower.early_features)]
+            mask_features = self.pixel_decoder.features(levels)
         valid = tower.visible.cells.reshape(1, -1)
         return EncodedImage(
             prepared=prepared,
             tower=tower,
-            image_embeddings=self.projector(tower.grid_features),
+            image_embeddings=image_embeddings,
             image_valid=None if bool(valid.all()) else valid,
-            mask_features=self.pixel_decoder.features(levels),
+            mask_features=mask_features,
         )
 
     def picture(self, encoded: EncodedImage) -> Tensor:

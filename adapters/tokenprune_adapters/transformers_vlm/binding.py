@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.engine.binding import Binding, Watch
-from tokenprune.engine.compiling import uncompiled
 from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.wrapping import uncompiled
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.reads import (
     ClsAttention,

@@ -1,0 +1,158 @@
+"""Answers of a batch equal those that are asked one by one, for every family; what cannot be is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vlm_checkpoints import TOKENS, write_vlm
+from vlm_families import CURRENT
+
+import tokenprune as tp
+from tokenprune.errors import InputError, OptionError, UnsupportedError
+from tokenprune_adapters.transformers_vlm.model import Answer, VisionLanguageModel
+
+pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
+Models = Callable[[str], VisionLanguageModel]
+QUESTIONS = ["What is it?", "Is there anything to the left of the smaller one, and which colour has it?", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The loaded model of a family."""
+    root = tmp_path_factory.mktemp("vlm")
+    loaded: dict[str, VisionLanguageModel] = {}
+
+    def model(name: str) -> VisionLanguageModel:
+        if name not in loaded:
+            loaded[name] = tp.load(write_vlm(root / name, name))
+        return loaded[name]
+
+    return model
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+PICTURES = [picture(48, 64, 0), picture(64, 40, 1), picture(32, 32, 2)]
+STRATEGIES: dict[str, Any] = {
+    "untouched": lambda: None,
+    "fastv": lambda: tp.strategy("fastv", layer=1, keep=0.5),
+    "random": lambda: tp.strategy("random", budget=0.5),
+}
+
+
+def assert_alike(together: list[Answer], alone: list[Answer]) -> None:
+    """The same texts, and of each row the same tokens at every stage."""
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    for row, (one, other) in enumerate(zip(together, alone, strict=True)):
+        assert one.row == row
+        if other.trace is None:
+            assert one.trace is None
+            continue
+        assert one.trace is not None
+        kept = [[stage.kept[row] for stage in one.trace.stages], [stage.kept[0] for stage in other.trace.stages]]
+        assert kept[0] == kept[1]
+        assert one.trace.summary(row) == other.trace.summary(0)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_batch_answers_as_its_rows_alone(name: str, kind: str, models: Models) -> None:
+    model = models(name)
+    together = model.answer(PICTURES, QUESTIONS, strategy=STRATEGIES[kind](), max_new_tokens=8)
+    alone = [
+        model.answer(image, question, strategy=STRATEGIES[kind](), max_new_tokens=8)
+        for image, question in zip(PICTURES, QUESTIONS, strict=True)
+    ]
+    assert_alike(together, alone)
+    assert any(answer.text for answer in alone)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_rows_of_one_image_and_of_several(name: str, models: Models) -> None:
+    model = models(name)
+    images = [PICTURES[0], [PICTURES[1], PICTURES[2]], PICTURES[2]]
+    together = model.answer(images, QUESTIONS, strategy=STRATEGIES["fastv"](), max_new_tokens=4)
+    alone = [
+        model.answer(image, question, strategy=STRATEGIES["fastv"](), max_new_tokens=4)
+        for image, question in zip(images, QUESTIONS, strict=True)
+    ]
+    assert_alike(together, alone)
+
+
+def test_what_stands_for_all(models: Models) -> None:
+    model = models("llava")
+    one_question = model.answer(PICTURES, QUESTIONS[:1], max_new_tokens=8)
+    assert_alike(one_question, [model.answer(image, QUESTIONS[0], max_new_tokens=8) for image in PICTURES])
+    one_image = model.answer(PICTURES[0], QUESTIONS, max_new_tokens=8)
+    assert_alike(one_image, [model.answer(PICTURES[0], question, max_new_tokens=8) for question in QUESTIONS])
+    assert len({answer.text for answer in one_image}) == 3
+    single = model.answer([PICTURES[0]], QUESTIONS[:1], max_new_tokens=8)
+    assert_alike(single, [model.answer(PICTURES[0], QUESTIONS[0], max_new_tokens=8)])
+    assert isinstance(model.answer(PICTURES[:2], QUESTIONS[0], max_new_tokens=1), Answer)  # one prompt about two images
+
+
+def test_rows_that_end_early(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills up a finished row is not part of its answer, whatever token it is."""
+    model = models("llava")
+    pairs = list(zip(PICTURES, QUESTIONS, strict=True))
+    alone = [model.answer(image, question, max_new_tokens=12).text for image, question in pairs]
+    ends = {character: [text.find(character) + 1 or len(text) for text in alone] for character in "".join(alone)}
+    character = max(ends, key=lambda one: len({*ends[one]}))  # rows end at different times
+    assert min(ends[character]) < max(ends[character])
+    token = model.processor.tokenizer.convert_tokens_to_ids(character)
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [token])
+    monkeypatch.setattr(model.model.generation_config, "pad_token_id", token + 1)  # an ordinary character
+    found = [answer.text for answer in model.answer(PICTURES, QUESTIONS, max_new_tokens=12)]
+    assert found == [text[:end] for text, end in zip(alone, ends[character], strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "message"),
+    [
+        (PICTURES, QUESTIONS[:2], "3 images and 2 prompts found"),
+        (PICTURES[:2], QUESTIONS, "2 images and 3 prompts found"),
+        ([], QUESTIONS, "0 images and 3 prompts found"),
+        ([], QUESTIONS[:1], "0 images and 1 prompts found"),
+        (PICTURES, [], "3 images and 0 prompts found"),
+        (PICTURES, ["What?", "  ", "Why?"], "expected words about the image"),
+        (PICTURES, ["What?", None, "Why?"], "prompt None found"),
+        ([PICTURES[0], [], PICTURES[1]], QUESTIONS, "an empty list of images"),
+        ([PICTURES[0], 7, PICTURES[1]], QUESTIONS, "image is a int"),
+        (PICTURES[:2], ["<s><image>What?", "<image>What?"], "prompt 0 begins with <s>, others do not"),
+    ],
+)
+def test_bad_batches(images: Any, prompts: Any, message: str, models: Models) -> None:
+    with pytest.raises(InputError, match=message):
+        models("llava").answer(images, prompts)
+
+
+def test_no_new_tokens(models: Models) -> None:
+    with pytest.raises(OptionError, match="max_new_tokens=0 found"):
+        models("llava").answer(PICTURES, QUESTIONS, max_new_tokens=0)
+
+
+def test_a_tokenizer_that_cannot_pad(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models("llava")
+    tokenizer = model.processor.tokenizer
+    padless = SimpleNamespace(
+        tokenizer=SimpleNamespace(pad_token=None, bos_token=tokenizer.bos_token), image_token="<image>"
+    )
+    monkeypatch.setitem(vars(model), "processor", padless)
+    with pytest.raises(UnsupportedError, match=r"no padding token; ask one by one, or set model\.processor"):
+        model.answer(PICTURES, QUESTIONS)
+
+
+def test_printed_answers(models: Models) -> None:
+    found = models("llava").answer(PICTURES[:2], QUESTIONS[:2], strategy=STRATEGIES["fastv"](), max_new_tokens=2)
+    lines = str(found[1]).splitlines()
+    assert lines[:2] == ["Answer:", f"  .text: {found[1].text!r}"]
+    assert lines[2] == "  .trace: row 1: 16 image tokens, 8 from layer 1; 10.0 equivalent tokens (62.5%)"
+    assert len(lines) == 3

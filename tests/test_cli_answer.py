@@ -1,0 +1,107 @@
+"""`tokenprune answer` through its entry point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_fixtures import Runner, assert_one_line, run
+from PIL import Image
+from vlm_checkpoints import write_vlm
+from vlm_families import CURRENT
+
+import tokenprune as tp
+from tokenprune import threads
+
+__all__ = ["run"]
+pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
+FASTV = ("--strategy", "fastv", "--budget", 0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA checkpoint."""
+    return write_vlm(tmp_path_factory.mktemp("vlm") / "llava", "llava")
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """A folder of two pictures."""
+    (tmp_path / "album").mkdir()
+    for seed, name in enumerate(("first", "second")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "album" / f"{name}.png")
+    return tmp_path / "album"
+
+
+def test_the_answer_is_that_of_python(run: Runner, folder: Path, album: Path) -> None:
+    image = album / "first.png"
+    ran = run("answer", image, "What is it?", "--model", folder, *FASTV, "--max-new-tokens", 6)
+    assert ran.code == 0, ran.err
+    said = tp.load(folder).answer(image, "What is it?", tp.strategy("fastv", budget=0.5), max_new_tokens=6)
+    assert ran.out == said.text + "\n"
+    tokens, times = ran.err.strip().splitlines()[-2:]
+    assert tokens == f"fastv at 0.5: {said.trace.summary()}"
+    assert times.startswith("preprocess ")
+    assert " ms, generation " in times
+
+
+def test_a_folder_of_images(run: Runner, folder: Path, album: Path) -> None:
+    (album / "third.png").write_text("no picture")
+    ran = run("answer", album, "What is it?", "--model", folder, "--max-new-tokens", 6)
+    assert ran.code == 1
+    model = tp.load(folder)
+    paths = (album / "first.png", album / "second.png")
+    assert ran.out == "".join(f"{path}: {model.answer(path, 'What is it?', max_new_tokens=6).text}\n" for path in paths)
+    problems = [line for line in ran.err.splitlines() if line.startswith("error: ")]
+    assert len(problems) == 2
+    assert "third.png" in problems[0]
+    assert problems[1] == "error: 1 of 3 images could not be used"
+
+
+def test_threads(run: Runner, folder: Path, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(threads, "choose", lambda count: asked.append(count) or threads.ThreadChoice(1, "test"))
+    before = torch.get_num_threads()
+    ran = run("answer", album / "first.png", "What?", "--model", folder, "--threads", 1, "--max-new-tokens", 1)
+    assert ran.code == 0, ran.err
+    assert asked == [1]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("{album}/none.png", "What?"), ("none.png", "no such file")),
+        (("{album}/first.png", "  "), ("question is empty",)),
+        (("{album}/first.png", "What?", "--max-new-tokens", "0"), ("--max-new-tokens: 0", "at least 1")),
+        (("{album}/first.png", "What?", "--threads", "0"), ("--threads: 0",)),
+        (("{album}/first.png", "What?", "--strategy", "fastvv"), ("did you mean 'fastv'",)),
+        (("{album}/first.png", "What?", "--budget", "7"), ("budget 7",)),
+        (("{album}/first.png", "What?", "--model", "lisa-tiny"), ("lisa-tiny", "makes masks", "tokenprune segment")),
+        (("{album}/first.png", "What?", "--model", "fake"), ("fake", "makes masks")),
+        (("{album}/first.png", "What?", "--device", "gpu7"), ("gpu7",)),
+        (("{album}/*.jpg", "What?"), ("matches no file",)),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    run: Runner, folder: Path, album: Path, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    filled = [part.format(album=album) for part in arguments]
+    defaults = {"--model": folder, "--strategy": "fastv"}
+    rest = [part for name, value in defaults.items() if name not in filled for part in (name, value)]
+    assert_one_line(run("answer", *filled, *rest), *parts)
+
+
+def test_a_model_that_takes_no_words(run: Runner, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.api.load", lambda source, **options: torch.nn.Linear(1, 1))
+    ran = run("answer", album / "first.png", "What?", "--model", "mine")
+    assert_one_line(ran, "model 'mine' is a Linear, which has no answer(image, prompt)")
+
+
+def test_the_model_has_to_be_named(run: Runner, album: Path) -> None:
+    ran = run("answer", album / "first.png", "What?")
+    assert ran.code == 2
+    assert "--model" in ran.err

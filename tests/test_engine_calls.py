@@ -1,0 +1,182 @@
+"""The ways in which a decoder is called: states and attentions asked for, packed prompts, hooks of others, copies."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine_oracle import LAYERS, WIDTH, random_layout
+
+from tokenprune.decisions import Keep
+from tokenprune.engine import prune
+from tokenprune.errors import UnsupportedError
+from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.oracle import masked
+from tokenprune.testing.scripts import Scripted, Step, random_script
+
+IDS = torch.arange(1, 25).reshape(2, 12)  # without 0, which generate() takes for padding
+IMAGE = torch.zeros(2, 12, dtype=torch.bool)
+IMAGE[:, 2:8] = True
+HALF = Keep.where(torch.tensor([[True, False, True, False, True, False]] * 2))
+ALL = Keep.where(torch.ones(2, 6, dtype=torch.bool))
+
+
+@pytest.fixture
+def model():
+    return tiny_llama(LAYERS)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.sampled_from(["none", "left", "right"]), st.booleans())
+def test_hidden_states_equal_the_oracles_whatever_was_called_before(seed, padding, before):
+    """transformers puts its hooks on when states are first asked for, so before or behind the engine."""
+    model = tiny_llama(LAYERS)
+    layout, ids = random_layout(seed, 2, padding)
+    embeds = torch.randn(*layout.valid.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
+    script = random_script(layout.slots >= 0, LAYERS, WIDTH, seed)
+    inputs = {"inputs_embeds": embeds, "attention_mask": layout.valid.long(), "position_ids": ids, "use_cache": False}
+    with torch.no_grad():
+        with masked(model.model, layout, script):
+            expected = copy.deepcopy(model.model)(**inputs, output_hidden_states=True).hidden_states
+        if before:
+            model.model(**inputs, output_hidden_states=True)
+        with prune(model, script, image_tokens=layout.image_tokens):
+            plain = model.model(**inputs).last_hidden_state
+            got = model.model(**inputs, output_hidden_states=True)
+    assert len(got.hidden_states) == LAYERS + 1
+    assert torch.equal(got.hidden_states[0], embeds)  # what came in, before any stage
+    for mine, oracles in zip(got.hidden_states[1:], expected[1:], strict=True):
+        assert mine.shape == oracles.shape
+        assert (mine - oracles)[layout.valid].abs().max() < 2e-5
+    assert (got.last_hidden_state - plain)[layout.valid].abs().max() < 1e-6
+
+
+def test_a_keep_all_schedule_gives_the_untouched_models_states_and_attentions():
+    model = tiny_llama(LAYERS, attention="eager")
+    asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
+    with torch.no_grad():
+        expected = model(IDS, **asked)
+        with prune(model, Scripted([Step(0, ALL), Step(1, ALL)]), image_tokens=IMAGE):
+            got = model(IDS, **asked)
+    for name in ("hidden_states", "attentions"):
+        for mine, untouched in zip(got[name], expected[name], strict=True):
+            assert torch.equal(mine, untouched)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_attentions_of_pruned_layers_are_refused(configured):
+    model = tiny_llama(LAYERS, attention="eager")
+    model.config.output_attentions = configured
+    asked = {} if configured else {"output_attentions": True}
+    with torch.no_grad(), prune(model, Scripted([Step(1, HALF)]), image_tokens=IMAGE):
+        with pytest.raises(UnsupportedError, match="output_attentions=True is not supported"):
+            model(IDS, **asked)
+        cache = model(IDS, use_cache=True, output_attentions=False).past_key_values
+        with pytest.raises(UnsupportedError, match="output_attentions=True is not supported"):
+            model(IDS[:, :1], past_key_values=cache, **asked)
+
+
+def test_hooks_of_others_see_full_length_states_and_may_change_them(model):
+    seen = []
+
+    def double(module, args, output):
+        seen.append(output.shape[1])
+        return output * 2
+
+    layer = model.model.layers[2]
+    script = Scripted([Step(1, HALF)])
+    layout = None
+    with torch.no_grad():
+        with prune(model, script, image_tokens=IMAGE) as run:
+            hook = layer.register_forward_hook(double)
+            got = model.model(IDS).last_hidden_state
+            hook.remove()
+            layout = run.trace.layout
+        reference = copy.deepcopy(model)
+        with masked(reference.model, layout, script):
+            reference.model.layers[2].register_forward_hook(double)
+            expected = reference.model(IDS, use_cache=False).last_hidden_state
+    assert seen == [12, 12]
+    present = layout.valid & ~layout.image_tokens
+    assert (got - expected)[present].abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3], [3, 4, 5, 6, 7, 8, 9, 10, 0, 1, 2, 3]])
+def test_packed_prompts_are_refused_by_name(model, positions):
+    ids, image = IDS[:1], IMAGE[:1]
+    packed = torch.tensor([positions])
+    half = Keep(HALF.index[:1])
+    with torch.no_grad():
+        with (
+            prune(model, Scripted([Step(1, half)]), image_tokens=image),
+            pytest.raises(UnsupportedError, match="several prompts packed into one row"),
+        ):
+            model(ids, position_ids=packed)
+        with prune(model, Scripted([]), image_tokens=image):  # nothing is pruned, so nothing can go wrong
+            assert torch.equal(model(ids, position_ids=packed).logits, model(ids, position_ids=packed).logits)
+
+
+def test_positions_with_gaps_and_left_padding_are_no_packing(model):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :2] = 0
+    ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1) * 3
+    with torch.no_grad(), prune(model, Scripted([Step(1, HALF)]), image_tokens=IMAGE) as run:
+        model(IDS, attention_mask=mask, position_ids=ids)
+    assert run.trace.active(1).sum(1).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: model.__reduce_ex__(2) and copy.copy(model.layers)])
+def test_a_model_is_not_copied_under_a_context(model, how):
+    with (
+        prune(model, Scripted([Step(1, HALF)]), image_tokens=IMAGE),
+        pytest.raises(UnsupportedError, match="cannot be copied or pickled while it is under"),
+    ):
+        copy.deepcopy(how(model.model))
+    copy.deepcopy(model)
+
+
+def test_a_layer_called_by_itself_is_the_layer(model):
+    states = torch.randn(1, 5, WIDTH)
+    tables = model.model.rotary_emb(states, torch.arange(5)[None])
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        expected = layer(states, position_embeddings=tables)
+        with prune(model, Scripted([Step(1, HALF)]), image_tokens=IMAGE):
+            assert torch.equal(layer(states, position_embeddings=tables), expected)
+
+
+def test_guidance_runs_a_second_stream_beside_the_prompt(model):
+    """An unconditional prompt as long as the marked one: each stream keeps its own cache and positions."""
+    other = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+    script = Scripted([Step(1, HALF)], positions="renumber")
+    scale, tokens = 2.0, []
+    with torch.no_grad(), prune(model, script, image_tokens=IMAGE):
+        ids, negative = IDS.clone(), other.clone()
+        for _ in range(5):  # by recomputation, each stream in forwards of its own
+            guided = [model(x, use_cache=False).logits[:, -1].log_softmax(-1) for x in (ids, negative)]
+            token = (scale * (guided[0] - guided[1]) + guided[1]).argmax(-1, keepdim=True)
+            tokens.append(token)
+            ids, negative = torch.cat((ids, token), 1), torch.cat((negative, token), 1)
+        got = model.generate(
+            IDS,
+            guidance_scale=scale,
+            negative_prompt_ids=other,
+            negative_prompt_attention_mask=torch.ones_like(other),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    assert torch.equal(got[:, 12:], torch.cat(tokens, 1))
+
+
+def test_the_trace_is_the_latest_one_with_image_tokens(model):
+    with torch.no_grad(), prune(model, Scripted([Step(1, HALF)]), image_tokens=IMAGE) as run:
+        model(IDS)
+        first = run.trace
+        model(IDS.flip(0))
+        assert run.trace is not first
+    assert run.trace.stages

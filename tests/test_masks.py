@@ -1,0 +1,142 @@
+"""What the values of masks mean, wherever a target or a prediction is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_segmentation import FakeData, FakeModel
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from tokenprune.datasets.base import Scene
+from tokenprune.errors import InputError, PluginError
+from tokenprune.evaluation import metrics
+from tokenprune.evaluation.compare import compare
+from tokenprune.evaluation.single import run_query
+from tokenprune.masks import foreground, ignored, predicted
+from tokenprune.report.panels import with_mask
+from tokenprune_adapters.pixellm import match_masks
+
+SHAPE = (4, 6)
+BOOLS = hnp.arrays(bool, SHAPE)
+TYPES = st.sampled_from([np.uint8, np.int16, np.int64, np.float32])
+TARGETS = hnp.arrays(np.uint8, SHAPE, elements=st.sampled_from([0, 1, 255]))
+
+
+@given(BOOLS, TARGETS, TYPES)
+def test_one_is_foreground_and_255_beside_it_does_not_count(mask: Any, target: Any, dtype: Any) -> None:
+    assume((target == 1).any())
+    inside = outside = 0
+    for found, wanted in zip(mask.flat, target.flat, strict=True):
+        if wanted != 255:
+            inside += bool(found) and wanted == 1
+            outside += bool(found) or wanted == 1
+    assert metrics.overlap(mask, target.astype(dtype)) == (inside, outside)
+    assert foreground(target.astype(dtype)).tolist() == [[value == 1 for value in row] for row in target.tolist()]
+    assert ignored(target).tolist() == [[value == 255 for value in row] for row in target.tolist()]
+
+
+@given(BOOLS, BOOLS, TYPES, st.sampled_from([1, 255]))
+def test_predictions_of_0_and_255_are_those_of_bool(mask: Any, target: Any, dtype: Any, white: int) -> None:
+    stored = np.where(mask, white, 0).astype(dtype)
+    assert metrics.overlap(stored, target) == metrics.overlap(mask, target)
+    assert metrics.agreement([stored], [stored]) == metrics.agreement([mask], [mask])
+    assert predicted(stored).tolist() == mask.tolist()
+
+
+def mask_of(*values: float, dtype: Any = np.int64) -> NDArray[Any]:
+    return np.resize(np.array(values, dtype), SHAPE)
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (mask_of(0, 255), "255 and no 1, .*give bool: mask == 255"),
+    (mask_of(255), "255 and no 1, .*give bool: mask == 255"),
+    (mask_of(0, 1, -1), "has the values -1, expected bool, or 0 for background"),
+    (mask_of(0, 1, 2), "has the values 2, .*such as labels == 2"),
+    (mask_of(0, 3, 4, 5, 6), "has the values 3, 4, 5, …,"),
+    (mask_of(0, 1, 0.5, dtype=float), "has the values 0.5,"),
+    (mask_of(0, np.nan, dtype=float), "has the values nan,"),
+    (mask_of(0, 1, dtype=complex), "is of type complex128,"),
+    (torch.zeros(SHAPE), "is a Tensor, expected a numpy array"),
+    (None, "is a NoneType, expected a numpy array"),
+]
+
+
+@pytest.mark.parametrize(("target", "message"), REFUSED)
+def test_targets_that_mean_nothing_or_two_things_are_refused_everywhere(target: Any, message: str) -> None:
+    calls: list[Callable[[], Any]] = [lambda: foreground(target), lambda: ignored(target)]
+    if isinstance(target, np.ndarray):
+        picture = np.zeros((*SHAPE, 3), np.uint8)
+        calls += [
+            lambda: metrics.overlap(np.zeros(SHAPE, bool), target),
+            lambda: metrics.size_of(target),
+            lambda: with_mask(picture, target),
+        ]
+    for call in calls:
+        with pytest.raises(InputError, match=f"a target mask .*{message}") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "mask", [mask_of(0, 1, 255), mask_of(2), mask_of(-1, 0), mask_of(0, 0.5, dtype=float), mask_of(np.nan, dtype=float)]
+)
+def test_predictions_of_other_values_are_refused(mask: NDArray[Any]) -> None:
+    with pytest.raises(InputError, match=r"a predicted mask has the values .*give logits > 0"):
+        metrics.overlap(mask, np.zeros(SHAPE, bool))
+
+
+class Stored(FakeData):
+    """The same targets, stored in another way."""
+
+    def __init__(self, change: Callable[[NDArray[np.bool_]], NDArray[Any]]) -> None:
+        self.change = change
+
+    def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+        for scene in super().scenes(split, limit, seed):
+            queries = [replace(query, mask=self.change(np.asarray(query.mask))) for query in scene.queries]
+            yield replace(scene, queries=queries)
+
+
+def scores(data: FakeData) -> list[tuple[float, float]]:
+    rows = compare(FakeModel(), data, ["none", "uniform"], budget=0.5, limit=5, timing_samples=0).rows
+    return [(row.giou, row.ciou) for row in rows]
+
+
+def test_comparisons_give_the_same_whatever_stores_the_targets() -> None:
+    wanted = scores(FakeData())
+    assert scores(Stored(lambda mask: mask.astype(np.uint8))) == wanted
+    assert scores(Stored(lambda mask: (mask.astype(np.uint8) * 255) == 255)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mask: mask.astype(np.uint8) * 255, "has 255 and no 1, .*give bool: mask == 255"),
+        (lambda mask: mask.astype(np.int64) * 2, "has the values 2"),
+        (lambda mask: -mask.astype(np.int64), "has the values -1"),
+    ],
+)
+def test_a_data_set_is_refused_with_its_name_and_the_cure(change: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(PluginError, match=rf"data set 'rectangles' .*scene .*, the mask of '.*', which {message}"):
+        scores(Stored(change))
+    scene = next(iter(Stored(change).scenes("val", 1, 0)))
+    with pytest.raises(InputError, match=message):
+        run_query(FakeModel(), scene, scene.queries[0])
+
+
+def test_targets_to_match_are_zero_and_one() -> None:
+    targets = torch.zeros(2, *SHAPE, dtype=torch.uint8)
+    targets[0, 1:], targets[1, :1] = 1, 1
+    logits = torch.stack([targets[1], targets[0]]).float() * 8 - 4
+    assert match_masks(logits, targets) == match_masks(logits, targets.bool()) == [(0, 1), (1, 0)]
+    for wrong in (targets * 255, targets.float() / 2):
+        with pytest.raises(InputError, match="targets: some values are neither 0 nor 1; give bool"):
+            match_masks(logits, wrong)

@@ -1,0 +1,115 @@
+"""Ways to call or handle a model under a context that are no plain prefill: right, or refused by their own names."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from vlm_families import CURRENT, FAMILIES
+
+import tokenprune as tp
+from tokenprune.errors import UnsupportedError
+from tokenprune.testing.models import tiny_llama
+
+IDS = torch.arange(24).reshape(2, 12)
+IMAGE = torch.zeros(2, 12, dtype=torch.bool)
+IMAGE[:, 2:10] = True
+GREEDY: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+PRUNING = tp.strategy("fastv", layer=1, keep=4)
+
+
+def gradients(model: Any, strategy: Any | None) -> dict[str, torch.Tensor]:
+    """Of a loss, for every weight."""
+    model.train()
+    model.zero_grad()
+    if strategy is None:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    else:
+        with tp.prune(model, strategy, image_tokens=IMAGE) as run:
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        assert len(run.trace.ledger.entries) == len(model.model.layers)
+    return {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_runs_where_nothing_is_pruned(reentrant: bool) -> None:
+    model = tiny_llama()
+    expected = gradients(model, None)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    found = gradients(model, tp.strategy("none"))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_gradient_checkpointing_is_refused_where_anything_is_pruned() -> None:
+    model = tiny_llama()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UnsupportedError, match="gradient checkpointing"):
+        gradients(model, PRUNING)
+    model.eval()
+    with torch.no_grad(), tp.prune(model, PRUNING, image_tokens=IMAGE) as run:  # there is no backward pass
+        model(IDS)
+    assert run.trace.ledger.entries[-1].image == (4, 4)
+
+
+def test_flex_attention_is_refused_by_its_name() -> None:
+    model = tiny_llama(heads=2, attention="flex_attention")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with tp.prune(model, tp.strategy("none"), image_tokens=IMAGE):
+            assert torch.equal(model(IDS).logits, expected)
+        with (
+            pytest.raises(UnsupportedError, match=r"'flex_attention' takes its masks as BlockMask.*set_attn_impl"),
+            tp.prune(model, PRUNING, image_tokens=IMAGE),
+        ):
+            model(IDS)
+        assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("given", ["argument", "config", "of the model"])
+def test_prompts_in_parts_are_refused(given: str) -> None:
+    model = tiny_llama()
+    parts, config = {}, copy.deepcopy(model.generation_config)
+    if given == "argument":
+        parts["prefill_chunk_size"] = 5
+    elif given == "config":
+        config.prefill_chunk_size = 5
+        parts["generation_config"] = config
+    else:
+        model.generation_config.prefill_chunk_size = 5
+    with (
+        tp.prune(model, PRUNING, image_tokens=IMAGE),
+        pytest.raises(UnsupportedError, match="prefill_chunk_size=5 found"),
+    ):
+        model.generate(IDS, **parts, **GREEDY)
+    model.generate(IDS, **parts, **GREEDY)  # outside, it is nobody's business
+
+
+@pytest.mark.skipif(not CURRENT, reason="older releases of transformers do not give pictures in parts")
+def test_prompts_with_pictures_in_parts_are_refused() -> None:
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].inputs([(30, 30)])
+    with (
+        tp.prune(model, PRUNING),
+        pytest.raises(UnsupportedError, match="prefill_chunk_size=20 found"),
+    ):
+        model.generate(**inputs, prefill_chunk_size=20, max_new_tokens=2)
+    assert "generate" not in model.__dict__
+
+
+def test_copies_made_under_a_context_are_refused() -> None:
+    """Their calls would go on being pruned when the context is closed, by a run of another model."""
+    for model in (tiny_llama(), FAMILIES["llava"].build()):
+        marks = {"image_tokens": IMAGE} if model.config.model_type == "llama" else {}
+        with tp.prune(model, PRUNING, **marks):
+            with pytest.raises(UnsupportedError, match="cannot be copied or pickled while it is under"):
+                copy.deepcopy(model)
+            with pytest.raises(UnsupportedError, match="cannot be copied or pickled while it is under"):
+                pickle.dumps(model)
+        copied = copy.deepcopy(model)
+        assert "generate" not in copied.__dict__

@@ -1,0 +1,63 @@
+"""`tokenprune answer`: what a model without masks says about a user's own images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokenprune.cli.arguments import Budget, Device, Dtype, OptionTexts, StrategyName, Threads
+
+
+def command(
+    images: Annotated[
+        list[Path], typer.Argument(help='Image files, folders of images, patterns as "*.jpg".', metavar="IMAGE...")
+    ],
+    question: Annotated[str, typer.Argument(help="What to ask of each, in words.", metavar="QUESTION")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id of a vision-language model.")],
+    strategy: StrategyName = "none",
+    option: OptionTexts = None,
+    budget: Budget = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of an answer.")] = 64,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Ask a question about images of a model that answers in words; `segment` is for those that make masks.
+
+    The answer goes to stdout, what was pruned and how long it took to stderr. Several images are asked about one by
+    one; one that cannot be used is told, the others are done, and the exit code is 1.
+    """
+    from tokenprune import api
+    from tokenprune.cli.images import find_images, unusable, words
+    from tokenprune.cli.models import load_answering_model, quiet_loading
+    from tokenprune.cli.options import parse_options
+    from tokenprune.errors import OptionError
+    from tokenprune.stopwatch import recorded, told
+    from tokenprune.threads import checked, choose, using
+
+    quiet_loading()
+    checked(threads, "--threads")
+    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    words(question, "question")
+    if max_new_tokens < 1:
+        raise OptionError(f"--max-new-tokens: {max_new_tokens} found, expected at least 1")
+    found = find_images(images)
+
+    failed = 0
+    with using(choose(threads)):
+        loaded = load_answering_model(model, dtype=dtype, device=device)
+        for image in found.paths:
+            with unusable(image, found) as problem, recorded() as milliseconds:
+                said = loaded.answer(image, question, strategy=chosen, max_new_tokens=max_new_tokens)
+            if problem:
+                failed += 1
+                continue
+            typer.echo(f"{image}: {said.text}" if found.many else said.text)
+            label = strategy if budget is None else f"{strategy} at {budget:g}"
+            typer.echo(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning", err=True)
+            typer.echo(told(milliseconds), err=True)
+    if failed:
+        typer.echo(f"error: {failed} of {len(found.paths)} images could not be used", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,95 @@
+"""A data set by where its class is, "module:Class", without a package that registers it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from tokenprune.blame import blamed
+from tokenprune.datasets.base import Dataset
+from tokenprune.errors import PluginError, UnknownNameError
+
+
+def dataset_at(place: str) -> Dataset:
+    """The data set whose class is at "module:Class".
+
+    The module is looked for as any import is, then in the current folder. The class is made without arguments.
+
+    Args:
+        place: "my_module:MyData" or "my_package.my_module:MyData".
+
+    Raises:
+        UnknownNameError: not of this form, or no such module or class.
+        PluginError: the module cannot be imported, or the class is no data set or cannot be made.
+    """
+    module, _, name = place.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise UnknownNameError(
+            f"data set {place!r} found, expected a registered name or module:Class, as in my_data:MyData"
+        )
+    found = _imported(place, module)
+    kind = getattr(found, name, None)
+    if kind is None:
+        raise UnknownNameError.among(f"data set of module {module!r} ({_home(found)})", name, _classes(found))
+    if not (isinstance(kind, type) and issubclass(kind, Dataset)):
+        raise _refusal(place, f"is {kind!r}, expected a subclass of tokenprune.datasets.base.Dataset")
+    with blamed(lambda said: _refusal(place, f"cannot be made without arguments: {said}")):
+        data = kind()
+    if not isinstance(getattr(data, "name", None), str):
+        raise _refusal(place, "has no name; give the class a name, which reports call it by")
+    return data
+
+
+def _imported(place: str, module: str) -> ModuleType:
+    importlib.invalidate_caches()  # the file may be new
+    try:
+        with _current_folder(), blamed(lambda said: _refusal(place, f"its module cannot be imported: {said}")):
+            return importlib.import_module(module)
+    except PluginError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
+            where = f"neither installed nor in the current folder {_folder()!r}"
+            raise UnknownNameError(
+                f"data set {place!r}: no module {cause.name!r} is there, {where}; check the name"
+            ) from cause
+        raise
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """The current folder can be imported from meanwhile, after everything else, so that nothing installed is hidden."""
+    folder = _folder()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return "."
+
+
+def _home(module: ModuleType) -> str:
+    return str(getattr(module, "__file__", None) or module.__name__)
+
+
+def _classes(module: ModuleType) -> list[str]:
+    def is_data(value: Any) -> bool:
+        return isinstance(value, type) and issubclass(value, Dataset) and not inspect.isabstract(value)
+
+    return [name for name, value in vars(module).items() if is_data(value)]
+
+
+def _refusal(place: str, problem: str) -> PluginError:
+    return PluginError(f"data set {place!r} {problem}")

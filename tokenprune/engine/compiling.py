@@ -39,25 +39,28 @@ def told_by_name() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # PyTorch's are of its private classes, and of RuntimeError
-        cure = _cure(str(error)) if type(error).__module__.startswith(("torch.", "builtins")) else ""
-        if not cure:
+        known = type(error).__module__.startswith(("torch.", "builtins"))
+        refusal = _refusal(str(error)) if known else ""
+        if not refusal:
             raise
-        raise UnsupportedError(
-            f"a model under tokenprune.prune() cannot be compiled in one piece, or only once: {cure}"
-        ) from error
+        raise UnsupportedError(refusal) from error
 
 
-_OURS = ("function _Shadow.__call__", "function _show ")  # in releases of PyTorch that tell no reason
+# a reason that we give, functions of ours in releases of PyTorch that tell no reasons, and a layer all of which is read
+_OURS = (REASON, "function _Shadow.__call__", "function _show ", "fullgraph=True found no compiled frames")
 
 
-def _cure(message: str) -> str:
+def _refusal(message: str) -> str:
     if "fail_on_recompile" in message:
         return (
-            "the stance 'fail_on_recompile' found; call it once inside the context under "
-            "torch.compiler.set_stance('default') first, or use 'eager_on_recompile'"
+            "the stance 'fail_on_recompile' found under tokenprune.prune(), where layers are compiled for themselves, "
+            "which they were not yet; call the model in a context under the default stance first"
         )
-    if any(word in message for word in (REASON, *_OURS)) or "fullgraph=True found no compiled frames" in message:
-        return "fullgraph=True (or torch.export) found; call torch.compile without it, which compiles the layers"
+    if any(words in message for words in _OURS):
+        return (
+            "torch.compile(fullgraph=True) or a strict torch.export found under tokenprune.prune(), which has to look "
+            "on inside of what should be one graph; leave fullgraph=True out"
+        )
     return ""
 
 

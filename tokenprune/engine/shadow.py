@@ -76,6 +76,10 @@ class _Shadow:
         self._original = original
         self._look: Callable[..., Any] | None = look
 
+    @property
+    def __code__(self) -> Any:  # torch.export asks for it
+        return self._original.__code__
+
     def lift(self) -> None:
         """Only pass calls on from now: somebody may have kept this, as `torch.compile(model.forward)` does."""
         self._look = None

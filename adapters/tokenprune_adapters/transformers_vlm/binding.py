@@ -45,7 +45,7 @@ class TransformersBinding(Binding):
     def __init__(self, base: Any, family: Family) -> None:
         base = uncompiled(base)
         self.base, self.family, self.name = base, family, type(base).__name__
-        decoder = getattr(base, "language_model", None) or getattr(base, "text_model", None)
+        decoder = uncompiled(getattr(base, "language_model", None)) or uncompiled(getattr(base, "text_model", None))
         tower = self.part(family.tower)
         if decoder is None:
             raise UnsupportedError(f"{self.name} has no language model inside, expected one ({family.title})")

@@ -173,7 +173,7 @@ def test_guidance_runs_a_second_stream_beside_the_prompt(model):
     assert torch.equal(got[:, 12:], torch.cat(tokens, 1))
 
 
-def test_the_trace_is_the_latest_one_with_image_tokens(model):
+def test_the_trace_is_the_latest_prefills(model):
     with torch.no_grad(), prune(model, Scripted([Step(1, HALF)]), image_tokens=IMAGE) as run:
         model(IDS)
         first = run.trace

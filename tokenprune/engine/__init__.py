@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from tokenprune import observers
 from tokenprune.base import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
+from tokenprune.engine.compiling import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.context import PruningRun
 from tokenprune.engine.declared import check_on
 from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.generating import whole_prompts
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.queue import model_turn, open_context
-from tokenprune.engine.shadow import concerning
+from tokenprune.engine.shadow import concerning, shadowed
 from tokenprune.engine.vision import VisionSource
-from tokenprune.engine.wrapping import unwrapped, whole_prompts
+from tokenprune.engine.wrapping import uncompiled, unwrapped, whole_module
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "model_turn",
     "padding_mask",
     "prune",
+    "shadowed",
+    "uncompiled",
 ]
 
 
@@ -96,10 +100,15 @@ def prune(
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
+        stack.enter_context(told_by_name())
         concerns = stack.enter_context(open_context(decoder.module, wait, threads))
+        whole = whole_module(model, decoder.module)
+        hooks = hooks_on(whole)
+        stack.enter_context(not_compiled(whole))
         with concerning(concerns):
-            stack.enter_context(whole_prompts(model))
+            stack.enter_context(whole_prompts(whole))
             watch = stack.enter_context(binding.watch(reads))
+        stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
         later, missed = (getattr(watch, name, None) for name in ("later", "missed"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune import registry
 from tokenprune.engine.marks import Marks
-from tokenprune.engine.shadow import shadowed, traced
+from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.plugins import not_loaded
@@ -103,7 +103,6 @@ class Given(Binding):
         with shadowed(self.decoder, "forward", self._forward):
             yield self
 
-    @traced
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._now.attention_mask = padding_mask(arguments(self.decoder, args, kwargs))
         try:

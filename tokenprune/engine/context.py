@@ -25,12 +25,14 @@ from tokenprune.engine.cache import (
     shorten_layer,
     widen_window,
 )
+from tokenprune.engine.compiling import check_runs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.generating import generation
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.positions import renumber_step
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.shadow import shadowed, traced, untraced
+from tokenprune.engine.shadow import compiled, shadowed
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, PluginError, PruningWarning, TokenPruneError, UnsupportedError
@@ -92,17 +94,17 @@ class PruningRun:
     ) -> None:
         self.decoder, self.strategy = decoder, strategy
         self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
-        self._missed = untraced(missed or (lambda: False))
+        self._missed = missed or (lambda: False)
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: _Call | None = None
         self._latest: Prefill | None = None
+        self._generation: object | None = None
 
     @property
     def trace(self) -> Trace:
-        """The trace of the latest prefill that had image tokens; of the latest one where none had.
-
-        So it tells of the prompt also where `generate` makes another prefill of text alone, as for guidance.
+        """The trace of the latest prefill. Where one call of `generate` makes several, those of text alone do not
+        count: so it tells of the prompt, not of the second stream that guidance needs.
 
         Raises:
             EngineError: none has run yet.
@@ -128,7 +130,6 @@ class PruningRun:
                 with self._turn:  # a forward of another thread comes to its end as it began
                     undo.close()
 
-    @traced
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the decoder's forward."""
         if self._missed():
@@ -140,7 +141,6 @@ class PruningRun:
             finally:
                 self._leave()
 
-    @untraced
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._call is not None:
             raise _reentered()
@@ -150,7 +150,6 @@ class PruningRun:
         self._call = _Call(inputs, held, None if held else DeepStack.take(kwargs))
         return args, kwargs
 
-    @untraced
     def _leave(self) -> None:
         call, self._call = self._call, None
         assert call is not None
@@ -161,7 +160,6 @@ class PruningRun:
         call = self._call
         return call if call is not None and call.thread == threading.get_ident() else None
 
-    @untraced
     def before(
         self, call: _Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -188,7 +186,6 @@ class PruningRun:
             self._shorten_step(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    @untraced
     def after(self, call: _Call, number: int, output: Any, watched: bool) -> Any:
         """What a layer gives, instead of its output.
 
@@ -213,6 +210,7 @@ class PruningRun:
     # prefill ---------------------------------------------------------------------------------------------------------
 
     def _begin(self, call: _Call, hidden: Tensor, cache: Any) -> None:
+        check_runs(hidden)
         call.cache = cache
         if call.held:
             self._continue(call, hidden)
@@ -230,9 +228,9 @@ class PruningRun:
         call.taps.enter_context(tap({self.decoder.attention(layer): partial(prefill.see, layer) for layer in wanted}))
         call.prefill = prefill
         call.cached = CachedPrefill(self._lease, hidden.shape[1], prefill.trace.ledger)
-        latest = self._latest
-        if latest is None or layout.image_tokens.any() or not latest.layout.image_tokens.any():
-            self._latest = prefill
+        now = generation()
+        if now is None or now is not self._generation or bool(layout.image_tokens.any()):
+            self._latest, self._generation = prefill, now
 
     def _check(self, call: _Call, prefill: Prefill, cache: Any) -> None:
         """Refuse a prefill with stages that cannot be pruned right."""
@@ -318,14 +316,16 @@ class PruningRun:
             )
 
 
-@traced
 def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Around a layer's forward."""
     call = run.mine()
     if call is None:  # a layer called by itself, or by another thread's forward that began before the context
         return original(*args, **kwargs)
     args, kwargs = run.before(call, number, args, kwargs)
-    return run.after(call, number, original(*args, **kwargs), _watched(run.decoder.layers, number))
+    read = call.prefill is not None and call.prefill.taps(number)
+    # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
+    output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
+    return run.after(call, number, output, _watched(run.decoder.layers, number))
 
 
 def _watched(layers: Sequence[nn.Module], number: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.engine.wrapping import modules_of, uncompiled
 from tokenprune.errors import UnsupportedError
 from tokenprune.fit import DECODER_READS
 from tokenprune.reads import PositionKernel, Read
@@ -30,8 +31,9 @@ class Decoder:
     def attention(self, layer: int) -> nn.Module:
         """The attention module of a layer. Raises UnsupportedError if the layer has none that can be read."""
         for child in self.layers[layer].children():
-            if hasattr(child, "config") and hasattr(child, "layer_idx"):
-                return child
+            attention: nn.Module = uncompiled(child)
+            if hasattr(attention, "config") and hasattr(attention, "layer_idx"):
+                return attention
         raise UnsupportedError(
             f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its "
             "attention cannot be read"
@@ -93,7 +95,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     """
     found = [
         module
-        for module in model.modules()
+        for module in modules_of(model)
         if isinstance(module._modules.get("layers"), nn.ModuleList)  # quick, since every prefill asks
         and isinstance(getattr(module, "rotary_emb", None), nn.Module)
         and hasattr(module, "norm")
@@ -114,13 +116,13 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
-    return Decoder(module, tuple(layers), rotary)
+    return Decoder(module, tuple(map(uncompiled, layers)), uncompiled(rotary))
 
 
 def _near(model: nn.Module) -> str:
     """The modules with layers, and what they lack to be decoders."""
     lacking = []
-    for module in model.modules():
+    for module in modules_of(model):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             missing = [name for name in ("rotary_emb", "norm") if not hasattr(module, name)]
             lacking.append(f"{type(module).__name__} has no {' and no '.join(missing)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.frame import Frame
-from tokenprune.engine.shadow import own_calls
+from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.tap import Seen, tap
+from tokenprune.engine.wrapping import uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.layout import SequenceLayout
 from tokenprune.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
@@ -101,7 +103,7 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
         for name in ("v_proj", "o_proj"):
             projection = getattr(attention, name, None)
             if projection is not None:
-                undo.callback(projection.register_forward_pre_hook(own_calls(_no_rows)).remove)
+                undo.enter_context(shadowed(uncompiled(projection), "forward", _no_rows))
         attention(norm(hidden.to(device)), **wanted)
     return found[0]
 
@@ -140,9 +142,9 @@ def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
     return weights if how == "each" else weights.sum(1) / real.sum(1)
 
 
-def _no_rows(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _no_rows(project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
     """Leaves a projection nothing to do."""
-    return (args[0][:, :0], *args[1:])
+    return project(states[:, :0], *args)
 
 
 def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

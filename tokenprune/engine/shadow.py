@@ -6,6 +6,9 @@ in the instance's own dictionary is seen by compiled code, is innermost to all h
 call.
 
 What looks on does so for some threads only: a model that one thread prunes may be called by another one meanwhile.
+
+Code that runs under a shadow is not compiled: neither what looks on, nor what the looked-at method calls. What should
+be compiled all the same is called through `compiled`.
 """
 
 from __future__ import annotations
@@ -15,46 +18,42 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn, TypeVar
+from types import FunctionType
+from typing import Any, NoReturn
 
-import torch
+from torch._C._dynamo.eval_frame import set_eval_frame  # what torch.compiler.disable is made of
+from torch._dynamo.decorators import skip
 
 from tokenprune.errors import UnsupportedError
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+REASON = "tokenprune.prune() looks on here"
 _CONCERNS: ContextVar[Callable[[], bool] | None] = ContextVar("_CONCERNS", default=None)
 _LOCK = threading.Lock()
 
 
-def untraced(function: _Function) -> _Function:
-    """`torch.compile` leaves this function and all that it calls alone."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return,no-untyped-call]
+class _Compiler(threading.local):
+    """Of one thread.
+
+    Attributes:
+        paused: what compiled the code around the outermost shadow that is being called; None = nothing did.
+        active: whether anything compiled the code right around the innermost one.
+    """
+
+    paused: Any = None
+    active = False
 
 
-def traced(function: _Function) -> _Function:
-    """`torch.compile` leaves this function alone, but compiles what it calls."""
-    return torch.compiler.disable(function, recursive=False)  # type: ignore[no-any-return,no-untyped-call]
+_COMPILER = _Compiler()
 
 
 @contextmanager
 def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
     """What begins to look on meanwhile looks at calls in threads where `concerns()` is true, instead of this one's."""
-    token = _CONCERNS.set(untraced(concerns))
+    token = _CONCERNS.set(concerns)
     try:
         yield
     finally:
         _CONCERNS.reset(token)
-
-
-def own_calls(hook: _Function) -> _Function:
-    """A hook of PyTorch that sees the calls of this thread only; to the others it says None: leave them as they are."""
-    thread = threading.get_ident()
-
-    @functools.wraps(hook)
-    def only(*args: Any, **kwargs: Any) -> Any:
-        return hook(*args, **kwargs) if threading.get_ident() == thread else None
-
-    return only  # type: ignore[return-value]
 
 
 @contextmanager
@@ -62,8 +61,8 @@ def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool
     """Calls of `thing.name(...)` go to `look(original, ...)` meanwhile; the class and other objects are left alone.
 
     Calls of other threads are left alone too, but see `concerning`; with `every_thread` it is up to `look` to do so.
-    Several may look on, and stop in any order. Nothing happens where there is no such method. `look` should be `traced`
-    or `untraced`.
+    Several may look on, and stop in any order. Nothing happens where there is no such method. `torch.compile` leaves
+    `look` and all that it calls alone.
     """
     with _LOCK:
         original = getattr(thing, name, None)
@@ -77,7 +76,7 @@ def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool
     try:
         yield
     finally:
-        shadow.open = False
+        shadow.lift()
         with _LOCK:  # what others put on top since stays, and takes this one along when it goes
             while isinstance(top := thing.__dict__.get(name), _Shadow) and not top.open:
                 if top.before is None:
@@ -88,7 +87,7 @@ def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool
 
 def _only_here() -> Callable[[], bool]:
     thread = threading.get_ident()
-    return untraced(lambda: threading.get_ident() == thread)
+    return lambda: threading.get_ident() == thread
 
 
 class _Shadow:
@@ -104,15 +103,42 @@ class _Shadow:
     def __init__(
         self, original: Callable[..., Any], look: Callable[..., Any], before: Any, concerns: Callable[[], bool] | None
     ) -> None:
-        functools.update_wrapper(self, original)
-        self._original, self._look, self._concerns = original, look, concerns
-        self.before, self.open = before, True
+        # without the original's attributes, by which torch.compile would find its way around the shadow
+        functools.update_wrapper(self, original, updated=())
+        self._original, self._concerns, self.before = original, concerns, before
+        self._look: Callable[..., Any] | None = look
 
-    @traced
+    @property
+    def open(self) -> bool:
+        """Whether anybody still looks on."""
+        return self._look is not None
+
+    @property
+    def __code__(self) -> Any:  # torch.export asks for it
+        return self._original.__code__
+
+    def lift(self) -> None:
+        """Only pass calls on from now: somebody may have kept this, as `torch.compile(model.forward)` does."""
+        self._look = None
+
+    @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.open or not (self._concerns is None or self._concerns()):
+        compiler = set_eval_frame(None)
+        look = self._look
+        if look is None or not (self._concerns is None or self._concerns()):
+            set_eval_frame(compiler)
             return self._original(*args, **kwargs)
-        return self._look(self._original, *args, **kwargs)
+        outer = _COMPILER.paused, _COMPILER.active
+        _COMPILER.active = compiler is not None
+        if compiler is not None:
+            _COMPILER.paused = compiler
+        try:
+            return look(self._original, *args, **kwargs)
+        finally:
+            _COMPILER.paused, _COMPILER.active = outer
+            set_eval_frame(compiler)
+
+    __call__._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise UnsupportedError(
@@ -122,3 +148,34 @@ class _Shadow:
 
     def __reduce__(self) -> NoReturn:
         self.__deepcopy__(None)
+
+
+def being_compiled() -> bool:
+    """Asked by what looks on: whether the code that made the call is compiled, so that forward hooks may be unseen."""
+    return _COMPILER.active
+
+
+def compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function from under a shadow, compiled as the code around the shadow is.
+
+    Args:
+        number: which of several alike it is. PyTorch limits the graphs of a piece of code (8 by default), and layers
+            of a model share theirs, so each number counts for itself.
+        function: to call.
+        args: for it.
+        kwargs: for it.
+    """
+    set_eval_frame(_COMPILER.paused)
+    try:
+        return _frame(number)(function, args, kwargs)
+    finally:
+        set_eval_frame(None)
+
+
+@functools.cache
+def _frame(number: int) -> Callable[..., Any]:
+    return FunctionType(_call.__code__.replace(co_name=f"layer_{number}"), globals())
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenprune.engine.shadow import untraced
+from tokenprune.engine.shadow import REASON
 from tokenprune.errors import UnsupportedError
 
 _NAME = "tokenprune_tap"
@@ -114,7 +114,7 @@ def _tapped_attention(
     return output
 
 
-@untraced
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _show(
     module: nn.Module,
     tap: _Tap,
@@ -142,6 +142,7 @@ def _show(
     tap.show(seen)
 
 
+_show._torchdynamo_disable_msg = REASON
 AttentionInterface.register(_NAME, _tapped_attention)
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from tokenprune.engine.shadow import shadowed, traced
 from tokenprune.errors import UnsupportedError
 
 
 def unwrapped(model: Any) -> Any:
     """The model inside wrappers, of which there may be several; one that is not wrapped is given back itself.
 
-    Known are `peft.PeftModel`, `torch.nn.DataParallel` and `DistributedDataParallel`, and pipelines of transformers.
+    Known are what `torch.compile` gives, `peft.PeftModel`, `torch.nn.DataParallel` and `DistributedDataParallel`, and
+    pipelines of transformers.
     The wrapper itself may be called in a pruning context.
 
     Raises:
@@ -29,7 +27,31 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def uncompiled(thing: Any) -> Any:
+    """The module inside what `torch.compile(module)` gives; anything else is given back itself."""
+    while _is_compiled(thing):
+        thing = thing._orig_mod
+    return thing
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules of a model but the wrappers of `torch.compile`, which answer as what they hold does."""
+    return (module for module in model.modules() if not _is_compiled(module))
+
+
+def whole_module(model: Any, decoder: nn.Module) -> nn.Module:
+    """The outermost module of what a user hands over, which may be no module but hold one."""
+    held = (uncompiled(part) for part in (model, getattr(model, "model", None), decoder))
+    return next(part for part in held if isinstance(part, nn.Module))
+
+
+def _is_compiled(thing: Any) -> bool:
+    return _is(thing, "torch._dynamo.eval_frame", "OptimizedModule")
+
+
 def _inside(model: Any) -> Any:
+    if _is_compiled(model):
+        return uncompiled(model)
     if isinstance(model, DataParallel) and len(model.device_ids) > 1:
         raise UnsupportedError(
             f"DataParallel splits a batch over copies of the model on {len(model.device_ids)} devices, which cannot be "
@@ -53,27 +75,3 @@ def _is(model: Any, module: str, name: str) -> bool:
     """Whether it is of a class whose package may not be installed, or be slow to import."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(model, kind)
-
-
-@contextmanager
-def whole_prompts(model: Any) -> Iterator[None]:
-    """Refuse that `generate` of this model, or of the one inside it, gives a prompt in parts meanwhile."""
-    inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if not isinstance(inner, nn.Module):
-        yield
-        return
-    with shadowed(inner, "generate", partial(_refuse_parts, inner)):
-        yield
-
-
-@traced
-def _refuse_parts(model: Any, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = given or getattr(model, "generation_config", None)
-    size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-    if size is not None:
-        raise UnsupportedError(
-            f"prefill_chunk_size={size} found under tokenprune.prune(): generate() would give the prompt in parts, and "
-            "image tokens are chosen once, when all of it is known; leave prefill_chunk_size out"
-        )
-    return generate(*args, **kwargs)

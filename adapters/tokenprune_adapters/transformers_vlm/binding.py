@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine.binding import Binding, Watch
 from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.wrapping import uncompiled
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.reads import (
     ClsAttention,
@@ -42,14 +43,15 @@ class TransformersBinding(Binding):
     """
 
     def __init__(self, base: Any, family: Family) -> None:
+        base = uncompiled(base)
         self.base, self.family, self.name = base, family, type(base).__name__
-        decoder = getattr(base, "language_model", None) or getattr(base, "text_model", None)
+        decoder = uncompiled(getattr(base, "language_model", None)) or uncompiled(getattr(base, "text_model", None))
         tower = self.part(family.tower)
         if decoder is None:
             raise UnsupportedError(f"{self.name} has no language model inside, expected one ({family.title})")
         self.decoder = decoder
         inner = getattr(tower, "vision_model", tower)  # nested in older releases of transformers
-        self.blocks = list(_follow(inner, family.blocks, self.name))
+        self.blocks = [uncompiled(block) for block in _follow(inner, family.blocks, self.name)]
         self.tower_layers = len(self.blocks)
         config = base.config
         cuts = getattr(config, "vision_feature_select_strategy", "full") == "default"
@@ -77,8 +79,9 @@ class TransformersBinding(Binding):
             raise InputError(f"tower layer {layer} was asked for, but the vision tower has {total} layers")
         block = self.blocks[layer]
         for child in ATTENTION:
-            if isinstance(getattr(block, child, None), nn.Module):
-                return getattr(block, child)  # type: ignore[no-any-return]
+            attention = uncompiled(getattr(block, child, None))
+            if isinstance(attention, nn.Module):
+                return attention
         kind = type(block).__name__
         raise UnsupportedError(f"{self.name}: {kind} has none of {', '.join(ATTENTION)}, so it cannot be read")
 
@@ -124,5 +127,5 @@ def _follow(thing: Any, path: str, name: str) -> Any:
     for step in path.split("."):
         if getattr(thing, step, None) is None:
             raise UnsupportedError(f"{name} has no {path}, which models of its family have; it cannot be pruned")
-        thing = getattr(thing, step)
+        thing = uncompiled(getattr(thing, step))
     return thing

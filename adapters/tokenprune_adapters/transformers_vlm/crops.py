@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine.shadow import own_calls
+from tokenprune.engine import shadowed
 
 
 class CropStates:
@@ -26,18 +26,22 @@ class CropStates:
         self.device = torch.device("cpu")
 
     def attach(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
-        """Hook into the layers; `undo` takes the hooks off."""
+        """Look on at the layers until `undo` is closed."""
 
-        def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def count(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
             self.shapes.append(_first(output).shape)
             self.device = _first(output).device
+            return output
 
-        def note(kept: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def note(kept: list[Tensor], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
             kept.append(_first(output).detach())
+            return output
 
-        undo.callback(blocks[0].register_forward_hook(own_calls(count)).remove)
+        undo.enter_context(shadowed(blocks[0], "forward", count))
         for layer, kept in self.states.items():
-            undo.callback(blocks[layer].register_forward_hook(own_calls(partial(note, kept))).remove)
+            undo.enter_context(shadowed(blocks[layer], "forward", partial(note, kept)))
 
     def cls_features(self, cut: int) -> Tensor:
         """[crops, patches, C]: the first row of every crop, for each of its patches; several layers side by side."""

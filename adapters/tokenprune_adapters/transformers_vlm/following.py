@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.engine.binding import arguments, padding_mask
 from tokenprune.engine.marks import Marks
-from tokenprune.engine.shadow import own_calls, traced, untraced
+from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.layout import true_positions
@@ -83,7 +83,6 @@ class Following:
         self._shows({read: [] for read in self.reads})  # refuses layers that are not there
         self._now = _Now()
 
-    @traced
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the model's forward."""
         self._called(args, kwargs)
@@ -92,7 +91,6 @@ class Following:
         finally:
             self._returned()
 
-    @untraced
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note ids, padding and what was encoded ahead."""
         inputs, name, now = arguments(self.binding.base, args, kwargs), self.binding.name, self._now
@@ -118,12 +116,10 @@ class Following:
                 found[(embeds == row).all(-1)] = token
         return found
 
-    @untraced
     def _returned(self) -> None:
         now = self._now
         now.inside, now.ids, now.mask, now.encoded = False, None, None, {}
 
-    @untraced
     def encode(self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the tower and the projector, and keep what the strategy wants to read."""
         now = self._now
@@ -160,13 +156,14 @@ class Following:
         selected = binding.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
         crops = CropStates(selected)
 
-        def projected(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            shapes.append(tuple(args[0].shape))
+        def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            shapes.append(tuple(states.shape))
             if wants_features:
-                given.append(args[0].detach())
+                given.append(states.detach())
+            return project(states, *args, **kwargs)
 
         with ExitStack() as undo:
-            undo.callback(binding.part(kind.projector).register_forward_hook(own_calls(projected)).remove)
+            undo.enter_context(shadowed(binding.part(kind.projector), "forward", projected))
             undo.enter_context(arrangement.recording())
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
                 crops.attach(binding.blocks, undo)

@@ -6,15 +6,16 @@ ordinary text tokens. How many rows and columns each image has is told by the ca
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune import Read, TowerFeatures
-from tokenprune.engine import Binding, Marks, arguments, padding_mask
+from tokenprune.engine import Binding, Marks, arguments, padding_mask, shadowed, uncompiled
 from tokenprune.errors import InputError
 
 
@@ -36,15 +37,12 @@ class Mistral3Binding(Binding):
         config = self._base.config
         patch, merge = config.vision_config.patch_size, config.spatial_merge_size
         watch = Mistral3Watch(self.name, config.image_token_id, patch, merge, TowerFeatures() in reads)
-        handles = (
-            self._base.register_forward_pre_hook(watch.called, with_kwargs=True),
-            self._base.multi_modal_projector.register_forward_pre_hook(watch.projects, with_kwargs=True),
-        )
-        try:
+        base, projector = self._base, uncompiled(self._base.multi_modal_projector)
+        with (
+            shadowed(base, "forward", partial(watch.called, base)),
+            shadowed(projector, "forward", partial(watch.projects, projector)),
+        ):
             yield watch
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class Mistral3Watch:
@@ -65,12 +63,13 @@ class Mistral3Watch:
         self._features: Tensor | None = None
         self._image_tokens: Tensor
 
-    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the model."""
+    def called(self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the model's forward."""
         self._inputs = arguments(module, args, kwargs)
+        return original(*args, **kwargs)
 
-    def projects(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of the projector, which runs before the decoder; `generate` may run it before the model, too."""
+    def projects(self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the projector's forward, which is before the decoder's; `generate` may run it before the model's."""
         given = arguments(module, args, kwargs)
         patches = [(int(height) // self._patch, int(width) // self._patch) for height, width in given["image_sizes"]]
         self._sizes = [(rows // self._merge, columns // self._merge) for rows, columns in patches]
@@ -85,6 +84,7 @@ class Mistral3Watch:
                     )
                 ]
             )
+        return original(*args, **kwargs)
 
     def _pooled(self, states: Tensor, size: tuple[int, int]) -> Tensor:
         """[patches, C] -> [tokens, C]: the mean of the patches of each token; those that fill none are left out."""

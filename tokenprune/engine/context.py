@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.base import Shape, Strategy, declared_stages
 from tokenprune.engine.binding import arguments, padding_mask
@@ -25,6 +24,7 @@ from tokenprune.engine.cache import (
     shorten_layer,
     widen_window,
 )
+from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched
 from tokenprune.engine.compiling import check_runs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
@@ -35,42 +35,11 @@ from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.shadow import compiled, shadowed
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
-from tokenprune.errors import EngineError, PluginError, PruningWarning, TokenPruneError, UnsupportedError
+from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
 from tokenprune.fit import TYPICAL_TOKENS
 from tokenprune.ledger import LaterTurn
 from tokenprune.scheduler import Observer
 from tokenprune.trace import Trace
-
-
-@dataclass
-class _Call:
-    """One forward of the decoder: a prefill, or a step on a cache that a prefill of this context filled, or neither.
-
-    Attributes:
-        inputs: the decoder's arguments by name.
-        held: tokens per row in the cache that it was called with.
-        deepstack: what the decoder would add between its layers in a prefill.
-        cache: that its layers fill.
-        thread: that called.
-        asking: a strategy, an observer or an adapter is at work.
-        prefill: where it is one.
-        cached: the prefill whose cache a step continues.
-        new: tokens per row of a step.
-        past: tokens per row decoded before it.
-        taps: on layers that a prefill reads.
-    """
-
-    inputs: dict[str, Any]
-    held: int = 0
-    deepstack: DeepStack | None = None
-    cache: Any = None
-    thread: int = field(default_factory=threading.get_ident)
-    asking: bool = False
-    prefill: Prefill | None = None
-    cached: CachedPrefill | None = None
-    new: int = 0
-    past: int = 0
-    taps: ExitStack = field(default_factory=ExitStack)
 
 
 class PruningRun:
@@ -97,7 +66,7 @@ class PruningRun:
         self._missed = missed or (lambda: False)
         self._lease = Lease()
         self._turn = threading.RLock()
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._latest: Prefill | None = None
         self._generation: object | None = None
 
@@ -143,11 +112,11 @@ class PruningRun:
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._call is not None:
-            raise _reentered()
+            raise reentered()
         kwargs = dict(kwargs)
         inputs = arguments(self.decoder.module, args, kwargs)
         held = held_tokens(inputs.get("past_key_values"))
-        self._call = _Call(inputs, held, None if held else DeepStack.take(kwargs))
+        self._call = Call(inputs, held, None if held else DeepStack.take(kwargs))
         return args, kwargs
 
     def _leave(self) -> None:
@@ -155,19 +124,19 @@ class PruningRun:
         assert call is not None
         call.taps.close()
 
-    def mine(self) -> _Call | None:
+    def mine(self) -> Call | None:
         """The forward under way, if it is this thread's: another thread's that began before the context is not."""
         call = self._call
         return call if call is not None and call.thread == threading.get_ident() else None
 
     def before(
-        self, call: _Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a layer runs on, instead of its arguments."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if call.asking:
-            raise _reentered()
+            raise reentered()
         call.asking = True  # plugins run from here: strategies, observers, an adapter's watch
         try:
             if number == 0:
@@ -179,14 +148,14 @@ class PruningRun:
         if call.prefill is not None and call.cached is not None:
             frame = call.prefill.frames[number]
             if frame is not None:
-                self._refuse_attentions(call)
+                refuse_attentions(call.inputs, self.decoder.module)
                 if call.cache is not None:
                     shorten_layer(call.cache, number, frame, call.prefill.lengths[number], call.cached)
         elif call.cached is not None:
             self._shorten_step(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def after(self, call: _Call, number: int, output: Any, watched: bool) -> Any:
+    def after(self, call: Call, number: int, output: Any, watched: bool) -> Any:
         """What a layer gives, instead of its output.
 
         Args:
@@ -209,7 +178,7 @@ class PruningRun:
 
     # prefill ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, call: _Call, hidden: Tensor, cache: Any) -> None:
+    def _begin(self, call: Call, hidden: Tensor, cache: Any) -> None:
         check_runs(hidden)
         call.cache = cache
         if call.held:
@@ -232,7 +201,7 @@ class PruningRun:
         if now is None or now is not self._generation or bool(layout.image_tokens.any()):
             self._latest, self._generation = prefill, now
 
-    def _check(self, call: _Call, prefill: Prefill, cache: Any) -> None:
+    def _check(self, call: Call, prefill: Prefill, cache: Any) -> None:
         """Refuse a prefill with stages that cannot be pruned right."""
         if self.decoder.checkpoints:
             raise UnsupportedError(
@@ -241,9 +210,9 @@ class PruningRun:
             )
         if cache is not None:
             check_cache(cache)
-        _refuse_packed(call.inputs, prefill.layout.valid)
+        refuse_packed(call.inputs, prefill.layout.valid)
 
-    def _filled(self, call: _Call) -> None:
+    def _filled(self, call: Call) -> None:
         """Once the last layer has run: the cache is known, and its layers that were not pruned fit those that were."""
         cache, prefill = call.cache, call.prefill
         assert prefill is not None
@@ -259,7 +228,7 @@ class PruningRun:
 
     # decoding --------------------------------------------------------------------------------------------------------
 
-    def _continue(self, call: _Call, hidden: Tensor) -> None:
+    def _continue(self, call: Call, hidden: Tensor) -> None:
         known = CachedPrefill.of(call.cache)
         if known is None and self._never_prunes():
             return  # nothing was pruned before, and nothing would be
@@ -278,7 +247,7 @@ class PruningRun:
         except TokenPruneError:
             return False
 
-    def _count_images(self, call: _Call, known: CachedPrefill, batch: int) -> None:
+    def _count_images(self, call: Call, known: CachedPrefill, batch: int) -> None:
         # The seam for pruning later turns: here a turn's image tokens are known, and the frames of what came before.
         images = None if self._later is None else self._later()
         if images is None or not bool(images.any()):
@@ -296,24 +265,15 @@ class PruningRun:
             stacklevel=2,
         )
 
-    def _shorten_step(self, call: _Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _shorten_step(self, call: Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         own = call.cache.layers[number] if number < len(call.cache.layers) else None
         if not isinstance(own, PrunedCacheLayer):
             return
-        self._refuse_attentions(call)
+        refuse_attentions(call.inputs, self.decoder.module)
         flash = "flash" in self.decoder.attention_name
         kwargs["attention_mask"] = own.frame.decode_mask(kwargs.get("attention_mask"), call.new, call.past, two_d=flash)
         if own.renumbered is not None:
             renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.past)
-
-    def _refuse_attentions(self, call: _Call) -> None:
-        config = self.decoder.module.config
-        if call.inputs.get("output_attentions", getattr(config, "output_attentions", False)):
-            raise UnsupportedError(
-                "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
-                "tokens than the sequence has; call the model without it, or let a strategy read "
-                "tokenprune.reads.AttentionFrom"
-            )
 
 
 def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -325,34 +285,4 @@ def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *
     read = call.prefill is not None and call.prefill.taps(number)
     # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
     output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
-    return run.after(call, number, output, _watched(run.decoder.layers, number))
-
-
-def _watched(layers: Sequence[nn.Module], number: int) -> bool:
-    """Whether anybody else looks at a layer's output, as `output_hidden_states=True` does: by hooks, or, in older
-    releases of transformers, by a forward of its own."""
-    layer, following = layers[number], layers[number + 1 : number + 2]
-    hooks = layer._forward_hooks or any(after._forward_pre_hooks for after in following)
-    return bool(hooks) or not hasattr(layer.forward, "__tokenprune__")
-
-
-def _refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
-    """Refuse several prompts in one row, which attend to themselves alone."""
-    ids = inputs.get("position_ids")
-    packed = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
-    if isinstance(ids, Tensor) and ids.shape[-1] == valid.shape[1]:
-        ids = ids.reshape(-1, *ids.shape[-2:])[0].to(valid.device)  # the text's or the time axis of M-RoPE
-        both = valid[:, 1:] & valid[:, :-1]
-        packed = packed or bool(((ids[:, 1:] < ids[:, :-1]) & both).any())
-    if packed:
-        raise UnsupportedError(
-            "several prompts packed into one row found (position ids that restart, or cu_seq_lens), which cannot be "
-            "pruned as one; give them as the rows of a batch, with an attention_mask"
-        )
-
-
-def _reentered() -> PluginError:
-    return PluginError(
-        "the model was called while it waits for a strategy, an observer or an adapter; declare what a stage reads "
-        "(tokenprune.reads), and call the model after the run"
-    )
+    return run.after(call, number, output, watched(run.decoder.layers, number))

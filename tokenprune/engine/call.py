@@ -1,0 +1,91 @@
+"""One call of a decoder under a pruning context: what it is, and what it may not ask for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.engine.cache import CachedPrefill
+from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.prefill import Prefill
+from tokenprune.errors import PluginError, UnsupportedError
+
+
+@dataclass
+class Call:
+    """One forward of the decoder: a prefill, or a step on a cache that a prefill of this context filled, or neither.
+
+    Attributes:
+        inputs: the decoder's arguments by name.
+        held: tokens per row in the cache that it was called with.
+        deepstack: what the decoder would add between its layers in a prefill.
+        cache: that its layers fill.
+        thread: that called.
+        asking: a strategy, an observer or an adapter is at work.
+        prefill: where it is one.
+        cached: the prefill whose cache a step continues.
+        new: tokens per row of a step.
+        past: tokens per row decoded before it.
+        taps: on layers that a prefill reads.
+    """
+
+    inputs: dict[str, Any]
+    held: int = 0
+    deepstack: DeepStack | None = None
+    cache: Any = None
+    thread: int = field(default_factory=threading.get_ident)
+    asking: bool = False
+    prefill: Prefill | None = None
+    cached: CachedPrefill | None = None
+    new: int = 0
+    past: int = 0
+    taps: ExitStack = field(default_factory=ExitStack)
+
+
+def watched(layers: Sequence[nn.Module], number: int) -> bool:
+    """Whether anybody else looks at a layer's output, as `output_hidden_states=True` does: by hooks, or, in older
+    releases of transformers, by a forward of its own."""
+    layer, following = layers[number], layers[number + 1 : number + 2]
+    hooks = layer._forward_hooks or any(after._forward_pre_hooks for after in following)
+    return bool(hooks) or not hasattr(layer.forward, "__tokenprune__")
+
+
+def refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
+    """Refuse several prompts in one row, which attend to themselves alone."""
+    ids = inputs.get("position_ids")
+    packed = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+    if isinstance(ids, Tensor) and ids.dim() > 1 and ids.shape[-1] == valid.shape[1]:
+        axes = ids.reshape(-1, *ids.shape[-2:]).to(valid.device)  # of M-RoPE: time, height, width, or text before them
+        both = valid[:, 1:] & valid[:, :-1]
+        restarts = (axes[0, :, 1:] < axes[0, :, :-1]) & both
+        if len(axes) == 3:  # text behind a video may stand before its last frames, but not before the row's first token
+            first = axes.masked_fill(~valid, axes.max() + 1).amin(-1, keepdim=True)
+            restarts = restarts & (axes[:, :, 1:] <= first).all(0)
+        packed = packed or bool(restarts.any())
+    if packed:
+        raise UnsupportedError(
+            "several prompts packed into one row found (position ids that restart, or cu_seq_lens), which cannot be "
+            "pruned as one; give them as the rows of a batch, with an attention_mask"
+        )
+
+
+def refuse_attentions(inputs: dict[str, Any], decoder: Any) -> None:
+    """Refuse that attention weights are asked for, of a layer that attends to fewer tokens than the sequence has."""
+    if inputs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise UnsupportedError(
+            "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
+            "tokens than the sequence has; call the model without it, or let a strategy read "
+            "tokenprune.reads.AttentionFrom"
+        )
+
+
+def reentered() -> PluginError:
+    return PluginError(
+        "the model was called while it waits for a strategy, an observer or an adapter; declare what a stage reads "
+        "(tokenprune.reads), and call the model after the run"
+    )

@@ -223,7 +223,7 @@ def test_kept_tokens_stand_at_the_positions_of_the_full_run(name):
 
     def watched(run):
         tables.clear()
-        handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+        handles = [layer.self_attn.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
         run()
         for handle in handles:
             handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -240,12 +241,11 @@ def conversation(model: Any, inputs: dict[str, Any], meet: Any = lambda: None) -
             cache = output.past_key_values
             found.append(output.logits[:, -1])
             meet()
-            length = cache.get_seq_length() + 1
-            ids = {"input_ids": output.logits[:, -1:].argmax(-1), "attention_mask": torch.ones(1, length).long()}
+            ids = {"input_ids": output.logits[:, -1:].argmax(-1)}
     return found
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "idefics3", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_vl", "qwen3_vl", "idefics3", "gemma3"])
 def test_two_conversations_in_two_threads_of_one_context(name: str) -> None:
     """They go step by step, one after the other; then as they please."""
     model = family(name)
@@ -263,6 +263,40 @@ def test_two_conversations_in_two_threads_of_one_context(name: str) -> None:
         together += side_by_side([partial(conversation, model, inputs) for inputs in both * 3], threads=4)
     for found, expected in zip(together, alone * 4, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("strategy", [None, "fastv"])
+def test_generation_in_several_threads(name: str, strategy: str | None) -> None:
+    """Qwen-VL's own state of the latest conversation is every conversation's own; unpruned in turns, pruned in one."""
+    model = family(name)
+    prompts = [FAMILIES[name].inputs([size], seed=seed) for seed, size in enumerate([(24, 32), (40, 20), (36, 36)])]
+    context = tp.prune(model, tp.strategy(strategy or "none", **({"layer": 1, "keep": 0.4} if strategy else {})))
+
+    def said(inputs: dict[str, Any]) -> list[int]:
+        found: list[int] = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
+        return found
+
+    with tp.prune(model, tp.strategy(strategy, layer=1, keep=0.4)) if strategy else nullcontext():
+        alone = [said(inputs) for inputs in prompts]
+    with context:
+        assert side_by_side([partial(said, inputs) for inputs in prompts * 4], threads=3) == alone * 4
+
+
+@pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
+@pytest.mark.parametrize("strategy", [None, tp.strategy("fastv", layer=1, keep=0.4)], ids=["untouched", "fastv"])
+def test_an_answer_in_the_middle_of_another_threads_conversation(tmp_path: Path, strategy: Any) -> None:
+    loaded = tp.load(write_vlm(tmp_path / "qwen2_vl", "qwen2_vl"))
+    picture = np.random.default_rng(0).integers(0, 256, (112, 28, 3), dtype=np.uint8)
+    answer = partial(loaded.answer, picture, "What is it?", strategy, 6)
+    alone = answer().text
+    inputs = FAMILIES["qwen2_vl"].inputs([(24, 32)])
+    with tp.prune(loaded.model, tp.strategy("fastv", layer=1, keep=0.4)):
+        expected = conversation(loaded.model, inputs)
+        answers: list[str] = []
+        found = conversation(loaded.model, inputs, lambda: answers.append(elsewhere(answer).text))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert answers == [alone] * 4
 
 
 class Reader(Strategy):

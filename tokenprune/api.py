@@ -102,7 +102,9 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
                     f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), which {entry.name!r} does not merge; "
                     f"{MERGE}"
                 )
-            with entry.running("load"):
+            from tokenprune.settings import loading  # imports torch, as adapters that load do
+
+            with entry.running("load"), loading():
                 model = kind.load(source, **options)
             if model is None:
                 raise entry.refusal("gave None in load(), expected the model")

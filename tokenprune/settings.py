@@ -1,7 +1,12 @@
-"""PyTorch's settings of the whole process, which a plugin's code must leave as they were."""
+"""PyTorch's settings of the whole process, which a plugin's code must leave as they were.
+
+While another thread loads a model, which changes some of them for a time, nobody else is blamed for that.
+"""
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +26,31 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
+OF_THE_THREAD = ("whether gradients are recorded",)  # the others are the process's
+_LOCK = threading.Lock()
+_numbers = itertools.count(1)
+_loads: set[int] = set()
+_latest = 0
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """A model is being loaded meanwhile."""
+    global _latest
+    with _LOCK:
+        _latest = number = next(_numbers)
+        _loads.add(number)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _loads.remove(number)
+
+
+def _loaded_since(latest: int, loads: set[int]) -> bool:
+    return bool(loads) or _latest != latest
+
+
 @contextmanager
 def same_settings(refuse: Callable[[str], PluginError]) -> Iterator[None]:
     """Put PyTorch's settings back on the way out.
@@ -31,21 +61,21 @@ def same_settings(refuse: Callable[[str], PluginError]) -> Iterator[None]:
     Raises:
         PluginError: one of them had been changed, and nothing else was raised.
     """
-    before = [ask() for ask, _ in SETTINGS.values()]
+    before, latest, loads = [ask() for ask, _ in SETTINGS.values()], _latest, set(_loads)
     try:
         yield
     except BaseException:
-        _put_back(before)
+        _put_back(before, _loaded_since(latest, loads))
         raise
-    changed = _put_back(before)
+    changed = _put_back(before, _loaded_since(latest, loads))
     if changed:
         raise refuse(f"changed {' and '.join(changed)} for the whole process")
 
 
-def _put_back(before: list[Any]) -> list[str]:
+def _put_back(before: list[Any], loaded: bool) -> list[str]:
     changed = []
     for (what, (ask, put)), old in zip(SETTINGS.items(), before, strict=True):
-        if ask() != old:
+        if ask() != old and not (loaded and what not in OF_THE_THREAD):
             put(old)
             changed.append(what)
     return changed

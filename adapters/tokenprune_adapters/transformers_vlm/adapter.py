@@ -53,7 +53,7 @@ class TransformersAdapter(Adapter):
         if kind not in FAMILIES or not hasattr(base, "get_image_features"):
             return None
         _refuse_old_releases(type(model).__name__)
-        return TransformersBinding(base, FAMILIES[kind])
+        return TransformersBinding(model, FAMILIES[kind])
 
     @classmethod
     def load(cls, source: str, **options: Any) -> VisionLanguageModel:

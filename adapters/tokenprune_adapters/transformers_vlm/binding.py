@@ -25,6 +25,7 @@ from tokenprune.reads import (
     TowerKeys,
     TowerValues,
 )
+from tokenprune_adapters.transformers_vlm.conversations import Conversations
 from tokenprune_adapters.transformers_vlm.families import Family
 from tokenprune_adapters.transformers_vlm.following import METHODS, Following
 
@@ -35,16 +36,16 @@ class TransformersBinding(Binding):
     """A vision-language model of transformers.
 
     Args:
-        base: the model without its language-modelling head.
+        model: with its language-modelling head or without.
         family: what is special about it.
 
     Raises:
         UnsupportedError: the model lacks a part that its family has.
     """
 
-    def __init__(self, base: Any, family: Family) -> None:
-        base = uncompiled(base)
-        self.base, self.family, self.name = base, family, type(base).__name__
+    def __init__(self, model: Any, family: Family) -> None:
+        base = uncompiled(model.base_model)
+        self.model, self.base, self.family, self.name = model, base, family, type(base).__name__
         decoder = uncompiled(getattr(base, "language_model", None)) or uncompiled(getattr(base, "text_model", None))
         tower = self.part(family.tower)
         if decoder is None:
@@ -113,6 +114,7 @@ class TransformersBinding(Binding):
         """See `Binding.watch`. The methods that make image features are looked at on this one object meanwhile."""
         following = Following(self, reads)
         with ExitStack() as undo:
+            undo.enter_context(Conversations(self.model).kept_apart())
             undo.enter_context(shadowed(self.base, "forward", following.forward))
             for modality, method in METHODS.items():
                 undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))

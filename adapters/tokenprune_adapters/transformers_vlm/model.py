@@ -17,6 +17,7 @@ from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.stopwatch import stage
 from tokenprune.trace import Trace
 from tokenprune_adapters.images import ImageInput, to_rgb
+from tokenprune_adapters.transformers_vlm.conversations import Conversations
 from tokenprune_adapters.transformers_vlm.processing import load_processor
 
 
@@ -131,7 +132,7 @@ class VisionLanguageModel:
         """
         if max_new_tokens < 1:
             raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")
-        with model_turn(self.model):
+        with model_turn(self.model), Conversations(self.model).kept_apart():
             _ = self.processor  # read from its folder when first needed, which is no work on the image
             with stage("preprocess"):
                 inputs = self.inputs(image, prompt)

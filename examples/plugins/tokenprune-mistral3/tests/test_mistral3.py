@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,29 @@ def test_it_knows_its_own_models_only(model: Any) -> None:
     assert Mistral3Adapter.matches("folder", {"model_type": MODEL_TYPE})
     assert not Mistral3Adapter.matches("folder", {"model_type": "another"})
     assert Mistral3Adapter.bind(model.model) is not None
+
+
+def test_calls_of_two_threads_are_not_mixed(model: Any) -> None:
+    """The other's whole call comes between what this one's hooks see and where its decoder begins."""
+
+    @torch.inference_mode()
+    def states(images: list[tuple[int, int]]) -> torch.Tensor:
+        return model(**inputs(images)).logits
+
+    def meet(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            seen.append(other.submit(states, [(4, 2)]).result(60))
+
+    seen: list[torch.Tensor] = []
+    strategy = tp.strategy("uniform", keep=4)
+    with tp.prune(model, strategy):
+        alone = [states([(2, 3)]), states([(4, 2)])]
+    handle = model.model.language_model.register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(1) as other, tp.prune(model, strategy):
+        mine = states([(2, 3)])
+    handle.remove()
+    assert torch.equal(mine, alone[0])
+    assert torch.equal(seen[0], alone[1])
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ ordinary text tokens. How many rows and columns each image has is told by the ca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -45,8 +46,8 @@ class Mistral3Binding(Binding):
             yield watch
 
 
-class Mistral3Watch:
-    """What was seen in one context.
+class Mistral3Watch(threading.local):
+    """What was seen in one context, by each thread of its own calls.
 
     Args:
         name: of the model, for messages.

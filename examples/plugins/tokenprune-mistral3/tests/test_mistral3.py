@@ -119,6 +119,20 @@ def test_features_are_those_of_the_tokens_patches(model: Any) -> None:
 
 
 @torch.inference_mode()
+def test_compiled_code_does_not_pass_by_the_watch() -> None:
+    """Of a model whose projector was compiled, and called, before it was pruned."""
+    model = tiny_model()
+    with tp.prune(model, Look()):
+        expected = model(**inputs([(2, 3)])).logits
+    features = Look.seen["features"]
+    model.model.multi_modal_projector.compile(backend="eager")
+    model(**inputs([(1, 2)]))
+    with tp.prune(model, Look()):
+        torch.testing.assert_close(model(**inputs([(2, 3)])).logits, expected)
+    torch.testing.assert_close(Look.seen["features"], features)
+
+
+@torch.inference_mode()
 def test_wrong_calls_are_told(model: Any) -> None:
     given = inputs([(2, 3)])
     embeddings = model.get_input_embeddings()(given["input_ids"])

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tokenprune.engine.shadow import shadowed, traced
+from tokenprune.engine.shadow import shadowed
 
 STATE = "rope_deltas"
 _MARK = "_tokenprune_rope_deltas"
@@ -49,7 +49,6 @@ class Conversations:
                 undo.enter_context(shadowed(self._model, method, self._around))
             yield
 
-    @traced
     def _around(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache = _cache_in(kwargs, *args)
         with self._lock:

@@ -47,7 +47,7 @@ def told_by_name() -> Iterator[None]:
 
 
 # a reason that we give, functions of ours in releases of PyTorch that tell no reasons, and a layer all of which is read
-_OURS = (REASON, "function _Shadow.__call__", "function _show ", "fullgraph=True found no compiled frames")
+_OURS = (REASON, "function _Shadow.__call__", "function _tapped_attention ", "fullgraph=True found no compiled frames")
 
 
 def _refusal(message: str) -> str:

@@ -101,6 +101,7 @@ class _Taps:
 _LOCK = threading.Lock()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
@@ -114,7 +115,6 @@ def _tapped_attention(
     return output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _show(
     module: nn.Module,
     tap: _Tap,
@@ -142,7 +142,7 @@ def _show(
     tap.show(seen)
 
 
-_show._torchdynamo_disable_msg = REASON
+_tapped_attention._torchdynamo_disable_msg = REASON
 AttentionInterface.register(_NAME, _tapped_attention)
 
 

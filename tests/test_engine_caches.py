@@ -277,17 +277,34 @@ def test_an_emptied_cache_is_a_new_one(model, image):
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize(
-    "how", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 2}], ids=str
-)
-def test_ways_to_generate_equal_recomputation(model, image, positions, how):
-    """Beam search reorders the cache's rows, prompt look-up takes back what it guessed wrongly."""
-    one = "prompt_lookup_num_tokens" in how
-    ids, mask = (IDS[:1], image[:1]) if one else (IDS, image)
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_beams_equal_recomputation(model, image, positions, how):
+    """Beam search reorders and repeats the cache's rows."""
     strategy = EverySecond()
     strategy.positions = positions
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with torch.no_grad(), prune(model, strategy, image_tokens=mask):
-        got = model.generate(ids, **settings, **how)
-        plain = model.generate(ids, use_cache=False, **settings, **({} if one else how))
-    assert torch.equal(got, plain)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **how}
+    with torch.no_grad(), prune(model, strategy, image_tokens=image):
+        got = model.generate(IDS, **settings)
+        expected = model.generate(IDS, use_cache=False, **settings)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model", "configured"])
+def test_assisted_decoding_is_refused_where_anything_is_pruned(model, image, how):
+    """Its first call holds guesses behind the prompt, so that they would be the row that attention is read from."""
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    config = copy.deepcopy(model.generation_config)
+    config.prompt_lookup_num_tokens = 2
+    asked = {"prompt_lookup_num_tokens": 2, "assistant_model": model, "configured": config}[how]
+    extra = {"generation_config": asked} if how == "configured" else {how: asked}
+    name = "prompt_lookup_num_tokens" if how == "configured" else how
+    with torch.no_grad():
+        expected = model.generate(IDS[:1], **settings, **extra)
+        with (
+            prune(model, EverySecond(), image_tokens=image[:1]),
+            pytest.raises(UnsupportedError, match=f"{name} found under tokenprune.prune"),
+        ):
+            model.generate(IDS[:1], **settings, **extra)
+        if how != "assistant_model":
+            with prune(model, Scripted([]), image_tokens=image[:1]):  # nothing is chosen, so nothing by guesses
+                assert torch.equal(model.generate(IDS[:1], **settings, **extra), expected)

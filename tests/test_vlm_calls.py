@@ -13,7 +13,7 @@ from vlm_oracle import oracle
 import tokenprune
 from tokenprune.base import Stage, Strategy
 from tokenprune.decisions import Keep
-from tokenprune.errors import InputError, PruningWarning
+from tokenprune.errors import InputError, PruningWarning, UnsupportedError
 from tokenprune.reads import TowerFeatures
 from tokenprune.testing.scripts import Scripted, Step
 
@@ -216,15 +216,46 @@ def _split(name, inputs, cut):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
-def test_a_model_that_assists_itself(name):
-    """Both parts of assisted decoding run in the context; what was guessed wrongly is taken back from the cache."""
+def test_a_model_that_assists_itself_is_refused_by_that_name(name):
     model, inputs = model_of(name), inputs_of(name, sizes=((24, 32),))
+    with (
+        torch.no_grad(),
+        tokenprune.prune(model, EverySecond()),
+        pytest.raises(UnsupportedError, match="assistant_model found under tokenprune.prune"),
+    ):
+        model.generate(**inputs, **GREEDY, assistant_model=model)
+
+
+@names
+def test_generation_from_embeddings_with_pixels(name):
+    """`generate` may encode the pixels ahead, and hands on embeddings and what the tower gave."""
+    model, inputs = model_of(name), dict(inputs_of(name))
     with torch.no_grad():
+        with tokenprune.prune(model, EverySecond()) as run:
+            expected = model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        kept = run.trace.stages[0].kept
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        try:
+            model.generate(inputs_embeds=embeds, **inputs, **GREEDY)
+        except Exception as error:
+            pytest.skip(f"{name} itself does not generate from embeddings with pixels: {type(error).__name__}")
+        with tokenprune.prune(model, EverySecond()) as run:
+            got = model.generate(inputs_embeds=embeds, **inputs, **GREEDY)
+    assert run.trace.stages[0].kept == kept
+    if not name.startswith("qwen"):  # whose positions need the ids
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_what_a_model_keeps_of_its_latest_conversation_is_there_afterwards(name):
+    model, inputs = model_of(name), inputs_of(name)
+    with torch.no_grad():
+        model(**inputs)
+        expected = model.base_model.rope_deltas
+        model.base_model.rope_deltas = None
         with tokenprune.prune(model, EverySecond()):
-            expected = model.generate(**inputs, **GREEDY)
-        with tokenprune.prune(model, EverySecond()):
-            got = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
-    assert torch.equal(got, expected)
+            model(**inputs)
+    assert torch.equal(model.base_model.rope_deltas, expected)
 
 
 @names

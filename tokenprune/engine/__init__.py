@@ -106,7 +106,6 @@ def prune(
         hooks = hooks_on(whole)
         stack.enter_context(not_compiled(whole))
         with concerning(concerns):
-            stack.enter_context(whole_prompts(whole))
             watch = stack.enter_context(binding.watch(reads))
         stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), watch.provide)
@@ -123,6 +122,7 @@ def prune(
             seed=seed,
         )
         with concerning(concerns):
+            stack.enter_context(whole_prompts(whole, lambda: not run.never_prunes()))
             stack.enter_context(run.attached())
         try:
             observers.tokenprune_run_started(run=run)

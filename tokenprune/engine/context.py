@@ -230,14 +230,14 @@ class PruningRun:
 
     def _continue(self, call: Call, hidden: Tensor) -> None:
         known = CachedPrefill.of(call.cache)
-        if known is None and self._never_prunes():
+        if known is None and self.never_prunes():
             return  # nothing was pruned before, and nothing would be
         call.cached = known = check_known(known, self._lease)
         call.new, call.past = hidden.shape[1], call.held - known.length
         if call.new > 1:
             self._count_images(call, known, len(hidden))
 
-    def _never_prunes(self) -> bool:
+    def never_prunes(self) -> bool:
         """Whether the strategy leaves models like this one as they are, as "none" does."""
         decoder, vision = self.decoder, self._vision or VisionSource()
         readable = decoder.offers | frozenset(vision.answers)

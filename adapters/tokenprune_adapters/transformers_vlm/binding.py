@@ -114,7 +114,7 @@ class TransformersBinding(Binding):
         """See `Binding.watch`. The methods that make image features are looked at on this one object meanwhile."""
         following = Following(self, reads)
         with ExitStack() as undo:
-            undo.enter_context(Conversations(self.model).kept_apart())
+            undo.enter_context(Conversations(self.model).kept_apart(restored=False))
             undo.enter_context(shadowed(self.base, "forward", following.forward))
             for modality, method in METHODS.items():
                 undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))

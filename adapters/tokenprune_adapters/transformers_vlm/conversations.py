@@ -36,18 +36,26 @@ class Conversations:
             self._lock = _LOCKS.setdefault(self._base, threading.RLock())
 
     @contextmanager
-    def kept_apart(self) -> Iterator[None]:
-        """Look on meanwhile; the model's state afterwards is what it was before."""
+    def kept_apart(self, restored: bool = True) -> Iterator[None]:
+        """Look on meanwhile.
+
+        Args:
+            restored: whether the model's state afterwards is what it was before; else it is that of this thread's
+                latest conversation, as without looking on.
+        """
         if not hasattr(self._base, STATE):
             yield
             return
         before = getattr(self._base, STATE)
         with ExitStack() as undo:
-            undo.callback(setattr, self._base, STATE, before)
+            undo.callback(self._leave, before, restored)
             undo.enter_context(shadowed(self._base, "forward", self._around))
             for method in _METHODS:
                 undo.enter_context(shadowed(self._model, method, self._around))
             yield
+
+    def _leave(self, before: Any, restored: bool) -> None:
+        setattr(self._base, STATE, before if restored else getattr(self._now, "state", before))
 
     def _around(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache = _cache_in(kwargs, *args)

@@ -103,10 +103,10 @@ class Following:
             self._numbers(modality, encoded)
 
     def _given_ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """The ids; where the model was given embeddings and pixels, the placeholders among them, as it finds them."""
+        """The ids; where the model was given embeddings and images, the placeholders among them, as it finds them."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        pixels = any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        if ids is not None or not isinstance(embeds, Tensor) or not pixels:
+        given = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")  # the last: encoded ahead by `generate`
+        if ids is not None or not isinstance(embeds, Tensor) or all(inputs.get(name) is None for name in given):
             return ids
         found = torch.full(embeds.shape[:2], -1, device=embeds.device)
         table = self.binding.base.get_input_embeddings()

@@ -90,7 +90,7 @@ def test_golden_choice_order_and_values(
     strategy = LiteLVLM(keep=setting["K"])
     bench = Bench(strategy, [[144]], given=reads)
     planned = bench.planned[0]
-    answer = strategy.choose(planned.stage, bench._view(planned.stage, planned.target))
+    answer = strategy.choose(planned.stage, bench._view(planned, bench.state, planned.target))
     wanted = case[f"setting{number}.kept_in_original_order"]
     assert torch.equal(answer.origin[0], wanted)
     assert torch.equal(answer.index[0], torch.arange(setting["K"]))

@@ -61,7 +61,7 @@ def decided(strategy: PruMerge, reads: dict[str, Tensor]) -> Merge:
     given: dict[str, Any] = {**reads, "project": lambda features: features}
     bench = Bench(strategy, [[reads["features"].shape[1]]], given=given)
     planned = bench.planned[0]
-    answer = strategy.choose(planned.stage, bench._view(planned.stage, planned.target))
+    answer = strategy.choose(planned.stage, bench._view(planned, bench.state, planned.target))
     assert isinstance(answer, Merge)
     return answer
 

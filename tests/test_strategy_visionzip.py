@@ -53,7 +53,7 @@ def decided(strategy: VisionZip, reads: dict[str, Any], rows: list[list[int]] | 
     rows = rows or [[reads["features"].shape[1]]] * len(reads["features"])
     bench = Bench(strategy, rows, given=reads)
     planned = bench.planned[0]
-    answer = strategy.choose(planned.stage, bench._view(planned.stage, planned.target))
+    answer = strategy.choose(planned.stage, bench._view(planned, bench.state, planned.target))
     assert isinstance(answer, Merge)
     return answer
 

@@ -76,7 +76,8 @@ def check_runs(hidden: Tensor) -> None:
     found = {
         "torch.jit.trace": torch._C._is_tracing(),
         "torch.export": torch.compiler.is_compiling(),
-        "a tensor without values (of the device meta, or a FakeTensor)": hidden.device.type == "meta" or is_fake(hidden),
+        "a tensor without values (on the device meta, or a FakeTensor)": hidden.device.type == "meta"
+        or is_fake(hidden),
     }
     for name, is_so in found.items():
         if is_so:

@@ -10,7 +10,7 @@ What the vision tower computes for a strategy is not counted; what the projector
 
 Times are processor time of all threads unless --wall, so that other work on the machine counts for little; medians.
 
-    python benchmarks/selectors.py [--tokens 576 2880] [--budget 0.25] [--json selectors.json]
+    python benchmarks/choosing.py [--tokens 576 2880] [--budget 0.25] [--json selectors.json]
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def check(model, positions, seeds, moves):
                 prompts.append(prompts[which])
             elif kind == "cut":
                 number = min(number, talk.length - prompts[which])
-                talk.cache.crop(-number)
+                if number:  # to older releases 0 means that nothing stays
+                    talk.cache.crop(-number)
                 kept = talk.length - number
                 layout = SequenceLayout.from_mask(talk.layout.image_tokens[:, :kept], talk.layout.valid[:, :kept])
                 talks[which] = replace(talk, layout=layout, embeds=talk.embeds[:, :kept], ids=talk.ids[:, :kept])
@@ -261,6 +262,10 @@ def test_a_prefill_cannot_be_cut(model, image):
 
 def test_an_emptied_cache_is_a_new_one(model, image):
     with torch.no_grad():
+        untouched = model(IDS, use_cache=True).past_key_values
+        untouched.reset()
+        if untouched.get_seq_length():
+            pytest.skip("this release of transformers fills an emptied cache with zeros, pruned or not")
         with prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
             cache = model(IDS, use_cache=True).past_key_values
             cache.reset()

@@ -1,4 +1,4 @@
-"""The engine: runs a strategy on a transformers decoder through hooks, and leaves nothing behind."""
+"""The engine: runs a strategy on a transformers decoder by looking on at its calls, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class PrunedCacheLayer(DynamicLayer):
         self._take(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back tokens decoded since the prefill (assisted decoding).
+        """Take back tokens decoded since the prefill.
 
         Args:
             tokens_to_remove: how many, negative; older releases of transformers give the length that stays, positive.

@@ -1,4 +1,4 @@
-"""What users hold around a model: wrappers that are looked through, and ways to call it that are no single prefill."""
+"""What users hold around a model: wrappers that are looked through."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def unwrapped(model: Any) -> Any:
     """The model inside wrappers, of which there may be several; one that is not wrapped is given back itself.
 
     Known are what `torch.compile` gives, `peft.PeftModel`, `torch.nn.DataParallel` and `DistributedDataParallel`, and
-    pipelines of transformers.
-    The wrapper itself may be called in a pruning context.
+    pipelines of transformers. The wrapper itself may be called in a pruning context.
 
     Raises:
         UnsupportedError: a wrapper that gives the model another input than it was given.

@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from tokenprune import registry
+from tokenprune.plugins import registry
 
 folder = Path(sys.argv[1]).resolve()
 for package in ("tokenprune", "tokenprune_strategies", "tokenprune_adapters"):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_segmentation import FakePlugin
 
-from tokenprune import registry
 from tokenprune.cli.app import main
+from tokenprune.plugins import registry
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune import hookimpl
-from tokenprune.adapter import Adapter
 from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError
+from tokenprune.loading.adapter import Adapter
 from tokenprune.testing.models import tiny_llama
 from tokenprune.tokens import Tokens
 from tokenprune.trace import Trace

@@ -18,7 +18,7 @@ from misbehaving_sources import ADAPTER, DATASET, OBSERVER
 from plugin_packages import install, registering, searched
 
 import tokenprune as tp
-from tokenprune import registry
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,7 +193,7 @@ and a test compares it with what really happens. In each case a package `bad-pac
 misbehaves.
 
 A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
-`tokenprune.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all others
+`tokenprune.plugins.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all others
 work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised by your
 own code inside `with tokenprune.prune(…)` is never taken for a plugin's, and memory that ran out
 (`torch.OutOfMemoryError`, `MemoryError`) passes as it is, so that you can catch it.

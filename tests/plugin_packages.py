@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenprune import registry
+from tokenprune.plugins import registry
 
 
 def install(folder: Path, distribution: str, source: str, version: str = "1.2") -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.base import Shape
 from tokenprune.errors import BudgetError, CheckpointError, OptionError, PluginError, UnknownNameError
 from tokenprune.layout import SequenceLayout
+from tokenprune.plugins import registry
 from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
 

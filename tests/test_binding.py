@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tokenprune import hookimpl, registry
-from tokenprune.adapter import Adapter
+from tokenprune import hookimpl
 from tokenprune.engine.binding import Given, binding_of
 from tokenprune.errors import InputError, PluginError, UnsupportedError
+from tokenprune.loading.adapter import Adapter
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 

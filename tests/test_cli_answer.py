@@ -13,7 +13,7 @@ from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
-from tokenprune import threads
+from tokenprune.utils import threads
 
 __all__ = ["run"]
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")

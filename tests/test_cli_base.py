@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tokenprune import __version__
-from tokenprune.plugins import KINDS
+from tokenprune.plugins.entries import KINDS
 
 PROGRAM = Path(sys.executable).parent / "tokenprune"
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune.errors import OptionError
-from tokenprune.placement import check_device, check_dtype
+from tokenprune.loading.device_names import check_device, check_dtype
 
 __all__ = ["run"]  # the fixture
 
@@ -110,20 +110,20 @@ def test_names_of_devices(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["", "gpu", "CUDA", "cuda:", "cuda:-1", "cuda 1", "npu"])
 def test_names_that_are_no_devices(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.placement.metadata.entry_points", lambda group: [])
+    monkeypatch.setattr("tokenprune.loading.device_names.metadata.entry_points", lambda group: [])
     with pytest.raises(OptionError, match=r"device .* is unknown"):
         check_device(device)
 
 
 def test_a_package_that_adds_a_device_may_give_it_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenprune.placement.metadata.entry_points", lambda group: [group])
+    monkeypatch.setattr("tokenprune.loading.device_names.metadata.entry_points", lambda group: [group])
     check_device("npu:3")
 
 
 def test_every_known_device_and_format_is_torchs_own() -> None:
     import torch
 
-    from tokenprune.placement import DEVICES, DTYPES
+    from tokenprune.loading.device_names import DEVICES, DTYPES
 
     assert [torch.device(name).type for name in DEVICES] == list(DEVICES)
     for name in DTYPES:

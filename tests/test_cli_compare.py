@@ -13,9 +13,10 @@ import pytest
 from cli_fixtures import Runner, assert_one_line, run
 from PIL import Image
 
-from tokenprune import hookimpl, registry
+from tokenprune import hookimpl
 from tokenprune.cli.compare import STRATEGIES
-from tokenprune.hookspecs import Register
+from tokenprune.plugins import registry
+from tokenprune.plugins.hookspecs import Register
 
 __all__ = ["run"]  # the fixture
 

@@ -17,9 +17,10 @@ from cli_fixtures import Ran, Runner, assert_one_line, run
 from fake_segmentation import FakeData, FakeModel
 from PIL import Image
 
-from tokenprune import hookimpl, registry
+from tokenprune import hookimpl
 from tokenprune.errors import InputError
 from tokenprune.evaluation.compare import compare
+from tokenprune.plugins import registry
 from tokenprune.report.write import unused_folder, write_comparison
 
 __all__ = ["run"]  # the fixture
@@ -33,7 +34,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from fake_segmentation import FakePlugin
-from tokenprune import registry
+from tokenprune.plugins import registry
 from tokenprune.cli.app import main
 registry.register_plugin(FakePlugin(Path(sys.argv[1])), "fakes")
 main(sys.argv[2:])

@@ -23,9 +23,9 @@ from fake_segmentation import FakeData, FakeModel
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.datasets.base import Scene
 from tokenprune.engine import prune
+from tokenprune.plugins import registry
 from tokenprune.scaffold.package import LONGEST
 from tokenprune.testing.datasets import DatasetConformance
 from tokenprune.testing.models import tiny_llama

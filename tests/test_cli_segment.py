@@ -20,7 +20,7 @@ from PIL import Image
 from pixellm_checkpoints import write_pixellm
 
 import tokenprune as tp
-from tokenprune import stopwatch
+from tokenprune.utils import stopwatch
 
 __all__ = ["run"]  # the fixture
 

@@ -22,10 +22,10 @@ from transformers import CLIPVisionModel
 from vlm_families import CURRENT, FAMILIES, NAMES
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.base import Shape, Stage
 from tokenprune.decisions import Decision, Keep
 from tokenprune.errors import IncompatibleError, UnknownNameError, UnsupportedError
+from tokenprune.plugins import registry
 from tokenprune.reads import Read
 from tokenprune.tokens import Tokens
 

@@ -162,7 +162,7 @@ def test_errors_name_the_place(place: str, kind: type[Exception], problem: str, 
 
 
 def test_a_registered_name_wins(run: Runner) -> None:
-    from tokenprune import registry
+    from tokenprune.plugins import registry
 
     class Plugin:
         @tp.hookimpl

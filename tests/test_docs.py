@@ -29,8 +29,8 @@ from vlm_checkpoints import HUB, VIDEO_PROCESSORS, write_vlm
 from vlm_families import FAMILIES as TINY
 
 import tokenprune
-from tokenprune import hookspecs, registry
 from tokenprune.cli.app import app, main
+from tokenprune.plugins import hookspecs, registry
 from tokenprune_adapters.transformers_vlm import FAMILIES, TransformersAdapter
 
 ROOT = Path(__file__).resolve().parents[1]

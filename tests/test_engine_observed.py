@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.cost import DecoderSpec, kv_bytes
 from tokenprune.errors import PluginError
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 

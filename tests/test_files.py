@@ -17,9 +17,9 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.cli.checks import check_image, check_model
 from tokenprune.errors import InputError, TokenPruneError
-from tokenprune.files import new_folder, replacing, write_first
-from tokenprune.images import to_rgb
 from tokenprune.report.files import check_targets, write_mask
+from tokenprune.utils.files import new_folder, replacing, write_first
+from tokenprune.utils.images import to_rgb
 
 
 def test_a_file_appears_whole_with_the_usual_permissions(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vlm_families import CURRENT
 import tokenprune as tp
 from tokenprune.errors import InputError
 from tokenprune.evaluation.single import run_single
-from tokenprune.images import to_rgb
+from tokenprune.utils.images import to_rgb
 
 HEIGHT, WIDTH = 24, 40
 ORIENTATION = 0x0112

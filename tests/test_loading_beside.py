@@ -11,12 +11,12 @@ import torch
 from meetings import PATIENCE, Stop, started
 
 import tokenprune as tp
-from tokenprune import registry
-from tokenprune.adapter import Adapter
 from tokenprune.base import Stage, Strategy
 from tokenprune.decisions import Keep
 from tokenprune.engine import prune
 from tokenprune.errors import PluginError
+from tokenprune.loading.adapter import Adapter
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 LOADS: list[Stop] = []

@@ -21,8 +21,9 @@ from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
-from tokenprune import hookimpl, registry
+from tokenprune import hookimpl
 from tokenprune.errors import CheckpointError, UnsupportedError
+from tokenprune.plugins import registry
 
 RANK, ALPHA = 3, 8
 PREFIX = "base_model.model."

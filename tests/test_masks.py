@@ -20,8 +20,8 @@ from tokenprune.errors import InputError, PluginError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.single import run_query
-from tokenprune.masks import foreground, ignored, predicted
 from tokenprune.report.panels import with_mask
+from tokenprune.utils.masks import foreground, ignored, predicted
 from tokenprune_adapters.pixellm import match_masks
 
 SHAPE = (4, 6)

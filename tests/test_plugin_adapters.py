@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune import Adapter, Keep, Stage, Strategy, TowerFeatures, hookimpl, registry
+from tokenprune import Adapter, Keep, Stage, Strategy, TowerFeatures, hookimpl
 from tokenprune.engine import VisionSource
 from tokenprune.errors import InputError, PluginError
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 

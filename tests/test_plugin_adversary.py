@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune import Adapter, AttentionFrom, Keep, Merge, Stage, Strategy, StrategyOptions, TowerFeatures, registry
+from tokenprune import Adapter, AttentionFrom, Keep, Merge, Stage, Strategy, StrategyOptions, TowerFeatures
 from tokenprune.engine import Binding, Marks
 from tokenprune.errors import InputError, PluginError, PluginWarning
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.snapshot import differences, snapshot
 

@@ -19,9 +19,10 @@ from fake_segmentation import FakeData, FakeModel
 from plugin_packages import install, registering, searched
 
 import tokenprune as tp
-from tokenprune import compare, registry
+from tokenprune import compare
 from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError, PluginError, PluginWarning
+from tokenprune.plugins import registry
 from tokenprune.report.write import write_comparison
 from tokenprune.testing.models import tiny_llama
 

@@ -43,7 +43,7 @@ def tokenprune_register_strategies(register):
 COMPARED = """
 import torch
 import tokenprune as tp
-from tokenprune import registry
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 entry = tp.strategies()["quick"]

@@ -15,11 +15,12 @@ import typer
 from fake_segmentation import FakeData, FakeModel
 from plugin_packages import install, registering, searched
 
-from tokenprune import compare, hookimpl, registry
+from tokenprune import compare, hookimpl
 from tokenprune.cli.app import main
 from tokenprune.errors import InputError, PluginError, UnknownNameError
 from tokenprune.evaluation.measured import Measured
 from tokenprune.evaluation.results import Comparison
+from tokenprune.plugins import registry
 from tokenprune.report.tables import as_text
 from tokenprune.report.write import write_comparison
 from tokenprune_strategies.segmenters import segment

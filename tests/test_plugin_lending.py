@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.base import Stage, Strategy
 from tokenprune.decisions import Keep, Restore
 from tokenprune.errors import PluginError, PluginWarning
+from tokenprune.plugins import registry
 from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates
 from tokenprune.testing.models import tiny_llama
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from plugin_packages import install, registering, searched
 
-from tokenprune import hookimpl, hookspecs, registry
+from tokenprune import hookimpl
 from tokenprune.cli.app import main
 from tokenprune.errors import PluginError
-from tokenprune.plugins import COMMANDS, KINDS, LIMIT
+from tokenprune.plugins import hookspecs, registry
+from tokenprune.plugins.entries import COMMANDS, KINDS, LIMIT
 
 
 @pytest.fixture

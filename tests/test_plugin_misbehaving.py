@@ -10,7 +10,7 @@ import torch
 from misbehaving import CASES, MODEL, PAGE, Case, misbehave, page, run, wrapped
 
 import tokenprune as tp
-from tokenprune import registry
+from tokenprune.plugins import registry
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.title for case in CASES])

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import tokenprune
-from tokenprune import Strategy, hookimpl, observers, reads, registry
+from tokenprune import Strategy, hookimpl, reads
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
+from tokenprune.plugins import observers, registry
 
 STRATEGIES = {"none", "blind", "random", "uniform", "csp", "csp-65", "csp-70", "fastv", "prumerge", "prumerge+"}
 

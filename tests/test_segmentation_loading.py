@@ -13,8 +13,8 @@ from lisa_checkpoints import write_lisa, write_tower
 from pixellm_checkpoints import write_pixellm, write_pixellm_tower
 
 import tokenprune as tp
-from tokenprune.adapter import Adapter
 from tokenprune.errors import OptionError
+from tokenprune.loading.adapter import Adapter
 from tokenprune_adapters.glamm import GlammAdapter
 from tokenprune_adapters.lisa import LisaAdapter
 from tokenprune_adapters.pixellm import PixelLMAdapter

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from strategy_bench import Bench, layout_of
 
 import tokenprune
-from tokenprune import registry
 from tokenprune.api import names_in
 from tokenprune.base import Shape, Stage, Strategy, equivalent_tokens
 from tokenprune.decisions import Keep, Merge
@@ -19,6 +18,7 @@ from tokenprune.dry import declared_ledger
 from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, OptionError, PluginError, TokenPruneError, UnknownNameError
 from tokenprune.evaluation.contenders import contenders
+from tokenprune.plugins import registry
 from tokenprune.reads import Embeddings, HiddenStates, TowerFeatures
 from tokenprune.sequence import Sequence
 from tokenprune.testing.models import tiny_llama

@@ -9,9 +9,9 @@ from cli_fixtures import Runner, run
 from fake_segmentation import FakeData, FakeModel, Front, Whole
 from rich.console import Group
 
-from tokenprune import registry
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.results import Comparison, Row
+from tokenprune.plugins import registry
 from tokenprune.report.parted import Column, Parted
 from tokenprune.report.tables import as_text
 

@@ -13,9 +13,9 @@ from cli_fixtures import Runner, assert_one_line, run
 from fake_segmentation import FakeData, FakeModel, Front
 
 import tokenprune as tp
-from tokenprune import threads
 from tokenprune.errors import OptionError
-from tokenprune.threads import ThreadChoice, allowed_cores
+from tokenprune.utils import threads
+from tokenprune.utils.threads import ThreadChoice, allowed_cores
 
 __all__ = ["run"]
 

@@ -21,9 +21,9 @@ from vlm_checkpoints import EOS, HUB, TOKENS, VIDEO_PROCESSORS, placeholder, wri
 from vlm_families import CURRENT
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.cli.app import main
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError, OptionError
+from tokenprune.plugins import registry
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.transformers_vlm import FAMILIES
 from tokenprune_adapters.transformers_vlm.model import VisionLanguageModel

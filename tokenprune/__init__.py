@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenprune.adapter import Adapter
     from tokenprune.api import load, strategy
     from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
     from tokenprune.compatibility import Compatibility, compatible
@@ -17,7 +16,9 @@ if TYPE_CHECKING:
     from tokenprune.engine import prune
     from tokenprune.errors import TokenPruneError
     from tokenprune.evaluation.compare import compare
-    from tokenprune.hookspecs import hookimpl
+    from tokenprune.loading.adapter import Adapter
+    from tokenprune.plugins.hookspecs import hookimpl
+    from tokenprune.plugins.registry import adapters, datasets, models, strategies
     from tokenprune.reads import (
         AttentionFrom,
         ClipImageEmbeddings,
@@ -41,13 +42,12 @@ if TYPE_CHECKING:
         TowerKeys,
         TowerValues,
     )
-    from tokenprune.registry import adapters, datasets, models, strategies
     from tokenprune.sequence import Sequence
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "tokenprune.adapter": ("Adapter",),
+    "tokenprune.loading.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
     "tokenprune.base": ("Shape", "Stage", "Strategy", "StrategyOptions"),
     "tokenprune.compatibility": ("Compatibility", "compatible"),
@@ -55,7 +55,7 @@ _HOME = {
     "tokenprune.engine": ("prune",),
     "tokenprune.errors": ("TokenPruneError",),
     "tokenprune.evaluation.compare": ("compare",),
-    "tokenprune.hookspecs": ("hookimpl",),
+    "tokenprune.plugins.hookspecs": ("hookimpl",),
     "tokenprune.reads": (
         "AttentionFrom",
         "ClipImageEmbeddings",
@@ -79,7 +79,7 @@ _HOME = {
         "TowerKeys",
         "TowerValues",
     ),
-    "tokenprune.registry": ("adapters", "datasets", "models", "strategies"),
+    "tokenprune.plugins.registry": ("adapters", "datasets", "models", "strategies"),
     "tokenprune.sequence": ("Sequence",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

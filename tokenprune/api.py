@@ -7,15 +7,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune import registry
 from tokenprune.errors import CheckpointError, OptionError, nearest
-from tokenprune.files import expanded
-from tokenprune.plugins import not_loaded
-from tokenprune.unmerged import ADAPTER_CONFIG, MERGE, base_of
+from tokenprune.loading.lora_folders import ADAPTER_CONFIG, MERGE, base_of
+from tokenprune.plugins import registry
+from tokenprune.plugins.entries import not_loaded
+from tokenprune.utils.files import expanded
 
 if TYPE_CHECKING:
     from tokenprune.base import Strategy
-    from tokenprune.plugins import Entry
+    from tokenprune.plugins.entries import Entry
 
 
 def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy:
@@ -102,7 +102,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
                     f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), which {entry.name!r} does not merge; "
                     f"{MERGE}"
                 )
-            from tokenprune.settings import loading  # imports torch, as adapters that load do
+            from tokenprune.utils.torch_state import loading  # imports torch, as adapters that load do
 
             with entry.running("load"), loading():
                 model = kind.load(source, **options)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenprune.blame import blame_strategy, blamed_strategy
 from tokenprune.errors import BudgetError, OptionError, PluginError
+from tokenprune.plugins.attribution import blame_strategy, blamed_strategy
 from tokenprune.reads import Read
 
 if TYPE_CHECKING:

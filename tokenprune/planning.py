@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.base import Shape, Stage, Strategy, declared_stages
-from tokenprune.blame import blamed_strategy
 from tokenprune.errors import BudgetError, PluginError
+from tokenprune.plugins.attribution import blamed_strategy
 
 
 @dataclass(frozen=True, eq=False)

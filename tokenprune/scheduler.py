@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune.base import Positions, Shape, Stage, Strategy
-from tokenprune.blame import blamed_strategy
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.errors import PluginError
 from tokenprune.fit import misfit
@@ -20,16 +19,17 @@ from tokenprune.layout import SequenceLayout
 from tokenprune.ledger import LayerEntry, Ledger
 from tokenprune.lending import Loans
 from tokenprune.planning import PlannedStage, RowGroup, plan
+from tokenprune.plugins.attribution import blamed_strategy
 from tokenprune.reads import Read
-from tokenprune.settings import same_settings
 from tokenprune.state import TokenState
 from tokenprune.tokens import Tokens
 from tokenprune.trace import StageTrace, Trace
+from tokenprune.utils.torch_state import same_settings
 from tokenprune.validation import check_decision, check_target
 
 
 class Observer(Protocol):
-    """What the scheduler tells of a run; the module `tokenprune.observers` is one."""
+    """What the scheduler tells of a run; the module `tokenprune.plugins.observers` is one."""
 
     def tokenprune_stage_entered(self, *, run: Any, stage: Stage) -> Any:
         """A stage begins."""

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tokenprune.blame import blamed
 from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.errors import PluginError
+from tokenprune.plugins.attribution import blamed
 from tokenprune.state import TokenState, as_mask
 
 _Refuse: TypeAlias = Callable[[str, str], PluginError]

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokenprune.errors import CheckpointError
-from tokenprune.files import expanded
-from tokenprune.unmerged import ADAPTER_CONFIG
+from tokenprune.loading.lora_folders import ADAPTER_CONFIG
+from tokenprune.utils.files import expanded
 from tokenprune_adapters.shards import tensors_of_shards
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

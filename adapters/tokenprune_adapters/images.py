@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tokenprune.images import ImageInput, to_rgb
+from tokenprune.utils.images import ImageInput, to_rgb
 
 __all__ = ["ImageInput", "to_rgb"]

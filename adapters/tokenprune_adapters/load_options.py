@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tokenprune.errors import OptionError, nearest
-from tokenprune.files import expanded
-from tokenprune.placement import DTYPES, unknown_device
+from tokenprune.loading.device_names import DTYPES, unknown_device
+from tokenprune.utils.files import expanded
 
 QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_config")
 KINDS = {name: getattr(torch, name) for name in DTYPES}

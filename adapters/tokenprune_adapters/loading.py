@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel
 
-from tokenprune.adapter import Adapter
 from tokenprune.errors import CheckpointError
-from tokenprune.unmerged import ADAPTER_CONFIG, adapter_config, base_of
+from tokenprune.loading.adapter import Adapter
+from tokenprune.loading.lora_folders import ADAPTER_CONFIG, adapter_config, base_of
 from tokenprune_adapters.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
 from tokenprune_adapters.clip import find_tower, load_tower
 from tokenprune_adapters.clip_space import ClipSpace

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.errors import CheckpointError
-from tokenprune.unmerged import ADAPTER_CONFIG, MERGE
+from tokenprune.loading.lora_folders import ADAPTER_CONFIG, MERGE
 from tokenprune_adapters.checkpoint import Checkpoint
 from tokenprune_adapters.tower_facts import COPY
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import SamModel
 
-from tokenprune.stopwatch import stage
+from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip import ClipPixels
 from tokenprune_adapters.images import ImageInput, to_rgb

@@ -17,8 +17,8 @@ from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
 from tokenprune.engine.declared import check_on
 from tokenprune.errors import OptionError
 from tokenprune.reads import Read
-from tokenprune.stopwatch import stage
 from tokenprune.trace import Trace
+from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.generation import Generated, generate

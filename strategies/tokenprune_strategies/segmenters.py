@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune import registry
 from tokenprune.errors import InputError, OptionError, UnknownNameError
-from tokenprune.plugins import Entry
+from tokenprune.plugins import registry
+from tokenprune.plugins.entries import Entry
 
 COVERED = 0.5
 

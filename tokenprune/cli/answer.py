@@ -36,8 +36,8 @@ def command(
     from tokenprune.cli.options import parse_options
     from tokenprune.cli.printing import note
     from tokenprune.evaluation.scenes import check_number
-    from tokenprune.stopwatch import recorded, told
-    from tokenprune.threads import checked, choose, using
+    from tokenprune.utils.stopwatch import recorded, told
+    from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import CheckpointError, InputError, OptionError
-from tokenprune.files import expanded
+from tokenprune.utils.files import expanded
 
 if TYPE_CHECKING:
     import typer
@@ -26,7 +26,7 @@ def check_model(
         OptionError: an unknown device or number format.
     """
     from tokenprune import api
-    from tokenprune.placement import check_device, check_dtype
+    from tokenprune.loading.device_names import check_device, check_dtype
 
     if device is not None:
         check_device(device)
@@ -55,7 +55,7 @@ def check_strategies(names: Iterable[str]) -> None:
 
 def check_metrics(names: Iterable[str]) -> None:
     """See that metrics of these names are installed; errors as in `check_strategies`."""
-    from tokenprune import registry
+    from tokenprune.plugins import registry
 
     for name in names:
         registry.get("metrics", name)

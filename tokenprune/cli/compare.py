@@ -53,7 +53,7 @@ def command(
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.evaluation.contenders import budgets_of, contenders, parse_text, split_list
     from tokenprune.evaluation.scenes import check_request
-    from tokenprune.threads import checked, choose
+    from tokenprune.utils.threads import checked, choose
 
     quiet_loading()
     checked(threads, "--threads")
@@ -99,8 +99,8 @@ def command(
 
 
 def _write(found: Comparison, out: Path) -> None:
-    from tokenprune.files import expanded
     from tokenprune.report.write import write_comparison
+    from tokenprune.utils.files import expanded
 
     written = write_comparison(found, out)
     folder = written[0].parent

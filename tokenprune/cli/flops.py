@@ -119,7 +119,7 @@ def _spec(shape: str | None, sizes: dict[str, Any]) -> DecoderSpec:
     from tokenprune.cost import DecoderSpec
     from tokenprune.cost.spec import NAMED
     from tokenprune.errors import CheckpointError, UnknownNameError
-    from tokenprune.files import expanded
+    from tokenprune.utils.files import expanded
 
     if shape is None and sizes:
         return DecoderSpec.of(**sizes)

@@ -13,9 +13,9 @@ from pathlib import Path
 from tokenprune.cli.checks import check_image
 from tokenprune.cli.printing import note
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
-from tokenprune.files import expanded, reason
 from tokenprune.report.files import check_distinct, check_target, check_targets
 from tokenprune.report.write import writable_folder
+from tokenprune.utils.files import expanded, reason
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """What of a folder counts as an image; files that are named are tried whatever their suffix."""

@@ -42,7 +42,7 @@ def command(
     from tokenprune.errors import InputError
     from tokenprune.evaluation.scenes import check_number, check_request
     from tokenprune.report.files import check_targets
-    from tokenprune.threads import checked, choose, using
+    from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")

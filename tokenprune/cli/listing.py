@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Column
 
-    from tokenprune.plugins import PluginStatus
+    from tokenprune.plugins.entries import PluginStatus
 
 NARROW = 72  # columns of a terminal below which a table has two columns
 
@@ -30,8 +30,8 @@ def command(
     plugins: Annotated[bool, typer.Option("--plugins", help="Show the plugins: origin, version, status.")] = False,
 ) -> None:
     """Show all that plugins register (strategies, models, …) with packages, and broken plugins with their error."""
-    from tokenprune import registry
-    from tokenprune.plugins import KINDS
+    from tokenprune.plugins import registry
+    from tokenprune.plugins.entries import KINDS
 
     if plugins:
         _print_plugins(registry.plugins(), output)
@@ -92,7 +92,7 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from tokenprune.plugins import KINDS
+    from tokenprune.plugins.entries import KINDS
 
     console = Console()
     is_narrow = console.width < NARROW

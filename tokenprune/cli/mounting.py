@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from tokenprune.blame import blamed, brief
 from tokenprune.cli.printing import is_of_output
 from tokenprune.errors import TokenPruneError, UnknownNameError
+from tokenprune.plugins.attribution import blamed, brief
 
 if TYPE_CHECKING:
-    from tokenprune.plugins import Entry
+    from tokenprune.plugins.entries import Entry
 
 
 CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -41,7 +41,7 @@ class PluginGroup(TyperGroup):
             PluginError: a plugin's command cannot be imported, or two packages register it.
         """
         if args and args[0] not in self.commands:
-            from tokenprune import registry
+            from tokenprune.plugins import registry
 
             try:
                 entry = registry.get("commands", args[0])
@@ -52,7 +52,7 @@ class PluginGroup(TyperGroup):
 
 
 def _registered() -> dict[str, Entry]:
-    from tokenprune import registry
+    from tokenprune.plugins import registry
 
     return registry.entries("commands")
 

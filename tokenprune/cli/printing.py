@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tokenprune.errors import InputError
-from tokenprune.files import reason
+from tokenprune.utils.files import reason
 
 if TYPE_CHECKING:
     from rich.console import Console

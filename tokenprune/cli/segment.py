@@ -45,7 +45,7 @@ def command(
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.options import parse_options
     from tokenprune.cli.printing import note, working_first
-    from tokenprune.threads import checked, choose, using
+    from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
@@ -75,9 +75,9 @@ def command(
 
 def _written(record: SampleRecord, out: Path, overlay: Path | None = None) -> str:
     """Write the mask, and the overlay where one is asked for; gives the lines that say so."""
-    from tokenprune import stopwatch
     from tokenprune.evaluation.single import token_summary
     from tokenprune.report.files import write_mask
+    from tokenprune.utils import stopwatch
 
     outcome = record.outcomes[0]
     write_mask(outcome.mask, out)

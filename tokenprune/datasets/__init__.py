@@ -11,8 +11,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tokenprune import registry
-from tokenprune.plugins import Entry
+from tokenprune.plugins import registry
+from tokenprune.plugins.entries import Entry
 
 if TYPE_CHECKING:
     from tokenprune.datasets.base import Dataset, Query, Scene

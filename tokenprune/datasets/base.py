@@ -17,7 +17,7 @@ class Query:
 
     `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is
     one of the data set's kinds. `mask` is [H, W] at the size of the scene's image: bool, or integers where 0 is
-    background, 1 is foreground and 255, beside a 1, does not count (`tokenprune.masks`). Masks of 0 and 255 alone are
+    background, 1 is foreground and 255, beside a 1, does not count (`tokenprune.utils.masks`). Masks of 0 and 255 alone are
     refused: give `mask == 255` where 255 is the foreground.
     """
 
@@ -29,7 +29,7 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One image, uint8 RGB [H, W, 3] (`tokenprune.images.to_rgb` reads any file so), and the queries about it."""
+    """One image, uint8 RGB [H, W, 3] (`tokenprune.utils.images.to_rgb` reads any file so), and the queries about it."""
 
     id: str
     image: NDArray[np.uint8]

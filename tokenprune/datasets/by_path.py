@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from tokenprune.blame import blamed
 from tokenprune.datasets.base import Dataset
 from tokenprune.errors import PluginError, UnknownNameError
+from tokenprune.plugins.attribution import blamed
 
 
 def dataset_at(place: str) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.hookspecs import Register, hookimpl
+from tokenprune.plugins.hookspecs import Register, hookimpl
 
 
 @hookimpl

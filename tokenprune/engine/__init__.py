@@ -10,7 +10,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tokenprune import observers
 from tokenprune.base import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
 from tokenprune.engine.compiling import hooks_on, hooks_seen, not_compiled, told_by_name
@@ -24,6 +23,7 @@ from tokenprune.engine.shadow import concerning, shadowed
 from tokenprune.engine.vision import VisionSource
 from tokenprune.engine.wrapping import uncompiled, unwrapped, whole_module
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
+from tokenprune.plugins import observers
 
 __all__ = [
     "Binding",

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.blame import brief
 from tokenprune.engine.binding import Binding, Watch
 from tokenprune.engine.marks import Marks
 from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
-from tokenprune.plugins import Entry
+from tokenprune.plugins.attribution import brief
+from tokenprune.plugins.entries import Entry
 from tokenprune.reads import Read
 
 

@@ -12,7 +12,6 @@ import torch
 
 from tokenprune import api
 from tokenprune.base import Shape, Strategy
-from tokenprune.blame import brief
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.engine.declared import check_on, declares
@@ -30,8 +29,9 @@ from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
 from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.evaluation.turns import TurnTaking
-from tokenprune.plugins import Entry
-from tokenprune.threads import ThreadChoice, checked, using
+from tokenprune.plugins.attribution import brief
+from tokenprune.plugins.entries import Entry
+from tokenprune.utils.threads import ThreadChoice, checked, using
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")

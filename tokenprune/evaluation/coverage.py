@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenprune.masks import Mask, foreground
 from tokenprune.trace import Trace
+from tokenprune.utils.masks import Mask, foreground
 
 Box = tuple[float, float, float, float]
 

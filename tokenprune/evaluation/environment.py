@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import tokenprune
-from tokenprune.threads import ThreadChoice, present
+from tokenprune.utils.threads import ThreadChoice, present
 
 
 def describe(decoder: Any = None, threads: ThreadChoice | None = None) -> dict[str, str | int]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tokenprune import registry
 from tokenprune.datasets.base import Query
-from tokenprune.plugins import Entry
+from tokenprune.plugins import registry
+from tokenprune.plugins.entries import Entry
 from tokenprune.trace import Trace
 
 
@@ -21,7 +21,7 @@ class Measured:
 
     Attributes:
         mask: the strategy's mask, bool [H, W].
-        target: what is asked for, [H, W]: bool, or integers as `tokenprune.masks` says.
+        target: what is asked for, [H, W]: bool, or integers as `tokenprune.utils.masks` says.
         untouched: the mask of the model without pruning, bool [H, W].
         query: the words, their kind, and the target again.
         trace: of the batch that the query was in.

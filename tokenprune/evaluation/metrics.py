@@ -1,7 +1,7 @@
 """Mask metrics of referring and reasoning segmentation: gIoU, cIoU, mIoU by target size, agreement.
 
 gIoU and cIoU are those of the field (ReasonSeg, refCOCO): an empty union counts as 1.0, label 255 is ignored.
-Masks are numpy arrays [H, W]; what their values mean is said in `tokenprune.masks`.
+Masks are numpy arrays [H, W]; what their values mean is said in `tokenprune.utils.masks`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenprune.errors import InputError
-from tokenprune.masks import Mask, foreground, ignored, predicted
+from tokenprune.utils.masks import Mask, foreground, ignored, predicted
 
 EPSILON = 1e-5  # in the denominator of every expression's IoU, as the field's evaluation code has it
 
@@ -24,7 +24,7 @@ def overlap(prediction: Mask, target: Mask) -> tuple[int, int]:
     """Pixels in the intersection and in the union, without those that the target marks as ignored.
 
     Raises:
-        InputError: two shapes, or values that mean nothing or two things (see `tokenprune.masks`).
+        InputError: two shapes, or values that mean nothing or two things (see `tokenprune.utils.masks`).
     """
     if prediction.shape != target.shape:
         found = f"prediction {list(prediction.shape)}, target {list(target.shape)}"

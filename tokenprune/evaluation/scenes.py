@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tokenprune import registry
-from tokenprune.blame import blamed
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.by_path import dataset_at
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
-from tokenprune.masks import target_problem
+from tokenprune.plugins import registry
+from tokenprune.plugins.attribution import blamed
+from tokenprune.utils.masks import target_problem
 
 
 def made(name: str) -> Dataset:

@@ -17,8 +17,8 @@ from tokenprune.evaluation import metrics
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
-from tokenprune.images import to_rgb
-from tokenprune.stopwatch import recorded
+from tokenprune.utils.images import to_rgb
+from tokenprune.utils.stopwatch import recorded
 
 
 def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
@@ -50,7 +50,7 @@ def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: St
 
 
 def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None) -> SampleRecord:
-    """A user's own image (see `tokenprune.images.to_rgb`) and query.
+    """A user's own image (see `tokenprune.utils.images.to_rgb`) and query.
 
     Raises:
         InputError: no such file, not an image, an empty query.

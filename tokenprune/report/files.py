@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputError
-from tokenprune.files import expanded, replacing
+from tokenprune.utils.files import expanded, replacing
 
 
 def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> None:

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.files import replacing
 from tokenprune.report import panels
 from tokenprune.trace import StageTrace, Trace
+from tokenprune.utils.files import replacing
 
 PANEL = 2.3  # inches
 TITLE = 34  # characters of a panel's title that are as wide as the panel

@@ -6,10 +6,10 @@ import tempfile
 from itertools import count
 from pathlib import Path
 
-from tokenprune import registry
 from tokenprune.errors import InputError, PluginError
 from tokenprune.evaluation.results import Comparison
-from tokenprune.files import expanded, reason, write_first
+from tokenprune.plugins import registry
+from tokenprune.utils.files import expanded, reason, write_first
 
 OWN_FILES = ("results.json", "tradeoff-*.png", "overlay-*.png")
 

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from importlib import metadata, util
 
-from tokenprune import registry
 from tokenprune.errors import InputError, PluginError
-from tokenprune.plugins import KINDS
+from tokenprune.plugins import registry
+from tokenprune.plugins.entries import KINDS
 
 PREFIX = "tokenprune-"
 LONGEST = 40

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tokenprune import __version__
 from tokenprune.errors import InputError
-from tokenprune.files import new_folder
-from tokenprune.hookspecs import HOOK_API
+from tokenprune.plugins.hookspecs import HOOK_API
 from tokenprune.scaffold.naming import Names
+from tokenprune.utils.files import new_folder
 
 COMMON = {
     "pyproject.toml": "common/pyproject.toml",

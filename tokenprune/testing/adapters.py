@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenprune import registry
 from tokenprune.base import Strategy
 from tokenprune.compatibility import compatible
 from tokenprune.decisions import Keep
@@ -31,6 +30,7 @@ from tokenprune.engine.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.layout import SequenceLayout
+from tokenprune.plugins import registry
 from tokenprune.reads import Read
 from tokenprune.testing.cells import check_cells
 from tokenprune.testing.models import tiny_llama

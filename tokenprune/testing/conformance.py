@@ -26,10 +26,11 @@ except ImportError as missing:
         "install them with: pip install 'tokenprune[test]'"
     ) from missing
 
-from tokenprune import api, registry
+from tokenprune import api
 from tokenprune.base import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError, TokenPruneError
+from tokenprune.plugins import registry
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tokenprune import registry
 from tokenprune.cli.options import parse_options
 from tokenprune.errors import TokenPruneError
+from tokenprune.plugins import registry
 
 _KIT = Path(__file__).with_name("installed.py")
 

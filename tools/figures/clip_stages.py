@@ -15,8 +15,8 @@ from typing import Any
 from stages import BUDGET, IMAGES, MODEL, QUERY, method_figure, write
 
 import tokenprune as tp
-from tokenprune import registry
 from tokenprune.evaluation.single import run_query, sample
+from tokenprune.plugins import registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from clip_checkpoints import whole_clip

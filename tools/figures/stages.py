@@ -20,12 +20,13 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 import tokenprune as tp
-from tokenprune import Shape, registry
+from tokenprune import Shape
 from tokenprune.base import equivalent_tokens
 from tokenprune.compatibility import compatible
 from tokenprune.dry import declared_ledger
 from tokenprune.evaluation.samples import SampleRecord
 from tokenprune.evaluation.single import run_query, sample
+from tokenprune.plugins import registry
 from tokenprune.report import panels
 
 SHAPE = Shape(layers=12, image_tokens=256)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.stopwatch import stage
+from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.llava_prompt import IMAGE_ID

@@ -9,10 +9,10 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 
-from tokenprune.adapter import Adapter
 from tokenprune.errors import CheckpointError, UnsupportedError
-from tokenprune.files import expanded
-from tokenprune.unmerged import MERGE
+from tokenprune.loading.adapter import Adapter
+from tokenprune.loading.lora_folders import MERGE
+from tokenprune.utils.files import expanded
 from tokenprune_adapters.checkpoint import INDEX_FILES, SINGLE_FILES
 from tokenprune_adapters.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
 from tokenprune_adapters.shards import has_shards

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import CheckpointError, UnsupportedError
-from tokenprune.files import expanded
-from tokenprune.unmerged import ADAPTER_CONFIG, MERGE, base_of
+from tokenprune.loading.lora_folders import ADAPTER_CONFIG, MERGE, base_of
+from tokenprune.utils.files import expanded
 
 
 def base_source(source: str) -> str | None:

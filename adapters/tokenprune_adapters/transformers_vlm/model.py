@@ -14,8 +14,8 @@ from PIL.Image import Image
 from tokenprune.base import Strategy
 from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError, OptionError, UnsupportedError
-from tokenprune.stopwatch import stage
 from tokenprune.trace import Trace
+from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.transformers_vlm.conversations import Conversations
 from tokenprune_adapters.transformers_vlm.processing import load_processor

@@ -11,7 +11,7 @@ import torch
 from tokenprune_decision_log.plugin import VARIABLE
 
 import tokenprune as tp
-from tokenprune import registry
+from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 
 PROMPT = torch.arange(20)[None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.hookspecs import Register, hookimpl
+from tokenprune.plugins.hookspecs import Register, hookimpl
 
 tokenprune_hook_api = "1.0"  # the version of tokenprune's hooks that this is built for
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pluggy
 
-from tokenprune.blame import blamed, brief
 from tokenprune.errors import PluginError
+from tokenprune.plugins.attribution import blamed, brief
 
 OWN = "tokenprune"  # the distribution whose plugins are the built-in ones
 LIMIT = "TOKENPRUNE_PLUGINS"
@@ -38,7 +38,7 @@ class Kind:
 COMMANDS = frozenset({"list", "compare", "segment", "answer", "inspect", "flops", "new"})  # tokenprune's own
 KINDS = {
     "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.base:Strategy"),
-    "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.adapter:Adapter"),
+    "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.loading.adapter:Adapter"),
     "datasets": Kind("data set", "tokenprune_register_datasets", "tokenprune.datasets.base:Dataset"),
     "models": Kind("model", "tokenprune_register_models"),
     "metrics": Kind("metric", "tokenprune_register_metrics"),

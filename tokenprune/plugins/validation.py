@@ -10,8 +10,8 @@ from typing import Any
 import pluggy
 
 from tokenprune.errors import PluginError, nearest
-from tokenprune.hookspecs import HOOK_API
-from tokenprune.plugins import Source
+from tokenprune.plugins.entries import Source
+from tokenprune.plugins.hookspecs import HOOK_API
 
 API_ATTRIBUTE = "tokenprune_hook_api"
 
@@ -76,7 +76,7 @@ def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> 
     for caller in callers:
         if not caller.has_spec():
             near = nearest(caller.name, specified, limit=1)
-            advice = f"did you mean {near[0]}?" if near else "see tokenprune.hookspecs"
+            advice = f"did you mean {near[0]}?" if near else "see tokenprune.plugins.hookspecs"
             raise PluginError.of(source.plugin, source.distribution, f"there is no hook {caller.name}", advice)
         for implementation in caller.get_hookimpls():
             if implementation.plugin is plugin and (kind := _never_runs(implementation.function)):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tokenprune.errors import InputError
-from tokenprune.files import expanded
+from tokenprune.utils.files import expanded
 
 ImageInput = Any  # a path, PIL image, numpy array or tensor; spelled out in `to_rgb`
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import CheckpointError
-from tokenprune.files import expanded
+from tokenprune.utils.files import expanded
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE = "merge it with peft: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(…)"

@@ -1,14 +1,14 @@
-"""The lifecycle hooks of all plugins, called for one run; `tokenprune.hookspecs` says when and with what."""
+"""The lifecycle hooks of all plugins, called for one run; `tokenprune.plugins.hookspecs` says when and with what."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from tokenprune import registry
-from tokenprune.blame import blamed, brief
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.lending import Lent
+from tokenprune.plugins import registry
+from tokenprune.plugins.attribution import blamed, brief
 
 
 def tokenprune_run_started(*, run: Any) -> None:

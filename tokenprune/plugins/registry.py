@@ -18,11 +18,10 @@ from typing import Any
 
 import pluggy
 
-from tokenprune import hookspecs
-from tokenprune.admission import api_of, check_plugin, register
-from tokenprune.blame import brief
 from tokenprune.errors import PluginError, UnknownNameError
-from tokenprune.plugins import (
+from tokenprune.plugins import hookspecs
+from tokenprune.plugins.attribution import brief
+from tokenprune.plugins.entries import (
     KINDS,
     LIMIT,
     OWN,
@@ -37,6 +36,7 @@ from tokenprune.plugins import (
     missing,
     not_loaded,
 )
+from tokenprune.plugins.validation import api_of, check_plugin, register
 
 
 class Registry:

@@ -37,15 +37,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import tokenprune
-from tokenprune import reads
-from tokenprune.base import Strategy
+from tokenprune.core import reads
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.tap import Seen
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import TokenPruneError
 from tokenprune.evaluation.contenders import contenders
-from tokenprune.layout import SequenceLayout
 
 LAYERS, WIDTH, INNER, HEADS, TOWER, CLIP = 32, 4096, 11008, 32, 1024, 768
 BEFORE, AFTER = 35, 25  # text tokens before and after the image, as in LLaVA's prompts

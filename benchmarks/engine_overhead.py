@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 import tokenprune
-from tokenprune.base import Strategy
-from tokenprune.trace import Trace
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from clip_checkpoints import whole_clip
 from vlm_families import FAMILIES
 
 import tokenprune as tp
+from tokenprune.core.trace import Trace
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.testing.models import tiny_llama
-from tokenprune.trace import Trace
 
 BUDGET = 0.5
 QUERIES = ["the cat", "the thing that is behind the red car"]

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune import hookimpl
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
+from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.decisions import Decision, Keep, Merge, Restore
 from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.testing.models import tiny_llama
-from tokenprune.tokens import Tokens
-from tokenprune.trace import Trace
 
 SIDE = 6  # cells of the image-token grid per side
 SPLITS = ("train", "val")

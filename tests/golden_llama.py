@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Decision
-from tokenprune.tokens import Tokens
-from tokenprune.trace import Trace
+from tokenprune.core.decisions import Decision
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
+from tokenprune.core.trace import Trace
 
 
 @dataclass

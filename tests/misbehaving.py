@@ -28,7 +28,7 @@ STRATEGY = """
 import sys
 
 from tokenprune import Keep, Merge, Stage, Strategy, hookimpl
-from tokenprune.reads import AttentionFrom, HiddenStates
+from tokenprune.core.reads import AttentionFrom, HiddenStates
 import torch
 
 
@@ -193,8 +193,8 @@ and a test compares it with what really happens. In each case a package `bad-pac
 misbehaves.
 
 A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
-`tokenprune.plugins.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all others
-work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised by your
+`tokenprune.plugins.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all
+others work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised by your
 own code inside `with tokenprune.prune(…)` is never taken for a plugin's, and memory that ran out
 (`torch.OutOfMemoryError`, `MemoryError`) passes as it is, so that you can catch it.
 """

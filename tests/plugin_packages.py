@@ -36,7 +36,9 @@ def searched(folder: Path) -> Iterator[Path]:
         registry.reset()
 
 
-def registering(name: str, *, kind: str = "strategies", target: str = "tokenprune.base:Strategy", **values: str) -> str:
+def registering(
+    name: str, *, kind: str = "strategies", target: str = "tokenprune.core.strategy:Strategy", **values: str
+) -> str:
     """The source of a plugin module that registers one name; `values` are module attributes."""
     attributes = "".join(f"{key} = {value!r}\n" for key, value in values.items())
     return (

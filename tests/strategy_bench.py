@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.base import Shape, Strategy, equivalent_tokens
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import AttentionFrom, PositionKernel, Projector, Read
+from tokenprune.core.scheduler import TokenScheduler
+from tokenprune.core.stage import Shape, equivalent_tokens
+from tokenprune.core.state import spread_rows
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError
-from tokenprune.layout import SequenceLayout
-from tokenprune.reads import AttentionFrom, PositionKernel, Projector, Read
-from tokenprune.scheduler import TokenScheduler
-from tokenprune.state import spread_rows
 
 WIDTH, CHANNELS, PIXELS, HEADS = 6, 8, 56, 4
 

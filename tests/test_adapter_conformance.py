@@ -11,9 +11,9 @@ import vlm_families
 import vlm_oracle
 from vlm_configs import BOS
 
+from tokenprune.core.reads import TowerFeatures
 from tokenprune.engine import Binding
 from tokenprune.errors import PluginError
-from tokenprune.reads import TowerFeatures
 from tokenprune.testing.adapters import AdapterConformance
 from tokenprune.testing.cells import check_cells
 from tokenprune_adapters.transformers_vlm import TransformersAdapter

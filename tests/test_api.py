@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune.base import Shape
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.stage import Shape
+from tokenprune.core.state import TokenState
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, CheckpointError, OptionError, PluginError, UnknownNameError
-from tokenprune.layout import SequenceLayout
 from tokenprune.plugins import registry
-from tokenprune.state import TokenState
-from tokenprune.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, CLIPVisionModel, Gemma2Config, Gemma2Model, Qwen3Config, Qwen3Model
 
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.tap import tap
 from tokenprune.errors import UnsupportedError
-from tokenprune.reads import AttentionFrom
 from tokenprune.testing.models import tiny_llama
 
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 import tokenprune as tp
 from tokenprune import AttentionFrom, HiddenStates, Keep, Restore, Shape, Stage, Strategy, StrategyOptions
 from tokenprune.cli.app import main
+from tokenprune.core.schedule import plan
 from tokenprune.errors import BudgetError, CheckpointError, PluginError, UnknownNameError, UnsupportedError
-from tokenprune.planning import plan
 from tokenprune.plugins import registry
 from tokenprune.testing.models import tiny_llama
 

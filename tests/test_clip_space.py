@@ -17,11 +17,12 @@ from clip_checkpoints import CONTEXT, SPACE, whole_clip
 from transformers import CLIPModel, CLIPTokenizerFast
 
 import tokenprune as tp
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError
-from tokenprune.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
-from tokenprune.tokens import Tokens
 from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.glamm.prompts import QUESTIONS
 from tokenprune_adapters.llava_prompt import questions

@@ -11,6 +11,7 @@ import pytest
 from fake_segmentation import SIDE, FakeData, FakeModel, Front, Whole
 
 import tokenprune as tp
+from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter, kv_bytes
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, UnknownNameError
 from tokenprune.evaluation import metrics
@@ -18,7 +19,6 @@ from tokenprune.evaluation.accounting import row_ledger
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.timing import interleaved_medians
-from tokenprune.ledger import LayerEntry, Ledger
 
 TOP = ["model", "dataset", "split", "samples", "budget", "environment", "rows"]
 ROW = ["strategy", "options", "giou", "ciou", "giou_by_kind", "agreement", "equivalent_tokens"]

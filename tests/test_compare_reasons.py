@@ -12,8 +12,8 @@ import torch
 from cli_fixtures import Runner, assert_one_line, run
 from fake_segmentation import FakeData, FakeModel, Front, Whole
 
-from tokenprune.base import Shape, Stage
-from tokenprune.decisions import Decision
+from tokenprune.core.decisions import Decision
+from tokenprune.core.stage import Shape, Stage
 from tokenprune.errors import BudgetError, IncompatibleError, InputError, PluginError
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.results import Comparison

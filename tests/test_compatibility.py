@@ -22,12 +22,12 @@ from transformers import CLIPVisionModel
 from vlm_families import CURRENT, FAMILIES, NAMES
 
 import tokenprune as tp
-from tokenprune.base import Shape, Stage
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.reads import Read
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import IncompatibleError, UnknownNameError, UnsupportedError
 from tokenprune.plugins import registry
-from tokenprune.reads import Read
-from tokenprune.tokens import Tokens
 
 __all__ = ["run"]  # the fixture
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenprune
 from tokenprune import engine
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import Binding, Marks, prune
 from tokenprune.errors import UnsupportedError
-from tokenprune.reads import AttentionFrom
 from tokenprune.testing.models import tiny_llama
 
 LENGTH = 12

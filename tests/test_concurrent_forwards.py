@@ -17,8 +17,10 @@ from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT, FAMILIES, NAMES
 
 import tokenprune as tp
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import AttentionFrom, ClsAttention, Crops, ReceivedAttention, TowerFeatures
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.binding import binding_of
 from tokenprune.engine.decoder import find_decoder
@@ -26,7 +28,6 @@ from tokenprune.engine.queue import _decoder_in
 from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.tap import tap
 from tokenprune.errors import UnsupportedError
-from tokenprune.reads import AttentionFrom, ClsAttention, Crops, ReceivedAttention, TowerFeatures
 from tokenprune.testing.models import tiny_llama
 
 LAYERS = 4

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Keep, Restore
+from tokenprune.core.decisions import Keep, Restore
+from tokenprune.core.reads import AttentionFrom, HiddenStates
+from tokenprune.core.requirements import DECODER_READS
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.prefill import Prefill
-from tokenprune.fit import DECODER_READS
-from tokenprune.reads import AttentionFrom, HiddenStates
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
 from tokenprune.testing.conformance import StrategyConformance

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import tokenprune
-from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.core.decisions import Decision, Keep, Merge
+from tokenprune.core.ledger import Ledger
+from tokenprune.core.reads import AttentionFrom, HiddenStates, Read
+from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, measure_flops
-from tokenprune.decisions import Decision, Keep, Merge
-from tokenprune.dry import declared_ledger
-from tokenprune.ledger import Ledger
-from tokenprune.reads import AttentionFrom, HiddenStates, Read
-from tokenprune.tokens import Tokens
 
 WIDTH, LAYERS = 64, 4
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 import tokenprune
-from tokenprune.base import Shape, Stage, Strategy
+from tokenprune.core.decisions import Keep
+from tokenprune.core.ledger import Ledger
+from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 from tokenprune.cost import DecoderSpec, Flops, count_flops
-from tokenprune.decisions import Keep
-from tokenprune.dry import declared_ledger
-from tokenprune.ledger import Ledger
-from tokenprune.tokens import Tokens
 
 # FastV (arXiv 2403.06764), table 1: (K, R) -> average per layer in 1e9; 612 tokens, 576 of them image tokens.
 FASTV = {

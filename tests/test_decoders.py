@@ -8,9 +8,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 import tokenprune as tp
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.layout import SequenceLayout
 from tokenprune.testing.models import tiny_llama
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import tokenprune as tp
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Merge
-from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates
+from tokenprune.core.decisions import Decision, Merge
+from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 from tokenprune.testing.models import tiny_llama
-from tokenprune.tokens import Tokens
 
 LAYERS = 8
 DELTA = {"reentry": "delta"}  # reads hidden states and writes them

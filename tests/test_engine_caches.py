@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from test_engine_oracle import LAYERS, MODELS, WIDTH, random_layout
 from transformers import DynamicCache
 
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.context import PruningRun
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.marks import Marks
 from tokenprune.errors import UnsupportedError
-from tokenprune.layout import SequenceLayout
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripts import Scripted, Step, random_script

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_oracle import LAYERS, WIDTH, random_layout
 
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
 from tokenprune.engine import prune
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.models import tiny_llama

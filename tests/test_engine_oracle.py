@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.engine import prune
-from tokenprune.layout import SequenceLayout
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripts import Scripted, Step, random_script

@@ -10,13 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.base import Stage, Strategy
 from tokenprune.compatibility import compatible
-from tokenprune.cost import DecoderSpec, count_flops, flop_counter
-from tokenprune.decisions import Keep
-from tokenprune.engine import prune
-from tokenprune.errors import IncompatibleError, PluginError
-from tokenprune.reads import (
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import (
     AttentionFrom,
     Embeddings,
     HiddenStates,
@@ -26,6 +22,11 @@ from tokenprune.reads import (
     TextKeys,
     TextStates,
 )
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.cost import DecoderSpec, count_flops, flop_counter
+from tokenprune.engine import prune
+from tokenprune.errors import IncompatibleError, PluginError
 from tokenprune.testing.models import tiny_llama
 
 LAYERS, WIDTH = 5, 32

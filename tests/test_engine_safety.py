@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.reads import AttentionFrom, TowerFeatures
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import EngineError, IncompatibleError, InputError, PluginError, UnsupportedError
-from tokenprune.reads import AttentionFrom, TowerFeatures
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.scripts import Scripted, Step
 

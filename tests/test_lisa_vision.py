@@ -13,8 +13,7 @@ from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
 from transformers import CLIPVisionModel
 
-from tokenprune.errors import InputError, PluginError
-from tokenprune.reads import (
+from tokenprune.core.reads import (
     ClsAttention,
     ClsFeatures,
     ClsQuery,
@@ -26,6 +25,7 @@ from tokenprune.reads import (
     TowerKeys,
     TowerValues,
 )
+from tokenprune.errors import InputError, PluginError
 from tokenprune_adapters.clip import ClipPixels, load_tower, processor_class
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.lisa.adapter import LisaAdapter

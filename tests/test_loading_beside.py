@@ -11,8 +11,9 @@ import torch
 from meetings import PATIENCE, Stop, started
 
 import tokenprune as tp
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import PluginError
 from tokenprune.loading.adapter import Adapter

@@ -10,19 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.layout import SequenceLayout, true_positions
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.state import TokenState
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
+from tokenprune.core.trace import Trace
+from tokenprune.core.validation import check_decision
 from tokenprune.engine import prune
 from tokenprune.errors import PluginError
-from tokenprune.layout import SequenceLayout, true_positions
-from tokenprune.state import TokenState
 from tokenprune.testing.conformance import StrategyConformance
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripts import Scripted, random_script
-from tokenprune.tokens import Tokens
-from tokenprune.trace import Trace
-from tokenprune.validation import check_decision
 
 LAYERS, WIDTH = 4, 32
 MODEL = tiny_llama(LAYERS)

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tokenprune.decisions import Keep, Merge
+from tokenprune.core.decisions import Keep, Merge
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.ledger import Ledger
+from tokenprune.core.state import TokenState
+from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.coverage import cells_to_pixels, target_coverage, token_map
-from tokenprune.layout import SequenceLayout
-from tokenprune.ledger import Ledger
-from tokenprune.state import TokenState
-from tokenprune.trace import StageTrace, Trace
 
 SHAPE = (5, 7)
 MASKS = hnp.arrays(bool, SHAPE)

@@ -14,12 +14,12 @@ from pixellm_checkpoints import SQUARE, write_pixellm
 from torch.nn import functional
 
 import tokenprune as tp
+from tokenprune.core.reads import Pixels
+from tokenprune.core.trace import Trace
 from tokenprune.errors import InputError
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.single import run_single
-from tokenprune.reads import Pixels
 from tokenprune.report.overlays import inspection_sheet
-from tokenprune.trace import Trace
 from tokenprune_adapters.llava_prompt import IMAGE_ID
 from tokenprune_adapters.pixellm import PixelLMModel
 from tokenprune_adapters.pixellm.results import PreparedImage

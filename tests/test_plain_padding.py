@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import LayerKeys, TextKeys
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 from tokenprune.errors import IncompatibleError
-from tokenprune.reads import LayerKeys, TextKeys
 from tokenprune.testing.cases import MadeUp, Row
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.vision import made_up_vision
-from tokenprune.trace import Trace
 
 BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune"]
 BATCHES = [

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tokenprune as tp
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep, Restore
+from tokenprune.core.decisions import Keep, Restore
+from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import PluginError, PluginWarning
 from tokenprune.plugins import registry
-from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates
 from tokenprune.testing.models import tiny_llama
 
 

@@ -12,14 +12,15 @@ import torch
 from lisa_checkpoints import write_lisa
 
 import tokenprune as tp
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep
-from tokenprune.layout import SequenceLayout
-from tokenprune.reads import AttentionFrom
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripts import random_script
-from tokenprune.tokens import Tokens
 
 LAYERS, WIDTH = 4, 32
 # Rounding errors of a layer add up over four of them; states are of size 1 after the final norm.

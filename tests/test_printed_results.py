@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 import tokenprune as tp
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.scripts import Scripted, Step
-from tokenprune.trace import Trace
 from tokenprune_adapters.glamm.results import GroundedSegmentation
 from tokenprune_adapters.segmentation import Segmentation
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import tokenprune
-from tokenprune import Strategy, hookimpl, reads
+from tokenprune import Strategy, hookimpl
+from tokenprune.core import reads
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
 from tokenprune.plugins import observers, registry
 

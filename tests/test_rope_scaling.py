@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune import prune
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.scripts import Scripted, Step
 

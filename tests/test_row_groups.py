@@ -13,17 +13,18 @@ from torch.nn.functional import pad
 
 import tokenprune as tp
 from tokenprune import prune
-from tokenprune.base import Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep
-from tokenprune.layout import SequenceLayout
-from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates, TowerFeatures
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates, TowerFeatures
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, Row
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripts import Scripted, random_script
 from tokenprune.testing.watching import run
-from tokenprune.tokens import Tokens
 
 LAYERS, WIDTH, NEW = 4, 32, 2
 LLAMA = tiny_llama(LAYERS, kv_heads=2)

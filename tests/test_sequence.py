@@ -12,15 +12,16 @@ from strategy_bench import Bench, layout_of
 
 import tokenprune
 from tokenprune.api import names_in
-from tokenprune.base import Shape, Stage, Strategy, equivalent_tokens
-from tokenprune.decisions import Keep, Merge
-from tokenprune.dry import declared_ledger
+from tokenprune.core.composition import Sequence
+from tokenprune.core.decisions import Keep, Merge
+from tokenprune.core.reads import Embeddings, HiddenStates, TowerFeatures
+from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.stage import Shape, Stage, equivalent_tokens
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, OptionError, PluginError, TokenPruneError, UnknownNameError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry
-from tokenprune.reads import Embeddings, HiddenStates, TowerFeatures
-from tokenprune.sequence import Sequence
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.scripts import Scripted, Step, random_script
 

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from strategy_bench import Bench
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
+from tokenprune.core.options import tokens_of
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_strategies.baselines import Blind, NoPruning, Random, Uniform
 from tokenprune_strategies.fastv import FastV
-from tokenprune_strategies.selection import apportion, even_cells, evenly, tokens_of
+from tokenprune_strategies.selection import apportion, even_cells, evenly
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=3)

@@ -16,8 +16,8 @@ from strategy_bench import Bench, check_budget_is_met_within_a_token
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
 from tokenprune.errors import IncompatibleError, OptionError, PluginError
-from tokenprune.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
 from tokenprune_adapters.clip import load_tower
 from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.llava_vision import run_tower

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from strategy_bench import PIXELS, Bench
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
+from tokenprune.core.options import tokens_of
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, InputError, OptionError
 from tokenprune_strategies.clustering import k_means, sample_instances
 from tokenprune_strategies.csp import CSP
 from tokenprune_strategies.presets import CSP65, CSP70
 from tokenprune_strategies.segmenters import instance_labels, segment
-from tokenprune_strategies.selection import tokens_of
 
 QUICK = settings(max_examples=30, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=2)

@@ -13,15 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategy_bench import Bench
 
-from tokenprune.base import Shape, equivalent_tokens
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.options import tokens_of
+from tokenprune.core.reads import HiddenStates, LayerKeys, TextStates
+from tokenprune.core.stage import Shape, equivalent_tokens
+from tokenprune.core.state import TokenState
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune.layout import SequenceLayout
-from tokenprune.reads import HiddenStates, LayerKeys, TextStates
-from tokenprune.state import TokenState
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.dart import DART
-from tokenprune_strategies.selection import tokens_of
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=3)

@@ -16,7 +16,7 @@ from strategy_bench import WIDTH, Bench
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_strategies.divprune import DivPrune
 from tokenprune_strategies.farthest import farthest_first

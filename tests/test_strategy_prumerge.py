@@ -15,10 +15,10 @@ from strategy_bench import CHANNELS, WIDTH, Bench
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
-from tokenprune.decisions import Merge
+from tokenprune.core.decisions import Merge
+from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention
 from tokenprune_adapters.llava_vision import run_tower
 from tokenprune_strategies.merging import merge_weights, outlier_share, place
 from tokenprune_strategies.prumerge import PruMerge, PruMergePlus

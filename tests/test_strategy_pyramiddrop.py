@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategy_bench import Bench
 
-from tokenprune.base import Shape, equivalent_tokens
+from tokenprune.core.options import tokens_of
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
 from tokenprune_strategies.pyramid import layers_of, windows
 from tokenprune_strategies.pyramiddrop import PyramidDrop
-from tokenprune_strategies.selection import tokens_of
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=3)

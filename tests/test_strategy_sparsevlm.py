@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from strategy_bench import Bench
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
-from tokenprune.decisions import Merge
+from tokenprune.core.decisions import Merge
+from tokenprune.core.reads import HiddenStates
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
-from tokenprune.reads import HiddenStates
 from tokenprune.testing.models import tiny_llama
 from tokenprune_strategies.density_peaks import averages, density_peaks
 from tokenprune_strategies.rating import corrected_attention, raters

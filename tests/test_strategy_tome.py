@@ -12,9 +12,9 @@ from strategy_bench import WIDTH, Bench
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import Shape, equivalent_tokens
+from tokenprune.core.reads import HiddenStates
+from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
-from tokenprune.reads import HiddenStates
 from tokenprune.testing.models import tiny_llama
 from tokenprune_strategies.matching import bipartite_merge
 from tokenprune_strategies.tome import ToMe

@@ -15,10 +15,10 @@ from strategy_bench import WIDTH, Bench, check_budget_is_met_within_a_token
 from torch import Tensor
 
 import tokenprune
-from tokenprune.base import Shape
-from tokenprune.decisions import Merge
+from tokenprune.core.decisions import Merge
+from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, Read
+from tokenprune.core.stage import Shape
 from tokenprune.errors import IncompatibleError, OptionError
-from tokenprune.reads import ClsAttention, ClsFeatures, Crops, Projector, Read
 from tokenprune_adapters.clip import load_tower
 from tokenprune_adapters.llava_vision import run_tower
 from tokenprune_strategies.visionzip import VisionZip

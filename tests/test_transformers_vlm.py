@@ -22,9 +22,9 @@ from vlm_watching import (
 )
 
 import tokenprune
-from tokenprune.base import Stage
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Stage
 from tokenprune.errors import InputError, PluginError
-from tokenprune.reads import AttentionFrom
 
 names = pytest.mark.parametrize("name", FAMILIES)
 runs = pytest.mark.parametrize(("name", "case"), RUNS)

@@ -7,8 +7,8 @@ import torch
 from vlm_families import FAMILIES
 from vlm_watching import WITH_CLS, Reader, attention_of, blocks_of, inputs_of, model_of, read, tower_of
 
+from tokenprune.core.reads import ClsFeatures, ClsQuery, Crops, Projector, TowerFeatures, TowerKeys, TowerValues
 from tokenprune.engine.binding import binding_of
-from tokenprune.reads import ClsFeatures, ClsQuery, Crops, Projector, TowerFeatures, TowerKeys, TowerValues
 
 PROJECTED = ["llava", "llava_next"]
 

@@ -13,10 +13,10 @@ from vlm_families import FAMILIES
 from vlm_watching import WITH_VIDEO, Half, Reader, inputs_of, model_of, read
 
 import tokenprune
-from tokenprune.base import Stage
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import Pixels, TowerFeatures
+from tokenprune.core.stage import Stage
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
-from tokenprune.reads import Pixels, TowerFeatures
 from tokenprune_adapters.transformers_vlm import adapter
 
 names = pytest.mark.parametrize("name", FAMILIES)

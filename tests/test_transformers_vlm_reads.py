@@ -30,8 +30,8 @@ from vlm_watching import (
 )
 
 import tokenprune
+from tokenprune.core.reads import ClsAttention, Embeddings, Projector, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune.errors import IncompatibleError, InputError
-from tokenprune.reads import ClsAttention, Embeddings, Projector, ReceivedAttention, TowerFeatures, TowerKeys
 
 names = pytest.mark.parametrize("name", FAMILIES)
 runs = pytest.mark.parametrize(("name", "case"), RUNS)

@@ -11,10 +11,11 @@ from vlm_families import FAMILIES
 from vlm_oracle import oracle
 
 import tokenprune
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import TowerFeatures
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import InputError, PruningWarning, UnsupportedError
-from tokenprune.reads import TowerFeatures
 from tokenprune.testing.scripts import Scripted, Step
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}

@@ -8,9 +8,10 @@ from test_vlm_pruning import TOLERANCE, inputs_of
 from vlm_families import FAMILIES
 
 import tokenprune
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
-from tokenprune.reads import AttentionFrom, ClsFeatures, Crops, TowerFeatures, TowerKeys
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import AttentionFrom, ClsFeatures, Crops, TowerFeatures, TowerKeys
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 
 NAME = "llava"
 SIZES = [(40, 24), (24, 32)]

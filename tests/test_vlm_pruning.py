@@ -12,10 +12,10 @@ from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
 from vlm_oracle import grown, oracle
 
 import tokenprune
-from tokenprune.base import Stage
-from tokenprune.decisions import Keep
-from tokenprune.layout import SequenceLayout
-from tokenprune.reads import AttentionFrom
+from tokenprune.core.decisions import Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Stage
 from tokenprune.testing.scripts import Scripted, Step, random_script
 
 LAYERS, WIDTH = 4, 32

@@ -8,7 +8,7 @@ import pytest
 from strategy_bench import Bench
 
 import tokenprune as tp
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import OptionError
 from tokenprune.evaluation.contenders import contenders
 

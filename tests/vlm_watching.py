@@ -16,9 +16,10 @@ from vlm_configs import PINPOINTS, SMALL_CROP
 from vlm_families import FAMILIES
 
 import tokenprune
-from tokenprune.base import Stage, Strategy
-from tokenprune.decisions import Keep
-from tokenprune.reads import AttentionFrom, ReceivedAttention
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import AttentionFrom, ReceivedAttention
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_onevision")
 WITH_CLS = ("llava", "llava_next", "internvl")

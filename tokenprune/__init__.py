@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenprune.api import load, strategy
-    from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
     from tokenprune.compatibility import Compatibility, compatible
-    from tokenprune.decisions import Decision, Keep, Merge, Restore
-    from tokenprune.engine import prune
-    from tokenprune.errors import TokenPruneError
-    from tokenprune.evaluation.compare import compare
-    from tokenprune.loading.adapter import Adapter
-    from tokenprune.plugins.hookspecs import hookimpl
-    from tokenprune.plugins.registry import adapters, datasets, models, strategies
-    from tokenprune.reads import (
+    from tokenprune.core.composition import Sequence
+    from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+    from tokenprune.core.reads import (
         AttentionFrom,
         ClipImageEmbeddings,
         ClipTextEmbeddings,
@@ -42,21 +36,28 @@ if TYPE_CHECKING:
         TowerKeys,
         TowerValues,
     )
-    from tokenprune.sequence import Sequence
+    from tokenprune.core.stage import Shape, Stage
+    from tokenprune.core.strategy import Strategy, StrategyOptions
+    from tokenprune.engine import prune
+    from tokenprune.errors import TokenPruneError
+    from tokenprune.evaluation.compare import compare
+    from tokenprune.loading.adapter import Adapter
+    from tokenprune.plugins.hookspecs import hookimpl
+    from tokenprune.plugins.registry import adapters, datasets, models, strategies
 
 __version__ = "0.1.0"
 
 _HOME = {
     "tokenprune.loading.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
-    "tokenprune.base": ("Shape", "Stage", "Strategy", "StrategyOptions"),
+    "tokenprune.core.strategy": ("Shape", "Stage", "Strategy", "StrategyOptions"),
     "tokenprune.compatibility": ("Compatibility", "compatible"),
-    "tokenprune.decisions": ("Decision", "Keep", "Merge", "Restore"),
+    "tokenprune.core.decisions": ("Decision", "Keep", "Merge", "Restore"),
     "tokenprune.engine": ("prune",),
     "tokenprune.errors": ("TokenPruneError",),
     "tokenprune.evaluation.compare": ("compare",),
     "tokenprune.plugins.hookspecs": ("hookimpl",),
-    "tokenprune.reads": (
+    "tokenprune.core.reads": (
         "AttentionFrom",
         "ClipImageEmbeddings",
         "ClipTextEmbeddings",
@@ -80,7 +81,7 @@ _HOME = {
         "TowerValues",
     ),
     "tokenprune.plugins.registry": ("adapters", "datasets", "models", "strategies"),
-    "tokenprune.sequence": ("Sequence",),
+    "tokenprune.core.composition": ("Sequence",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

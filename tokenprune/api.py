@@ -14,7 +14,7 @@ from tokenprune.plugins.entries import not_loaded
 from tokenprune.utils.files import expanded
 
 if TYPE_CHECKING:
-    from tokenprune.base import Strategy
+    from tokenprune.core.strategy import Strategy
     from tokenprune.plugins.entries import Entry
 
 
@@ -35,7 +35,7 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
     """
     parts = parts_of(name)
     if len(parts) > 1:
-        from tokenprune.sequence import Sequence
+        from tokenprune.core.composition import Sequence
 
         joined = Sequence(*(part.name for part in parts), budget=budget, **options)
         for part in joined.parts:

@@ -8,13 +8,14 @@ from typing import Any
 from torch import nn
 
 from tokenprune import api
-from tokenprune.base import Shape, Strategy
+from tokenprune.core.reads import Read
+from tokenprune.core.requirements import declared_reads
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine.binding import binding_of
 from tokenprune.engine.declared import Declared, check_on, declares, shape_on
 from tokenprune.engine.wrapping import unwrapped
 from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
-from tokenprune.fit import declared_reads
-from tokenprune.reads import Read
 
 
 @dataclass(frozen=True)

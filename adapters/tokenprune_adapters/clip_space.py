@@ -73,7 +73,7 @@ class ClipSpace:
 
         Args:
             texts: one or more.
-            cut: "truncate" or "segments", see `tokenprune.reads.ClipTextEmbeddings`.
+            cut: "truncate" or "segments", see `tokenprune.core.reads.ClipTextEmbeddings`.
             device: where the text tower is to run.
 
         Raises:

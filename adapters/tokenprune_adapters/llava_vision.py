@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.engine.tap import Seen, tap
-from tokenprune.engine.vision import VisionSource
-from tokenprune.errors import InputError
-from tokenprune.reads import (
+from tokenprune.core.reads import (
     ClipImageEmbeddings,
     ClipTextEmbeddings,
     ClsAttention,
@@ -29,12 +26,15 @@ from tokenprune.reads import (
     TowerKeys,
     TowerValues,
 )
+from tokenprune.engine.tap import Seen, tap
+from tokenprune.engine.vision import VisionSource
+from tokenprune.errors import InputError
 from tokenprune_adapters import tower_reads
 from tokenprune_adapters.clip_space import ClipSpace
 
 
 class TowerReads(Protocol):
-    """What `vision_source` needs of a tower's run on one image; N image tokens. See `tokenprune.reads`."""
+    """What `vision_source` needs of a tower's run on one image; N image tokens. See `tokenprune.core.reads`."""
 
     @property
     def tower(self) -> nn.Module:
@@ -134,7 +134,7 @@ class TowerRun:
         return self._seen[number]
 
     def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
-        """float32 [1, N]: attention of [CLS] to the patches, see `tokenprune.reads.ClsAttention`."""
+        """float32 [1, N]: attention of [CLS] to the patches, see `tokenprune.core.reads.ClsAttention`."""
         return tower_reads.cls_attention(self.seen(layer), heads)
 
     def received_attention(self, layer: int) -> Tensor:
@@ -146,7 +146,7 @@ class TowerRun:
         return tower_reads.cls_query(self.seen(layer))
 
     def keys(self, layer: int, heads: str = "joint") -> Tensor:
-        """float32 [1, N, C]: the patches' keys, see `tokenprune.reads.TowerKeys`."""
+        """float32 [1, N, C]: the patches' keys, see `tokenprune.core.reads.TowerKeys`."""
         return tower_reads.keys(self.seen(layer), heads)[:, 1:]
 
     def values(self, layer: int) -> Tensor:
@@ -187,7 +187,7 @@ def vision_source(
         pixels: gives the picture as the tower's grid divides it, uint8 [1, h, w, 3].
         rows: number of batch rows.
         clip_space: of the tower's whole CLIP model, where there is one.
-        texts: by wording (see `tokenprune.reads.ClipTextEmbeddings`), the texts that each batch row asks.
+        texts: by wording (see `tokenprune.core.reads.ClipTextEmbeddings`), the texts that each batch row asks.
     """
     shown = _Shown(run, projector, pixels, rows, clip_space, texts or {})
     answers = _ANSWERS if clip_space is None else {**_ANSWERS, **_IN_CLIP_SPACE}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tokenprune.trace import Trace
+from tokenprune.core.trace import Trace
 from tokenprune_adapters.llava_prompt import DecoderInputs
 from tokenprune_adapters.llava_vision import TowerReads, TowerRun
 from tokenprune_adapters.sam_masks import MaskSizes
@@ -87,7 +87,7 @@ class SegmenterInputs:
         prompts: the whole texts.
         encoded: the image, as the model's `encode_image` gave it.
         sequence: what the decoder gets.
-        texts: what each prompt asks, by wording: "question" and "query", see `tokenprune.reads.ClipTextEmbeddings`.
+        texts: what each prompt asks, by wording: "question" and "query", see `ClipTextEmbeddings`.
     """
 
     prompts: list[str]

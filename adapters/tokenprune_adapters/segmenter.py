@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from tokenprune.base import Strategy
+from tokenprune.core.reads import Read
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
 from tokenprune.engine.declared import check_on
 from tokenprune.errors import OptionError
-from tokenprune.reads import Read
-from tokenprune.trace import Trace
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters import sam_masks
 from tokenprune_adapters.clip_space import ClipSpace
@@ -111,7 +111,7 @@ class Segmenter(Prompts, nn.Module):
 
     @abstractmethod
     def picture(self, encoded: Any) -> Tensor:
-        """The part of an image that the image tokens show, see `tokenprune.reads.Pixels`."""
+        """The part of an image that the image tokens show, see `tokenprune.core.reads.Pixels`."""
 
     @abstractmethod
     def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:

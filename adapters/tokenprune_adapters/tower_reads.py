@@ -15,7 +15,7 @@ def cls_attention(seen: Seen, heads: str = "mean") -> Tensor:
 
     Args:
         seen: a layer's queries and keys, [CLS] first.
-        heads: "mean" or "joint", see `tokenprune.reads.ClsAttention`.
+        heads: "mean" or "joint", see `tokenprune.core.reads.ClsAttention`.
     """
     if heads == "mean":
         first = torch.zeros(len(seen.query), 1, dtype=torch.int64, device=seen.query.device)
@@ -40,7 +40,7 @@ def keys(seen: Seen, heads: str = "joint") -> Tensor:
 
     Args:
         seen: a layer's queries and keys.
-        heads: "joint" or "mean", see `tokenprune.reads.TowerKeys`.
+        heads: "joint" or "mean", see `tokenprune.core.reads.TowerKeys`.
     """
     return seen.key.float().mean(1) if heads == "mean" else _joint(seen.key)
 

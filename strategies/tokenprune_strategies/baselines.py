@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import Field
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions, portion
-from tokenprune.decisions import Decision, Keep
-from tokenprune.tokens import Tokens
-from tokenprune_strategies.selection import Amount, grid_mask, random_scores, tokens_of
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import Amount, portion, tokens_of
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
+from tokenprune_strategies.selection import grid_mask, random_scores
 
 
 class NoPruning(Strategy):

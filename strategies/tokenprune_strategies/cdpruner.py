@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep
-from tokenprune.reads import ClipImageEmbeddings, ClipTextEmbeddings, HiddenStates
-from tokenprune.tokens import Tokens
-from tokenprune_strategies.asked import WORDING, Wording
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import WORDING, Amount, Wording, tokens_of
+from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, HiddenStates
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.crops import crop_reads, every_crop
 from tokenprune_strategies.determinantal import map_picks
-from tokenprune_strategies.selection import Amount, apportion, fill_keep, tokens_of
+from tokenprune_strategies.selection import apportion, fill_keep
 
 
 class CDPruner(Strategy):

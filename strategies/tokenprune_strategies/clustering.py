@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.decisions import top_index
-from tokenprune.reads import ClsAttention, Pixels, Read, TowerFeatures
-from tokenprune.state import as_mask
-from tokenprune.tokens import Tokens
+from tokenprune.core.decisions import top_index
+from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
+from tokenprune.core.state import as_mask
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.segmenters import instance_labels, segment
 from tokenprune_strategies.selection import apportion, evenly, grid_mask, images_of, random_scores
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tokenprune.base import Shape, Stage
-from tokenprune.reads import Crops, Read
-from tokenprune.tokens import Tokens
+from tokenprune.core.reads import Crops, Read
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.selection import images_of
 
 

@@ -8,14 +8,15 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer
 from torch import Tensor
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep, Restore
+from tokenprune.core.decisions import Decision, Keep, Restore
+from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
+from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune.reads import AttentionFrom, Embeddings, HiddenStates
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.clustering import Clustering, cluster, nearest_representative, reads_of
 from tokenprune_strategies.csp_budget import KEEP, REPRESENTATIVES, fill
-from tokenprune_strategies.selection import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 
 
 class CSP(Strategy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenprune.base import Shape
+from tokenprune.core.stage import Shape
 
 REPRESENTATIVES, KEEP = 0.25, 0.0625
 LEAST_SCALE = 0.25

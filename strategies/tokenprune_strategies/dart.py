@@ -10,12 +10,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.reads import HiddenStates, LayerKeys, TextKeys, TextStates
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune.reads import HiddenStates, LayerKeys, TextKeys, TextStates
-from tokenprune.tokens import Tokens
-from tokenprune_strategies.selection import Amount, apportion, fill_keep, present_images, tokens_of
+from tokenprune_strategies.selection import apportion, fill_keep, present_images
 
 
 class DART(Strategy):

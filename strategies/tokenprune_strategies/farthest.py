@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.tokens import Tokens
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.selection import apportion, images_of
 
 

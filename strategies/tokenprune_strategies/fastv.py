@@ -7,12 +7,14 @@ from typing import Any
 
 from pydantic import Field
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import QUERY_REDUCE, Amount, QueryReduce, tokens_of
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune.reads import AttentionFrom
-from tokenprune.tokens import Tokens
-from tokenprune_strategies.selection import QUERY_REDUCE, Amount, QueryReduce, random_scores, tokens_of
+from tokenprune_strategies.selection import random_scores
 
 
 class FastV(Strategy):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.base import Positions
+from tokenprune.core.stage import Positions
 
 NEIGHBOURS = 32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune_strategies.csp import CSP
 
 

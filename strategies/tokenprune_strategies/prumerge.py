@@ -10,12 +10,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions, portion
-from tokenprune.decisions import Decision, Merge
-from tokenprune.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
-from tokenprune.tokens import Tokens
+from tokenprune.core.decisions import Decision, Merge
+from tokenprune.core.options import Amount, portion, tokens_of
+from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.merging import merge_weights, outlier_share, place, without_extra
-from tokenprune_strategies.selection import Amount, apportion, evenly, images_of, tokens_of
+from tokenprune_strategies.selection import apportion, evenly, images_of
 
 
 class PruMerge(Strategy):

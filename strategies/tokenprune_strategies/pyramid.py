@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tokenprune.base import Shape
+from tokenprune.core.stage import Shape
 from tokenprune.errors import IncompatibleError, OptionError
 
 Counts = tuple[int, ...]

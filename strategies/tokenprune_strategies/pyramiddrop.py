@@ -7,13 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune.reads import AttentionFrom
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.pyramid import falling, fill, layers_of, windows
-from tokenprune_strategies.selection import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of, top_by_image
+from tokenprune_strategies.selection import top_by_image
 
 LEAST_FACTOR = 0.25
 

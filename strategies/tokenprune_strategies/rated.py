@@ -8,15 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import Amount, Depth, tokens_of
+from tokenprune.core.reads import Embeddings, Read, TextEmbeddings
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune.reads import Embeddings, Read, TextEmbeddings
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.pyramid import Counts, fill, layers_of, windows
 from tokenprune_strategies.rating import RATERS, raters
 from tokenprune_strategies.recycling import Cut, Pruning, cuts
-from tokenprune_strategies.selection import Amount, Depth, tokens_of
 
 TOTAL, LEAST_SHARE = 576, 0.0625
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.tokens import Tokens
+from tokenprune.core.tokens import Tokens
 
 RATERS = "raters"
 

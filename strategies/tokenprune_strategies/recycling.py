@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenprune.base import Positions, Stage
-from tokenprune.tokens import Tokens
+from tokenprune.core.stage import Positions, Stage
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.density_peaks import averages, density_peaks
 from tokenprune_strategies.selection import apportion, present_images
 

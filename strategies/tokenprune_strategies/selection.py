@@ -3,48 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator
 from torch import Tensor
 
-from tokenprune.base import Shape, Strategy, portion
-from tokenprune.tokens import Tokens
-
-
-def _checked(amount: int | float) -> int | float:
-    if isinstance(amount, int) and amount < 1:
-        raise ValueError("a whole number of tokens has to be at least 1")
-    if isinstance(amount, float) and not 0 < amount <= 1:
-        raise ValueError("a share of the image tokens has to be in (0, 1]")
-    return amount
-
-
-Amount = Annotated[int | float, AfterValidator(_checked)]
-"""Tokens of a batch row: an int counts them, a float is a share of the row's image tokens (1.0 = all, 1 = one)."""
-
-
-def _checked_depth(depth: int | float) -> int | float:
-    if isinstance(depth, int) and depth < 1:
-        raise ValueError("a layer has to be at least 1")
-    if isinstance(depth, float) and not 0 < depth < 1:
-        raise ValueError("a fraction of the depth has to be in (0, 1)")
-    return depth
-
-
-Depth = Annotated[int | float, AfterValidator(_checked_depth)]
-"""A decoder layer: an int is its number, a float a fraction of the model's depth."""
-
-
-QueryReduce = Literal["mean", "max"]
-"""How attention from several query rows of a batch row becomes one score: the rule that all strategies share (ours)."""
-QUERY_REDUCE = "how several query rows of a batch row, one for each mask, count together: mean or max over them"
-
-
-def tokens_of(amount: int | float, total: int) -> int:
-    """How many of `total` tokens an `Amount` means: at least 1 where there is any, never more than there are."""
-    return min(max(1, amount if isinstance(amount, int) else portion(amount, total)), total)
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 
 
 def fill_keep(

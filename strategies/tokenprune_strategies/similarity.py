@@ -7,13 +7,15 @@ from typing import Any
 
 from pydantic import Field
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Keep
+from tokenprune.core.decisions import Decision, Keep
+from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.reads import HiddenStates
+from tokenprune.core.stage import Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune.reads import HiddenStates
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.farthest import farthest_first, image_groups, picked
-from tokenprune_strategies.selection import Amount, fill_keep, tokens_of
+from tokenprune_strategies.selection import fill_keep
 
 
 class Similarity(Strategy):

@@ -11,16 +11,17 @@ from typing import ClassVar
 from pydantic import Field
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.base import Positions, Shape, Stage
-from tokenprune.decisions import Decision, Keep, Merge
+from tokenprune.core.decisions import Decision, Keep, Merge
+from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.reads import AttentionFrom, HiddenStates, PositionKernel, Read
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import IncompatibleError
-from tokenprune.reads import AttentionFrom, HiddenStates, PositionKernel, Read
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.pyramid import Counts
 from tokenprune_strategies.rated import RatedByText
 from tokenprune_strategies.rating import RATERS, corrected_attention
 from tokenprune_strategies.recycling import Pruning, recycle
-from tokenprune_strategies.selection import Amount, random_scores, tokens_of, top_by_image
+from tokenprune_strategies.selection import random_scores, top_by_image
 
 HEADS, FLOOR = 14, 0.1
 

@@ -10,15 +10,17 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field
 
-from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Merge
+from tokenprune.core.decisions import Decision, Merge
+from tokenprune.core.layout import true_positions
+from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.reads import HiddenStates, LayerKeys, Projector, Read, TowerFeatures, TowerKeys
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.state import as_mask
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune.layout import true_positions
-from tokenprune.reads import HiddenStates, LayerKeys, Projector, Read, TowerFeatures, TowerKeys
-from tokenprune.state import as_mask
-from tokenprune.tokens import Tokens
 from tokenprune_strategies.matching import bipartite_merge, merged_means
-from tokenprune_strategies.selection import Amount, apportion, images_of, tokens_of
+from tokenprune_strategies.selection import apportion, images_of
 
 
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,12 +10,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.base import Positions, Shape, Stage, Strategy, StrategyOptions
-from tokenprune.decisions import Decision, Merge
-from tokenprune.reads import ClsAttention, ClsFeatures, Projector, TowerFeatures, TowerKeys
-from tokenprune.tokens import Tokens
+from tokenprune.core.decisions import Decision, Merge
+from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.reads import ClsAttention, ClsFeatures, Projector, TowerFeatures, TowerKeys
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.crops import crop_reads, crops_of
-from tokenprune_strategies.selection import Amount, apportion, fill_keep, tokens_of
+from tokenprune_strategies.selection import apportion, fill_keep
 from tokenprune_strategies.zipping import line_up, zip_crop
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenprune.base import Positions
+from tokenprune.core.stage import Positions
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from tokenprune.cli.listing import Format
 from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:
+    from tokenprune.core.ledger import Ledger
     from tokenprune.cost import DecoderSpec, Flops, KVBytes
-    from tokenprune.ledger import Ledger
 
 Size = Optional[int]  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
 
@@ -70,9 +70,9 @@ def command(
     Sizes alone describe a decoder; together with --model-shape they change the named one.
     """
     from tokenprune.api import strategy as make_strategy
-    from tokenprune.base import Shape
     from tokenprune.cli.checks import check_strategies, refuse_given
     from tokenprune.cli.options import parse_options
+    from tokenprune.core.stage import Shape
     from tokenprune.cost import ELEMENT_BYTES, count_flops, kv_bytes
 
     check_strategies([strategy])
@@ -90,7 +90,7 @@ def command(
     spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
 
-    from tokenprune.dry import declared_ledger
+    from tokenprune.core.schedule import declared_ledger
 
     chosen = make_strategy(strategy, budget=budget, **parse_options(option or [])).bind(where)
     ledger = declared_ledger(chosen, where)

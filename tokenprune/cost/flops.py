@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.cost.spec import DecoderSpec
 from tokenprune.errors import InputError, OptionError
-from tokenprune.ledger import LayerEntry, Ledger
 
 Convention = Literal["exact", "fastv", "pdrop"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tokenprune.base import Shape, Stage, Strategy
-    from tokenprune.decisions import Decision
-    from tokenprune.tokens import Tokens
+    from tokenprune.core.decisions import Decision
+    from tokenprune.core.stage import Shape, Stage
+    from tokenprune.core.strategy import Strategy
+    from tokenprune.core.tokens import Tokens
 
 
 def flop_counter() -> FlopCounterMode:

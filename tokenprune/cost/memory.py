@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenprune.core.ledger import Ledger
 from tokenprune.cost.spec import DecoderSpec
 from tokenprune.errors import InputError
-from tokenprune.ledger import Ledger
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine.binding import Binding, Given, Watch, arguments, binding_of, padding_mask
 from tokenprune.engine.compiling import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.context import PruningRun

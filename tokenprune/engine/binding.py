@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tokenprune.core.reads import Read
 from tokenprune.engine.marks import Marks
 from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import not_loaded
-from tokenprune.reads import Read
 
 
 class Watch(Protocol):

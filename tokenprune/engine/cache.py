@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tokenprune.core.ledger import Ledger
 from tokenprune.engine.frame import Frame
 from tokenprune.errors import UnsupportedError
-from tokenprune.ledger import Ledger
 
 _MARK = "_tokenprune_prefill"
 

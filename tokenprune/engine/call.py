@@ -80,12 +80,12 @@ def refuse_attentions(inputs: dict[str, Any], decoder: Any) -> None:
         raise UnsupportedError(
             "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
             "tokens than the sequence has; call the model without it, or let a strategy read "
-            "tokenprune.reads.AttentionFrom"
+            "tokenprune.core.reads.AttentionFrom"
         )
 
 
 def reentered() -> PluginError:
     return PluginError(
         "the model was called while it waits for a strategy, an observer or an adapter; declare what a stage reads "
-        "(tokenprune.reads), and call the model after the run"
+        "(tokenprune.core.reads), and call the model after the run"
     )

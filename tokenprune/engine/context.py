@@ -11,7 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.base import Shape, Strategy, declared_stages
+from tokenprune.core.ledger import LaterTurn
+from tokenprune.core.requirements import TYPICAL_TOKENS
+from tokenprune.core.scheduler import Observer
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy, declared_stages
+from tokenprune.core.trace import Trace
 from tokenprune.engine.binding import arguments, padding_mask
 from tokenprune.engine.cache import (
     CachedPrefill,
@@ -36,10 +41,6 @@ from tokenprune.engine.shadow import compiled, shadowed
 from tokenprune.engine.tap import tap
 from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
-from tokenprune.fit import TYPICAL_TOKENS
-from tokenprune.ledger import LaterTurn
-from tokenprune.scheduler import Observer
-from tokenprune.trace import Trace
 
 
 class PruningRun:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeGuard
 
-from tokenprune.base import Shape, Strategy
+from tokenprune.core.reads import Read
+from tokenprune.core.requirements import TYPICAL_TOKENS, check_fit
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine.decoder import Decoder, find_decoder
-from tokenprune.fit import TYPICAL_TOKENS, check_fit
-from tokenprune.reads import Read
 
 
 class Declared(Protocol):

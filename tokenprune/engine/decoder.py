@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.core.reads import PositionKernel, Read
+from tokenprune.core.requirements import DECODER_READS
 from tokenprune.engine.wrapping import modules_of, uncompiled
 from tokenprune.errors import UnsupportedError
-from tokenprune.fit import DECODER_READS
-from tokenprune.reads import PositionKernel, Read
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tokenprune.layout import true_positions
-from tokenprune.state import as_mask, spread_rows
+from tokenprune.core.layout import true_positions
+from tokenprune.core.state import as_mask, spread_rows
 
 
 @dataclass(frozen=True)

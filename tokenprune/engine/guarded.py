@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.core.reads import Read
 from tokenprune.engine.binding import Binding, Watch
 from tokenprune.engine.marks import Marks
 from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
 from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry
-from tokenprune.reads import Read
 
 
 class Guarded(Binding):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.errors import InputError
-from tokenprune.layout import SequenceLayout
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Strategy
-from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.frame import Frame
-from tokenprune.engine.positions import first_tables, moved_back, new_or_kept, new_tables, tables_of
-from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
-from tokenprune.engine.tap import Seen
-from tokenprune.engine.vision import VisionSource, lined_up
-from tokenprune.errors import EngineError, InputError
-from tokenprune.layout import SequenceLayout
-from tokenprune.planning import PlannedStage
-from tokenprune.reads import (
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import (
     AttentionFrom,
     Embeddings,
     HiddenStates,
@@ -31,8 +21,18 @@ from tokenprune.reads import (
     TextKeys,
     TextStates,
 )
-from tokenprune.scheduler import Observer, TokenScheduler
-from tokenprune.state import spread_rows
+from tokenprune.core.schedule import PlannedStage
+from tokenprune.core.scheduler import Observer, TokenScheduler
+from tokenprune.core.state import spread_rows
+from tokenprune.core.strategy import Strategy
+from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.frame import Frame
+from tokenprune.engine.positions import first_tables, moved_back, new_or_kept, new_tables, tables_of
+from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
+from tokenprune.engine.tap import Seen
+from tokenprune.engine.vision import VisionSource, lined_up
+from tokenprune.errors import EngineError, InputError
 
 
 class Prefill(TokenScheduler):

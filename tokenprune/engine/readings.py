@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.frame import Frame
 from tokenprune.engine.shadow import shadowed
 from tokenprune.engine.tap import Seen, tap
 from tokenprune.engine.wrapping import uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
-from tokenprune.layout import SequenceLayout
-from tokenprune.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
 
 
 def from_layer(read: Read, seen: Seen, layout: SequenceLayout, frame: Frame | None, active: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.core.reads import Read
 from tokenprune.errors import InputError
-from tokenprune.reads import Read
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune.base import Shape, Strategy
+from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, kv_bytes, measure_flops
 from tokenprune.evaluation.protocol import SegmentationModel
-from tokenprune.ledger import LayerEntry, Ledger
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from tokenprune import api
-from tokenprune.base import Shape, Strategy
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.engine.declared import check_on, declares

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune import api
-from tokenprune.base import Strategy
 from tokenprune.cli.options import parse_options
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, OptionError
 
 

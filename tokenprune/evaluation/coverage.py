@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenprune.trace import Trace
+from tokenprune.core.trace import Trace
 from tokenprune.utils.masks import Mask, foreground
 
 Box = tuple[float, float, float, float]

@@ -9,10 +9,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Query
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import Entry
-from tokenprune.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from tokenprune.base import Strategy
-from tokenprune.trace import Trace
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 
 
 class SegmentationResult(Protocol):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenprune.core.trace import Trace
 from tokenprune.evaluation.coverage import Box
-from tokenprune.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)

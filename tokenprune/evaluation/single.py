@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 from tokenprune.engine.queue import model_turn
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
-from tokenprune.trace import Trace
 
 
 class TurnTaking:

@@ -15,8 +15,8 @@ class Adapter(ABC):
 
     Attributes:
         model_types: `model_type`s of the live models that `bind` knows, for messages.
-        merges_lora: whether `load` merges the adapter of a folder with adapter_config.json (see `tokenprune.loading.lora_folders`);
-            where it does not, such folders are refused.
+        merges_lora: whether `load` merges the adapter of a folder with adapter_config.json (see
+            `tokenprune.loading.lora_folders`); where it does not, such folders are refused.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()

@@ -37,7 +37,7 @@ class Kind:
 
 COMMANDS = frozenset({"list", "compare", "segment", "answer", "inspect", "flops", "new"})  # tokenprune's own
 KINDS = {
-    "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.base:Strategy"),
+    "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.core.strategy:Strategy"),
     "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.loading.adapter:Adapter"),
     "datasets": Kind("data set", "tokenprune_register_datasets", "tokenprune.datasets.base:Dataset"),
     "models": Kind("model", "tokenprune_register_models"),

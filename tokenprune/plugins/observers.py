@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tokenprune.core.readonly import Lent
 from tokenprune.errors import PluginError, TokenPruneError
-from tokenprune.lending import Lent
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed, brief
 

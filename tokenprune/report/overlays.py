@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.report import panels
-from tokenprune.trace import StageTrace, Trace
 from tokenprune.utils.files import replacing
 
 PANEL = 2.3  # inches

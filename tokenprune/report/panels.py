@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.evaluation.coverage import Box, cells_to_pixels, token_map
-from tokenprune.trace import StageTrace, Trace
 from tokenprune.utils.masks import foreground
 
 RGB = NDArray[np.float64]  # [H, W, 3], 0 … 1

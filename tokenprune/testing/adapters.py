@@ -21,17 +21,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenprune.base import Strategy
 from tokenprune.compatibility import compatible
-from tokenprune.decisions import Keep
+from tokenprune.core.decisions import Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import Read
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import Binding, prune
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
-from tokenprune.layout import SequenceLayout
 from tokenprune.plugins import registry
-from tokenprune.reads import Read
 from tokenprune.testing.cells import check_cells
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tokenprune.layout import SequenceLayout
+from tokenprune.core.layout import SequenceLayout
 
 
 @dataclass(frozen=True)

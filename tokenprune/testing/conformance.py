@@ -27,7 +27,7 @@ except ImportError as missing:
     ) from missing
 
 from tokenprune import api
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError, TokenPruneError
 from tokenprune.plugins import registry

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Strategy
-from tokenprune.decisions import Restore
+from tokenprune.core.decisions import Restore
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
@@ -20,7 +21,6 @@ from tokenprune.testing.shown import ranges
 from tokenprune.testing.snapshot import differences, snapshot
 from tokenprune.testing.verdict import NotTested, Tied, report
 from tokenprune.testing.watching import Break, Breaking, Run, baseline, joined, run
-from tokenprune.trace import Trace
 
 TOLERANCE = 1e-4
 """Largest difference of final states (of size about 1) that rounding explains."""

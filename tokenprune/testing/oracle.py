@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.decisions import Keep, Merge
+from tokenprune.core.decisions import Keep, Merge
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.errors import InputError
-from tokenprune.layout import SequenceLayout
 from tokenprune.testing.scripts import Scripted, Step
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenprune.base import Positions, Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep, Merge, Restore
-from tokenprune.reads import Read
-from tokenprune.tokens import Tokens
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.reads import Read
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
 
 
 @dataclass(frozen=True)

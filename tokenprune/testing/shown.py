@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tokenprune.core.trace import Trace
 from tokenprune.testing.cases import Case, Row
 from tokenprune.testing.families import FAMILIES, LAYERS
-from tokenprune.trace import Trace
 
 
 def show_case(case: Case) -> str:

@@ -7,11 +7,11 @@ import sys
 import traceback
 from pathlib import Path
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 from tokenprune.errors import TokenPruneError
 from tokenprune.testing.cases import Case
 from tokenprune.testing.shown import show_case, show_schedule
-from tokenprune.trace import Trace
 
 
 class Nonconforming(AssertionError):

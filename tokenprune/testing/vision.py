@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune import reads
+from tokenprune.core import reads
+from tokenprune.core.reads import Read
+from tokenprune.core.requirements import DECODER_READS
 from tokenprune.engine.vision import VisionSource
-from tokenprune.fit import DECODER_READS
-from tokenprune.reads import Read
 from tokenprune.testing.cases import MadeUp, drawn
 
 CHANNELS, PIXELS, TOWER_LAYERS = 8, 56, 4

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Positions, Shape, Stage, Strategy
-from tokenprune.decisions import Decision
+from tokenprune.core.decisions import Decision
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
+from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
 from tokenprune.engine.shadow import shadowed
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.scripts import Scripted, Step
 from tokenprune.testing.vision import made_up_vision
-from tokenprune.tokens import Tokens
-from tokenprune.trace import Trace
 
 _LENT = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
 _LENT_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")

@@ -20,10 +20,10 @@ from torch import Tensor
 
 import tokenprune as tp
 from tokenprune import Shape
-from tokenprune.dry import declared_ledger
-from tokenprune.layout import SequenceLayout
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.trace import Trace
 from tokenprune.testing.models import tiny_llama
-from tokenprune.trace import Trace
 
 Data = dict[str, Any]
 LAYERS = 6

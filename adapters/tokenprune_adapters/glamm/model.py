@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import UnsupportedError
 from tokenprune_adapters.glamm import prompts as glamm_prompts
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START, REGION_TOKENS, SEG_TOKEN

@@ -132,7 +132,7 @@ class PixelTowerRun:
         return self.patches.states[EARLY_LAYER][:, 1:]
 
     def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
-        """float32 [1, n]: attention of [CLS], see `tokenprune.reads.ClsAttention`; padded patches get none."""
+        """float32 [1, n]: attention of [CLS], see `tokenprune.core.reads.ClsAttention`; padded patches get none."""
         weights = tower_reads.cls_attention(self.patches.seen(layer), heads)
         padded = ~self.visible.patches.flatten().to(weights.device)
         # The full-width softmax knows no mask: what padded patches took goes to the others.
@@ -152,7 +152,7 @@ class PixelTowerRun:
         return self.patches.cls_query(layer)
 
     def keys(self, layer: int, heads: str = "joint") -> Tensor:
-        """float32 [1, n, C]: keys, see `tokenprune.reads.TowerKeys`."""
+        """float32 [1, n, C]: keys, see `tokenprune.core.reads.TowerKeys`."""
         return self._pooled(self.patches.keys(layer, heads))
 
     def values(self, layer: int) -> Tensor:

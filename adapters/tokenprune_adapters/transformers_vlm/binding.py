@@ -9,11 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.engine.binding import Binding, Watch
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.wrapping import uncompiled
-from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.reads import (
+from tokenprune.core.reads import (
     ClsAttention,
     ClsFeatures,
     ClsQuery,
@@ -25,6 +21,10 @@ from tokenprune.reads import (
     TowerKeys,
     TowerValues,
 )
+from tokenprune.engine.binding import Binding, Watch
+from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.wrapping import uncompiled
+from tokenprune.errors import InputError, UnsupportedError
 from tokenprune_adapters.transformers_vlm.conversations import Conversations
 from tokenprune_adapters.transformers_vlm.families import Family
 from tokenprune_adapters.transformers_vlm.following import METHODS, Following
@@ -121,7 +121,7 @@ class TransformersBinding(Binding):
             yield following
 
     def project(self, features: Tensor) -> Tensor:
-        """[B, k, C] -> [B, k, width], see `tokenprune.reads.Projector`."""
+        """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
         return self.family.images.project(self.part(self.family.images.projector), features)
 
 

@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.engine.binding import arguments, padding_mask
-from tokenprune.engine.marks import Marks
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.tap import Seen, tap
-from tokenprune.errors import InputError, PluginError, UnsupportedError
-from tokenprune.layout import true_positions
-from tokenprune.reads import (
+from tokenprune.core.layout import true_positions
+from tokenprune.core.reads import (
     ClsAttention,
     ClsFeatures,
     ClsQuery,
@@ -31,6 +26,11 @@ from tokenprune.reads import (
     TowerKeys,
     TowerValues,
 )
+from tokenprune.engine.binding import arguments, padding_mask
+from tokenprune.engine.marks import Marks
+from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.tap import Seen, tap
+from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune_adapters import tower_reads
 from tokenprune_adapters.transformers_vlm.cells import Cells
 from tokenprune_adapters.transformers_vlm.crops import CropStates

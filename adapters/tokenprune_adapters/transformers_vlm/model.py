@@ -11,10 +11,10 @@ from typing import Any, overload
 import torch
 from PIL.Image import Image
 
-from tokenprune.base import Strategy
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
 from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError, OptionError, UnsupportedError
-from tokenprune.trace import Trace
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.images import ImageInput, to_rgb
 from tokenprune_adapters.transformers_vlm.conversations import Conversations

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tokenprune.base import Shape, Stage, Strategy, StrategyOptions, declared_stages, equivalent_tokens
-from tokenprune.decisions import Decision
+from tokenprune.core.decisions import Decision
+from tokenprune.core.remaining_tokens import Left, TokensLeft
+from tokenprune.core.stage import Shape, Stage, equivalent_tokens
+from tokenprune.core.strategy import Strategy, StrategyOptions, declared_stages
+from tokenprune.core.tokens import Tokens
+from tokenprune.core.validation import check_decision
 from tokenprune.errors import BudgetError, OptionError, TokenPruneError
-from tokenprune.left import Left, TokensLeft
-from tokenprune.tokens import Tokens
-from tokenprune.validation import check_decision
 
 _Share = Annotated[float, Field(gt=0, le=1)]
 

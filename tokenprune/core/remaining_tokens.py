@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.base import Stage
-from tokenprune.decisions import Decision, Merge
-from tokenprune.layout import true_positions
-from tokenprune.reads import Read
-from tokenprune.state import TokenState, spread_rows
-from tokenprune.tokens import Tokens
+from tokenprune.core.decisions import Decision, Merge
+from tokenprune.core.layout import true_positions
+from tokenprune.core.reads import Read
+from tokenprune.core.stage import Stage
+from tokenprune.core.state import TokenState, spread_rows
+from tokenprune.core.tokens import Tokens
 
 
 @dataclass(frozen=True)

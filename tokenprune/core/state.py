@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokenprune.core.layout import true_positions
 from tokenprune.errors import PluginError
-from tokenprune.layout import true_positions
 
 
 @dataclass(frozen=True)

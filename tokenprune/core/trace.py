@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenprune.layout import SequenceLayout
-from tokenprune.ledger import Ledger
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.ledger import Ledger
 
 
 @dataclass(frozen=True, repr=False)

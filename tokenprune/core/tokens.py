@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.readonly import Lent
+from tokenprune.core.reads import Read
+from tokenprune.core.state import TokenState
 from tokenprune.errors import PluginError, nearest
-from tokenprune.layout import SequenceLayout
-from tokenprune.lending import Lent
-from tokenprune.reads import Read
-from tokenprune.state import TokenState
 
 if TYPE_CHECKING:
-    from tokenprune.base import Stage
+    from tokenprune.core.stage import Stage
 
 
 class Tokens:
@@ -39,7 +39,7 @@ class Tokens:
         memory: a dict to carry things from stage to stage; it is emptied at the end of the prefill.
 
     What the stage declared in `reads` is here as an attribute too: `attention`, `hidden`, `features`, … (see
-    `tokenprune.reads`); of several reads of one kind, `tokens.read(...)` tells them apart. Reading what was not
+    `tokenprune.core.reads`); of several reads of one kind, `tokens.read(...)` tells them apart. Reading what was not
     declared raises PluginError.
     """
 

@@ -9,10 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.state import TokenState, as_mask
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed
-from tokenprune.state import TokenState, as_mask
 
 _Refuse: TypeAlias = Callable[[str, str], PluginError]
 

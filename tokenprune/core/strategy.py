@@ -3,106 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import index
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tokenprune.core.stage import Positions, Shape, Stage, check_positions, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError, PluginError
 from tokenprune.plugins.attribution import blame_strategy, blamed_strategy
-from tokenprune.reads import Read
 
 if TYPE_CHECKING:
-    from tokenprune.decisions import Decision
-    from tokenprune.tokens import Tokens
-
-Positions = Literal["keep", "renumber"]
+    from tokenprune.core.decisions import Decision
+    from tokenprune.core.tokens import Tokens
 
 
 class StrategyOptions(BaseModel):
     """Base of every strategy's options: unknown names are refused, values are checked, instances do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a strategy may know of a run before it starts.
-
-    Attributes:
-        layers: decoder layers, L.
-        image_tokens: image tokens of one batch row, N.
-        text_tokens: every other token of the row.
-        tower_layers: layers of the vision tower, 0 where unknown.
-        readable: kinds of reads that the model offers, None where unknown.
-        heads: attention heads of the decoder, 0 where unknown.
-    """
-
-    layers: int
-    image_tokens: int
-    text_tokens: int = 0
-    tower_layers: int = 0
-    readable: frozenset[type[Read]] | None = None
-    heads: int = 0
-
-    def offers(self, *kinds: type[Read]) -> bool:
-        """Whether the model offers all of these reads, so that stages can choose what they read; True where unknown."""
-        return self.readable is None or self.readable.issuperset(kinds)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of layers with one active set, from `layer` up to the next stage.
-
-    A strategy whose choice takes more numbers than `tokens` (so many kept, so many merged) declares them in a subclass:
-    with a budget they differ from row to row, and `tokens.stages` has each row's own.
-
-    Attributes:
-        name: the stage's name in traces and errors.
-        layer: first decoder layer that runs with what is chosen here (0-based).
-        tokens: image tokens active from here on, per row; None where only the content can tell.
-        reads: what `choose` looks at.
-        positions: from this stage on, positions are counted anew ("renumber"), or tokens keep those that they have by
-            now ("keep"); None = as the strategy's `positions` says.
-
-    Raises:
-        PluginError: a layer or a number of tokens that is not a whole number, something among the reads that is no
-            `Read`, or an unknown position policy.
-    """
-
-    name: str
-    layer: int
-    tokens: int | None = None
-    reads: tuple[Read, ...] = ()
-    positions: Positions | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise PluginError(f"found {self.name!r} as the name of a stage; expected a text, such as 'prune'")
-        reads = self.reads
-        if not isinstance(reads, tuple):
-            reads = tuple(reads) if isinstance(reads, Iterable) and not isinstance(reads, type | str) else (reads,)
-        for read in reads:
-            if not isinstance(read, Read):
-                found = read.__name__ if isinstance(read, type) else repr(read)
-                call = f"{found}()" if isinstance(read, type) and issubclass(read, Read) else "HiddenStates()"
-                raise PluginError(f"stage {self.name!r}: {found} among its reads; expected objects such as {call}")
-        object.__setattr__(self, "reads", reads)
-        for name in ("layer", "tokens"):
-            if (number := getattr(self, name)) is not None:
-                object.__setattr__(self, name, self._whole(name, number))
-        _check_positions(f"stage {self.name!r}", self.positions)
-
-    def _whole(self, name: str, number: Any) -> int:
-        try:
-            return index(number)
-        except TypeError:
-            raise PluginError(
-                f"stage {self.name!r}: {name}={number!r} is {type(number).__name__}; expected int (use int(), round() "
-                "or //)"
-            ) from None
 
 
 class Strategy(ABC):
@@ -261,18 +179,13 @@ class Strategy(ABC):
                 f"strategy {self.name!r}: Options is {self.Options!r}; expected a class that inherits "
                 "tokenprune.StrategyOptions"
             )
-        _check_positions(f"strategy {self.name!r}", self.positions)
+        check_positions(f"strategy {self.name!r}", self.positions)
 
     def _checked(self, options: dict[str, Any]) -> StrategyOptions:
         try:
             return self.Options(**options)
         except ValidationError as error:
             raise OptionError.from_validation(f"strategy {self.name!r}", error, self.Options.model_fields) from error
-
-
-def portion(share: float, total: int) -> int:
-    """floor(share · total), forgiving the last bits of a product that should be whole."""
-    return int(share * total + 1e-6)
 
 
 def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
@@ -293,24 +206,3 @@ def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
         what = "one Stage" if isinstance(found, Stage) else repr(wrong[0])
         raise PluginError(f"strategy {name!r}: stages() gave {what}; expected to yield each Stage, or a list of them")
     return stages
-
-
-def _check_positions(who: str, positions: object) -> None:
-    if positions is not None and positions not in get_args(Positions):
-        raise PluginError(f"{who}: positions={positions!r}; expected 'keep' or 'renumber'")
-
-
-def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
-    """Mean over decoder layers of the image tokens entering the layer, from declared stages.
-
-    Raises:
-        BudgetError: a stage whose number of tokens only the content can tell.
-    """
-    total, active, start = 0.0, shape.image_tokens, 0
-    for stage in stages:
-        if stage.tokens is None:
-            found = f"stage {stage.name!r} keeps a number of tokens that depends on the image"
-            raise BudgetError(f"{found}; use fixed numbers for budgets")
-        total += active * (min(stage.layer, shape.layers) - start)
-        active, start = stage.tokens, min(stage.layer, shape.layers)
-    return (total + active * (shape.layers - start)) / shape.layers

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenprune.base import Positions, Shape, Stage, Strategy
-from tokenprune.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.readonly import Loans
+from tokenprune.core.reads import Read
+from tokenprune.core.requirements import misfit
+from tokenprune.core.schedule import PlannedStage, RowGroup, plan
+from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.state import TokenState
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.tokens import Tokens
+from tokenprune.core.trace import StageTrace, Trace
+from tokenprune.core.validation import check_decision, check_target
 from tokenprune.errors import PluginError
-from tokenprune.fit import misfit
-from tokenprune.layout import SequenceLayout
-from tokenprune.ledger import LayerEntry, Ledger
-from tokenprune.lending import Loans
-from tokenprune.planning import PlannedStage, RowGroup, plan
 from tokenprune.plugins.attribution import blamed_strategy
-from tokenprune.reads import Read
-from tokenprune.state import TokenState
-from tokenprune.tokens import Tokens
-from tokenprune.trace import StageTrace, Trace
 from tokenprune.utils.torch_state import same_settings
-from tokenprune.validation import check_decision, check_target
 
 
 class Observer(Protocol):

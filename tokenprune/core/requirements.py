@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenprune.base import Shape, Strategy, declared_stages
-from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
-from tokenprune.reads import (
+from tokenprune.core.reads import (
     AttentionFrom,
     Embeddings,
     HiddenStates,
@@ -17,6 +15,9 @@ from tokenprune.reads import (
     TextKeys,
     TextStates,
 )
+from tokenprune.core.stage import Shape
+from tokenprune.core.strategy import Strategy, declared_stages
+from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
 
 DECODER_READS: frozenset[type[Read]] = frozenset(
     (AttentionFrom, PositionKernel, HiddenStates, TextStates, LayerKeys, TextKeys, Embeddings, TextEmbeddings)

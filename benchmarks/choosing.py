@@ -40,10 +40,10 @@ import tokenprune
 from tokenprune.core import reads
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.strategy import Strategy
+from tokenprune.engine.attention_tap import Seen
 from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.tap import Seen
-from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import TokenPruneError
 from tokenprune.evaluation.contenders import contenders
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.engine.queue import _decoder_in, _queue_of
+from tokenprune.engine.calls.turns import _decoder_in, _queue_of
 
 PATIENCE = 60  # seconds until a test fails that would hang
 

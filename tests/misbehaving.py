@@ -194,8 +194,8 @@ misbehaves.
 
 A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
 `tokenprune.plugins.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all
-others work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised by your
-own code inside `with tokenprune.prune(…)` is never taken for a plugin's, and memory that ran out
+others work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised
+by your own code inside `with tokenprune.prune(…)` is never taken for a plugin's, and memory that ran out
 (`torch.OutOfMemoryError`, `MemoryError`) passes as it is, so that you can catch it.
 """
 

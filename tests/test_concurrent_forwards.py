@@ -22,11 +22,11 @@ from tokenprune.core.reads import AttentionFrom, ClsAttention, Crops, ReceivedAt
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
-from tokenprune.engine.binding import binding_of
+from tokenprune.engine.attention_tap import tap
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.turns import _decoder_in
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.queue import _decoder_in
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.tap import tap
+from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.models import tiny_llama
 

@@ -16,7 +16,7 @@ from tokenprune.core.reads import AttentionFrom, HiddenStates
 from tokenprune.core.requirements import DECODER_READS
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.frame import Frame
+from tokenprune.engine.gathered import Frame
 from tokenprune.engine.prefill import Prefill
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row

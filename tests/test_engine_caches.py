@@ -18,9 +18,9 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
-from tokenprune.engine.context import PruningRun
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.marks import Marks
+from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.session import PruningRun
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length

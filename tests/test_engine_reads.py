@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenprune.compatibility import compatible
 from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import (
     AttentionFrom,
@@ -26,6 +25,7 @@ from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter
 from tokenprune.engine import prune
+from tokenprune.engine.interface.compatibility import compatible
 from tokenprune.errors import IncompatibleError, PluginError
 from tokenprune.testing.models import tiny_llama
 

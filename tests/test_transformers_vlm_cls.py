@@ -8,7 +8,7 @@ from vlm_families import FAMILIES
 from vlm_watching import WITH_CLS, Reader, attention_of, blocks_of, inputs_of, model_of, read, tower_of
 
 from tokenprune.core.reads import ClsFeatures, ClsQuery, Crops, Projector, TowerFeatures, TowerKeys, TowerValues
-from tokenprune.engine.binding import binding_of
+from tokenprune.engine.interface.bound_model import binding_of
 
 PROJECTED = ["llava", "llava_next"]
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenprune.api import load, strategy
-    from tokenprune.compatibility import Compatibility, compatible
     from tokenprune.core.composition import Sequence
     from tokenprune.core.decisions import Decision, Keep, Merge, Restore
     from tokenprune.core.reads import (
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from tokenprune.core.stage import Shape, Stage
     from tokenprune.core.strategy import Strategy, StrategyOptions
     from tokenprune.engine import prune
+    from tokenprune.engine.interface.compatibility import Compatibility, compatible
     from tokenprune.errors import TokenPruneError
     from tokenprune.evaluation.compare import compare
     from tokenprune.loading.adapter import Adapter
@@ -51,7 +51,7 @@ _HOME = {
     "tokenprune.loading.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
     "tokenprune.core.strategy": ("Shape", "Stage", "Strategy", "StrategyOptions"),
-    "tokenprune.compatibility": ("Compatibility", "compatible"),
+    "tokenprune.engine.interface.compatibility": ("Compatibility", "compatible"),
     "tokenprune.core.decisions": ("Decision", "Keep", "Merge", "Restore"),
     "tokenprune.engine": ("prune",),
     "tokenprune.errors": ("TokenPruneError",),

@@ -26,8 +26,8 @@ from tokenprune.core.reads import (
     TowerKeys,
     TowerValues,
 )
-from tokenprune.engine.tap import Seen, tap
-from tokenprune.engine.vision import VisionSource
+from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError
 from tokenprune_adapters import tower_reads
 from tokenprune_adapters.clip_space import ClipSpace

@@ -16,7 +16,7 @@ from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
-from tokenprune.engine.declared import check_on
+from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.errors import OptionError
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters import sam_masks

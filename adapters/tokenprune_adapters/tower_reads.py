@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.engine.tap import Seen
+from tokenprune.engine.attention_tap import Seen
 
 ROWS_AT_ONCE = 256  # bounds memory: attention rows that are held at one time
 

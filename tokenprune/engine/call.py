@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.engine.cache import CachedPrefill
 from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.kv_cache import CachedPrefill
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import PluginError, UnsupportedError
 

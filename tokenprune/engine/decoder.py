@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.core.reads import PositionKernel, Read
 from tokenprune.core.requirements import DECODER_READS
-from tokenprune.engine.wrapping import modules_of, uncompiled
+from tokenprune.engine.calls.wrappers import modules_of, uncompiled
 from tokenprune.errors import UnsupportedError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.engine.frame import Frame
+from tokenprune.engine.gathered import Frame
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from tokenprune.core.schedule import PlannedStage
 from tokenprune.core.scheduler import Observer, TokenScheduler
 from tokenprune.core.state import spread_rows
 from tokenprune.core.strategy import Strategy
+from tokenprune.engine.attention_tap import Seen
 from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.decoder_reads import from_layer, look_ahead, position_kernel
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.frame import Frame
+from tokenprune.engine.gathered import Frame
+from tokenprune.engine.interface.vision_source import VisionSource, lined_up
 from tokenprune.engine.positions import first_tables, moved_back, new_or_kept, new_tables, tables_of
-from tokenprune.engine.readings import from_layer, look_ahead, position_kernel
-from tokenprune.engine.tap import Seen
-from tokenprune.engine.vision import VisionSource, lined_up
 from tokenprune.errors import EngineError, InputError
 
 

@@ -15,8 +15,8 @@ from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
-from tokenprune.engine.declared import check_on, declares
-from tokenprune.engine.queue import model_turn
+from tokenprune.engine.calls.turns import model_turn
+from tokenprune.engine.interface.compatibility import check_on, declares
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger

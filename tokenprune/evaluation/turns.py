@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine.queue import model_turn
+from tokenprune.engine.calls.turns import model_turn
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from tokenprune.engine.binding import Binding
+    from tokenprune.engine.interface.bound_model import Binding
 
 
 class Adapter(ABC):

@@ -21,14 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenprune.compatibility import compatible
 from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import Binding, prune
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.guarded import Guarded
+from tokenprune.engine.interface.compatibility import compatible
+from tokenprune.engine.interface.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry

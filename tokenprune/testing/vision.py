@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenprune.core import reads
 from tokenprune.core.reads import Read
 from tokenprune.core.requirements import DECODER_READS
-from tokenprune.engine.vision import VisionSource
+from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.testing.cases import MadeUp, drawn
 
 CHANNELS, PIXELS, TOWER_LAYERS = 8, 56, 4

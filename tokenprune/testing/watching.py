@@ -18,7 +18,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
 from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
-from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.calls.interception import shadowed
 from tokenprune.testing.cases import Case, MadeUp
 from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.scripts import Scripted, Step

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from compat_models import PLAIN, ROWS, columns, row  # noqa: E402
 
 import tokenprune as tp  # noqa: E402
-from tokenprune.compatibility import declaration_of  # noqa: E402
+from tokenprune.engine.interface.compatibility import declaration_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"
 MARKED = re.compile(r"<!-- compatibility: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)

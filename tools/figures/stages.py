@@ -21,9 +21,9 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune import Shape
-from tokenprune.compatibility import compatible
 from tokenprune.core.schedule import declared_ledger
 from tokenprune.core.stage import equivalent_tokens
+from tokenprune.engine.interface.compatibility import compatible
 from tokenprune.evaluation.samples import SampleRecord
 from tokenprune.evaluation.single import run_query, sample
 from tokenprune.plugins import registry

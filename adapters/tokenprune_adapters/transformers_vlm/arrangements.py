@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.calls.interception import shadowed
 from tokenprune_adapters.transformers_vlm.cells import Cells
 
 

@@ -21,9 +21,9 @@ from tokenprune.core.reads import (
     TowerKeys,
     TowerValues,
 )
-from tokenprune.engine.binding import Binding, Watch
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.wrapping import uncompiled
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.wrappers import uncompiled
+from tokenprune.engine.interface.bound_model import Binding, Watch
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune_adapters.transformers_vlm.conversations import Conversations
 from tokenprune_adapters.transformers_vlm.families import Family

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.calls.interception import shadowed
 
 STATE = "rope_deltas"
 _MARK = "_tokenprune_rope_deltas"

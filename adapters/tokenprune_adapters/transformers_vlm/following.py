@@ -26,10 +26,10 @@ from tokenprune.core.reads import (
     TowerKeys,
     TowerValues,
 )
-from tokenprune.engine.binding import arguments, padding_mask
-from tokenprune.engine.marks import Marks
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.tap import Seen, tap
+from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.interface.bound_model import arguments, padding_mask
+from tokenprune.engine.interface.prompt_masks import Marks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune_adapters import tower_reads
 from tokenprune_adapters.transformers_vlm.cells import Cells

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
-from tokenprune.engine.binding import Binding, Watch
-from tokenprune.engine.marks import Marks
+from tokenprune.engine.interface.bound_model import Binding, Watch
+from tokenprune.engine.interface.prompt_masks import Marks
 from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
 from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
+from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.frame import Frame
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.tap import Seen, tap
-from tokenprune.engine.wrapping import uncompiled
+from tokenprune.engine.gathered import Frame
 from tokenprune.errors import EngineError, UnsupportedError
 
 

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tokenprune.engine.binding import binding_of
 from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
 
 Wait = bool | float

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.engine.shadow import shadowed
+from tokenprune.engine.calls.interception import shadowed
 from tokenprune.errors import UnsupportedError
 
 _GENERATION: ContextVar[object | None] = ContextVar("_GENERATION", default=None)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tokenprune.core.ledger import Ledger
-from tokenprune.engine.frame import Frame
+from tokenprune.engine.gathered import Frame
 from tokenprune.errors import UnsupportedError
 
 _MARK = "_tokenprune_prefill"

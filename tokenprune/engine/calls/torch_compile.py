@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from tokenprune.engine.shadow import REASON, being_compiled, shadowed
-from tokenprune.engine.wrapping import modules_of
+from tokenprune.engine.calls.interception import REASON, being_compiled, shadowed
+from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
-from tokenprune.engine.marks import Marks
-from tokenprune.engine.shadow import shadowed
-from tokenprune.engine.vision import VisionSource
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import not_loaded
@@ -130,7 +130,7 @@ def binding_of(model: Any) -> Binding:
         UnsupportedError: a vision-language model that no adapter knows.
         PluginError: an adapter that was to be asked cannot be imported, raises, or answers with something else.
     """
-    from tokenprune.engine.guarded import Guarded
+    from tokenprune.engine.interface.guarded import Guarded
 
     asked: dict[str, Any] = {}
     for name, entry in registry.adapters().items():

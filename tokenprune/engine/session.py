@@ -17,8 +17,17 @@ from tokenprune.core.scheduler import Observer
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy, declared_stages
 from tokenprune.core.trace import Trace
-from tokenprune.engine.binding import arguments, padding_mask
-from tokenprune.engine.cache import (
+from tokenprune.engine.attention_tap import tap
+from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched
+from tokenprune.engine.calls.generate import generation
+from tokenprune.engine.calls.interception import compiled, shadowed
+from tokenprune.engine.calls.torch_compile import check_runs
+from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.deepstack import DeepStack
+from tokenprune.engine.interface.bound_model import arguments, padding_mask
+from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.vision_source import VisionSource
+from tokenprune.engine.kv_cache import (
     CachedPrefill,
     Lease,
     PrunedCacheLayer,
@@ -29,17 +38,8 @@ from tokenprune.engine.cache import (
     shorten_layer,
     widen_window,
 )
-from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched
-from tokenprune.engine.compiling import check_runs
-from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.generating import generation
-from tokenprune.engine.marks import Marks
 from tokenprune.engine.positions import renumber_step
 from tokenprune.engine.prefill import Prefill
-from tokenprune.engine.shadow import compiled, shadowed
-from tokenprune.engine.tap import tap
-from tokenprune.engine.vision import VisionSource
 from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
 
 

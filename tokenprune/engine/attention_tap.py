@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokenprune.engine.shadow import REASON
+from tokenprune.engine.calls.interception import REASON
 from tokenprune.errors import UnsupportedError
 
 _NAME = "tokenprune_tap"

@@ -23,7 +23,7 @@ from vlm_families import FAMILIES
 import tokenprune as tp
 from tokenprune.core.trace import Trace
 from tokenprune.evaluation.contenders import contenders
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 BUDGET = 0.5
 QUERIES = ["the cat", "the thing that is behind the red car"]

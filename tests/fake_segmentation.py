@@ -24,7 +24,7 @@ from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.engine import model_turn, prune
 from tokenprune.errors import InputError
 from tokenprune.loading.adapter import Adapter
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 SIDE = 6  # cells of the image-token grid per side
 SPLITS = ("train", "val")

@@ -19,7 +19,7 @@ from plugin_packages import install, registering, searched
 
 import tokenprune as tp
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "extend" / "misbehaving.md"

@@ -14,8 +14,8 @@ from vlm_configs import BOS
 from tokenprune.core.reads import TowerFeatures
 from tokenprune.engine import Binding
 from tokenprune.errors import PluginError
-from tokenprune.testing.adapters import AdapterConformance
-from tokenprune.testing.cells import check_cells
+from tokenprune.testing.adapter_conformance import AdapterConformance
+from tokenprune.testing.grid_checks import check_cells
 from tokenprune_adapters.transformers_vlm import TransformersAdapter
 
 SIZES = [(24, 32), [(40, 20), (24, 24)]]

@@ -15,7 +15,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.attention_tap import tap
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 def eager_weights(model, layer, **inputs):

@@ -16,7 +16,7 @@ from tokenprune.cli.app import main
 from tokenprune.core.schedule import plan
 from tokenprune.errors import BudgetError, CheckpointError, PluginError, UnknownNameError, UnsupportedError
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 pytest_plugins = ["pytester"]
 
@@ -185,7 +185,7 @@ def test_the_kit_tells_a_mistake_once_and_with_its_line(pytester: pytest.Pyteste
     pytester.makepyfile(
         test_mine="""
         from tokenprune import AttentionFrom, Keep, Stage, Strategy
-        from tokenprune.testing.conformance import StrategyConformance
+        from tokenprune.testing.strategy_conformance import StrategyConformance
 
         class Mine(Strategy):
             name = "mine"

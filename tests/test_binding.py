@@ -14,7 +14,7 @@ from tokenprune.engine.interface.bound_model import Given, binding_of
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 class Known(nn.Module):

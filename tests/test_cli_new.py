@@ -27,8 +27,8 @@ from tokenprune.datasets.base import Scene
 from tokenprune.engine import prune
 from tokenprune.plugins import registry
 from tokenprune.scaffold.package import LONGEST
-from tokenprune.testing.datasets import DatasetConformance
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.dataset_conformance import DatasetConformance
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -128,7 +128,7 @@ def test_several_budgets_give_a_row_each_but_for_strategies_without_one() -> Non
 
 
 def test_table_prints_every_row_at_any_width(comparison: Comparison) -> None:
-    from tokenprune.report.tables import as_text
+    from tokenprune.evaluation.tables import as_text
 
     for width in (80, 100, 160):
         text = as_text(comparison.table(), width)

@@ -7,8 +7,9 @@ from fake_segmentation import Front, Whole
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenprune.core.option_texts import parse_text, split_list
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune.evaluation.contenders import contenders, parse_text, split_list
+from tokenprune.evaluation.contenders import contenders
 
 WORD = st.from_regex(r"[a-z][a-z0-9+\-]{0,8}", fullmatch=True)
 OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.integers(0, 99), max_size=3)

@@ -18,7 +18,7 @@ from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import Binding, Marks, prune
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LENGTH = 12
 TOLERANCE = 1e-5

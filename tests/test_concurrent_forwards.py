@@ -28,7 +28,7 @@ from tokenprune.engine.calls.turns import _decoder_in
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS = 4
 IDS = torch.arange(48).reshape(2, 24)

@@ -20,12 +20,12 @@ from tokenprune.engine.gathered import Frame
 from tokenprune.engine.prefill import Prefill
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
-from tokenprune.testing.conformance import StrategyConformance
-from tokenprune.testing.families import FAMILIES, model_of
-from tokenprune.testing.shown import ranges, show_case
+from tokenprune.testing.decoder_families import FAMILIES, model_of
+from tokenprune.testing.printing import ranges, show_case
+from tokenprune.testing.recording import run
+from tokenprune.testing.strategy_conformance import StrategyConformance
+from tokenprune.testing.synthetic_vision import made_up_vision
 from tokenprune.testing.verdict import Nonconforming, NotTested, Tied
-from tokenprune.testing.vision import made_up_vision
-from tokenprune.testing.watching import run
 
 pytest_plugins = ["pytester"]
 
@@ -335,7 +335,7 @@ def test_ties_are_drawn_anew(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_mine="""
         from test_conformance import Noise
-        from tokenprune.testing.conformance import StrategyConformance
+        from tokenprune.testing.strategy_conformance import StrategyConformance
 
         class TestMine(StrategyConformance):
             strategy = Noise
@@ -351,7 +351,7 @@ def test_a_failure_is_readable_and_tells_how_to_see_it_again(pytester: pytest.Py
     pytester.makepyfile(
         test_mine="""
         from test_conformance import RowZero
-        from tokenprune.testing.conformance import StrategyConformance
+        from tokenprune.testing.strategy_conformance import StrategyConformance
 
         class TestMine(StrategyConformance):
             strategy = RowZero
@@ -407,7 +407,7 @@ def test_the_plugin_is_light_and_the_kit_names_what_it_needs() -> None:
     light = "import sys, tokenprune.testing.plugin; print({'torch', 'hypothesis', 'transformers'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "set()"
-    lacking = "import sys; sys.modules['hypothesis'] = None; import tokenprune.testing.conformance"
+    lacking = "import sys; sys.modules['hypothesis'] = None; import tokenprune.testing.strategy_conformance"
     ran = subprocess.run([sys.executable, "-c", lacking], capture_output=True, text=True, check=False)
     assert "needs pytest and hypothesis" in ran.stderr
     assert "pip install 'tokenprune[test]'" in ran.stderr

@@ -11,7 +11,7 @@ import tokenprune as tp
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 @pytest.mark.parametrize("kinds", [None, ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2])

@@ -20,7 +20,7 @@ from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS = 8
 DELTA = {"reentry": "delta"}  # reads hidden states and writes them

@@ -22,9 +22,9 @@ from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.prompt_masks import Marks
 from tokenprune.engine.session import PruningRun
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
-from tokenprune.testing.scripts import Scripted, Step, random_script
+from tokenprune.testing.scripted import Scripted, Step, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 class Turns(Strategy):

@@ -13,9 +13,9 @@ from test_engine_oracle import LAYERS, WIDTH, random_layout
 from tokenprune.core.decisions import Keep
 from tokenprune.engine import prune
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked
-from tokenprune.testing.scripts import Scripted, Step, random_script
+from tokenprune.testing.scripted import Scripted, Step, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 IDS = torch.arange(1, 25).reshape(2, 12)  # without 0, which generate() takes for padding
 IMAGE = torch.zeros(2, 12, dtype=torch.bool)

@@ -9,7 +9,7 @@ import tokenprune as tp
 from tokenprune.cost import DecoderSpec, kv_bytes
 from tokenprune.errors import PluginError
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.engine import prune
-from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
-from tokenprune.testing.scripts import Scripted, Step, random_script
+from tokenprune.testing.scripted import Scripted, Step, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH = 4, 32
 MODELS = {

@@ -27,7 +27,7 @@ from tokenprune.cost import DecoderSpec, count_flops, flop_counter
 from tokenprune.engine import prune
 from tokenprune.engine.interface.compatibility import compatible
 from tokenprune.errors import IncompatibleError, PluginError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH = 5, 32
 QUICK = settings(deadline=None, max_examples=15)

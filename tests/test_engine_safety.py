@@ -16,8 +16,8 @@ from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import EngineError, IncompatibleError, InputError, PluginError, UnsupportedError
-from tokenprune.testing.models import tiny_llama
-from tokenprune.testing.scripts import Scripted, Step
+from tokenprune.testing.scripted import Scripted, Step
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 class Choosing(Strategy):

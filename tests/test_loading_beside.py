@@ -18,7 +18,7 @@ from tokenprune.engine import prune
 from tokenprune.errors import PluginError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LOADS: list[Stop] = []
 

@@ -10,7 +10,7 @@ from memory_meter import MemoryMeter
 from transformers import LlamaForCausalLM
 
 import tokenprune as tp
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, BATCH, LENGTH, IMAGES = 8, 128, 2, 320, 280
 IMAGE = torch.zeros(BATCH, LENGTH, dtype=torch.bool)

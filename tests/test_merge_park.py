@@ -20,10 +20,10 @@ from tokenprune.core.trace import Trace
 from tokenprune.core.validation import check_decision
 from tokenprune.engine import prune
 from tokenprune.errors import PluginError
-from tokenprune.testing.conformance import StrategyConformance
-from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
-from tokenprune.testing.scripts import Scripted, random_script
+from tokenprune.testing.scripted import Scripted, random_script
+from tokenprune.testing.strategy_conformance import StrategyConformance
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH = 4, 32
 MODEL = tiny_llama(LAYERS)

@@ -16,8 +16,8 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import IncompatibleError
 from tokenprune.testing.cases import MadeUp, Row
-from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.vision import made_up_vision
+from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.synthetic_vision import made_up_vision
 
 BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune"]
 BATCHES = [

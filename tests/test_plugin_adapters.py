@@ -14,7 +14,7 @@ from tokenprune import Adapter, Keep, Stage, Strategy, TowerFeatures, hookimpl
 from tokenprune.engine import VisionSource
 from tokenprune.errors import InputError, PluginError
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 class Bad(Adapter):

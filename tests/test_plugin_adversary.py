@@ -17,8 +17,8 @@ from tokenprune import Adapter, AttentionFrom, Keep, Merge, Stage, Strategy, Str
 from tokenprune.engine import Binding, Marks
 from tokenprune.errors import InputError, PluginError, PluginWarning
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
-from tokenprune.testing.snapshot import differences, snapshot
+from tokenprune.testing.model_snapshot import differences, snapshot
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 MODEL = tiny_llama(4)
 IDS = torch.arange(24).reshape(2, 12)

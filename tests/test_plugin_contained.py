@@ -24,7 +24,7 @@ from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError, PluginError, PluginWarning
 from tokenprune.plugins import registry
 from tokenprune.report.write import write_comparison
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 HOOK = "from tokenprune import hookimpl\n\n\n"
 WRAPPER = "@hookimpl(wrapper=True)\ndef tokenprune_register_strategies(register):\n    return (yield)\n"

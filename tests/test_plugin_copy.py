@@ -44,7 +44,7 @@ COMPARED = """
 import torch
 import tokenprune as tp
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 entry = tp.strategies()["quick"]
 assert (entry.distribution, entry.version, entry.source.plugin) == ("elsewhere", "0.3", "elsewhere")

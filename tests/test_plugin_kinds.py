@@ -20,8 +20,8 @@ from tokenprune.cli.app import main
 from tokenprune.errors import InputError, PluginError, UnknownNameError
 from tokenprune.evaluation.measured import Measured
 from tokenprune.evaluation.results import Comparison
+from tokenprune.evaluation.tables import as_text
 from tokenprune.plugins import registry
-from tokenprune.report.tables import as_text
 from tokenprune.report.write import write_comparison
 from tokenprune_strategies.segmenters import segment
 

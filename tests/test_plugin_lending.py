@@ -16,7 +16,7 @@ from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import PluginError, PluginWarning
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
-from tokenprune.testing.scripts import random_script
+from tokenprune.testing.scripted import random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH = 4, 32
 # Rounding errors of a layer add up over four of them; states are of size 1 after the final norm.

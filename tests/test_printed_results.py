@@ -8,8 +8,8 @@ import tokenprune as tp
 from tokenprune.core.decisions import Keep
 from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
-from tokenprune.testing.models import tiny_llama
-from tokenprune.testing.scripts import Scripted, Step
+from tokenprune.testing.scripted import Scripted, Step
+from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune_adapters.glamm.results import GroundedSegmentation
 from tokenprune_adapters.segmentation import Segmentation
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokenprune import prune
 from tokenprune.core.decisions import Keep
-from tokenprune.testing.models import tiny_llama
-from tokenprune.testing.scripts import Scripted, Step
+from tokenprune.testing.scripted import Scripted, Step
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, LIMIT = 4, 32, 12  # LIMIT: the positions that the model was trained for
 HALF = WIDTH // 4 // 2

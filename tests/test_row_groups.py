@@ -21,10 +21,10 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, Row
-from tokenprune.testing.models import tiny_llama
 from tokenprune.testing.oracle import masked_full_length
-from tokenprune.testing.scripts import Scripted, random_script
-from tokenprune.testing.watching import run
+from tokenprune.testing.recording import run
+from tokenprune.testing.scripted import Scripted, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, NEW = 4, 32, 2
 LLAMA = tiny_llama(LAYERS, kv_heads=2)

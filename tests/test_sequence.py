@@ -22,8 +22,8 @@ from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, OptionError, PluginError, TokenPruneError, UnknownNameError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
-from tokenprune.testing.scripts import Scripted, Step, random_script
+from tokenprune.testing.scripted import Scripted, Step, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 QUICK = settings(max_examples=30, deadline=None)
 BATCH = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=2), min_size=1, max_size=3)

@@ -18,7 +18,7 @@ from tokenprune.core.decisions import Merge
 from tokenprune.core.reads import HiddenStates
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune_strategies.density_peaks import averages, density_peaks
 from tokenprune_strategies.rating import corrected_attention, raters
 from tokenprune_strategies.recycling import Pruning, cuts

@@ -15,7 +15,7 @@ import tokenprune
 from tokenprune.core.reads import HiddenStates
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune_strategies.matching import bipartite_merge
 from tokenprune_strategies.tome import ToMe
 

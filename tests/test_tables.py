@@ -11,9 +11,9 @@ from rich.console import Group
 
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.results import Comparison, Row
+from tokenprune.evaluation.tables import as_text
 from tokenprune.plugins import registry
-from tokenprune.report.parted import Column, Parted
-from tokenprune.report.tables import as_text
+from tokenprune.utils.split_tables import Column, Parted
 
 __all__ = ["run"]  # the fixture
 

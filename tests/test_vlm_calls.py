@@ -16,7 +16,7 @@ from tokenprune.core.reads import TowerFeatures
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import InputError, PruningWarning, UnsupportedError
-from tokenprune.testing.scripts import Scripted, Step
+from tokenprune.testing.scripted import Scripted, Step
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 

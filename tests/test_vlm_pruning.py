@@ -16,7 +16,7 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
-from tokenprune.testing.scripts import Scripted, Step, random_script
+from tokenprune.testing.scripted import Scripted, Step, random_script
 
 LAYERS, WIDTH = 4, 32
 SIZES = [(24, 32), (40, 20)]

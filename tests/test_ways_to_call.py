@@ -12,7 +12,7 @@ from vlm_families import CURRENT, FAMILIES
 
 import tokenprune as tp
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 IDS = torch.arange(24).reshape(2, 12)
 IMAGE = torch.zeros(2, 12, dtype=torch.bool)

@@ -18,7 +18,7 @@ from vlm_families import CURRENT, FAMILIES
 
 import tokenprune as tp
 from tokenprune.errors import UnsupportedError
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 STRATEGY = tp.strategy("fastv", layer=1, keep=5)
 

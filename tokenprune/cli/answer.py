@@ -33,9 +33,9 @@ def command(
     from tokenprune.cli.checks import check_model, check_strategies
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_answering_model, quiet_loading
-    from tokenprune.cli.options import parse_options
     from tokenprune.cli.printing import note
-    from tokenprune.evaluation.scenes import check_number
+    from tokenprune.core.option_texts import parse_options
+    from tokenprune.datasets.validation import check_number
     from tokenprune.utils.stopwatch import recorded, told
     from tokenprune.utils.threads import checked, choose, using
 

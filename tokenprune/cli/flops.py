@@ -71,7 +71,7 @@ def command(
     """
     from tokenprune.api import strategy as make_strategy
     from tokenprune.cli.checks import check_strategies, refuse_given
-    from tokenprune.cli.options import parse_options
+    from tokenprune.core.option_texts import parse_options
     from tokenprune.core.stage import Shape
     from tokenprune.cost import ELEMENT_BYTES, count_flops, kv_bytes
 
@@ -210,7 +210,7 @@ class _Account:
         from rich.console import Console
         from rich.table import Table
 
-        from tokenprune.report.parted import Column, Parted
+        from tokenprune.utils.split_tables import Column, Parted
 
         flops, ledger, spec = self.flops, self.ledger, self.spec
         title = f"{self.strategy} on {spec.layers} layers of width {spec.hidden}"

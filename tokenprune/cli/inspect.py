@@ -38,9 +38,9 @@ def command(
     from tokenprune import api
     from tokenprune.cli.checks import check_image, check_model, check_strategies, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.cli.options import parse_options
+    from tokenprune.core.option_texts import parse_options
+    from tokenprune.datasets.validation import check_number, check_request
     from tokenprune.errors import InputError
-    from tokenprune.evaluation.scenes import check_number, check_request
     from tokenprune.report.files import check_targets
     from tokenprune.utils.threads import checked, choose, using
 

@@ -43,8 +43,8 @@ def command(
     from tokenprune.cli.checks import check_model, check_strategies
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.cli.options import parse_options
     from tokenprune.cli.printing import note, working_first
+    from tokenprune.core.option_texts import parse_options
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()

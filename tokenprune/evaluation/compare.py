@@ -15,19 +15,19 @@ from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
+from tokenprune.datasets.validation import check_number, check_request, scenes_of
 from tokenprune.engine.calls.turns import model_turn
 from tokenprune.engine.interface.compatibility import check_on, declares
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
+from tokenprune.evaluation.accumulator import Tally, Untouched
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
 from tokenprune.evaluation.coverage import Box, target_coverage
 from tokenprune.evaluation.measured import Measured, measure, metrics_of
 from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
-from tokenprune.evaluation.tally import Tally, Untouched
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.evaluation.turns import TurnTaking
 from tokenprune.plugins.attribution import brief

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune import api
-from tokenprune.cli.options import parse_options
+from tokenprune.core.option_texts import parse_text
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, OptionError
 
@@ -81,42 +81,6 @@ def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[fl
         else:
             found.append(Contender(plain, options, plain.budget))
     return found
-
-
-def split_list(text: str) -> list[str]:
-    """A comma-separated list of strategies, whose options are separated by commas too.
-
-    "none,csp:query=seg,reentry=delta,fastv" is none, csp:query=seg,reentry=delta and fastv: a part with "=" but no name
-    of its own belongs to the strategy before it.
-
-    Raises:
-        OptionError: an empty part, or options before any strategy.
-    """
-    found: list[str] = []
-    for part in (piece.strip() for piece in text.split(",")):
-        if not part:
-            raise OptionError(f"strategies: an empty name found in {text!r}, expected names separated by commas")
-        is_option = "=" in part and ":" not in part.split("=", 1)[0]
-        if not is_option:
-            found.append(part)
-        elif not found:
-            raise OptionError(f"strategies: option {part!r} found before any strategy; write name:{part}")
-        else:
-            found[-1] += ("," if ":" in found[-1] else ":") + part
-    return found
-
-
-def parse_text(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options, `budget` included, of "name:key=value,key=value"; values as `parse_options` reads them.
-
-    Raises:
-        OptionError: a part that is not key=value, or a key given twice.
-    """
-    name, _, rest = text.partition(":")
-    try:
-        return name.strip(), parse_options(part.strip() for part in rest.split(",") if part.strip())
-    except OptionError as error:
-        raise OptionError(f"strategy {name.strip()!r}: {error}") from error
 
 
 def _checked_budget(name: str, value: Any) -> float | None:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.validation import check_number, check_request, scenes_of
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.scenes import check_number, check_request, scenes_of
 from tokenprune.utils.images import to_rgb
 from tokenprune.utils.stopwatch import recorded
 

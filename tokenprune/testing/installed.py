@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tokenprune.testing.conformance import StrategyConformance
 from tokenprune.testing.plugin import options_of
+from tokenprune.testing.strategy_conformance import StrategyConformance
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,12 +15,12 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.testing.cases import Case, MadeUp
-from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.model_snapshot import differences, snapshot
 from tokenprune.testing.oracle import all_active, apply_step, masked_full_length, rotary_tables
-from tokenprune.testing.shown import ranges
-from tokenprune.testing.snapshot import differences, snapshot
+from tokenprune.testing.printing import ranges
+from tokenprune.testing.recording import Break, Breaking, Run, baseline, joined, run
 from tokenprune.testing.verdict import NotTested, Tied, report
-from tokenprune.testing.watching import Break, Breaking, Run, baseline, joined, run
 
 TOLERANCE = 1e-4
 """Largest difference of final states (of size about 1) that rounding explains."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.errors import InputError
-from tokenprune.testing.scripts import Scripted, Step
+from tokenprune.testing.scripted import Scripted, Step
 
 
 @torch.no_grad()

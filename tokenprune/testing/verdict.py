@@ -11,7 +11,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import TokenPruneError
 from tokenprune.testing.cases import Case
-from tokenprune.testing.shown import show_case, show_schedule
+from tokenprune.testing.printing import show_case, show_schedule
 
 
 class Nonconforming(AssertionError):

@@ -23,7 +23,7 @@ from tokenprune import Shape
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.schedule import declared_ledger
 from tokenprune.core.trace import Trace
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 Data = dict[str, Any]
 LAYERS = 6

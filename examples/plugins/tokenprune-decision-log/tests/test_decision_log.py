@@ -12,7 +12,7 @@ from tokenprune_decision_log.plugin import VARIABLE
 
 import tokenprune as tp
 from tokenprune.plugins import registry
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 PROMPT = torch.arange(20)[None]
 IMAGE_TOKENS = (PROMPT > 1) & (PROMPT < 18)

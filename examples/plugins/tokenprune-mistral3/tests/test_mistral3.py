@@ -15,7 +15,7 @@ from tokenprune_mistral3.adapter import MODEL_TYPE, Mistral3Adapter
 
 import tokenprune as tp
 from tokenprune import Keep, Stage, Strategy, TowerFeatures
-from tokenprune.testing.adapters import AdapterConformance
+from tokenprune.testing.adapter_conformance import AdapterConformance
 
 IMAGES = [[(2, 3)], [(2, 2), (3, 1)]]  # of two prompts: rows and columns of tokens
 

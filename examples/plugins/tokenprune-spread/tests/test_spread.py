@@ -7,7 +7,7 @@ import torch
 from tokenprune_spread.strategy import taken
 
 import tokenprune as tp
-from tokenprune.testing.conformance import StrategyConformance
+from tokenprune.testing.strategy_conformance import StrategyConformance
 
 
 class TestSpread(StrategyConformance):

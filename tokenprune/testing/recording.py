@@ -20,9 +20,9 @@ from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.testing.cases import Case, MadeUp
-from tokenprune.testing.families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.scripts import Scripted, Step
-from tokenprune.testing.vision import made_up_vision
+from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.scripted import Scripted, Step
+from tokenprune.testing.synthetic_vision import made_up_vision
 
 _LENT = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
 _LENT_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")

@@ -1,6 +1,6 @@
 """The conformance kit for data sets: what comparisons take for granted of a data set, held for one that you bring.
 
-from tokenprune.testing.datasets import DatasetConformance
+from tokenprune.testing.dataset_conformance import DatasetConformance
 
 class TestMyData(DatasetConformance):
     dataset = "my-data"  # or "my_module:MyData"
@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.validation import made, scenes_of
 from tokenprune.errors import TokenPruneError
-from tokenprune.evaluation.scenes import made, scenes_of
 
 
 class DatasetConformance:

@@ -1,6 +1,6 @@
 """The conformance kit for adapters: what tokenprune promises of a model, held for a family that an adapter brings.
 
-from tokenprune.testing.adapters import AdapterConformance
+from tokenprune.testing.adapter_conformance import AdapterConformance
 
 class TestMyFamily(AdapterConformance):
     adapter = "my-family"
@@ -32,12 +32,12 @@ from tokenprune.engine.interface.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry
-from tokenprune.testing.cells import check_cells
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.grid_checks import check_cells
+from tokenprune.testing.model_snapshot import differences, snapshot
 from tokenprune.testing.oracle import masked
-from tokenprune.testing.scripts import Asking, Scripted, Step, random_script
-from tokenprune.testing.snapshot import differences, snapshot
-from tokenprune.testing.watching import Break, Breaking
+from tokenprune.testing.recording import Break, Breaking
+from tokenprune.testing.scripted import Asking, Scripted, Step, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 Inputs = dict[str, Any]
 

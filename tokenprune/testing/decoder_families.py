@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tokenprune.testing.cases import MadeUp
-from tokenprune.testing.models import tiny_llama
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, HEADS = 8, 32, 4
 _SIZES: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 48, "vocab_size": 64, "initializer_range": 0.2}

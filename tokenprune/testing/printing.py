@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tokenprune.core.trace import Trace
 from tokenprune.testing.cases import Case, Row
-from tokenprune.testing.families import FAMILIES, LAYERS
+from tokenprune.testing.decoder_families import FAMILIES, LAYERS
 
 
 def show_case(case: Case) -> str:

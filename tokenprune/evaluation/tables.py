@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from tokenprune.report.parted import Column, Parted
+from tokenprune.utils.split_tables import Column, Parted
 
 if TYPE_CHECKING:
     from tokenprune.evaluation.results import Comparison, Row

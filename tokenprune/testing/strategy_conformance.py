@@ -1,6 +1,6 @@
 """The conformance kit: three lines that hold a strategy to everything that tokenprune promises of strategies.
 
-from tokenprune.testing.conformance import StrategyConformance
+from tokenprune.testing.strategy_conformance import StrategyConformance
 
 class TestMyMethod(StrategyConformance):
     strategy = "my-method"
@@ -22,7 +22,7 @@ try:
     from hypothesis import strategies as st
 except ImportError as missing:
     raise ImportError(
-        f"tokenprune.testing.conformance needs pytest and hypothesis, and found no module {missing.name!r}; "
+        f"tokenprune.testing.strategy_conformance needs pytest and hypothesis, and found no module {missing.name!r}; "
         "install them with: pip install 'tokenprune[test]'"
     ) from missing
 
@@ -33,9 +33,9 @@ from tokenprune.errors import BudgetError, IncompatibleError, OptionError, Plugi
 from tokenprune.plugins import registry
 from tokenprune.testing import invariants
 from tokenprune.testing.cases import Case, MadeUp, Row
-from tokenprune.testing.families import FAMILIES, WIDTH, model_of
+from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of
+from tokenprune.testing.synthetic_vision import made_up_vision
 from tokenprune.testing.verdict import Nonconforming, NotTested, Tied, raised, report
-from tokenprune.testing.vision import made_up_vision
 
 Invariant = Callable[[Case, Strategy], None]
 

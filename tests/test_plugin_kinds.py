@@ -23,7 +23,7 @@ from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.tables import as_text
 from tokenprune.plugins import registry
 from tokenprune.report.write import write_comparison
-from tokenprune_strategies.segmenters import segment
+from tokenprune_strategies.csp.instance_masks import segment
 
 Add = Callable[..., None]
 

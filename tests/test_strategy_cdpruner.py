@@ -22,7 +22,7 @@ from tokenprune_adapters.clip import load_tower
 from tokenprune_adapters.clip_space import ClipSpace
 from tokenprune_adapters.llava_vision import run_tower
 from tokenprune_strategies.cdpruner import CDPruner, relevance
-from tokenprune_strategies.determinantal import map_picks
+from tokenprune_strategies.ops.dpp import map_picks
 
 QUICK = settings(max_examples=30, deadline=None)
 IMAGES = st.lists(st.integers(1, 60), min_size=1, max_size=3)

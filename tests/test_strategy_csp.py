@@ -16,10 +16,10 @@ import tokenprune
 from tokenprune.core.options import tokens_of
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, InputError, OptionError
-from tokenprune_strategies.clustering import k_means, sample_instances
-from tokenprune_strategies.csp import CSP
-from tokenprune_strategies.presets import CSP65, CSP70
-from tokenprune_strategies.segmenters import instance_labels, segment
+from tokenprune_strategies.csp.clustering import k_means, sample_instances
+from tokenprune_strategies.csp.csp import CSP
+from tokenprune_strategies.csp.instance_masks import instance_labels, segment
+from tokenprune_strategies.csp.presets import CSP65, CSP70
 
 QUICK = settings(max_examples=30, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=2)

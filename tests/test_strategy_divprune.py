@@ -19,7 +19,7 @@ import tokenprune
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_strategies.divprune import DivPrune
-from tokenprune_strategies.farthest import farthest_first
+from tokenprune_strategies.ops.farthest_point import farthest_first
 from tokenprune_strategies.similarity import Similarity
 
 QUICK = settings(max_examples=40, deadline=None)

@@ -20,8 +20,8 @@ from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttenti
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_adapters.llava_vision import run_tower
-from tokenprune_strategies.merging import merge_weights, outlier_share, place
-from tokenprune_strategies.prumerge import PruMerge, PruMergePlus
+from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place
+from tokenprune_strategies.prumerge.prumerge import PruMerge, PruMergePlus
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 60), min_size=1, max_size=3)

@@ -16,7 +16,7 @@ from strategy_bench import Bench
 from tokenprune.core.options import tokens_of
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
-from tokenprune_strategies.pyramid import layers_of, windows
+from tokenprune_strategies.ops.falling_stages import layers_of, windows
 from tokenprune_strategies.pyramiddrop import PyramidDrop
 
 QUICK = settings(max_examples=40, deadline=None)

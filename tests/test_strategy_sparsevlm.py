@@ -19,10 +19,10 @@ from tokenprune.core.reads import HiddenStates
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
 from tokenprune.testing.tiny_decoders import tiny_llama
-from tokenprune_strategies.density_peaks import averages, density_peaks
-from tokenprune_strategies.rating import corrected_attention, raters
-from tokenprune_strategies.recycling import Pruning, cuts
-from tokenprune_strategies.sparsevlm import SparseVLM, SparseVLMPlus
+from tokenprune_strategies.ops.density_peaks import averages, density_peaks
+from tokenprune_strategies.sparsevlm.rating import corrected_attention, raters
+from tokenprune_strategies.sparsevlm.recycling import Pruning, cuts
+from tokenprune_strategies.sparsevlm.sparsevlm import SparseVLM, SparseVLMPlus
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=3)

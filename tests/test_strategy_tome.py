@@ -16,7 +16,7 @@ from tokenprune.core.reads import HiddenStates
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError
 from tokenprune.testing.tiny_decoders import tiny_llama
-from tokenprune_strategies.matching import bipartite_merge
+from tokenprune_strategies.ops.bipartite_matching import bipartite_merge
 from tokenprune_strategies.tome import ToMe
 
 QUICK = settings(max_examples=40, deadline=None)

@@ -21,8 +21,8 @@ from tokenprune.core.stage import Shape
 from tokenprune.errors import IncompatibleError, OptionError
 from tokenprune_adapters.clip import load_tower
 from tokenprune_adapters.llava_vision import run_tower
-from tokenprune_strategies.visionzip import VisionZip
-from tokenprune_strategies.zipping import zip_crop
+from tokenprune_strategies.visionzip.contextual import zip_crop
+from tokenprune_strategies.visionzip.visionzip import VisionZip
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 60), min_size=1, max_size=3)

@@ -12,7 +12,7 @@ from tokenprune.core.options import Amount, portion, tokens_of
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.selection import grid_mask, random_scores
+from tokenprune_strategies.ops.allocation import grid_mask, random_scores
 
 
 class NoPruning(Strategy):

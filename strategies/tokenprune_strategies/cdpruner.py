@@ -18,9 +18,9 @@ from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Hidde
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.crops import crop_reads, every_crop
-from tokenprune_strategies.determinantal import map_picks
-from tokenprune_strategies.selection import apportion, fill_keep
+from tokenprune_strategies.ops.allocation import apportion, fill_keep
+from tokenprune_strategies.ops.crops import crop_reads, every_crop
+from tokenprune_strategies.ops.dpp import map_picks
 
 
 class CDPruner(Strategy):

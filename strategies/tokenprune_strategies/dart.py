@@ -17,7 +17,7 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune_strategies.selection import apportion, fill_keep, present_images
+from tokenprune_strategies.ops.allocation import apportion, fill_keep, present_images
 
 
 class DART(Strategy):

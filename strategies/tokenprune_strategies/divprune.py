@@ -17,8 +17,8 @@ from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.farthest import farthest_first, image_groups, picked
-from tokenprune_strategies.selection import fill_keep
+from tokenprune_strategies.ops.allocation import fill_keep
+from tokenprune_strategies.ops.farthest_point import farthest_first, image_groups, picked
 
 
 class DivPrune(Strategy):

@@ -14,7 +14,7 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.selection import random_scores
+from tokenprune_strategies.ops.allocation import random_scores
 
 
 class FastV(Strategy):

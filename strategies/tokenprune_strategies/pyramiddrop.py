@@ -14,8 +14,8 @@ from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.pyramid import falling, fill, layers_of, windows
-from tokenprune_strategies.selection import top_by_image
+from tokenprune_strategies.ops.allocation import top_by_image
+from tokenprune_strategies.ops.falling_stages import falling, fill, layers_of, windows
 
 LEAST_FACTOR = 0.25
 

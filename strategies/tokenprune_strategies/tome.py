@@ -19,8 +19,8 @@ from tokenprune.core.state import as_mask
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.matching import bipartite_merge, merged_means
-from tokenprune_strategies.selection import apportion, images_of
+from tokenprune_strategies.ops.allocation import apportion, images_of
+from tokenprune_strategies.ops.bipartite_matching import bipartite_merge, merged_means
 
 
 def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,11 +17,11 @@ from tokenprune.core.reads import AttentionFrom, HiddenStates, PositionKernel, R
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import IncompatibleError
-from tokenprune_strategies.pyramid import Counts
-from tokenprune_strategies.rated import RatedByText
-from tokenprune_strategies.rating import RATERS, corrected_attention
-from tokenprune_strategies.recycling import Pruning, recycle
-from tokenprune_strategies.selection import random_scores, top_by_image
+from tokenprune_strategies.ops.allocation import random_scores, top_by_image
+from tokenprune_strategies.ops.falling_stages import Counts
+from tokenprune_strategies.sparsevlm.rated import RatedByText
+from tokenprune_strategies.sparsevlm.rating import RATERS, corrected_attention
+from tokenprune_strategies.sparsevlm.recycling import Pruning, recycle
 
 HEADS, FLOOR = 14, 0.1
 

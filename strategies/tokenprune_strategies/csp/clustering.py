@@ -12,11 +12,11 @@ from tokenprune.core.decisions import top_index
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
 from tokenprune.core.state import as_mask
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.segmenters import instance_labels, segment
-from tokenprune_strategies.selection import apportion, evenly, grid_mask, images_of, random_scores
+from tokenprune_strategies.csp.instance_masks import instance_labels, segment
+from tokenprune_strategies.ops.allocation import apportion, evenly, grid_mask, images_of, random_scores
 
 if TYPE_CHECKING:
-    from tokenprune_strategies.csp import CSP
+    from tokenprune_strategies.csp.csp import CSP
 
 Clustering = Literal["uniform", "grid", "random", "cls_attention", "seg_first", "kmeans"]
 """uniform: token i · floor(N / N_c); random: seeded; cls_attention: most attended by [CLS] in the tower; seg_first:

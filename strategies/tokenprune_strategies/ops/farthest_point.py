@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.selection import apportion, images_of
+from tokenprune_strategies.ops.allocation import apportion, images_of
 
 
 def image_groups(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokenprune.core.stage import Positions, Stage
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.density_peaks import averages, density_peaks
-from tokenprune_strategies.selection import apportion, present_images
+from tokenprune_strategies.ops.allocation import apportion, present_images
+from tokenprune_strategies.ops.density_peaks import averages, density_peaks
 
 
 class Cut(NamedTuple):

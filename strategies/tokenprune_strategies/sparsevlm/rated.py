@@ -15,9 +15,9 @@ from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.pyramid import Counts, fill, layers_of, windows
-from tokenprune_strategies.rating import RATERS, raters
-from tokenprune_strategies.recycling import Cut, Pruning, cuts
+from tokenprune_strategies.ops.falling_stages import Counts, fill, layers_of, windows
+from tokenprune_strategies.sparsevlm.rating import RATERS, raters
+from tokenprune_strategies.sparsevlm.recycling import Cut, Pruning, cuts
 
 TOTAL, LEAST_SHARE = 576, 0.0625
 

@@ -16,8 +16,8 @@ from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttenti
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.merging import merge_weights, outlier_share, place, without_extra
-from tokenprune_strategies.selection import apportion, evenly, images_of
+from tokenprune_strategies.ops.allocation import apportion, evenly, images_of
+from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place, without_extra
 
 
 class PruMerge(Strategy):

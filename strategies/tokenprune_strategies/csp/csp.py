@@ -15,8 +15,8 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.clustering import Clustering, cluster, nearest_representative, reads_of
-from tokenprune_strategies.csp_budget import KEEP, REPRESENTATIVES, fill
+from tokenprune_strategies.csp.budget import KEEP, REPRESENTATIVES, fill
+from tokenprune_strategies.csp.clustering import Clustering, cluster, nearest_representative, reads_of
 
 
 class CSP(Strategy):

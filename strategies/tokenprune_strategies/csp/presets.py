@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tokenprune.core.strategy import Strategy
-from tokenprune_strategies.csp import CSP
+from tokenprune_strategies.csp.csp import CSP
 
 
 class _Preset(CSP):

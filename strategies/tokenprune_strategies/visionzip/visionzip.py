@@ -16,9 +16,9 @@ from tokenprune.core.reads import ClsAttention, ClsFeatures, Projector, TowerFea
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.crops import crop_reads, crops_of
-from tokenprune_strategies.selection import apportion, fill_keep
-from tokenprune_strategies.zipping import line_up, zip_crop
+from tokenprune_strategies.ops.allocation import apportion, fill_keep
+from tokenprune_strategies.ops.crops import crop_reads, crops_of
+from tokenprune_strategies.visionzip.contextual import line_up, zip_crop
 
 
 class VisionZip(Strategy):

@@ -7,7 +7,7 @@ from torch import Tensor
 from tokenprune.core.reads import Crops, Read
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.selection import images_of
+from tokenprune_strategies.ops.allocation import images_of
 
 
 def crop_reads(shape: Shape) -> tuple[Read, ...]:

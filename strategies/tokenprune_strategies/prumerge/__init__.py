@@ -1,0 +1,1 @@
+"""PruMerge and PruMerge+: which tokens are kept, and what is merged into them."""

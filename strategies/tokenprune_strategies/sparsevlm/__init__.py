@@ -1,0 +1,1 @@
+"""SparseVLM and SparseVLM+: which text tokens rate, what they rate, and how dropped tokens are recycled."""

@@ -1,0 +1,1 @@
+"""VisionZip: dominant tokens, and contextual ones that the others are merged into."""

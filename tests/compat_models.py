@@ -118,7 +118,7 @@ def _segmenter(name: str) -> Model:
 
 
 def _vlm(name: str) -> Model:
-    from tokenprune_adapters.transformers_vlm.families import FAMILIES as KNOWN
+    from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
     model = FAMILIES[name].build()
     inputs = FAMILIES[name].inputs([(24, 32), (40, 20)])

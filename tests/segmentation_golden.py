@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune_adapters.generation import Generated
-from tokenprune_adapters.llava_prompt import prompt_ids
-from tokenprune_adapters.segmentation import Segmentation, SegmenterInputs
+from tokenprune_adapters.llava.prompt import prompt_ids
+from tokenprune_adapters.segmentation.data import Segmentation, SegmenterInputs
+from tokenprune_adapters.segmentation.generation import Generated
 
 LIMIT = 1e-4
 HALF = 2e-3  # tensors that are stored as float16

@@ -16,7 +16,7 @@ from tokenprune.engine import Binding
 from tokenprune.errors import PluginError
 from tokenprune.testing.adapter_conformance import AdapterConformance
 from tokenprune.testing.grid_checks import check_cells
-from tokenprune_adapters.transformers_vlm import TransformersAdapter
+from tokenprune_adapters.hf import TransformersAdapter
 
 SIZES = [(24, 32), [(40, 20), (24, 24)]]
 

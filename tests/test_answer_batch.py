@@ -14,7 +14,7 @@ from vlm_families import CURRENT
 
 import tokenprune as tp
 from tokenprune.errors import InputError, OptionError, UnsupportedError
-from tokenprune_adapters.transformers_vlm.model import Answer, VisionLanguageModel
+from tokenprune_adapters.hf.model import Answer, VisionLanguageModel
 
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
 Models = Callable[[str], VisionLanguageModel]

@@ -23,9 +23,9 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError
-from tokenprune_adapters.clip_space import ClipSpace
+from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.glamm.prompts import QUESTIONS
-from tokenprune_adapters.llava_prompt import questions
+from tokenprune_adapters.llava.prompt import questions
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "lisa": lisa_checkpoints.write_lisa,

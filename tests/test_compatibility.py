@@ -177,7 +177,7 @@ def test_reads_follow_what_the_model_offers() -> None:
 
 
 def test_a_loaded_model_answers_as_the_model_inside() -> None:
-    from tokenprune_adapters.transformers_vlm.model import VisionLanguageModel
+    from tokenprune_adapters.hf.model import VisionLanguageModel
 
     live = row("llava_siglip").model
     loaded = VisionLanguageModel(live, "nowhere", "mine")

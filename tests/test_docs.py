@@ -31,7 +31,7 @@ from vlm_families import FAMILIES as TINY
 import tokenprune
 from tokenprune.cli.app import app, main
 from tokenprune.plugins import hookspecs, registry
-from tokenprune_adapters.transformers_vlm import FAMILIES, TransformersAdapter
+from tokenprune_adapters.hf import FAMILIES, TransformersAdapter
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

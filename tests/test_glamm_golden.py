@@ -19,7 +19,7 @@ from segmentation_golden import (
 )
 
 from tokenprune_adapters.glamm.prompts import ANSWERS, QUESTIONS, about_image
-from tokenprune_adapters.llava_prompt import dialogue
+from tokenprune_adapters.llava.prompt import dialogue
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune_adapters.glamm import GlammModel
 from tokenprune_adapters.glamm.prompts import ANSWERS, QUESTIONS, turn
 from tokenprune_adapters.glamm.results import phrase_span
-from tokenprune_adapters.llava_prompt import prompt_ids
+from tokenprune_adapters.llava.prompt import prompt_ids
 
 HEIGHT, WIDTH = 45, 70
 QUERIES = ["cat", "man in red", "Which of these can swim?"]

@@ -14,9 +14,9 @@ from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel, SamVisionCo
 
 import tokenprune as tp
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.checkpoint import Checkpoint
+from tokenprune_adapters.common.checkpoint import Checkpoint
 from tokenprune_adapters.lisa import LisaAdapter, LisaModel
-from tokenprune_adapters.sam_weights import build_sam, original_name
+from tokenprune_adapters.segmentation.sam_weights import build_sam, original_name
 
 
 @pytest.fixture(scope="module")

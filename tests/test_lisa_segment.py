@@ -18,10 +18,10 @@ import tokenprune as tp
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.evaluation.protocol import SegmentationModel
-from tokenprune_adapters import sam_masks
 from tokenprune_adapters.lisa import LisaModel
-from tokenprune_adapters.llava_prompt import IMAGE_ID, splice
-from tokenprune_adapters.queries import is_sentence
+from tokenprune_adapters.llava.prompt import IMAGE_ID, splice
+from tokenprune_adapters.segmentation import sam_masks
+from tokenprune_adapters.segmentation.queries import is_sentence
 
 HEIGHT, WIDTH = 45, 70
 QUERIES = ["the cat", "the thing that is behind the red car", "Which of these can swim?"]

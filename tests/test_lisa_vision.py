@@ -26,10 +26,10 @@ from tokenprune.core.reads import (
     TowerValues,
 )
 from tokenprune.errors import InputError, PluginError
-from tokenprune_adapters.clip import ClipPixels, load_tower, processor_class
+from tokenprune_adapters.clip.tower import ClipPixels, load_tower, processor_class
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.lisa.adapter import LisaAdapter
-from tokenprune_adapters.llava_vision import TowerRun, run_tower, vision_source
+from tokenprune_adapters.llava.vision import TowerRun, run_tower, vision_source
 
 SIDE = 32  # of the tiny tower's input
 

@@ -20,12 +20,12 @@ from tokenprune.errors import InputError
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.single import run_single
 from tokenprune.report.overlays import inspection_sheet
-from tokenprune_adapters.llava_prompt import IMAGE_ID
+from tokenprune_adapters.llava.prompt import IMAGE_ID
 from tokenprune_adapters.pixellm import PixelLMModel
 from tokenprune_adapters.pixellm.results import PreparedImage
 from tokenprune_adapters.pixellm.tower import PixelTowerRun, Visible
-from tokenprune_adapters.sam_masks import MaskSizes, resized_size
-from tokenprune_adapters.segmentation import SegmenterInputs
+from tokenprune_adapters.segmentation.data import SegmenterInputs
+from tokenprune_adapters.segmentation.sam_masks import MaskSizes, resized_size
 
 QUERIES = ["the cat", "the thing that is behind the red car", "Which of these can swim?"]
 SHAPES = {"landscape": (45, 70), "portrait": (70, 30), "square": (50, 50), "thin": (3, 90)}

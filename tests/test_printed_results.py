@@ -11,7 +11,7 @@ from tokenprune.engine import prune
 from tokenprune.testing.scripted import Scripted, Step
 from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune_adapters.glamm.results import GroundedSegmentation
-from tokenprune_adapters.segmentation import Segmentation
+from tokenprune_adapters.segmentation.data import Segmentation
 
 
 def traced(rows: int) -> Trace:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
 from tokenprune.errors import IncompatibleError, OptionError, PluginError
-from tokenprune_adapters.clip import load_tower
-from tokenprune_adapters.clip_space import ClipSpace
-from tokenprune_adapters.llava_vision import run_tower
+from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.clip.tower import load_tower
+from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_strategies.cdpruner import CDPruner, relevance
 from tokenprune_strategies.ops.dpp import map_picks
 

@@ -18,9 +18,9 @@ from torch import Tensor
 import tokenprune
 from tokenprune.core.reads import ClipTextEmbeddings, ClsQuery, Read
 from tokenprune.errors import IncompatibleError, OptionError
-from tokenprune_adapters.clip import load_tower
-from tokenprune_adapters.clip_space import ClipSpace
-from tokenprune_adapters.llava_vision import run_tower
+from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.clip.tower import load_tower
+from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_strategies.litelvlm import LiteLVLM, context_scores, select
 
 QUICK = settings(max_examples=30, deadline=None)

@@ -19,7 +19,7 @@ from tokenprune.core.decisions import Merge
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune_adapters.llava_vision import run_tower
+from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place
 from tokenprune_strategies.prumerge.prumerge import PruMerge, PruMergePlus
 

@@ -19,8 +19,8 @@ from tokenprune.core.decisions import Merge
 from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, Read
 from tokenprune.core.stage import Shape
 from tokenprune.errors import IncompatibleError, OptionError
-from tokenprune_adapters.clip import load_tower
-from tokenprune_adapters.llava_vision import run_tower
+from tokenprune_adapters.clip.tower import load_tower
+from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_strategies.visionzip.contextual import zip_crop
 from tokenprune_strategies.visionzip.visionzip import VisionZip
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenprune.errors import CheckpointError, InputError
-from tokenprune_adapters.llava_prompt import prompt_ids
-from tokenprune_adapters.tokenizer import LlamaSlowTokenizer, load_tokenizer
+from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer, load_tokenizer
+from tokenprune_adapters.llava.prompt import prompt_ids
 
 DATA = Path(__file__).parent / "data" / "llava_tokenizer"
 GROUPS = json.loads((DATA / "ids.json").read_text(encoding="utf-8"))["groups"]

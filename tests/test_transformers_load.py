@@ -24,9 +24,9 @@ import tokenprune as tp
 from tokenprune.cli.app import main
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError, OptionError
 from tokenprune.plugins import registry
+from tokenprune_adapters.hf import FAMILIES
+from tokenprune_adapters.hf.model import VisionLanguageModel
 from tokenprune_adapters.lisa import LisaModel
-from tokenprune_adapters.transformers_vlm import FAMILIES
-from tokenprune_adapters.transformers_vlm.model import VisionLanguageModel
 
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
 QUESTION = "What is it?"

@@ -17,7 +17,7 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import Pixels, TowerFeatures
 from tokenprune.core.stage import Stage
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
-from tokenprune_adapters.transformers_vlm import adapter
+from tokenprune_adapters.hf import adapter
 
 names = pytest.mark.parametrize("name", FAMILIES)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, SMALL_CROP, SPECIAL, START, TEXT, VIDEO
 
-from tokenprune_adapters.transformers_vlm.adapter import OLDEST
+from tokenprune_adapters.hf.adapter import OLDEST
 
 Pictures = list[list[Image.Image]]  # by batch row
 Seen = tuple[dict[str, Tensor], list[list[list[int]]]]  # model inputs; per row and image, the ids that stand for it

@@ -8,7 +8,7 @@ from tokenprune.plugins.hookspecs import Register, hookimpl
 @hookimpl
 def tokenprune_register_adapters(register: Register) -> None:
     """One adapter per model family, and one for all of transformers' own."""
-    own = "tokenprune_adapters.transformers_vlm:TransformersAdapter"
+    own = "tokenprune_adapters.hf:TransformersAdapter"
     register("transformers", own, summary="transformers' own models: LLaVA, Qwen-VL, InternVL, SmolVLM, Gemma 3, …")
     register("lisa", "tokenprune_adapters.lisa:LisaAdapter", summary="LISA checkpoints in their original format")
     register("glamm", "tokenprune_adapters.glamm:GlammAdapter", summary="GLaMM checkpoints in their original format")

@@ -22,7 +22,7 @@ from vocabulary import ADDED_TOKENS, Prompts, train_vocabulary
 
 from tokenprune.datasets.shapes import KINDS
 from tokenprune.datasets.shapes.queries import sample_queries
-from tokenprune_adapters.tokenizer import load_tokenizer
+from tokenprune_adapters.common.tokenizer import load_tokenizer
 
 
 @dataclass

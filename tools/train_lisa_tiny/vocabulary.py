@@ -11,9 +11,9 @@ from tokenprune.datasets.shapes import KINDS
 from tokenprune.datasets.shapes.dataset import scene_generator
 from tokenprune.datasets.shapes.queries import sample_queries
 from tokenprune.datasets.shapes.scenes import draw_scene
+from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.lisa import LisaModel
-from tokenprune_adapters.queries import SENTENCE, forced_prompt
-from tokenprune_adapters.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.segmentation.queries import SENTENCE, forced_prompt
 
 ANSWER = LisaModel.forced_answer
 ADDED_TOKENS = ("[SEG]", "<im_start>", "<im_end>")  # LISA's order

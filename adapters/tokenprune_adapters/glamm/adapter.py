@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenprune.errors import OptionError
+from tokenprune_adapters.common.load_options import LoadOptions
 from tokenprune_adapters.glamm.model import GlammModel
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START
-from tokenprune_adapters.load_options import LoadOptions
-from tokenprune_adapters.loading import Opened, SegmenterAdapter
-from tokenprune_adapters.sam_loading import sam_segmenter_parts
+from tokenprune_adapters.segmentation.loading import Opened, SegmenterAdapter
+from tokenprune_adapters.segmentation.sam_loading import sam_segmenter_parts
 
 SAM_PREFIX = "model.grounding_encoder."
 REGION_ENCODER = "model.region_encoder."

@@ -13,10 +13,10 @@ from tokenprune.errors import UnsupportedError
 from tokenprune_adapters.glamm import prompts as glamm_prompts
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START, REGION_TOKENS, SEG_TOKEN
 from tokenprune_adapters.glamm.results import GroundedSegmentation, phrase_span
-from tokenprune_adapters.llava_prompt import dialogue
-from tokenprune_adapters.queries import checked_query, sentence_flags, several
-from tokenprune_adapters.sam_segmenter import SamSegmenter
-from tokenprune_adapters.segmentation import Answered, SegmenterInputs
+from tokenprune_adapters.llava.prompt import dialogue
+from tokenprune_adapters.segmentation.data import Answered, SegmenterInputs
+from tokenprune_adapters.segmentation.queries import checked_query, sentence_flags, several
+from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
 
 
 class GlammModel(SamSegmenter):

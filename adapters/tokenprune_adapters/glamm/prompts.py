@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 
-from tokenprune_adapters.queries import SENTENCE, image_mark
+from tokenprune_adapters.segmentation.queries import SENTENCE, image_mark
 
 SEG_TOKEN = "[SEG]"
 PHRASE_START, PHRASE_END = "<p>", "</p>"

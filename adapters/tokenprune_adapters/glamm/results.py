@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenprune_adapters.segmentation import Segmentation, short
+from tokenprune_adapters.segmentation.data import Segmentation, short
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from tokenprune_adapters.lisa.adapter import LisaAdapter
 from tokenprune_adapters.lisa.model import LisaModel
-from tokenprune_adapters.segmentation import Segmentation
+from tokenprune_adapters.segmentation.data import Segmentation
 
 __all__ = ["LisaAdapter", "LisaModel", "Segmentation"]

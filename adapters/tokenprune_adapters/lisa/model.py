@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tokenprune_adapters.sam_segmenter import SamSegmenter
+from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
 
 
 class LisaModel(SamSegmenter):
     """A loaded LISA; see `SamSegmenter` for its parts and `segment` for what it does. Every query is a batch row.
 
-    Its prompts are those of `tokenprune_adapters.prompts`, since LISA introduced them.
+    Its prompts are those of `tokenprune_adapters.segmentation.prompts`, since LISA introduced them.
     """

@@ -5,6 +5,6 @@ from __future__ import annotations
 from tokenprune_adapters.pixellm.adapter import PixelLMAdapter
 from tokenprune_adapters.pixellm.matching import mask_scores, match_masks
 from tokenprune_adapters.pixellm.model import PixelLMModel
-from tokenprune_adapters.segmentation import Segmentation
+from tokenprune_adapters.segmentation.data import Segmentation
 
 __all__ = ["PixelLMAdapter", "PixelLMModel", "Segmentation", "mask_scores", "match_masks"]

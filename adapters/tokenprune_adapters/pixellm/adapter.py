@@ -11,12 +11,12 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.checkpoint import Part
-from tokenprune_adapters.load_options import LoadOptions
-from tokenprune_adapters.loading import MASK_PROJECTION, Opened, SegmenterAdapter, mlp
+from tokenprune_adapters.common.checkpoint import Part
+from tokenprune_adapters.common.load_options import LoadOptions
 from tokenprune_adapters.pixellm.model import PixelLMModel
 from tokenprune_adapters.pixellm.pixel_decoder import NECK, build_pixel_decoder
 from tokenprune_adapters.pixellm.tower import EARLY_LAYER, resize_tower
+from tokenprune_adapters.segmentation.loading import MASK_PROJECTION, Opened, SegmenterAdapter, mlp
 
 MASK_PROJECTOR = "model.out_mm_projector."
 SQUARE = 448  # the authors' own, where config.json does not say

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
-from tokenprune_adapters import sam_masks
-from tokenprune_adapters.images import ImageInput, to_rgb
-from tokenprune_adapters.llava_prompt import IMAGE_ID
+from tokenprune_adapters.llava.prompt import IMAGE_ID
 from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
 from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
-from tokenprune_adapters.segmentation import SegmenterInputs
-from tokenprune_adapters.segmenter import Segmenter, in_turn
+from tokenprune_adapters.segmentation import sam_masks
+from tokenprune_adapters.segmentation.data import SegmenterInputs
+from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
 
 
 class PixelLMModel(Segmenter):

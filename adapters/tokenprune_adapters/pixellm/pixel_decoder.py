@@ -17,9 +17,14 @@ from transformers.models.sam.modeling_sam import (
 )
 
 from tokenprune.errors import CheckpointError
-from tokenprune_adapters.checkpoint import Checkpoint, Part
-from tokenprune_adapters.sam_masks import MASKS_AT_ONCE
-from tokenprune_adapters.sam_weights import ENCODER_EPS, MASK_DECODER_EPS, MASK_DECODER_HEADS, original_name
+from tokenprune_adapters.common.checkpoint import Checkpoint, Part
+from tokenprune_adapters.segmentation.sam_masks import MASKS_AT_ONCE
+from tokenprune_adapters.segmentation.sam_weights import (
+    ENCODER_EPS,
+    MASK_DECODER_EPS,
+    MASK_DECODER_HEADS,
+    original_name,
+)
 
 LEVELS = 2
 MASK_SIDE = 128  # both levels are brought to this size before they are added

@@ -1,0 +1,9 @@
+"""Transformers' own vision-language models, through one adapter that reads what it needs from their configuration."""
+
+from __future__ import annotations
+
+from tokenprune_adapters.hf.adapter import TransformersAdapter
+from tokenprune_adapters.hf.binding import TransformersBinding
+from tokenprune_adapters.hf.families import FAMILIES, Family
+
+__all__ = ["FAMILIES", "Family", "TransformersAdapter", "TransformersBinding"]

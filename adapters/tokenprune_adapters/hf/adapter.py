@@ -1,0 +1,133 @@
+"""Recognising, loading and following transformers' own vision-language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText
+
+from tokenprune.errors import CheckpointError, UnsupportedError
+from tokenprune.loading.adapter import Adapter
+from tokenprune.loading.lora_folders import MERGE
+from tokenprune.utils.files import expanded
+from tokenprune_adapters.common.checkpoint import INDEX_FILES, SINGLE_FILES
+from tokenprune_adapters.common.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
+from tokenprune_adapters.common.shards import has_shards
+from tokenprune_adapters.hf import lora_merging as merging
+from tokenprune_adapters.hf.binding import TransformersBinding
+from tokenprune_adapters.hf.families import FAMILIES
+from tokenprune_adapters.hf.model import VisionLanguageModel
+from tokenprune_adapters.hf.processor import has_processor
+
+OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "revision", "quantization_config")
+OLDEST = (5, 0)
+"""The oldest release of transformers whose models are known here; before it they are built otherwise inside."""
+
+
+class TransformersAdapter(Adapter):
+    """LLaVA, Qwen-VL, InternVL, SmolVLM, PaliGemma, Gemma 3 and their relatives, as transformers has them."""
+
+    model_types = tuple(FAMILIES)
+    merges_lora = True
+
+    @classmethod
+    def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
+        """Whether config.json is that of a known family, saved by transformers."""
+        names = config.get("architectures") or ()
+        return config.get("model_type") in FAMILIES and any(
+            str(name).endswith("ForConditionalGeneration") for name in names
+        )
+
+    @classmethod
+    def bind(cls, model: Any) -> TransformersBinding | None:
+        """A live model of a known family, with its language-modelling head or without.
+
+        Raises:
+            UnsupportedError: a release of transformers older than `OLDEST`, or a model without a part of its family.
+        """
+        base = getattr(model, "base_model", None)
+        kind = getattr(getattr(base, "config", None), "model_type", None)
+        if kind not in FAMILIES or not hasattr(base, "get_image_features"):
+            return None
+        _refuse_old_releases(type(model).__name__)
+        return TransformersBinding(model, FAMILIES[kind])
+
+    @classmethod
+    def load(cls, source: str, **options: Any) -> VisionLanguageModel:
+        """Load a checkpoint with transformers.
+
+        Args:
+            source: folder or hub id.
+            options: `dtype` (the stored one by default; float32 on a CPU), `device`, `device_map`,
+                `attn_implementation`, `revision`, `quantization_config`: as in transformers.
+
+        The adapter of a folder with adapter_config.json is merged into its base by peft, which has to be installed.
+
+        Raises:
+            CheckpointError: weights are missing, damaged or mis-shaped, or an adapter is not one of its base.
+            OptionError: an option that does not exist, or both device= and device_map=.
+            UnsupportedError: a release of transformers older than `OLDEST`, or a package that is not installed.
+        """
+        _refuse_old_releases(source)
+        refuse_unknown(options, OPTIONS, "transformers")
+        device, device_map = options.pop("device", None), options.get("device_map")
+        one_place(device, device_map)
+        place = torch_device(device)
+        quantised = options.get("quantization_config") is not None
+        if quantised and device is not None:  # such models cannot be moved later
+            options["device_map"] = device_map = {"": str(place)}
+        default = torch.float32 if place.type == "cpu" and device_map is None and not quantised else "auto"
+        dtype = torch_dtype(options.pop("dtype", None)) or default
+        base = merging.base_source(source)
+        model = _read(base or source, dtype=dtype, **options)
+        if base is not None:
+            model = merging.merged(model, source)
+        if device_map is None and not getattr(model, "is_quantized", False):  # which has its place already
+            model.to(place)
+        processor = base if base is not None and not has_processor(expanded(source)) else source
+        return VisionLanguageModel(model.eval(), processor, shown_name(source), options.get("revision"))
+
+
+def _read(source: str, **options: Any) -> Any:
+    """The model of a folder or hub id, with all of its weights."""
+    folder = expanded(source)
+    if (
+        folder.is_dir()
+        and has_shards(folder)
+        and not any((folder / file).is_file() for file in INDEX_FILES + SINGLE_FILES)
+    ):
+        raise CheckpointError(
+            f"{source} has shards without an index, which transformers needs; fetch {' or '.join(INDEX_FILES)} too"
+        )
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **options)
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedError(f"{source} needs a package that is not installed, install it ({reason})") from error
+    except Exception as error:  # what transformers raises on a bad checkpoint is its own business and changes
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{source} cannot be loaded ({type(error).__name__}: {reason})") from error
+    model, report = loaded
+    factors = sorted(str(name) for name in report["unexpected_keys"] if ".lora_" in str(name))
+    if factors:
+        raise CheckpointError(
+            f"{source} holds unmerged LoRA tensors among its weights ({len(factors)}, such as {factors[0]}); {MERGE}"
+        )
+    missing = sorted(str(name) for name in report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{source}: {len(missing)} tensors are missing ({', '.join(missing[:3])}, …); fetch all of its weight files"
+        )
+    return model
+
+
+def _refuse_old_releases(name: str) -> None:
+    found, oldest = transformers.__version__, ".".join(map(str, OLDEST))
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        raise UnsupportedError(
+            f"{name}: transformers {found} found, but its own vision-language models are known from {oldest} on; "
+            "upgrade transformers, or mark the image tokens yourself: prune(model, strategy, image_tokens=…)"
+        )

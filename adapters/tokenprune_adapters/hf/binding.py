@@ -1,0 +1,133 @@
+"""A live vision-language model of transformers: its parts, and what its tower can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.core.reads import (
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Projector,
+    Read,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.wrappers import uncompiled
+from tokenprune.engine.interface.bound_model import Binding, Watch
+from tokenprune.errors import InputError, UnsupportedError
+from tokenprune_adapters.hf.conversations import Conversations
+from tokenprune_adapters.hf.families import Family
+from tokenprune_adapters.hf.vision_capture import METHODS, Following
+
+ATTENTION = ("self_attn", "attn", "attention")
+
+
+class TransformersBinding(Binding):
+    """A vision-language model of transformers.
+
+    Args:
+        model: with its language-modelling head or without.
+        family: what is special about it.
+
+    Raises:
+        UnsupportedError: the model lacks a part that its family has.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        base = uncompiled(model.base_model)
+        self.model, self.base, self.family, self.name = model, base, family, type(base).__name__
+        decoder = uncompiled(getattr(base, "language_model", None)) or uncompiled(getattr(base, "text_model", None))
+        tower = self.part(family.tower)
+        if decoder is None:
+            raise UnsupportedError(f"{self.name} has no language model inside, expected one ({family.title})")
+        self.decoder = decoder
+        inner = getattr(tower, "vision_model", tower)  # nested in older releases of transformers
+        self.blocks = [uncompiled(block) for block in _follow(inner, family.blocks, self.name)]
+        self.tower_layers = len(self.blocks)
+        config = base.config
+        cuts = getattr(config, "vision_feature_select_strategy", "full") == "default"
+        self.cut = int(cuts)
+        names = {name for name, _ in inner.named_parameters()}
+        self.has_cls = cuts and any(name.endswith(("class_embedding", "cls_token")) for name in names)
+        self.token_ids: dict[str, Any] = {
+            "image": getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None),
+            "video": getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None),
+        }
+
+    def part(self, path: str) -> Any:
+        """A module inside the model. Raises UnsupportedError if it is not there."""
+        return _follow(self.base, path, self.name)
+
+    def tower_attention(self, layer: int) -> nn.Module:
+        """The attention module of a tower layer, negative ones from the end.
+
+        Raises:
+            InputError: the tower has no such layer.
+            UnsupportedError: the layer has no attention module of a known name.
+        """
+        total = self.tower_layers
+        if not -total <= layer < total:
+            raise InputError(f"tower layer {layer} was asked for, but the vision tower has {total} layers")
+        block = self.blocks[layer]
+        for child in ATTENTION:
+            attention = uncompiled(getattr(block, child, None))
+            if isinstance(attention, nn.Module):
+                return attention
+        kind = type(block).__name__
+        raise UnsupportedError(f"{self.name}: {kind} has none of {', '.join(ATTENTION)}, so it cannot be read")
+
+    def offers(self) -> frozenset[type[Read]]:
+        """Everything of the tower; [CLS] where it has one, the projector where it works token by token."""
+        extra = {
+            ClsAttention: self.has_cls,
+            ClsQuery: self.has_cls,
+            ClsFeatures: self.has_cls and self.family.projects_patches and min(self.selected_blocks({})) >= 0,
+            Crops: self.has_cls,
+            Projector: self.family.images.projects,
+        }
+        always = (TowerFeatures, ReceivedAttention, TowerKeys, TowerValues)
+        return frozenset((*always, *(kind for kind, has in extra.items() if has)))
+
+    def selected_blocks(self, inputs: Mapping[str, Any]) -> list[int]:
+        """The tower's layers whose output the projector is given, −1 standing for what enters the first.
+
+        Args:
+            inputs: the arguments of the call that makes image features, by name.
+        """
+        layers = inputs.get("vision_feature_layer")
+        layers = self.base.config.vision_feature_layer if layers is None else layers
+        total = self.tower_layers + 1
+        return [layer % total - 1 for layer in ([layers] if isinstance(layers, int) else layers)]
+
+    @contextmanager
+    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
+        """See `Binding.watch`. The methods that make image features are looked at on this one object meanwhile."""
+        following = Following(self, reads)
+        with ExitStack() as undo:
+            undo.enter_context(Conversations(self.model).kept_apart(restored=False))
+            undo.enter_context(shadowed(self.base, "forward", following.forward))
+            for modality, method in METHODS.items():
+                undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))
+            yield following
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
+        return self.family.images.project(self.part(self.family.images.projector), features)
+
+
+def _follow(thing: Any, path: str, name: str) -> Any:
+    for step in path.split("."):
+        if getattr(thing, step, None) is None:
+            raise UnsupportedError(f"{name} has no {path}, which models of its family have; it cannot be pruned")
+        thing = uncompiled(getattr(thing, step))
+    return thing

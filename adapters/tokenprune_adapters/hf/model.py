@@ -1,0 +1,208 @@
+"""A loaded vision-language model with its processor: an image and words in, words out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, overload
+
+import torch
+from PIL.Image import Image
+
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
+from tokenprune.engine import model_turn, prune
+from tokenprune.errors import InputError, OptionError, UnsupportedError
+from tokenprune.utils.images import ImageInput, to_rgb
+from tokenprune.utils.stopwatch import stage
+from tokenprune_adapters.hf.conversations import Conversations
+from tokenprune_adapters.hf.processor import load_processor
+
+
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: the new text.
+        trace: what the strategy did in the prefill; None without one. Answers of one batch share it.
+        row: the answer's batch row in the trace.
+    """
+
+    text: str
+    trace: Trace | None = None
+    row: int = 0
+
+    def __repr__(self) -> str:
+        """The text and the tokens, without tensors."""
+        tokens = "None, no strategy ran" if self.trace is None else self.trace.summary(self.row)
+        return f"Answer:\n  .text: {self.text!r}\n  .trace: row {self.row}: {tokens}"
+
+
+class VisionLanguageModel:
+    """A model of transformers and its processor, as `tokenprune.load` gives them.
+
+    `inputs` and `answer` may be called from any thread; calls take turns.
+
+    Args:
+        model: the model with its language-modelling head; `tokenprune.prune` takes it, or this object.
+        source: folder or hub id that the processor is read from when it is first needed.
+        name: shown in reports.
+        revision: of a hub id.
+    """
+
+    def __init__(self, model: Any, source: str, name: str, revision: str | None = None) -> None:
+        self.model, self.source, self.name, self.revision = model, source, name, revision
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its language-modelling head."""
+        return self.model.base_model
+
+    @cached_property
+    def processor(self) -> Any:
+        """The processor that belongs to the model; without torchvision it takes no videos.
+
+        Raises:
+            CheckpointError: the folder holds none, or one that needs a package that is not installed.
+        """
+        return load_processor(self.source, self.model.config, self.revision)
+
+    def inputs(self, image: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str]) -> Any:
+        """What the model is called with, on its device: one batch row for a prompt, one for each of a list of prompts.
+
+        Args:
+            image: one, or several for one prompt: paths, PIL images, arrays or tensors. With a list of prompts an image
+                (or a list of images) for each, or a single image for all.
+            prompt: the user's words, put into the chat template; or a text that holds the model's own image
+                placeholder, taken as it is. A list of a single prompt is asked of every image. Rows are padded on the
+                left.
+
+        Raises:
+            InputError: something that is no image, an empty prompt, or one with placeholders for more or fewer images;
+                not as many prompts as images.
+            UnsupportedError: several prompts, and a tokenizer that has no token to pad with.
+        """
+        rows = [self._row(*row) for row in _rows(image, prompt)]
+        texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
+        padding = {} if len(rows) == 1 else self._padding()
+        options = {"return_tensors": "pt", **padding, **self._special(texts)}
+        processor = self.processor
+        try:
+            with model_turn(self.model):  # fast tokenizers serve one thread at a time
+                made = processor(text=texts, images=images, **options)
+        except Exception as error:  # what a processor raises on odd sizes differs from family to family
+            sizes = ", ".join(f"{one.size[0]}×{one.size[1]}" for pictures in images for one in pictures)
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{type(processor).__name__} cannot prepare images of {sizes} pixels and these prompts "
+                f"({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
+            ) from error
+        return made.to(self.model.device)
+
+    @overload
+    def answer(self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64) -> Answer: ...
+
+    @overload
+    def answer(
+        self, image: Any, prompt: Sequence[str], strategy: Strategy | None = None, max_new_tokens: int = 64
+    ) -> list[Answer]: ...
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        image: ImageInput | Sequence[ImageInput],
+        prompt: str | Sequence[str],
+        strategy: Strategy | None = None,
+        max_new_tokens: int = 64,
+    ) -> Answer | list[Answer]:
+        """Greedy answer to a prompt about one image or several; to a list of prompts a list of answers, in one batch.
+
+        Args:
+            image: the image or images; see `inputs` for them, for prompts, and for the errors.
+            prompt: the user's words; a list of them is answered as each would be alone.
+            strategy: a `tokenprune.Strategy`; None leaves the model untouched.
+            max_new_tokens: limit of an answer.
+
+        Raises:
+            IncompatibleError: the strategy reads what the model does not offer.
+            OptionError: no new tokens allowed.
+        """
+        if max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")
+        with model_turn(self.model), Conversations(self.model).kept_apart():
+            _ = self.processor  # read from its folder when first needed, which is no work on the image
+            with stage("preprocess"):
+                inputs = self.inputs(image, prompt)
+            with stage("generation"), nullcontext() if strategy is None else prune(self.model, strategy) as run:
+                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            trace = None if run is None else run.trace
+            texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def _said(self, ids: list[int]) -> str:
+        ends = self.model.generation_config.eos_token_id
+        stops = {ends} if isinstance(ends, int) else set(ends or ())
+        end = next((place for place, token in enumerate(ids, 1) if token in stops), len(ids))  # then padding
+        return str(self.processor.decode(ids[:end], skip_special_tokens=True))
+
+    def _row(self, image: Any, prompt: Any) -> tuple[str, list[Image]]:
+        """The text of one prompt, and its images."""
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f"prompt {prompt!r} found, expected words about the image")
+        images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
+        if not images:
+            raise InputError("an empty list of images found, expected one or more")
+        placeholder = self._placeholder()
+        written = prompt.count(placeholder)
+        if written not in (0, len(images)):
+            raise InputError(
+                f"the prompt has {written} placeholders {placeholder}, but there are {len(images)} images; write as "
+                "many, or none"
+            )
+        return prompt if written else self._asked(len(images), prompt), images
+
+    def _special(self, texts: list[str]) -> dict[str, bool]:
+        """Not to add the first token once more, as some templates write it themselves."""
+        begin = self.processor.tokenizer.bos_token
+        begun = [bool(begin) and text.startswith(begin) for text in texts]
+        if any(begun) and not all(begun):
+            raise InputError(
+                f"prompt {begun.index(True)} begins with {begin}, others do not; write it in all, or in none"
+            )
+        return {"add_special_tokens": False} if all(begun) else {}
+
+    def _padding(self) -> dict[str, Any]:
+        if self.processor.tokenizer.pad_token is None:
+            raise UnsupportedError(
+                f"{self.name}: several prompts were given, but its tokenizer has no padding token; ask one by one, or "
+                "set model.processor.tokenizer.pad_token"
+            )
+        return {"padding": True, "padding_side": "left"}
+
+    def _placeholder(self) -> str:
+        return str(getattr(self.processor, "image_token", None) or "<image>")
+
+    def _asked(self, images: int, prompt: str) -> str:
+        if getattr(self.processor, "chat_template", None):
+            content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
+            turns = [{"role": "user", "content": content}]
+            return str(self.processor.apply_chat_template(turns, add_generation_prompt=True))
+        return self._placeholder() * images + prompt
+
+
+def _rows(image: Any, prompt: str | Sequence[str]) -> list[tuple[Any, Any]]:
+    """Image or images, and prompt, of every batch row."""
+    if not isinstance(prompt, (list, tuple)):
+        return [(image, prompt)]
+    images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompt)
+    prompts = list(prompt) * len(images) if len(prompt) == 1 else list(prompt)
+    if not prompts or len(prompts) != len(images):
+        raise InputError(
+            f"{len(images)} images and {len(prompt)} prompts found; give a prompt for each image, a list of one for "
+            "all, or one image for all prompts (several images of one prompt are a list of their own)"
+        )
+    return list(zip(images, prompts, strict=True))

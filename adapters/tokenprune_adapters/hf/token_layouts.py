@@ -1,0 +1,247 @@
+"""How the patches of a vision tower become image tokens, in the ways that transformers' models know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune_adapters.hf.grid_cells import Cells
+
+
+class Arrangement:
+    """Squares: the tower runs on a batch of square crops, and a crop's patches become tokens row by row.
+
+    Neighbouring patches may be pooled k × k. One instance serves one call of the model's `get_image_features` or
+    `get_video_features`; subclasses say what differs.
+
+    Args:
+        base: the model without its language-modelling head.
+        inputs: the call's arguments, by name.
+        cut: leading positions of the tower's output that are no patches and are cut off ([CLS]).
+    """
+
+    projector: ClassVar[str] = "multi_modal_projector"
+    """Path from `base` to what turns features into image tokens."""
+    projects: ClassVar[bool] = True
+    """Whether the projector works token by token."""
+
+    def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
+        self.base, self.inputs, self.cut = base, inputs, cut
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Open around the call, to note what else must be known."""
+        yield
+
+    def tokens(self, returned: int) -> int:
+        """How many image tokens the call makes, given how many features it returned."""
+        return returned
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """Where the image tokens belong, once the call is done.
+
+        Args:
+            tokens: image tokens made.
+            crops: crops that the projector was given.
+        """
+        return Cells.joined([Cells.square(tokens // crops)] * crops)
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """From patches to image tokens: mean of the patches that make up a token.
+
+        Args:
+            values: of each call of the tower's attention, [crops, patches, D].
+            tokens: image tokens made.
+
+        Returns:
+            [tokens, D].
+        """
+        crops = torch.cat(list(values))
+        patches = crops.shape[1]
+        k = round((crops.shape[0] * patches / tokens) ** 0.5)
+        if k > 1:
+            side = round(patches**0.5)
+            square = crops.transpose(1, 2).reshape(len(crops), -1, side, side)
+            crops = functional.avg_pool2d(square, k).flatten(2).transpose(1, 2)
+        return crops.flatten(0, 1)
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """What the projector was given, by image token: [tokens, C]."""
+        rows = sum(part.shape[:-1].numel() for part in given)
+        return torch.cat([part.flatten(0, -2) for part in given]) if rows == tokens else self.pool(given, tokens)
+
+    @classmethod
+    def project(cls, projector: nn.Module, features: Tensor) -> Tensor:
+        """[B, k, C] to [B, k, width], token by token."""
+        projected: Tensor = projector(features)
+        return projected
+
+
+class Shuffled(Arrangement):
+    """Idefics3's connector: pixel shuffle, then a projection of its own."""
+
+    projector = "connector.modality_projection"
+
+
+class NormedPool(Arrangement):
+    """Gemma 3: average pooling, norm and a matrix in one module."""
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """[B, k, C] to [B, k, width], what the module does after pooling."""
+        normed: Tensor = projector.mm_soft_emb_norm(features)
+        projected: Tensor = normed @ projector.mm_input_projection_weight
+        return projected.to(features.dtype)
+
+
+class Tiled(Arrangement):
+    """LLaVA-NeXT's anyres: the whole picture, then its tiles put together, unpadded, a separator ending each line.
+
+    The whole picture and the tiles count as two pictures, since both have a grid of their own (ours). Values are packed
+    by the model's own code. Where LLaVA-OneVision shrinks large pictures, it does so behind the projector: features are
+    shrunk alike, and their projection is close to the image tokens but not equal.
+    """
+
+    def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
+        super().__init__(base, inputs, cut)
+        self._pack: Callable[[list[Tensor]], list[Tensor]] = list
+        self._crops: list[int] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note how many crops each picture has, and how they are packed."""
+
+        def note(original: Callable[..., Any], image_features: Any, *args: Any, **kwargs: Any) -> Any:
+            self._crops = [len(crops) for crops in image_features]
+            self._pack = partial(_pack, original, args, kwargs)
+            return original(image_features, *args, **kwargs)
+
+        with shadowed(self.base, "pack_image_features", note):
+            yield
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """The lines are told by the separators, which are packed as zeros among ones."""
+        side = self.base.config.vision_config.image_size // self.base.config.vision_config.patch_size
+        flags = self._pack([torch.ones(n, side * side, 1) for n in self._crops])
+        return Cells.joined([_tiled(flag.flatten() == 0, n, side) for flag, n in zip(flags, self._crops, strict=True)])
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Separators get zeros."""
+        return torch.cat(self._pack(list(torch.split(torch.cat(list(values)), self._crops))))
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """What the projector was given, packed as the image tokens are."""
+        return self.pool(given, tokens)
+
+
+class Frames(Arrangement):
+    """LLaVA-OneVision's videos: every frame is shrunk by the model's own pooling, one separator ends a video."""
+
+    def tokens(self, returned: int) -> int:
+        """With the separators, which older releases of transformers add to what the call returned."""
+        videos, frames = self._pixels().shape[:2]
+        vision = self.base.config.vision_config
+        side = -(-(vision.image_size // vision.patch_size) // 2)
+        return int(videos * (frames * side**2 + 1))
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """A frame is a picture."""
+        videos, frames = self._pixels().shape[:2]
+        one = [Cells.square((tokens // videos - 1) // frames)] * frames
+        return Cells.joined([*one, Cells.lone_separator()] * videos)
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Pooled as the model pools; separators get zeros."""
+        pooled: Tensor = self.base.apply_pooling(torch.cat(list(values)))
+        videos = self._pixels().shape[0]
+        lines = pooled.reshape(videos, -1, pooled.shape[-1])
+        return functional.pad(lines, (0, 0, 0, 1)).flatten(0, 1)
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """What the projector was given, pooled as the image tokens are."""
+        return self.pool(given, tokens)
+
+    def _pixels(self) -> Tensor:
+        """[videos, frames, 3, height, width]; older releases of transformers name the argument as that of images."""
+        name = "pixel_values_videos" if "pixel_values_videos" in self.inputs else "pixel_values"
+        pixels: Tensor = self.inputs[name]
+        return pixels
+
+
+class Merged(Arrangement):
+    """Qwen2-VL: pictures of any size in one packed sequence; m × m patches, which follow each other, become a token."""
+
+    projector = "visual.merger"
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """A frame of a video is a picture."""
+        return Cells.joined([Cells.lines(rows, columns) for rows, columns in self._frames()])
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Mean over the patches of a token."""
+        patches = torch.cat([value.flatten(0, 1) for value in values])
+        return self._in_order(patches.reshape(tokens, -1, patches.shape[-1]).mean(1))
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """The patches of a token side by side: [tokens, m · m · C]."""
+        return self._in_order(torch.cat(list(given)).reshape(tokens, -1))
+
+    def _frames(self) -> list[tuple[int, int]]:
+        grids = self.inputs.get("image_grid_thw", self.inputs.get("video_grid_thw"))
+        merge = self.base.visual.spatial_merge_size
+        assert grids is not None
+        return [(h // merge, w // merge) for t, h, w in grids.tolist() for _ in range(t)]
+
+    def _in_order(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """The merger takes patches, m · m of them for a token."""
+        batch, count, width = features.shape
+        norm = next(module for module in projector.modules() if getattr(module, "weight", features).dim() == 1)
+        projected: Tensor = projector(features.reshape(batch * count * width // len(norm.weight), -1))
+        return projected.view(batch, count, -1)
+
+
+class Windowed(Merged):
+    """Qwen2.5-VL: the tower works on the tokens window by window, and undoes that after the merger."""
+
+    def _in_order(self, tokens: Tensor) -> Tensor:
+        visual = self.base.visual
+        size = visual.window_size // visual.spatial_merge_size // visual.patch_size
+        order, start = [], 0
+        for rows, columns in self._frames():
+            cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
+            window = (cells[:, 0] // size) * columns + cells[:, 1] // size
+            order.append(window.argsort(stable=True) + start)
+            start += rows * columns
+        where = torch.cat(order).to(tokens.device)
+        return torch.empty_like(tokens).index_copy_(0, where, tokens)
+
+
+def _pack(
+    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Tensor]
+) -> list[Tensor]:
+    newline = values[0].new_zeros(values[0].shape[-1])
+    given = {**kwargs, "image_newline": newline} if kwargs.get("image_newline") is not None else kwargs
+    packed = original(values, *args, **given)
+    return list(packed[0] if isinstance(packed, tuple) else packed)
+
+
+def _tiled(separator: Tensor, crops: int, side: int) -> Cells:
+    whole = Cells.lines(side, side)
+    rest = separator[len(whole) :]
+    if crops == 1:
+        return Cells.joined([whole, Cells.lone_separator()]) if len(rest) else whole
+    ends = rest.nonzero().flatten()
+    if not len(ends):
+        return Cells.joined([whole, Cells.square(len(rest))])
+    return Cells.joined([whole, Cells.lines(len(ends), int(ends[0]), separated=True)])

@@ -1,0 +1,315 @@
+"""Following a vision-language model's calls: where its image tokens stand, what its tower computes."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.core.layout import true_positions
+from tokenprune.core.reads import (
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Projector,
+    Read,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
+from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.interface.bound_model import arguments, padding_mask
+from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.errors import InputError, PluginError, UnsupportedError
+from tokenprune_adapters.clip import tower_reads
+from tokenprune_adapters.hf.crops import CropStates
+from tokenprune_adapters.hf.grid_cells import Cells
+
+if TYPE_CHECKING:
+    from tokenprune_adapters.hf.binding import TransformersBinding
+
+LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
+METHODS = {"image": "get_image_features", "video": "get_video_features"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call of the tower gave.
+
+    Attributes:
+        cells: of the tokens.
+        values: per read, [T, …].
+    """
+
+    cells: Cells
+    values: dict[Read, Tensor]
+
+
+class _Now(threading.local):
+    """What one thread's call of the model has shown so far."""
+
+    inside = False
+    encoding = False
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    flat: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        self.ahead: dict[str, Encoded] = {}
+        self.encoded: dict[str, Encoded] = {}
+
+
+class Following:
+    """The watch of one context; what a forward saw is forgotten when it ends, and is its thread's alone.
+
+    `generate` may encode images ahead and hand them to its forwards (`mm_encoder_outputs`); what was seen then is kept
+    until more is encoded ahead.
+    """
+
+    def __init__(self, binding: TransformersBinding, reads: Collection[Read]) -> None:
+        self.binding = binding
+        self.reads = [read for read in reads if type(read) in binding.offers()]
+        self._shows({read: [] for read in self.reads})  # refuses layers that are not there
+        self._now = _Now()
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the model's forward."""
+        self._called(args, kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._returned()
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note ids, padding and what was encoded ahead."""
+        inputs, name, now = arguments(self.binding.base, args, kwargs), self.binding.name, self._now
+        if inputs.get("pixel_values_videos") is not None and self.binding.family.videos is None:
+            raise UnsupportedError(f"{name} was given a video (pixel_values_videos), but its family has images only")
+        now.inside, now.ids, now.mask = True, self._given_ids(inputs), padding_mask(inputs)
+        handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
+        now.encoded = {key: now.ahead[key] for key in METHODS if key in handed and key in now.ahead}
+        for modality, encoded in now.encoded.items():
+            self._numbers(modality, encoded)
+
+    def _given_ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The ids; where the model was given embeddings and images, the placeholders among them, as it finds them."""
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        given = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")  # the last: encoded ahead by `generate`
+        if ids is not None or not isinstance(embeds, Tensor) or all(inputs.get(name) is None for name in given):
+            return ids
+        found = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        table = self.binding.base.get_input_embeddings()
+        for token in self.binding.token_ids.values():
+            if token is not None:
+                row = table(torch.tensor(token, device=embeds.device)).to(embeds)
+                found[(embeds == row).all(-1)] = token
+        return found
+
+    def _returned(self) -> None:
+        now = self._now
+        now.inside, now.ids, now.mask, now.encoded = False, None, None, {}
+
+    def encode(self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the tower and the projector, and keep what the strategy wants to read."""
+        now = self._now
+        if now.encoding:  # Qwen3-VL's videos go through its method for images
+            return original(*args, **kwargs)
+        now.encoding = True
+        as_tuple = kwargs.get("return_dict", getattr(self.binding.base.config, "return_dict", True)) is False
+        try:
+            output, encoded = self._encode(
+                modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
+            )
+        finally:
+            now.encoding = False
+        if now.inside:
+            now.encoded[modality] = encoded
+            self._numbers(modality, encoded)  # before the model itself complains, in other words
+        else:
+            now.ahead[modality] = encoded
+        return output.to_tuple() if as_tuple else output
+
+    def _encode(
+        self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Encoded]:
+        binding = self.binding
+        kind = binding.family.images if modality == "image" else binding.family.videos
+        if kind is None:
+            raise UnsupportedError(f"{binding.name}: {modality}s are not supported under tokenprune.prune()")
+        inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
+        arrangement = kind(binding.base, inputs, binding.cut)
+        seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
+        shapes: list[tuple[int, ...]] = []
+        given: list[Tensor] = []
+        wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
+        selected = binding.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
+        crops = CropStates(selected)
+
+        def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            shapes.append(tuple(states.shape))
+            if wants_features:
+                given.append(states.detach())
+            return project(states, *args, **kwargs)
+
+        with ExitStack() as undo:
+            undo.enter_context(shadowed(binding.part(kind.projector), "forward", projected))
+            undo.enter_context(arrangement.recording())
+            if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
+                crops.attach(binding.blocks, undo)
+            undo.enter_context(tap(self._shows(seen)))
+            output = original(*args, **kwargs)
+        features = getattr(output, "pooler_output", output)
+        parts = [features] if isinstance(features, Tensor) else features
+        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in parts))
+        cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
+        values = {read: arrangement.pool(calls, tokens) for read, calls in seen.items() if calls}
+        for read in self.reads:
+            if isinstance(read, TowerFeatures):
+                values[read] = arrangement.features(given, tokens)
+            elif isinstance(read, ClsFeatures):
+                values[read] = arrangement.pool([crops.cls_features(binding.cut)], tokens)
+            elif isinstance(read, Crops):
+                values[read] = arrangement.pool([crops.numbers(binding.cut)], tokens).round().long()
+        return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
+
+    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[Seen], None]]:
+        wanted: dict[nn.Module, list[Any]] = {}
+        for read in seen:
+            if isinstance(read, LAYERED):
+                wanted.setdefault(self.binding.tower_attention(read.layer), []).append(read)
+
+        def show(reads: list[Any], found: Seen) -> None:
+            for read in reads:
+                seen[read].append(self._value(read, found))
+
+        return {module: partial(show, some) for module, some in wanted.items()}
+
+    def _value(self, read: Read, seen: Seen) -> Tensor:
+        """[crops, patches, D] of one call of a tower layer."""
+        if isinstance(read, ClsAttention):
+            return tower_reads.cls_attention(seen, read.heads)[..., None]
+        if isinstance(read, ClsQuery):
+            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.binding.cut, -1)
+        if isinstance(read, TowerKeys):
+            value = tower_reads.keys(seen, read.heads)
+        elif isinstance(read, TowerValues):
+            value = tower_reads.values(seen)
+        else:
+            value = tower_reads.received_attention(seen)[..., None]
+        return value[:, self.binding.cut :]
+
+    # the prefill -----------------------------------------------------------------------------------------------------
+
+    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+        """See `Watch.marks`.
+
+        Raises:
+            InputError: the model was called without ids, or placeholders and image features differ in number.
+        """
+        now, name = self._now, self.binding.name
+        ids = now.ids
+        if ids is None:
+            raise InputError(f"{name} was called without input_ids; call it with them, or give image_tokens=")
+        flat = torch.full(ids.shape, -1, device=ids.device)
+        start, parts = 0, []
+        for modality, token in self.binding.token_ids.items():
+            if token is None:
+                continue
+            where, encoded = ids.eq(token), now.encoded.get(modality)
+            if encoded is not None:
+                flat[where] = self._numbers(modality, encoded).to(ids.device) + start
+                parts.append(encoded.cells)
+                start += len(encoded.cells)
+            elif where.any():
+                raise InputError(
+                    f"{name}: the prompt holds {int(where.sum())} {modality} tokens, but no {modality} was encoded in "
+                    "this context; pass the pixels, or give image_tokens="
+                )
+        cells = Cells.joined(parts)
+        now.flat = flat
+        found = flat.clamp(min=0)
+        separator = torch.cat((cells.separator, torch.zeros(1).bool())).to(ids.device)[found]
+        now.tokens = (flat >= 0) & ~separator
+        if now.mask is not None:  # a placeholder under padding is padding
+            now.tokens &= now.mask[:, -ids.shape[1] :].to(ids.device).bool()
+        grid, image = (
+            torch.cat((value, value.new_zeros(1, *value.shape[1:]))).to(ids.device)[found]
+            for value in (cells.grid, cells.image)
+        )
+        number = _numbered(torch.where(now.tokens, image, -1))
+        grid = torch.where(now.tokens[..., None], grid, -1)
+        return Marks(now.tokens, queries, grid, number, now.mask)
+
+    def missed(self) -> bool:
+        """See `Watch.missed`: whether the model's forward is on the stack, but was not seen to begin."""
+        frame = None if self._now.inside else inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.binding.base:
+                return True
+            frame = frame.f_back
+        return False
+
+    def later(self) -> Tensor | None:
+        """See `Watch.later`."""
+        return self.marks({}).image_tokens if self._now.encoded else None
+
+    def _numbers(self, modality: str, encoded: Encoded) -> Tensor:
+        """For each placeholder, row by row, the number of its token; rows may be repeated for returned sequences."""
+        ids = self._now.ids
+        if ids is None:
+            return torch.zeros(0, dtype=torch.int64)
+        counts, tokens = ids.eq(self.binding.token_ids[modality]).sum(1), len(encoded.cells)
+        total = int(counts.sum())
+        repeats = total // max(tokens, 1)
+        once = counts[:: max(repeats, 1)]
+        if int(once.sum()) != tokens or not torch.equal(once.repeat_interleave(repeats), counts):
+            raise InputError(
+                f"{self.binding.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
+                "features; use the model's own processor to make the prompt"
+            )
+        rows = torch.split(torch.arange(tokens), once.tolist())
+        return torch.cat([row for row in rows for _ in range(repeats)])
+
+    def provide(self, read: Read) -> Any:
+        """See `Watch.provide`."""
+        if isinstance(read, Projector):
+            return self.binding.project
+        now = self._now
+        parts = [now.encoded[modality].values.get(read) for modality in METHODS if modality in now.encoded]
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise PluginError(
+                f"{read} was not declared when the context was opened, so {self.binding.name}'s tower was not read; "
+                "declare the same reads for every shape"
+            )
+        values = torch.cat([part for part in parts if part is not None])
+        slots = true_positions(now.tokens)
+        index = now.flat.gather(1, slots.clamp(min=0)).to(values.device)
+        lined = values[index]
+        return lined.masked_fill((slots < 0).to(values.device).view(*slots.shape, *[1] * (lined.dim() - 2)), 0)
+
+
+def _flat(read: Read, value: Tensor) -> Tensor:
+    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention, Crops)) else value
+
+
+def _numbered(image: Tensor) -> Tensor:
+    """Number the pictures of every row 0, 1, … in the order in which they come; −1 stays."""
+    result = torch.full_like(image, -1)
+    for row, numbers in enumerate(image):
+        where = (numbers >= 0).nonzero().flatten()
+        if len(where):
+            found = numbers[where]
+            changes = torch.cat((found.new_zeros(1), (found[1:] != found[:-1]).long()))
+            result[row, where] = changes.cumsum(0)
+    return result

@@ -1,0 +1,113 @@
+"""The LLaMA decoder inside a LLaVA-like checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tokenprune.errors import CheckpointError, UnsupportedError
+from tokenprune_adapters.common.checkpoint import Checkpoint, Part
+
+_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+    "head_dim",
+)
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+
+
+def build_llama(
+    checkpoint: Checkpoint, config: dict[str, Any], attn_implementation: str | None = None
+) -> Part[LlamaForCausalLM]:
+    """A decoder on the meta device and the names to fill it from.
+
+    The configuration is taken field by field, because the checkpoints call their model type "llava", which transformers
+    resolves to an unrelated class. The vocabulary size is the number of rows of the embedding table.
+
+    Raises:
+        CheckpointError: config.json lacks a size, or its sizes do not fit together.
+    """
+    missing = [name for name in _REQUIRED if config.get(name) is None]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json has no {', '.join(missing)}, which a LLaMA decoder needs; "
+            "use the config.json that belongs to the checkpoint"
+        )
+    values = {name: config[name] for name in _FIELDS if config.get(name) is not None}
+    rows = checkpoint.shape("model.embed_tokens.weight", dims=2)[0]
+    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        llama_config = LlamaConfig(vocab_size=rows, **values)
+        with torch.device("meta"):
+            decoder = LlamaForCausalLM._from_config(llama_config, **extra)
+    except Exception as error:  # what a config class raises on bad values is its own business and changes
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.folder}/config.json describes no LLaMA decoder: {reason}") from error
+    names = {name: name for name in decoder.state_dict()}
+    if llama_config.tie_word_embeddings and "lm_head.weight" not in checkpoint:
+        names["lm_head.weight"] = "model.embed_tokens.weight"
+    return Part(decoder.eval(), names)
+
+
+def finish_llama(decoder: LlamaForCausalLM) -> None:
+    """Compute what checkpoints do not hold, in float32: the rotary tables. Call it once the weights are there."""
+    decoder.model.rotary_emb = type(decoder.model.rotary_emb)(config=decoder.config)
+    decoder.tie_weights()
+
+
+def is_rotary_table(name: str) -> bool:
+    """Whether a tensor is a rotary table: old checkpoints hold them in reduced precision, so they are computed anew."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.device:
+    """Spread a decoder over devices with accelerate.
+
+    Args:
+        decoder: on the CPU.
+        device_map: a strategy name of accelerate ("auto", "balanced", "sequential"), a device, or a module-to-device
+            mapping.
+
+    Returns:
+        The device of the embedding table, where everything that is not the decoder should live.
+
+    Raises:
+        UnsupportedError: accelerate is not installed.
+    """
+    try:
+        import accelerate
+    except ImportError as error:
+        raise UnsupportedError("device_map= needs the package accelerate; install it, or use device=") from error
+    if not isinstance(device_map, str):
+        places = device_map
+    elif device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        places = {"": device_map}
+    else:
+        blocks = [type(decoder.model.layers[0]).__name__]
+        memory = accelerate.utils.get_balanced_memory(
+            decoder, no_split_module_classes=blocks, low_zero=device_map == "balanced_low_0"
+        )
+        limits = None if device_map == "sequential" else memory
+        places = accelerate.infer_auto_device_map(decoder, max_memory=limits, no_split_module_classes=blocks)
+    accelerate.dispatch_model(decoder, device_map=places)
+    table: Any = decoder.model.embed_tokens
+    home: torch.device = table.weight.device
+    return torch.device("cpu") if home.type == "meta" else home  # offloaded weights are shown as meta

@@ -1,0 +1,134 @@
+"""Prompts of the LLaVA-1 generation: the conversation template, the image placeholder, the decoder input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.errors import InputError
+from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+
+IMAGE_PLACEHOLDER = "<image>"
+IMAGE_ID = -200  # stands for the image in token ids; outside every vocabulary
+IM_START, IM_END = "<im_start>", "<im_end>"
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+
+
+def conversation(question: str, answer: str | None = None) -> str:
+    """One turn in the template `llava_v1`; without an answer the prompt ends where the model is to go on."""
+    return dialogue([(question, answer)])
+
+
+def dialogue(turns: Sequence[tuple[str, str | None]]) -> str:
+    """Turns of question and answer in the template `llava_v1`; without the last answer the model is to go on there."""
+    said = (f"USER: {ask} ASSISTANT:" + ("" if reply is None else f" {reply}</s>") for ask, reply in turns)
+    return f"{SYSTEM} {''.join(said)}"
+
+
+def questions(prompt: str) -> list[str]:
+    """What the user says in each turn of a whole prompt, without the image's place and marks; a prompt without turns
+    is taken as one."""
+    turns = re.findall(r"USER:(.*?)(?:ASSISTANT:|$)", prompt, re.DOTALL) or [prompt]
+    mark = re.compile(f"(?:{re.escape(IM_START)})?{re.escape(IMAGE_PLACEHOLDER)}(?:{re.escape(IM_END)})?")
+    return [mark.sub("", turn).strip() for turn in turns]
+
+
+def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt, `IMAGE_ID` where the image goes. The pieces around the image are tokenized on their own.
+
+    Raises:
+        InputError: not exactly one `<image>`.
+    """
+    pieces = prompt.split(IMAGE_PLACEHOLDER)
+    if len(pieces) != 2:
+        raise InputError(
+            f"the prompt has {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, expected it once, where the image goes: "
+            f"{prompt[:80]!r}"
+        )
+    before, after = pieces
+    return [*tokenizer.encode(before), IMAGE_ID, *tokenizer.encode(after, bos=False)]
+
+
+@dataclass(frozen=True)
+class DecoderInputs:
+    """What a decoder prefill gets, and which position is what. B prompts, S positions.
+
+    Args:
+        inputs_embeds: [B, S, H].
+        attention_mask: int64 [B, S], 0 at padding.
+        token_ids: int64 [B, S], `IMAGE_ID` at every image token, the padding id at padding.
+        image_tokens: bool [B, S].
+        seg: bool [B, S], positions of [SEG] tokens.
+        mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding.
+        positions: int64 [B, S], 0 at the first token of a row; None where they are arange, the decoder's own choice.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    token_ids: Tensor
+    image_tokens: Tensor
+    seg: Tensor
+    mask_query: Tensor
+    positions: Tensor | None = None
+
+
+def splice(
+    prompts: Sequence[Sequence[int]],
+    image_embeddings: Tensor,
+    embed_tokens: nn.Module,
+    seg_ids: Sequence[int],
+    continues: bool = False,
+    pad_id: int = 0,
+    image_valid: Tensor | None = None,
+) -> DecoderInputs:
+    """Decoder inputs of several prompts about one image.
+
+    Args:
+        prompts: ids of each prompt with `IMAGE_ID` once.
+        image_embeddings: [1, N, H] of the image, the same for all prompts.
+        embed_tokens: the decoder's embedding table.
+        seg_ids: ids that ask for a mask.
+        continues: the prompts are to be continued: padding goes to the left, and the mask query is their last
+            position, the first that could predict a [SEG].
+        pad_id: id whose embedding fills the padding (it is masked).
+        image_valid: bool [1, N], False for image tokens that are masked. They keep their place and position, and count
+            as padding, not as image tokens.
+    """
+    count = image_embeddings.shape[1]
+    device = image_embeddings.device
+    expanded = []
+    for ids in prompts:
+        at = list(ids).index(IMAGE_ID)
+        expanded.append(torch.tensor([*ids[:at], *[IMAGE_ID] * count, *ids[at + 1 :]], device=device))
+    padding = "left" if continues else "right"
+    token_ids = pad_sequence(expanded, batch_first=True, padding_value=pad_id, padding_side=padding)
+    lengths = [torch.ones_like(ids) for ids in expanded]
+    attention_mask = pad_sequence(lengths, batch_first=True, padding_value=0, padding_side=padding)
+    image_tokens = token_ids == IMAGE_ID
+    text = embed_tokens(token_ids.masked_fill(image_tokens, pad_id))
+    # Every row holds N image tokens, so that one scatter places the same N embeddings, in order, in each.
+    rows = image_embeddings.to(text.dtype).expand(len(expanded), -1, -1)
+    inputs_embeds = text.masked_scatter(image_tokens[..., None], rows)
+    seg = torch.isin(token_ids, torch.tensor(list(seg_ids), device=device)) & attention_mask.bool()
+    mask_query = torch.zeros_like(seg)
+    if continues:
+        mask_query[:, -1] = True
+    else:
+        mask_query[:, :-1] = seg[:, 1:]
+    positions = None
+    if continues or image_valid is not None:
+        steps = torch.arange(token_ids.shape[1], device=device).expand_as(token_ids)
+        positions = (steps - attention_mask.argmax(1, keepdim=True)).clamp(min=0)
+    if image_valid is not None:
+        shown = image_valid.to(device).expand(len(expanded), -1)
+        attention_mask = attention_mask.masked_scatter(image_tokens, shown.to(attention_mask.dtype))
+        image_tokens = image_tokens & attention_mask.bool()
+    return DecoderInputs(inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query, positions)

@@ -1,0 +1,268 @@
+"""What a CLIP tower and a projector offer to strategies: features, [CLS], keys, values, pixels, CLIP's shared space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.core.reads import (
+    ClipImageEmbeddings,
+    ClipTextEmbeddings,
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Pixels,
+    Projector,
+    Read,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
+from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.interface.vision_source import VisionSource
+from tokenprune.errors import InputError
+from tokenprune_adapters.clip import tower_reads
+from tokenprune_adapters.clip.shared_space import ClipSpace
+
+
+class TowerReads(Protocol):
+    """What `vision_source` needs of a tower's run on one image; N image tokens. See `tokenprune.core.reads`."""
+
+    @property
+    def tower(self) -> nn.Module:
+        """The CLIP vision model."""
+
+    @property
+    def layers(self) -> int:
+        """Number of the tower's layers."""
+
+    @property
+    def features(self) -> Tensor:
+        """[1, N, C], what the projector reads."""
+
+    @property
+    def cls_features(self) -> Tensor:
+        """[1, 1, C], the [CLS] row of the same states."""
+
+    def each_patch(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function from patch rows [1, P, C] to float32 [1, P, D], applied to the states that features are taken
+        from: [1, N, D]."""
+
+    def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
+        """float32 [1, N]."""
+
+    def received_attention(self, layer: int) -> Tensor:
+        """float32 [1, N]."""
+
+    def cls_query(self, layer: int) -> Tensor:
+        """float32 [1, 1, C]."""
+
+    def keys(self, layer: int, heads: str = "joint") -> Tensor:
+        """float32 [1, N, C]."""
+
+    def values(self, layer: int) -> Tensor:
+        """float32 [1, N, C]."""
+
+
+@dataclass(frozen=True)
+class TowerRun:
+    """One image in the tower, kept so that strategies can ask for more than the features.
+
+    Queries and keys of a layer are computed when first asked for, by that layer's own attention on the states that it
+    had, and then remembered.
+
+    Args:
+        tower: the CLIP vision model.
+        states: its hidden states, [1, 1 + N, C] each, [CLS] first; `states[i]` enters layer i.
+        select_layer: index into `states` of what the projector reads.
+        mask: what its layers add to attention logits, [1, 1, 1 + N, 1 + N]; None where every patch is seen.
+    """
+
+    tower: nn.Module
+    states: tuple[Tensor, ...]
+    select_layer: int = -2
+    mask: Tensor | None = None
+    _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
+
+    @property
+    def layers(self) -> int:
+        """Number of the tower's layers."""
+        return len(self.states) - 1
+
+    @property
+    def features(self) -> Tensor:
+        """[1, N, C], what the projector reads."""
+        return self.states[self.select_layer][:, 1:]
+
+    @property
+    def cls_features(self) -> Tensor:
+        """[1, 1, C], the [CLS] row of the same states."""
+        return self.states[self.select_layer][:, :1]
+
+    def each_patch(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The function of the features: every patch is an image token."""
+        return function(self.features)
+
+    def seen(self, layer: int) -> Seen:
+        """What the attention of a layer computes with.
+
+        Args:
+            layer: 0-based, or negative from the end.
+
+        Raises:
+            InputError: the tower has no such layer.
+        """
+        number = layer + self.layers if layer < 0 else layer
+        if not 0 <= number < self.layers:
+            raise InputError(f"tower layer {layer} was asked for, but the vision tower has {self.layers} layers")
+        if number not in self._seen:
+            block = _blocks(self.tower)[number]
+
+            def keep(seen: Seen) -> None:
+                self._seen[number] = seen
+
+            with torch.no_grad(), tap({block.self_attn: keep}):
+                block.self_attn(block.layer_norm1(self.states[number]), attention_mask=self.mask)
+        return self._seen[number]
+
+    def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
+        """float32 [1, N]: attention of [CLS] to the patches, see `tokenprune.core.reads.ClsAttention`."""
+        return tower_reads.cls_attention(self.seen(layer), heads)
+
+    def received_attention(self, layer: int) -> Tensor:
+        """float32 [1, N]: mean attention that the patches receive."""
+        return tower_reads.received_attention(self.seen(layer))[:, 1:]
+
+    def cls_query(self, layer: int) -> Tensor:
+        """float32 [1, 1, C]: the query of [CLS], heads concatenated."""
+        return tower_reads.cls_query(self.seen(layer))
+
+    def keys(self, layer: int, heads: str = "joint") -> Tensor:
+        """float32 [1, N, C]: the patches' keys, see `tokenprune.core.reads.TowerKeys`."""
+        return tower_reads.keys(self.seen(layer), heads)[:, 1:]
+
+    def values(self, layer: int) -> Tensor:
+        """float32 [1, N, C]: the patches' values, heads concatenated."""
+        return tower_reads.values(self.seen(layer))[:, 1:]
+
+
+def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2, mask: Tensor | None = None) -> TowerRun:
+    """Run the tower on one image.
+
+    Args:
+        tower: the CLIP vision model.
+        pixels: [1, 3, H, W].
+        select_layer: index into the hidden states, number 0 being the embeddings, of what the projector reads. [CLS]
+            is left out.
+        mask: see `TowerRun`.
+    """
+    weight = next(tower.parameters())
+    hidden = {} if mask is None else {"attention_mask": mask}
+    pixels = pixels.to(device=weight.device, dtype=weight.dtype)
+    states = tower(pixels, output_hidden_states=True, **hidden).hidden_states
+    return TowerRun(tower, tuple(states), select_layer, mask)
+
+
+def vision_source(
+    run: TowerReads,
+    projector: Callable[[Tensor], Tensor],
+    pixels: Callable[[], Tensor],
+    rows: int,
+    clip_space: ClipSpace | None = None,
+    texts: Mapping[str, Sequence[Sequence[str]]] | None = None,
+) -> VisionSource:
+    """The answers to everything that strategies may read from the vision side.
+
+    Args:
+        run: the tower's run on the one image that all batch rows are about.
+        projector: [B, k, C] to [B, k, H].
+        pixels: gives the picture as the tower's grid divides it, uint8 [1, h, w, 3].
+        rows: number of batch rows.
+        clip_space: of the tower's whole CLIP model, where there is one.
+        texts: by wording (see `tokenprune.core.reads.ClipTextEmbeddings`), the texts that each batch row asks.
+    """
+    shown = _Shown(run, projector, pixels, rows, clip_space, texts or {})
+    answers = _ANSWERS if clip_space is None else {**_ANSWERS, **_IN_CLIP_SPACE}
+    return VisionSource({kind: partial(answer, shown) for kind, answer in answers.items()}, run.layers)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The arguments of `vision_source`."""
+
+    run: TowerReads
+    projector: Callable[[Tensor], Tensor]
+    pixels: Callable[[], Tensor]
+    rows: int
+    clip_space: ClipSpace | None
+    texts: Mapping[str, Sequence[Sequence[str]]]
+
+    def for_rows(self, value: Tensor) -> Tensor:
+        return value.expand(self.rows, *value.shape[1:])
+
+    def for_tokens(self, value: Tensor) -> Tensor:
+        """[1, 1, C] of the one crop, for every token of every row."""
+        return value.expand(self.rows, self.run.features.shape[1], -1)
+
+    def crops(self) -> Tensor:
+        features = self.run.features
+        return torch.zeros(self.rows, features.shape[1], dtype=torch.int64, device=features.device)
+
+    def image_embeddings(self) -> Tensor:
+        assert self.clip_space is not None
+        return self.for_rows(self.run.each_patch(partial(self.clip_space.embed_image, self.run.tower)))
+
+    def text_embeddings(self, read: ClipTextEmbeddings) -> tuple[Tensor, Tensor]:
+        assert self.clip_space is not None
+        texts = self.texts.get(read.wording)
+        if texts is None:
+            known = f"one of {', '.join(self.texts)}" if self.texts else "the texts to be told to vision_source"
+            raise InputError(f"ClipTextEmbeddings(wording={read.wording!r}) found, expected {known}")
+        device = self.run.features.device
+        known_texts = {text for row in texts for text in row}
+        embedded = {text: self.clip_space.embed_texts([text], read.cut, device) for text in known_texts}
+        rows = [torch.cat([embedded[text] for text in row]) for row in texts]
+        exist = [torch.ones(len(row), dtype=torch.bool, device=device) for row in rows]
+        return pad_sequence(rows, batch_first=True), pad_sequence(exist, batch_first=True)
+
+
+_ANSWERS: dict[type[Read], Callable[[_Shown, Any], Any]] = {
+    TowerFeatures: lambda shown, read: shown.for_rows(shown.run.features),
+    ClsAttention: lambda shown, read: shown.for_rows(shown.run.cls_attention(read.layer, read.heads)),
+    ReceivedAttention: lambda shown, read: shown.for_rows(shown.run.received_attention(read.layer)),
+    ClsFeatures: lambda shown, read: shown.for_tokens(shown.run.cls_features),
+    ClsQuery: lambda shown, read: shown.for_tokens(shown.run.cls_query(read.layer)),
+    Crops: lambda shown, read: shown.crops(),
+    TowerKeys: lambda shown, read: shown.for_rows(shown.run.keys(read.layer, read.heads)),
+    TowerValues: lambda shown, read: shown.for_rows(shown.run.values(read.layer)),
+    Projector: lambda shown, read: shown.projector,
+    Pixels: lambda shown, read: shown.for_rows(shown.pixels()),
+}
+
+_IN_CLIP_SPACE: dict[type[Read], Callable[[_Shown, Any], Any]] = {
+    ClipImageEmbeddings: lambda shown, read: shown.image_embeddings(),
+    ClipTextEmbeddings: lambda shown, read: shown.text_embeddings(read),
+}
+
+
+def offers(clip_space: ClipSpace | None) -> frozenset[type[Read]]:
+    """Kinds of reads that `vision_source` answers."""
+    return frozenset(_ANSWERS) if clip_space is None else frozenset((*_ANSWERS, *_IN_CLIP_SPACE))
+
+
+def count_layers(tower: nn.Module) -> int:
+    """Layers of a CLIP tower: `VisionSource.layers`, known before an image is."""
+    return len(_blocks(tower))
+
+
+def _blocks(tower: nn.Module) -> Any:
+    inner: Any = getattr(tower, "vision_model", tower)  # nested in some releases of transformers
+    return inner.encoder.layers

@@ -1,0 +1,98 @@
+"""The prompts of segmentation models: made of queries or given whole, and where mask tokens stand in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tokenprune.errors import InputError, OptionError
+from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.llava.prompt import prompt_ids, questions
+from tokenprune_adapters.segmentation.queries import checked_query, forced_prompt, open_prompt, sentence_flags, several
+
+
+class Prompts:
+    """The prompt side of a segmentation model. What is said here is LISA's; a family says what it has otherwise."""
+
+    seg_tokens: ClassVar[tuple[str, ...]] = ("[SEG]",)
+    """The tokens that, said in this order, ask for one mask; each is a mask query of its own."""
+    forced_answer: ClassVar[str] = "[SEG]."
+    """The answer that asks for the mask of a query."""
+    tokenizer: LlamaSlowTokenizer
+    mark_image: bool
+    """Whether prompts have <im_start> and <im_end> around the image."""
+
+    @property
+    def seg_ids(self) -> list[int]:
+        """Ids of `seg_tokens`; the loader refuses a tokenizer without them."""
+        return [found for token in self.seg_tokens if (found := self.tokenizer.token_id(token)) is not None]
+
+    def special_tokens(self) -> Sequence[str]:
+        """Tokens that a query must not contain."""
+        return self.seg_tokens
+
+    def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
+        """Whole prompts for checked queries, one for each, in LISA's templates; arguments as in `Segmenter.segment`."""
+        both = zip(queries, sentences, strict=True)
+        if answer == "forced":
+            return [forced_prompt(text, flag, self.mark_image, self.forced_answer) for text, flag in both]
+        return [open_prompt(text, flag, self.mark_image) for text, flag in both]
+
+    def question(self, text: str) -> str:
+        """The question alone, of what the user says in a turn of a prompt, without <image> and its marks."""
+        return text
+
+    def prompts(
+        self,
+        query: str | Sequence[str] | None,
+        answer: str = "forced",
+        prompt: str | Sequence[str] | None = None,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> list[str]:
+        """The whole prompts for queries, or the given ones once checked.
+
+        Arguments and errors as in `Segmenter.segment`.
+        """
+        if answer not in ("forced", "generate"):
+            raise OptionError(f"answer={answer!r} found, expected 'forced' or 'generate'")
+        if (query is None) == (prompt is None):
+            raise InputError(
+                f"{'neither' if query is None else 'both'} of query and prompt given, expected one of them"
+            )
+        if prompt is not None:
+            return self._checked_prompts(several(prompt, "prompt"), answer)
+        queries = [checked_query(text, self.special_tokens()) for text in several(query, "query")]
+        return self.ask(queries, sentence_flags(queries, is_sentence), answer)
+
+    def wordings(self, prompts: Sequence[str], queries: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
+        """What each prompt asks, by wording, see `segmentation.SegmenterInputs.texts`.
+
+        Args:
+            prompts: complete texts.
+            queries: what the user asked, where the prompts were made of it.
+        """
+        asked = [[self.question(text) for text in questions(prompt)] for prompt in prompts]
+        if queries is None:
+            return {"question": asked, "query": asked}
+        stripped = [text.strip() for text in queries]
+        # a row for each, or all of them in one conversation
+        rows = [[text] for text in stripped] if len(prompts) == len(stripped) else [stripped]
+        return {"question": asked, "query": rows}
+
+    def mask_places(self, ids: Sequence[int]) -> list[int]:
+        """Where the mask tokens of a mask begin in a sequence of ids."""
+        wanted = self.seg_ids
+        group = len(wanted)
+        return [place for place in range(len(ids) - group + 1) if list(ids[place : place + group]) == wanted]
+
+    def _checked_prompts(self, texts: list[Any], answer: str) -> list[str]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise InputError(f"prompt is a {type(text).__name__}, expected a string")
+            ids = prompt_ids(self.tokenizer, text)
+            if answer == "forced" and not self.mask_places(ids):
+                wanted = " ".join(self.seg_tokens)
+                raise InputError(
+                    f"the prompt holds no {wanted}; put one where a mask is wanted, or use answer='generate'"
+                )
+        return texts

@@ -1,0 +1,321 @@
+"""The base of segmentation models made of LLaMA, a vision tower, and a mask head that the decoder's states prompt."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, LlamaForCausalLM
+
+from tokenprune.core.reads import Read
+from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import Trace
+from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
+from tokenprune.engine.interface.compatibility import check_on
+from tokenprune.errors import OptionError
+from tokenprune.utils.images import ImageInput
+from tokenprune.utils.stopwatch import stage
+from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.llava.prompt import prompt_ids, splice
+from tokenprune_adapters.llava.vision import count_layers, offers, vision_source
+from tokenprune_adapters.segmentation import sam_masks
+from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
+from tokenprune_adapters.segmentation.generation import Generated, generate
+from tokenprune_adapters.segmentation.prompts import Prompts
+from tokenprune_adapters.segmentation.queries import given_answer, several
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def in_turn(method: _Method) -> _Method:
+    """A model's method that runs in a turn of its thread, see `tokenprune.engine.model_turn`."""
+
+    @functools.wraps(method)
+    def safe(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
+        with model_turn(self.decoder):
+            return method(self, *args, **kwargs)
+
+    return safe  # type: ignore[return-value]
+
+
+class Segmenter(Prompts, nn.Module):
+    """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
+
+    Both may be called from any thread; calls that run a tower or the decoder take turns.
+
+    A family says what its prompts are where they are not LISA's (`Prompts`), how an image is encoded (`encode_image`),
+    what of it the tower shows (`picture`, `grid_box`), and how states become masks (`low_res_logits`).
+
+    Args:
+        decoder: the language model.
+        tower: CLIP, whose patch features become the image tokens.
+        projector: from the tower's width to the decoder's.
+        mask_projection: from a mask query's final state to what prompts the mask head.
+        select_layer: index of the tower's hidden states that the projector reads.
+        tokenizer: text to ids.
+        mark_image: whether prompts have <im_start> and <im_end> around the image.
+        name: shown in reports.
+        clip_space: of the tower's whole CLIP model, for strategies that compare image and text; None where the tower's
+            folder holds less.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder: LlamaForCausalLM,
+        tower: CLIPVisionModel,
+        projector: nn.Module,
+        mask_projection: nn.Module,
+        select_layer: int,
+        tokenizer: LlamaSlowTokenizer,
+        mark_image: bool,
+        name: str,
+        clip_space: ClipSpace | None = None,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.tower = tower
+        self.projector = projector
+        self.mask_projection = mask_projection
+        self.select_layer = select_layer
+        self.tokenizer = tokenizer
+        self.mark_image = mark_image
+        self.name = name
+        self.clip_space = clip_space
+
+    def offers(self) -> frozenset[type[Read]]:
+        """Kinds of reads that `vision_source` answers for any image."""
+        return offers(self.clip_space)
+
+    @property
+    def tower_layers(self) -> int:
+        """Layers of the vision tower."""
+        return count_layers(self.tower)
+
+    # what a family says ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_image(self, image: Any) -> Any:
+        """Everything that depends on the image alone; what is encoded already is returned as it is. The result has
+        what `segmentation.Encoded` says.
+
+        Raises:
+            InputError: not an image.
+        """
+
+    @abstractmethod
+    def picture(self, encoded: Any) -> Tensor:
+        """The part of an image that the image tokens show, see `tokenprune.core.reads.Pixels`."""
+
+    @abstractmethod
+    def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
+        """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n · g, H], the g of a mask
+        in a row."""
+
+    @abstractmethod
+    def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The part of an image that the image tokens show: (top, left, bottom, right) in its own pixels.
+
+        Args:
+            height, width: of the image.
+        """
+
+    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
+        """More arguments of `tokenprune.prune`, such as `grid`."""
+        return {}
+
+    def to_original_size(self, low_res: Tensor, encoded: Encoded) -> Tensor:
+        """Mask logits float32 [n, H, W] at the image's size, of those over SAM's padded square."""
+        return sam_masks.to_original_size(low_res, encoded.prepared.sizes)
+
+    # the steps -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        image: Any,
+        query: str | Sequence[str] | None = None,
+        strategy: Strategy | None = None,
+        answer: Literal["forced", "generate"] = "forced",
+        prompt: str | Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> Segmentation:
+        """Masks for one query, or several, about one image. The towers run once.
+
+        Args:
+            image: a path, PIL image, numpy array or tensor; or what `encode_image` gave, to spare the towers another
+                run.
+            query: a phrase or sentence; the words go into the family's templates, white space around them is dropped.
+                For figures comparable with those of referring data sets, lowercase it, as their evaluation does.
+            strategy: a `tokenprune.Strategy`; None leaves the decoder untouched.
+            answer: "forced" gives an answer that holds the mask tokens and takes one pass, as the families' evaluation
+                does. "generate" lets the model answer; it makes a mask each time that the model says them.
+            prompt: instead of a query, a whole prompt that is taken as it is, with <image> once. Forced, it must hold
+                its mask tokens, and each makes a mask; with "generate" the model goes on from its end.
+            max_new_tokens: limit of a generated answer.
+            is_sentence: whether each query is a sentence, which LISA's data sets ask in another template than a
+                phrase. By default a query is one if it ends in "." or "?" (ours).
+
+        Raises:
+            InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
+                without <image> or, forced, without mask tokens.
+            OptionError: an unknown `answer`, or no new tokens allowed.
+            IncompatibleError: the strategy does not fit the model; told before anything runs.
+        """
+        _check_limit(max_new_tokens)
+        if strategy is not None:
+            check_on(strategy, self)
+        texts = self.prompts(query, answer, prompt, is_sentence)
+        queries = None if query is None else several(query, "query")
+        with model_turn(self.decoder):
+            encoded = self.encode_image(image)
+            inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
+            answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
+            said = self.texts(inputs, answered, answer)
+            single = isinstance(prompt if query is None else query, str)
+            return self.masks_of(answered, inputs, text=said[0] if single else said)
+
+    def build_inputs(
+        self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None
+    ) -> SegmenterInputs:
+        """The decoder's teacher-forced input for queries about one image; see `segment` for arguments and errors."""
+        prompts = self.prompts(queries, is_sentence=is_sentence)
+        return self.inputs_of(prompts, self.encode_image(image), queries=queries)
+
+    def inputs_of(
+        self, prompts: list[str], encoded: Any, continues: bool = False, queries: Sequence[str] | None = None
+    ) -> SegmenterInputs:
+        """The decoder's input for whole prompts about one image.
+
+        Args:
+            prompts: complete texts, with <image> once.
+            encoded: the image.
+            continues: the model is to go on from the end of the prompts.
+            queries: what the user asked, where the prompts were made of it.
+        """
+        sequence = splice(
+            [prompt_ids(self.tokenizer, text) for text in prompts],
+            encoded.image_embeddings,
+            self.decoder.get_input_embeddings(),
+            self.seg_ids,
+            continues,
+            self.tokenizer.pad_id,
+            encoded.image_valid,
+        )
+        return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
+
+    def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
+        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did."""
+        with stage("prefill"), self.pruned(inputs, strategy) as run:
+            states: Tensor = self.decoder.model(
+                inputs_embeds=inputs.sequence.inputs_embeds,
+                attention_mask=inputs.sequence.attention_mask,
+                position_ids=inputs.sequence.positions,
+                use_cache=False,
+            ).last_hidden_state.to(inputs.sequence.inputs_embeds.device)
+        return states, None if run is None else run.trace
+
+    def run_generation(
+        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
+    ) -> tuple[Generated, Trace | None]:
+        """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
+        with stage("generation"), self.pruned(inputs, strategy) as run:
+            generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
+        return generated, None if run is None else run.trace
+
+    def answer(
+        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int | None = None
+    ) -> Answered:
+        """The states that masks are made from: those before given mask tokens, or those that predicted said ones.
+
+        Args:
+            inputs: the prompts.
+            strategy: as in `segment`.
+            max_new_tokens: None takes the prompts' own answers; else prompts are continued by at most so many tokens.
+        """
+        if max_new_tokens is None:
+            states, trace = self.run_decoder(inputs, strategy)
+            said, before = inputs.sequence.token_ids.tolist(), 1
+        else:
+            generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
+            states, said, before = generated.states, generated.ids, 0
+        group = len(self.seg_tokens)
+        found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
+        rows = [row for row, _ in found for _ in range(group)]
+        columns = [place + step - before for _, place in found for step in range(group)]
+        return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
+
+    def texts(self, inputs: SegmenterInputs, answered: Answered, answer: str) -> list[str]:
+        """The answer of each prompt, given or generated."""
+        if answer == "forced":
+            return [given_answer(text, self.forced_answer) for text in inputs.prompts]
+        return [self.tokenizer.decode(ids) for ids in answered.said]
+
+    def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> Segmentation:
+        """Masks from the states that were picked for them."""
+        with stage("mask decoder"):
+            low_res, scores = self.low_res_logits(answered.states, inputs.encoded)
+            logits = self.to_original_size(low_res, inputs.encoded)
+            masks = logits > 0
+        return Segmentation(
+            masks=masks,
+            mask_logits=logits,
+            low_res_logits=low_res,
+            iou_predictions=scores,
+            text=text,
+            query_index=list(answered.rows),
+            trace=answered.trace,
+            row_index=list(answered.rows),
+        )
+
+    @contextmanager
+    def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
+        """The turn in which the decoder runs under a strategy; gives the run, or None without a strategy."""
+        if strategy is None:
+            with model_turn(self.decoder):
+                yield None
+            return
+        check_on(strategy, self)
+        sequence = inputs.sequence
+        queries = {"mask_query": sequence.mask_query}
+        if sequence.seg.any(1).all():
+            queries["seg"] = sequence.seg
+        source = self.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts)
+        options = self.prune_options(inputs)
+        with (
+            model_turn(self.decoder),
+            prune(
+                self.decoder,
+                strategy,
+                image_tokens=sequence.image_tokens,
+                queries=queries,
+                vision=source,
+                **options,
+            ) as run,
+        ):
+            yield run
+
+    def vision_source(
+        self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
+    ) -> VisionSource:
+        """What strategies may read of an encoded image: the tower, the projector, the picture, and CLIP's space where
+        there is one. Lined up with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
+        return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
+
+    def _end_ids(self) -> set[int]:
+        ends = self.decoder.config.eos_token_id
+        if ends is None:
+            return {self.tokenizer.eos_id}
+        return {ends} if isinstance(ends, int) else set(ends)
+
+
+def _check_limit(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")

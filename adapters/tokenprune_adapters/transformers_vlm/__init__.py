@@ -1,9 +1,0 @@
-"""Transformers' own vision-language models, through one adapter that reads what it needs from their configuration."""
-
-from __future__ import annotations
-
-from tokenprune_adapters.transformers_vlm.adapter import TransformersAdapter
-from tokenprune_adapters.transformers_vlm.binding import TransformersBinding
-from tokenprune_adapters.transformers_vlm.families import FAMILIES, Family
-
-__all__ = ["FAMILIES", "Family", "TransformersAdapter", "TransformersBinding"]

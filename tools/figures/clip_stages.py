@@ -18,7 +18,7 @@ import tokenprune as tp
 from tokenprune.evaluation.single import run_query, sample
 from tokenprune.plugins import registry
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))
 from clip_checkpoints import whole_clip
 
 STRATEGIES = ("cdpruner", "litelvlm")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_vlm_pruning import LAYERS, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
+from vlm_cases import LAYERS, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
 from vlm_families import FAMILIES
 from vlm_oracle import oracle
 

@@ -1,6 +1,6 @@
 """Plugins that misbehave, and the page docs/extend/misbehaving.md with the message that each one gets.
 
-`python tests/misbehaving.py` writes the page anew.
+`python tests/helpers/misbehaving.py` writes the page anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tokenprune as tp
 from tokenprune.plugins import registry
 from tokenprune.testing.tiny_decoders import tiny_llama
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "extend" / "misbehaving.md"
 
 STRATEGY = """
@@ -188,9 +188,9 @@ def _message(case: Case) -> str:
 INTRO = """# Ways to misbehave
 
 What plugins do wrong is told with the name of the plugin and its package, or of the strategy and its stage; the model
-is as it was before, and other plugins work. These are real messages; `python tests/misbehaving.py` writes this page,
-and a test compares it with what really happens. In each case a package `bad-pack` is installed, whose plugin `plug`
-misbehaves.
+is as it was before, and other plugins work. These are real messages; `python tests/helpers/misbehaving.py` writes this
+page, and a test compares it with what really happens. In each case a package `bad-pack` is installed, whose plugin
+`plug` misbehaves.
 
 A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
 `tokenprune.plugins.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all

@@ -25,7 +25,7 @@ from transformers import (
 
 from tokenprune_adapters.segmentation.sam_weights import original_name
 
-TOKENIZER = Path(__file__).parent / "data" / "llava_tokenizer" / "tokenizer.model"
+TOKENIZER = Path(__file__).parents[1] / "data" / "llava_tokenizer" / "tokenizer.model"
 ADDED = {"[SEG]": 640, "<im_start>": 641, "<im_end>": 642}
 WIDTH, CHANNELS, IMAGE_TOKENS = 32, 32, 16
 State = dict[str, Tensor]

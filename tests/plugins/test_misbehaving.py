@@ -40,4 +40,4 @@ def test_a_plugin_that_misbehaves_is_named_and_spoils_nothing(case: Case, tmp_pa
 
 def test_the_page_is_what_happens() -> None:
     assert len(CASES) >= 10
-    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/misbehaving.py writes the page anew"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/helpers/misbehaving.py writes the page anew"

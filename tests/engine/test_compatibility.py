@@ -30,7 +30,7 @@ from tokenprune.errors import IncompatibleError, UnknownNameError, UnsupportedEr
 from tokenprune.plugins import registry
 
 __all__ = ["run"]  # the fixture
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = columns()
 rows = pytest.mark.parametrize("name", [*SEGMENTERS, *NAMES, PLAIN])
 current = pytest.mark.skipif(not CURRENT, reason=f"transformers {transformers.__version__} does not have all families")

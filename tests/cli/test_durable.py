@@ -27,7 +27,7 @@ __all__ = ["run"]  # the fixture
 
 FAKE = ("--model", "fake", "--dataset", "rectangles", "--limit", 2, "--timing-samples", 0, "--strategies", "none")
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which stands for a full disk")
-PATH = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+PATH = os.pathsep.join(filter(None, (str(Path(__file__).parents[1] / "helpers"), os.environ.get("PYTHONPATH"))))
 
 # The fake model in a process of its own, whose stdout the shell sets up; arguments: a folder, then the command's.
 PROGRAM = """

@@ -15,7 +15,7 @@ from tokenprune.errors import CheckpointError, InputError
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer, load_tokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids
 
-DATA = Path(__file__).parent / "data" / "llava_tokenizer"
+DATA = Path(__file__).parents[1] / "data" / "llava_tokenizer"
 GROUPS = json.loads((DATA / "ids.json").read_text(encoding="utf-8"))["groups"]
 CASES = [(group, case) for group in GROUPS for case in group["cases"]]
 ADDED = GROUPS[0]["added_token_ids"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_engine_safety import state
+from model_state import state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenprune

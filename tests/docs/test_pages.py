@@ -33,7 +33,7 @@ from tokenprune.cli.app import app, main
 from tokenprune.plugins import hookspecs, registry
 from tokenprune_adapters.hf import FAMILIES, TransformersAdapter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BUNDLED = "lisa-tiny"
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "images" / "methods"
 OTHER = 0.01  # the share of pixels that other releases of the libraries may draw differently
 

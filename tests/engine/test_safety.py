@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from model_state import state
 from transformers import DynamicCache, StaticCache
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
@@ -53,23 +54,6 @@ def inputs():
     image = torch.zeros(2, 12, dtype=torch.bool)
     image[:, 2:8] = True
     return torch.arange(24).reshape(2, 12), image
-
-
-def state(model):
-    """Everything a run may touch: hooks, attributes, configs, training flags."""
-    return [
-        (
-            name,
-            len(module._forward_pre_hooks),
-            len(module._forward_hooks),
-            len(module._backward_hooks),
-            sorted(module.__dict__),
-            id(module.__dict__.get("config")),
-            module.training,
-            getattr(module.__dict__.get("config"), "_attn_implementation", None),
-        )
-        for name, module in model.named_modules()
-    ]
 
 
 def boom(tokens):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_oracle import LAYERS, WIDTH, random_layout
+from oracle_cases import LAYERS, WIDTH, random_layout
 
 from tokenprune.core.decisions import Keep
 from tokenprune.engine import prune

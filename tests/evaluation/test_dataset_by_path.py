@@ -17,7 +17,7 @@ import tokenprune as tp
 from tokenprune.errors import PluginError, UnknownNameError
 
 __all__ = ["run"]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = '''
 from __future__ import annotations
 

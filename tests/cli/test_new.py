@@ -36,7 +36,7 @@ else:
     import tomli as tomllib
 
 __all__ = ["run"]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"strategy": "strategies", "adapter": "adapters", "dataset": "datasets"}
 LICENCES = {"Apache-2.0": "Apache License", "MIT": "MIT License", "BSD-3-Clause": "BSD 3-Clause License", "none": None}
 

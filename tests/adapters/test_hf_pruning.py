@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
+from vlm_cases import LAYERS, SIZES, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
+from vlm_families import FAMILIES, RECOMPUTES, VIDEO_NAMES
 from vlm_oracle import grown, oracle
 
 import tokenprune
@@ -16,35 +15,10 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
-from tokenprune.testing.scripted import Scripted, Step, random_script
+from tokenprune.testing.scripted import Scripted, Step
 
-LAYERS, WIDTH = 4, 32
-SIZES = [(24, 32), (40, 20)]
-TOLERANCE = 3e-5
-names = pytest.mark.parametrize("name", NAMES)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 OPTIONS = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-
-
-@functools.cache
-def model_of(name, attention="sdpa"):
-    return FAMILIES[name].build(attention)
-
-
-@functools.cache
-def inputs_of(name, sizes=tuple(SIZES), **options):
-    return FAMILIES[name].inputs(list(sizes), **options)
-
-
-def layout_of(name, inputs):
-    """As the adapter sees it; separators of lines (LLaVA-NeXT, LLaVA-OneVision) are text."""
-    with torch.no_grad(), tokenprune.prune(model_of(name), Scripted([])) as run:
-        model_of(name)(**inputs)
-    return run.trace.layout
-
-
-def script_of(name, inputs, seed):
-    return random_script(layout_of(name, inputs).slots >= 0, LAYERS, WIDTH, seed)
 
 
 def traces_on(model):

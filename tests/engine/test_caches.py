@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine_oracle import LAYERS, MODELS, WIDTH, random_layout
+from oracle_cases import LAYERS, MODELS, WIDTH, random_layout
 from transformers import DynamicCache
 
 from tokenprune.core.decisions import Keep

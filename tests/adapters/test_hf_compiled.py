@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_vlm_pruning import TOLERANCE, inputs_of
+from vlm_cases import TOLERANCE, inputs_of
 from vlm_families import FAMILIES
 
 import tokenprune

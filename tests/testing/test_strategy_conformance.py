@@ -334,7 +334,7 @@ def test_all_families_are_there() -> None:
 def test_ties_are_drawn_anew(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_mine="""
-        from test_conformance import Noise
+        from test_strategy_conformance import Noise
         from tokenprune.testing.strategy_conformance import StrategyConformance
 
         class TestMine(StrategyConformance):
@@ -350,7 +350,7 @@ def test_ties_are_drawn_anew(pytester: pytest.Pytester) -> None:
 def test_a_failure_is_readable_and_tells_how_to_see_it_again(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         test_mine="""
-        from test_conformance import RowZero
+        from test_strategy_conformance import RowZero
         from tokenprune.testing.strategy_conformance import StrategyConformance
 
         class TestMine(StrategyConformance):

@@ -1,0 +1,44 @@
+"""Inputs and scripts for the tiny vision-language models of transformers' families."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from vlm_families import FAMILIES, NAMES
+
+import tokenprune
+from tokenprune.testing.scripted import Scripted, random_script
+
+LAYERS, WIDTH = 4, 32
+
+
+SIZES = [(24, 32), (40, 20)]
+
+
+TOLERANCE = 3e-5
+
+
+names = pytest.mark.parametrize("name", NAMES)
+
+
+@functools.cache
+def model_of(name, attention="sdpa"):
+    return FAMILIES[name].build(attention)
+
+
+@functools.cache
+def inputs_of(name, sizes=tuple(SIZES), **options):
+    return FAMILIES[name].inputs(list(sizes), **options)
+
+
+def layout_of(name, inputs):
+    """As the adapter sees it; separators of lines (LLaVA-NeXT, LLaVA-OneVision) are text."""
+    with torch.no_grad(), tokenprune.prune(model_of(name), Scripted([])) as run:
+        model_of(name)(**inputs)
+    return run.trace.layout
+
+
+def script_of(name, inputs, seed):
+    return random_script(layout_of(name, inputs).slots >= 0, LAYERS, WIDTH, seed)

@@ -19,7 +19,7 @@ from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, CheckpointError, OptionError, PluginError, UnknownNameError
 from tokenprune.plugins import registry
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class ToyAdapter(tp.Adapter):

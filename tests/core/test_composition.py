@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategy_bench import Bench, layout_of
 
 import tokenprune
-from tokenprune.api import names_in
+from tokenprune.core.by_name import names_in
 from tokenprune.core.composition import Sequence
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.reads import Embeddings, HiddenStates, TowerFeatures

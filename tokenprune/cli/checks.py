@@ -25,7 +25,7 @@ def check_model(
         CheckpointError: neither a bundled model nor a checkpoint's folder nor on the hub; no such vision tower.
         OptionError: an unknown device or number format.
     """
-    from tokenprune import api
+    from tokenprune.loading.checkpoints import find_checkpoint, is_hub_id
     from tokenprune.loading.device_names import check_device, check_dtype
 
     if device is not None:
@@ -34,10 +34,10 @@ def check_model(
         check_dtype(dtype)
     if vision_tower is not None:
         tower = expanded(vision_tower)
-        if not tower.is_dir() and not (api.is_hub_id(str(vision_tower)) and not tower.exists()):
+        if not tower.is_dir() and not (is_hub_id(str(vision_tower)) and not tower.exists()):
             found = "is a file, expected the folder that holds it" if tower.exists() else "no such folder"
             raise CheckpointError(f"vision tower {str(vision_tower)!r}: {found}; check --vision-tower")
-    api.find_checkpoint(model)
+    find_checkpoint(model)
 
 
 def check_strategies(names: Iterable[str]) -> None:
@@ -47,10 +47,10 @@ def check_strategies(names: Iterable[str]) -> None:
         UnknownNameError: one is not.
         PluginError: two packages register it.
     """
-    from tokenprune import api
+    from tokenprune.core.by_name import parts_of
 
     for name in names:
-        api.parts_of(name)
+        parts_of(name)
 
 
 def check_metrics(names: Iterable[str]) -> None:

@@ -224,9 +224,9 @@ class Sequence(Strategy):
 
 def _flat(part: Strategy | str) -> tuple[Strategy, ...]:
     if isinstance(part, str):
-        from tokenprune import api
+        from tokenprune.core.by_name import strategy  # which joins parts by this module
 
-        part = api.strategy(part)
+        part = strategy(part)
     if not isinstance(part, Sequence):
         return (part,)
     if part.budget is not None:

@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LayerEntry, Ledger
-from tokenprune.core.readonly import Loans
 from tokenprune.core.reads import Read
 from tokenprune.core.requirements import misfit
 from tokenprune.core.schedule import PlannedStage, RowGroup, plan
@@ -26,6 +25,7 @@ from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.core.validation import check_decision, check_target
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed_strategy
+from tokenprune.plugins.readonly import Loans
 from tokenprune.utils.torch_state import same_settings
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.readonly import Lent
 from tokenprune.core.reads import Read
 from tokenprune.core.state import TokenState
 from tokenprune.errors import PluginError, nearest
+from tokenprune.plugins.readonly import Lent
 
 if TYPE_CHECKING:
     from tokenprune.core.stage import Stage

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tokenprune.core.readonly import Lent
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed, brief
+from tokenprune.plugins.readonly import Lent
 
 
 def tokenprune_run_started(*, run: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from pydantic import Field
 
 from tokenprune.core.decisions import Decision, Keep
-from tokenprune.core.options import Amount, portion, tokens_of
+from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
@@ -28,12 +27,6 @@ class NoPruning(Strategy):
         """Keep everything (never asked: there is no stage)."""
         return Keep.where(tokens.active)
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Nothing to move. Raises BudgetError for any budget below 1."""
-        if budget < 1:
-            raise self.too_small(budget, shape, shape.image_tokens)
-        return {}
-
 
 class Blind(Strategy):
     """No image token enters the decoder: what can be answered from the words alone, the floor of any comparison."""
@@ -48,13 +41,11 @@ class Blind(Strategy):
         """Keep nothing."""
         return Keep.where(tokens.active & False)
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Nothing to move: it meets every budget."""
-        return {}
-
 
 class FixedShare(Strategy):
     """Base of the baselines that choose `keep` tokens before the first layer."""
+
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of a baseline that keeps a share."""
@@ -66,15 +57,6 @@ class FixedShare(Strategy):
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer."""
         yield Stage(self.name, layer=0, tokens=tokens_of(self.options.keep, shape.image_tokens))
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` = floor(budget · N); what the user set stays. Raises BudgetError where it is too much."""
-        most = portion(budget, shape.image_tokens)
-        given = "keep" in self.options.model_fields_set
-        keep = tokens_of(self.options.keep, shape.image_tokens) if given else max(1, most)
-        if keep > most:
-            raise self.too_small(budget, shape, keep)
-        return {"keep": keep}
 
 
 class Random(FixedShare):

@@ -18,7 +18,7 @@ from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Hidde
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion, fill_keep
+from tokenprune_strategies.ops.allocation import apportion
 from tokenprune_strategies.ops.crops import crop_reads, every_crop
 from tokenprune_strategies.ops.dpp import map_picks
 
@@ -36,6 +36,7 @@ class CDPruner(Strategy):
     """
 
     name = "cdpruner"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of CDPruner."""
@@ -79,12 +80,6 @@ class CDPruner(Strategy):
             for row, crop, picked in zip(rows, index, picks, strict=True):
                 mask[row, crop[picked[picked >= 0]]] = True
         return Keep.where(mask, scores=scores.masked_fill(~tokens.active, float("-inf")))
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` = floor(budget · N); what the user set stays. Raises BudgetError where it is too much."""
-        given = "keep" in self.options.model_fields_set
-        fixed = tokens_of(self.options.keep, shape.image_tokens) if given else None
-        return {"keep": fill_keep(self, budget, shape, [0], fixed)[1]}
 
 
 def relevance(images: Tensor, texts: Tensor, exists: Tensor, active: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokenprune.core.budget import Ladder, ladders
 from tokenprune.core.decisions import Decision, Keep
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, TextKeys, TextStates
@@ -17,7 +17,7 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, OptionError
-from tokenprune_strategies.ops.allocation import apportion, fill_keep, present_images
+from tokenprune_strategies.ops.allocation import apportion, present_images
 
 
 class DART(Strategy):
@@ -33,6 +33,8 @@ class DART(Strategy):
     """
 
     name = "dart"
+    budget_option = "keep"
+    budget_layer = ("layer", 1)
 
     class Options(StrategyOptions):
         """Options of DART."""
@@ -93,21 +95,21 @@ class DART(Strategy):
                 chosen[row, image[_least_like(likeness, taken, share)]] = True
         return Keep.where(chosen)
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+    def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
         """The most tokens that meet the budget; where they are fewer than the pivots, `layer` goes down to 1 (ours).
 
-        Where they still are, only so many are image pivots. What the user set stays. Raises BudgetError, see Strategy.
+        Where they still are, fewer image tokens are pivots.
         """
-        given, first, total = self.options.model_fields_set, self.options.layer, shape.image_tokens
-        layers = [first] if "layer" in given else range(max(1, min(first, shape.layers - 1)), 0, -1)
-        fixed = self.kept(tokens_of(self.options.keep, total), shape) if "keep" in given else None
-        pivots = min(self.options.image_pivots, total)
-        if "image_pivots" not in given:
-            pivots = min(pivots, fill_keep(self, budget, shape, layers[-1:], fixed)[1])
-        layer, _ = fill_keep(self, budget, shape, layers, fixed or pivots)
-        _, keep = fill_keep(self, budget, shape, [layer], fixed)
-        extra = pivots if self.options.faithful else 0
-        return {"layer": layer, "keep": self.options.keep if fixed else max(1, keep - extra), "image_pivots": pivots}
+        total, given = shape.image_tokens, "image_pivots" in self.options.model_fields_set
+        most = min(self.options.image_pivots, total)
+        for pivots in range(most, most - 1 if given else 0, -1):
+            least = 1 if self.options.faithful else pivots  # there, `keep` does not count the pivots
+            for ladder in ladders(self, shape):
+                yield [
+                    {**setting, "image_pivots": pivots}
+                    for setting in ladder
+                    if tokens_of(setting["keep"], total) >= least
+                ]
 
 
 def _largest(norms: Tensor, count: int) -> Tensor:

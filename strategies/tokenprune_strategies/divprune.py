@@ -17,7 +17,6 @@ from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.ops.allocation import fill_keep
 from tokenprune_strategies.ops.farthest_point import farthest_first, image_groups, picked
 
 
@@ -33,6 +32,7 @@ class DivPrune(Strategy):
     """
 
     name = "divprune"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of DivPrune."""
@@ -74,11 +74,6 @@ class DivPrune(Strategy):
         if self.options.faithful:
             return self._copies(tokens, rows, index, picks)
         return Keep.where(picked(tokens, rows, index, picks))
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` = floor(budget · N); what the user set stays. Raises BudgetError where it is too much."""
-        fixed = self.kept(shape.image_tokens) if "keep" in self.options.model_fields_set else None
-        return {"keep": fill_keep(self, budget, shape, [0], fixed)[1]}
 
     def _copies(self, tokens: Tokens, rows: Tensor, index: Tensor, picks: Tensor) -> Decision:
         """Every image's picks, repeated ones as copies, at its first slots."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from pydantic import Field
 
@@ -27,6 +26,8 @@ class FastV(Strategy):
     """
 
     name = "fastv"
+    budget_option = "keep"
+    budget_layer = ("layer", 1)
 
     class Options(StrategyOptions):
         """Options of FastV."""
@@ -60,20 +61,3 @@ class FastV(Strategy):
         """Keep the most attended tokens."""
         scores = tokens.attention if stage.layer else random_scores(tokens, self.options.seed)
         return Keep.top(scores, tokens.target)
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """The most tokens that meet the budget; where even one is too many, `layer` goes down to 1 (ours).
-
-        What the user set stays. Raises BudgetError where nothing meets the budget.
-        """
-        given, total = self.options.model_fields_set, shape.image_tokens
-        first = min(self.options.layer, shape.layers - 1)
-        layers = [first] if "layer" in given or first < 2 else [first, 1]
-        fixed = tokens_of(self.options.keep, total) if "keep" in given else None
-        for layer in layers:
-            room = budget * total * shape.layers - layer * total + 1e-6
-            keep = int(room // (shape.layers - layer)) if fixed is None else fixed
-            if keep >= 1 and keep * (shape.layers - layer) <= room:
-                return {"layer": layer, "keep": min(keep, total)}
-        least = (layers[-1] * total + (shape.layers - layers[-1]) * (fixed or 1)) / shape.layers
-        raise self.too_small(budget, shape, least)

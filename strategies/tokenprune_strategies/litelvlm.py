@@ -25,7 +25,7 @@ from tokenprune.core.reads import (
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion, fill_keep
+from tokenprune_strategies.ops.allocation import apportion
 from tokenprune_strategies.ops.crops import crop_reads, every_crop
 
 
@@ -41,6 +41,7 @@ class LiteLVLM(Strategy):
     """
 
     name = "litelvlm"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of LiteLVLM."""
@@ -95,12 +96,6 @@ class LiteLVLM(Strategy):
         states = tokens.hidden.gather(1, origin.clamp(min=0)[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
         weights = one_hot(origin.clamp(min=0), tokens.exists.shape[1]).float()
         return Merge(index, values=states, scores=scores, weights=weights, origin=origin)
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` = floor(budget · N); what the user set stays. Raises BudgetError where it is too much."""
-        given = "keep" in self.options.model_fields_set
-        fixed = tokens_of(self.options.keep, shape.image_tokens) if given else None
-        return {"keep": fill_keep(self, budget, shape, [0], fixed)[1]}
 
 
 def context_scores(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

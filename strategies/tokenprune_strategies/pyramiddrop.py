@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tokenprune.core.budget import Ladder
 from tokenprune.core.decisions import Decision, Keep
 from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.reads import AttentionFrom
@@ -15,7 +16,7 @@ from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.allocation import top_by_image
-from tokenprune_strategies.ops.falling_stages import falling, fill, layers_of, windows
+from tokenprune_strategies.ops.falling_stages import falling, falling_ladders, layers_of
 
 LEAST_FACTOR = 0.25
 
@@ -30,6 +31,7 @@ class PyramidDrop(Strategy):
     """
 
     name = "pyramiddrop"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of PyramidDrop."""
@@ -88,17 +90,12 @@ class PyramidDrop(Strategy):
             ],
         )
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Shares f, f², f³, … of N (the published ones: f = 1/2), f by the budget; what the user set stays (ours).
+    def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
+        """Shares f, f², f³, … of N (the published ones: f = 1/2), f by the budget (ours).
 
-        Where f would fall below 1/4, all stages move towards layer 1 by one factor. Raises BudgetError, see Strategy.
+        Where f would fall below 1/4, all stages move towards layer 1 by one factor.
         """
-        given, total = self.options.model_fields_set, shape.image_tokens
-        layers = layers_of(self.options.layers, shape.layers, self.name)
-        places = [layers] if "layers" in given else windows(layers)
-        steps = range(1, len(layers) + 1)
+        total, steps = shape.image_tokens, range(1, len(self.options.layers) + 1)
         powers = [tuple(max(1, int(total * (n / total) ** k + 1e-6)) for k in steps) for n in range(total, 0, -1)]
-        found = fill(budget, shape, places, [self.counts(total)] if "keep" in given else powers, least=LEAST_FACTOR)
-        if isinstance(found, float):
-            raise self.too_small(budget, shape, found)
-        return dict(zip(("layers", "keep"), found, strict=True))
+        given = [self.counts(total)] if "keep" in self.options.model_fields_set else powers
+        return falling_ladders(self, shape, given, LEAST_FACTOR)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from pydantic import Field
 
@@ -14,7 +13,6 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.ops.allocation import fill_keep
 from tokenprune_strategies.ops.farthest_point import farthest_first, image_groups, picked
 
 
@@ -27,6 +25,8 @@ class Similarity(Strategy):
     """
 
     name = "similarity"
+    budget_option = "keep"
+    budget_layer = ("layer", 0)
 
     class Options(StrategyOptions):
         """Options of `similarity`."""
@@ -51,15 +51,3 @@ class Similarity(Strategy):
         rows, index, shares = image_groups(tokens)
         picks = farthest_first(tokens.hidden[rows[:, None], index.clamp(min=0)], index >= 0, shares)
         return Keep.where(picked(tokens, rows, index, picks))
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """The most tokens that meet the budget; where even one is too many, `layer` goes down to 0.
-
-        What the user set stays. Raises BudgetError where nothing meets the budget, OptionError see `stages`.
-        """
-        given, first = self.options.model_fields_set, self.options.layer
-        if "layer" in given:
-            list(self.stages(shape))  # refuses a layer that the model does not have
-        layers = [first] if "layer" in given else range(min(first, shape.layers - 1), -1, -1)
-        fixed = tokens_of(self.options.keep, shape.image_tokens) if "keep" in given else None
-        return dict(zip(("layer", "keep"), fill_keep(self, budget, shape, layers, fixed), strict=True))

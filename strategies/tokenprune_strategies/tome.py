@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -42,6 +41,7 @@ class ToMe(Strategy):
     """
 
     name = "tome"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of `tome`."""
@@ -67,6 +67,7 @@ class ToMe(Strategy):
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
         self.positions = self.options.positions
+        self.budget_layer = ("layers", 1) if self.options.where == "decoder" else None
 
     def without_effect(self) -> Mapping[str, str]:
         """See `Strategy.without_effect`."""
@@ -109,20 +110,3 @@ class ToMe(Strategy):
         if tower:
             values = tokens.project(values)
         return Merge(index, values=values, weights=weights.float(), conserves_mass=True)
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """The most `keep` that meets the budget; where even one token is too many, one merge, down to layer 1.
-
-        What the user set stays. Raises BudgetError where nothing meets the budget, OptionError see `stages`.
-        """
-        given, total, room = self.options.model_fields_set, shape.image_tokens, budget * shape.image_tokens + 1e-9
-        free = self.options.where == "decoder" and "layers" not in given
-        choices = [min(layer, shape.layers - 1) for layer in (2, 1)] if free else [0]
-        for layer in choices:
-            moved: dict[str, Any] = {"layers": (layer,)} if free else {}
-            amounts = [self.options.keep] if "keep" in given else range(1, total + 1)
-            fits = bisect.bisect_right(amounts, room, key=lambda keep: self.spends({**moved, "keep": keep}, shape))
-            if fits:
-                return {**moved, "keep": amounts[fits - 1]}
-        list(self.stages(shape))
-        raise self.too_small(budget, shape, self.spends({**moved, "keep": amounts[0]}, shape))

@@ -139,11 +139,14 @@ def test_memory_that_ran_out_and_interrupts_pass_as_they_are(error: BaseExceptio
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"fit": lambda *_: 1 / 0}, "fit() raised ZeroDivisionError"),
-        ({"fit": lambda *_: None}, "fit() gave None; expected values by the names of options"),
+        ({"solve_budget": lambda *_: 1 / 0}, "solve_budget() raised ZeroDivisionError"),
+        ({"solve_budget": lambda *_: None}, "solve_budget() gave None; expected values by the names of options"),
         ({"bind": lambda *_: None}, "bind() gave None; expected a strategy"),
         ({"__repr__": lambda _: None}, "__repr__() raised TypeError"),
-        ({"budget_option": ["keep"], "fit": Strategy.fit}, "budget_option ['keep'] is none of its options"),
+        (
+            {"budget_option": ["keep"], "solve_budget": Strategy.solve_budget},
+            "budget_option ['keep'] is none of its options",
+        ),
         ({"stages": lambda *_: [Stage(None, 2, 3)]}, "found None as the name of a stage"),
         ({"stages": lambda *_: [Stage("a", 2, 3, None)]}, "stage 'a': None among its reads"),
         ({"choose": lambda s, a, t: setattr(t, "memory", {})}, "assigns to tokens.memory, which is lent"),
@@ -152,7 +155,7 @@ def test_memory_that_ran_out_and_interrupts_pass_as_they_are(error: BaseExceptio
 )
 def test_what_a_strategy_says_of_itself(parts: dict[str, Any], message: str) -> None:
     with pytest.raises(PluginError) as told:
-        run(type("Bad", (Plain,), {"fit": lambda *_: {}, **parts})(budget=0.8))
+        run(type("Bad", (Plain,), {"solve_budget": lambda *_: {}, **parts})(budget=0.8))
     assert str(told.value).startswith("strategy 'bad'")
     assert message in str(told.value)
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from tokenprune.core.budget import in_vain, too_small
 from tokenprune.core.decisions import Decision
 from tokenprune.core.remaining_tokens import Left, TokensLeft
-from tokenprune.core.stage import Shape, Stage, equivalent_tokens
-from tokenprune.core.strategy import Strategy, StrategyOptions, declared_stages
+from tokenprune.core.stage import Shape, Stage, declared_stages, equivalent_tokens
+from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.core.validation import check_decision
 from tokenprune.errors import BudgetError, OptionError, TokenPruneError
@@ -70,7 +71,7 @@ class Sequence(Strategy):
                     "for each"
                 )
         if budget is not None and not any(part.takes_budget() for part in found):
-            raise self._budget_in_vain()
+            raise in_vain(self)
         changes = self.options.parts or ({},) * len(found)
         budgets = self.options.budgets or (None,) * len(found)
         found = [
@@ -118,7 +119,7 @@ class Sequence(Strategy):
             return self
         ready = self
         if self.budget is not None:
-            ready = self._budgeted(self.fit(self.budget, shape)["budgets"])
+            ready = self._budgeted(self.solve_budget(self.budget, shape)["budgets"])
         return ready._of([part for part, _ in ready.chain(shape)])
 
     def chain(self, shape: Shape) -> list[tuple[Strategy, list[Stage]]]:
@@ -142,7 +143,7 @@ class Sequence(Strategy):
                 left, last = stages[-1].tokens, stages[-1].layer
         return found
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
+    def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
         """`budgets` for the whole: the largest share that every part without a budget can have.
 
         Raises:
@@ -171,7 +172,7 @@ class Sequence(Strategy):
             return {"budgets": best}
         if problem is not None and least == float("inf"):
             raise problem
-        raise self.too_small(budget, shape, least)
+        raise too_small(self, budget, shape, least)
 
     def with_options(self, **changes: Any) -> Sequence:
         """A copy without a budget of the whole; `changes` are `budgets` and `parts`."""

@@ -15,8 +15,8 @@ from tokenprune.core.reads import (
     TextKeys,
     TextStates,
 )
-from tokenprune.core.stage import Shape
-from tokenprune.core.strategy import Strategy, declared_stages
+from tokenprune.core.stage import Shape, declared_stages
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
 
 DECODER_READS: frozenset[type[Read]] = frozenset(

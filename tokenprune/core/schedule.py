@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, declared_stages
+from tokenprune.core.stage import Shape, Stage, declared_stages
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tokenprune.core.reads import Read
 from tokenprune.errors import BudgetError, PluginError
+from tokenprune.plugins.attribution import blame_strategy
+
+if TYPE_CHECKING:
+    from tokenprune.core.strategy import Strategy
 
 Positions = Literal["keep", "renumber"]
 
@@ -89,6 +93,26 @@ class Stage:
                 f"stage {self.name!r}: {name}={number!r} is {type(number).__name__}; expected int (use int(), round() "
                 "or //)"
             ) from None
+
+
+def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
+    """What `strategy.stages` gives.
+
+    Raises:
+        PluginError: `stages` raised what is no TokenPruneError, or gave something else than stages.
+        TokenPruneError: as the strategy raised it.
+    """
+    name = strategy.name
+    try:  # not `blamed_strategy`: a budget is solved by asking for the stages of many options
+        found = strategy.stages(shape)
+        stages: list[Any] = list(found) if isinstance(found, Iterable) else [found]
+    except (Exception, SystemExit) as error:
+        blame_strategy(name, ": stages()", error)
+    wrong = [stage for stage in stages if not isinstance(stage, Stage)]
+    if wrong or not isinstance(found, Iterable):
+        what = "one Stage" if isinstance(found, Stage) else repr(wrong[0])
+        raise PluginError(f"strategy {name!r}: stages() gave {what}; expected to yield each Stage, or a list of them")
+    return stages
 
 
 def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenprune.core.stage import Positions, Shape, Stage, check_positions, equivalent_tokens
+from tokenprune.core.budget import Ladder, in_vain, ladders, solve
+from tokenprune.core.stage import Positions, Shape, Stage, check_positions
 from tokenprune.errors import BudgetError, OptionError, PluginError
-from tokenprune.plugins.attribution import blame_strategy, blamed_strategy
+from tokenprune.plugins.attribution import blamed_strategy
 
 if TYPE_CHECKING:
     from tokenprune.core.decisions import Decision
@@ -31,13 +32,16 @@ class Strategy(ABC):
 
     Attributes:
         name: registered name.
-        budget_option: the option that the budget solver moves; a subclass with several moves them in `fit`.
+        budget_option: the option that a budget moves: a share, or a number of tokens where its type admits one.
+        budget_layer: an option of a layer that a budget moves down where `budget_option` alone is not enough, and the
+            lowest layer that it may come to.
         positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter), unless a stage says
             otherwise; "renumber" where any stage renumbers.
     """
 
     name: str
     budget_option: ClassVar[str | None] = None
+    budget_layer: tuple[str, int] | None = None
     positions: Positions = "keep"
 
     class Options(StrategyOptions):
@@ -51,7 +55,7 @@ class Strategy(ABC):
             )
         self._check_class()
         if budget is not None and not self.takes_budget():
-            raise self._budget_in_vain()
+            raise in_vain(self)
         self.budget = budget
         self.options = self._checked(options)
 
@@ -65,40 +69,28 @@ class Strategy(ABC):
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Choose for the whole batch on entering `stage`."""
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Options that meet the budget on this shape: the largest `budget_option` share in 1/N steps that fits.
+    def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
+        """What a budget moves: lists of option settings, each from most tokens to fewest; see `core.budget`.
 
-        Options that the user set explicitly are kept. Override where several options move together.
+        By default those that `budget_option` and `budget_layer` name. Override where several options move together;
+        options that the user set explicitly have to stay.
+        """
+        return ladders(self, shape)
+
+    def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """The options that meet a budget on this shape; to override only where ladders do not describe the method.
 
         Raises:
-            BudgetError: no value fits.
+            BudgetError: nothing meets it.
             PluginError: `budget_option` is not the name of an option that takes shares.
         """
-        option = self.budget_option
-        if option is None:
-            raise self._budget_in_vain()
-        known = self.Options.model_fields
-        chosen = known.get(option) if isinstance(option, str) else None
-        if chosen is None or chosen.annotation in (int, str, bool):
-            kind = getattr(chosen and chosen.annotation, "__name__", "")
-            found = f"is of type {kind}" if kind else f"is none of its options ({', '.join(known) or 'none'})"
-            raise PluginError(
-                f"strategy {self.name!r}: budget_option {option!r} {found}; expected a float option, a share of the "
-                "image tokens, which a budget moves (or override fit)"
-            )
-        least, shares = float("inf"), [tokens / shape.image_tokens for tokens in range(shape.image_tokens, -1, -1)]
-        for share in [getattr(self.options, option)] if option in self.options.model_fields_set else shares:
-            candidate = {option: share}
-            spent = self.spends(candidate, shape)
-            if spent <= budget * shape.image_tokens + 1e-9:
-                return candidate
-            least = min(least, spent)
-        raise self.too_small(budget, shape, least)
+        return solve(self, budget, shape)
 
     @classmethod
     def takes_budget(cls) -> bool:
         """Whether a budget can move anything: there are options, and it is said how a budget moves them."""
-        return (cls.budget_option is not None or cls.fit is not Strategy.fit) and bool(cls.Options.model_fields)
+        own = cls.budget_ladders is not Strategy.budget_ladders or cls.solve_budget is not Strategy.solve_budget
+        return (cls.budget_option is not None or own) and bool(cls.Options.model_fields)
 
     def without_effect(self) -> Mapping[str, str]:
         """Options that change nothing beside the others and the budget, each with the reason ("unless layer=0").
@@ -114,16 +106,16 @@ class Strategy(ABC):
 
         Raises:
             BudgetError: the budget cannot be met.
-            PluginError: `fit` raised what is no TokenPruneError, or gave no options.
+            PluginError: the strategy raised what is no TokenPruneError, or gave no options.
         """
         if self.budget is None or shape.image_tokens == 0:
             return self
-        with blamed_strategy(self.name, ": fit()"):
-            moved = self.fit(self.budget, shape)
+        with blamed_strategy(self.name, ": solve_budget()"):
+            moved = self.solve_budget(self.budget, shape)
         if not isinstance(moved, Mapping) or not all(isinstance(option, str) for option in moved):
             raise PluginError(
-                f"strategy {self.name!r}: fit() gave {moved!r}; expected values by the names of options, such as "
-                "{'keep': 0.5}"
+                f"strategy {self.name!r}: solve_budget() gave {moved!r}; expected values by the names of options, such "
+                "as {'keep': 0.5}"
             )
         return self.with_options(**moved)
 
@@ -142,27 +134,6 @@ class Strategy(ABC):
         chosen = {name: getattr(self.options, name) for name in self.options.model_fields_set}
         seed: int = getattr(self.options, "seed") + offset  # noqa: B009 - only some options have it
         return type(self)(budget=self.budget, **{**chosen, "seed": seed})
-
-    def spends(self, changes: dict[str, Any], shape: Shape) -> float:
-        """Equivalent tokens with these options; infinite where the options themselves are not allowed."""
-        try:
-            candidate = self.with_options(**changes)
-        except OptionError:
-            return float("inf")
-        return equivalent_tokens(declared_stages(candidate, shape), shape)
-
-    def too_small(self, budget: float, shape: Shape, least: float) -> BudgetError:
-        """The error for a budget that cannot be met, naming the least that can."""
-        share = least / shape.image_tokens
-        return BudgetError(
-            f"strategy {self.name!r} cannot meet budget {budget:g} on {shape.layers} layers and "
-            f"{shape.image_tokens} image "
-            f"tokens with options {self.options.model_dump(exclude_unset=True) or 'at their defaults'}: its least is "
-            f"{share:.3f}; raise the budget or change the options"
-        )
-
-    def _budget_in_vain(self) -> BudgetError:
-        return BudgetError(f"strategy {self.name!r} has nothing that a budget could move; leave budget= out")
 
     def __repr__(self) -> str:
         given = self.options.model_dump(exclude_unset=True)
@@ -186,23 +157,3 @@ class Strategy(ABC):
             return self.Options(**options)
         except ValidationError as error:
             raise OptionError.from_validation(f"strategy {self.name!r}", error, self.Options.model_fields) from error
-
-
-def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
-    """What `strategy.stages` gives.
-
-    Raises:
-        PluginError: `stages` raised what is no TokenPruneError, or gave something else than stages.
-        TokenPruneError: as the strategy raised it.
-    """
-    name = strategy.name
-    try:  # not `blamed_strategy`: a budget is solved by asking for the stages of many options
-        found = strategy.stages(shape)
-        stages: list[Any] = list(found) if isinstance(found, Iterable) else [found]
-    except (Exception, SystemExit) as error:
-        blame_strategy(name, ": stages()", error)
-    wrong = [stage for stage in stages if not isinstance(stage, Stage)]
-    if wrong or not isinstance(found, Iterable):
-        what = "one Stage" if isinstance(found, Stage) else repr(wrong[0])
-        raise PluginError(f"strategy {name!r}: stages() gave {what}; expected to yield each Stage, or a list of them")
-    return stages

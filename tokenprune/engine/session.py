@@ -14,8 +14,8 @@ from torch import Tensor
 from tokenprune.core.ledger import LaterTurn
 from tokenprune.core.requirements import TYPICAL_TOKENS
 from tokenprune.core.scheduler import Observer
-from tokenprune.core.stage import Shape
-from tokenprune.core.strategy import Strategy, declared_stages
+from tokenprune.core.stage import Shape, declared_stages
+from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched

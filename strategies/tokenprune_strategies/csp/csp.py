@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer
 from torch import Tensor
 
+from tokenprune.core.budget import too_small
 from tokenprune.core.decisions import Decision, Keep, Restore
 from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
@@ -114,8 +115,8 @@ class CSP(Strategy):
             )
         return scatter_at, prune_at
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Options that fill the budget, see `csp_budget`; what the user set stays. Raises BudgetError, see Strategy."""
+    def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
+        """Options that fill the budget, see `csp.budget`; what the user set stays. Raises BudgetError, see Strategy."""
         given, total = self.options.model_fields_set, shape.image_tokens
         scatter_at, prune_at = self.boundaries(shape.layers)
         later = [(s, prune_at) for s in range(scatter_at, prune_at)]
@@ -128,5 +129,5 @@ class CSP(Strategy):
         )
         found = fill(budget, shape, windows, fixed)
         if isinstance(found, float):
-            raise self.too_small(budget, shape, found)
+            raise too_small(self, budget, shape, found)
         return dict(zip(("scatter_at", "prune_at", "representatives", "keep"), found, strict=True))

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokenprune.core.stage import Shape
-from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-
-
-def fill_keep(
-    strategy: Strategy, budget: float, shape: Shape, layers: Iterable[int], fixed: int | None = None
-) -> tuple[int, int]:
-    """(layer, keep): the most tokens that meet the budget where `keep` of them run from `layer` on, all before it.
-
-    Args:
-        strategy: for the error.
-        budget: equivalent tokens / N, at most.
-        shape: of the run.
-        layers: to try, the first that meets the budget is taken.
-        fixed: the tokens to keep, where the user gave them.
-
-    Raises:
-        BudgetError: no layer meets the budget with a token.
-    """
-    total, least = shape.image_tokens, float("inf")
-    for layer in layers:
-        rest, room = shape.layers - layer, budget * total * shape.layers - layer * total + 1e-6
-        keep = min(int(room // rest), total) if fixed is None else fixed
-        if keep >= 1 and keep * rest <= room:
-            return layer, keep
-        least = min(least, (layer * total + rest * (fixed or 1)) / shape.layers)
-    raise strategy.too_small(budget, shape, least)
 
 
 def apportion(total: int, sizes: Sequence[int], least: int = 0) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from tokenprune.core.budget import Ladder
 from tokenprune.core.stage import Shape
 from tokenprune.errors import IncompatibleError, OptionError
 
@@ -56,45 +58,17 @@ def falling(who: str, counts: Sequence[int]) -> Counts:
     return tuple(counts)
 
 
-def fill(
-    budget: float,
-    shape: Shape,
-    places: Sequence[Counts],
-    candidates: Sequence[Counts],
-    rows: Callable[[Counts], Counts] = lambda counts: counts,
-    least: float = 0.0,
-) -> tuple[Counts, Counts] | float:
-    """The layers and counts that come closest to a budget without passing it, or the least share of N that is needed.
-
-    At the first of `places` where the first stage keeps at least `least` · N (or else at the last), the first of
-    `candidates` that fits; what is then left over goes to the last stage, then to the one before, ….
+def falling_ladders(strategy: Any, shape: Shape, counts: Sequence[Counts], least: float) -> Iterator[Ladder]:
+    """What a budget moves of a strategy with options `layers` and `keep`: first the counts, then the layers.
 
     Args:
-        budget: equivalent tokens / N, at most.
+        strategy: with `Depth`s as layers.
         shape: of the run.
-        places: layers that the stages may begin at, the preferred ones first.
-        candidates: counts that the stages may keep, the most first; a single one is taken as it is.
-        rows: from counts to the tokens that run on after each stage, merged ones included.
-        least: a share of N.
+        counts: that the stages may keep, the most first; a single one is taken as it is.
+        least: a share of N. Where the first stage would keep less, all stages begin sooner instead, if they can.
     """
-    total, room = shape.image_tokens, budget * shape.image_tokens * shape.layers + 1e-6
-
-    def spent(layers: Counts, counts: Counts) -> int:
-        ends = (*layers[1:], shape.layers)
-        return layers[0] * total + sum(
-            n * (end - start) for n, start, end in zip(rows(counts), layers, ends, strict=True)
-        )
-
-    for layers in places:
-        found = next((counts for counts in candidates if spent(layers, counts) <= room), None)
-        if found is None or (found[0] < least * total and layers != places[-1]):
-            continue
-        turns = [*reversed(range(len(found)))] * len(found) if len(candidates) > 1 else []
-        for stage in turns:
-            while found[stage] < (found[stage - 1] if stage else total):
-                more = (*found[:stage], found[stage] + 1, *found[stage + 1 :])
-                if spent(layers, more) > room:
-                    break
-                found = more
-        return layers, found
-    return spent(places[-1], candidates[-1]) / shape.layers
+    layers = layers_of(strategy.options.layers, shape.layers, strategy.name)
+    places = [layers] if "layers" in strategy.options.model_fields_set else windows(layers)
+    for place in places:
+        enough = 0 if place == places[-1] else least * shape.image_tokens
+        yield [{"layers": place, "keep": numbers} for numbers in counts if numbers[0] >= enough]

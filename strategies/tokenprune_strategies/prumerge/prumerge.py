@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.core.decisions import Decision, Merge
-from tokenprune.core.options import Amount, portion, tokens_of
+from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
@@ -35,6 +35,7 @@ class PruMerge(Strategy):
     """
 
     name = "prumerge"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of PruMerge and PruMerge+."""
@@ -115,14 +116,6 @@ class PruMerge(Strategy):
     def share(self, attention: Tensor) -> float:
         """The share of the image's tokens that are taken by attention."""
         return outlier_share(attention) if self.options.ratio == "adaptive" else self.options.ratio
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` = floor(budget · N), extra tokens included; what the user set stays. Raises BudgetError below 1."""
-        most, given = portion(budget, shape.image_tokens), self.options.keep
-        keep = max(1, most) if given is None else tokens_of(given, shape.image_tokens)
-        if keep > most:
-            raise self.too_small(budget, shape, keep)
-        return {"keep": keep}
 
 
 class PruMergePlus(PruMerge):

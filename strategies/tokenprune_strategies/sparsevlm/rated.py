@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tokenprune.core.budget import Ladder
 from tokenprune.core.decisions import Decision, Keep
 from tokenprune.core.options import Amount, Depth, tokens_of
 from tokenprune.core.reads import Embeddings, Read, TextEmbeddings
@@ -15,7 +16,7 @@ from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.ops.falling_stages import Counts, fill, layers_of, windows
+from tokenprune_strategies.ops.falling_stages import Counts, falling_ladders, layers_of
 from tokenprune_strategies.sparsevlm.rating import RATERS, raters
 from tokenprune_strategies.sparsevlm.recycling import Cut, Pruning, cuts
 
@@ -25,6 +26,7 @@ TOTAL, LEAST_SHARE = 576, 0.0625
 class RatedByText(Strategy):
     """Base of both versions: raters marked before layer 0, then stages that keep what these rate highest."""
 
+    budget_option = "keep"
     tables: ClassVar[dict[int, Counts]]
     recycles: ClassVar[bool]
 
@@ -93,22 +95,12 @@ class RatedByText(Strategy):
         """What the stages really keep and merge."""
         return cuts(counts, total, recycles=self.recycles, always=self.options.faithful)
 
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` in the proportions of the table, merged tokens counted; what the user set stays (ours).
+    def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
+        """`keep` in the proportions of the table, merged tokens counted (ours).
 
-        Where the first stage would keep less than N/16, all stages move towards layer 1 by one factor. Raises
-        BudgetError, see Strategy.
+        Where the first stage would keep less than N/16, all stages move towards layer 1 by one factor.
         """
-        given, total, table = self.options.model_fields_set, shape.image_tokens, self.tables[self.options.table]
-        layers = layers_of(self.options.layers, shape.layers, self.name)
-        places = [layers] if "layers" in given else windows(layers)
+        total, table = shape.image_tokens, self.tables[self.options.table]
         scaled = [tuple(max(1, first * count // table[0]) for count in table) for first in range(total, 0, -1)]
-        candidates = scaled if self.options.keep is None else [self.counts(total)]
-
-        def rows(counts: Counts) -> Counts:
-            return tuple(cut.rows for cut in self.cuts(counts, total))
-
-        found = fill(budget, shape, places, candidates, rows, LEAST_SHARE)
-        if isinstance(found, float):
-            raise self.too_small(budget, shape, found)
-        return dict(zip(("layers", "keep"), found, strict=True))
+        given = scaled if self.options.keep is None else [self.counts(total)]
+        return falling_ladders(self, shape, given, LEAST_SHARE)

@@ -16,7 +16,7 @@ from tokenprune.core.reads import ClsAttention, ClsFeatures, Projector, TowerFea
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion, fill_keep
+from tokenprune_strategies.ops.allocation import apportion
 from tokenprune_strategies.ops.crops import crop_reads, crops_of
 from tokenprune_strategies.visionzip.contextual import line_up, zip_crop
 
@@ -34,6 +34,7 @@ class VisionZip(Strategy):
     """
 
     name = "visionzip"
+    budget_option = "keep"
 
     class Options(StrategyOptions):
         """Options of VisionZip."""
@@ -90,9 +91,3 @@ class VisionZip(Strategy):
         wanted = self.options.contextual
         counts = apportion(wanted, shares) if isinstance(wanted, int) else [int(n * wanted + 0.5) for n in shares]
         return [min(count, max(0, share - 1)) for count, share in zip(counts, shares, strict=True)]
-
-    def fit(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`keep` = floor(budget · N), [CLS] included; what the user set stays. BudgetError where it is too much."""
-        given = "keep" in self.options.model_fields_set
-        fixed = tokens_of(self.options.keep, shape.image_tokens) if given else None
-        return {"keep": fill_keep(self, budget, shape, [0], fixed)[1]}

@@ -1,0 +1,168 @@
+"""The budget solver: from a share of the image tokens to options, in one way for all strategies.
+
+A strategy tells in *ladders* what a budget moves: lists of option settings, each from most tokens to fewest. The solver
+takes the first setting that fits, of the first ladder that has one. Most strategies have a ladder of numbers of tokens
+(`Strategy.budget_option`), or several of them, one for each layer that they may begin at (`Strategy.budget_layer`).
+
+What a setting spends is computed from the stages that the strategy declares with it, by the ledger's own arithmetic.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from math import inf
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+
+from tokenprune.core.stage import Shape, declared_stages, equivalent_tokens
+from tokenprune.errors import BudgetError, OptionError, PluginError
+
+if TYPE_CHECKING:
+    from tokenprune.core.strategy import Strategy
+
+Ladder: TypeAlias = Sequence[dict[str, Any]]
+"""Option settings, from most tokens to fewest."""
+
+
+def solve(strategy: Strategy, budget: float, shape: Shape) -> dict[str, Any]:
+    """The options with which a strategy comes closest to a budget without passing it.
+
+    Where the option that a budget moves holds one number for each stage, what is then left over goes to the last stage,
+    then to the one before, and so on.
+
+    Raises:
+        BudgetError: no setting fits; names the smallest budget that one would.
+        OptionError: what the user set is not for this shape at all.
+        PluginError: see `ladders`.
+    """
+    room = budget * shape.image_tokens + 1e-6 / shape.layers  # numbers of tokens are whole: forgive the last bits
+    least, setting = inf, dict[str, Any]()
+    for ladder in filter(len, strategy.budget_ladders(shape)):
+        spent = _Spent(strategy, ladder, shape)
+        found = bisect_left(spent, True, key=lambda tokens: tokens <= room)
+        if found == len(ladder) and spent[-1] == inf:  # settings so far down are not allowed: try those further up
+            found = next((rung for rung, tokens in enumerate(spent) if tokens <= room), found)
+        if found < len(ladder):
+            by_user = len(ladder) == 1
+            return ladder[found] if by_user else _topped_up(strategy, ladder[found], shape, room)
+        least, setting = min(least, *spent), ladder[0]
+    if least == inf:
+        declared_stages(strategy.with_options(**setting), shape)  # says what is wrong with what the user set
+    raise too_small(strategy, budget, shape, least)
+
+
+class _Spent(Sequence[float]):
+    """Equivalent tokens with each setting of a ladder, computed where they are asked for."""
+
+    def __init__(self, strategy: Strategy, ladder: Ladder, shape: Shape) -> None:
+        self._of = cache(lambda rung: equivalent_tokens_with(strategy, ladder[rung], shape))
+        self._length = len(ladder)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, rung: Any) -> Any:
+        if not -self._length <= rung < self._length:
+            raise IndexError(rung)
+        return self._of(rung % self._length)
+
+
+def ladders(strategy: Strategy, shape: Shape) -> Iterator[Ladder]:
+    """The ladders of a strategy that names what a budget moves; what the user set explicitly stays.
+
+    `budget_option` takes whole numbers of tokens where its type admits them, else shares in steps of 1/N. The layer of
+    `budget_layer` stands where the option says, then a layer sooner, and so on.
+
+    Raises:
+        PluginError: `budget_option` is not the name of an option that takes shares.
+    """
+    option, given, total = strategy.budget_option, strategy.options.model_fields_set, shape.image_tokens
+    if option is None:
+        raise in_vain(strategy)
+    whole = _takes_whole_numbers(strategy, option)
+    amounts: Sequence[Any] = range(total, 0, -1) if whole else [tokens / total for tokens in range(total, -1, -1)]
+    if option in given and getattr(strategy.options, option) is not None:
+        amounts = [getattr(strategy.options, option)]
+    for layer in _layers(strategy, shape):
+        yield [{**layer, option: amount} for amount in amounts]
+
+
+def equivalent_tokens_with(strategy: Strategy, changes: dict[str, Any], shape: Shape) -> float:
+    """Equivalent tokens with these options; infinite where the options themselves are not allowed."""
+    try:
+        return equivalent_tokens(declared_stages(strategy.with_options(**changes), shape), shape)
+    except OptionError:
+        return inf
+
+
+def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> BudgetError:
+    """The error for a budget that cannot be met.
+
+    Args:
+        strategy: that was asked.
+        budget: that was asked for.
+        shape: of the run.
+        least: the fewest equivalent tokens that it can do with.
+    """
+    options = strategy.options.model_dump(exclude_unset=True) or "at their defaults"
+    return BudgetError(
+        f"strategy {strategy.name!r} cannot meet budget {budget:g} on {shape.layers} layers and {shape.image_tokens} "
+        f"image tokens with options {options}: its least is {least / shape.image_tokens:.3f}; raise the budget or "
+        "change the options"
+    )
+
+
+def in_vain(strategy: Strategy) -> BudgetError:
+    """The error for a budget given to a strategy that it would not change."""
+    return BudgetError(f"strategy {strategy.name!r} has nothing that a budget could move; leave budget= out")
+
+
+def _layers(strategy: Strategy, shape: Shape) -> list[dict[str, Any]]:
+    """Settings of the layer to begin at, the preferred one first."""
+    if strategy.budget_layer is None:
+        return [{}]
+    option, least = strategy.budget_layer
+    preferred = getattr(strategy.options, option)
+    if option in strategy.options.model_fields_set:
+        return [{option: preferred}]
+    single = not isinstance(preferred, tuple)
+    first = max(least, min(preferred if single else preferred[0], shape.layers - 1))
+    return [{option: layer if single else (layer,)} for layer in range(first, least - 1, -1)]
+
+
+def _takes_whole_numbers(strategy: Strategy, option: object) -> bool:
+    known = strategy.Options.model_fields
+    chosen = known.get(option) if isinstance(option, str) else None
+    if chosen is None or chosen.annotation in (int, str, bool):
+        kind = getattr(chosen and chosen.annotation, "__name__", "")
+        found = f"is of type {kind}" if kind else f"is none of its options ({', '.join(known) or 'none'})"
+        raise PluginError(
+            f"strategy {strategy.name!r}: budget_option {option!r} {found}; expected a float option, a share of the "
+            "image tokens, which a budget moves (or override budget_ladders)"
+        )
+    return int in _parts(chosen.annotation)
+
+
+def _parts(annotation: Any) -> set[Any]:
+    """The types of a union, unions and annotations inside it included."""
+    inner = get_args(annotation)
+    return {annotation} if not inner else {part for one in inner for part in _parts(one)}
+
+
+def _topped_up(strategy: Strategy, setting: dict[str, Any], shape: Shape, room: float) -> dict[str, Any]:
+    """The setting with what is left of a budget given to its stages, the last ones first."""
+    option = strategy.budget_option or ""
+    counts: Any = setting.get(option)
+    if not isinstance(counts, tuple):
+        return setting
+
+    def passes(stage: int, count: int) -> bool:
+        changed = {**setting, option: (*counts[:stage], count, *counts[stage + 1 :])}
+        return equivalent_tokens_with(strategy, changed, shape) > room
+
+    for stage in [*reversed(range(len(counts)))] * len(counts):
+        more = range(counts[stage] + 1, (counts[stage - 1] if stage else shape.image_tokens) + 1)
+        fitting = bisect_left(more, True, key=partial(passes, stage))
+        counts = (*counts[:stage], counts[stage] + fitting, *counts[stage + 1 :])
+    return {**setting, option: counts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import Tensor
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Shape, Stage, declared_stages
-from tokenprune.core.strategy import Strategy
+from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.errors import BudgetError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 
@@ -70,18 +71,7 @@ def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[Planne
         PluginError: stages out of order or out of the model.
         BudgetError: a budget that cannot be met on one of the shapes.
     """
-    bound: dict[Shape, tuple[Strategy, list[Stage]]] = {}
-    for shape in shapes:
-        if shape not in bound:
-            try:
-                with blamed_strategy(strategy.name, ": bind()"):
-                    ready = strategy.bind(shape)
-            except BudgetError:  # where stages lie outside the model, that is the reason to tell
-                _check_layers(strategy, declared_stages(strategy, shape), shape)
-                raise
-            if not isinstance(ready, Strategy):
-                raise PluginError(f"strategy {strategy.name!r}: bind() gave {ready!r}; expected a strategy")
-            bound[shape] = ready, _checked_stages(ready, shape)
+    bound = {shape: _ready(strategy, shape) for shape in shapes}
     widest = max(shapes, key=lambda shape: shape.image_tokens)
     leader, stages = bound[widest]
     if widest.image_tokens == 0:
@@ -112,6 +102,53 @@ def _grouped(
             bound[shape][1][number] if row in rows and shape.image_tokens else idle for row, shape in enumerate(shapes)
         )
         yield PlannedStage(stage, torch.tensor([-1 if s.tokens is None else s.tokens for s in own]), own, group)
+
+
+@dataclass
+class _Known:
+    """What has been worked out for one strategy, by shape; void once its options or its budget are others."""
+
+    strategy: weakref.ref[Strategy]
+    options: StrategyOptions
+    budget: float | None
+    ready: dict[Shape, tuple[Strategy, list[Stage]]] = field(default_factory=dict)
+
+
+_KNOWN: dict[int, _Known] = {}  # by id: an author's class may have equality without a hash
+_SHAPES = 256  # that are remembered of each strategy
+
+
+def _ready(strategy: Strategy, shape: Shape) -> tuple[Strategy, list[Stage]]:
+    """The strategy bound to a shape and its stages, checked; a budget is solved once for each shape."""
+    key = id(strategy)
+    known = _KNOWN.get(key)
+    if (
+        known is None
+        or known.strategy() is not strategy
+        or known.options is not strategy.options
+        or known.budget != strategy.budget
+    ):
+        gone = weakref.ref(strategy, lambda _: _KNOWN.pop(key, None))
+        known = _KNOWN[key] = _Known(gone, strategy.options, strategy.budget)
+    ready = known.ready.get(shape)
+    if ready is None:
+        ready = _bound(strategy, shape)
+        while len(known.ready) >= _SHAPES:  # the oldest go
+            known.ready.pop(next(iter(known.ready)), None)
+        known.ready[shape] = ready
+    return ready
+
+
+def _bound(strategy: Strategy, shape: Shape) -> tuple[Strategy, list[Stage]]:
+    try:
+        with blamed_strategy(strategy.name, ": bind()"):
+            ready = strategy.bind(shape)
+    except BudgetError:  # where stages lie outside the model, that is the reason to tell
+        _check_layers(strategy, declared_stages(strategy, shape), shape)
+        raise
+    if not isinstance(ready, Strategy):
+        raise PluginError(f"strategy {strategy.name!r}: bind() gave {ready!r}; expected a strategy")
+    return ready, _checked_stages(ready, shape)
 
 
 def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:

@@ -49,7 +49,7 @@ def blamed_strategy(name: str, where: str) -> Iterator[None]:
 
     Args:
         name: of the strategy; an error about a plugin or the engine that names neither it nor a plugin is given it.
-        where: what is run, as it follows the strategy's name: ": fit()".
+        where: what is run, as it follows the strategy's name: ": bind()".
 
     Raises:
         PluginError: as `blamed`.

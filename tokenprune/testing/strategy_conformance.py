@@ -77,7 +77,7 @@ class StrategyConformance:
         examples: examples per invariant.
         budgets: budgets to try besides the options as they are.
         budget_slack: equivalent tokens that a row may stay below its budget (fewer than that many); None = not
-            checked. By default 1 for strategies that leave `fit` to the base class, which comes that close.
+            checked. By default 1 for strategies that leave the solving to the base class, which comes that close.
     """
 
     strategy: ClassVar[Any] = None

@@ -57,18 +57,18 @@ class Case:
         title: what the plugin does.
         source: of its module.
         when: when it is noticed: "load", "use", "run" or "after"; "adapter" and "data" where those run.
-        shown: the line of the plugin to show, if that says more than the title.
+        strict: whether it is noticed in strict mode only.
     """
 
     title: str
     source: str
     when: str
-    shown: str = ""
+    strict: bool = False
 
 
-def choosing(title: str, act: str, when: str = "run") -> Case:
+def choosing(title: str, act: str, when: str = "run", strict: bool = False) -> Case:
     """A strategy whose `choose` does that."""
-    return Case(title, STRATEGY.replace("{act}", act.replace("\n", "\n        ")), when, act)
+    return Case(title, STRATEGY.replace("{act}", act.replace("\n", "\n        ")), when, strict)
 
 
 def fixed(title: str, index: str) -> Case:
@@ -76,34 +76,31 @@ def fixed(title: str, index: str) -> Case:
     return choosing(title, f"return Keep(torch.tensor({index}).expand(batch, -1))")
 
 
-def acting(title: str, source: str, act: str, when: str = "run") -> Case:
+def acting(title: str, source: str, act: str, when: str = "run", strict: bool = False) -> Case:
     """A plugin of another kind that does that."""
-    return Case(title, source.replace("{act}", act), when, act)
+    return Case(title, source.replace("{act}", act), when, strict)
 
 
 CASES = (
     Case("cannot be imported", "import surely_not_installed\n", "load"),
     Case("is built for another version of the hooks", registering("bad", tokenprune_hook_api="2.0"), "load"),
-    Case("registers junk", registering("bad", target="a strategy"), "load", 'register("bad", "a strategy")'),
+    Case("registers junk", registering("bad", target="a strategy"), "load"),
     Case(
         "registers what is no strategy",
         registering("bad", target="collections:OrderedDict"),
         "use",
-        'register("bad", "collections:OrderedDict")',
     ),
     Case(
         "takes an argument that the hook does not have",
         registering("bad").replace("(register)", "(registry)"),
         "load",
-        "def tokenprune_register_strategies(registry):",
     ),
     Case(
         "declares reads that are none",
         STRATEGY.replace("HiddenStates())", "HiddenStates)").replace("{act}", "return Keep.top(tokens.attention, 3)"),
         "run",
-        'Stage("prune", 2, 3, (AttentionFrom("last"), HiddenStates))',
     ),
-    Case("takes a name that another package has", registering("uniform"), "use", 'register("uniform", …)'),
+    Case("takes a name that another package has", registering("uniform"), "use"),
     choosing("raises in `choose`", 'raise ValueError("nothing to choose from")'),
     choosing("answers with the wrong shape", "return Keep(torch.zeros(1, 3, dtype=torch.int64))"),
     choosing("answers with the wrong dtype", "return Keep(torch.ones(batch, 3))"),
@@ -123,19 +120,25 @@ CASES = (
     ),
     choosing("leaves the program", 'sys.exit("no weights found")'),
     choosing(
-        "changes a setting of PyTorch", "torch.set_default_dtype(torch.float64)\nreturn Keep.top(tokens.attention, 3)"
+        "changes a setting of PyTorch",
+        "torch.set_default_dtype(torch.float64)\nreturn Keep.top(tokens.attention, 3)",
+        strict=True,
     ),
     choosing("replaces its memory", "tokens.memory = {}\nreturn Keep.top(tokens.attention, 3)"),
-    choosing("writes to what it was lent", "return Keep.top(tokens.attention.mul_(2), 3)"),
+    choosing("modifies a tensor of Tokens in place", "return Keep.top(tokens.attention.mul_(2), 3)", strict=True),
     choosing("reads what it did not declare", "return Keep.top(tokens.embeddings.norm(dim=-1), 3)"),
-    choosing("keeps what it was lent", "self.kept = tokens.hidden\nreturn Keep.top(tokens.attention, 3)", "after"),
+    choosing(
+        "keeps a tensor of Tokens",
+        "self.kept = tokens.hidden\nreturn Keep.top(tokens.attention, 3)",
+        "after",
+        strict=True,
+    ),
     acting("fails as an observer", OBSERVER, 'raise OSError("No space left on device")'),
-    acting("writes to the run as an observer", OBSERVER, "run.state.active.fill_(True)"),
+    acting("modifies the run as an observer", OBSERVER, "run.state.active.fill_(True)", strict=True),
     Case(
         "has a hook that would never run",
         OBSERVER.replace("def", "async def"),
         "load",
-        "async def tokenprune_decision_taken(run, stage, decision):",
     ),
     acting("fails as an adapter", ADAPTER, 'return Marks(self.masks["image"], queries)', "adapter"),
     acting("marks numbers as an adapter", ADAPTER, "return Marks(torch.tensor([[2, 3, 4]]), queries)", "adapter"),
@@ -153,11 +156,11 @@ def misbehave(case: Case, folder: Path, check: Callable[[], None] = lambda: None
     return message
 
 
-def run(name: str, marked: bool = True) -> torch.Tensor:
+def run(name: str, marked: bool = True, strict: bool = False) -> torch.Tensor:
     """Logits of a tiny model under a strategy; image tokens are marked here, or by an adapter."""
     image = torch.zeros(2, 12, dtype=torch.bool)
     image[:, 2:8] = True
-    with torch.no_grad(), tp.prune(MODEL, tp.strategy(name), image_tokens=image if marked else None):
+    with torch.no_grad(), tp.prune(MODEL, tp.strategy(name), image_tokens=image if marked else None, strict=strict):
         logits: torch.Tensor = MODEL(torch.arange(24).reshape(2, 12)).logits
     return logits
 
@@ -178,7 +181,7 @@ def _message(case: Case) -> str:
             if case.when == "data":
                 tp.compare(FakeModel(), "bad", ["none"], limit=2, timing_samples=0)
             else:
-                run(name, marked=case.when != "adapter")
+                run(name, marked=case.when != "adapter", strict=case.strict)
     except tp.TokenPruneError as error:
         return f"{type(error).__name__}: {error}"
     (warning,) = told
@@ -187,42 +190,44 @@ def _message(case: Case) -> str:
 
 INTRO = """# Ways to misbehave
 
-What plugins do wrong is told with the name of the plugin and its package, or of the strategy and its stage; the model
-is as it was before, and other plugins work. These are real messages; `python tests/helpers/misbehaving.py` writes this
-page, and a test compares it with what really happens. In each case a package `bad-pack` is installed, whose plugin
-`plug` misbehaves.
+What a plugin does wrong is reported with its name and that of its package, or of the strategy and its stage; the model
+is left as it was before, and other plugins work. These are real messages, of a package `bad-pack` with a plugin `plug`;
+`python tests/helpers/misbehaving.py` writes this page, and a test compares it with what really happens.
 
-A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message, and
-`tokenprune.plugins.registry.broken_plugins()` gives it. A name that two packages register belongs to neither, and all
-others work. What goes wrong in a run is an exception; the hooks are taken off the model on the way out. What is raised
-by your own code inside `with tokenprune.prune(…)` is never taken for a plugin's, and memory that ran out
-(`torch.OutOfMemoryError`, `MemoryError`) passes as it is, so that you can catch it.
+A plugin that fails while it loads is set aside: `tokenprune list --plugins` shows it with the message. What goes wrong
+in a run is an exception. What is raised by your own code inside `with tokenprune.prune(…)` is never attributed to a
+plugin, and running out of memory (`torch.OutOfMemoryError`, `MemoryError`) passes as it is, so that you can catch it.
+
+## In every run
+"""
+
+STRICT = """## In strict mode
+
+What costs time to look for, or cannot harm others, is looked for by the [conformance kit](conformance.md), which your
+tests should run, and under `tokenprune.prune(…, strict=True)`.
 """
 
 OUTRO = """## What is not seen
 
-- Writes are told by PyTorch's count of in-place writes. Those through `.data`, or `.numpy()`, are not counted, nor
-  those to tensors of `torch.inference_mode()`. The [conformance kit](conformance.md) compares values, and sees them.
-- Keeping is told, once for each strategy class, where a tensor that was lent itself, or a view of it, is still alive
-  after the prefill. Copies are not seen, nor are tensors with gradients, which autograd may keep, nor what the vision
-  side lends, which may serve several prefills.
-- The engine itself holds none of it: when the last layer has run, `tokens.memory` is emptied and all states are
-  freed.
-- Of PyTorch's settings, the default type, whether gradients are recorded and whether algorithms are deterministic are
-  put back. Random numbers drawn from the global generator are not seen in a run; the conformance kit sees them.
-- A plugin is code of yours in your process. Nothing holds it back from changing a model's weights, from putting hooks
-  on it, from writing files or from never coming back.
+- Writes through `.data` or `.numpy()`, and writes to tensors of `torch.inference_mode()`: PyTorch does not count them.
+  The conformance kit compares values, and sees them; it also sees draws from the global random generator.
+- Copies that a plugin keeps. Tensors with gradients, which autograd may keep, and answers of the vision side, which may
+  serve several prefills, are left out too. Keeping is reported once for each strategy class.
+- A plugin is code that you run on purpose: nothing holds it back from changing a model's weights, writing files or
+  never returning.
 """
 
 
 def page() -> str:
     """The text of the page."""
     parts = [INTRO]
-    for number, case in enumerate(CASES, 1):
-        with tempfile.TemporaryDirectory() as folder:
-            message = misbehave(case, Path(folder))
-        shown = f'\n```text title="the plugin"\n{case.shown}\n```\n' if case.shown else ""
-        parts.append(f'## {number}. It {case.title}\n{shown}\n```text title="the message"\n{wrapped(message)}\n```\n')
+    for strict in (False, True):
+        parts += [STRICT] * strict
+        for case in CASES:
+            if case.strict is strict:
+                with tempfile.TemporaryDirectory() as folder:
+                    message = misbehave(case, Path(folder))
+                parts.append(f"It {case.title}:\n\n```text\n{wrapped(message)}\n```\n")
     return "\n".join([*parts, OUTRO])
 
 
@@ -239,5 +244,5 @@ def wrapped(text: str, width: int = 76) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     PAGE.write_text(page(), encoding="utf-8")

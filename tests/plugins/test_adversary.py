@@ -55,7 +55,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def run(strategy: Any, body: Callable[[], Any] = lambda: None, **marks: Any) -> torch.Tensor:
-    with torch.no_grad(), tp.prune(MODEL, strategy, **(marks or {"image_tokens": IMAGE})):
+    with torch.no_grad(), tp.prune(MODEL, strategy, **(marks or {"image_tokens": IMAGE}), strict=True):
         body()
         logits: torch.Tensor = MODEL(IDS).logits
     return logits
@@ -149,7 +149,10 @@ def test_memory_that_ran_out_and_interrupts_pass_as_they_are(error: BaseExceptio
         ),
         ({"stages": lambda *_: [Stage(None, 2, 3)]}, "found None as the name of a stage"),
         ({"stages": lambda *_: [Stage("a", 2, 3, None)]}, "stage 'a': None among its reads"),
-        ({"choose": lambda s, a, t: setattr(t, "memory", {})}, "assigns to tokens.memory, which is lent"),
+        (
+            {"choose": lambda s, a, t: setattr(t, "memory", {})},
+            "assigns to tokens.memory; Tokens cannot be assigned to",
+        ),
         ({"choose": lambda s, a, t: t.mark("row", t.text.long())}, r"tokens.mark('row') was given [2, 6] torch.int64"),
     ],
 )
@@ -165,7 +168,7 @@ def test_a_subclass_of_merge_is_a_merge_in_the_trace() -> None:
         pass
 
     strategy = type("Good", (Plain,), {"choose": lambda *_: Mine(INDEX, weights=WEIGHTS)})()
-    with torch.no_grad(), tp.prune(MODEL, strategy, image_tokens=IMAGE) as found:
+    with torch.no_grad(), tp.prune(MODEL, strategy, image_tokens=IMAGE, strict=True) as found:
         MODEL(IDS)
     assert found.trace.stages[0].kind == "merge"
 

@@ -65,7 +65,7 @@ def plug(kind: str, target: Any) -> None:
         (HOOK + CLASS, "bad_pack:Plug", "it is the class Plug, expected a module or an object"),
         ("", "bad pack!", 'its entry point is \'bad pack!\', expected "module" or "module:attribute"'),
         (
-            registering("x").replace("    reg", "    from tokenprune import registry as r; r.reset()\n    reg"),
+            registering("x").replace("    reg", "    from tokenprune.plugins import registry as r; r.reset()\n    reg"),
             "",
             "registry.reset() was called while plugins are being loaded",
         ),
@@ -202,7 +202,7 @@ IDS = torch.arange(24).reshape(2, 12)
 def run(body: Callable[[], Any] = lambda: None) -> list[list[int]]:
     image = torch.zeros(2, 12, dtype=torch.bool)
     image[:, 2:8] = True
-    with torch.no_grad(), tp.prune(MODEL, tp.strategy("fastv"), image_tokens=image) as found:
+    with torch.no_grad(), tp.prune(MODEL, tp.strategy("fastv"), image_tokens=image, strict=True) as found:
         body()
         MODEL(IDS)
     return found.trace.stages[0].kept
@@ -211,9 +211,9 @@ def run(body: Callable[[], Any] = lambda: None) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda run, decision: run.state.active.fill_(True), "a write to run.state.active"),
+        (lambda run, decision: run.prefill.state.active.fill_(True), "a write to run.prefill.state.active"),
         (lambda run, decision: decision.index.zero_(), "a write to decision.index"),
-        (lambda run, decision: setattr(run, "state", None), "a write to run.state"),
+        (lambda run, decision: setattr(run.prefill, "state", None), "a write to run.prefill.state"),
         (lambda run, decision: run.trace.stages.clear(), "a write to run.trace.stages"),
         (lambda run, decision: MODEL(IDS), "PluginError: the model was called while it waits"),
         (lambda run, decision: sys.exit(1), "SystemExit: 1"),

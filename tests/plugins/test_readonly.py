@@ -1,4 +1,4 @@
-"""What a strategy is lent: writing to it is an error, keeping it is told, and nothing else holds it after the run."""
+"""Strict mode: modifying a tensor of Tokens is an error, keeping one is told; nothing else holds it after the run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def strategy(act):
 
 
 def run(model, chosen):
-    with torch.no_grad(), tp.prune(model, chosen, image_tokens=IMAGE) as opened:
+    with torch.no_grad(), tp.prune(model, chosen, image_tokens=IMAGE, strict=True) as opened:
         model(IDS)
     return opened
 
@@ -73,7 +73,7 @@ def test_writing_to_what_is_lent_is_named_and_the_model_is_as_before(model, name
         with pytest.raises(PluginError) as caught:
             run(model, strategy(WRITES[name]))
         assert str(caught.value).startswith(
-            f"strategy 'borrower', stage 'prune': choose() wrote to tokens.{name}, which is lent; expected it unchanged"
+            f"strategy 'borrower', stage 'prune': choose() modified tokens.{name} in place; tensors of Tokens are"
         )
         assert torch.equal(model(IDS).logits, before)
         assert run(model, tp.strategy("fastv")).trace.stages
@@ -83,7 +83,7 @@ def test_a_part_of_a_composition_is_held_to_it_too(model):
     def halve(self, tokens):
         tokens.attention.mul_(0.5)
 
-    with pytest.raises(PluginError, match=r"choose\(\) wrote to tokens.attention"):
+    with pytest.raises(PluginError, match=r"choose\(\) modified tokens.attention in place"):
         run(model, tp.Sequence(tp.strategy("uniform", keep=0.9), strategy(halve)))
 
 
@@ -166,7 +166,7 @@ def test_inference_mode_runs_without_the_check(model):
     def write(self, tokens):
         tokens.hidden.zero_()
 
-    with torch.inference_mode(), tp.prune(model, strategy(write), image_tokens=IMAGE) as opened:
+    with torch.inference_mode(), tp.prune(model, strategy(write), image_tokens=IMAGE, strict=True) as opened:
         model(IDS)
     assert len(opened.trace.stages) == 2
 

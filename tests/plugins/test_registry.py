@@ -243,13 +243,13 @@ def test_observers_are_called_and_a_failing_one_is_named() -> None:
         def tokenprune_prefill_done(self, run: Any) -> None:
             raise RuntimeError("lost")
 
-    observers.tokenprune_prefill_done(run=1)
+    observers.notify("tokenprune_prefill_done", run=1)
     registry.register_plugin(Observer(), name="observer")
-    observers.tokenprune_prefill_done(run=2)
+    observers.notify("tokenprune_prefill_done", run=2)
     assert seen == [2]
     registry.register_plugin(Failing(), name="failing")
     with pytest.raises(PluginError, match=r"'failing'.*tokenprune_prefill_done failed with RuntimeError: lost"):
-        observers.tokenprune_prefill_done(run=3)
+        observers.notify("tokenprune_prefill_done", run=3)
 
 
 def test_entry_points_of_the_distribution_are_the_documented_ones() -> None:

@@ -115,6 +115,7 @@ class TokensLeft(Tokens):
             provide=lambda read: left.read(whole, read),
             mark=whole.mark,
             stages=stages,
+            strict=whole.strict,
         )
 
     @cached_property

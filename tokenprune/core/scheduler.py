@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,21 +26,8 @@ from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.core.validation import check_decision, check_target
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed_strategy
-from tokenprune.plugins.readonly import Loans
+from tokenprune.plugins.readonly import LeakDetector
 from tokenprune.utils.torch_state import same_settings
-
-
-class Observer(Protocol):
-    """What the scheduler tells of a run; the module `tokenprune.plugins.observers` is one."""
-
-    def tokenprune_stage_entered(self, *, run: Any, stage: Stage) -> Any:
-        """A stage begins."""
-
-    def tokenprune_decision_taken(self, *, run: Any, stage: StageTrace, decision: Decision) -> Any:
-        """A stage's decision was carried out."""
-
-    def tokenprune_prefill_done(self, *, run: Any) -> Any:
-        """The last layer of a prefill has run."""
 
 
 class TokenScheduler(ABC):
@@ -65,19 +53,21 @@ class TokenScheduler(ABC):
         model: str,
         tower_layers: int = 0,
         heads: int = 0,
-        observer: Observer | None = None,
+        tell: Callable[..., None] | None = None,
         seed: int = 0,
+        strict: bool = False,
     ) -> None:
         """Raises IncompatibleError where a stage reads what this scheduler cannot provide; see also `planning.plan`."""
         counts = layout.counts.tolist()
         others = (layout.valid.sum(1) - layout.counts).tolist()
         shapes = [Shape(layers, n, t, tower_layers, self.offers(), heads) for n, t in zip(counts, others, strict=True)]
-        self.model, self.layout, self.layers, self.observer, self.seed = model, layout, layers, observer, seed
+        self.model, self.layout, self.layers, self.seed, self.strict = model, layout, layers, seed, strict
+        self._tell = tell or _nobody
         self.strategy, self.planned = plan(strategy, shapes)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
-        self._loans = Loans()
+        self._leaks = LeakDetector()
         policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
         with blamed_strategy(self.strategy.name, ": __repr__()"):
@@ -131,35 +121,22 @@ class TokenScheduler(ABC):
         ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows, ahead))
 
     def finish(self) -> None:
-        """The last layer has run: tell the observer, empty the memory."""
-        if self.observer is not None:
-            self.observer.tokenprune_prefill_done(run=self)
+        """The last layer has run: tell observers, empty the memory."""
+        self._tell("tokenprune_prefill_done")
+        self._tell = _nobody  # whoever listened holds this prefill: no cycle of references
         for planned in self.planned:
             planned.group.memory.clear()
-        self._loans.warn_of_kept(self.strategy)
+        self._leaks.warn_of_kept(self.strategy)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _take(self, planned: PlannedStage) -> None:
         stage, group, name = planned.stage, planned.group, self.strategy.name
-        if self.observer is not None:
-            self.observer.tokenprune_stage_entered(run=self, stage=stage)
-        target = planned.target.to(self.state.exists.device)
+        self._tell("tokenprune_stage_entered", stage=stage)
         before = self.state if group.whole else self.state.only(group.rows, group.size)
-        tokens = self._view(planned, before, target)
-        who = f"strategy {name!r}, stage {stage.name!r}"
-        with (
-            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; put it back before it returns")),
-            blamed_strategy(name, f", stage {stage.name!r}"),
-        ):
-            answer = group.strategy.choose(stage, tokens)
-        tokens.check_unwritten(name)
-        for read, value in tokens.given().items():
-            if self.owns(read):
-                self._loans.note(stage.name, read.field, value)
-        del tokens
-        width, dtype = self.width, self.dtype
-        decision = check_decision(answer, before, who=name, stage=stage.name, width=width, dtype=dtype)
+        target = planned.target.to(before.exists.device)
+        answer = self._chosen(planned, self._view(planned, before, target))
+        decision = check_decision(answer, before, who=name, stage=stage.name, width=self.width, dtype=self.dtype)
         state = before.after(decision)
         check_target(state, target, who=name, stage=stage.name)
         values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
@@ -169,6 +146,24 @@ class TokenScheduler(ABC):
         self._counts = tuple(self.state.active.sum(1).tolist())
         self.settle(planned)
         self._record(stage, group, decision)
+
+    def _chosen(self, planned: PlannedStage, tokens: Tokens) -> Any:
+        """What the strategy answers; what goes wrong in its code carries its name."""
+        stage, strategy, name = planned.stage, planned.group.strategy, self.strategy.name
+        with blamed_strategy(name, f", stage {stage.name!r}"):
+            if not self.strict:
+                return strategy.choose(stage, tokens)
+        who = f"strategy {name!r}, stage {stage.name!r}"
+        with (
+            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; put it back before it returns")),
+            blamed_strategy(name, f", stage {stage.name!r}"),
+        ):
+            answer = strategy.choose(stage, tokens)
+        tokens.check_unwritten(name)
+        for read, value in tokens.given().items():
+            if self.owns(read):
+                self._leaks.note(stage.name, read.field, value)
+        return answer
 
     def policy(self, stage: Stage) -> Positions:
         """The position policy from a stage on."""
@@ -210,6 +205,7 @@ class TokenScheduler(ABC):
             reads=planned.stage.reads,
             provide=partial(self._provided, group, state.exists),
             mark=partial(self._mark, group),
+            strict=self.strict,
         )
 
     def _provided(self, group: RowGroup, exists: Tensor, read: Read) -> Any:
@@ -257,11 +253,14 @@ class TokenScheduler(ABC):
             None if group.whole else group.rows.to(state.exists.device),
         )
         self.trace.stages.append(record)
-        if self.observer is not None:
-            self.observer.tokenprune_decision_taken(run=self, stage=record, decision=decision)
+        self._tell("tokenprune_decision_taken", stage=record, decision=decision)
 
     def _check_reads(self) -> None:
         for planned in self.planned:
             error = misfit(self.strategy.name, self.model, planned.stage.reads, self.offers())
             if error is not None:
                 raise error
+
+
+def _nobody(hook: str, **what: Any) -> None:
+    """Listens where nobody does."""

@@ -13,7 +13,7 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Read
 from tokenprune.core.state import TokenState
 from tokenprune.errors import PluginError, nearest
-from tokenprune.plugins.readonly import Lent
+from tokenprune.plugins.readonly import ReadOnlyTensors
 
 if TYPE_CHECKING:
     from tokenprune.core.stage import Stage
@@ -56,6 +56,7 @@ class Tokens:
         provide: Callable[[Read], Any],
         mark: Callable[[str, Tensor], None],
         stages: Sequence[Stage] = (),
+        strict: bool = False,
     ) -> None:
         self.exists, self.active, self.parked, self.mass = state.exists, state.active, state.parked, state.mass
         self.origin, self.lineage = state.origin, state.lineage
@@ -63,15 +64,15 @@ class Tokens:
         self.target, self.memory, self.mark, self.stages = target, memory, mark, stages
         self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide
         self._known: dict[Read, Any] = {}
-        self._lent = Lent()
+        self._shown = ReadOnlyTensors() if strict else None
         for name in ("exists", "active", "parked", "mass", "origin", "lineage", "target"):
-            self._lent.add(name, getattr(self, name))
-        self._is_lent = True
+            self._show(name, getattr(self, name))
+        self._is_made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_is_lent" in self.__dict__ and not name.startswith("_"):
+        if "_is_made" in self.__dict__ and not name.startswith("_"):
             how = "; put what a later stage needs into it: tokens.memory['name'] = …" if name == "memory" else ""
-            raise PluginError(f"stage {self._stage!r} assigns to tokens.{name}, which is lent, and would be lost{how}")
+            raise PluginError(f"stage {self._stage!r} assigns to tokens.{name}; Tokens cannot be assigned to{how}")
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -100,12 +101,22 @@ class Tokens:
             raise PluginError(f"stage {self._stage!r} reads {read!r} without declaring it; add it to the stage's reads")
         if read not in self._known:
             self._known[read] = self._provide(read)
-            self._lent.add(read.field, self._known[read])
+            self._show(read.field, self._known[read])
         return self._known[read]
 
+    def _show(self, name: str, value: Any) -> None:
+        if self._shown is not None:
+            self._shown.add(name, value)
+
+    @property
+    def strict(self) -> bool:
+        """Whether in-place writes are looked for, as `prune(..., strict=True)` asks."""
+        return self._shown is not None
+
     def check_unwritten(self, who: str) -> None:
-        """Raise PluginError, naming the strategy `who`, where a tensor that was lent has been written to."""
-        self._lent.check_unwritten(who, self._stage)
+        """Raise PluginError, naming the strategy `who`, where it is strict and a tensor has been written to."""
+        if self._shown is not None:
+            self._shown.check_unwritten(who, self._stage)
 
     def given(self) -> dict[Read, Any]:
         """What was read so far."""

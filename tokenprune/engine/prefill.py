@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from tokenprune.core.reads import (
     TextStates,
 )
 from tokenprune.core.schedule import PlannedStage
-from tokenprune.core.scheduler import Observer, TokenScheduler
+from tokenprune.core.scheduler import TokenScheduler
 from tokenprune.core.state import spread_rows
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine.attention_tap import Seen
@@ -52,8 +52,9 @@ class Prefill(TokenScheduler):
         decoder: Decoder,
         *,
         vision: VisionSource | None = None,
-        observer: Observer | None = None,
+        tell: Callable[..., None] | None = None,
         seed: int = 0,
+        strict: bool = False,
     ) -> None:
         self.decoder, self.vision = decoder, vision or VisionSource()
         super().__init__(
@@ -63,8 +64,9 @@ class Prefill(TokenScheduler):
             model=type(decoder.module).__name__,
             tower_layers=self.vision.layers,
             heads=decoder.heads,
-            observer=observer,
+            tell=tell,
             seed=seed,
+            strict=strict,
         )
         self.frames: list[Frame | None] = []
         self.lengths: list[Tensor | None] = []

@@ -22,7 +22,6 @@ from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.session import PruningRun
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
-from tokenprune.plugins import observers
 
 
 @contextmanager
@@ -39,6 +38,7 @@ def prune(
     seed: int = 0,
     wait: bool | float = False,
     threads: Literal["any", "own"] = "any",
+    strict: bool = False,
 ) -> Iterator[PruningRun]:
     """Prune image tokens in every prefill of `model` while the context is open.
 
@@ -60,6 +60,9 @@ def prune(
         threads: whose calls of the model are pruned. "any": those of all threads, one at a time, as where `generate`
             streams from a worker thread. "own": those of this thread. What is not pruned runs as if there were no
             context; so do `segment` and `answer` in other threads always.
+        strict: whether to police plugins, for their authors: tensors of `Tokens` that a strategy modifies in place or
+            keeps after the prefill, settings of PyTorch that it changes, what observers write to the run. The
+            conformance kits do so always.
 
     Yields:
         The run; `run.trace` tells what the latest prefill did.
@@ -103,19 +106,19 @@ def prune(
             later=later,
             missed=missed,
             vision=source,
-            observer=observers,
             seed=seed,
+            strict=strict,
         )
         with concerning(concerns):
             stack.enter_context(whole_prompts(whole, lambda: not run.never_prunes()))
             stack.enter_context(run.attached())
         try:
-            observers.tokenprune_run_started(run=run)
+            run.tell("tokenprune_run_started")
             yield run
         except BaseException:
             try:
-                observers.tokenprune_run_finished(run=run)
+                run.tell("tokenprune_run_finished")
             except PluginError as wrong:  # the error on its way is the one to tell
                 warnings.warn(str(wrong), PluginWarning, stacklevel=3)
             raise
-        observers.tokenprune_run_finished(run=run)
+        run.tell("tokenprune_run_finished")

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LaterTurn
 from tokenprune.core.requirements import TYPICAL_TOKENS
-from tokenprune.core.scheduler import Observer
 from tokenprune.core.stage import Shape, declared_stages
+from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
@@ -41,6 +42,7 @@ from tokenprune.engine.kv_cache import (
 from tokenprune.engine.positions import renumber_step
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
+from tokenprune.plugins.observers import notify
 
 
 class PruningRun:
@@ -59,11 +61,11 @@ class PruningRun:
         later: Callable[[], Tensor | None] | None = None,
         missed: Callable[[], bool] | None = None,
         vision: VisionSource | None = None,
-        observer: Observer | None = None,
         seed: int = 0,
+        strict: bool = False,
     ) -> None:
-        self.decoder, self.strategy = decoder, strategy
-        self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
+        self.decoder, self.strategy, self.strict = decoder, strategy, strict
+        self._marks, self._later, self._vision, self._seed = marks, later, vision, seed
         self._missed = missed or (lambda: False)
         self._lease = Lease()
         self._turn = threading.RLock()
@@ -79,9 +81,38 @@ class PruningRun:
         Raises:
             EngineError: none has run yet.
         """
-        if self._latest is None:
+        return self._known().trace
+
+    @property
+    def prefill(self) -> Prefill | None:
+        """The prefill under way, as observers see it, or else the latest one that counts; None before the first."""
+        call = self._call
+        return self._latest if call is None or call.prefill is None else call.prefill
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """Where image tokens, text and padding of that prefill stand; EngineError where none has run."""
+        return self._known().layout
+
+    @property
+    def state(self) -> TokenState:
+        """Which image tokens of that prefill are active, parked or dropped; EngineError where none has run."""
+        return self._known().state
+
+    @property
+    def model(self) -> str:
+        """The name of the decoder's class."""
+        return type(self.decoder.module).__name__
+
+    def tell(self, hook: str, **what: Any) -> None:
+        """Call a lifecycle hook of all plugins; see `plugins.observers.notify`."""
+        notify(hook, strict=self.strict, run=self, **what)
+
+    def _known(self) -> Prefill:
+        found = self.prefill
+        if found is None:
             raise EngineError("no prefill has run in this context yet, so there is no trace; call the model first")
-        return self._latest.trace
+        return found
 
     # around the calls ------------------------------------------------------------------------------------------------
 
@@ -187,7 +218,13 @@ class PruningRun:
             return
         layout = self._marks().layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
-            self.strategy, layout, self.decoder, vision=self._vision, observer=self._observer, seed=self._seed
+            self.strategy,
+            layout,
+            self.decoder,
+            vision=self._vision,
+            tell=self.tell,
+            seed=self._seed,
+            strict=self.strict,
         )
         prefill.deepstack, call.deepstack = call.deepstack, None
         if prefill.planned:

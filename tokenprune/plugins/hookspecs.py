@@ -97,7 +97,11 @@ def tokenprune_register_commands(register: Register) -> None:
 
 @hookspec
 def tokenprune_run_started(run: Any) -> None:
-    """A pruning context was opened. `run` is the object that `with tokenprune.prune(...) as run` gives."""
+    """A pruning context was opened.
+
+    Args:
+        run: here and in all other hooks, the object that `with tokenprune.prune(...) as run` gives.
+    """
 
 
 @hookspec
@@ -105,7 +109,7 @@ def tokenprune_stage_entered(run: Any, stage: Any) -> None:
     """A stage begins and nothing is chosen yet.
 
     Args:
-        run: the prefill: `run.strategy`, `run.model` (its name), `run.layout`, `run.state` (the tokens), `run.trace`.
+        run: the context; `run.prefill` is the prefill, `run.state` its tokens, `run.trace` what has happened so far.
         stage: the `Stage` as the strategy declared it.
     """
 
@@ -115,7 +119,7 @@ def tokenprune_decision_taken(run: Any, stage: Any, decision: Any) -> None:
     """A stage's decision was checked and carried out.
 
     Args:
-        run: the prefill, as above; `run.state` holds the tokens after the decision.
+        run: the context; `run.state` holds the tokens after the decision.
         stage: what the trace says of the stage (`StageTrace`).
         decision: the validated `Keep`, `Restore` or `Merge` for every row of the batch.
     """
@@ -128,4 +132,4 @@ def tokenprune_prefill_done(run: Any) -> None:
 
 @hookspec
 def tokenprune_run_finished(run: Any) -> None:
-    """The context was left, with or without an exception; `run` is what `tokenprune_run_started` was given."""
+    """The context was left, with or without an exception."""

@@ -8,36 +8,16 @@ from typing import Any
 from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed, brief
-from tokenprune.plugins.readonly import Lent
+from tokenprune.plugins.readonly import ReadOnlyTensors
 
 
-def tokenprune_run_started(*, run: Any) -> None:
-    """A pruning context was opened. Raises PluginError as `notify` does, like all the others."""
-    notify("tokenprune_run_started", run=run)
-
-
-def tokenprune_stage_entered(*, run: Any, stage: Any) -> None:
-    """A stage begins."""
-    notify("tokenprune_stage_entered", run=run, stage=stage)
-
-
-def tokenprune_decision_taken(*, run: Any, stage: Any, decision: Any) -> None:
-    """A stage's decision was carried out."""
-    notify("tokenprune_decision_taken", run=run, stage=stage, decision=decision)
-
-
-def tokenprune_prefill_done(*, run: Any) -> None:
-    """The last layer of a prefill has run."""
-    notify("tokenprune_prefill_done", run=run)
-
-
-def tokenprune_run_finished(*, run: Any) -> None:
-    """The context was left."""
-    notify("tokenprune_run_finished", run=run)
-
-
-def notify(hook: str, **arguments: Any) -> None:
+def notify(hook: str, *, strict: bool = False, **arguments: Any) -> None:
     """Call a lifecycle hook of every plugin that implements it.
+
+    Args:
+        hook: its name.
+        strict: whether to look for writes to what observers are shown.
+        arguments: of the hook.
 
     Raises:
         PluginError: an observer raised, or wrote to what it was shown; names the first such plugin and its package,
@@ -48,7 +28,7 @@ def notify(hook: str, **arguments: Any) -> None:
     if not implementations:
         return
     failed: PluginError | None = None
-    shown = _Shown(arguments)
+    shown = _Shown(arguments) if strict else None
     for plugin in [implementation.plugin for implementation in reversed(implementations)]:
         others = [other for other in manager.get_plugins() if other is not plugin]
 
@@ -62,7 +42,7 @@ def notify(hook: str, **arguments: Any) -> None:
                 manager.subset_hook_caller(hook, others)(**arguments)
         except TokenPruneError as error:
             failed = failed or (error if isinstance(error, PluginError) and error.plugin else _named(refuse, error))
-        written = shown.written()
+        written = None if shown is None else shown.written()
         if written is not None:
             failed = failed or refuse(f"a write to {written}, which it was only shown (work on a clone)")
             break
@@ -80,11 +60,14 @@ class _Shown:
     """What observers see of a run and of a decision, and could write to."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._run: dict[str, Any] = getattr(arguments["run"], "__dict__", {})
-        self._parts = {name: self._run[name] for name in ("state", "trace", "layout", "strategy") if name in self._run}
+        self._prefill = getattr(arguments["run"], "prefill", None)
+        of_prefill: dict[str, Any] = {} if self._prefill is None else vars(self._prefill)
+        self._parts = {
+            name: of_prefill[name] for name in ("state", "trace", "layout", "strategy") if name in of_prefill
+        }
         self._stages = list(getattr(self._parts.get("trace"), "stages", ()))
-        self._tensors = Lent()
-        holders = {"run.state": self._parts.get("state"), "decision": arguments.get("decision")}
+        self._tensors = ReadOnlyTensors()
+        holders = {"run.prefill.state": self._parts.get("state"), "decision": arguments.get("decision")}
         for name, holder in holders.items():
             for key, value in vars(holder).items() if holder is not None else ():
                 self._tensors.add(f"{name}.{key}", value)
@@ -93,9 +76,9 @@ class _Shown:
         """The name of what was written to, or None; parts of the run are put back."""
         found = self._tensors.written()
         for name, part in self._parts.items():
-            if self._run[name] is not part:
-                self._run[name] = part
-                found = f"run.{name}"
+            if getattr(self._prefill, name) is not part:
+                setattr(self._prefill, name, part)
+                found = f"run.prefill.{name}"
         trace = self._parts.get("trace")
         if trace is not None and list(map(id, trace.stages)) != list(map(id, self._stages)):
             trace.stages[:] = self._stages

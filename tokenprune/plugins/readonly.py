@@ -1,9 +1,9 @@
-"""What a stage lends to a strategy: tensors that must come back as they were, and must not be kept after the prefill.
+"""Tensors that plugins are shown: whether one was modified in place, and whether one is kept after the prefill.
 
-Both are told from what PyTorch counts anyway: a tensor's version, which every in-place write raises (through views and
-`detach()` too), and whether the tensor is still alive. Writes through `.data`, `.numpy()` or to tensors of inference
-mode are not counted (the conformance kit, which compares values, sees them), and copies that a plugin makes and keeps
-are not seen.
+Looked for under `prune(..., strict=True)` and in the conformance kits. Both are told from what PyTorch counts anyway: a
+tensor's version, which every in-place write raises (through views and `detach()` too), and whether the tensor is still
+alive. Writes through `.data`, `.numpy()` or to tensors of inference mode are not counted (the conformance kit, which
+compares values, sees them), and copies that a plugin makes and keeps are not seen.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tokenprune.errors import PluginError, PluginWarning
 
 
 @dataclass
-class Lent:
-    """The tensors that one stage has lent so far, by the attribute of `Tokens` that they are."""
+class ReadOnlyTensors:
+    """Tensors that plugins may read only, by the name that they are known by."""
 
     tensors: list[tuple[str, Tensor, int]] = field(default_factory=list)
 
@@ -49,13 +49,13 @@ class Lent:
         name = self.written()
         if name is not None:
             raise PluginError(
-                f"strategy {who!r}, stage {stage!r}: choose() wrote to tokens.{name}, which is lent; expected it "
-                f"unchanged (use an out-of-place operation, or work on tokens.{name}.clone())"
+                f"strategy {who!r}, stage {stage!r}: choose() modified tokens.{name} in place; tensors of Tokens are "
+                f"read-only (work on tokens.{name}.clone())"
             )
 
 
-class Loans:
-    """Weak references to what a prefill has lent, to tell what is still held once it is over."""
+class LeakDetector:
+    """Weak references to what a prefill has shown, to tell what is still held once it is over."""
 
     _told: ClassVar[weakref.WeakSet[type]] = weakref.WeakSet()
 
@@ -63,13 +63,13 @@ class Loans:
         self._open: list[tuple[str, str, weakref.ref[Tensor]]] = []
 
     def note(self, stage: str, name: str, value: Any) -> None:
-        """Watch what a stage lent. Tensors with gradients are left out: autograd may keep them."""
+        """Watch what a stage has shown. Tensors with gradients are left out: autograd may keep them."""
         for tensor in _tensors(value):
             if not tensor.requires_grad:
                 self._open.append((stage, name, weakref.ref(tensor)))
 
     def warn_of_kept(self, strategy: Any) -> None:
-        """Warn, once for each class of strategies, where something lent is still alive."""
+        """Warn, once for each class of strategies, where some of it is still alive."""
         if type(strategy) in self._told or not any(tensor() is not None for _, _, tensor in self._open):
             return
         gc.collect()  # what hangs in a cycle of references is not kept

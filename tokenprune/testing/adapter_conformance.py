@@ -180,7 +180,7 @@ class AdapterConformance:
         never = {*(self._model.generation_config.suppress_tokens or ())}
         never |= {*inputs["input_ids"][layout.image_tokens].tolist()}  # an answer in random words may hold any token
         options |= {"max_new_tokens": 3, "min_new_tokens": 3, "suppress_tokens": sorted(never)}
-        with torch.no_grad(), prune(self._model, script):
+        with torch.no_grad(), prune(self._model, script, strict=True):
             made = self._model.generate(**inputs, **options)
         longer = self.longer(inputs, made.sequences[:, start:])
         grown = SequenceLayout.from_mask(
@@ -198,7 +198,7 @@ class AdapterConformance:
         if text is None:
             pytest.skip("text() gives no prompt without images")
         expected = self._untouched(text)
-        with torch.no_grad(), prune(self._model, self._keeping()):
+        with torch.no_grad(), prune(self._model, self._keeping(), strict=True):
             self.output(self._model, self._all)
             assert torch.equal(self.output(self._model, text), expected)
 
@@ -260,12 +260,12 @@ class AdapterConformance:
 
     @torch.no_grad()
     def _pruned(self, inputs: Mapping[str, Any], strategy: Strategy) -> Tensor:
-        with prune(self._model, strategy):
+        with prune(self._model, strategy, strict=True):
             return self.output(self._model, inputs)
 
     @torch.no_grad()
     def _layout(self, inputs: Mapping[str, Any]) -> SequenceLayout:
-        with prune(self._model, Scripted([])) as run:
+        with prune(self._model, Scripted([]), strict=True) as run:
             self.output(self._model, inputs)
         return run.trace.layout
 

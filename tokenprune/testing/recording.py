@@ -199,6 +199,7 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: i
                 image_number=prompt.number,
                 vision=vision,
                 seed=seed,
+                strict=True,
             )
         )
         first = stack(

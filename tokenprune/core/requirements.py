@@ -27,7 +27,9 @@ DECODER_READS: frozenset[type[Read]] = frozenset(
 TYPICAL_TOKENS = 576  # what stages are asked with where the number of image tokens is not known yet (LLaVA-1.5's)
 
 
-def misfit(strategy: str, model: str, reads: Iterable[Read], offers: frozenset[type[Read]]) -> IncompatibleError | None:
+def incompatibility(
+    strategy: str, model: str, reads: Iterable[Read], offers: frozenset[type[Read]]
+) -> IncompatibleError | None:
     """The error that tells which reads a model does not offer, or None."""
     kinds = {type(read) for read in reads if type(read) not in offers}
     if not kinds:
@@ -76,7 +78,7 @@ def check_fit(strategy: Strategy, model: str, shape: Shape, *, multimodal_rope: 
             that the model does not fit (by raising it from `stages`: too few layers, too few heads).
     """
     reads = _reads(strategy, shape)
-    error = misfit(strategy.name, model, reads, shape.readable or frozenset())
+    error = incompatibility(strategy.name, model, reads, shape.readable or frozenset())
     if error is not None:
         raise error
     if multimodal_rope and strategy.positions == "renumber":

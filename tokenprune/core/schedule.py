@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.requirements import incompatibility
 from tokenprune.core.stage import Shape, Stage, declared_stages
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.errors import BudgetError, PluginError
@@ -60,18 +61,24 @@ class PlannedStage:
     group: RowGroup
 
 
-def plan(strategy: Strategy, shapes: list[Shape]) -> tuple[Strategy, list[PlannedStage]]:
+def plan(strategy: Strategy, shapes: list[Shape], model: str = "") -> tuple[Strategy, list[PlannedStage]]:
     """Bind the strategy to the batch's shapes and line up the rows' stages.
 
     Rows whose stages begin at different layers, as budgets may want it for rows of different sizes, form groups.
+
+    Args:
+        strategy: with a budget or without.
+        shapes: of the batch rows.
+        model: its name, for messages.
 
     Returns the strategy bound to the row with most image tokens, and the stages of all groups in the order of layers.
 
     Raises:
         PluginError: stages out of order or out of the model.
         BudgetError: a budget that cannot be met on one of the shapes.
+        IncompatibleError: a stage reads what the model does not provide.
     """
-    bound = {shape: _ready(strategy, shape) for shape in shapes}
+    bound = {shape: _ready(strategy, shape, model) for shape in shapes}
     widest = max(shapes, key=lambda shape: shape.image_tokens)
     leader, stages = bound[widest]
     if widest.image_tokens == 0:
@@ -118,7 +125,7 @@ _KNOWN: dict[int, _Known] = {}  # by id: an author's class may have equality wit
 _SHAPES = 256  # that are remembered of each strategy
 
 
-def _ready(strategy: Strategy, shape: Shape) -> tuple[Strategy, list[Stage]]:
+def _ready(strategy: Strategy, shape: Shape, model: str) -> tuple[Strategy, list[Stage]]:
     """The strategy bound to a shape and its stages, checked; a budget is solved once for each shape."""
     key = id(strategy)
     known = _KNOWN.get(key)
@@ -132,14 +139,14 @@ def _ready(strategy: Strategy, shape: Shape) -> tuple[Strategy, list[Stage]]:
         known = _KNOWN[key] = _Known(gone, strategy.options, strategy.budget)
     ready = known.ready.get(shape)
     if ready is None:
-        ready = _bound(strategy, shape)
+        ready = _bound(strategy, shape, model)
         while len(known.ready) >= _SHAPES:  # the oldest go
             known.ready.pop(next(iter(known.ready)), None)
         known.ready[shape] = ready
     return ready
 
 
-def _bound(strategy: Strategy, shape: Shape) -> tuple[Strategy, list[Stage]]:
+def _bound(strategy: Strategy, shape: Shape, model: str) -> tuple[Strategy, list[Stage]]:
     try:
         with blamed_strategy(strategy.name, ": bind()"):
             ready = strategy.bind(shape)
@@ -148,7 +155,13 @@ def _bound(strategy: Strategy, shape: Shape) -> tuple[Strategy, list[Stage]]:
         raise
     if not isinstance(ready, Strategy):
         raise PluginError(f"strategy {strategy.name!r}: bind() gave {ready!r}; expected a strategy")
-    return ready, _checked_stages(ready, shape)
+    stages = _checked_stages(ready, shape)
+    if shape.readable is not None:
+        reads = [read for stage in stages for read in stage.reads]
+        wrong = incompatibility(strategy.name, model, reads, shape.readable)
+        if wrong is not None:
+            raise wrong
+    return ready, stages
 
 
 def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:

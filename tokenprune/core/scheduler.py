@@ -16,7 +16,6 @@ from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import Read
-from tokenprune.core.requirements import misfit
 from tokenprune.core.schedule import PlannedStage, RowGroup, plan
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.state import TokenState
@@ -63,7 +62,7 @@ class TokenScheduler(ABC):
         shapes = [Shape(layers, n, t, tower_layers, self.offers(), heads) for n, t in zip(counts, others, strict=True)]
         self.model, self.layout, self.layers, self.seed, self.strict = model, layout, layers, seed, strict
         self._tell = tell or _nobody
-        self.strategy, self.planned = plan(strategy, shapes)
+        self.strategy, self.planned = plan(strategy, shapes, model)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
@@ -73,7 +72,6 @@ class TokenScheduler(ABC):
         with blamed_strategy(self.strategy.name, ": __repr__()"):
             told = repr(self.strategy)
         self.trace = Trace(told, policies, layout, exists, ledger)
-        self._check_reads()
 
     # where states live -----------------------------------------------------------------------------------------------
 
@@ -254,12 +252,6 @@ class TokenScheduler(ABC):
         )
         self.trace.stages.append(record)
         self._tell("tokenprune_decision_taken", stage=record, decision=decision)
-
-    def _check_reads(self) -> None:
-        for planned in self.planned:
-            error = misfit(self.strategy.name, self.model, planned.stage.reads, self.offers())
-            if error is not None:
-                raise error
 
 
 def _nobody(hook: str, **what: Any) -> None:

@@ -63,6 +63,9 @@ class TokenScheduler(ABC):
         self.model, self.layout, self.layers, self.seed, self.strict = model, layout, layers, seed, strict
         self._tell = tell or _nobody
         self.strategy, self.planned = plan(strategy, shapes, model)
+        self._due: dict[int, list[PlannedStage]] = {}
+        for planned in self.planned:
+            self._due.setdefault(planned.stage.layer, []).append(planned)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
         self._counts = tuple(counts)
@@ -102,7 +105,7 @@ class TokenScheduler(ABC):
 
     def due(self, layer: int) -> list[PlannedStage]:
         """The stages that begin at `layer`."""
-        return [planned for planned in self.planned if planned.stage.layer == layer]
+        return self._due.get(layer, [])
 
     def reads_before(self, layer: int) -> set[Read]:
         """Reads of the stages that begin at `layer`."""

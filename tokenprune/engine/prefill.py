@@ -68,6 +68,11 @@ class Prefill(TokenScheduler):
             seed=seed,
             strict=strict,
         )
+        self._taps = {
+            layer - 1: reads
+            for layer in self._due
+            if (reads := [read for read in self.reads_before(layer) if read.looks_back])
+        }
         self.frames: list[Frame | None] = []
         self.lengths: list[Tensor | None] = []
         self._ids: Tensor | None = None
@@ -234,7 +239,7 @@ class Prefill(TokenScheduler):
 
     def taps(self, layer: int) -> list[Read]:
         """Reads that `layer` has to answer: those of the stage that begins after it."""
-        return [read for read in self.reads_before(layer + 1) if read.looks_back]
+        return self._taps.get(layer, [])
 
     def see(self, layer: int, seen: Seen, reads: Sequence[Read] | None = None) -> None:
         """Callback of the attention tap in `layer`: answer its reads, or these."""

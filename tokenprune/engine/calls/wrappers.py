@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -33,9 +32,10 @@ def uncompiled(thing: Any) -> Any:
     return thing
 
 
-def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules of a model but the wrappers of `torch.compile`, which answer as what they hold does."""
-    return (module for module in model.modules() if not _is_compiled(module))
+    compiled = _class("torch._dynamo.eval_frame", "OptimizedModule")  # looked up once: every context walks a model
+    return [module for module in model.modules() if not isinstance(module, compiled)]
 
 
 def whole_module(model: Any, decoder: nn.Module) -> nn.Module:
@@ -72,5 +72,10 @@ def _inside(model: Any) -> Any:
 
 def _is(model: Any, module: str, name: str) -> bool:
     """Whether it is of a class whose package may not be installed, or be slow to import."""
-    kind = getattr(sys.modules.get(module), name, None)
-    return isinstance(kind, type) and isinstance(model, kind)
+    return isinstance(model, _class(module, name))
+
+
+def _class(module: str, name: str) -> type | tuple[()]:
+    """The class of that name, or what nothing is an instance of where its module is not imported."""
+    kind = getattr(sys.modules.get(module), name, ())
+    return kind if isinstance(kind, type) else ()

@@ -20,7 +20,7 @@ build-backend = "hatchling.build"
 name = "elsewhere"
 version = "0.3"
 requires-python = ">=3.10"
-dependencies = ["tokenprune"]
+dependencies = ["tokenprune-vlm"]
 
 [project.entry-points.tokenprune]
 elsewhere = "elsewhere.plugin"
@@ -95,8 +95,8 @@ def test_fastv_in_a_package_of_its_own(tmp_path: Path) -> None:
     (package.parent / "pyproject.toml").write_text(PYPROJECT)
     (package / "__init__.py").write_text("")
     (package / "plugin.py").write_text(PLUGIN)
-    for module, copy in (("fastv", "quick"), ("selection", "selection")):
-        text = (own / f"{module}.py").read_text(encoding="utf-8").replace("tokenprune_strategies.", "elsewhere.")
+    for module, copy in (("fastv", "quick"), ("ops/allocation", "allocation")):
+        text = (own / f"{module}.py").read_text(encoding="utf-8").replace("tokenprune_strategies.ops.", "elsewhere.")
         (package / f"{copy}.py").write_text(text.replace('name = "fastv"', 'name = "quick"'), encoding="utf-8")
         assert "tokenprune_strategies" not in (package / f"{copy}.py").read_text(encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]

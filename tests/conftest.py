@@ -1,14 +1,18 @@
-"""Fixtures shared by all tests."""
+"""Fixtures and markers shared by all tests."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
 
 pytest.register_assert_rewrite("segmentation_golden")
+
+MARKERS = ("slow", "gpu", "golden")
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,44 @@ def golden() -> Callable[[str], Path]:
         return found
 
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `golden` what uses the fixture, directly or through another one."""
+    for item in items:
+        if "golden" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.golden)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch finds none here")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Write a test's markers into its report; the keywords that are there hold names and ids of parameters as well."""
+    report = yield
+    report.markers = [marker for marker in MARKERS if item.get_closest_marker(marker) is not None]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line that counts the marked tests that were selected, by what became of them."""
+    found = {marker: Counter[str]() for marker in MARKERS}
+    for outcome in OUTCOMES:  # those of a test that passed hold its call alone
+        for report in terminalreporter.getreports(outcome):
+            for marker in getattr(report, "markers", ()):  # a module that failed to be collected has none
+                found[marker][outcome] += 1
+    counts = [
+        f"{marker} " + ", ".join(f"{number} {outcome}" for outcome, number in by_outcome.items())
+        for marker, by_outcome in found.items()
+        if by_outcome
+    ]
+    if counts:
+        terminalreporter.write_line(f"by marker: {'; '.join(counts)}")

@@ -50,7 +50,7 @@ def test_list_as_table_and_json() -> None:
     found = json.loads(run("list", "--format", "json").stdout)
     assert set(found) == {*KINDS, "broken", "collisions"}
     (fastv,) = [entry for entry in found["strategies"] if entry["name"] == "fastv"]
-    assert (fastv["package"], fastv["version"]) == ("tokenprune", __version__)
+    assert (fastv["package"], fastv["version"]) == ("tokenprune-vlm", __version__)
     assert found["broken"] == []
 
 

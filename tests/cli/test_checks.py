@@ -144,3 +144,27 @@ def test_defaults_do_not_count_as_given(run: Runner, tmp_path: Path) -> None:
     assert run(*own, "--out", tmp_path / "own.png").code == 0
     assert_one_line(run(*own, "--seed", 0), "--seed has no effect with an image of your own; leave it out")
     assert run("flops", "--convention", "fastv").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("compare", "--model", "fake", "--out", "{tmp}/out"), "--out"),
+        (("inspect", "--model", "fake", "--out", "{tmp}/sample.png"), "inspect"),
+        (("segment", "photo.png", "a ring", "--out", "{tmp}/m.png", "--overlay", "{tmp}/o.png"), "--overlay"),
+    ],
+)
+def test_what_draws_names_the_extra_where_matplotlib_is_missing(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...], what: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert_one_line(ran, f"{what} draws with matplotlib, which is not installed", "with the extra [report]")
+    assert [path.name for path in tmp_path.iterdir()] == ["fake-model"]
+
+
+def test_a_comparison_without_pictures_needs_no_matplotlib(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fake = ("--model", "fake", "--dataset", "rectangles", "--strategies", "none", "--limit", 1, "--timing-samples", 0)
+    ran = run("compare", *fake)
+    assert ran.code == 0, ran.err

@@ -29,7 +29,7 @@ QUICK = settings(max_examples=30, deadline=None)
 BATCH = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=2), min_size=1, max_size=3)
 LAYERS = 4
 LLAMA = tiny_llama(LAYERS)
-OURS = [name for name, entry in registry.strategies().items() if entry.distribution == "tokenprune"]
+OURS = [name for name, entry in registry.strategies().items() if entry.distribution == "tokenprune-vlm"]
 SHAPE = Shape(12, 60)
 
 

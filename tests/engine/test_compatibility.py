@@ -114,7 +114,7 @@ def test_what_no_model_offers_is_refused_everywhere(name: str) -> None:
 
 @current
 def test_every_family_that_an_adapter_knows_has_a_row() -> None:
-    own = {name: entry.load() for name, entry in tp.adapters().items() if entry.distribution == "tokenprune"}
+    own = {name: entry.load() for name, entry in tp.adapters().items() if entry.distribution == "tokenprune-vlm"}
     assert {row(name).adapter for name in ROWS if name != PLAIN} == set(own)
     live = {kind for adapter in own.values() for kind in adapter.model_types}
     assert live <= {family.config().model_type for family in FAMILIES.values()}

@@ -226,11 +226,10 @@ def test_quantised_layers(name: str, kind: str) -> None:
         assert torch.equal(model(IDS).logits, plain)
 
 
+@pytest.mark.gpu
 def test_flash_attention_equals_sdpa() -> None:
-    """Needs a GPU and the package flash-attn; ragged rows make the engine hand 2-D masks to it."""
+    """Needs the package flash-attn as well; ragged rows make the engine hand 2-D masks to it."""
     pytest.importorskip("flash_attn", reason="the package flash-attn is not installed here")
-    if not torch.cuda.is_available():
-        pytest.skip("flash attention needs a CUDA device, and torch finds none here")
     valid = torch.ones_like(IDS)
     valid[1, 20:] = 0
     results = []

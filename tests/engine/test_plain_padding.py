@@ -19,7 +19,7 @@ from tokenprune.testing.cases import MadeUp, Row
 from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.synthetic_vision import made_up_vision
 
-BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune"]
+BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune-vlm"]
 BATCHES = [
     (Row(((4, 4),), 2, 9, seed=10 * n), Row(((3, 5), (2, 2)), 3, 3, seed=10 * n + 1), Row(((2, 6),), 1, 2, seed=n))
     for n in range(2)

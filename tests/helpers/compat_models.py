@@ -54,7 +54,7 @@ OTHER_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def columns() -> dict[str, tp.Strategy]:
     """Every strategy that this distribution registers, at the budget if it takes one, and `OTHER_OPTIONS`."""
-    own = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune"]
+    own = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune-vlm"]
     takes = {name: contenders([name], BUDGET)[0].strategy.budget is not None for name in own}
     found = {name: tp.strategy(name, BUDGET if takes[name] else None) for name in own}
     found.update({label: tp.strategy(name, BUDGET, **options) for label, (name, options) in OTHER_OPTIONS.items()})

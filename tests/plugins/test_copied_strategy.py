@@ -20,7 +20,7 @@ build-backend = "hatchling.build"
 name = "elsewhere"
 version = "0.3"
 requires-python = ">=3.10"
-dependencies = ["tokenprune"]
+dependencies = ["tokenprune-vlm"]
 
 [project.entry-points.tokenprune]
 elsewhere = "elsewhere.plugin"

@@ -64,7 +64,7 @@ def test_plugins_of_another_version_are_refused(site: Path, version: str, proble
     assert broken.error.startswith("plugin 'plug' of package 'a-pack': ")
     assert problem in broken.error
     assert statuses() == {
-        "tokenprune": ("built-in", "works"),
+        "tokenprune-vlm": ("built-in", "works"),
         "a-pack": ("installed", "broken"),
         "b-pack": ("installed", "works"),
     }

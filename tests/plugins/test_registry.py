@@ -88,7 +88,7 @@ def test_built_in_names_are_registered() -> None:
     assert "lisa-tiny" in registry.models()
     assert registry.broken_plugins() == []
     entry = registry.strategies()["fastv"]
-    assert (entry.distribution, entry.version) == ("tokenprune", tokenprune.__version__)
+    assert (entry.distribution, entry.version) == ("tokenprune-vlm", tokenprune.__version__)
     assert entry.summary
 
 
@@ -140,9 +140,9 @@ def test_plugin_of_this_process() -> None:
 
 
 def test_taken_name_is_refused_and_names_both_sides() -> None:
-    with pytest.raises(PluginError, match="'fastv' is registered by two packages, 'tokenprune' and 'mine'"):
+    with pytest.raises(PluginError, match="'fastv' is registered by two packages, 'tokenprune-vlm' and 'mine'"):
         registry.register_plugin(Plugin("fastv"), name="mine")
-    assert registry.strategies()["fastv"].distribution == "tokenprune"
+    assert registry.strategies()["fastv"].distribution == "tokenprune-vlm"
     registry.register_plugin(Plugin("free"), name="mine")
     with pytest.raises(PluginError, match="registered already"):
         registry.register_plugin(Plugin("other"), name="mine")
@@ -227,7 +227,7 @@ def test_two_packages_with_one_name_are_both_named(site: Path) -> None:
     assert problem.endswith("uninstall one of them, or see TOKENPRUNE_PLUGINS")
     told = {p.distribution: (p.status, p.error) for p in registry.plugins()}
     assert told["pack-a"] == told["pack-b"] == ("collides", problem)
-    assert told["tokenprune"] == ("works", "")
+    assert told["tokenprune-vlm"] == ("works", "")
 
 
 def test_observers_are_called_and_a_failing_one_is_named() -> None:
@@ -253,7 +253,7 @@ def test_observers_are_called_and_a_failing_one_is_named() -> None:
 
 
 def test_entry_points_of_the_distribution_are_the_documented_ones() -> None:
-    points = {p.name for p in metadata.distribution("tokenprune").entry_points if p.group == "tokenprune"}
+    points = {p.name for p in metadata.distribution("tokenprune-vlm").entry_points if p.group == "tokenprune"}
     assert points == {"strategies", "adapters", "datasets"}
 
 

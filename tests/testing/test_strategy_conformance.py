@@ -29,7 +29,7 @@ from tokenprune.testing.verdict import Nonconforming, NotTested, Tied
 
 pytest_plugins = ["pytester"]
 
-BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune"]
+BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune-vlm"]
 for _name in BUILT_IN:
     _words = re.sub(r"\W", "_", _name.replace("+", "_plus"))
     _given = {"strategy": _name, "budget_slack": None if _name == "blind" else 1.0}
@@ -410,4 +410,4 @@ def test_the_plugin_is_light_and_the_kit_names_what_it_needs() -> None:
     lacking = "import sys; sys.modules['hypothesis'] = None; import tokenprune.testing.strategy_conformance"
     ran = subprocess.run([sys.executable, "-c", lacking], capture_output=True, text=True, check=False)
     assert "needs pytest and hypothesis" in ran.stderr
-    assert "pip install 'tokenprune[test]'" in ran.stderr
+    assert "pip install 'tokenprune-vlm[test]'" in ran.stderr

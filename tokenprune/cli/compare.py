@@ -67,8 +67,10 @@ def command(
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     data = check_request(dataset, split, limit, seed)
     if out is not None:
+        from tokenprune.report.files import check_drawing
         from tokenprune.report.write import unused_folder
 
+        check_drawing("--out")
         unused_folder(out)
     contenders(chosen, budgets)  # options of strategies are known to their modules only, which need torch
 

@@ -41,11 +41,12 @@ def command(
     from tokenprune.core.option_texts import parse_options
     from tokenprune.datasets.validation import check_number, check_request
     from tokenprune.errors import InputError
-    from tokenprune.report.files import check_targets
+    from tokenprune.report.files import check_drawing, check_targets
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
+    check_drawing("inspect")
     check_strategies([strategy])
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     data = None

@@ -45,10 +45,13 @@ def command(
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.printing import note, working_first
     from tokenprune.core.option_texts import parse_options
+    from tokenprune.report.files import check_drawing
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
+    if overlay is not None:
+        check_drawing("--overlay")
     check_strategies([strategy])
     words(query, "query")
     found = find_images(images)

@@ -78,8 +78,9 @@ def ladders(strategy: Strategy, shape: Shape) -> Iterator[Ladder]:
         PluginError: `budget_option` is not the name of an option that takes shares.
     """
     option, given, total = strategy.budget_option, strategy.options.model_fields_set, shape.image_tokens
-    if option is None:
-        raise in_vain(strategy)
+    if option is None:  # nothing moves: it meets a budget as it is, or not at all
+        yield [{}]
+        return
     whole = _takes_whole_numbers(strategy, option)
     amounts: Sequence[Any] = range(total, 0, -1) if whole else [tokens / total for tokens in range(total, -1, -1)]
     if option in given and getattr(strategy.options, option) is not None:

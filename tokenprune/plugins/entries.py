@@ -14,7 +14,7 @@ import pluggy
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed, brief
 
-OWN = "tokenprune"  # the distribution whose plugins are the built-in ones
+OWN = "tokenprune-vlm"  # the distribution whose plugins are the built-in ones
 LIMIT = "TOKENPRUNE_PLUGINS"
 
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenprune.errors import InputError
+from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.utils.files import expanded, replacing
+
+
+def check_drawing(what: str) -> None:
+    """See before any work that plots and overlays can be drawn; nothing is imported.
+
+    Args:
+        what: draws them, as an error begins ("--overlay").
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        cure = "install it, or tokenprune-vlm with the extra [report]"
+        raise UnsupportedError(f"{what} draws with matplotlib, which is not installed; {cure}")
 
 
 def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenprune.errors import InputError, PluginError
 from tokenprune.evaluation.results import Comparison
 from tokenprune.plugins import registry
+from tokenprune.report.files import check_drawing
 from tokenprune.utils.files import expanded, reason, write_first
 
 OWN_FILES = ("results.json", "tradeoff-*.png", "overlay-*.png")
@@ -59,7 +60,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         InputError: the folder, or a file in it, cannot be written; what was written before stays.
         PluginError: a report section of a plugin failed; all else is written then.
+        UnsupportedError: matplotlib is not installed; nothing is written then.
     """
+    check_drawing("writing a comparison")
     from tokenprune.report.overlays import by_budget, comparison_sheet, file_name, save
     from tokenprune.report.plots import tradeoff
 

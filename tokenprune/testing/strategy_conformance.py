@@ -23,7 +23,7 @@ try:
 except ImportError as missing:
     raise ImportError(
         f"tokenprune.testing.strategy_conformance needs pytest and hypothesis, and found no module {missing.name!r}; "
-        "install them with: pip install 'tokenprune[test]'"
+        "install them with: pip install 'tokenprune-vlm[test]'"
     ) from missing
 
 from tokenprune import api

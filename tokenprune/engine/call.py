@@ -31,6 +31,8 @@ class Call:
         cached: the prefill whose cache a step continues.
         new: tokens per row of a step.
         past: tokens per row decoded before it.
+        mask: of a step, two-dimensional, 0 on padding; None = there is none.
+        since: of a step, int64 [batch or 1, new], see `positions.since_prefill`; None until a layer wants it.
         taps: on layers that a prefill reads.
     """
 
@@ -44,6 +46,8 @@ class Call:
     cached: CachedPrefill | None = None
     new: int = 0
     past: int = 0
+    mask: Tensor | None = None
+    since: Tensor | None = None
     taps: ExitStack = field(default_factory=ExitStack)
 
 

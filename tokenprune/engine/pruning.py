@@ -95,13 +95,14 @@ def prune(
         stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        later, missed = (getattr(watch, name, None) for name in ("later", "missed"))
+        later, missed, padding = (getattr(watch, name, None) for name in ("later", "missed", "padding"))
         run = PruningRun(
             decoder,
             strategy,
             partial(watch.marks, named),
             later=later,
             missed=missed,
+            padding=padding,
             vision=source,
             observer=observers,
             seed=seed,

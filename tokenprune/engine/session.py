@@ -38,7 +38,7 @@ from tokenprune.engine.kv_cache import (
     shorten_layer,
     widen_window,
 )
-from tokenprune.engine.positions import renumber_step
+from tokenprune.engine.positions import renumber_step, since_prefill
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
 
@@ -58,6 +58,7 @@ class PruningRun:
         *,
         later: Callable[[], Tensor | None] | None = None,
         missed: Callable[[], bool] | None = None,
+        padding: Callable[[], Tensor | None] | None = None,
         vision: VisionSource | None = None,
         observer: Observer | None = None,
         seed: int = 0,
@@ -65,6 +66,7 @@ class PruningRun:
         self.decoder, self.strategy = decoder, strategy
         self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
         self._missed = missed or (lambda: False)
+        self._padding = padding or (lambda: None)
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: Call | None = None
@@ -235,6 +237,8 @@ class PruningRun:
             return  # nothing was pruned before, and nothing would be
         call.cached = known = check_known(known, self._lease)
         call.new, call.past = hidden.shape[1], call.held - known.length
+        outer = self._padding()
+        call.mask = padding_mask(call.inputs) if outer is None else outer
         if call.new > 1:
             self._count_images(call, known, len(hidden))
 
@@ -254,7 +258,7 @@ class PruningRun:
         if images is None or not bool(images.any()):
             return
         counts = images.sum(1).tolist()
-        mask = padding_mask(call.inputs)
+        mask = call.mask
         real = [call.new] * batch if mask is None else mask[:, -call.new :].sum(1).tolist()
         known.ledger.later_turns.append(
             LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
@@ -274,7 +278,9 @@ class PruningRun:
         flash = "flash" in self.decoder.attention_name
         kwargs["attention_mask"] = own.frame.decode_mask(kwargs.get("attention_mask"), call.new, call.past, two_d=flash)
         if own.renumbered is not None:
-            renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.past)
+            if call.since is None:
+                call.since = since_prefill(call.mask, own.frame.length, call.past, call.new)
+            renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.since)
 
 
 def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

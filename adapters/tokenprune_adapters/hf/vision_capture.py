@@ -260,6 +260,10 @@ class Following:
             frame = frame.f_back
         return False
 
+    def padding(self) -> Tensor | None:
+        """See `Watch.padding`."""
+        return self._now.mask
+
     def later(self) -> Tensor | None:
         """See `Watch.later`."""
         return self.marks({}).image_tokens if self._now.encoded else None

@@ -25,8 +25,10 @@ class Watch(Protocol):
     """Looks on while a model takes in images, and tells afterwards what it saw.
 
     It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
-    tokens among the new ones; None = there are none. And a method `missed()`, which is asked when the decoder is
-    called: whether that is in a call of the model that began before the context was opened, as other threads' may.
+    tokens among the new ones; None = there are none. A method `missed()`, which is asked when the decoder is called:
+    whether that is in a call of the model that began before the context was opened, as other threads' may. And a method
+    `padding()`, which is asked on a filled cache: the two-dimensional attention mask of the call, where the model gives
+    its decoder another one; None = what the decoder itself is called with.
     """
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
@@ -112,7 +114,11 @@ class Given(Binding):
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
         """The caller's."""
-        return replace(self._marks, queries=queries, attention_mask=getattr(self._now, "attention_mask", None))
+        return replace(self._marks, queries=queries, attention_mask=self.padding())
+
+    def padding(self) -> Tensor | None:
+        """See `Watch`."""
+        return getattr(self._now, "attention_mask", None)
 
     def provide(self, read: Read) -> Any:
         """The caller's source answers."""

@@ -34,9 +34,10 @@ from tokenprune.engine.kv_cache import (
     check_cache,
     check_known,
     clear,
+    expect_nothing,
     held_tokens,
     shorten_layer,
-    widen_window,
+    take_over,
 )
 from tokenprune.engine.positions import renumber_step, since_prefill
 from tokenprune.engine.prefill import Prefill
@@ -126,6 +127,7 @@ class PruningRun:
         call, self._call = self._call, None
         assert call is not None
         call.taps.close()
+        expect_nothing(call.cache)
 
     def mine(self) -> Call | None:
         """The forward under way, if it is this thread's: another thread's that began before the context is not."""
@@ -223,10 +225,7 @@ class PruningRun:
         if cache is None:
             return
         if any(frame is not None for frame in prefill.frames):
-            # sliding-window layers that were not pruned must take full-length masks too
-            for number, frame in enumerate(prefill.frames):
-                if frame is None:
-                    widen_window(cache, number, prefill.layout.valid, call.cached)
+            take_over(cache, prefill.layout.valid, call.cached)
         call.cached.sign(cache)
 
     # decoding --------------------------------------------------------------------------------------------------------
@@ -273,6 +272,9 @@ class PruningRun:
     def _shorten_step(self, call: Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         own = call.cache.layers[number] if number < len(call.cache.layers) else None
         if not isinstance(own, PrunedCacheLayer):
+            return
+        own.expected = True
+        if own.frame is None:
             return
         refuse_attentions(call.inputs, self.decoder.module)
         flash = "flash" in self.decoder.attention_name

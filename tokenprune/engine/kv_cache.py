@@ -254,11 +254,11 @@ def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
         valid: bool [batch, S], the prefill's.
         prefill: the one that filled it.
     """
-    for number, own in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for number, own in enumerate(layers):
         if isinstance(own, PrunedCacheLayer) or own.keys is None:
             continue
         keys, values, frame = own.keys, own.values, None
-        assert values is not None
         if isinstance(own, DynamicSlidingWindowLayer):
             last = torch.zeros_like(valid)
             last[:, valid.shape[1] - keys.shape[-2] :] = True
@@ -266,7 +266,7 @@ def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
         layer = PrunedCacheLayer(frame, None, prefill)
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
-        cache.layers[number] = layer
+        layers[number] = layer
 
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, PrunedCacheLayer)

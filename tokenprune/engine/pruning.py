@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.calls.generate import whole_prompts
+from tokenprune.engine.calls.generate import Generations, generation
 from tokenprune.engine.calls.interception import concerning
 from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.calls.turns import open_context
@@ -96,20 +96,23 @@ def prune(
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
         later, missed, padding = (getattr(watch, name, None) for name in ("later", "missed", "padding"))
+        generations = Generations(whole, decoder.module, lambda: not run.never_prunes())
         run = PruningRun(
             decoder,
             strategy,
             partial(watch.marks, named),
             later=later,
-            missed=missed,
+            missed=lambda: generations.missed() or (missed is not None and missed()),
             padding=padding,
+            generation=partial(generation, whole),
             vision=source,
             observer=observers,
             seed=seed,
         )
         with concerning(concerns):
-            stack.enter_context(whole_prompts(whole, lambda: not run.never_prunes()))
+            stack.enter_context(generations.followed())
             stack.enter_context(run.attached())
+            stack.enter_context(generations.open())
         try:
             observers.tokenprune_run_started(run=run)
             yield run

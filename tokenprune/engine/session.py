@@ -19,7 +19,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched
-from tokenprune.engine.calls.generate import generation
+from tokenprune.engine.calls.generate import Generation
 from tokenprune.engine.calls.interception import compiled, shadowed
 from tokenprune.engine.calls.torch_compile import check_runs
 from tokenprune.engine.decoder import Decoder
@@ -60,6 +60,7 @@ class PruningRun:
         later: Callable[[], Tensor | None] | None = None,
         missed: Callable[[], bool] | None = None,
         padding: Callable[[], Tensor | None] | None = None,
+        generation: Callable[[], Generation | None] | None = None,
         vision: VisionSource | None = None,
         observer: Observer | None = None,
         seed: int = 0,
@@ -68,11 +69,11 @@ class PruningRun:
         self._marks, self._later, self._vision, self._observer, self._seed = marks, later, vision, observer, seed
         self._missed = missed or (lambda: False)
         self._padding = padding or (lambda: None)
+        self._generation = generation or (lambda: None)
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: Call | None = None
         self._latest: Prefill | None = None
-        self._generation: object | None = None
 
     @property
     def trace(self) -> Trace:
@@ -186,8 +187,11 @@ class PruningRun:
     def _begin(self, call: Call, hidden: Tensor, cache: Any) -> None:
         check_runs(hidden)
         call.cache = cache
+        now = self._generation()
         if call.held:
             self._continue(call, hidden)
+            if now is not None:
+                now.begun = True
             return
         layout = self._marks().layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
@@ -202,9 +206,10 @@ class PruningRun:
         call.taps.enter_context(tap({self.decoder.attention(layer): partial(prefill.see, layer) for layer in wanted}))
         call.prefill = prefill
         call.cached = CachedPrefill(self._lease, hidden.shape[1], prefill.trace.ledger)
-        now = generation()
-        if now is None or now is not self._generation or bool(layout.image_tokens.any()):
-            self._latest, self._generation = prefill, now
+        if now is None or not now.begun or bool(layout.image_tokens.any()):
+            self._latest = prefill
+        if now is not None:
+            now.begun = True
 
     def _check(self, call: Call, prefill: Prefill, cache: Any) -> None:
         """Refuse a prefill with stages that cannot be pruned right."""

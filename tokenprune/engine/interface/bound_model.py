@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.under_way import under_way
 from tokenprune.engine.interface.prompt_masks import Marks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
@@ -106,15 +107,19 @@ class Given(Binding):
             yield self
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._now.attention_mask = padding_mask(arguments(self.decoder, args, kwargs))
+        self._now.inside, self._now.attention_mask = True, padding_mask(arguments(self.decoder, args, kwargs))
         try:
             return original(*args, **kwargs)
-        finally:
-            self._now.attention_mask = None  # of this call only: the decoder inside may be called alone next
+        finally:  # of this call only: the decoder inside may be called alone next
+            self._now.inside, self._now.attention_mask = False, None
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
         """The caller's."""
         return replace(self._marks, queries=queries, attention_mask=self.padding())
+
+    def missed(self) -> bool:
+        """See `Watch`: whether the model's forward is on the stack, but was not seen to begin."""
+        return not getattr(self._now, "inside", False) and under_way(self.decoder, "forward")
 
     def padding(self) -> Tensor | None:
         """See `Watch`."""

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.under_way import under_way
@@ -25,11 +25,13 @@ class Generation:
         model: that generates.
         outer: the call, of another model, that it is made in.
         begun: whether the decoder has been called in it; what it is called with first is the prompt.
+        prompt: how that looked, for whoever has to know it again; None = it was not noted.
     """
 
     model: Any
     outer: Generation | None = None
     begun: bool = False
+    prompt: Tensor | None = None
 
 
 _GENERATION: ContextVar[Generation | None] = ContextVar("_GENERATION", default=None)

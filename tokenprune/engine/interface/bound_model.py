@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
-from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.under_way import under_way
 from tokenprune.engine.interface.prompt_masks import Marks
-from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import not_loaded
@@ -77,57 +72,6 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     """The two-dimensional attention mask among a model's arguments, if there is one."""
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-class Given(Binding):
-    """A model whose image tokens the caller marks."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        image_tokens: Tensor,
-        grid: Tensor | None = None,
-        image_number: Tensor | None = None,
-        vision: VisionSource | None = None,
-    ) -> None:
-        self.name, self.decoder = type(model).__name__, model
-        self._marks = Marks(image_tokens, grid=grid, image_number=image_number)
-        self._now = threading.local()  # a call belongs to its thread
-        self._vision = vision or VisionSource()
-        self.tower_layers = self._vision.layers
-
-    def offers(self) -> frozenset[type[Read]]:
-        """What the caller's source answers."""
-        return frozenset(self._vision.answers)
-
-    @contextmanager
-    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
-        """Look at the model's attention mask, which its decoder may be given in another form."""
-        with shadowed(self.decoder, "forward", self._forward):
-            yield self
-
-    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._now.inside, self._now.attention_mask = True, padding_mask(arguments(self.decoder, args, kwargs))
-        try:
-            return original(*args, **kwargs)
-        finally:  # of this call only: the decoder inside may be called alone next
-            self._now.inside, self._now.attention_mask = False, None
-
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
-        """The caller's."""
-        return replace(self._marks, queries=queries, attention_mask=self.padding())
-
-    def missed(self) -> bool:
-        """See `Watch`: whether the model's forward is on the stack, but was not seen to begin."""
-        return not getattr(self._now, "inside", False) and under_way(self.decoder, "forward")
-
-    def padding(self) -> Tensor | None:
-        """See `Watch`."""
-        return getattr(self._now, "attention_mask", None)
-
-    def provide(self, read: Read) -> Any:
-        """The caller's source answers."""
-        return self._vision.provide(read)
 
 
 def binding_of(model: Any) -> Binding:

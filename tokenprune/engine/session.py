@@ -18,7 +18,7 @@ from tokenprune.core.stage import Shape, declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
-from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched
+from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_checkpoints, refuse_packed, watched
 from tokenprune.engine.calls.generate import Generation
 from tokenprune.engine.calls.interception import compiled, shadowed
 from tokenprune.engine.calls.torch_compile import check_runs
@@ -41,7 +41,7 @@ from tokenprune.engine.kv_cache import (
 )
 from tokenprune.engine.positions import renumber_step, since_prefill
 from tokenprune.engine.prefill import Prefill
-from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
+from tokenprune.errors import EngineError, PruningWarning, TokenPruneError
 
 
 class PruningRun:
@@ -170,6 +170,9 @@ class PruningRun:
             output: of the layer.
             watched: whether others look at it.
         """
+        last = number == len(self.decoder.layers) - 1
+        if last and call.turn is not None and call.cached is not None:
+            call.cached.ledger.later_turns.append(call.turn)
         if call.prefill is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
@@ -178,7 +181,7 @@ class PruningRun:
             first = call.prefill.after_layer(number, hidden, full=watched)
         finally:
             call.asking = False
-        if number == len(self.decoder.layers) - 1:
+        if last:
             self._filled(call)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
@@ -213,11 +216,7 @@ class PruningRun:
 
     def _check(self, call: Call, prefill: Prefill, cache: Any) -> None:
         """Refuse a prefill with stages that cannot be pruned right."""
-        if self.decoder.checkpoints:
-            raise UnsupportedError(
-                f"strategy {self.strategy.name!r}: gradient checkpointing runs layers again in the backward pass, "
-                "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
-            )
+        refuse_checkpoints(self.decoder, self.strategy.name)
         if cache is not None:
             check_cache(cache)
         refuse_packed(call.inputs, prefill.layout.valid)
@@ -244,7 +243,7 @@ class PruningRun:
         outer = self._padding()
         call.mask = padding_mask(call.inputs) if outer is None else outer
         if call.new > 1:
-            self._count_images(call, known, len(hidden))
+            call.turn = self._with_images(call, len(hidden))
 
     def never_prunes(self) -> bool:
         """Whether the strategy leaves models like this one as they are, as "none" does."""
@@ -256,23 +255,20 @@ class PruningRun:
         except TokenPruneError:
             return False
 
-    def _count_images(self, call: Call, known: CachedPrefill, batch: int) -> None:
+    def _with_images(self, call: Call, batch: int) -> LaterTurn | None:
         # The seam for pruning later turns: here a turn's image tokens are known, and the frames of what came before.
         images = None if self._later is None else self._later()
         if images is None or not bool(images.any()):
-            return
-        counts = images.sum(1).tolist()
-        mask = call.mask
+            return None
+        counts, mask = images.sum(1).tolist(), call.mask
         real = [call.new] * batch if mask is None else mask[:, -call.new :].sum(1).tolist()
-        known.ledger.later_turns.append(
-            LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
-        )
         warnings.warn(
             f"a later turn added {max(counts)} image tokens to a filled KV cache; they are kept whole in all layers, "
             "since only a prefill is pruned; trace.ledger.later_turns counts them",
             PruningWarning,
             stacklevel=2,
         )
+        return LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
 
     def _shorten_step(self, call: Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         own = call.cache.layers[number] if number < len(call.cache.layers) else None

@@ -264,7 +264,8 @@ def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
             last[:, valid.shape[1] - keys.shape[-2] :] = True
             frame = Frame.of(last)
         layer = PrunedCacheLayer(frame, None, prefill)
-        layer.lazy_initialization(keys, values)
+        # not by lazy_initialization(), which takes other arguments in older releases of transformers
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.keys, layer.values = keys, values
         layers[number] = layer
 

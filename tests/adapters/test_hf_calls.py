@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -176,6 +177,11 @@ def test_an_image_of_a_later_turn_is_kept_whole_and_counted(name):
             expected = model(**both, use_cache=False).logits[:, cut:]
         with tokenprune.prune(model, EverySecond()) as run:
             cache = model(**turns[0], use_cache=True).past_key_values
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", PruningWarning)
+                with pytest.raises(PruningWarning, match="kept whole"):  # the call fails, and is repeated
+                    model(**turns[1], past_key_values=cache)
+            assert not run.trace.ledger.later_turns
             with pytest.warns(PruningWarning, match="kept whole"):
                 got = model(**turns[1], past_key_values=cache).logits
     assert (got - expected).abs().max() < TOLERANCE

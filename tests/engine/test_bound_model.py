@@ -10,7 +10,8 @@ import pytest
 from torch import nn
 
 from tokenprune import hookimpl
-from tokenprune.engine.interface.bound_model import Given, binding_of
+from tokenprune.engine.interface.bound_model import binding_of
+from tokenprune.engine.interface.given import Given
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.plugins import registry

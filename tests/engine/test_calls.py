@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from oracle_cases import LAYERS, WIDTH, random_layout
 
 from tokenprune.core.decisions import Keep
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.testing.oracle import masked
 from tokenprune.testing.scripted import Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
@@ -159,29 +161,85 @@ def test_a_layer_called_by_itself_is_the_layer(model):
             assert torch.equal(layer(states, position_embeddings=tables), expected)
 
 
-def test_guidance_runs_a_second_stream_beside_the_prompt(model):
-    """An unconditional prompt as long as the marked one: each stream keeps its own cache and positions."""
-    other = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("negative", [None, 5, 12, 15])
+def test_guidance_runs_a_second_stream_of_text_beside_the_prompt(model, negative, use_cache):
+    """Whatever its length, none of it is taken for image tokens: the untouched model gives what it should give."""
+    draw, untouched = torch.Generator().manual_seed(1), copy.deepcopy(model)
+    other = IDS[:, -1:] if negative is None else torch.randint(1, 64, (2, negative), generator=draw)
     script = Scripted([Step(1, HALF)], positions="renumber")
     scale, tokens = 2.0, []
-    with torch.no_grad(), prune(model, script, image_tokens=IMAGE):
-        ids, negative = IDS.clone(), other.clone()
+    asked = {} if negative is None else {"negative_prompt_ids": other}
+    with torch.no_grad(), prune(model, script, image_tokens=IMAGE) as run:
+        ids, beside = IDS, other
         for _ in range(5):  # by recomputation, each stream in forwards of its own
-            guided = [model(x, use_cache=False).logits[:, -1].log_softmax(-1) for x in (ids, negative)]
+            guided = [
+                own(x, use_cache=False).logits[:, -1].log_softmax(-1) for own, x in ((model, ids), (untouched, beside))
+            ]
             token = (scale * (guided[0] - guided[1]) + guided[1]).argmax(-1, keepdim=True)
             tokens.append(token)
-            ids, negative = torch.cat((ids, token), 1), torch.cat((negative, token), 1)
+            ids, beside = torch.cat((ids, token), 1), torch.cat((beside, token), 1)
         got = model.generate(
             IDS,
             guidance_scale=scale,
-            negative_prompt_ids=other,
-            negative_prompt_attention_mask=torch.ones_like(other),
             max_new_tokens=5,
             do_sample=False,
             pad_token_id=0,
             eos_token_id=None,
+            use_cache=use_cache,
+            **asked,
         )
+        assert run.trace.ledger.image_tokens == (6, 6)
     assert torch.equal(got[:, 12:], torch.cat(tokens, 1))
+
+
+def test_marks_are_for_their_prompt_its_rows_repeated_and_what_has_grown_from_it(model):
+    other = torch.randint(1, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+    grown = torch.cat((IDS, other[:, :3]), 1)
+    strategy = Scripted([Step(1, HALF)])
+    wider = torch.cat((IMAGE, torch.zeros(2, 3, dtype=torch.bool)), 1)
+    with torch.no_grad():
+        with prune(model, strategy, image_tokens=wider):
+            expected = model(grown, use_cache=False).logits
+        with prune(model, strategy, image_tokens=IMAGE):
+            for call in (lambda: model(other), lambda: model(grown), lambda: model(IDS[:, :5])):
+                with pytest.raises(InputError, match="neither its prompt nor that with generated tokens behind it"):
+                    call()
+            model(IDS)
+            assert torch.equal(model(grown, use_cache=False).logits, expected)
+            with pytest.raises(InputError, match="neither its prompt nor that with generated tokens behind it"):
+                model(other)
+            with pytest.raises(InputError, match="neither its prompt nor that with generated tokens behind it"):
+                model.generate(other, max_new_tokens=2)
+
+
+def test_marks_of_several_rows_are_for_each_row_repeated_not_for_the_batch_repeated(model):
+    image = IMAGE.clone()
+    image[1] = image[1].roll(2)
+    strategy = EverySecond()
+    with torch.no_grad():
+        with prune(model, strategy, image_tokens=image):
+            expected = model(IDS).logits
+            got = model(IDS.repeat_interleave(2, 0)).logits
+            with pytest.raises(InputError, match="a mask of 2 rows was given for a batch of 4"):
+                model(IDS.repeat(2, 1))
+        with prune(model, strategy, image_tokens=IMAGE[:1]):  # one row is for all
+            one = [model(IDS[row : row + 1]).logits for row in (0, 1)]
+            both = model(IDS).logits
+    assert (got - expected.repeat_interleave(2, 0)).abs().max() < 2e-5
+    assert (both - torch.cat(one)).abs().max() < 2e-5
+
+
+class EverySecond(Strategy):
+    """The same tokens in every row, however many there are."""
+
+    name = "every-second"
+
+    def stages(self, shape):
+        return [Stage("thin", 1)]
+
+    def choose(self, stage, tokens):
+        return Keep.where(tokens.exists & (torch.arange(tokens.exists.shape[1]) % 2 == 0))
 
 
 def test_the_trace_is_the_latest_prefills(model):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from vlm_families import CURRENT, FAMILIES
 
 import tokenprune as tp
@@ -56,6 +57,29 @@ def test_gradient_checkpointing_is_refused_where_anything_is_pruned() -> None:
     with torch.no_grad(), tp.prune(model, PRUNING, image_tokens=IMAGE) as run:  # there is no backward pass
         model(IDS)
     assert run.trace.ledger.entries[-1].image == (4, 4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_the_model_are_refused_where_anything_is_pruned(reentrant: bool) -> None:
+    """They would run it again in the backward pass, unpruned if the context is closed by then."""
+    model = tiny_llama()
+    embeds = model.get_input_embeddings()(IDS)
+
+    def run() -> torch.Tensor:
+        found: torch.Tensor = checkpoint(lambda x: model(inputs_embeds=x).logits, embeds, use_reentrant=reentrant)
+        return found
+
+    expected = run().detach()
+    with tp.prune(model, PRUNING, image_tokens=IMAGE):
+        with pytest.raises(UnsupportedError, match=r"torch\.utils\.checkpoint found around the model"):
+            run()
+        pruned = model(inputs_embeds=embeds).logits
+        embeds = embeds.detach()
+        with torch.no_grad():  # there is no backward pass
+            assert torch.equal(run(), pruned)
+    with tp.prune(model, tp.strategy("none"), image_tokens=IMAGE):
+        embeds = model.get_input_embeddings()(IDS)
+        assert torch.equal(run(), expected)
 
 
 def test_flex_attention_is_refused_by_its_name() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.core.ledger import LaterTurn
+from tokenprune.engine.calls.under_way import checkpointed
+from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.kv_cache import CachedPrefill
 from tokenprune.engine.prefill import Prefill
@@ -31,6 +34,9 @@ class Call:
         cached: the prefill whose cache a step continues.
         new: tokens per row of a step.
         past: tokens per row decoded before it.
+        mask: of a step, two-dimensional, 0 on padding; None = there is none.
+        since: of a step, int64 [batch or 1, new], see `positions.since_prefill`; None until a layer wants it.
+        turn: what is counted of a step with images, once the last layer has it; None = nothing.
         taps: on layers that a prefill reads.
     """
 
@@ -44,6 +50,9 @@ class Call:
     cached: CachedPrefill | None = None
     new: int = 0
     past: int = 0
+    mask: Tensor | None = None
+    since: Tensor | None = None
+    turn: LaterTurn | None = None
     taps: ExitStack = field(default_factory=ExitStack)
 
 
@@ -71,6 +80,20 @@ def refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
         raise UnsupportedError(
             "several prompts packed into one row found (position ids that restart, or cu_seq_lens), which cannot be "
             "pruned as one; give them as the rows of a batch, with an attention_mask"
+        )
+
+
+def refuse_checkpoints(decoder: Decoder, strategy: str) -> None:
+    """Refuse that layers run again in the backward pass."""
+    if decoder.checkpoints:
+        raise UnsupportedError(
+            f"strategy {strategy!r}: gradient checkpointing runs layers again in the backward pass, "
+            "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
+        )
+    if checkpointed():
+        raise UnsupportedError(
+            f"strategy {strategy!r}: torch.utils.checkpoint found around the model, which is run again in the backward "
+            "pass, when nothing may prune it; call the model without it"
         )
 
 

@@ -21,12 +21,13 @@ class Lease:
     """Whether a pruning context is still open. Copies of a cache share it; a pickled one comes back as closed."""
 
     open: bool = True
+    pickled: bool = False
 
     def __deepcopy__(self, memo: Any) -> Lease:
         return self
 
     def __reduce__(self) -> Any:
-        return Lease, (False,)
+        return Lease, (False, True)
 
 
 class CachedPrefill:
@@ -50,36 +51,68 @@ class CachedPrefill:
 
     @staticmethod
     def of(cache: Any) -> CachedPrefill | None:
-        """The one that filled a cache; None where it was filled without pruning."""
-        return getattr(cache, _MARK, None)
+        """The one that filled a cache; None where it was filled without pruning, also after it was emptied."""
+        known: CachedPrefill | None = getattr(cache, _MARK, None)
+        layers = [own for own in getattr(cache, "layers", ()) if isinstance(own, PrunedCacheLayer)]
+        return known if all(own.prefill is known for own in layers) else None
+
+    def refusal(self) -> UnsupportedError:
+        """Why a call that is not pruned, or one of another context, may not continue its cache."""
+        if self.lease.open:
+            return UnsupportedError(
+                "this KV cache was filled under tokenprune.prune(), but the call that continues it is not pruned: it "
+                "is of another model, or in a thread that the context is not for; continue with calls that are pruned"
+            )
+        if self.lease.pickled:
+            return UnsupportedError(
+                "this KV cache was filled under tokenprune.prune(), then pickled and read back, by which it left its "
+                "context; continue a copy.deepcopy() of it inside the context instead"
+            )
+        return UnsupportedError(
+            "this KV cache, or the one that it was copied from, was filled under tokenprune.prune(), whose "
+            "context is closed; continue generating inside the context"
+        )
 
 
 class PrunedCacheLayer(DynamicLayer):
     """A dynamic layer whose `get_seq_length` counts pruned tokens too, so that next positions and masks stay right.
 
+    All layers of a cache are of this kind once any of them lacks tokens, so that each refuses what one has to refuse,
+    before anything is changed. An emptied one is a plain dynamic layer.
+
     Args:
-        frame: the positions of the prefill that it holds.
+        frame: the positions of the prefill that it holds; None = all.
         renumbered: int64 [batch], how many positions a row had when they were counted anew; None = never.
-        prefill: the one that fills it.
+        prefill: the one that fills it; None once it is emptied.
+
+    Attributes:
+        expected: whether the pruned model is about to update it.
     """
 
-    def __init__(self, frame: Frame, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
+    def __init__(self, frame: Frame | None, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.frame, self.renumbered, self._prefill = frame, renumbered, prefill
+        self.frame, self.renumbered = frame, renumbered
+        self.prefill: CachedPrefill | None = prefill
+        self.expected = False
 
     @property
     def absent(self) -> int:
         """Positions of the sequence that it does not hold."""
-        return self.frame.length - self.frame.width
+        return 0 if self.frame is None else self.frame.length - self.frame.width
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; refused once the pruning context is closed, since only it knows which keys belong to which row."""
-        if not self._prefill.lease.open:
-            raise UnsupportedError(
-                "this KV cache, or the one that it was copied from, was filled under tokenprune.prune(), whose "
-                "context is closed; continue generating inside the context"
-            )
+        """Append; refused where it is not a pruned call that does so, since only its run knows which keys a row has."""
+        if self.prefill is not None:
+            if not (self.expected and self.prefill.lease.open):
+                raise self.prefill.refusal()
+            self.expected = False
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Empty it."""
+        super().reset()
+        if not super().get_seq_length():  # older releases of transformers fill it with zeros
+            self.frame = self.renumbered = self.prefill = None
 
     def get_seq_length(self) -> int:
         """The true sequence length: what the layer holds and what was pruned."""
@@ -94,7 +127,8 @@ class PrunedCacheLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row several times."""
         super().batch_repeat_interleave(repeats)
-        self._take(torch.arange(len(self.frame.index)).repeat_interleave(repeats))
+        if self.frame is not None:
+            self._take(torch.arange(len(self.frame.index)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
@@ -110,11 +144,14 @@ class PrunedCacheLayer(DynamicLayer):
         Raises:
             UnsupportedError: some of them belong to the prefill.
         """
+        if self.prefill is None:
+            super().crop(tokens_to_remove)
+            return
         length = self.get_seq_length()
         left = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
-        if length and left < self.frame.length:
+        if length and left < self.prefill.length:
             raise UnsupportedError(
-                f"the KV cache is to be cut to {left} of {length} tokens, and {self.frame.length} of them are of a "
+                f"the KV cache is to be cut to {left} of {length} tokens, and {self.prefill.length} of them are of a "
                 "prefill under tokenprune.prune(); only tokens decoded since can be taken back: start with "
                 "an empty cache"
             )
@@ -125,7 +162,8 @@ class PrunedCacheLayer(DynamicLayer):
             self.keys, self.values = self.keys[..., :held, :], self.values[..., :held, :]
 
     def _take(self, rows: Tensor) -> None:
-        self.frame = self.frame.rows(rows)
+        if self.frame is not None:
+            self.frame = self.frame.rows(rows)
         if self.renumbered is not None:
             self.renumbered = self.renumbered[rows.to(self.renumbered.device)]
 
@@ -134,7 +172,7 @@ def held_tokens(cache: Any) -> int:
     """Tokens per row that a cache holds, those that were pruned included; 0 where there is none.
 
     Raises:
-        UnsupportedError: the layers disagree, so that somebody changed some of them.
+        UnsupportedError: the layers disagree, so that somebody changed some of them, or a call did not come to its end.
     """
     if cache is None:
         return 0
@@ -143,7 +181,7 @@ def held_tokens(cache: Any) -> int:
     if len(lengths) > 1:
         raise UnsupportedError(
             f"the layers of the KV cache hold {', '.join(map(str, sorted(lengths)))} tokens, expected the same number "
-            "in all; some were changed by hand: start with an empty cache"
+            "in all; some were changed by hand, or by a call that failed: start with an empty cache"
         )
     return held
 
@@ -181,6 +219,8 @@ def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
             "with an empty cache inside the context"
         )
     if known.lease is not lease:
+        if known.lease.pickled:
+            raise known.refusal()
         state = "another one" if known.lease.open else "one that is closed"
         raise UnsupportedError(
             f"the KV cache was not filled in this pruning context but in {state}; continue inside the context that "
@@ -191,33 +231,43 @@ def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
 
 def shorten_layer(cache: Cache, number: int, frame: Frame, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
     """Make layer `number` of a cache, still empty there, one that will hold a frame of the sequence only."""
+    layer = PrunedCacheLayer(frame, renumbered, prefill)
+    layer.expected = True
     # a slice, since a cache without a config makes its layers one by one
-    cache.layers[number : number + 1] = [PrunedCacheLayer(frame, renumbered, prefill)]
+    cache.layers[number : number + 1] = [layer]
 
 
-def widen_window(cache: Cache, number: int, valid: Tensor, prefill: CachedPrefill) -> None:
-    """Turn a filled sliding-window layer into one whose masks have the true length, as those of pruned layers have.
+def expect_nothing(cache: Any) -> None:
+    """The call that was to update a cache is over, whether it came so far or not."""
+    for own in getattr(cache, "layers", ()):
+        if isinstance(own, PrunedCacheLayer):
+            own.expected = False
 
-    A layer of another kind stays.
+
+def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
+    """Once a prefill has filled a cache, some of whose layers lack tokens: make the others layers of the same kind.
+
+    Those of sliding windows are given masks of the true length then, as those of pruned layers are.
 
     Args:
         cache: filled by a prefill.
-        number: of the layer.
         valid: bool [batch, S], the prefill's.
         prefill: the one that filled it.
     """
-    window: Any = cache.layers[number]
-    if not isinstance(window, DynamicSlidingWindowLayer):
-        return
-    keys, values = window.keys, window.values
-    assert keys is not None
-    assert values is not None
-    last = torch.zeros_like(valid)
-    last[:, valid.shape[1] - keys.shape[-2] :] = True
-    layer = PrunedCacheLayer(Frame.of(last), None, prefill)
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    cache.layers[number] = layer
+    layers: list[Any] = cache.layers
+    for number, own in enumerate(layers):
+        if isinstance(own, PrunedCacheLayer) or own.keys is None:
+            continue
+        keys, values, frame = own.keys, own.values, None
+        if isinstance(own, DynamicSlidingWindowLayer):
+            last = torch.zeros_like(valid)
+            last[:, valid.shape[1] - keys.shape[-2] :] = True
+            frame = Frame.of(last)
+        layer = PrunedCacheLayer(frame, None, prefill)
+        # not by lazy_initialization(), which takes other arguments in older releases of transformers
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layer.keys, layer.values = keys, values
+        layers[number] = layer
 
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, PrunedCacheLayer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.errors import UnsupportedError
@@ -106,8 +107,24 @@ def moved_back(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Te
     return tuple(new.to(table) for new, table in zip(turned, tables, strict=True))
 
 
+def since_prefill(mask: Tensor | None, length: int, past: int, new: int) -> Tensor:
+    """int64 [batch or 1, new]: how many tokens after the prefill each new one is, from 0, padding not counted.
+
+    Args:
+        mask: 0 on padding, [batch, total], of prefill and all that came after it; None = there is no padding.
+        length: S, positions of the prefill, padding included.
+        past: tokens decoded before this step, padding included.
+        new: tokens of this step.
+    """
+    if mask is None:
+        return torch.arange(past, past + new)[None]
+    real = mask[:, length : length + past + new].bool()
+    real = pad(real, (0, past + new - real.shape[1]))  # as transformers takes a mask that is too short
+    return (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+
+
 def renumber_step(
-    decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any], length: Tensor, past: int
+    decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any], length: Tensor, since: Tensor
 ) -> None:
     """Give a decoding step the positions that follow those counted anew; `kwargs` is changed in place.
 
@@ -117,10 +134,9 @@ def renumber_step(
         hidden: [batch, new, width], what enters the layer.
         kwargs: the layer's keyword arguments.
         length: int64 [batch], positions of the prefill, −1 in rows where they were not counted anew.
-        past: tokens decoded before this step.
+        since: int64 [batch or 1, new], as `since_prefill` gives it.
     """
-    steps = torch.arange(past, past + hidden.shape[1], device=hidden.device)
-    ids = length.to(hidden.device)[:, None] + steps
+    ids = length.to(hidden.device)[:, None] + since.to(hidden.device)
     tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), kwargs["position_embeddings"], strict=True)
     kwargs["position_embeddings"] = tuple(new_or_kept(length, new, kept) for new, kept in tables)
     kept = kwargs.get("position_ids")

@@ -11,14 +11,15 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.calls.generate import whole_prompts
+from tokenprune.engine.calls.generate import Generations, generation
 from tokenprune.engine.calls.interception import concerning
 from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.calls.turns import open_context
 from tokenprune.engine.calls.wrappers import unwrapped, whole_module
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import Given, binding_of
+from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.engine.interface.compatibility import check_on
+from tokenprune.engine.interface.given import Given
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.session import PruningRun
 from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
@@ -47,7 +48,9 @@ def prune(
             `image_tokens`, a transformers decoder or any model that has exactly one inside. Wrappers around it are
             looked through (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines of transformers).
         strategy: what to prune; see `tokenprune.strategy`.
-        image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input.
+        image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input. They are for
+            prompts of this shape: each row may be repeated for returned sequences and beams, and have generated tokens
+            behind it. A second stream of `generate` (`guidance_scale`) is text alone; other prompts are refused.
         query: the query row for attention scores where none is marked: "last" (the default) or bool [batch, sequence].
         queries: named query rows, bool [batch, sequence] each ("mask_query", "seg", …).
         grid: int64 [batch, sequence, 2], grid cells of the image tokens; by default square images row by row.
@@ -98,20 +101,24 @@ def prune(
         stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        later, missed = (getattr(watch, name, None) for name in ("later", "missed"))
+        later, missed, padding = (getattr(watch, name, None) for name in ("later", "missed", "padding"))
+        generations = Generations(whole, decoder.module, lambda: not run.never_prunes())
         run = PruningRun(
             decoder,
             strategy,
             partial(watch.marks, named),
             later=later,
-            missed=missed,
+            missed=lambda: generations.missed() or (missed is not None and missed()),
+            padding=padding,
+            generation=partial(generation, whole),
             vision=source,
             seed=seed,
             strict=strict,
         )
         with concerning(concerns):
-            stack.enter_context(whole_prompts(whole, lambda: not run.never_prunes()))
+            stack.enter_context(generations.followed())
             stack.enter_context(run.attached())
+            stack.enter_context(generations.open())
         try:
             run.tell("tokenprune_run_started")
             yield run

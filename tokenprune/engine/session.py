@@ -19,8 +19,8 @@ from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
-from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_packed, watched
-from tokenprune.engine.calls.generate import generation
+from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_checkpoints, refuse_packed, watched
+from tokenprune.engine.calls.generate import Generation
 from tokenprune.engine.calls.interception import compiled, shadowed
 from tokenprune.engine.calls.torch_compile import check_runs
 from tokenprune.engine.decoder import Decoder
@@ -35,13 +35,14 @@ from tokenprune.engine.kv_cache import (
     check_cache,
     check_known,
     clear,
+    expect_nothing,
     held_tokens,
     shorten_layer,
-    widen_window,
+    take_over,
 )
-from tokenprune.engine.positions import renumber_step
+from tokenprune.engine.positions import renumber_step, since_prefill
 from tokenprune.engine.prefill import Prefill
-from tokenprune.errors import EngineError, PruningWarning, TokenPruneError, UnsupportedError
+from tokenprune.errors import EngineError, PruningWarning, TokenPruneError
 from tokenprune.plugins.observers import notify
 
 
@@ -60,6 +61,8 @@ class PruningRun:
         *,
         later: Callable[[], Tensor | None] | None = None,
         missed: Callable[[], bool] | None = None,
+        padding: Callable[[], Tensor | None] | None = None,
+        generation: Callable[[], Generation | None] | None = None,
         vision: VisionSource | None = None,
         seed: int = 0,
         strict: bool = False,
@@ -67,11 +70,12 @@ class PruningRun:
         self.decoder, self.strategy, self.strict = decoder, strategy, strict
         self._marks, self._later, self._vision, self._seed = marks, later, vision, seed
         self._missed = missed or (lambda: False)
+        self._padding = padding or (lambda: None)
+        self._generation = generation or (lambda: None)
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: Call | None = None
         self._latest: Prefill | None = None
-        self._generation: object | None = None
 
     @property
     def trace(self) -> Trace:
@@ -155,6 +159,7 @@ class PruningRun:
         call, self._call = self._call, None
         assert call is not None
         call.taps.close()
+        expect_nothing(call.cache)
 
     def mine(self) -> Call | None:
         """The forward under way, if it is this thread's: another thread's that began before the context is not."""
@@ -196,6 +201,9 @@ class PruningRun:
             output: of the layer.
             watched: whether others look at it.
         """
+        last = number == len(self.decoder.layers) - 1
+        if last and call.turn is not None and call.cached is not None:
+            call.cached.ledger.later_turns.append(call.turn)
         if call.prefill is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
@@ -204,7 +212,7 @@ class PruningRun:
             first = call.prefill.after_layer(number, hidden, full=watched)
         finally:
             call.asking = False
-        if number == len(self.decoder.layers) - 1:
+        if last:
             self._filled(call)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
@@ -213,8 +221,11 @@ class PruningRun:
     def _begin(self, call: Call, hidden: Tensor, cache: Any) -> None:
         check_runs(hidden)
         call.cache = cache
+        now = self._generation()
         if call.held:
             self._continue(call, hidden)
+            if now is not None:
+                now.begun = True
             return
         layout = self._marks().layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
@@ -235,17 +246,14 @@ class PruningRun:
         call.taps.enter_context(tap({self.decoder.attention(layer): partial(prefill.see, layer) for layer in wanted}))
         call.prefill = prefill
         call.cached = CachedPrefill(self._lease, hidden.shape[1], prefill.trace.ledger)
-        now = generation()
-        if now is None or now is not self._generation or bool(layout.image_tokens.any()):
-            self._latest, self._generation = prefill, now
+        if now is None or not now.begun or bool(layout.image_tokens.any()):
+            self._latest = prefill
+        if now is not None:
+            now.begun = True
 
     def _check(self, call: Call, prefill: Prefill, cache: Any) -> None:
         """Refuse a prefill with stages that cannot be pruned right."""
-        if self.decoder.checkpoints:
-            raise UnsupportedError(
-                f"strategy {self.strategy.name!r}: gradient checkpointing runs layers again in the backward pass, "
-                "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
-            )
+        refuse_checkpoints(self.decoder, self.strategy.name)
         if cache is not None:
             check_cache(cache)
         refuse_packed(call.inputs, prefill.layout.valid)
@@ -258,10 +266,7 @@ class PruningRun:
         if cache is None:
             return
         if any(frame is not None for frame in prefill.frames):
-            # sliding-window layers that were not pruned must take full-length masks too
-            for number, frame in enumerate(prefill.frames):
-                if frame is None:
-                    widen_window(cache, number, prefill.layout.valid, call.cached)
+            take_over(cache, prefill.layout.valid, call.cached)
         call.cached.sign(cache)
 
     # decoding --------------------------------------------------------------------------------------------------------
@@ -272,8 +277,10 @@ class PruningRun:
             return  # nothing was pruned before, and nothing would be
         call.cached = known = check_known(known, self._lease)
         call.new, call.past = hidden.shape[1], call.held - known.length
+        outer = self._padding()
+        call.mask = padding_mask(call.inputs) if outer is None else outer
         if call.new > 1:
-            self._count_images(call, known, len(hidden))
+            call.turn = self._with_images(call, len(hidden))
 
     def never_prunes(self) -> bool:
         """Whether the strategy leaves models like this one as they are, as "none" does."""
@@ -285,33 +292,35 @@ class PruningRun:
         except TokenPruneError:
             return False
 
-    def _count_images(self, call: Call, known: CachedPrefill, batch: int) -> None:
+    def _with_images(self, call: Call, batch: int) -> LaterTurn | None:
         # The seam for pruning later turns: here a turn's image tokens are known, and the frames of what came before.
         images = None if self._later is None else self._later()
         if images is None or not bool(images.any()):
-            return
-        counts = images.sum(1).tolist()
-        mask = padding_mask(call.inputs)
+            return None
+        counts, mask = images.sum(1).tolist(), call.mask
         real = [call.new] * batch if mask is None else mask[:, -call.new :].sum(1).tolist()
-        known.ledger.later_turns.append(
-            LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
-        )
         warnings.warn(
             f"a later turn added {max(counts)} image tokens to a filled KV cache; they are kept whole in all layers, "
             "since only a prefill is pruned; trace.ledger.later_turns counts them",
             PruningWarning,
             stacklevel=2,
         )
+        return LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
 
     def _shorten_step(self, call: Call, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         own = call.cache.layers[number] if number < len(call.cache.layers) else None
         if not isinstance(own, PrunedCacheLayer):
             return
+        own.expected = True
+        if own.frame is None:
+            return
         refuse_attentions(call.inputs, self.decoder.module)
         flash = "flash" in self.decoder.attention_name
         kwargs["attention_mask"] = own.frame.decode_mask(kwargs.get("attention_mask"), call.new, call.past, two_d=flash)
         if own.renumbered is not None:
-            renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.past)
+            if call.since is None:
+                call.since = since_prefill(call.mask, own.frame.length, call.past, call.new)
+            renumber_step(self.decoder, number, hidden, kwargs, own.renumbered, call.since)
 
 
 def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -28,6 +28,7 @@ from tokenprune.core.reads import (
 )
 from tokenprune.engine.attention_tap import Seen, tap
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.under_way import under_way
 from tokenprune.engine.interface.bound_model import arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import Marks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
@@ -253,12 +254,11 @@ class Following:
 
     def missed(self) -> bool:
         """See `Watch.missed`: whether the model's forward is on the stack, but was not seen to begin."""
-        frame = None if self._now.inside else inspect.currentframe()
-        while frame is not None:
-            if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is self.binding.base:
-                return True
-            frame = frame.f_back
-        return False
+        return not self._now.inside and under_way(self.binding.base, "forward")
+
+    def padding(self) -> Tensor | None:
+        """See `Watch.padding`."""
+        return self._now.mask
 
     def later(self) -> Tensor | None:
         """See `Watch.later`."""

@@ -1,58 +1,127 @@
-"""Looking on at `generate`, one call of which may make several prefills."""
+"""Looking on at `generate`: one call may make several prefills, and belongs to a context wholly or not at all."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.under_way import under_way
+from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
-_GENERATION: ContextVar[object | None] = ContextVar("_GENERATION", default=None)
+
+@dataclass(eq=False)
+class Generation:
+    """A call of `generate` under way.
+
+    Attributes:
+        model: that generates.
+        outer: the call, of another model, that it is made in.
+        begun: whether the decoder has been called in it; what it is called with first is the prompt.
+        prompt: how that looked, for whoever has to know it again; None = it was not noted.
+    """
+
+    model: Any
+    outer: Generation | None = None
+    begun: bool = False
+    prompt: Tensor | None = None
 
 
-def generation() -> object | None:
-    """Stands for the call of `generate` under way in this thread; None = there is none."""
-    return _GENERATION.get()
+_GENERATION: ContextVar[Generation | None] = ContextVar("_GENERATION", default=None)
 
 
-_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+def generation(model: Any) -> Generation | None:
+    """This thread's call of `model.generate` that a context saw begin; None = there is none."""
+    now = _GENERATION.get()
+    while now is not None and now.model is not model:
+        now = now.outer
+    return now
 
 
-@contextmanager
-def whole_prompts(model: nn.Module, prunes: Callable[[], bool]) -> Iterator[None]:
-    """Look on at `generate` of this model meanwhile; refuse that its first call holds less than the prompt, or more.
+class Generations:
+    """The calls of `generate` of one context.
+
+    A call that began before the context was open is none of them, and runs on unpruned. One that is not at its end when
+    the context is closed is refused to go on.
 
     Args:
         model: that generates.
+        decoder: that it calls.
         prunes: whether the strategy ever does.
     """
-    with shadowed(model, "generate", partial(_generate, model, prunes)):
-        yield
 
+    def __init__(self, model: nn.Module, decoder: nn.Module, prunes: Callable[[], bool]) -> None:
+        self._model, self._decoder, self._prunes = model, decoder, prunes
+        self._open = False
 
-def _generate(model: Any, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = given or getattr(model, "generation_config", None)
-    size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-    if size is not None:
-        raise UnsupportedError(
-            f"prefill_chunk_size={size} found under tokenprune.prune(): generate() would give the prompt in parts, and "
-            "image tokens are chosen once, when all of it is known; leave prefill_chunk_size out"
-        )
-    guessing = [name for name in _GUESSING if kwargs.get(name, getattr(config, name, None)) is not None]
-    if guessing and prunes():
-        raise UnsupportedError(
-            f"{guessing[0]} found under tokenprune.prune(): in assisted decoding the first call holds guessed tokens "
-            "behind the prompt, by which image tokens would be chosen; generate without it"
-        )
-    token = _GENERATION.set(object())
-    try:
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Look on at `generate` meanwhile; refuse that its first call holds less than the prompt, or more."""
+        with ExitStack() as undo:
+            undo.enter_context(shadowed(self._model, "generate", self._generate))
+            for module in modules_of(self._model):  # of a part, where the model has that one generate
+                undo.enter_context(shadowed(module, "_prepare_generation_config", self._prepare))
+            yield
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Calls that begin meanwhile are the context's: everything that has to be seen of them is."""
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def missed(self) -> bool:
+        """Asked when the decoder is called: whether that is in a `generate` that was not seen to begin."""
+        return generation(self._model) is None and under_way(self._model, "generate")
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._open:
+            return original(*args, **kwargs)
+        given = inspect.signature(original).bind_partial(*args).arguments
+        if {**given, **kwargs}.get("assistant_model") is not None:
+            self._refuse_guesses("assistant_model")
+        token = _GENERATION.set(Generation(self._model, _GENERATION.get()))
+        try:
+            with shadowed(self._decoder, "forward", self._go_on):
+                return original(*args, **kwargs)
+        finally:
+            _GENERATION.reset(token)
+
+    def _go_on(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._open:
+            raise UnsupportedError(
+                "the context of tokenprune.prune() in which this generate() began is closed; have it come to its end "
+                "inside the context, where it runs in another thread by joining that"
+            )
         return original(*args, **kwargs)
-    finally:
-        _GENERATION.reset(token)
+
+    def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The settings that `generate` will really use: of its arguments, a configuration, and the model's own."""
+        prepared = original(*args, **kwargs)
+        config = prepared[0] if isinstance(prepared, tuple) else prepared
+        size = getattr(config, "prefill_chunk_size", None)
+        if size is not None:
+            raise UnsupportedError(
+                f"prefill_chunk_size={size} found under tokenprune.prune(): generate() would give the prompt in parts, "
+                "and image tokens are chosen once, when all of it is known; leave prefill_chunk_size out"
+            )
+        for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
+            if getattr(config, name, None) is not None:
+                self._refuse_guesses(name)
+        return prepared
+
+    def _refuse_guesses(self, name: str) -> None:
+        if self._prunes():
+            raise UnsupportedError(
+                f"{name} found under tokenprune.prune(): in assisted decoding the first call holds guessed tokens "
+                "behind the prompt, by which image tokens would be chosen; generate without it"
+            )

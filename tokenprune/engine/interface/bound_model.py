@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
-from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.interface.prompt_masks import Marks
-from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import not_loaded
@@ -25,8 +21,10 @@ class Watch(Protocol):
     """Looks on while a model takes in images, and tells afterwards what it saw.
 
     It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
-    tokens among the new ones; None = there are none. And a method `missed()`, which is asked when the decoder is
-    called: whether that is in a call of the model that began before the context was opened, as other threads' may.
+    tokens among the new ones; None = there are none. A method `missed()`, which is asked when the decoder is called:
+    whether that is in a call of the model that began before the context was opened, as other threads' may. And a method
+    `padding()`, which is asked on a filled cache: the two-dimensional attention mask of the call, where the model gives
+    its decoder another one; None = what the decoder itself is called with.
     """
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
@@ -74,49 +72,6 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     """The two-dimensional attention mask among a model's arguments, if there is one."""
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-class Given(Binding):
-    """A model whose image tokens the caller marks."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        image_tokens: Tensor,
-        grid: Tensor | None = None,
-        image_number: Tensor | None = None,
-        vision: VisionSource | None = None,
-    ) -> None:
-        self.name, self.decoder = type(model).__name__, model
-        self._marks = Marks(image_tokens, grid=grid, image_number=image_number)
-        self._now = threading.local()  # a call belongs to its thread
-        self._vision = vision or VisionSource()
-        self.tower_layers = self._vision.layers
-
-    def offers(self) -> frozenset[type[Read]]:
-        """What the caller's source answers."""
-        return frozenset(self._vision.answers)
-
-    @contextmanager
-    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
-        """Look at the model's attention mask, which its decoder may be given in another form."""
-        with shadowed(self.decoder, "forward", self._forward):
-            yield self
-
-    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._now.attention_mask = padding_mask(arguments(self.decoder, args, kwargs))
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._now.attention_mask = None  # of this call only: the decoder inside may be called alone next
-
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
-        """The caller's."""
-        return replace(self._marks, queries=queries, attention_mask=getattr(self._now, "attention_mask", None))
-
-    def provide(self, read: Read) -> Any:
-        """The caller's source answers."""
-        return self._vision.provide(read)
 
 
 def binding_of(model: Any) -> Binding:

@@ -105,6 +105,14 @@ class _Watched:
             found: Tensor | None = ask()
         return found
 
+    def padding(self) -> Tensor | None:
+        ask = getattr(self._inner, "padding", None)
+        if ask is None:
+            return None
+        with self._running("padding"):
+            found: Tensor | None = ask()
+        return found
+
     def missed(self) -> bool:
         ask = getattr(self._inner, "missed", None)
         if ask is None:

@@ -1,0 +1,148 @@
+"""A model whose image tokens the caller marks, and which of its prefills the marks are for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import Read
+from tokenprune.engine.calls.generate import generation
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.under_way import under_way
+from tokenprune.engine.interface.bound_model import Binding, Watch, arguments, padding_mask
+from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.vision_source import VisionSource
+from tokenprune.errors import InputError
+
+
+class _Now(threading.local):
+    """Of one thread.
+
+    Attributes:
+        inside: whether the model's forward is under way.
+        mask: the attention mask that it was called with.
+        prompt: the latest prompt of a plain forward, see `_OfPrompt`.
+    """
+
+    inside = False
+    mask: Tensor | None = None
+    prompt: Tensor | None = None
+
+
+class Given(Binding):
+    """A model whose image tokens the caller marks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_tokens: Tensor,
+        grid: Tensor | None = None,
+        image_number: Tensor | None = None,
+        vision: VisionSource | None = None,
+    ) -> None:
+        self.name, self.decoder = type(model).__name__, model
+        self._marks = _OfPrompt(image_tokens, grid=grid, image_number=image_number)
+        self._now = _Now()
+        self._vision = vision or VisionSource()
+        self.tower_layers = self._vision.layers
+
+    def offers(self) -> frozenset[type[Read]]:
+        """What the caller's source answers."""
+        return frozenset(self._vision.answers)
+
+    @contextmanager
+    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
+        """Look at the model's attention mask, which its decoder may be given in another form."""
+        with shadowed(self.decoder, "forward", self._forward):
+            yield self
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        now = self._now
+        now.inside, now.mask = True, padding_mask(arguments(self.decoder, args, kwargs))
+        try:
+            return original(*args, **kwargs)
+        finally:  # of this call only: the decoder inside may be called alone next
+            now.inside, now.mask = False, None
+
+    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+        """The caller's, for the prefills that they are for."""
+        call = generation(self.decoder)
+        return replace(
+            self._marks,
+            queries=queries,
+            attention_mask=self._now.mask,
+            seen=self._now if call is None else call,
+            others=call is not None and call.begun,
+        )
+
+    def missed(self) -> bool:
+        """See `Watch`: whether the model's forward is on the stack, but was not seen to begin."""
+        return not self._now.inside and under_way(self.decoder, "forward")
+
+    def padding(self) -> Tensor | None:
+        """See `Watch`."""
+        return self._now.mask
+
+    def provide(self, read: Read) -> Any:
+        """The caller's source answers."""
+        return self._vision.provide(read)
+
+
+@dataclass(frozen=True)
+class _OfPrompt(Marks):
+    """Marks of one prompt; the same tokens with generated ones behind them are that prompt still.
+
+    It is known again by its text: the sum of each embedding, read as whole numbers, where no image token stands.
+
+    Attributes:
+        seen: where `prompt` is kept: int64 [batch, prompt], what the prompt that was seen last looks like.
+        others: whether prefills of other prompts are to be expected, as those of a second stream in `generate`; they
+            are text alone.
+    """
+
+    seen: Any = None
+    others: bool = False
+
+    def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
+        """See `Marks.layout`.
+
+        Raises:
+            InputError: masks that do not fit the input, or another prompt than theirs.
+        """
+        image, (batch, length) = self.image_tokens, hidden.shape[:2]
+        if not isinstance(image, Tensor) or image.dim() != 2 or not len(image) or batch % len(image):
+            return super().layout(hidden, attention_mask)  # which says what is wrong
+        rows, own = image.shape
+        looks = self._looks(hidden)
+        same = self.seen.prompt is not None and torch.equal(looks, self.seen.prompt)
+        if self.others and not same:
+            text = torch.zeros(batch, length, dtype=torch.bool)
+            return Marks(text, attention_mask=self.attention_mask).layout(hidden, attention_mask)
+        if length != own and not same:
+            raise InputError(
+                f"image_tokens: a mask of shape {[rows, own]} was given for a forward of {[batch, length]}, which is "
+                "neither its prompt nor that with generated tokens behind it; masks cover the expanded prompt: prune "
+                "this one in a context with a mask of its own, all False where it is text alone"
+            )
+        groups = looks.reshape(rows, batch // rows, -1)
+        if rows > 1 and not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            raise InputError(
+                f"image_tokens: a mask of {rows} rows was given for a batch of {batch}, which is not each of {rows} "
+                "prompts repeated in turn; give a mask with a row for each"
+            )
+        self.seen.prompt = looks
+        return super().layout(hidden, attention_mask)
+
+    def _looks(self, hidden: Tensor) -> Tensor:
+        rows, own = self.image_tokens.shape
+        tokens = hidden[:, :own].detach()
+        numbers = tokens.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()]).sum(-1)
+        image = self.image_tokens.to(hidden.device, torch.bool).repeat_interleave(len(hidden) // rows, 0)
+        return numbers.masked_fill(image[:, : numbers.shape[1]], 0)

@@ -104,14 +104,28 @@ class Given(Binding):
             yield self
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._now.attention_mask = padding_mask(arguments(self.decoder, args, kwargs))
+        inputs = arguments(self.decoder, args, kwargs)
+        self._now.attention_mask = padding_mask(inputs)
+        self._now.embeds = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else None
         try:
             return original(*args, **kwargs)
-        finally:
-            self._now.attention_mask = None  # of this call only: the decoder inside may be called alone next
+        finally:  # of this call only: the decoder inside may be called alone next
+            self._now.attention_mask = self._now.embeds = None
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
-        """The caller's."""
+        """The caller's.
+
+        Raises:
+            InputError: embeddings of more positions than are marked, of which any may be new. Ids of more are what was
+                generated without a cache.
+        """
+        embeds, marked = getattr(self._now, "embeds", None), self._marks.image_tokens
+        if isinstance(embeds, Tensor) and isinstance(marked, Tensor) and embeds.shape[1] > marked.shape[-1]:
+            raise InputError(
+                f"image_tokens: a mask over {marked.shape[-1]} positions was given, but inputs_embeds of "
+                f"{embeds.shape[1]}, where others may stand before the prompt (as virtual tokens of PEFT's prompt tuning "
+                "do); mark the image tokens over the whole input"
+            )
         return replace(self._marks, queries=queries, attention_mask=getattr(self._now, "attention_mask", None))
 
     def provide(self, read: Read) -> Any:

@@ -292,3 +292,13 @@ def test_the_trace_is_the_latest_prefills(model):
         model(IDS.flip(0))
         assert run.trace is not first
     assert run.trace.stages
+
+
+@pytest.mark.parametrize("script", [Scripted([]), Scripted([Step(1, HALF)])])
+def test_continuous_batching_is_refused_by_name_where_it_is_called(model, script):
+    if not hasattr(model, "init_continuous_batching"):
+        pytest.skip("this release of transformers has no continuous batching")
+    with prune(model, script, image_tokens=IMAGE):
+        with pytest.raises(UnsupportedError, match=r"\(generate_batch\) found .*call generate\(\) on"):
+            model.generate_batch([IDS[0].tolist()], max_new_tokens=2)
+        model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)

@@ -123,8 +123,8 @@ class Given(Binding):
         if isinstance(embeds, Tensor) and isinstance(marked, Tensor) and embeds.shape[1] > marked.shape[-1]:
             raise InputError(
                 f"image_tokens: a mask over {marked.shape[-1]} positions was given, but inputs_embeds of "
-                f"{embeds.shape[1]}, where others may stand before the prompt (as virtual tokens of PEFT's prompt tuning "
-                "do); mark the image tokens over the whole input"
+                f"{embeds.shape[1]}, where others may stand before the prompt (as virtual tokens of PEFT's prompt "
+                "tuning do); mark the image tokens over the whole input"
             )
         return replace(self._marks, queries=queries, attention_mask=getattr(self._now, "attention_mask", None))
 

@@ -265,6 +265,22 @@ def test_what_a_model_keeps_of_its_latest_conversation_is_there_afterwards(name)
     assert torch.equal(model.base_model.rope_deltas, expected)
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_conversation_is_known_by_its_cache_wherever_it_stands_among_the_arguments(name):
+    base, inputs = model_of(name).base_model, inputs_of(name)
+    other = FAMILIES[name].inputs([(60, 30)] * len(inputs["input_ids"]))  # another size: positions of its own
+    token = torch.full((len(inputs["input_ids"]), 1), 5)
+    with torch.no_grad():
+        with tokenprune.prune(base, EverySecond()):
+            cache = base(**inputs, use_cache=True).past_key_values
+            expected = base(token, past_key_values=cache).last_hidden_state
+        for step in (lambda cache: base(token, None, None, cache), lambda cache: base(token, past_key_values=cache)):
+            with tokenprune.prune(base, EverySecond()):
+                cache = base(**inputs, use_cache=True).past_key_values
+                base(**other, use_cache=True)
+                assert torch.equal(step(cache).last_hidden_state, expected)
+
+
 @names
 def test_beam_search_equals_recomputation(name):
     model, inputs = model_of(name), inputs_of(name)

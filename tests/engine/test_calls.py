@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cases import LAYERS, WIDTH, random_layout
+from torch.nn.modules import module as modules
 
 from tokenprune.core.decisions import Keep
 from tokenprune.core.stage import Stage
@@ -115,6 +116,106 @@ def test_hooks_of_others_see_full_length_states_and_may_change_them(model):
     assert seen == [12, 12]
     present = layout.valid & ~layout.image_tokens
     assert (got - expected)[present].abs().max() < 2e-5
+
+
+KINDS = ["forward", "forward_pre", "every module's forward", "every module's forward_pre"]
+
+
+def look(kind, layers, note):
+    """Put hooks on the layers or on all modules that call `note(number, value)` with what enters, or comes out of, a
+    layer, and use what it answers. Returns their handles."""
+    numbers = {layer: number for number, layer in enumerate(layers)}
+
+    def behind(module, args, output):
+        return note(numbers[module], output) if module in numbers else None
+
+    def before(module, args):
+        return (note(numbers[module], args[0]), *args[1:]) if module in numbers else None
+
+    hook = before if kind.endswith("_pre") else behind
+    if kind.startswith("every"):
+        return [getattr(modules, f"register_module_{kind.split()[-1]}_hook")(hook)]
+    return [getattr(layer, f"register_{kind}_hook")(hook) for layer in layers]
+
+
+@pytest.mark.parametrize("stage", range(LAYERS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_any_kind_see_and_change_what_the_oracles_do(model, kind, stage):
+    """Before the stage, at it and behind it; what comes in at a layer is what came out of the one before."""
+    script = Scripted([Step(stage, HALF)])
+    with torch.no_grad():
+        with prune(model, script, image_tokens=IMAGE) as run:
+            model(IDS)
+        layout = run.trace.layout
+
+        def outcome(context, kind):
+            seen = []
+
+            def note(number, value):
+                seen.append((number, value))
+                return value * 1.5 if number == 1 else value
+
+            with context:
+                handles = look(kind, model.model.layers, note)
+                try:
+                    return seen, model.model(IDS, use_cache=False).last_hidden_state
+                finally:
+                    for handle in handles:
+                        handle.remove()
+
+        # the oracle's hooks are those of the layers: those of all modules would come before them
+        expected, output = outcome(masked(model.model, layout, script), kind.split()[-1])
+        got, mine = outcome(prune(model, script, image_tokens=IMAGE), kind)
+    assert [number for number, _ in got] == list(range(LAYERS))
+    present = layout.valid & ~layout.image_tokens  # the oracle takes no change of what was dropped
+    for (_, one), (_, other) in zip(got, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other)[present].abs().max() < 2e-5
+    assert (mine - output)[present].abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("number", range(LAYERS))
+def test_a_hook_sees_full_length_on_both_sides_of_its_layer(model, number):
+    seen = []
+    model.model.layers[number].register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.no_grad(), prune(model, Scripted([Step(2, HALF)]), image_tokens=IMAGE):
+        model(IDS)
+    assert [(tuple(before.shape), tuple(after.shape)) for before, after in seen] == [((2, 12, WIDTH), (2, 12, WIDTH))]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_backward_hooks_see_the_oracles_gradients(model, everywhere):
+    layers, script = list(model.model.layers), Scripted([Step(2, HALF)])
+    weights = torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def gradients(context, everywhere):
+        seen = {}
+
+        def note(module, before, after):
+            if module in layers:
+                seen[layers.index(module)] = before[0], after[0]
+
+        with context as run:
+            if everywhere:
+                handles = [modules.register_module_full_backward_hook(note)]
+            else:
+                handles = [layer.register_full_backward_hook(note) for layer in layers]
+            try:
+                (model.model(IDS, use_cache=False).last_hidden_state * weights).sum().backward()
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return seen, run
+
+    got, run = gradients(prune(model, script, image_tokens=IMAGE), everywhere)
+    layout = run.trace.layout
+    expected, _ = gradients(masked(model.model, layout, script), False)
+    assert sorted(got) == list(range(LAYERS))
+    present = layout.valid & ~layout.image_tokens  # the oracle takes the others around the layers
+    for number, pair in got.items():
+        for mine, oracles in zip(pair, expected[number], strict=True):
+            assert mine.shape == oracles.shape == (2, 12, WIDTH)
+            torch.testing.assert_close(mine[present], oracles[present], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3], [3, 4, 5, 6, 7, 8, 9, 10, 0, 1, 2, 3]])
@@ -249,3 +350,13 @@ def test_the_trace_is_the_latest_prefills(model):
         model(IDS.flip(0))
         assert run.trace is not first
     assert run.trace.stages
+
+
+@pytest.mark.parametrize("script", [Scripted([]), Scripted([Step(1, HALF)])])
+def test_continuous_batching_is_refused_by_name_where_it_is_called(model, script):
+    if not hasattr(model, "init_continuous_batching"):
+        pytest.skip("this release of transformers has no continuous batching")
+    with prune(model, script, image_tokens=IMAGE):
+        with pytest.raises(UnsupportedError, match=r"\(generate_batch\) found .*call generate\(\) on"):
+            model.generate_batch([IDS[0].tolist()], max_new_tokens=2)
+        model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)

@@ -11,12 +11,11 @@ from model_state import state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tokenprune
-from tokenprune import engine
 from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import Binding, Marks, prune
+from tokenprune.engine import Binding, Marks, prune, pruning
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -406,7 +405,7 @@ class Hooked(Binding):
 @pytest.fixture
 def hooked(monkeypatch):
     def bind(model, part):
-        monkeypatch.setattr(engine, "binding_of", lambda _: Hooked(model, part))
+        monkeypatch.setattr(pruning, "binding_of", lambda _: Hooked(model, part))
         return model
 
     return bind

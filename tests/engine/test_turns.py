@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,8 @@ def opened(model: FakeModel, **options: Any) -> Any:
 def test_a_context_on_a_busy_model_is_refused_or_waits(model: FakeModel) -> None:
     pruned = opened(model)
     with raw(model, Front(keep=0.1)):
-        for wait, message in ((False, "is still in use in thread 'MainThread': a pruning"), (0.01, "after 0.01 s")):
+        alone = "MainThread': a pruning .* copied while no context is open"
+        for wait, message in ((False, f"is still in use in thread '{alone}"), (0.01, "after 0.01 s")):
             with pytest.raises(BusyError, match=message):
                 elsewhere(partial(opened, model, wait=wait))
         patient = [started(partial(opened, model, wait=wait)) for wait in (True, PATIENCE, float("inf"))]
@@ -250,6 +252,43 @@ def test_a_context_is_refused_or_waits_while_the_model_segments(model: FakeModel
         until_waiting(model.decoder)
     assert outcome(one.result(PATIENCE)) == alone
     assert torch.equal(patient.result(PATIENCE), pruned)
+
+
+def test_a_context_of_a_thread_that_has_ended_is_told_at_once(model: FakeModel) -> None:
+    pruned = opened(model)
+    stack, leave = ExitStack(), threading.Event()
+
+    def open_and_leave() -> None:
+        stack.enter_context(raw(model, Front(keep=0.1)))
+        leave.wait(PATIENCE)
+
+    thread = threading.Thread(target=open_and_leave, name="gone")
+    thread.start()
+    patient = started(partial(opened, model, wait=True))  # since before it ends
+    until_waiting(model.decoder)
+    leave.set()
+    thread.join(PATIENCE)
+    with pytest.raises(BusyError, match=r"thread 'gone', which has ended without closing its pruning context; leave"):
+        patient.result(PATIENCE)
+    for wait in (False, True, PATIENCE):
+        with pytest.raises(BusyError, match="thread 'gone', which has ended"):
+            opened(model, wait=wait)
+    assert model.segment(IMAGES[0], "red").trace is None  # turns run beside it
+    stack.close()
+    assert torch.equal(opened(model), pruned)
+    assert is_free(model.decoder)
+
+
+def test_a_turn_of_a_thread_that_has_ended_is_told_too(model: FakeModel) -> None:
+    stack = ExitStack()
+    thread = threading.Thread(target=lambda: stack.enter_context(model_turn(model.decoder)), name="gone")
+    thread.start()
+    thread.join(PATIENCE)
+    with pytest.raises(BusyError, match="thread 'gone', which has ended without closing its turn"):
+        model.segment(IMAGES[0], "red")
+    with pytest.raises(BusyError, match="thread 'gone', which has ended"):
+        opened(model, wait=True)
+    stack.close()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT, FAMILIES
 
 import tokenprune as tp
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 STRATEGY = tp.strategy("fastv", layer=1, keep=5)
@@ -52,7 +52,7 @@ def pruned(held: Any, called: Any, inputs: dict[str, Any], **marks: Any) -> tupl
 
 def same(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     assert found[1].stages[0].kept == expected[1].stages[0].kept
-    assert found[1].ledger.entries[-1].image == (5, 5)
+    assert found[1].ledger.entries[-1].image == (5,) * len(found[0])
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-4)
 
 
@@ -105,6 +105,29 @@ def test_virtual_tokens_are_refused() -> None:
     wrapped = peft().get_peft_model(tiny_llama(), config)
     with pytest.raises(UnsupportedError, match="PROMPT_TUNING, which puts virtual tokens"), tp.prune(wrapped, STRATEGY):
         pass
+
+
+def test_virtual_tokens_around_a_model_that_is_pruned_are_refused() -> None:
+    model, ids, image = tiny_llama(), torch.arange(1, 13)[None], torch.zeros(1, 12, dtype=torch.bool)
+    image[:, 2:10] = True
+    wrapped = peft().get_peft_model(model, peft().PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        with tp.prune(model, STRATEGY, image_tokens=image):
+            with pytest.raises(InputError, match=r"over 12 positions .* inputs_embeds of 15.* over the whole input"):
+                wrapped(input_ids=ids)
+            with pytest.raises(InputError, match="inputs_embeds of 15"):
+                wrapped.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
+            expected = model(ids).logits
+            assert torch.equal(model(inputs_embeds=embeds).logits, expected)
+            cache = model(inputs_embeds=embeds).past_key_values
+            assert model(inputs_embeds=embeds[:, :3], past_key_values=cache).logits.shape[1] == 3
+        whole = torch.cat((image.new_zeros(1, 3), image), 1)
+        embeds = torch.cat((wrapped.get_prompt(batch_size=1), embeds), 1)
+        same(
+            pruned(model, wrapped, {"input_ids": ids}, image_tokens=whole),
+            pruned(model, model, {"inputs_embeds": embeds}, image_tokens=whole),
+        )
 
 
 @pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")

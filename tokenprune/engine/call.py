@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.calls.under_way import checkpointed
@@ -16,7 +17,7 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.kv_cache import CachedPrefill
 from tokenprune.engine.prefill import Prefill
-from tokenprune.errors import PluginError, UnsupportedError
+from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Call:
         mask: of a step, two-dimensional, 0 on padding; None = there is none.
         since: of a step, int64 [batch or 1, new], see `positions.since_prefill`; None until a layer wants it.
         turn: what is counted of a step with images, once the last layer has it; None = nothing.
+        ran: layers that have run.
         taps: on layers that a prefill reads.
     """
 
@@ -53,15 +55,46 @@ class Call:
     mask: Tensor | None = None
     since: Tensor | None = None
     turn: LaterTurn | None = None
+    ran: int = 0
     taps: ExitStack = field(default_factory=ExitStack)
 
 
-def watched(layers: Sequence[nn.Module], number: int) -> bool:
-    """Whether anybody else looks at a layer's output, as `output_hidden_states=True` does: by hooks, or, in older
-    releases of transformers, by a forward of its own."""
-    layer, following = layers[number], layers[number + 1 : number + 2]
-    hooks = layer._forward_hooks or any(after._forward_pre_hooks for after in following)
-    return bool(hooks) or not hasattr(layer.forward, "__tokenprune__")
+def watched(decoder: Decoder, number: int) -> bool:
+    """Whether anybody else sees what goes from a layer to the next one, as `output_hidden_states=True` does: by hooks
+    of any kind, of either layer or of all modules, or, in older releases of transformers, by a forward of its own."""
+    ends = slice(number, number + 2)
+    return bool(
+        _has_any_global_hook()  # type: ignore[no-untyped-call]
+        or any(
+            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+            for part in (*decoder.layers[ends], *decoder.called[ends])
+        )
+        or not all(hasattr(layer.forward, "__tokenprune__") for layer in decoder.layers[ends])
+    )
+
+
+def check_due(call: Call, decoder: Decoder, number: int) -> None:
+    """Does this layer run when it should? Raises EngineError, which names what was changed under the context."""
+    if number != call.ran or (number == 0 and not call.held):
+        decoder.check_layers()
+    if number != call.ran:
+        raise decoder.changed(f"layer {number} runs where the turn of layer {call.ran} is, whose forward was not seen")
+
+
+def check_all_ran(call: Call | None, decoder: Decoder, never_prunes: Callable[[], bool]) -> None:
+    """Did every layer run, as it has to where anything is pruned? Raises EngineError, which names what was changed."""
+    if call is None or call.ran == len(decoder.layers):
+        return
+    if not never_prunes():
+        decoder.check_layers()
+        raise decoder.changed(f"its forward ended after {call.ran} of {len(decoder.layers)} layers")
+
+
+def closed_inside() -> EngineError:
+    return EngineError(
+        "the context of tokenprune.prune() was closed in the middle of a forward of the model, which cannot be "
+        "finished unpruned; close it once the model has returned"
+    )
 
 
 def refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:

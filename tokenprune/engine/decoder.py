@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenprune.core.reads import PositionKernel, Read
 from tokenprune.core.requirements import DECODER_READS
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import EngineError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Decoder:
     Attributes:
         module: the module whose forward runs the layers.
         layers: the decoder layers, in order.
+        called: what the decoder calls for them: the same, or what `torch.compile` made of them.
         rotary: makes (cos, sin) from (states, position ids), in some decoders for each type of layer.
     """
 
     module: nn.Module
     layers: tuple[nn.Module, ...]
+    called: tuple[nn.Module, ...]
     rotary: nn.Module
 
     def attention(self, layer: int) -> nn.Module:
@@ -37,6 +39,23 @@ class Decoder:
         raise UnsupportedError(
             f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its "
             "attention cannot be read"
+        )
+
+    def check_layers(self) -> None:
+        """Are the layers still those that were found? Raises EngineError, which names what changed."""
+        layers: Any = self.module.layers
+        found = [uncompiled(layer) for layer in layers]
+        if len(found) != len(self.layers):
+            raise self.changed(f"{len(found)} layers found, expected {len(self.layers)}")
+        for number, (layer, expected) in enumerate(zip(found, self.layers, strict=True)):
+            if layer is not expected:
+                raise self.changed(f"layer {number} is another module than before")
+
+    def changed(self, what: str) -> EngineError:
+        """What to raise where the layers are not run as they were found."""
+        return EngineError(
+            f"{type(self.module).__name__} was changed while tokenprune.prune() is open: {what}; change the model "
+            "before the context is opened, or after it is closed"
         )
 
     @property
@@ -116,7 +135,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
-    return Decoder(module, tuple(map(uncompiled, layers)), uncompiled(rotary))
+    return Decoder(module, tuple(map(uncompiled, layers)), tuple(layers), uncompiled(rotary))
 
 
 def _near(model: nn.Module) -> str:

@@ -194,7 +194,7 @@ class Prefill(TokenScheduler):
 
         After the last layer, and where others look at it, that is the full-length output [batch, S, width]; dropped
         positions hold their last state. Else it is what the next layer runs on; before a stage an empty tensor, since
-        the states are in `full` then, and the model would hold a second copy.
+        the states are in `full` then, and the model would hold a second copy. Nobody but the decoder sees those.
 
         Args:
             layer: the decoder layer that has run.

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tokenprune.core.strategy import Strategy
+from tokenprune.engine.calls.continuous_batching import no_continuous_batching
 from tokenprune.engine.calls.generate import Generations, generation
 from tokenprune.engine.calls.interception import concerning
 from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
@@ -74,9 +75,11 @@ def prune(
         InputError: masks that do not fit, or none given for a plain decoder.
         OptionError: no strategy; `wait` or `threads` of another kind.
         IncompatibleError: the strategy reads something that the model does not offer.
-        BusyError: another thread uses the model, and `wait` is over.
+        BusyError: another thread uses the model, and `wait` is over, or that thread has ended with its context open.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
             open on it.
+        EngineError: the model was changed meanwhile in a way that switches pruning off, or the context is closed in
+            the middle of a forward.
         PluginError: an adapter, the strategy or an observer misbehaves; names it.
     """
     if not isinstance(strategy, Strategy):
@@ -116,6 +119,7 @@ def prune(
             strict=strict,
         )
         with concerning(concerns):
+            stack.enter_context(no_continuous_batching(whole))
             stack.enter_context(generations.followed())
             stack.enter_context(run.attached())
             stack.enter_context(generations.open())

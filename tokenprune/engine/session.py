@@ -19,9 +19,19 @@ from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
-from tokenprune.engine.call import Call, reentered, refuse_attentions, refuse_checkpoints, refuse_packed, watched
+from tokenprune.engine.call import (
+    Call,
+    check_all_ran,
+    check_due,
+    closed_inside,
+    reentered,
+    refuse_attentions,
+    refuse_checkpoints,
+    refuse_packed,
+    watched,
+)
 from tokenprune.engine.calls.generate import Generation
-from tokenprune.engine.calls.interception import compiled, shadowed
+from tokenprune.engine.calls.interception import Shadow, compiled, shadowed
 from tokenprune.engine.calls.torch_compile import check_runs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
@@ -75,6 +85,7 @@ class PruningRun:
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: Call | None = None
+        self._look: Shadow | None = None
         self._latest: Prefill | None = None
 
     @property
@@ -125,15 +136,20 @@ class PruningRun:
         """Look on at the decoder and its layers meanwhile."""
         with ExitStack() as undo:
             undo.callback(setattr, self._lease, "open", False)
-            undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
+            self._look = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
                 look = partial(_layer_forward, self, number)
                 undo.enter_context(shadowed(layer, "forward", look, every_thread=True))
             try:
                 yield
-            finally:
-                with self._turn:  # a forward of another thread comes to its end as it began
-                    undo.close()
+            except BaseException as error:
+                with self._turn:
+                    undo.__exit__(type(error), error, error.__traceback__)
+                raise
+            with self._turn:  # a forward of another thread comes to its end as it began
+                undo.close()
+                if self._call is not None:  # of this thread: a hook closes the context
+                    raise closed_inside()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the decoder's forward."""
@@ -142,7 +158,9 @@ class PruningRun:
         with self._turn:
             args, kwargs = self._enter(args, kwargs)
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                check_all_ran(self._call, self.decoder, self.never_prunes)
+                return output
             finally:
                 self._leave()
 
@@ -161,6 +179,12 @@ class PruningRun:
         call.taps.close()
         expect_nothing(call.cache)
 
+    def check_seen(self) -> None:
+        """Refuse a layer's call outside of any forward that was seen, where forwards are not seen any more."""
+        look = self._look
+        if look is not None and look.open and look.concerned() and not look.in_place() and not self.never_prunes():
+            raise look.bypassed()
+
     def mine(self) -> Call | None:
         """The forward under way, if it is this thread's: another thread's that began before the context is not."""
         call = self._call
@@ -174,6 +198,7 @@ class PruningRun:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if call.asking:
             raise reentered()
+        check_due(call, self.decoder, number)
         call.asking = True  # plugins run from here: strategies, observers, an adapter's watch
         try:
             if number == 0:
@@ -192,15 +217,9 @@ class PruningRun:
             self._shorten_step(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def after(self, call: Call, number: int, output: Any, watched: bool) -> Any:
-        """What a layer gives, instead of its output.
-
-        Args:
-            call: the forward.
-            number: of the layer.
-            output: of the layer.
-            watched: whether others look at it.
-        """
+    def after(self, call: Call, number: int, output: Any) -> Any:
+        """What a layer gives, instead of its output."""
+        call.ran += 1
         last = number == len(self.decoder.layers) - 1
         if last and call.turn is not None and call.cached is not None:
             call.cached.ledger.later_turns.append(call.turn)
@@ -209,7 +228,7 @@ class PruningRun:
         hidden = output[0] if isinstance(output, tuple) else output
         call.asking = True
         try:
-            first = call.prefill.after_layer(number, hidden, full=watched)
+            first = call.prefill.after_layer(number, hidden, full=watched(self.decoder, number))
         finally:
             call.asking = False
         if last:
@@ -327,9 +346,10 @@ def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *
     """Around a layer's forward."""
     call = run.mine()
     if call is None:  # a layer called by itself, or by another thread's forward that began before the context
+        run.check_seen()
         return original(*args, **kwargs)
     args, kwargs = run.before(call, number, args, kwargs)
     read = call.prefill is not None and call.prefill.taps(number)
     # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
     output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
-    return run.after(call, number, output, watched(run.decoder.layers, number))
+    return run.after(call, number, output)

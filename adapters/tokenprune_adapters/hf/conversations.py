@@ -7,6 +7,7 @@ there.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 from tokenprune.engine.calls.interception import shadowed
 
 STATE = "rope_deltas"
+NAME = "past_key_values"
 _MARK = "_tokenprune_rope_deltas"
 _METHODS = ("prepare_inputs_for_generation", "_prepare_position_ids_for_generation")
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -58,7 +60,7 @@ class Conversations:
         setattr(self._base, STATE, before if restored else getattr(self._now, "state", before))
 
     def _around(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        cache = _cache_in(kwargs, *args)
+        cache = _cache_in(original, args, kwargs)
         with self._lock:
             if hasattr(cache, _MARK):
                 setattr(self._base, STATE, getattr(cache, _MARK))
@@ -72,8 +74,8 @@ class Conversations:
         return output
 
 
-def _cache_in(*given: Any) -> Any:
-    """The cache among a call's arguments."""
-    return next(
-        (some["past_key_values"] for some in given if isinstance(some, dict) and "past_key_values" in some), None
-    )
+def _cache_in(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments, by name or by place, or among those that it is to prepare."""
+    given = {**(inspect.signature(method).bind_partial(*args).arguments if args else {}), **kwargs}
+    found = (some[NAME] for some in (given, *given.values()) if isinstance(some, dict) and NAME in some)
+    return next(found, None)

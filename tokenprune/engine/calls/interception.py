@@ -13,18 +13,19 @@ be compiled all the same is called through `compiled`.
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
-from typing import Any, NoReturn
+from typing import Any
 
 from torch._C._dynamo.eval_frame import set_eval_frame  # what torch.compiler.disable is made of
 from torch._dynamo.decorators import skip
 
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import EngineError, UnsupportedError
 
 REASON = "tokenprune.prune() looks on here"
 _CONCERNS: ContextVar[Callable[[], bool] | None] = ContextVar("_CONCERNS", default=None)
@@ -57,32 +58,41 @@ def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool = False) -> Iterator[None]:
+def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool = False) -> Iterator[Shadow | None]:
     """Calls of `thing.name(...)` go to `look(original, ...)` meanwhile; the class and other objects are left alone.
 
     Calls of other threads are left alone too, but see `concerning`; with `every_thread` it is up to `look` to do so.
     Several may look on, and stop in any order. Nothing happens where there is no such method. `torch.compile` leaves
     `look` and all that it calls alone.
+
+    Yields:
+        What stands in for the method; None where there is no such method.
+
+    Raises:
+        EngineError: at the end, if somebody has put the method back meanwhile, so that nobody looked on any more.
     """
     with _LOCK:
         original = getattr(thing, name, None)
         if original is not None:
             concerns = None if every_thread else _CONCERNS.get() or _only_here()
-            shadow = _Shadow(original, look, thing.__dict__.get(name), concerns)
+            shadow = Shadow(thing, name, original, look, concerns)
             thing.__dict__[name] = shadow
     if original is None:
-        yield
+        yield None
         return
     try:
-        yield
+        yield shadow
     finally:
+        taken_off = shadow.taken_off()
         shadow.lift()
         with _LOCK:  # what others put on top since stays, and takes this one along when it goes
-            while isinstance(top := thing.__dict__.get(name), _Shadow) and not top.open:
+            while isinstance(top := thing.__dict__.get(name), Shadow) and not top.open:
                 if top.before is None:
                     del thing.__dict__[name]
                 else:
                     thing.__dict__[name] = top.before
+    if taken_off:
+        raise shadow.bypassed()
 
 
 def _only_here() -> Callable[[], bool]:
@@ -90,22 +100,38 @@ def _only_here() -> Callable[[], bool]:
     return lambda: threading.get_ident() == thread
 
 
-class _Shadow:
-    """Calls `look(original, ...)`. Refuses to be copied: the copy's calls would go to the original object.
+def _functions(method: Any) -> Iterator[Any]:
+    """A method's function, and those that it wraps (`functools.wraps`), innermost last."""
+    while method is not None:
+        yield method if isinstance(method, Shadow) else getattr(method, "__func__", method)
+        method = getattr(method, "__wrapped__", None)
+
+
+class Shadow:
+    """Calls `look(original, ...)`. Refuses to be copied: the copy's calls would go to the original object. Once the
+    look is over it is copied and pickled as the original.
 
     Attributes:
         before: what stood in the object's own dictionary.
         open: until the look is over; then calls go on to the original.
     """
 
+    # not in __dict__, which `functools.update_wrapper` copies into what others put around
+    __slots__ = ("__dict__", "__weakref__", "_concerns", "_look", "_name", "_original", "_thing", "before")
     __tokenprune__ = True
 
     def __init__(
-        self, original: Callable[..., Any], look: Callable[..., Any], before: Any, concerns: Callable[[], bool] | None
+        self,
+        thing: Any,
+        name: str,
+        original: Callable[..., Any],
+        look: Callable[..., Any],
+        concerns: Callable[[], bool] | None,
     ) -> None:
         # without the original's attributes, by which torch.compile would find its way around the shadow
         functools.update_wrapper(self, original, updated=())
-        self._original, self._concerns, self.before = original, concerns, before
+        self._thing, self._name, self.before = thing, name, thing.__dict__.get(name)
+        self._original, self._concerns = original, concerns
         self._look: Callable[..., Any] | None = look
 
     @property
@@ -114,8 +140,48 @@ class _Shadow:
         return self._look is not None
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """For those who wrap a method's function and bind it again (mixed precision of accelerate), so that a copy of
+        the object calls its own. Raises AttributeError where the original is no method."""
+        inner: Any = self._original.__func__  # type: ignore[attr-defined]
+
+        @functools.wraps(self)
+        def function(thing: Any, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs) if thing is self._thing else inner(thing, *args, **kwargs)
+
+        return function
+
+    @property
     def __code__(self) -> Any:  # torch.export asks for it
         return self._original.__code__
+
+    def concerned(self) -> bool:
+        """Whether calls of this thread are looked at."""
+        return self._concerns is None or self._concerns()
+
+    def in_place(self) -> bool:
+        """Whether calls of the method come here, directly or through what was put around since, as far as that tells
+        what it wraps."""
+        return any(function is self for function in _functions(self._thing.__dict__.get(self._name)))
+
+    def taken_off(self) -> bool:
+        """Whether the method is for certain the one that was there before, or something around that. Code that has
+        kept `module.forward`, as hooks of accelerate do, may put it back."""
+        if self.in_place():
+            return False
+        found = self._thing.__dict__.get(self._name)
+        while not hasattr(found, "__func__") and hasattr(found, "__wrapped__"):
+            found = found.__wrapped__
+        function = getattr(found, "__func__", found)
+        return found is None or any(function is known for known in _functions(self._original))
+
+    def bypassed(self) -> EngineError:
+        """What to raise where calls went past it."""
+        return EngineError(
+            f"{type(self._thing).__name__}.{self._name} was replaced while tokenprune looked on, so calls since then "
+            "were not seen, and not pruned; put hooks and wrappers (accelerate, mixed precision) on the model, or take "
+            "them off it, before tokenprune.prune() begins"
+        )
 
     def lift(self) -> None:
         """Only pass calls on from now: somebody may have kept this, as `torch.compile(model.forward)` does."""
@@ -125,7 +191,7 @@ class _Shadow:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiler = set_eval_frame(None)
         look = self._look
-        if look is None or not (self._concerns is None or self._concerns()):
+        if look is None or not self.concerned():
             set_eval_frame(compiler)
             return self._original(*args, **kwargs)
         outer = _COMPILER.paused, _COMPILER.active
@@ -140,14 +206,23 @@ class _Shadow:
 
     __call__._torchdynamo_disable_msg = REASON  # type: ignore[attr-defined]
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise UnsupportedError(
-            "a model cannot be copied or pickled while it is under tokenprune.prune(), since the copy would call the "
-            "original; copy it before or after"
-        )
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self._copied(), memo)
 
-    def __reduce__(self) -> NoReturn:
-        self.__deepcopy__(None)
+    def __reduce__(self) -> Any:
+        return _itself, (self._copied(),)
+
+    def _copied(self) -> Callable[..., Any]:
+        if self.open:
+            raise UnsupportedError(
+                "a model cannot be copied or pickled while it is under tokenprune.prune(), since the copy would call "
+                "the original; copy it before or after"
+            )
+        return self._original
+
+
+def _itself(original: Callable[..., Any]) -> Callable[..., Any]:
+    return original
 
 
 def being_compiled() -> bool:

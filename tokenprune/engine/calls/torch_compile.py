@@ -16,7 +16,7 @@ from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
 
-def not_compiled(model: nn.Module) -> AbstractContextManager[None]:
+def not_compiled(model: nn.Module) -> AbstractContextManager[Any]:
     """Have the outermost module run as it is, and only the decoder layers compiled.
 
     So adapters' hooks inside are called, `torch.compile` makes no graphs that it has to give up at the first layer, and
@@ -47,7 +47,7 @@ def told_by_name() -> Iterator[None]:
 
 
 # a reason that we give, functions of ours in releases of PyTorch that tell no reasons, and a layer all of which is read
-_OURS = (REASON, "function _Shadow.__call__", "function _tapped_attention ", "fullgraph=True found no compiled frames")
+_OURS = (REASON, "function Shadow.__call__", "function _tapped_attention ", "fullgraph=True found no compiled frames")
 
 
 def _refusal(message: str) -> str:

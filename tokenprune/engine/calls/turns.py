@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -20,6 +21,8 @@ from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
 
 Wait = bool | float
+
+GLANCE = 0.5  # seconds after which those who wait look whether they wait for a thread that has ended
 
 
 class _Queue:
@@ -85,9 +88,12 @@ class _Queue:
         ticket = object()
         self.waiting[ticket] = opens
         try:
-            patience = None if wait is True else min(float(wait), threading.TIMEOUT_MAX)
-            if not self.changed.wait_for(lambda: self._may_go(ticket, opens), patience):
-                raise self._busy(name, wait)
+            end = time.monotonic() + (float("inf") if wait is True else float(wait))
+            while not self._may_go(ticket, opens):
+                rest, user = end - time.monotonic(), self._user(opens)
+                if rest <= 0 or (user is not None and not user.is_alive()):
+                    raise self._busy(name, wait, user)
+                self.changed.wait(min(rest, GLANCE))
         finally:
             del self.waiting[ticket]
             self.changed.notify_all()
@@ -98,14 +104,24 @@ class _Queue:
         # those that wait for the open context to be closed keep no turn waiting
         return ticket is next(one for one, other in self.waiting.items() if not (other and self.opener is not None))
 
-    def _busy(self, name: str, wait: Wait) -> BusyError:
-        user = self.opener or self.holder
+    def _user(self, opens: bool) -> threading.Thread | None:
+        """The thread that keeps one waiting; None = it is one that waits too, and came earlier."""
+        return (self.opener if opens else None) or self.holder
+
+    def _busy(self, name: str, wait: Wait, user: threading.Thread | None) -> BusyError:
         thread = f"thread {user.name!r}" if user is not None else "another thread"
-        doing = "a pruning context is open there" if self.opener is not None else "it is segmenting or answering there"
+        opened = user is not None and user is self.opener
+        if user is not None and not user.is_alive():
+            what = "its pruning context" if opened else "its turn (tokenprune.engine.model_turn)"
+            return BusyError(
+                f"{name} is still in use by {thread}, which has ended without closing {what}; leave that context, "
+                "which any thread may do, or load the model anew"
+            )
+        doing = "a pruning context is open there" if opened else "it is segmenting or answering there"
         waited = f" after {wait:g} s" if wait else ""
         return BusyError(
             f"{name} is still in use in {thread}{waited}: {doing}; pass wait=True to tokenprune.prune() to wait until "
-            "it is free, or use a copy of the model"
+            "it is free, or give each thread a model of its own, loaded anew or copied while no context is open on it"
         )
 
 
@@ -162,7 +178,7 @@ def open_context(decoder: nn.Module, wait: Wait, threads: Literal["any", "own"])
 
     Raises:
         OptionError: `wait` or `threads` is none of what they can be.
-        BusyError: another thread still has the model.
+        BusyError: another thread still has the model, or has ended and left its context open.
         UnsupportedError: this thread has a context open on it already.
     """
     if not isinstance(wait, (bool, int, float)) or not wait >= 0:

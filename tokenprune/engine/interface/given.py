@@ -28,11 +28,13 @@ class _Now(threading.local):
     Attributes:
         inside: whether the model's forward is under way.
         mask: the attention mask that it was called with.
+        embeds: the embeddings that it was called with in place of ids.
         prompt: the latest prompt of a plain forward, see `_OfPrompt`.
     """
 
     inside = False
     mask: Tensor | None = None
+    embeds: Any = None
     prompt: Tensor | None = None
 
 
@@ -64,15 +66,28 @@ class Given(Binding):
             yield self
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        now = self._now
-        now.inside, now.mask = True, padding_mask(arguments(self.decoder, args, kwargs))
+        now, inputs = self._now, arguments(self.decoder, args, kwargs)
+        now.inside, now.mask = True, padding_mask(inputs)
+        now.embeds = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else None
         try:
             return original(*args, **kwargs)
         finally:  # of this call only: the decoder inside may be called alone next
-            now.inside, now.mask = False, None
+            now.inside, now.mask, now.embeds = False, None, None
 
     def marks(self, queries: Mapping[str, Tensor]) -> Marks:
-        """The caller's, for the prefills that they are for."""
+        """The caller's, for the prefills that they are for.
+
+        Raises:
+            InputError: embeddings of more positions than are marked, of which any may be new. Ids of more are what was
+                generated without a cache.
+        """
+        embeds, marked = self._now.embeds, self._marks.image_tokens
+        if isinstance(embeds, Tensor) and isinstance(marked, Tensor) and embeds.shape[1] > marked.shape[-1]:
+            raise InputError(
+                f"image_tokens: a mask over {marked.shape[-1]} positions was given, but inputs_embeds of "
+                f"{embeds.shape[1]}, where others may stand before the prompt (as virtual tokens of PEFT's prompt "
+                "tuning do); mark the image tokens over the whole input"
+            )
         call = generation(self.decoder)
         return replace(
             self._marks,

@@ -376,3 +376,22 @@ def test_commands_that_need_masks_say_so(
     assert (code, out) == (2, "")
     assert error.startswith("error: model ")
     assert error.endswith("is a VisionLanguageModel, which makes no masks; choose a segmentation model")
+
+
+def test_an_answer_within_a_context_tells_of_the_pruning(models: Models) -> None:
+    image = picture()
+    model, strategy = models("llava"), tp.strategy("fastv", budget=0.5)
+    alone = model.answer(image, QUESTION, strategy, max_new_tokens=6)
+    with tp.prune(model, strategy) as run:
+        within = model.answer(image, QUESTION, max_new_tokens=6)
+        assert within.text == alone.text
+        assert within.trace is run.trace
+    assert repr(within) == repr(alone)
+    assert within.trace.stages[0].kept == alone.trace.stages[0].kept  # type: ignore[union-attr]
+    assert model.answer(image, QUESTION, max_new_tokens=2).trace is None
+
+
+def test_a_loaded_model_is_two_lines(models: Models) -> None:
+    first, second = repr(models("llava")).splitlines()
+    assert first == "VisionLanguageModel 'llava': LlavaForConditionalGeneration on cpu"
+    assert ".answer(image, prompt, strategy)" in second

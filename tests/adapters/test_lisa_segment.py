@@ -388,3 +388,21 @@ def test_spliced_prompts(prompts: list[tuple[int, list[int]]], continues: bool) 
             assert inputs.mask_query[row].nonzero().flatten().tolist() == [len(valid) - 1]
         else:
             assert torch.equal(inputs.mask_query[row].nonzero() + 1, inputs.seg[row].nonzero())
+
+
+def test_masks_made_within_a_context_tell_of_the_pruning(model: LisaModel, image: np.ndarray[Any, Any]) -> None:
+    strategy = tp.strategy("uniform", keep=4)
+    alone = model.segment(image, QUERIES[0], strategy)
+    marked = model.build_inputs(image, QUERIES[:1]).sequence.image_tokens
+    with tp.prune(model.decoder, strategy, image_tokens=marked) as run:
+        within = model.segment(image, QUERIES[0])
+        assert within.trace is run.trace
+    assert torch.equal(within.mask_logits, alone.mask_logits)
+    assert within.trace.stages[0].kept == alone.trace.stages[0].kept  # type: ignore[union-attr]
+    assert model.segment(image, QUERIES[0]).trace is None
+
+
+def test_a_loaded_model_is_two_lines(model: LisaModel) -> None:
+    first, second = repr(model).splitlines()
+    assert first.startswith(f"LisaModel {model.name!r}: a decoder of ")
+    assert ".segment(image, query, strategy)" in second

@@ -34,6 +34,7 @@ def command(
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_answering_model, quiet_loading
     from tokenprune.cli.printing import note
+    from tokenprune.core.budget import budget_words
     from tokenprune.core.option_texts import parse_options
     from tokenprune.datasets.validation import check_number
     from tokenprune.utils.stopwatch import recorded, told
@@ -58,7 +59,7 @@ def command(
                 failed += 1
                 continue
             typer.echo(f"{image}: {said.text}" if found.many else said.text)
-            label = strategy if budget is None else f"{strategy} at {budget:g}"
+            label = f"{chosen.name}{budget_words(chosen)}"
             note(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning")
             note(told(milliseconds))
     if failed:

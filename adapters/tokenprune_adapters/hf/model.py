@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine import model_turn, prune
+from tokenprune.engine import PruningRun, model_turn, open_run, prune
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
@@ -27,7 +27,8 @@ class Answer:
 
     Attributes:
         text: the new text.
-        trace: what the strategy did in the prefill; None without one. Answers of one batch share it.
+        trace: what the strategy, or a context around the call, did in the prefill; None without any. Answers of one
+            batch share it.
         row: the answer's batch row in the trace.
     """
 
@@ -37,7 +38,7 @@ class Answer:
 
     def __repr__(self) -> str:
         """The text and the tokens, without tensors."""
-        tokens = "None, no strategy ran" if self.trace is None else self.trace.summary(self.row)
+        tokens = "None, nothing was pruned" if self.trace is None else self.trace.summary(self.row)
         return f"Answer:\n  .text: {self.text!r}\n  .trace: row {self.row}: {tokens}"
 
 
@@ -55,6 +56,13 @@ class VisionLanguageModel:
 
     def __init__(self, model: Any, source: str, name: str, revision: str | None = None) -> None:
         self.model, self.source, self.name, self.revision = model, source, name, revision
+
+    def __repr__(self) -> str:
+        """What it is, and what to call."""
+        return (
+            f"{type(self).__name__} {self.name!r}: {type(self.model).__name__} on {self.model.device}\n"
+            "  .answer(image, prompt, strategy), .inputs(image, prompt), .model, .processor"
+        )
 
     @property
     def base_model(self) -> Any:
@@ -123,7 +131,8 @@ class VisionLanguageModel:
         Args:
             image: the image or images; see `inputs` for them, for prompts, and for the errors.
             prompt: the user's words; a list of them is answered as each would be alone.
-            strategy: a `tokenprune.Strategy`; None leaves the model untouched.
+            strategy: a `tokenprune.Strategy`; None leaves the model as it is: untouched, or pruned by a context that
+                this thread has open.
             max_new_tokens: limit of an answer.
 
         Raises:
@@ -136,12 +145,15 @@ class VisionLanguageModel:
             _ = self.processor  # read from its folder when first needed, which is no work on the image
             with stage("preprocess"):
                 inputs = self.inputs(image, prompt)
-            with stage("generation"), nullcontext() if strategy is None else prune(self.model, strategy) as run:
+            with stage("generation"), self._pruned(strategy) as run:
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             trace = None if run is None else run.trace
             texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
         return answers[0] if isinstance(prompt, str) else answers
+
+    def _pruned(self, strategy: Strategy | None) -> AbstractContextManager[PruningRun | None]:
+        return nullcontext(open_run(self.model)) if strategy is None else prune(self.model, strategy)
 
     def _said(self, ids: list[int]) -> str:
         ends = self.model.generation_config.eos_token_id

@@ -15,7 +15,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
+from tokenprune.engine import PruningRun, VisionSource, model_turn, open_run, prune
 from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.errors import OptionError
 from tokenprune.utils.images import ImageInput
@@ -89,6 +89,14 @@ class Segmenter(Prompts, nn.Module):
         self.name = name
         self.clip_space = clip_space
 
+    def __repr__(self) -> str:
+        """What it is, and what to call, without its modules."""
+        config, device = self.decoder.config, next(self.decoder.parameters()).device
+        return (
+            f"{type(self).__name__} {self.name!r}: a decoder of {config.num_hidden_layers} layers on {device}, masks\n"
+            "  .segment(image, query, strategy), .encode_image(image), .decoder, .tower"
+        )
+
     def offers(self) -> frozenset[type[Read]]:
         """Kinds of reads that `vision_source` answers for any image."""
         return offers(self.clip_space)
@@ -154,7 +162,8 @@ class Segmenter(Prompts, nn.Module):
                 run.
             query: a phrase or sentence; the words go into the family's templates, white space around them is dropped.
                 For figures comparable with those of referring data sets, lowercase it, as their evaluation does.
-            strategy: a `tokenprune.Strategy`; None leaves the decoder untouched.
+            strategy: a `tokenprune.Strategy`; None leaves the decoder as it is: untouched, or pruned by a context that
+                this thread has open.
             answer: "forced" gives an answer that holds the mask tokens and takes one pass, as the families' evaluation
                 does. "generate" lets the model answer; it makes a mask each time that the model says them.
             prompt: instead of a query, a whole prompt that is taken as it is, with <image> once. Forced, it must hold
@@ -277,10 +286,11 @@ class Segmenter(Prompts, nn.Module):
 
     @contextmanager
     def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
-        """The turn in which the decoder runs under a strategy; gives the run, or None without a strategy."""
+        """The turn in which the decoder runs under a strategy; gives the run: that of a context around it without
+        a strategy, or None."""
         if strategy is None:
             with model_turn(self.decoder):
-                yield None
+                yield open_run(self.decoder)
             return
         check_on(strategy, self)
         sequence = inputs.sequence

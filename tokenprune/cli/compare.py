@@ -49,7 +49,7 @@ def command(
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
 ) -> None:
     """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""
-    from tokenprune.cli.checks import check_metrics, check_model, check_strategies, refuse_given
+    from tokenprune.cli.checks import check_metrics, check_model, check_strategies, given, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.core.option_texts import parse_text, split_list
     from tokenprune.datasets.validation import check_request
@@ -90,6 +90,9 @@ def command(
             extra_metrics=added,
             threads=choose(threads),
         )
+    timed = found.environment["timing_samples"]
+    if given(context, "timing_samples") and int(timed) < timing_samples:
+        note(f"prefill was timed on {timed} queries instead of {timing_samples}: on one of each image")
     asked = model.encode(errors="surrogateescape").decode(errors="replace")  # a folder's name may be no Unicode
     found = found.model_copy(update={"model": asked})  # as it was asked for, not the folder's name
     try:  # first what stays, then what can fail without a loss
@@ -150,7 +153,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         bar.start()  # not before there is something to show: an error on the first query is then a line of its own
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
+        bar.update(tasks[what], completed=done, total=total)
 
     try:
         yield report

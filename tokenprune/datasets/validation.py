@@ -147,9 +147,8 @@ def _query_problem(query: object, size: tuple[int, ...], kinds: tuple[str, ...] 
         if not isinstance(text, str) or not text.strip():
             return f"a query whose {name} is {text!r}, expected words"
     if kinds is not None and query.kind not in kinds:
-        return (
-            f"{query.text!r} of kind {query.kind!r}, expected one of its kinds, {', '.join(kinds) or 'of which none'}"
-        )
+        listing = ", ".join(kinds) or "of which it has none"
+        return f"{query.text!r} of kind {query.kind!r}, expected one of its kinds, {listing}"
     mask = query.mask
     if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "bui":
         return f"the mask of {query.text!r}, which is {_kind(mask)}, expected bool {list(size)}, the image's size"

@@ -24,6 +24,7 @@ import tokenprune as tp
 from tokenprune.cli.app import main
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError, OptionError
 from tokenprune.plugins import registry
+from tokenprune_adapters.common.context_length import context_length
 from tokenprune_adapters.hf import FAMILIES
 from tokenprune_adapters.hf.model import VisionLanguageModel
 from tokenprune_adapters.lisa import LisaModel
@@ -395,3 +396,22 @@ def test_a_loaded_model_is_two_lines(models: Models) -> None:
     first, second = repr(models("llava")).splitlines()
     assert first == "VisionLanguageModel 'llava': LlavaForConditionalGeneration on cpu"
     assert ".answer(image, prompt, strategy)" in second
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_prompt_beyond_the_models_context_is_refused(models: Models, name: str) -> None:
+    with pytest.raises(InputError, match=r"the prompt takes \d+ positions, .*made for 512"):
+        models(name).answer(picture(), "What is it? " * 200)
+
+
+def test_contexts_are_stretched_as_configs_say() -> None:
+    def limit(known: int | None, **rope: Any) -> int | None:
+        return context_length(SimpleNamespace(max_position_embeddings=known, rope_parameters=rope))
+
+    assert limit(None) is None
+    assert limit(512, rope_type="default") == 512
+    assert limit(512, rope_type="linear", factor=4.0) == 2048
+    assert limit(131072, rope_type="llama3", factor=8.0, original_max_position_embeddings=8192) == 131072
+    assert limit(512, rope_type="dynamic", factor=2.0) is None
+    assert limit(512, full_attention={"rope_type": "linear", "factor": 8.0}, sliding_attention={}) == 4096
+    assert context_length(SimpleNamespace(max_position_embeddings=64, rope_scaling=None)) == 64

@@ -406,3 +406,16 @@ def test_a_loaded_model_is_two_lines(model: LisaModel) -> None:
     first, second = repr(model).splitlines()
     assert first.startswith(f"LisaModel {model.name!r}: a decoder of ")
     assert ".segment(image, query, strategy)" in second
+
+
+def test_a_prompt_beyond_the_models_context_is_refused(
+    model: LisaModel, image: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = model.build_inputs(image, QUERIES[:1]).sequence.token_ids.shape[1]
+    monkeypatch.setattr(model.decoder.config, "max_position_embeddings", length)
+    model.segment(image, QUERIES[0])
+    for answer in ("forced", "generate"):
+        with pytest.raises(
+            InputError, match=rf"the prompt takes \d+ positions, .*made for {length} .*shorten"
+        ):
+            model.segment(image, QUERIES[0] + " cat" * 20, answer=answer)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from fake_segmentation import Front, Whole
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tokenprune
 from tokenprune.core.option_texts import parse_text, split_list
 from tokenprune.core.stage import Shape, declared_stages, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
@@ -92,3 +93,9 @@ def test_who_takes_a_budget() -> None:
 def test_own_budgets_are_checked(budget: str) -> None:
     with pytest.raises(BudgetError, match="budget"):
         contenders([f"random:budget={budget}"], 0.5)
+
+
+def test_blanks_around_the_plus_of_a_composition() -> None:
+    for text in ("visionzip + fastv", " visionzip+ fastv "):
+        assert tokenprune.strategy(text).name == "visionzip+fastv"
+    assert tokenprune.strategy("prumerge+ + fastv", budgets=(0.5, 0.5)).name == "prumerge++fastv"

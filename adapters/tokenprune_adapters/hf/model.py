@@ -17,6 +17,7 @@ from tokenprune.engine import PruningRun, model_turn, open_run, prune
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
+from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.processor import load_processor
 
@@ -90,7 +91,7 @@ class VisionLanguageModel:
 
         Raises:
             InputError: something that is no image, an empty prompt, or one with placeholders for more or fewer images;
-                not as many prompts as images.
+                not as many prompts as images; a prompt longer than the model's context.
             UnsupportedError: several prompts, and a tokenizer that has no token to pad with.
         """
         rows = [self._row(*row) for row in _rows(image, prompt)]
@@ -108,6 +109,12 @@ class VisionLanguageModel:
                 f"{type(processor).__name__} cannot prepare images of {sizes} pixels and these prompts "
                 f"({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
             ) from error
+        config = self.model.config.get_text_config()
+        ids = made["input_ids"]
+        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # a picture takes fewer positions there
+            check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
+        else:
+            check_length(config, ids.shape[1])
         return made.to(self.model.device)
 
     @overload

@@ -21,6 +21,7 @@ from tokenprune.errors import OptionError
 from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, splice
 from tokenprune_adapters.llava.vision import count_layers, offers, vision_source
@@ -174,7 +175,7 @@ class Segmenter(Prompts, nn.Module):
 
         Raises:
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
-                without <image> or, forced, without mask tokens.
+                without <image> or, forced, without mask tokens; a prompt longer than the model's context.
             OptionError: an unknown `answer`, or no new tokens allowed.
             IncompatibleError: the strategy does not fit the model; told before anything runs.
         """
@@ -218,6 +219,7 @@ class Segmenter(Prompts, nn.Module):
             self.tokenizer.pad_id,
             encoded.image_valid,
         )
+        check_length(self.decoder.config, sequence.token_ids.shape[1])
         return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:

@@ -69,8 +69,7 @@ def create_app(model: Any = None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def incomplete(request: Request, error: RequestValidationError) -> JSONResponse:
         """So is a field that is missing, or of another type."""
-        problems = [f"field {'.'.join(map(str, one['loc'][1:]))!r}: {one['msg']}" for one in error.errors()]
-        return JSONResponse({"error": "InputError", "detail": "; ".join(problems)}, 422)
+        return JSONResponse({"error": "InputError", "detail": "; ".join(map(problem_of, error.errors()))}, 422)
 
     @app.middleware("http")
     async def limited(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -123,6 +122,14 @@ def status_of(error: tp.TokenPruneError) -> int:
     if isinstance(error, UnknownNameError):
         return 404
     return 422 if isinstance(error, (InputError, OptionError, IncompatibleError)) else 500
+
+
+def problem_of(found: dict[str, Any]) -> str:
+    """One of FastAPI's findings about a request's fields, in a sentence."""
+    field = ".".join(map(str, found["loc"][1:]))
+    if found["type"] == "missing":
+        return f"field {field!r} is missing; give it a value"
+    return f"field {field!r}: {found.get('input')!r} found; {found['msg']}"
 
 
 def picture(upload: UploadFile) -> Image.Image:

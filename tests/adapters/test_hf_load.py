@@ -24,6 +24,7 @@ import tokenprune as tp
 from tokenprune.cli.app import main
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError, OptionError
 from tokenprune.plugins import registry
+from tokenprune.testing.tiny_checkpoints import write_tiny_llava
 from tokenprune_adapters.common.context_length import context_length
 from tokenprune_adapters.hf import FAMILIES
 from tokenprune_adapters.hf.model import VisionLanguageModel
@@ -415,3 +416,13 @@ def test_contexts_are_stretched_as_configs_say() -> None:
     assert limit(512, rope_type="dynamic", factor=2.0) is None
     assert limit(512, full_attention={"rope_type": "linear", "factor": 8.0}, sliding_attention={}) == 4096
     assert context_length(SimpleNamespace(max_position_embeddings=64, rope_scaling=None)) == 64
+
+
+def test_the_tiny_checkpoint_for_trying_things(tmp_path: Path) -> None:
+    model = tp.load(write_tiny_llava(tmp_path / "tiny", layers=3, side=16))
+    again = tp.load(write_tiny_llava(tmp_path / "again", layers=3, side=16))
+    said = model.answer(picture(), QUESTION, tp.strategy("fastv", keep=5), max_new_tokens=4)
+    assert (said.trace.ledger.image_tokens, len(said.trace.ledger.entries)) == ((16,), 3)  # type: ignore[union-attr]
+    assert [entry.image for entry in said.trace.ledger.entries] == [(16,), (16,), (5,)]  # type: ignore[union-attr]
+    assert again.answer(picture(), QUESTION, tp.strategy("fastv", keep=5), max_new_tokens=4).text == said.text
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "tiny").tokenizer.pad_token, str)

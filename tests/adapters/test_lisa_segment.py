@@ -415,7 +415,5 @@ def test_a_prompt_beyond_the_models_context_is_refused(
     monkeypatch.setattr(model.decoder.config, "max_position_embeddings", length)
     model.segment(image, QUERIES[0])
     for answer in ("forced", "generate"):
-        with pytest.raises(
-            InputError, match=rf"the prompt takes \d+ positions, .*made for {length} .*shorten"
-        ):
+        with pytest.raises(InputError, match=rf"the prompt takes \d+ positions, .*made for {length} .*shorten"):
             model.segment(image, QUERIES[0] + " cat" * 20, answer=answer)  # type: ignore[arg-type]

@@ -308,3 +308,10 @@ def test_tiny_pictures_are_taken_or_refused_by_name(tmp_path: Path, name: str) -
             assert model.answer(values, "What?", max_new_tokens=1).text is not None
         except InputError as error:
             assert f"{size[1]}×{size[0]}" in str(error)  # noqa: PT017 - one or the other
+
+
+def test_a_folder_is_no_picture_and_errors_call_a_pil_image_as_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder, expected an image file; check the path"):
+        to_rgb(tmp_path)
+    with pytest.raises(InputError, match=r"^upload 'a\.tif' has the mode 'F'"):
+        to_rgb(Image.new("F", (4, 4)), name="upload 'a.tif'")

@@ -249,7 +249,7 @@ def test_tensors_of_all_number_types(upright: NDArray[np.uint8], dtype: torch.dt
         (Image.new("RGB", (0, 3)), "size 0×3, expected at least one pixel"),
         ([], "is a list"),
         (3, "is a int"),
-        ("", "cannot be read"),
+        ("", "is a folder"),
         ("a\0b.png", "cannot be read"),
     ],
 )

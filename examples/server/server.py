@@ -16,12 +16,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel
 
 import tokenprune as tp
 from tokenprune.errors import IncompatibleError, InputError, OptionError, UnknownNameError
+from tokenprune.utils.images import to_rgb
 
 LARGEST_UPLOAD = 10 * 2**20  # bytes
 ROOM_FOR_WORDS = 2**16  # bytes of a request beside the picture
@@ -63,6 +65,11 @@ def create_app(model: Any = None) -> FastAPI:
     async def refused(request: Request, error: tp.TokenPruneError) -> JSONResponse:
         """What a client asks for wrongly is told in tokenprune's own words; what is not his fault is a 500."""
         return JSONResponse({"error": type(error).__name__, "detail": str(error)}, status_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def incomplete(request: Request, error: RequestValidationError) -> JSONResponse:
+        """So is a field that is missing, or of another type."""
+        return JSONResponse({"error": "InputError", "detail": "; ".join(map(problem_of, error.errors()))}, 422)
 
     @app.middleware("http")
     async def limited(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -117,6 +124,14 @@ def status_of(error: tp.TokenPruneError) -> int:
     return 422 if isinstance(error, (InputError, OptionError, IncompatibleError)) else 500
 
 
+def problem_of(found: dict[str, Any]) -> str:
+    """One of FastAPI's findings about a request's fields, in a sentence."""
+    field = ".".join(map(str, found["loc"][1:]))
+    if found["type"] == "missing":
+        return f"field {field!r} is missing; give it a value"
+    return f"field {field!r}: {found.get('input')!r} found; {found['msg']}"
+
+
 def picture(upload: UploadFile) -> Image.Image:
     """The uploaded picture. Refuses what is too large before it is decoded."""
     try:
@@ -124,9 +139,11 @@ def picture(upload: UploadFile) -> Image.Image:
         if opened.width * opened.height > LARGEST_IMAGE:
             raise HTTPException(413, f"the picture has more than {LARGEST_IMAGE} pixels; send a smaller one")
         opened.load()
+        return to_rgb(opened, name=f"picture {upload.filename!r}")
+    except InputError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HTTPException(422, f"{upload.filename!r} is no picture that can be read; send a PNG or JPEG") from error
-    return opened
 
 
 def as_rle(mask: np.ndarray) -> Rle:

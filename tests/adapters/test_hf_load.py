@@ -24,6 +24,8 @@ import tokenprune as tp
 from tokenprune.cli.app import main
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError, OptionError
 from tokenprune.plugins import registry
+from tokenprune.testing.tiny_checkpoints import write_tiny_llava
+from tokenprune_adapters.common.context_length import context_length
 from tokenprune_adapters.hf import FAMILIES
 from tokenprune_adapters.hf.model import VisionLanguageModel
 from tokenprune_adapters.lisa import LisaModel
@@ -376,3 +378,51 @@ def test_commands_that_need_masks_say_so(
     assert (code, out) == (2, "")
     assert error.startswith("error: model ")
     assert error.endswith("is a VisionLanguageModel, which makes no masks; choose a segmentation model")
+
+
+def test_an_answer_within_a_context_tells_of_the_pruning(models: Models) -> None:
+    image = picture()
+    model, strategy = models("llava"), tp.strategy("fastv", budget=0.5)
+    alone = model.answer(image, QUESTION, strategy, max_new_tokens=6)
+    with tp.prune(model, strategy) as run:
+        within = model.answer(image, QUESTION, max_new_tokens=6)
+        assert within.text == alone.text
+        assert within.trace is run.trace
+    assert repr(within) == repr(alone)
+    assert within.trace.stages[0].kept == alone.trace.stages[0].kept  # type: ignore[union-attr]
+    assert model.answer(image, QUESTION, max_new_tokens=2).trace is None
+
+
+def test_a_loaded_model_is_two_lines(models: Models) -> None:
+    first, second = repr(models("llava")).splitlines()
+    assert first == "VisionLanguageModel 'llava': LlavaForConditionalGeneration on cpu"
+    assert ".answer(image, prompt, strategy)" in second
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_prompt_beyond_the_models_context_is_refused(models: Models, name: str) -> None:
+    with pytest.raises(InputError, match=r"the prompt takes \d+ positions, .*made for 512"):
+        models(name).answer(picture(), "What is it? " * 200)
+
+
+def test_contexts_are_stretched_as_configs_say() -> None:
+    def limit(known: int | None, **rope: Any) -> int | None:
+        return context_length(SimpleNamespace(max_position_embeddings=known, rope_parameters=rope))
+
+    assert limit(None) is None
+    assert limit(512, rope_type="default") == 512
+    assert limit(512, rope_type="linear", factor=4.0) == 2048
+    assert limit(131072, rope_type="llama3", factor=8.0, original_max_position_embeddings=8192) == 131072
+    assert limit(512, rope_type="dynamic", factor=2.0) is None
+    assert limit(512, full_attention={"rope_type": "linear", "factor": 8.0}, sliding_attention={}) == 4096
+    assert context_length(SimpleNamespace(max_position_embeddings=64, rope_scaling=None)) == 64
+
+
+def test_the_tiny_checkpoint_for_trying_things(tmp_path: Path) -> None:
+    model = tp.load(write_tiny_llava(tmp_path / "tiny", layers=3, side=16))
+    again = tp.load(write_tiny_llava(tmp_path / "again", layers=3, side=16))
+    said = model.answer(picture(), QUESTION, tp.strategy("fastv", keep=5), max_new_tokens=4)
+    assert (said.trace.ledger.image_tokens, len(said.trace.ledger.entries)) == ((16,), 3)  # type: ignore[union-attr]
+    assert [entry.image for entry in said.trace.ledger.entries] == [(16,), (16,), (5,)]  # type: ignore[union-attr]
+    assert again.answer(picture(), QUESTION, tp.strategy("fastv", keep=5), max_new_tokens=4).text == said.text
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "tiny").tokenizer.pad_token, str)

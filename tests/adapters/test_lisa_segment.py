@@ -137,7 +137,7 @@ def test_files_that_are_no_images(model: LisaModel, image: np.ndarray[Any, Any],
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:300])
     with pytest.raises(InputError, match=r"cut\.png' cannot be read"):
         model.segment(tmp_path / "cut.png", "the cat")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder, expected an image file"):
         model.segment(tmp_path, "the cat")
 
 
@@ -388,3 +388,32 @@ def test_spliced_prompts(prompts: list[tuple[int, list[int]]], continues: bool) 
             assert inputs.mask_query[row].nonzero().flatten().tolist() == [len(valid) - 1]
         else:
             assert torch.equal(inputs.mask_query[row].nonzero() + 1, inputs.seg[row].nonzero())
+
+
+def test_masks_made_within_a_context_tell_of_the_pruning(model: LisaModel, image: np.ndarray[Any, Any]) -> None:
+    strategy = tp.strategy("uniform", keep=4)
+    alone = model.segment(image, QUERIES[0], strategy)
+    marked = model.build_inputs(image, QUERIES[:1]).sequence.image_tokens
+    with tp.prune(model.decoder, strategy, image_tokens=marked) as run:
+        within = model.segment(image, QUERIES[0])
+        assert within.trace is run.trace
+    assert torch.equal(within.mask_logits, alone.mask_logits)
+    assert within.trace.stages[0].kept == alone.trace.stages[0].kept  # type: ignore[union-attr]
+    assert model.segment(image, QUERIES[0]).trace is None
+
+
+def test_a_loaded_model_is_two_lines(model: LisaModel) -> None:
+    first, second = repr(model).splitlines()
+    assert first.startswith(f"LisaModel {model.name!r}: a decoder of ")
+    assert ".segment(image, query, strategy)" in second
+
+
+def test_a_prompt_beyond_the_models_context_is_refused(
+    model: LisaModel, image: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = model.build_inputs(image, QUERIES[:1]).sequence.token_ids.shape[1]
+    monkeypatch.setattr(model.decoder.config, "max_position_embeddings", length)
+    model.segment(image, QUERIES[0])
+    for answer in ("forced", "generate"):
+        with pytest.raises(InputError, match=rf"the prompt takes \d+ positions, .*made for {length} .*shorten"):
+            model.segment(image, QUERIES[0] + " cat" * 20, answer=answer)  # type: ignore[arg-type]

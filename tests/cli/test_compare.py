@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_fixtures import Runner, assert_one_line, run
+from fake_segmentation import FakeData
 from PIL import Image
 
 from tokenprune import hookimpl
@@ -24,7 +25,7 @@ FAKE = ("--model", "fake", "--dataset", "rectangles", "--limit", 4, "--timing-sa
 
 
 def test_json_is_one_object_and_nothing_else_on_stdout(run: Runner) -> None:
-    ran = run("compare", *FAKE, "--strategies", "none,blind,front:layer=2,keep=0.5", "--format", "json")
+    ran = run("compare", *FAKE, "--strategies", "none,blind,front:layer=2,keep=0.5,budget=none", "--format", "json")
     found = json.loads(ran.out)
     assert ran.code == 0
     assert list(found) == ["model", "dataset", "split", "samples", "budget", "environment", "rows"]
@@ -40,6 +41,19 @@ def test_table_on_stdout_progress_on_stderr(run: Runner) -> None:
         assert text in ran.out
     assert "accuracy" in ran.err
     assert "accuracy" not in ran.out
+
+
+def test_samples_that_are_fewer_than_asked_for_are_told(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = FakeData.scenes
+    monkeypatch.setattr(FakeData, "scenes", lambda self, split, limit=None, seed=0: few(self, split, 4, seed))
+    words = ("compare", "--model", "fake", "--dataset", "rectangles", "--strategies", "none")
+    ran = run(*words, "--limit", 200, "--timing-samples", 20)
+    assert ran.code == 0
+    assert "accuracy" in ran.err
+    assert "4/200" not in ran.err.splitlines()[0]
+    assert "4/4" in ran.err
+    assert "prefill was timed on 2 queries instead of 20: on one of each image" in ran.err
+    assert "prefill was timed" not in run(*words, "--limit", 200).err  # nobody asked for 8
 
 
 def test_metrics_of_plugins_are_chosen_by_name(run: Runner) -> None:

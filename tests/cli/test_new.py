@@ -258,6 +258,11 @@ def test_an_author_with_an_address(run: Runner, tmp_path: Path) -> None:
     assert "Ada Lovelace\n" in (tmp_path / "tokenprune-x" / "LICENSE").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("kind", "name"), [("strategy", "my-method"), ("adapter", "my-model"), ("dataset", "my-data")])
+def test_help_names_an_example_of_the_kind(run: Runner, kind: str, name: str) -> None:
+    assert f"as in {name}." in run("new", kind, "--help").out
+
+
 BAD_NAMES = [
     ("My_Method", "'my-method'"),
     ("MyMethod", "'my-method'"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ import tokenprune
 from tokenprune import Keep, Shape, Stage, Strategy, StrategyOptions
 from tokenprune.core.budget import equivalent_tokens_with
 from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.schedule import plan
 from tokenprune.core.trace import Trace
-from tokenprune.errors import BudgetError, OptionError
+from tokenprune.errors import BudgetError, OptionError, PluginError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 
@@ -112,3 +114,21 @@ def test_a_budget_is_solved_once_for_each_shape(monkeypatch: pytest.MonkeyPatch)
     assert not made
     assert prefill(30).strategy != first.strategy
     assert made
+
+
+@pytest.mark.parametrize("budget", [0.35, None])
+def test_a_stage_of_more_tokens_than_there_are_is_the_reason_told(budget: float | None) -> None:
+    class Many(Strategy):
+        name = "many"
+        budget_option = "keep"
+
+        class Options(StrategyOptions):
+            keep: float = 0.5
+
+        def stages(self, shape: Shape) -> Iterable[Stage]:
+            yield Stage("most", 0, 4 * shape.image_tokens)
+
+        def choose(self, stage: Stage, tokens: Any) -> Any: ...
+
+    with pytest.raises(PluginError, match=r"'many', stage 'most': declares 256 tokens of 64; expected 0 … 64"):
+        plan(Many(budget=budget), [Shape(layers=4, image_tokens=64)])

@@ -24,7 +24,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.turns import _decoder_in
+from tokenprune.engine.calls.turns import decoder_in
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.errors import UnsupportedError
@@ -367,8 +367,8 @@ def test_the_towers_are_not_mixed(name: str, threads: Any) -> None:
 def test_turns_and_contexts_find_the_same_decoder(name: str) -> None:
     model = family(name)
     decoder = find_decoder(binding_of(model).decoder).module
-    assert _decoder_in(model) is decoder
-    assert _decoder_in(decoder) is decoder
+    assert decoder_in(model) is decoder
+    assert decoder_in(decoder) is decoder
 
 
 @pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")

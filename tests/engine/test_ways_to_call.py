@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from vlm_families import CURRENT, FAMILIES
 
 import tokenprune as tp
-from tokenprune.errors import UnsupportedError
+from tokenprune.engine import open_run
+from tokenprune.errors import PruningWarning, UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -138,3 +140,63 @@ def test_copies_made_under_a_context_are_refused() -> None:
                 pickle.dumps(model)
         copied = copy.deepcopy(model)
         assert "generate" not in copied.__dict__
+
+
+# the context itself --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*never entered")
+def test_what_is_asked_of_a_context_that_was_not_entered_is_refused() -> None:
+    context = tp.prune(tiny_llama(), PRUNING, image_tokens=IMAGE)
+    for ask in (lambda: context.trace, lambda: context.strategy):  # type: ignore[attr-defined]
+        with pytest.raises(UnsupportedError, match=r"has no '(trace|strategy)'.* write `with tokenprune\.prune"):
+            ask()
+    assert not hasattr(context, "args")
+
+
+def test_a_context_that_is_never_entered_says_so() -> None:
+    with pytest.warns(PruningWarning, match=r"never entered, so nothing was pruned; write `with tokenprune"):
+        tp.prune(tiny_llama(), PRUNING, image_tokens=IMAGE)
+
+
+def test_a_context_opens_once() -> None:
+    model = tiny_llama()
+    context = tp.prune(model, PRUNING, image_tokens=IMAGE)
+    with torch.no_grad(), context as run:
+        model(input_ids=IDS)
+        with pytest.raises(UnsupportedError, match="opens once; call prune"):
+            context.__enter__()
+        assert run.trace.stages
+    with pytest.raises(UnsupportedError, match="opens once; call prune"), context:
+        pass
+    assert "forward" not in vars(model.model)
+
+
+def test_as_a_decorator_every_call_is_pruned_anew() -> None:
+    model = tiny_llama()
+
+    @tp.prune(model, PRUNING, image_tokens=IMAGE)
+    def states() -> torch.Tensor:
+        return model(input_ids=IDS).logits
+
+    with torch.no_grad():
+        with tp.prune(model, PRUNING, image_tokens=IMAGE):
+            expected = model(input_ids=IDS).logits
+        assert not torch.equal(model(input_ids=IDS).logits, expected)
+        for _ in range(2):
+            assert torch.equal(states(), expected)
+        assert not torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_the_open_context_is_that_of_this_threads_calls() -> None:
+    model = tiny_llama()
+    assert open_run(model) is None
+    with tp.prune(model, PRUNING, image_tokens=IMAGE, threads="own") as run:
+        assert open_run(model) is open_run(model.model) is run
+        assert open_run(tiny_llama()) is None
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(open_run, model).result() is None
+    assert open_run(model) is None
+    with pytest.raises(ZeroDivisionError), tp.prune(model, PRUNING, image_tokens=IMAGE):
+        1 / 0  # noqa: B018
+    assert open_run(model) is None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from cli_fixtures import Runner, run
 from fake_segmentation import Front, Whole
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tokenprune
 from tokenprune.core.option_texts import parse_text, split_list
+from tokenprune.core.stage import Shape, declared_stages, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune.evaluation.contenders import contenders
+
+__all__ = ["run"]  # the fixture, with which `front` is registered
 
 WORD = st.from_regex(r"[a-z][a-z0-9+\-]{0,8}", fullmatch=True)
 OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.integers(0, 99), max_size=3)
@@ -60,6 +65,18 @@ def test_presets_keep_the_budget_that_they_bring() -> None:
     assert [c.budget for c in found] == [0.35, 0.3]
 
 
+@pytest.mark.parametrize("name", ["front", "fastv", "divprune"])
+def test_a_budget_beside_the_option_that_it_moves_is_a_ceiling(name: str, run: Runner) -> None:
+    found = contenders([f"{name}:keep=0.25", f"{name}:keep=0.9"], [0.5, 0.4])
+    assert [(c.budget, c.strategy.budget) for c in found] == [(0.5, 0.5), (0.4, 0.4)] * 2
+    assert found[0].label == f"{name} (keep=0.25) at most 0.5"
+    shape = Shape(layers=64, image_tokens=64)  # a late start weighs little
+    within = equivalent_tokens(declared_stages(found[0].strategy.bind(shape), shape), shape) / 64
+    assert 0.25 <= within <= 0.3
+    with pytest.raises(BudgetError, match=r"cannot meet budget 0\.5 .* with options {'keep': 0\.9}"):
+        found[2].strategy.bind(shape)
+
+
 def test_instances_run_as_they_are() -> None:
     strategy = Front(keep=0.3)
     (found,) = contenders([strategy], [0.5, 0.25])
@@ -76,3 +93,9 @@ def test_who_takes_a_budget() -> None:
 def test_own_budgets_are_checked(budget: str) -> None:
     with pytest.raises(BudgetError, match="budget"):
         contenders([f"random:budget={budget}"], 0.5)
+
+
+def test_blanks_around_the_plus_of_a_composition() -> None:
+    for text in ("visionzip + fastv", " visionzip+ fastv "):
+        assert tokenprune.strategy(text).name == "visionzip+fastv"
+    assert tokenprune.strategy("prumerge+ + fastv", budgets=(0.5, 0.5)).name == "prumerge++fastv"

@@ -109,7 +109,7 @@ def test_a_file_that_was_just_written(folder: Path) -> None:
 
 def test_nothing_installed_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "argparse", raising=False)
-    with pytest.raises(UnknownNameError, match="unknown data set of module 'argparse'"):
+    with pytest.raises(UnknownNameError, match="unknown dataset of module 'argparse'"):
         tp.compare(FakeModel(), "argparse:MyData", **OPTIONS)  # type: ignore[arg-type]
 
 
@@ -124,10 +124,15 @@ def test_commands_take_it(run: Runner, tmp_path: Path) -> None:
 
 
 ERRORS = [
+    ("my_halves.MyData", UnknownNameError, "did you mean 'my_halves:MyData'"),
+    ("nested_halves.data.MyData", UnknownNameError, "did you mean 'nested_halves.data:MyData'"),
+    ("my_halves.py:MyData", UnknownNameError, "drop .py: my_halves:MyData"),
+    ("./nested_halves/data.py:MyData", UnknownNameError, "drop .py: nested_halves.data:MyData"),
+    ("my_halves.py", UnknownNameError, "is a file; name its class, as in my_halves:MyData"),
     (
         "my_halves:MyDate",
         UnknownNameError,
-        r"unknown data set of module 'my_halves' \(.*my_halves\.py\) 'MyDate'; .*'MyData'",
+        r"unknown dataset of module 'my_halves' \(.*my_halves\.py\) 'MyDate'; .*'MyData'",
     ),
     ("my_halfs:MyData", UnknownNameError, "no module 'my_halfs' is there, neither installed nor in the current folder"),
     ("nested_halves.date:MyData", UnknownNameError, "no module 'nested_halves.date' is there"),

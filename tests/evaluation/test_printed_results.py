@@ -37,6 +37,22 @@ def result(masks: int, trace: Trace | None) -> Segmentation:
 TOKENS = "4 image tokens, 2 from layer 2; 3.0 equivalent tokens (75.0%)"
 
 
+def test_a_run_tells_of_itself_and_its_latest_prefill() -> None:
+    image = torch.zeros(1, 6, dtype=torch.bool)
+    image[:, 1:5] = True
+    model = tiny_llama(4).model
+    with torch.no_grad(), prune(model, tp.strategy("uniform", keep=2), image_tokens=image) as run:
+        first = f"PruningRun: {run.strategy!r} on LlamaModel of 4 layers\n"
+        assert repr(run) == first + "  .trace: none yet; call the model"
+        model(input_ids=torch.arange(6)[None])
+        assert repr(run) == first + f"  .trace: {run.trace!r}"
+
+
+def test_a_ledger_is_one_line() -> None:
+    assert repr(traced(1).ledger) == ("Ledger(4 image tokens, 2 others; 4 layers, 3.0 equivalent tokens (75.0%))")
+    assert repr(traced(3).ledger).startswith("Ledger(3 rows, 4 image tokens, 2 others; 4 layers")
+
+
 def test_one_mask() -> None:
     assert str(result(1, traced(1))).splitlines() == [
         "Segmentation:",
@@ -44,7 +60,7 @@ def test_one_mask() -> None:
         "  .text: 'It is [SEG].'",
         f"  .trace: row 0: {TOKENS}",
     ]
-    assert ".trace: None, no strategy ran" in repr(result(1, None))
+    assert ".trace: None, nothing was pruned" in repr(result(1, None))
 
 
 def test_many_masks_stay_a_few_lines() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from cli_fixtures import Runner, run
@@ -103,7 +104,7 @@ def test_what_looks_like_markup_is_shown_as_it_is() -> None:
 
 
 def test_what_could_not_run_is_a_line_with_its_reason() -> None:
-    found = compare(FakeModel(), FakeData(), [Whole(), Front(layer=2, budget=0.1)], limit=2, timing_samples=0)
+    found = compare(FakeModel(), FakeData(), [Whole(), Front(layer=2, budget=0.1)], 0.1, limit=2, timing_samples=0)
     for width in (40, 120):
         text = as_text(found.table(), width)
         (line,) = [line for line in text.splitlines() if line.strip().startswith("front") and "–" in line][:1]
@@ -111,3 +112,38 @@ def test_what_could_not_run_is_a_line_with_its_reason() -> None:
         flat = re.sub(r"\s+", " ", text)
         assert f"front (layer=2) at 0.1 did not run: {found.rows[1].reason}" in flat
         assert "did not run" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "budgets"),
+    [
+        (["none", "front"], None),
+        (["none", Front(budget=0.35)], None),
+        (["none", "front:budget=0.5"], ["–", "0.5"]),
+        (["front:keep=0.9"], None),  # refused, and says so
+        (["front:keep=0.9,budget=none", "front"], ["–", "0.35"]),
+        ([Front(keep=0.9)], ["–"]),
+        ([Front(budget=0.5)], ["0.5"]),
+    ],
+)
+def test_a_title_names_no_budget_that_a_row_did_not_run_at(
+    run: Runner, strategies: list[Any], budgets: list[str] | None
+) -> None:
+    found = compare(FakeModel(), FakeData(), [*strategies, "none"], 0.35, limit=2, timing_samples=0)
+    assert [row.budget for row in found.rows[: len(budgets or ())]] == [
+        None if shown == "–" else float(shown) for shown in budgets or ()
+    ]
+    for width in (40, 120):
+        flat = re.sub(r"\s+", " ", as_text(found.table(), width))
+        assert ("budget 0.35" in flat) == (budgets is None)
+        if width == 120 and budgets is not None:
+            assert re.search(r"strategy +budget", flat)
+
+
+def test_what_the_user_set_is_refused_where_it_passes_the_budget(run: Runner) -> None:
+    found = compare(FakeModel(), FakeData(), ["front:keep=0.9", "front:keep=0.1"], 0.35, limit=2, timing_samples=0)
+    refused, within = found.rows
+    assert (refused.budget, refused.given) == (0.35, {"keep": 0.9})
+    assert "cannot meet budget 0.35" in str(refused.reason)
+    # 4 layers of 36 tokens: one whole, three with 3
+    assert (within.budget, within.equivalent_tokens) == (0.35, (36 + 3 * 3) / 4)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.engine.calls.turns import _decoder_in, _queue_of
+from tokenprune.engine.calls.turns import _queue_of, decoder_in
 
 PATIENCE = 60  # seconds until a test fails that would hang
 
@@ -86,7 +86,7 @@ def stopping(module: nn.Module, thread: str) -> Iterator[Stop]:
 
 def until_waiting(model: nn.Module, count: int = 1) -> None:
     """Until so many threads stand in line for the model."""
-    queue = _queue_of(_decoder_in(model))
+    queue = _queue_of(decoder_in(model))
     for _ in range(100 * PATIENCE):
         if len(queue.waiting) >= count:
             return
@@ -96,7 +96,7 @@ def until_waiting(model: nn.Module, count: int = 1) -> None:
 
 def is_free(model: nn.Module) -> bool:
     """Whether nobody has the model, and nobody waits for it."""
-    queue = _queue_of(_decoder_in(model))
+    queue = _queue_of(decoder_in(model))
     return (queue.holder, queue.depth, queue.inside, queue.opener, queue.waiting) == (None, 0, False, None, {})
 
 

@@ -120,7 +120,10 @@ def breaking_off() -> Iterator[Scene]:
         (breaking_off, r"failed in scenes\(\) with OSError: disk gone"),
         (lambda: None, r"failed in scenes\(\) with TypeError"),
         (lambda: [("a", "b")], "after 0 queries, tuple, expected a Scene"),
-        (lambda: iter(lambda: SCENE, None), "queries or more, expected at most limit = 6"),
+        (
+            lambda: [replace(SCENE, queries=[replace(QUERY, kind="blue")])],
+            r"scene 'val-2', 'red thing' of kind 'blue', expected one of its kinds, short, long",
+        ),
         (lambda: [replace(SCENE, queries=[])], r"queries \[\], expected a list of at least one Query"),
         (
             lambda: [replace(SCENE, image=SCENE.image / 255)],
@@ -137,9 +140,27 @@ def test_a_data_set_that_misbehaves_is_named(scenes: Callable[[], Any], message:
         compare(FakeModel(), "odd", ["none"], limit=6, timing_samples=0)
 
 
+def test_more_queries_than_the_limit_are_cut_with_a_warning() -> None:
+    def heedless(self: FakeData, split: str, limit: int | None, seed: int) -> Iterator[Scene]:
+        return FakeData.scenes(self, split, None, seed)
+
+    plug("datasets", type("Odd", (FakeData,), {"name": "odd", "scenes": heedless}))
+    for limit in (3, 4):
+        with pytest.warns(PluginWarning, match=rf"'mine': data ?set 'odd' gave more queries than limit = {limit}"):
+            found = compare(FakeModel(), "odd", ["none"], limit=limit, timing_samples=0)
+        expected = compare(FakeModel(), FakeData(), ["none"], limit=limit, timing_samples=0)
+        assert found.samples == limit
+        assert found.rows == expected.rows
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
+        (
+            {"scenes": lambda self, split: iter(())},
+            r"has scenes\(split\), expected scenes\(split, limit=None, seed",
+        ),
+        ({"kinds": "short"}, r"has kinds 'short', expected a tuple of the kinds of its queries"),
         ({"__init__": lambda _: 1 / 0}, "failed with ZeroDivisionError"),
         ({"splits": "val"}, "has splits 'val', expected"),
     ],

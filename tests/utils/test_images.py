@@ -249,7 +249,7 @@ def test_tensors_of_all_number_types(upright: NDArray[np.uint8], dtype: torch.dt
         (Image.new("RGB", (0, 3)), "size 0×3, expected at least one pixel"),
         ([], "is a list"),
         (3, "is a int"),
-        ("", "cannot be read"),
+        ("", "is a folder"),
         ("a\0b.png", "cannot be read"),
     ],
 )
@@ -308,3 +308,10 @@ def test_tiny_pictures_are_taken_or_refused_by_name(tmp_path: Path, name: str) -
             assert model.answer(values, "What?", max_new_tokens=1).text is not None
         except InputError as error:
             assert f"{size[1]}×{size[0]}" in str(error)  # noqa: PT017 - one or the other
+
+
+def test_a_folder_is_no_picture_and_errors_call_a_pil_image_as_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder, expected an image file; check the path"):
+        to_rgb(tmp_path)
+    with pytest.raises(InputError, match=r"^upload 'a\.tif' has the mode 'F'"):
+        to_rgb(Image.new("F", (4, 4)), name="upload 'a.tif'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from PIL import Image
 
 from tokenprune.datasets.base import Scene
-from tokenprune.errors import InputError, PluginError
+from tokenprune.errors import InputError, OptionError, PluginError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.single import run_query
 from tokenprune.report.panels import with_mask
-from tokenprune.utils.masks import foreground, ignored, predicted
+from tokenprune.utils.masks import foreground, ignored, predicted, read_mask
 from tokenprune_adapters.pixellm import match_masks
 
 SHAPE = (4, 6)
@@ -125,7 +127,7 @@ def test_comparisons_give_the_same_whatever_stores_the_targets() -> None:
     ],
 )
 def test_a_data_set_is_refused_with_its_name_and_the_cure(change: Callable[[Any], Any], message: str) -> None:
-    with pytest.raises(PluginError, match=rf"data set 'rectangles' .*scene .*, the mask of '.*', which {message}"):
+    with pytest.raises(PluginError, match=rf"dataset 'rectangles' .*scene .*, the mask of '.*', which {message}"):
         scores(Stored(change))
     scene = next(iter(Stored(change).scenes("val", 1, 0)))
     with pytest.raises(InputError, match=message):
@@ -140,3 +142,95 @@ def test_targets_to_match_are_zero_and_one() -> None:
     for wrong in (targets * 255, targets.float() / 2):
         with pytest.raises(InputError, match="targets: some values are neither 0 nor 1; give bool"):
             match_masks(logits, wrong)
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+PATTERN = np.array([[True, False, True, True], [False, False, True, False], [False] * 4])
+
+
+def saved(folder: Path, pixels: Any, name: str = "mask.png", mode: str | None = None, **options: Any) -> Path:
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(folder / name, **options)
+    return folder / name
+
+
+def palette(pattern: Any, *colours: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(np.uint8(pattern))
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+@pytest.mark.parametrize("white", ["target", "ignore"])
+@pytest.mark.parametrize("pattern", [PATTERN, ~PATTERN, PATTERN & False])
+def test_files_of_zeros_and_ones(tmp_path: Path, pattern: Any, white: Any) -> None:
+    found = [read_mask(saved(tmp_path, pattern), white=white), read_mask(saved(tmp_path, np.uint8(pattern)))]
+    for mask in found:
+        assert (mask.dtype, mask.tolist()) == (bool, pattern.tolist())
+
+
+@pytest.mark.parametrize("mode", [None, "RGB"])
+@pytest.mark.parametrize("pattern", [PATTERN, PATTERN | True, PATTERN & False])
+def test_white_is_the_target_unless_told(tmp_path: Path, pattern: Any, mode: str | None) -> None:
+    path = saved(tmp_path, np.uint8(pattern) * 255, mode=mode)
+    assert read_mask(path).tolist() == pattern.tolist()
+    nothing = read_mask(path, white="ignore")
+    assert (nothing.dtype, bool(nothing.any())) == (bool, False)
+
+
+def test_pixels_that_do_not_count(tmp_path: Path) -> None:
+    pixels = np.where(PATTERN, 1, 0).astype(np.uint8)
+    pixels[2] = 255
+    path = saved(tmp_path, pixels)
+    mask = read_mask(path, white="ignore")
+    assert (mask.dtype, mask.tolist()) == (np.uint8, pixels.tolist())
+    assert ignored(mask).sum() == 4
+    with pytest.raises(InputError, match=r"'.*mask\.png' has 1 and 255; .* read_mask\(path, white=\"ignore\"\)"):
+        read_mask(path)
+
+
+def test_palettes_count_by_their_greys(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    palette(PATTERN, (255, 255, 255), (0, 0, 0)).save(path)
+    assert read_mask(path).tolist() == (~PATTERN).tolist()
+    palette(PATTERN, (0, 0, 0), (128, 0, 0)).save(path)  # as label maps have them
+    with pytest.raises(InputError, match="of mode P has colours, expected greys of 8 bits; save it as a PNG"):
+        read_mask(path)
+
+
+def test_a_mask_is_turned_upright_as_its_picture_is(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(tmp_path, np.uint8(PATTERN) * 255, exif=exif)
+    assert read_mask(path, size=(4, 3)).tolist() == np.rot90(PATTERN, -1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "problem"),
+    [
+        ("mask.jpg", "L", r"has the values .*JPEG and resizing make values in between: save masks as PNG"),
+        ("mask.png", "RGBA", "of mode RGBA has transparency, which may be the mask or not; save it as"),
+        ("mask.png", "LA", "has transparency"),
+        ("mask.png", "I;16", "of mode I;16 has greys of another depth"),
+        ("mask.tif", "CMYK", "of mode CMYK has colours"),
+    ],
+)
+def test_files_that_are_no_masks_are_refused(tmp_path: Path, name: str, mode: str, problem: str) -> None:
+    pixels = np.kron(np.uint8(PATTERN) * 255, np.ones((5, 5), np.uint8))
+    with pytest.raises(InputError, match=problem):
+        read_mask(saved(tmp_path, pixels, name, mode))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    for values, shown in (([0, 1, 2], "values 2, expected"), ([0, 3, 9, 17, 33], "values 3, 9, 17, …, expected")):
+        with pytest.raises(InputError, match=shown):
+            read_mask(saved(tmp_path, np.array([values], np.uint8)))
+    with pytest.raises(InputError, match="no such file"):
+        read_mask(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(InputError, match=r"text\.png' cannot be read .*give an intact image file"):
+        read_mask(tmp_path / "text.png")
+    with pytest.raises(InputError, match="is 4×3, expected 3×4, the size of its image"):
+        read_mask(saved(tmp_path, PATTERN), size=(4, 3))
+    with pytest.raises(OptionError, match="white='void' found"):
+        read_mask(tmp_path / "none.png", white="void")  # type: ignore[arg-type]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tokenprune.cli.arguments import Budget, Device, Dtype, OptionTexts, StrategyName, Threads
+from tokenprune.cli.arguments import Budget, Device, Dtype, Images, OptionTexts, StrategyName, Threads
 
 
 def command(
-    images: Annotated[
-        list[Path], typer.Argument(help='Image files, folders of images, patterns as "*.jpg".', metavar="IMAGE...")
-    ],
-    question: Annotated[str, typer.Argument(help="What to ask of each, in words.", metavar="QUESTION")],
+    images: Images,
+    question: Annotated[str, typer.Argument(help='What to ask of each, in quotes: "What is it?"', metavar="QUESTION")],
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub id of a vision-language model.")],
     strategy: StrategyName = "none",
     option: OptionTexts = None,
@@ -30,11 +27,11 @@ def command(
     one; one that cannot be used is told, the others are done, and the exit code is 1.
     """
     from tokenprune import api
-    from tokenprune.cli.checks import check_model, check_strategies
+    from tokenprune.cli.checks import check_model, strategy_request
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_answering_model, quiet_loading
     from tokenprune.cli.printing import note
-    from tokenprune.core.option_texts import parse_options
+    from tokenprune.core.budget import budget_words
     from tokenprune.datasets.validation import check_number
     from tokenprune.utils.stopwatch import recorded, told
     from tokenprune.utils.threads import checked, choose, using
@@ -42,11 +39,11 @@ def command(
     quiet_loading()
     checked(threads, "--threads")
     check_number("--max-new-tokens", max_new_tokens, 1)
-    check_strategies([strategy])
-    words(question, "question")
+    name, budget, options = strategy_request(strategy, option or [], budget)
+    words(question, "question", images)
     found = find_images(images)
     check_model(model, dtype=dtype, device=device)
-    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    chosen = api.strategy(name, budget, **options)
 
     failed = 0
     with using(choose(threads)):
@@ -58,7 +55,7 @@ def command(
                 failed += 1
                 continue
             typer.echo(f"{image}: {said.text}" if found.many else said.text)
-            label = strategy if budget is None else f"{strategy} at {budget:g}"
+            label = f"{chosen.name}{budget_words(chosen)}"
             note(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning")
             note(told(milliseconds))
     if failed:

@@ -9,7 +9,16 @@ import typer
 
 # ruff: noqa: UP045 - Typer reads annotations at run time, on Python 3.10 too: hence Optional
 ModelName = Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")]
-StrategyName = Annotated[str, typer.Option(help="Name of a strategy.")]
+Images = Annotated[
+    list[Path],
+    typer.Argument(
+        help='Image files, folders of images, patterns as "*.jpg".',
+        metavar="IMAGE...",
+        default_factory=list,  # so that one argument alone is known as the image whose query is missing
+        show_default=False,
+    ),
+]
+StrategyName = Annotated[str, typer.Option(help="Name of a strategy; options after a colon, as in csp:query=seg.")]
 OptionTexts = Annotated[
     Optional[list[str]],
     typer.Option("-o", "--option", metavar="KEY=VALUE", help="Option of the strategy; may be repeated."),

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import CheckpointError, InputError, OptionError
+from tokenprune.errors import BudgetError, CheckpointError, InputError, OptionError
 from tokenprune.utils.files import expanded
 
 if TYPE_CHECKING:
@@ -51,6 +51,38 @@ def check_strategies(names: Iterable[str]) -> None:
 
     for name in names:
         parts_of(name)
+
+
+def strategy_request(
+    text: str, options: Iterable[str], budget: float | None
+) -> tuple[str, float | None, dict[str, Any]]:
+    """Name, budget and options of a strategy, as `tokenprune.strategy` takes them, from what a command is given.
+
+    Args:
+        text: of --strategy: a name, or one with options as `compare` takes it, "csp:query=seg".
+        options: of -o, "key=value" each.
+        budget: of --budget.
+
+    Raises:
+        OptionError: an option that cannot be read, is given twice, or is a budget.
+        BudgetError: a budget for `none`, which is the default.
+        UnknownNameError, PluginError: see `check_strategies`.
+    """
+    from tokenprune.core.option_texts import parse_options, parse_text
+
+    name, within = parse_text(text)
+    check_strategies([name])
+    given = parse_options(options)
+    if "budget" in within or "budget" in given:
+        raise OptionError(f"strategy {name!r}: budget is no option of its own here; give --budget")
+    for option in within.keys() & given.keys():
+        raise OptionError(f"strategy {name!r}: option {option!r} is given twice; give it once")
+    if budget is not None and name == "none":
+        raise BudgetError(
+            f"--budget {budget:g} moves nothing for strategy 'none', which keeps all tokens; name another strategy, as "
+            "in --strategy csp"
+        )
+    return name, budget, {**within, **given}
 
 
 def check_metrics(names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""`tokenprune compare`: strategies side by side on one model and one data set."""
+"""`tokenprune compare`: strategies side by side on one model and one dataset."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 def command(
     context: typer.Context,
     model: ModelName = "lisa-tiny",
-    dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    dataset: Annotated[str, typer.Option(help="Name of a dataset, or module:Class.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     strategies: Annotated[
         str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")
     ] = STRATEGIES,
@@ -31,7 +31,7 @@ def command(
         str, typer.Option(help="Equivalent image tokens as a share of all, in (0, 1]; several separated by commas.")
     ] = "0.35",
     limit: Annotated[int, typer.Option(help="Number of queries.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the dataset.")] = 0,
     out: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
         typer.Option(help="Folder for results.json, trade-off plots and overlay pictures."),
@@ -48,8 +48,8 @@ def command(
     threads: Threads = None,
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
 ) -> None:
-    """Compare strategies on one model and one data set: accuracy, compute, KV cache and prefill time."""
-    from tokenprune.cli.checks import check_metrics, check_model, check_strategies, refuse_given
+    """Compare strategies on one model and one dataset: accuracy, compute, KV cache and prefill time."""
+    from tokenprune.cli.checks import check_metrics, check_model, check_strategies, given, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.core.option_texts import parse_text, split_list
     from tokenprune.datasets.validation import check_request
@@ -92,6 +92,9 @@ def command(
             extra_metrics=added,
             threads=choose(threads),
         )
+    timed = found.environment["timing_samples"]
+    if given(context, "timing_samples") and int(timed) < timing_samples:
+        note(f"prefill was timed on {timed} queries instead of {timing_samples}: on one of each image")
     asked = model.encode(errors="surrogateescape").decode(errors="replace")  # a folder's name may be no Unicode
     found = found.model_copy(update={"model": asked})  # as it was asked for, not the folder's name
     try:  # first what stays, then what can fail without a loss
@@ -152,7 +155,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         bar.start()  # not before there is something to show: an error on the first query is then a line of its own
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
+        bar.update(tasks[what], completed=done, total=total)
 
     try:
         yield report

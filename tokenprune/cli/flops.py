@@ -38,7 +38,11 @@ def command(
     context: typer.Context,
     shape: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--model-shape", help="7b, 13b, or a config.json (or its folder).", show_default="7b"),
+        typer.Option(
+            "--model-shape",
+            help="7b, 13b, or a config.json (or its folder).",
+            show_default="7b unless sizes are given",
+        ),
     ] = None,
     image_tokens: Annotated[int, typer.Option(min=0, help="Image tokens of one prompt.")] = 576,
     text_tokens: Annotated[int, typer.Option(min=0, help="All other tokens of the prompt.")] = 36,
@@ -67,15 +71,14 @@ def command(
 ) -> None:
     """Show a strategy's tokens, FLOPs and KV cache per layer on a decoder of given sizes, without a model.
 
-    Sizes alone describe a decoder; together with --model-shape they change the named one.
+    Sizes alone describe a decoder, and are all needed; together with --model-shape they change the named one.
     """
     from tokenprune.api import strategy as make_strategy
-    from tokenprune.cli.checks import check_strategies, refuse_given
-    from tokenprune.core.option_texts import parse_options
+    from tokenprune.cli.checks import refuse_given, strategy_request
     from tokenprune.core.stage import Shape
     from tokenprune.cost import ELEMENT_BYTES, count_flops, kv_bytes
 
-    check_strategies([strategy])
+    name, budget, options = strategy_request(strategy, option or [], budget)
     if convention is not Convention.exact:
         refuse_given(context, ["logit_positions"], f"with --convention {convention.value}, which leaves lm_head out")
     sizes = {
@@ -92,7 +95,7 @@ def command(
 
     from tokenprune.core.schedule import declared_ledger
 
-    chosen = make_strategy(strategy, budget=budget, **parse_options(option or [])).bind(where)
+    chosen = make_strategy(name, budget, **options).bind(where)
     ledger = declared_ledger(chosen, where)
     found = _Account(
         repr(chosen),
@@ -106,8 +109,8 @@ def command(
     if output is Format.json:
         import json
 
-        options = chosen.options.model_dump(mode="json")
-        head = {"strategy": strategy, "options": options, "budget": budget, "sizes": spec.model_dump()}
+        ran = chosen.options.model_dump(mode="json")
+        head = {"strategy": name, "options": ran, "budget": budget, "sizes": spec.model_dump()}
         say_json(json.dumps({**head, **found.as_json(), "kv_dtype": dtype.value}, indent=2, ensure_ascii=False))
     else:
         found.print()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 from tokenprune.cli.checks import check_image
@@ -60,21 +60,44 @@ class Images:
         return found
 
 
-def words(text: str, what: str) -> str:
+def words(text: str, what: str, images: Sequence[Path]) -> str:
     """What is asked about images, as it was given.
 
     Args:
         text: the last argument of the command.
         what: "query" or "question", for messages.
+        images: the arguments before it.
 
     Raises:
-        InputError: no words, or a file: the words were left out, and the last image stands in their place.
+        InputError: no words; words without an image; words without quotes, the first of which stand among the images;
+            or a file: the words were left out, and the last image stands in their place.
     """
     if not text.strip():
         raise InputError(f"{what} is empty; say it in words")
-    if os.path.exists(expanded(text)):
+    is_there = os.path.exists(expanded(text))
+    if not images:
+        is_image = is_there or Path(text).suffix.lower() in SUFFIXES or _is_pattern(Path(text))
+        missing, cure = (what, f'put it behind the image: {text} "…"') if is_image else ("image", "put it first")
+        raise InputError(f"only {text!r} is given: the {missing} is missing; {cure}")
+    if is_there:
         raise InputError(f"{what} {text!r} is a file or folder; put the {what}, in words, behind the images")
+    loose = list(takewhile(_is_word, reversed(images)))[::-1]
+    if loose:
+        whole = " ".join([*map(str, loose), text])
+        raise InputError(
+            f'image {str(loose[0])!r}: no such file; check the path, or put the {what} in quotes: "{whole}"'
+        )
     return text
+
+
+def _is_word(argument: Path) -> bool:
+    """Whether an argument may be of a query without quotes: no file, and nothing like the name of one."""
+    plain = not argument.suffix and argument.name == str(argument) and not _is_pattern(argument)
+    return plain and not str(argument).startswith("~") and not os.path.exists(argument)
+
+
+def _is_pattern(argument: Path) -> bool:
+    return any(sign in str(argument) for sign in "*?[")
 
 
 def find_images(arguments: Sequence[Path]) -> Images:
@@ -95,7 +118,7 @@ def find_images(arguments: Sequence[Path]) -> Images:
                 expected = ", ".join(sorted(SUFFIXES))
                 raise InputError(f"folder {str(argument)!r} holds no image; expected files that end in {expected}")
             found += inside
-        elif any(sign in argument.name or sign in str(argument.parent) for sign in "*?[") and not given.exists():
+        elif _is_pattern(argument) and not given.exists():
             many = True
             matching = _matching(given)
             if not matching:
@@ -133,8 +156,10 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _check_folder(place: Path) -> None:
-    if place.suffix.lower() == ".png" or expanded(place).is_file():
-        raise InputError(f"output {str(place)!r} is a file, and there may be several images; name a folder")
+    is_file = expanded(place).is_file()
+    if is_file or place.suffix.lower() == ".png":
+        found = "is a file" if is_file else "ends in .png, as a file does"
+        raise InputError(f"output {str(place)!r} {found}, and there may be several images; name a folder")
 
 
 def _matching(pattern: Path) -> list[Path]:

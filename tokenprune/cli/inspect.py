@@ -14,7 +14,7 @@ def command(
     context: typer.Context,
     image: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Argument(help="Image file; without one, a sample of the data set.", metavar="[IMAGE]"),
+        typer.Argument(help="Image file; without one, a sample of the dataset.", metavar="[IMAGE]"),
     ] = None,
     query: Annotated[
         Optional[str],  # noqa: UP045
@@ -25,10 +25,10 @@ def command(
     strategy: StrategyName = "csp",
     option: OptionTexts = None,
     budget: Budget = None,
-    dataset: Annotated[str, typer.Option(help="Name of a data set, or module:Class.")] = "shapes",
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    dataset: Annotated[str, typer.Option(help="Name of a dataset, or module:Class.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     index: Annotated[int, typer.Option(help="Number of the query in the split, from 0.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the data set.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the dataset.")] = 0,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -36,9 +36,8 @@ def command(
 ) -> None:
     """Draw one sample: kept, parked and merged tokens stage by stage, with the scores that they were chosen by."""
     from tokenprune import api
-    from tokenprune.cli.checks import check_image, check_model, check_strategies, refuse_given
+    from tokenprune.cli.checks import check_image, check_model, refuse_given, strategy_request
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.core.option_texts import parse_options
     from tokenprune.datasets.validation import check_number, check_request
     from tokenprune.errors import InputError
     from tokenprune.report.files import check_drawing, check_targets
@@ -47,7 +46,7 @@ def command(
     quiet_loading()
     checked(threads, "--threads")
     check_drawing("inspect")
-    check_strategies([strategy])
+    name, budget, options = strategy_request(strategy, option or [], budget)
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     data = None
     if image is None:
@@ -59,7 +58,7 @@ def command(
         refuse_given(context, ["dataset", "split", "index", "seed"], "with an image of your own")
         check_image(image)
     check_targets({"--out": out}, inputs=[] if image is None else [image])
-    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    chosen = api.strategy(name, budget, **options)
 
     from tokenprune.evaluation.single import run_query, run_single, sample, token_summary
     from tokenprune.report.overlays import inspection_sheet, save

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -31,21 +31,24 @@ class Licence(str, Enum):
     none = "none"
 
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="What users will type, as in my-method.", show_default=False)]
+def _name(example: str) -> Any:
+    return typer.Argument(metavar="NAME", help=f"What users will type, as in {example}.", show_default=False)
+
+
 Into = Annotated[Path, typer.Option(help="Folder in which the package's folder is made.")]
 LicenceOption = Annotated[
     Licence, typer.Option("--licence", "--license", case_sensitive=False, help="Licence of the package.")
 ]
-Author = Annotated[str, typer.Option(help='Its author, as in "Ada Lovelace <ada@example.org>".')]
+Author = Annotated[Optional[str], typer.Option(help='Its author, as in "Ada Lovelace <ada@example.org>".')]  # noqa: UP045
 Description = Annotated[str, typer.Option(help="One line on what it is.")]
 
 
 @app.command("strategy")
 def strategy(
-    name: Name,
+    name: Annotated[str, _name("my-method")],
     into: Into = Path("."),
     licence: LicenceOption = Licence.apache,
-    author: Author = "",
+    author: Author = None,
     description: Description = "",
 ) -> None:
     """Write a package with a small working strategy, to be replaced by yours."""
@@ -54,10 +57,10 @@ def strategy(
 
 @app.command("adapter")
 def adapter(
-    name: Name,
+    name: Annotated[str, _name("my-model")],
     into: Into = Path("."),
     licence: LicenceOption = Licence.apache,
-    author: Author = "",
+    author: Author = None,
     description: Description = "",
 ) -> None:
     """Write a package with a small working adapter for a family of models."""
@@ -66,24 +69,27 @@ def adapter(
 
 @app.command("dataset")
 def dataset(
-    name: Name,
+    name: Annotated[str, _name("my-data")],
     into: Into = Path("."),
     licence: LicenceOption = Licence.apache,
-    author: Author = "",
+    author: Author = None,
     description: Description = "",
 ) -> None:
-    """Write a package with a small working data set, which reads images, queries and masks from a folder."""
+    """Write a package with a small working dataset, which reads images, queries and masks from a folder."""
     _write("datasets", name, into, licence, author, description)
 
 
-def _write(kind: str, name: str, into: Path, licence: Licence, author: str, description: str) -> None:
+def _write(kind: str, name: str, into: Path, licence: Licence, author: str | None, description: str) -> None:
     import shlex
 
+    from tokenprune.errors import InputError
     from tokenprune.scaffold.naming import check_name
     from tokenprune.scaffold.package import Project, write
 
     names = check_name(kind, name)
-    project = Project(names, licence.value, author.strip(), description.strip())
+    if author is not None and not author.strip():
+        raise InputError("--author is empty; give a name, or leave it out")
+    project = Project(names, licence.value, (author or "").strip(), description.strip())
     folder = write(project, into)
     typer.echo(f"wrote {folder}, {len(project.files())} files; begin with")
     typer.echo(f"  {WHAT[kind].format(module=names.module)}")

@@ -7,17 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, Threads, VisionTower
+from tokenprune.cli.arguments import (
+    Budget,
+    Device,
+    Dtype,
+    Images,
+    ModelName,
+    OptionTexts,
+    StrategyName,
+    Threads,
+    VisionTower,
+)
 
 if TYPE_CHECKING:
     from tokenprune.evaluation.samples import SampleRecord
 
 
 def command(
-    images: Annotated[
-        list[Path], typer.Argument(help='Image files, folders of images, patterns as "*.jpg".', metavar="IMAGE...")
-    ],
-    query: Annotated[str, typer.Argument(help="What to segment, in words.", metavar="QUERY")],
+    images: Images,
+    query: Annotated[str, typer.Argument(help='What to segment, in quotes: "the red ring".', metavar="QUERY")],
     out: Annotated[
         Path, typer.Option(help="Mask to write, PNG: white where the mask is. For several images a folder.")
     ],
@@ -40,11 +48,10 @@ def command(
     done, and the exit code is 1.
     """
     from tokenprune import api
-    from tokenprune.cli.checks import check_model, check_strategies
+    from tokenprune.cli.checks import check_model, strategy_request
     from tokenprune.cli.images import find_images, unusable, words
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.printing import note, working_first
-    from tokenprune.core.option_texts import parse_options
     from tokenprune.report.files import check_drawing
     from tokenprune.utils.threads import checked, choose, using
 
@@ -52,12 +59,12 @@ def command(
     checked(threads, "--threads")
     if overlay is not None:
         check_drawing("--overlay")
-    check_strategies([strategy])
-    words(query, "query")
+    name, budget, options = strategy_request(strategy, option or [], budget)
+    words(query, "query", images)
     found = find_images(images)
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     targets = found.targets({"--out": out, "--overlay": overlay})
-    chosen = api.strategy(strategy, budget, **parse_options(option or []))
+    chosen = api.strategy(name, budget, **options)
 
     from tokenprune.evaluation.single import run_single
 

@@ -15,7 +15,7 @@ from functools import cache, partial
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
-from tokenprune.core.stage import Shape, declared_stages, equivalent_tokens
+from tokenprune.core.stage import Shape, check_tokens, declared_stages, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError, PluginError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def solve(strategy: Strategy, budget: float, shape: Shape) -> dict[str, Any]:
     Raises:
         BudgetError: no setting fits; names the smallest budget that one would.
         OptionError: what the user set is not for this shape at all.
-        PluginError: see `ladders`.
+        PluginError: see `ladders`; or stages declare more tokens than there are, whatever the setting.
     """
     room = budget * shape.image_tokens + 1e-6 / shape.layers  # numbers of tokens are whole: forgive the last bits
     least, setting = inf, dict[str, Any]()
@@ -49,6 +49,8 @@ def solve(strategy: Strategy, budget: float, shape: Shape) -> dict[str, Any]:
         least, setting = min(least, *spent), ladder[0]
     if least == inf:
         declared_stages(strategy.with_options(**setting), shape)  # says what is wrong with what the user set
+    elif least > shape.image_tokens:
+        check_tokens(strategy, declared_stages(strategy.with_options(**setting), shape), shape)
     raise too_small(strategy, budget, shape, least)
 
 
@@ -112,6 +114,18 @@ def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> 
         f"image tokens with options {options}: its least is {least / shape.image_tokens:.3f}; raise the budget or "
         "change the options"
     )
+
+
+def budget_words(strategy: Strategy) -> str:
+    """The budget as it follows a strategy's name: " at 0.5", or nothing.
+
+    " at most 0.5" where the user set the option that a budget moves: then it is a ceiling alone.
+    """
+    if strategy.budget is None:
+        return ""
+    moved = strategy.budget_option or ""
+    fixed = moved in strategy.options.model_fields_set and getattr(strategy.options, moved) is not None
+    return f" {'at most' if fixed else 'at'} {strategy.budget:g}"
 
 
 def in_vain(strategy: Strategy) -> BudgetError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ def parts_of(name: str) -> list[Entry]:
         PluginError: two packages register it.
     """
     known = registry.strategies()
+    name = re.sub(r"\s*\+\s*", "+", name.strip())
     joined = name not in known and "+" in name
     names = (names_in(name, known) or name.split("+")) if joined else [name]
     return [registry.get("strategies", part) for part in names]

@@ -40,7 +40,7 @@ class LaterTurn:
     other: tuple[int, ...]
 
 
-@dataclass
+@dataclass(repr=False)
 class Ledger:
     """Layer entries of one prefill.
 
@@ -59,6 +59,14 @@ class Ledger:
     sequence: int = 0
     merge_weights: int = 0
     later_turns: list[LaterTurn] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Rows, layers and what they come to, without the entries."""
+        rows = len(self.image_tokens)
+        before = f"{rows} rows, " if rows != 1 else ""
+        counts = [f"{_span(self.image_tokens)} image tokens", f"{_span(self.other_tokens)} others"]
+        share = f"{self.equivalent_tokens:.1f} equivalent tokens ({self.equivalent_tokens_ratio:.1%})"
+        return f"Ledger({before}{', '.join(counts)}; {len(self.entries)} layers, {share})"
 
     @property
     def width(self) -> int:
@@ -84,3 +92,9 @@ class Ledger:
         """Equivalent tokens over N (mean over rows); 1.0 where there are no image tokens."""
         total = sum(self.image_tokens) / max(len(self.image_tokens), 1)
         return self.equivalent_tokens / total if total else 1.0
+
+
+def _span(counts: tuple[int, ...]) -> str:
+    """One number, or the least and the most of several."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(low) if low == high else f"{low}–{high}"

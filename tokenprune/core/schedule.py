@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.requirements import incompatibility
-from tokenprune.core.stage import Shape, Stage, declared_stages
+from tokenprune.core.stage import Shape, Stage, check_tokens, declared_stages
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.errors import BudgetError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
@@ -174,11 +174,7 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
                 "0, which does not exist; begin it at layer 1 or later (attention of the stage's own first layer is "
                 "AttentionFrom(layer='next'))"
             )
-        if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
-            raise PluginError(
-                f"strategy {strategy.name!r}, stage {stage.name!r}: declares {stage.tokens} tokens of "
-                f"{shape.image_tokens}; expected 0 … {shape.image_tokens}"
-            )
+    check_tokens(strategy, stages, shape)
     return stages
 
 

@@ -131,6 +131,16 @@ def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
     return (total + active * (shape.layers - start)) / shape.layers
 
 
+def check_tokens(strategy: Strategy, stages: Sequence[Stage], shape: Shape) -> None:
+    """Raises PluginError for a stage that declares fewer tokens than none, or more than there are."""
+    for stage in stages:
+        if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
+            raise PluginError(
+                f"strategy {strategy.name!r}, stage {stage.name!r}: declares {stage.tokens} tokens of "
+                f"{shape.image_tokens}; expected 0 … {shape.image_tokens}"
+            )
+
+
 def check_positions(who: str, positions: object) -> None:
     """Raises PluginError, naming `who`, for an unknown position policy; None is none."""
     if positions is not None and positions not in get_args(Positions):

@@ -84,7 +84,10 @@ class DecoderSpec(BaseModel):
             absent = [str(e["loc"][0]) for e in error.errors() if e["type"] == "missing"]
             missing = ", ".join(name for name in absent if name not in ("kv_heads", "head_dim"))
             if missing:
-                raise OptionError(f"decoder sizes: {missing} missing; give them all, or a named shape") from error
+                raise OptionError(
+                    f"decoder sizes: {missing} missing; give them all, or name the shape whose sizes "
+                    "they change (DecoderSpec.named, --model-shape 7b)"
+                ) from error
             others = [str(e["msg"]).removeprefix("Value error, ") for e in error.errors() if e["type"] == "value_error"]
             if others:
                 raise OptionError(f"decoder sizes: {'; '.join(others)}") from error

@@ -1,4 +1,4 @@
-"""A data set by where its class is, "module:Class", without a package that registers it."""
+"""A dataset by where its class is, "module:Class", without a package that registers it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenprune.plugins.attribution import blamed
 
 
 def dataset_at(place: str) -> Dataset:
-    """The data set whose class is at "module:Class".
+    """The dataset whose class is at "module:Class".
 
     The module is looked for as any import is, then in the current folder. The class is made without arguments.
 
@@ -26,17 +27,20 @@ def dataset_at(place: str) -> Dataset:
 
     Raises:
         UnknownNameError: not of this form, or no such module or class.
-        PluginError: the module cannot be imported, or the class is no data set or cannot be made.
+        PluginError: the module cannot be imported, or the class is no dataset or cannot be made.
     """
     module, _, name = place.partition(":")
-    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    if module.endswith(".py") or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        hint = ""
+        if module.endswith(".py"):
+            hint = f"; drop .py: {module.removesuffix('.py').strip('./').replace('/', '.')}:{name}"
         raise UnknownNameError(
-            f"data set {place!r} found, expected a registered name or module:Class, as in my_data:MyData"
+            f"dataset {place!r} found, expected a registered name or module:Class, as in my_data:MyData{hint}"
         )
     found = _imported(place, module)
     kind = getattr(found, name, None)
     if kind is None:
-        raise UnknownNameError.among(f"data set of module {module!r} ({_home(found)})", name, _classes(found))
+        raise UnknownNameError.among(f"dataset of module {module!r} ({_home(found)})", name, _classes(found))
     if not (isinstance(kind, type) and issubclass(kind, Dataset)):
         raise _refusal(place, f"is {kind!r}, expected a subclass of tokenprune.datasets.base.Dataset")
     with blamed(lambda said: _refusal(place, f"cannot be made without arguments: {said}")):
@@ -44,6 +48,15 @@ def dataset_at(place: str) -> Dataset:
     if not isinstance(getattr(data, "name", None), str):
         raise _refusal(place, "has no name; give the class a name, which reports call it by")
     return data
+
+
+def refuse_dotted(name: str) -> None:
+    """Raises UnknownNameError with the cure for what is a class's place but for the colon: "my_module.MyData"."""
+    module, dot, kind = name.rpartition(".")
+    if kind == "py":
+        raise UnknownNameError(f"dataset {name!r} is a file; name its class, as in {Path(name).stem}:MyData")
+    if dot and all(part.isidentifier() for part in name.split(".")):
+        raise UnknownNameError(f"unknown dataset {name!r}; did you mean '{module}:{kind}', module:Class?")
 
 
 def _imported(place: str, module: str) -> ModuleType:
@@ -56,7 +69,7 @@ def _imported(place: str, module: str) -> ModuleType:
         if isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}."):
             where = f"neither installed nor in the current folder {_folder()!r}"
             raise UnknownNameError(
-                f"data set {place!r}: no module {cause.name!r} is there, {where}; check the name"
+                f"dataset {place!r}: no module {cause.name!r} is there, {where}; check the name"
             ) from cause
         raise
 
@@ -92,4 +105,4 @@ def _classes(module: ModuleType) -> list[str]:
 
 
 def _refusal(place: str, problem: str) -> PluginError:
-    return PluginError(f"data set {place!r} {problem}")
+    return PluginError(f"dataset {place!r} {problem}")

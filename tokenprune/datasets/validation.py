@@ -1,49 +1,55 @@
-"""The scenes of a data set, each held to what the protocol says, so that a data set's mistakes carry its name."""
+"""The scenes of a dataset, each held to what the protocol says, so that a dataset's mistakes carry its name."""
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.datasets.by_path import dataset_at
-from tokenprune.errors import OptionError, PluginError, UnknownNameError
+from tokenprune.datasets.by_path import dataset_at, refuse_dotted
+from tokenprune.errors import OptionError, PluginError, PluginWarning, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed
 from tokenprune.utils.masks import target_problem
 
 
 def made(name: str) -> Dataset:
-    """The data set of that name, or of the class at "module:Class" (see `tokenprune.datasets.by_path`).
+    """The dataset of that name, or of the class at "module:Class" (see `tokenprune.datasets.by_path`).
 
     Raises:
-        UnknownNameError: no such data set.
+        UnknownNameError: no such dataset.
         PluginError: it cannot be imported or made.
     """
     by_path = ":" in name and name not in registry.datasets()
+    if not by_path and name not in registry.datasets():
+        refuse_dotted(name)
     entry = None if by_path else registry.get("datasets", name)
     data: Dataset = dataset_at(name) if entry is None else entry.call()
     splits = getattr(data, "splits", None)
     if not isinstance(splits, (tuple, list)) or not all(isinstance(split, str) for split in splits):
         problem = f"has splits {splits!r}, expected a tuple of names such as ('val',)"
-        raise PluginError(f"data set {name!r} {problem}") if entry is None else entry.refusal(problem)
+        raise PluginError(f"dataset {name!r} {problem}") if entry is None else entry.refusal(problem)
     return data
 
 
 def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
-    """The data set, once it is known that these queries can be asked of it.
+    """The dataset, once it is known that these queries can be asked of it.
 
     Raises:
-        UnknownNameError: no such data set or split.
+        UnknownNameError: no such dataset or split.
         OptionError: a limit or seed out of range.
-        PluginError: the data set cannot be imported or made.
+        PluginError: the dataset cannot be imported or made.
     """
     check_number("limit", limit, 1)
     check_number("seed", seed, 0)
     data = made(dataset) if isinstance(dataset, str) else dataset
     if split not in data.splits:
-        raise UnknownNameError.among(f"split of data set {data.name!r}", split, data.splits)
+        error = UnknownNameError.among(f"split of dataset {data.name!r}", split, data.splits)
+        raise UnknownNameError(f"{error}; give one of them as split= (--split)")
     return data
 
 
@@ -53,23 +59,38 @@ def check_number(name: str, value: object, least: int) -> None:
         raise OptionError(f"{name}: {value!r} found, expected a whole number of at least {least}")
 
 
-def scenes_of(data: Dataset, split: str, limit: int, seed: int) -> Iterator[Scene]:
-    """The scenes of a split, checked one by one; what their user raises is not the data set's.
+def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: bool = False) -> Iterator[Scene]:
+    """The scenes of a split, checked one by one; what their user raises is not the dataset's.
+
+    Of a dataset that gives more than `limit` queries the first ones are taken, with a PluginWarning.
+
+    Args:
+        data: the dataset.
+        split: of it.
+        limit: number of queries.
+        seed: of it.
+        any_kind: take queries whose kind is none of the dataset's `kinds` too.
 
     Raises:
-        PluginError: `scenes` raised what is no TokenPruneError, or gave no sound scenes, or more queries than `limit`.
+        PluginError: `scenes` takes other arguments, raised what is no TokenPruneError, or gave no sound scenes.
     """
 
     def refuse(problem: str) -> PluginError:
         entry = registry.datasets().get(data.name)
         if entry is not None and entry.load() is type(data):
             return entry.refusal(problem, "fix or uninstall it")
-        return PluginError(f"data set {data.name!r} ({type(data).__name__}) {problem}")
+        return PluginError(f"dataset {data.name!r} ({type(data).__name__}) {problem}")
 
     def failing(found: str) -> PluginError:
         return refuse(f"failed in scenes() with {found}")
 
-    queries = 0
+    kinds = getattr(data, "kinds", None)
+    if not isinstance(kinds, (tuple, list)) or not all(isinstance(kind, str) for kind in kinds):
+        raise refuse(f"has kinds {kinds!r}, expected a tuple of the kinds of its queries, such as ('phrase',)")
+    taken = _other_arguments(data)
+    if taken is not None:
+        raise refuse(f"has scenes({taken}), expected scenes(split, limit=None, seed=0)")
+    left = limit
     with blamed(failing):
         scenes = iter(data.scenes(split, limit, seed))
     while True:
@@ -77,17 +98,36 @@ def scenes_of(data: Dataset, split: str, limit: int, seed: int) -> Iterator[Scen
             scene = next(scenes, None)
         if scene is None:
             return
-        problem = _problem(scene)
+        problem = _problem(scene, None if any_kind else kinds) if left else ""
         if problem:
-            where = f"scene {scene.id!r}" if isinstance(scene, Scene) else f"after {queries} queries"
+            where = f"scene {scene.id!r}" if isinstance(scene, Scene) else f"after {limit - left} queries"
             raise refuse(f"gave in scenes(), {where}, {problem}")
-        queries += len(scene.queries)
-        if queries > limit:
-            raise refuse(f"gave {queries} queries or more, expected at most limit = {limit}")
+        if not left or len(scene.queries) > left:
+            advice = "only the first are taken; cut the last scene to meet it"
+            warnings.warn(
+                str(refuse(f"gave more queries than limit = {limit} allows; {advice}")), PluginWarning, stacklevel=2
+            )
+            if left:
+                yield replace(scene, queries=scene.queries[:left])
+            return
+        left -= len(scene.queries)
         yield scene
 
 
-def _problem(scene: object) -> str:
+def _other_arguments(data: Dataset) -> str | None:
+    """The arguments that `scenes` takes, where it cannot be called as the protocol says."""
+    try:
+        signature = inspect.signature(data.scenes)
+    except (TypeError, ValueError):  # of something compiled
+        return None
+    try:
+        signature.bind("split", None, 0)
+    except TypeError:
+        return ", ".join(signature.parameters)
+    return None
+
+
+def _problem(scene: object, kinds: tuple[str, ...] | list[str] | None) -> str:
     """What is wrong with a scene, and what is expected; empty for a sound one."""
     if not isinstance(scene, Scene):
         return f"{type(scene).__name__}, expected a Scene"
@@ -96,15 +136,19 @@ def _problem(scene: object) -> str:
         return f"an image that is {_kind(image)}, expected uint8 [H, W, 3]"
     if not isinstance(scene.queries, (list, tuple)) or not scene.queries:
         return f"queries {scene.queries!r}, expected a list of at least one Query"
-    return next((problem for query in scene.queries if (problem := _query_problem(query, image.shape[:2]))), "")
+    found = (_query_problem(query, image.shape[:2], kinds) for query in scene.queries)
+    return next((problem for problem in found if problem), "")
 
 
-def _query_problem(query: object, size: tuple[int, ...]) -> str:
+def _query_problem(query: object, size: tuple[int, ...], kinds: tuple[str, ...] | list[str] | None) -> str:
     if not isinstance(query, Query):
         return f"{type(query).__name__} among its queries, expected a Query"
     for name, text in (("text", query.text), ("kind", query.kind)):
         if not isinstance(text, str) or not text.strip():
             return f"a query whose {name} is {text!r}, expected words"
+    if kinds is not None and query.kind not in kinds:
+        listing = ", ".join(kinds) or "of which it has none"
+        return f"{query.text!r} of kind {query.kind!r}, expected one of its kinds, {listing}"
     mask = query.mask
     if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "bui":
         return f"the mask of {query.text!r}, which is {_kind(mask)}, expected bool {list(size)}, the image's size"

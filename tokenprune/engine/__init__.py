@@ -13,7 +13,7 @@ from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.interface.bound_model import Binding, Watch, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import Marks
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.engine.pruning import prune
+from tokenprune.engine.pruning import open_run, prune
 from tokenprune.engine.session import PruningRun
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Watch",
     "arguments",
     "model_turn",
+    "open_run",
     "padding_mask",
     "prune",
     "shadowed",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
+from functools import partial, wraps
+from types import TracebackType
+from typing import Any, Literal, ParamSpec
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from tokenprune.engine.calls.continuous_batching import no_continuous_batching
 from tokenprune.engine.calls.generate import Generations, generation
 from tokenprune.engine.calls.interception import concerning
 from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
-from tokenprune.engine.calls.turns import open_context
+from tokenprune.engine.calls.turns import decoder_in, open_context
 from tokenprune.engine.calls.wrappers import unwrapped, whole_module
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import binding_of
@@ -23,10 +25,81 @@ from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.engine.interface.given import Given
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.session import PruningRun
-from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning
+from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning, PruningWarning, UnsupportedError
+
+_P = ParamSpec("_P")
+_OPEN: WeakKeyDictionary[nn.Module, dict[PruningRun, Callable[[], bool]]] = WeakKeyDictionary()  # by decoder
 
 
-@contextmanager
+class _NotEnteredError(UnsupportedError, AttributeError):
+    """Something of a run was asked for that there is not yet."""
+
+
+class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
+    """What `prune` gives: a context to enter with `with`, once; or a decorator, which opens one in every call."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[PruningRun]]) -> None:
+        self._make, self._context, self._used = make, make(), False
+
+    def __enter__(self) -> PruningRun:
+        if self._used:
+            raise UnsupportedError(
+                "this tokenprune.prune(...) has been entered before, and a context opens once; call prune() again"
+            )
+        self._used = True
+        return self._context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._context.__exit__(kind, error, traceback)
+
+    def __call__(self, function: Any) -> Any:
+        """The function, run in a context of its own each time."""
+        self._used = True
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> Pruning:
+        return Pruning(self._make)
+
+    def __getattr__(self, name: str) -> Any:
+        raise _NotEnteredError(
+            f"tokenprune.prune(...) has no {name!r}: it is a context, which prunes once entered; write "
+            "`with tokenprune.prune(...) as run:` and use run"
+        )
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_used", True):
+            warnings.warn(
+                "tokenprune.prune(...) was never entered, so nothing was pruned; write `with tokenprune.prune(...):`",
+                PruningWarning,
+                stacklevel=2,
+            )
+
+
+def _entered(function: Callable[_P, Iterator[PruningRun]]) -> Callable[_P, Pruning]:
+    context = contextmanager(function)
+
+    @wraps(function)
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> Pruning:
+        return Pruning(partial(context, *args, **kwargs))
+
+    return made
+
+
+def open_run(model: nn.Module) -> PruningRun | None:
+    """The run of the context that this thread's calls of a model are pruned by; None where they are not.
+
+    For models whose own methods call the decoder: what they give may have been pruned by their caller's context.
+
+    Args:
+        model: the decoder, or any model that `prune` takes.
+    """
+    runs = _OPEN.get(decoder_in(model), {})
+    return next((run for run, concerns in runs.items() if concerns()), None)
+
+
+@_entered
 def prune(
     model: nn.Module,
     strategy: Strategy,
@@ -123,6 +196,8 @@ def prune(
             stack.enter_context(generations.followed())
             stack.enter_context(run.attached())
             stack.enter_context(generations.open())
+        _OPEN.setdefault(decoder.module, {})[run] = concerns
+        stack.callback(_OPEN[decoder.module].pop, run)
         try:
             run.tell("tokenprune_run_started")
             yield run
@@ -130,6 +205,6 @@ def prune(
             try:
                 run.tell("tokenprune_run_finished")
             except PluginError as wrong:  # the error on its way is the one to tell
-                warnings.warn(str(wrong), PluginWarning, stacklevel=3)
+                warnings.warn(str(wrong), PluginWarning, stacklevel=4)
             raise
         run.tell("tokenprune_run_finished")

@@ -88,6 +88,12 @@ class PruningRun:
         self._look: Shadow | None = None
         self._latest: Prefill | None = None
 
+    def __repr__(self) -> str:
+        """What prunes what, and what the latest prefill came to."""
+        where = f"{type(self.decoder.module).__name__} of {len(self.decoder.layers)} layers"
+        latest = "none yet; call the model" if self._latest is None else repr(self._latest.trace)
+        return f"PruningRun: {self.strategy!r} on {where}\n  .trace: {latest}"
+
     @property
     def trace(self) -> Trace:
         """The trace of the latest prefill. Where one call of `generate` makes several, those of text alone do not

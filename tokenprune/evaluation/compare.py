@@ -113,6 +113,8 @@ def compare(
             report("accuracy", len(run.kinds), limit)
         if not run.kinds:
             raise InputError(f"data set {data.name!r}, split {split!r}: no query found; choose another split")
+        if len(run.kinds) < limit:
+            report("accuracy", len(run.kinds), len(run.kinds))
         run.count_own_work()
         run.time(timing_rounds, lambda done: report("prefill time", done, len(run.timed)))
     comparison = Comparison(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune import api
+from tokenprune.core.budget import budget_words
 from tokenprune.core.option_texts import parse_text
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, OptionError
@@ -31,7 +32,7 @@ class Contender:
         """For progress and pictures: "csp (query=seg) at 0.35"."""
         given = ", ".join(f"{key}={value}" for key, value in self.given.items())
         name = f"{self.strategy.name} ({given})" if given else self.strategy.name
-        return name if self.budget is None else f"{name} at {self.budget:g}"
+        return f"{name}{budget_words(self.strategy)}"
 
 
 def budgets_of(budget: float | Sequence[float]) -> list[float]:
@@ -52,9 +53,9 @@ def budgets_of(budget: float | Sequence[float]) -> list[float]:
 def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[float]) -> list[Contender]:
     """One contender per strategy and budget; a single one for a strategy that takes no budget.
 
-    A text is a name with options after a colon: "csp:query=seg,clustering=kmeans". Its option `budget=` overrides the
-    comparison's; `budget=none`, or setting the very option that a budget would move, leaves it out. An instance runs as
-    it is. A registered preset that brings a budget keeps it.
+    A text is a name with options after a colon: "csp:query=seg,clustering=kmeans". A budget is a ceiling: options that
+    are given stay, and it moves the others. The option `budget=` overrides the comparison's; `budget=none` leaves it
+    out. An instance runs as it is. A registered preset that brings a budget keeps it.
 
     Raises:
         OptionError: no strategy, a text that cannot be read, or an option that the strategy does not have.
@@ -76,7 +77,7 @@ def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[fl
             found.append(Contender(api.strategy(name, own, **options), options, own))
             continue
         plain = api.strategy(name, **options)
-        if _wants_budget(plain):
+        if plain.takes_budget() and plain.budget is None:
             found.extend(Contender(api.strategy(name, value, **options), options, value) for value in asked)
         else:
             found.append(Contender(plain, options, plain.budget))
@@ -89,9 +90,3 @@ def _checked_budget(name: str, value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BudgetError(f"strategy {name!r}: budget {value!r} found, expected a number in (0, 1] or none")
     return budgets_of(value)[0]
-
-
-def _wants_budget(strategy: Strategy) -> bool:
-    moved = type(strategy).budget_option
-    fixed = moved is not None and moved in strategy.options.model_fields_set
-    return strategy.takes_budget() and strategy.budget is None and not fixed

@@ -24,7 +24,7 @@ class SegmentationResult(Protocol):
 
     @property
     def trace(self) -> Trace | None:
-        """Of the prefill; None where no strategy ran."""
+        """Of the prefill; None where nothing pruned."""
 
 
 @runtime_checkable
@@ -74,7 +74,7 @@ class AnswerResult(Protocol):
 
     @property
     def trace(self) -> Trace | None:
-        """Of the prefill; None where no strategy ran."""
+        """Of the prefill; None where nothing pruned."""
 
     @property
     def row(self) -> int:

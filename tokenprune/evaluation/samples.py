@@ -19,7 +19,7 @@ class Outcome:
     Attributes:
         label: the strategy, with options or budget where that tells it apart.
         mask: bool [H, W].
-        trace: of the batch that the sample was in; None where no strategy ran.
+        trace: of the batch that the sample was in; None where nothing pruned.
         row: the sample's row in that batch.
         iou: against the target; None without one.
         budget: that it ran at; None without one.

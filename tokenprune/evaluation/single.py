@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokenprune.core.budget import budget_words
 from tokenprune.core.strategy import Strategy
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.validation import check_number, check_request, scenes_of
@@ -73,9 +74,7 @@ def token_summary(outcome: Outcome) -> str:
 
 
 def _label(strategy: Strategy | None) -> str:
-    if strategy is None:
-        return "none"
-    return strategy.name if strategy.budget is None else f"{strategy.name} at {strategy.budget:g}"
+    return "none" if strategy is None else f"{strategy.name}{budget_words(strategy)}"
 
 
 def _first(masks: torch.Tensor) -> NDArray[np.bool_]:

@@ -52,7 +52,7 @@ COST = (
 
 def _main(found: Comparison) -> Parted:
     title = f"{found.model} on {found.dataset} ({found.split}), {found.samples} queries"
-    if not _has_several_budgets(found):
+    if not _shows_budgets(found):
         title += f", budget {_budget(found.budget)}"
     accuracy: dict[str, Callable[[Row], str]] = {
         "gIoU": lambda row: _number(row.giou, ".3f"),
@@ -93,13 +93,14 @@ def _of_plugins(found: Comparison) -> Parted:
 def _table(found: Comparison, title: str, groups: list[tuple[list[Column], str]]) -> Parted:
     names = Column("strategy", [row.label for row in found.rows])
     budgets = Column("budget", [_number(row.budget, "g") for row in found.rows])
-    if not _has_several_budgets(found):
+    if not _shows_budgets(found):
         return Parted(title, names, groups)
     return Parted(title, names, groups, [budgets], tight_names=Column("strategy", [_called(row) for row in found.rows]))
 
 
-def _has_several_budgets(found: Comparison) -> bool:
-    return len({row.budget for row in found.rows if row.budget is not None}) > 1
+def _shows_budgets(found: Comparison) -> bool:
+    """Whether rows need a budget of their own: not all that could have one ran at the comparison's single one."""
+    return any(row.budget != found.budget for row in found.rows if row.budget is not None or row.options)
 
 
 def _called(row: Row) -> str:

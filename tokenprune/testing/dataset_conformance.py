@@ -8,6 +8,7 @@ class TestMyData(DatasetConformance):
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.validation import made, scenes_of
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
 
 
 class DatasetConformance:
@@ -77,7 +78,13 @@ class DatasetConformance:
             list(self.data().scenes("no-such-split", 1, 0))
 
     def _scenes(self, split: str, limit: int | None = None) -> list[Scene]:
-        return list(scenes_of(self.data(), split, self.queries if limit is None else limit, seed=0))
+        limit = self.queries if limit is None else limit
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", PluginWarning)  # a comparison cuts what is too much, with a warning
+                return list(scenes_of(self.data(), split, limit, seed=0, any_kind=True))
+        except (PluginError, PluginWarning) as problem:
+            pytest.fail(str(problem))
 
 
 def _queries(scenes: list[Scene]) -> list[Query]:

@@ -1,4 +1,4 @@
-"""What may stand for an image, turned into upright RGB: the one rule for models, overlays and data sets.
+"""What may stand for an image, turned into upright RGB: the one rule for models, overlays and datasets.
 
 A picture that carries an EXIF orientation is turned upright, whether it comes as a path or as a PIL image; masks, image
 tokens and overlays are in the frame of the upright picture. Arrays and tensors carry no orientation and are taken as
@@ -25,13 +25,14 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of t
 _SIXTEEN_BIT_FILES = ("PNG", "PPM")  # whose greys of 16 bits PIL may give the mode "I"
 
 
-def to_rgb(image: ImageInput) -> Image.Image:
+def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
     """The image as PIL RGB, upright.
 
     Args:
         image: a path or a PIL image; a numpy array [H, W, 3 or 4] or [H, W]; a torch tensor [3, H, W], [1, H, W],
             [H, W, 3] or [H, W]. Integers, of whatever type, are 0…255 and floating-point values 0…1. Greys of 16 bits
             are divided by the largest value of their file's format.
+        name: what errors call a PIL image, such as the name of the file that it came from.
 
     Raises:
         InputError: no such file, not an image, a damaged one, one beyond PIL's limit of pixels, a PIL image of a mode
@@ -40,7 +41,7 @@ def to_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, (str, Path)):
         return _from_file(expanded(image))
     if isinstance(image, Image.Image):
-        return _from_pil(image, "PIL image")
+        return _from_pil(image, name)
     if isinstance(image, torch.Tensor):
         return _from_tensor(image).convert("RGB")
     if isinstance(image, np.ndarray):
@@ -59,6 +60,8 @@ def _from_file(path: Path) -> Image.Image:
         raise
     except FileNotFoundError:
         raise InputError(f"{name}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{name} is a folder, expected an image file; check the path") from None
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image that PIL can read; give a PNG or JPEG file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -1,19 +1,21 @@
-"""What the values of a mask mean: the one rule for targets, predictions, metrics, overlays and data sets.
+"""What the values of a mask mean: the one rule for targets, predictions, metrics, overlays and datasets.
 
 A target mask is bool, or numbers of which 0 is background, 1 is foreground and 255, beside a 1, marks pixels that do
 not count, as ReasonSeg and the referring sets have it. A target of 0 and 255 alone is refused: an image file of a mask,
 whose white is 255, and an empty target with pixels that do not count look the same. A prediction has no pixels that do
-not count, so that there 0 and 255 are background and foreground.
+not count, so that there 0 and 255 are background and foreground. `read_mask` reads a target from an image file.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenprune.errors import InputError
+from tokenprune.errors import InputError, OptionError
+from tokenprune.utils.files import expanded
 
 IGNORE = 255
 Mask = NDArray[Any]
@@ -54,6 +56,79 @@ def predicted(mask: Mask) -> NDArray[np.bool_]:
     if problem:
         raise InputError(f"a predicted mask {problem}")
     return mask if mask.dtype == np.bool_ else mask != 0
+
+
+def read_mask(
+    path: str | Path, *, size: tuple[int, int] | None = None, white: Literal["target", "ignore"] = "target"
+) -> Mask:
+    """A target mask [H, W] from an image file: grey, of 1 bit, or with a palette of greys; upright by EXIF.
+
+    A file of 0 and 255, or of 0 and 1, has its target where it is not black, and gives bool. What white means in a file
+    where 1 is the target cannot be seen in every file, so it is said for all files of a dataset.
+
+    Args:
+        path: of the file.
+        size: (height, width) of the image that the mask belongs to.
+        white: "target"; or "ignore" for files in which 1 is the target and 255 marks pixels that do not count: they
+            give uint8 of 0, 1 and 255. Where nothing is meant in such a file, none of its pixels counts as a target.
+
+    Raises:
+        InputError: no such file, no image, colours, transparency, values in between as JPEG makes them, numbers of
+            instances, 1 beside 255 without `white="ignore"`, or another size.
+        OptionError: `white` is none of both.
+    """
+    if white not in ("target", "ignore"):
+        raise OptionError(f"white={white!r} found, expected 'target' or 'ignore'")
+    name = f"mask {str(path)!r}"
+    values = _greys(expanded(path), name)
+    if size is not None and values.shape != tuple(size):
+        found, wanted = (f"{width}×{height}" for height, width in (values.shape, size))
+        raise InputError(f"{name} is {found}, expected {wanted}, the size of its image; resize it with NEAREST")
+    others = np.unique(values[(values != 0) & (values != 1) & (values != IGNORE)])
+    if others.size:
+        shown = ", ".join(map(str, others[:3].tolist())) + (", …" if others.size > 3 else "")
+        raise InputError(
+            f"{name} has the values {shown}, expected 0 and {IGNORE}, or 0 and 1; JPEG and resizing make values in "
+            "between: save masks as PNG, resized with NEAREST; numbers of instances want a file for each"
+        )
+    ones = values == 1
+    marked = bool((values == IGNORE).any())
+    if white == "ignore":
+        return values if marked and ones.any() else ones
+    if marked and ones.any():
+        raise InputError(
+            f"{name} has 1 and {IGNORE}; where {IGNORE} marks pixels that do not count, read all masks of the dataset "
+            'with read_mask(path, white="ignore"), where both are the target, save them as 0 and 255'
+        )
+    target: Mask = values != 0
+    return target
+
+
+def _greys(path: Path, name: str) -> NDArray[np.uint8]:
+    """The pixels of a file of greys of 8 bits, upright."""
+    from PIL import Image, ImageOps
+
+    cure = "save it as a PNG of 8-bit greys: Image.fromarray(numpy.uint8(target) * 255)"
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            transparent = "A" in image.getbands() or "transparency" in image.info
+            pixels = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file; check the path") from None
+    except Exception as error:  # what PIL raises on a damaged file differs from format to format
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{name} cannot be read ({why}); give an intact image file") from error
+    if transparent:
+        raise InputError(f"{name} of mode {image.mode} has transparency, which may be the mask or not; {cure}")
+    if image.mode in ("P", "RGB") and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    if image.mode == "1":
+        return pixels.astype(np.uint8)
+    if pixels.ndim != 2 or pixels.dtype != np.uint8:
+        held = "colours" if pixels.ndim == 3 else "greys of another depth"
+        raise InputError(f"{name} of mode {image.mode} has {held}, expected greys of 8 bits; {cure}")
+    return pixels
 
 
 def target_problem(mask: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
@@ -13,10 +13,11 @@ from PIL.Image import Image
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine import model_turn, prune
+from tokenprune.engine import PruningRun, model_turn, open_run, prune
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
+from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.processor import load_processor
 
@@ -27,7 +28,8 @@ class Answer:
 
     Attributes:
         text: the new text.
-        trace: what the strategy did in the prefill; None without one. Answers of one batch share it.
+        trace: what the strategy, or a context around the call, did in the prefill; None without any. Answers of one
+            batch share it.
         row: the answer's batch row in the trace.
     """
 
@@ -37,7 +39,7 @@ class Answer:
 
     def __repr__(self) -> str:
         """The text and the tokens, without tensors."""
-        tokens = "None, no strategy ran" if self.trace is None else self.trace.summary(self.row)
+        tokens = "None, nothing was pruned" if self.trace is None else self.trace.summary(self.row)
         return f"Answer:\n  .text: {self.text!r}\n  .trace: row {self.row}: {tokens}"
 
 
@@ -55,6 +57,13 @@ class VisionLanguageModel:
 
     def __init__(self, model: Any, source: str, name: str, revision: str | None = None) -> None:
         self.model, self.source, self.name, self.revision = model, source, name, revision
+
+    def __repr__(self) -> str:
+        """What it is, and what to call."""
+        return (
+            f"{type(self).__name__} {self.name!r}: {type(self.model).__name__} on {self.model.device}\n"
+            "  .answer(image, prompt, strategy), .inputs(image, prompt), .model, .processor"
+        )
 
     @property
     def base_model(self) -> Any:
@@ -82,7 +91,7 @@ class VisionLanguageModel:
 
         Raises:
             InputError: something that is no image, an empty prompt, or one with placeholders for more or fewer images;
-                not as many prompts as images.
+                not as many prompts as images; a prompt longer than the model's context.
             UnsupportedError: several prompts, and a tokenizer that has no token to pad with.
         """
         rows = [self._row(*row) for row in _rows(image, prompt)]
@@ -100,6 +109,12 @@ class VisionLanguageModel:
                 f"{type(processor).__name__} cannot prepare images of {sizes} pixels and these prompts "
                 f"({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
             ) from error
+        config = self.model.config.get_text_config()
+        ids = made["input_ids"]
+        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # a picture takes fewer positions there
+            check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
+        else:
+            check_length(config, ids.shape[1])
         return made.to(self.model.device)
 
     @overload
@@ -123,7 +138,8 @@ class VisionLanguageModel:
         Args:
             image: the image or images; see `inputs` for them, for prompts, and for the errors.
             prompt: the user's words; a list of them is answered as each would be alone.
-            strategy: a `tokenprune.Strategy`; None leaves the model untouched.
+            strategy: a `tokenprune.Strategy`; None leaves the model as it is: untouched, or pruned by a context that
+                this thread has open.
             max_new_tokens: limit of an answer.
 
         Raises:
@@ -136,12 +152,15 @@ class VisionLanguageModel:
             _ = self.processor  # read from its folder when first needed, which is no work on the image
             with stage("preprocess"):
                 inputs = self.inputs(image, prompt)
-            with stage("generation"), nullcontext() if strategy is None else prune(self.model, strategy) as run:
+            with stage("generation"), self._pruned(strategy) as run:
                 ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             trace = None if run is None else run.trace
             texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
         return answers[0] if isinstance(prompt, str) else answers
+
+    def _pruned(self, strategy: Strategy | None) -> AbstractContextManager[PruningRun | None]:
+        return nullcontext(open_run(self.model)) if strategy is None else prune(self.model, strategy)
 
     def _said(self, ids: list[int]) -> str:
         ends = self.model.generation_config.eos_token_id

@@ -105,7 +105,7 @@ class Answered:
         rows: batch row of each mask.
         places: for each mask, index in `said[row]` of its first mask token.
         said: B rows of ids: the whole given sequence (image tokens expanded), or the generated answer.
-        trace: what the strategy did; None without a strategy.
+        trace: what the strategy, or a context around the call, did; None without any.
     """
 
     states: Tensor
@@ -129,7 +129,7 @@ class Segmentation:
             are.
         query_index: for each mask the query that it belongs to. With generated answers a query may get no mask, or
             several.
-        trace: what the strategy did, as `tokenprune.prune` tells it; None without a strategy.
+        trace: what the strategy, or a context around the call, did, as `tokenprune.prune` tells it; None without any.
         row_index: for each mask the batch row of `trace` that it was made in.
     """
 
@@ -158,7 +158,7 @@ class Segmentation:
         return [
             f".masks: bool {size}{covering}; .mask_logits as large, .low_res_logits {list(self.low_res_logits.shape)}",
             f".text: {short(self.text)}",
-            *(f".trace: {line}" for line in tokens or ["None, no strategy ran"]),
+            *(f".trace: {line}" for line in tokens or ["None, nothing was pruned"]),
         ]
 
 

@@ -15,12 +15,13 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine import PruningRun, VisionSource, model_turn, prune
+from tokenprune.engine import PruningRun, VisionSource, model_turn, open_run, prune
 from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.errors import OptionError
 from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, splice
 from tokenprune_adapters.llava.vision import count_layers, offers, vision_source
@@ -89,6 +90,14 @@ class Segmenter(Prompts, nn.Module):
         self.name = name
         self.clip_space = clip_space
 
+    def __repr__(self) -> str:
+        """What it is, and what to call, without its modules."""
+        config, device = self.decoder.config, next(self.decoder.parameters()).device
+        return (
+            f"{type(self).__name__} {self.name!r}: a decoder of {config.num_hidden_layers} layers on {device}, masks\n"
+            "  .segment(image, query, strategy), .encode_image(image), .decoder, .tower"
+        )
+
     def offers(self) -> frozenset[type[Read]]:
         """Kinds of reads that `vision_source` answers for any image."""
         return offers(self.clip_space)
@@ -154,7 +163,8 @@ class Segmenter(Prompts, nn.Module):
                 run.
             query: a phrase or sentence; the words go into the family's templates, white space around them is dropped.
                 For figures comparable with those of referring data sets, lowercase it, as their evaluation does.
-            strategy: a `tokenprune.Strategy`; None leaves the decoder untouched.
+            strategy: a `tokenprune.Strategy`; None leaves the decoder as it is: untouched, or pruned by a context that
+                this thread has open.
             answer: "forced" gives an answer that holds the mask tokens and takes one pass, as the families' evaluation
                 does. "generate" lets the model answer; it makes a mask each time that the model says them.
             prompt: instead of a query, a whole prompt that is taken as it is, with <image> once. Forced, it must hold
@@ -165,7 +175,7 @@ class Segmenter(Prompts, nn.Module):
 
         Raises:
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
-                without <image> or, forced, without mask tokens.
+                without <image> or, forced, without mask tokens; a prompt longer than the model's context.
             OptionError: an unknown `answer`, or no new tokens allowed.
             IncompatibleError: the strategy does not fit the model; told before anything runs.
         """
@@ -209,6 +219,7 @@ class Segmenter(Prompts, nn.Module):
             self.tokenizer.pad_id,
             encoded.image_valid,
         )
+        check_length(self.decoder.config, sequence.token_ids.shape[1])
         return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
@@ -277,10 +288,11 @@ class Segmenter(Prompts, nn.Module):
 
     @contextmanager
     def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
-        """The turn in which the decoder runs under a strategy; gives the run, or None without a strategy."""
+        """The turn in which the decoder runs under a strategy; gives the run: that of a context around it without
+        a strategy, or None."""
         if strategy is None:
             with model_turn(self.decoder):
-                yield None
+                yield open_run(self.decoder)
             return
         check_on(strategy, self)
         sequence = inputs.sequence

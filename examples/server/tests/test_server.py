@@ -67,9 +67,9 @@ def address(model: Any) -> Iterator[str]:
     thread.join(30)
 
 
-def png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
+    Image.fromarray(image).save(file, kind)
     return file.getvalue()
 
 
@@ -129,6 +129,7 @@ def test_health_and_strategies(address: str) -> None:
 
 
 PICTURE = png(np.zeros((32, 32, 3), dtype=np.uint8))
+UNSCALED = png(np.zeros((32, 32), dtype=np.float32), "TIFF")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +139,14 @@ PICTURE = png(np.zeros((32, 32, 3), dtype=np.uint8))
         (PICTURE, {"query": " "}, 422, "query"),
         (PICTURE, {"query": "it", "strategy": "fastv", "budget": "1.5"}, 422, "1.5"),
         (PICTURE, {"query": "it", "budget": "0.5"}, 422, "without a strategy"),
-        (PICTURE, {"query": "it", "budget": "half"}, 422, "valid number"),
-        (PICTURE, {}, 422, "required"),
+        (
+            PICTURE,
+            {"query": "it", "budget": "half"},
+            422,
+            "field 'budget': 'half' found; Input should",
+        ),
+        (PICTURE, {}, 422, "field 'query' is missing; give it a value"),
+        (UNSCALED, {"query": "it"}, 422, "picture 'a.png' has the mode 'F'"),
         (PICTURE, {"query": "it", "output": "jpg"}, 422, "'rle' or 'png'"),
         (b"no picture", {"query": "it"}, 422, "no picture that can be read"),
         (PICTURE[:60], {"query": "it"}, 422, "no picture that can be read"),
@@ -152,6 +159,7 @@ def test_what_a_client_gets_wrong(
     answer = post(address, image, **fields)
     assert answer.status_code == status
     assert message in str(answer.json()["detail"])
+    assert isinstance(answer.json()["detail"], str)
 
 
 def test_a_request_has_to_say_its_length(address: str) -> None:

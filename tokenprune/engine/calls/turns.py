@@ -144,7 +144,7 @@ def model_turn(model: nn.Module) -> Iterator[None]:
     Args:
         model: the decoder, or any model that `tokenprune.prune` takes.
     """
-    decoder = _decoder_in(model)
+    decoder = decoder_in(model)
     queue = _queue_of(decoder)
     queue.begin_turn(True, type(decoder).__name__)
     try:
@@ -153,7 +153,7 @@ def model_turn(model: nn.Module) -> Iterator[None]:
         queue.end_turn()
 
 
-def _decoder_in(model: nn.Module) -> nn.Module:
+def decoder_in(model: nn.Module) -> nn.Module:
     """What `tokenprune.prune` would hook into; the model itself where that is nothing: its calls may take turns too."""
     try:
         return find_decoder(model).module

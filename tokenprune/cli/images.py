@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,8 @@ from tokenprune.cli.printing import note
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
 from tokenprune.report.files import check_distinct, check_target, check_targets
 from tokenprune.report.write import writable_folder
-from tokenprune.utils.files import expanded, reason
+from tokenprune.utils.arguments import unicode_problem
+from tokenprune.utils.files import expanded, is_url, reason
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """What of a folder counts as an image; files that are named are tried whatever their suffix."""
@@ -61,17 +62,23 @@ class Images:
 
 
 def words(text: str, what: str) -> str:
-    """What is asked about images, as it was given.
+    """What is asked about images, as it was given; UTF-8 where the locale says that arguments are ASCII.
 
     Args:
         text: the last argument of the command.
         what: "query" or "question", for messages.
 
     Raises:
-        InputError: no words, or a file: the words were left out, and the last image stands in their place.
+        InputError: no words, bytes that are no text, or a file: the words were left out, and the last image stands in
+            their place.
     """
+    with suppress(UnicodeError):
+        text = text.encode(errors="surrogateescape").decode()
     if not text.strip():
         raise InputError(f"{what} is empty; say it in words")
+    problem = unicode_problem(text)
+    if problem:
+        raise InputError(f"{what} {text[:60]!a} {problem}")
     if os.path.exists(expanded(text)):
         raise InputError(f"{what} {text!r} is a file or folder; put the {what}, in words, behind the images")
     return text
@@ -95,7 +102,11 @@ def find_images(arguments: Sequence[Path]) -> Images:
                 expected = ", ".join(sorted(SUFFIXES))
                 raise InputError(f"folder {str(argument)!r} holds no image; expected files that end in {expected}")
             found += inside
-        elif any(sign in argument.name or sign in str(argument.parent) for sign in "*?[") and not given.exists():
+        elif (
+            not is_url(argument)
+            and any(sign in argument.name or sign in str(argument.parent) for sign in "*?[")
+            and not given.exists()
+        ):
             many = True
             matching = _matching(given)
             if not matching:

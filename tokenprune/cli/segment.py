@@ -7,19 +7,29 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, Threads, VisionTower
+from tokenprune.cli.arguments import (
+    IMAGES,
+    Budget,
+    Device,
+    Dtype,
+    ModelName,
+    OptionTexts,
+    StrategyName,
+    Threads,
+    VisionTower,
+    path,
+)
 
 if TYPE_CHECKING:
     from tokenprune.evaluation.samples import SampleRecord
 
 
 def command(
-    images: Annotated[
-        list[Path], typer.Argument(help='Image files, folders of images, patterns as "*.jpg".', metavar="IMAGE...")
-    ],
+    images: Annotated[list[Path], typer.Argument(parser=path, help=IMAGES, metavar="IMAGE...")],
     query: Annotated[str, typer.Argument(help="What to segment, in words.", metavar="QUERY")],
     out: Annotated[
-        Path, typer.Option(help="Mask to write, PNG: white where the mask is. For several images a folder.")
+        Path,
+        typer.Option(parser=path, help="Mask to write, PNG: white where the mask is. For several images a folder."),
     ],
     model: ModelName = "lisa-tiny",
     strategy: StrategyName = "none",
@@ -27,7 +37,7 @@ def command(
     budget: Budget = None,
     overlay: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Picture to write as well: image, mask, tokens stage by stage, PNG. As --out."),
+        typer.Option(parser=path, help="Picture to write as well: image, mask, tokens stage by stage, PNG. As --out."),
     ] = None,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
@@ -50,7 +60,7 @@ def command(
     quiet_loading()
     checked(threads, "--threads")
     check_strategies([strategy])
-    words(query, "query")
+    query = words(query, "query")
     found = find_images(images)
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     targets = found.targets({"--out": out, "--overlay": overlay})

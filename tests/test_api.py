@@ -211,7 +211,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "model=None found, expected a model: a torch.nn.Module, or what tokenprune.load() gives",
     ),
     "a query row of numpy": (
-        lambda: opened(tiny_llama(), image_tokens=MARKS, query=np.zeros((1, 8))),
+        lambda: opened(tiny_llama(), image_tokens=MARKS, query=np.zeros((1, 80))),
         "query=a ndarray found, expected 'last' or a bool [batch, sequence] mask",
     ),
     "query rows without names": (
@@ -245,8 +245,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no model to compare on": (
         lambda: tp.compare(None, "shapes", ["none"]),
-        "model=None found, expected a segmentation model, as tokenprune.load('lisa-tiny') gives, or its name; it has no "
-        "name, no decoder, no encode_image, no build_inputs, no run_decoder, no segment, no grid_box",
+        "model=None found, expected a segmentation model, as tokenprune.load('lisa-tiny') gives, or its name; it has "
+        "no name, no decoder, no encode_image, no build_inputs, no run_decoder, no segment, no grid_box",
     ),
     "no data set": (
         lambda: tp.compare("lisa-tiny", None, ["none"]),

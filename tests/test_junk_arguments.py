@@ -143,7 +143,7 @@ def test_every_parameter_of_prune_is_tried() -> None:
 @pytest.mark.usefixtures("_fakes")
 @pytest.mark.parametrize("junk", JUNK)
 def test_compare(junk: str) -> None:
-    right = {"model": "fake", "dataset": "fake", "strategies": ["none"], "budget": 0.5, "split": "val", "seed": 0}
+    right = {"model": "fake", "dataset": "rectangles", "strategies": ["none"], "budget": 0.5, "split": "val", "seed": 0}
     right = {**right, **COMPARED, "extra_metrics": (), "progress": None, "threads": None}
     assert right.keys() == inspect.signature(tp.compare).parameters.keys()
     assert tp.compare(**right).samples == 1

@@ -127,7 +127,8 @@ def breaking_off() -> Iterator[Scene]:
             r"image that is float64 \[.*\], expected uint8 \[H, W, 3\]",
         ),
         (lambda: [replace(SCENE, queries=[replace(QUERY, mask=QUERY.mask[:3])])], "expected bool .*, the image's size"),
-        (lambda: [replace(SCENE, queries=[replace(QUERY, mask=QUERY.mask / 2)])], "which is float64"),
+        (lambda: [replace(SCENE, queries=[replace(QUERY, mask=QUERY.mask / 2)])], "has the values 0.5, expected"),
+        (lambda: [replace(SCENE, queries=[replace(QUERY, text="a \udcff")])], r"whose text 'a .udcff' holds .udcff"),
         (lambda: [replace(SCENE, queries=[replace(QUERY, text=" ")])], "a query whose text is ' '"),
     ],
 )
@@ -135,6 +136,19 @@ def test_a_data_set_that_misbehaves_is_named(scenes: Callable[[], Any], message:
     plug("datasets", type("Odd", (FakeData,), {"name": "odd", "scenes": lambda self, *_: scenes()}))
     with pytest.raises(PluginError, match=f"'mine': data set 'odd' .*{message}"):
         compare(FakeModel(), "odd", ["none"], limit=6, timing_samples=0)
+
+
+@pytest.mark.parametrize("dtype", [float, np.float32, np.uint8, np.int64])
+def test_targets_of_numbers_are_those_of_bool(dtype: Any) -> None:
+    def found(kind: Any) -> Any:
+        def scenes(self: Any, *asked: Any) -> Iterator[Scene]:
+            for scene in FakeData.scenes(self, *asked):
+                yield replace(scene, queries=[replace(q, mask=q.mask.astype(kind)) for q in scene.queries])
+
+        data = type("Numbers", (FakeData,), {"name": "numbers", "scenes": scenes})()
+        return compare(FakeModel(), data, ["none", "front"], limit=6, timing_samples=0).rows
+
+    assert [row.giou for row in found(dtype)] == [row.giou for row in found(bool)]
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def test_compare(junk: str) -> None:
     assert right.keys() == inspect.signature(tp.compare).parameters.keys()
     assert tp.compare(**right).samples == 1
     for name in right:
-        check(tp.compare, right, name, junk)
+        if (name, junk) != ("progress", "class"):  # which can be called, and is the caller's own function
+            check(tp.compare, right, name, junk)
 
 
 @pytest.mark.parametrize("junk", JUNK)

@@ -99,7 +99,7 @@ def test_masks_are_arrays_of_numbers(junk: object) -> None:
     for pair, kind in (((junk, mask), "predicted"), ((mask, junk), "target")):
         with pytest.raises(InputError, match=f"^a {kind} mask is "):
             metrics.overlap(*pair)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="^a target mask is "):
+    with pytest.raises(InputError, match=r"^a target mask is "):
         metrics.size_of(junk)  # type: ignore[arg-type]
 
 

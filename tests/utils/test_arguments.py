@@ -47,10 +47,10 @@ def test_what_is_no_whole_number(value: object) -> None:
 
 def test_kinds_choices_and_lists() -> None:
     assert instance("n", 3, int, "an int") == 3
-    with pytest.raises(InputError, match="^n='3' found, expected an int$"):
+    with pytest.raises(InputError, match=r"^n='3' found, expected an int$"):
         instance("n", "3", int, "an int", InputError)
     assert one_of("n", "a", ("a", "b")) == "a"
-    with pytest.raises(OptionError, match="^n=3 found, expected 'a' or 'b'$"):
+    with pytest.raises(OptionError, match=r"^n=3 found, expected 'a' or 'b'$"):
         one_of("n", 3, ("a", "b"))
     assert [listed(value) for value in ("ab", b"ab", (1, 2), 3, None)] == [["ab"], [b"ab"], [1, 2], [3], [None]]
 

@@ -8,16 +8,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vlm_families import FAMILIES
 
 import tokenprune as tp
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.stage import Shape
 from tokenprune.core.state import TokenState
 from tokenprune.core.tokens import Tokens
-from tokenprune.errors import BudgetError, CheckpointError, OptionError, PluginError, UnknownNameError
+from tokenprune.engine import VisionSource
+from tokenprune.errors import BudgetError, CheckpointError, InputError, OptionError, PluginError, UnknownNameError
 from tokenprune.plugins import registry
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,6 +142,155 @@ def test_strategy_says_what_is_wrong() -> None:
             tp.strategy("centre", budget=budget)
     with pytest.raises(UnknownNameError, match="did you mean 'centre'"):
         tp.strategy("center")
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    # what is called, and the whole message
+    "no name": (lambda: tp.strategy(None), "name=None found, expected the name of a strategy, such as 'csp'"),
+    "text for a budget": (
+        lambda: tp.strategy("fastv", budget="0.5"),
+        "strategy 'fastv': budget '0.5' found, expected a share of the image tokens in (0, 1]",
+    ),
+    "list for a budget": (
+        lambda: tp.strategy("fastv", budget=[0.5]),
+        "strategy 'fastv': budget [0.5] found, expected a share of the image tokens in (0, 1]",
+    ),
+    "True for a budget": (
+        lambda: tp.strategy("fastv", budget=True),
+        "strategy 'fastv': budget True found, expected a share of the image tokens in (0, 1]",
+    ),
+    "no amount": (
+        lambda: tp.strategy("fastv", keep=""),
+        "strategy 'fastv': option 'keep': found '', but input should be a valid integer or a valid number",
+    ),
+    "no part": (
+        lambda: tp.Sequence(3, "fastv"),
+        "part of a Sequence=3 found, expected a strategy, or the name of one",
+    ),
+    "a device that is a number": (
+        lambda: tp.load("lisa-tiny", device=3.5),
+        "device=3.5 found, expected 'cpu', 'cuda', 'cuda:1' or a torch.device",
+    ),
+    "a tower that is a number": (
+        lambda: tp.load("lisa-tiny", vision_tower=5),
+        "vision_tower=5 found, expected the folder or hub id of the tower",
+    ),
+    "no checkpoint": (
+        lambda: tp.load(3),
+        "name_or_path=3 found, expected a bundled model's name, a checkpoint's folder, or a hub id",
+    ),
+    "a model's name": (
+        lambda: opened("llava"),
+        "model='llava' found, expected a model: a torch.nn.Module, or what tokenprune.load() gives, as in "
+        "tokenprune.load('llava')",
+    ),
+    "no model": (
+        lambda: opened(None),
+        "model=None found, expected a model: a torch.nn.Module, or what tokenprune.load() gives",
+    ),
+    "a model's class": (
+        lambda: opened(torch.nn.Linear),
+        "model=<class 'torch.nn.modules.linear.Linear'> found, expected a model: a torch.nn.Module, or what "
+        "tokenprune.load() gives",
+    ),
+    "a model of masks": (
+        lambda: opened(tp.load("lisa-tiny")),
+        "LisaModel is pruned by its own methods; call segment(image, query, strategy=…) on it, or hand its decoder to "
+        "tokenprune.prune(), with image_tokens=",
+    ),
+    "a strategy's name": (
+        lambda: opened(tiny_llama(), strategy="csp"),
+        "strategy='csp' found, expected an instance, such as tokenprune.strategy('fastv')",
+    ),
+    "no strategy to tell of": (
+        lambda: tp.compatible(None, tiny_llama()),
+        "strategy=None found, expected an instance, such as tokenprune.strategy('fastv')",
+    ),
+    "no model to tell of": (
+        lambda: tp.compatible("fastv", None),
+        "model=None found, expected a model: a torch.nn.Module, or what tokenprune.load() gives",
+    ),
+    "a query row of numpy": (
+        lambda: opened(tiny_llama(), image_tokens=MARKS, query=np.zeros((1, 80))),
+        "query=a ndarray found, expected 'last' or a bool [batch, sequence] mask",
+    ),
+    "query rows without names": (
+        lambda: opened(tiny_llama(), image_tokens=MARKS, queries=[MARKS]),
+        "queries=a list found, expected masks by name, bool [batch, sequence] each",
+    ),
+    "no vision": (
+        lambda: opened(tiny_llama(), image_tokens=MARKS, vision=5),
+        "vision=5 found, expected a tokenprune.engine.VisionSource",
+    ),
+    "a name for a strategy of segment": (
+        lambda: tp.load("lisa-tiny").segment(PICTURE, "red", "csp"),
+        "strategy='csp' found, expected an instance, such as tokenprune.strategy('fastv')",
+    ),
+    "bytes for a query": (
+        lambda: tp.load("lisa-tiny").segment(PICTURE, b"red"),
+        "query is a bytes, expected a string or a list of strings",
+    ),
+    "no Unicode for a query": (
+        lambda: tp.load("lisa-tiny").segment(PICTURE, "a \ud800 b"),
+        r"query 'a \ud800 b' holds \ud800 at character 2, half of a character or a byte that is no text; give it as "
+        "proper Unicode (on a command line: in the terminal's encoding, such as UTF-8)",
+    ),
+    "no inputs": (
+        lambda: tp.load("lisa-tiny").run_decoder(5, tp.strategy("fastv")),
+        "inputs=5 found, expected what build_inputs(image, queries) gives",
+    ),
+    "no number of tokens": (
+        lambda: tp.load("lisa-tiny").segment(PICTURE, "red", answer="generate", max_new_tokens="5"),
+        "max_new_tokens: '5' found, expected a whole number of at least 1",
+    ),
+    "no model to compare on": (
+        lambda: tp.compare(None, "shapes", ["none"]),
+        "model=None found, expected a segmentation model, as tokenprune.load('lisa-tiny') gives, or its name; it has "
+        "no name, no decoder, no encode_image, no build_inputs, no run_decoder, no segment, no grid_box",
+    ),
+    "no data set": (
+        lambda: tp.compare("lisa-tiny", None, ["none"]),
+        "dataset=None found, expected a data set, or the name of one, such as 'shapes'",
+    ),
+    "no strategies": (
+        lambda: tp.compare("lisa-tiny", "shapes", [None]),
+        "strategies=None found, expected names, texts such as 'csp:query=seg', or instances",
+    ),
+}
+MARKS = (torch.arange(8) > 2)[None]
+PICTURE = np.zeros((24, 32, 3), np.uint8)
+
+
+def opened(model: Any, strategy: Any = None, **options: Any) -> None:
+    with tp.prune(model, strategy or tp.strategy("fastv", layer=1, keep=2), **options):
+        pytest.fail("the context was opened")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_argument_of_a_wrong_kind_is_told_by_its_name(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises(tp.TokenPruneError) as told:
+        call()
+    assert str(told.value) == message
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, None, True])
+def test_seeds_are_whole_numbers(seed: Any) -> None:
+    with pytest.raises(OptionError, match=r"seed: .* found, expected a whole number$"):
+        opened(tiny_llama(), image_tokens=MARKS, seed=seed)
+
+
+IGNORED: dict[str, Any] = {
+    "grid": torch.zeros(1, 8, 2, dtype=torch.long),
+    "image_number": MARKS.long(),
+    "vision": VisionSource(),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_would_be_ignored_without_marks_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}= is given without image_tokens="):
+        opened(FAMILIES["llava"].build(), **{name: IGNORED[name]})
 
 
 def test_target_that_is_no_class_is_a_plugin_error() -> None:

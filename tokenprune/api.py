@@ -24,6 +24,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
         options: passed to the adapter: `dtype`, `device`, `device_map`, `vision_tower`, …
 
     Raises:
+        OptionError: no name, or an option that the family does not have or that is of another kind.
         CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
         PluginError: an adapter cannot be imported, or raises what is no TokenPruneError; a bundled model's folder is
             not there.

@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST = 200  # characters of an option's value that a message shows
+
 
 class TokenPruneError(Exception):
     """Base of all errors raised on purpose by tokenprune."""
@@ -48,7 +50,7 @@ class OptionError(TokenPruneError, ValueError):
         """
         names = list(known)
         found: list[dict[str, Any]] = error.errors()  # type: ignore[attr-defined]
-        return cls(f"{thing}: " + "; ".join(_option_problem(item, names) for item in found))
+        return cls(f"{thing}: " + "; ".join(_option_problem(item, names) for item in _merged(found)))
 
 
 class BudgetError(OptionError):
@@ -114,6 +116,23 @@ def _either(names: list[str]) -> str:
     return " or ".join(repr(name) for name in names)
 
 
+def _merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Where a value may be of several types, pydantic tells what each says of it; here they become one problem."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for item in found:
+        *before, last = item["loc"] or ("options",)
+        kind = isinstance(last, str) and bool(before) and item["type"] not in ("extra_forbidden", "missing")
+        groups.setdefault(tuple(before) if kind else (*before, last), []).append(item)
+    merged = []
+    for loc, items in groups.items():
+        if len(items) == 1 or any(item.get("input") is not items[0].get("input") for item in items):
+            merged += items
+            continue
+        told = [item["msg"].partition(", unable")[0].removeprefix("Input should be ") for item in items]
+        merged.append({**items[0], "loc": loc, "msg": f"Input should be {' or '.join(dict.fromkeys(told))}"})
+    return merged
+
+
 def _option_problem(item: dict[str, Any], known: list[str]) -> str:
     path = ".".join(str(part) for part in item["loc"]) or "options"
     if item["type"] == "extra_forbidden":
@@ -124,4 +143,6 @@ def _option_problem(item: dict[str, Any], known: list[str]) -> str:
     expected = expected[:1].lower() + expected[1:]
     if item["type"] == "missing":
         return f"option {path!r} is missing; give it a value"
-    return f"option {path!r}: found {item.get('input')!r}, but {expected}"
+    given = " ".join(repr(item.get("input")).split())
+    given = given if len(given) <= LONGEST else f"{given[:LONGEST]} …"
+    return f"option {path!r}: found {given}, but {expected}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from vlm_checkpoints import TOKENS, write_vlm
 from vlm_families import CURRENT
@@ -124,6 +125,8 @@ def test_rows_that_end_early(models: Models, monkeypatch: pytest.MonkeyPatch) ->
         (PICTURES, [], "3 images and 0 prompts found"),
         (PICTURES, ["What?", "  ", "Why?"], "expected words about the image"),
         (PICTURES, ["What?", None, "Why?"], "prompt None found"),
+        (PICTURES, ["What?", b"x", "Why?"], "prompt b'x' found"),
+        (PICTURES, ["What?", "Why \ud800?", "Why?"], r"prompt 'Why .ud800.' holds .ud800 at character 4"),
         ([PICTURES[0], [], PICTURES[1]], QUESTIONS, "an empty list of images"),
         ([PICTURES[0], 7, PICTURES[1]], QUESTIONS, "image is a int"),
         (PICTURES[:2], ["<s><image>What?", "<image>What?"], "prompt 0 begins with <s>, others do not"),
@@ -135,8 +138,56 @@ def test_bad_batches(images: Any, prompts: Any, message: str, models: Models) ->
 
 
 def test_no_new_tokens(models: Models) -> None:
-    with pytest.raises(OptionError, match="max_new_tokens=0 found"):
+    with pytest.raises(OptionError, match="max_new_tokens: 0 found"):
         models("llava").answer(PICTURES, QUESTIONS, max_new_tokens=0)
+
+
+@pytest.mark.parametrize("limit", ["3", 2.5, True, None, float("nan")])
+def test_limits_that_are_no_whole_numbers(limit: Any, models: Models) -> None:
+    with pytest.raises(OptionError, match=r"max_new_tokens: .* found, expected a whole number of at least 1"):
+        models("llava").answer(PICTURES, QUESTIONS, max_new_tokens=limit)
+
+
+def likeliest(model: VisionLanguageModel, image: Any, question: str, steps: int) -> str:
+    """The answer by its definition: the whole sequence anew for each token, the best of the allowed ones."""
+    inputs = dict(model.inputs(image, question))
+    start = inputs["input_ids"].shape[1]
+    never = model.model.generation_config.suppress_tokens
+    for _ in range(steps):
+        with torch.no_grad():
+            scores = model.model(**inputs).logits[:, -1]
+        scores[:, never] = -torch.inf
+        inputs["input_ids"] = torch.cat((inputs["input_ids"], scores.argmax(-1, keepdim=True)), 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return str(model.processor.decode(inputs["input_ids"][0, start:], skip_special_tokens=True))
+
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "several": {"num_beams": 2, "num_return_sequences": 2},
+    "sampled": {"do_sample": True, "num_return_sequences": 2},
+    "dictionary": {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+    "guessed": {"prompt_lookup_num_tokens": 3},
+    "stopped": {"stop_strings": ["a"], "max_time": 1e-9},
+    "in parts": {"prefill_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["untouched", "all kept"])
+@pytest.mark.parametrize("asked", CHECKPOINTS)
+def test_greedy_and_one_answer_whatever_the_checkpoint_says(
+    asked: str, kind: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = models("llava"), models("llava").model.generation_config
+    wanted = [likeliest(model, image, question, 6) for image, question in zip(PICTURES, QUESTIONS, strict=True)]
+    for name, value in CHECKPOINTS[asked].items():
+        monkeypatch.setattr(config, name, value, raising=False)
+    before = config.to_dict()
+    strategy = None if kind == "untouched" else tp.strategy("fastv", layer=1, keep=1.0)
+    found = model.answer(PICTURES, QUESTIONS, strategy, max_new_tokens=6)
+    assert [answer.text for answer in found] == wanted
+    assert config.to_dict() == before
 
 
 def test_a_tokenizer_that_cannot_pad(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

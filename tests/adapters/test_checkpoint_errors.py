@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,27 @@ def test_config_that_does_not_fit(tmp_path: Path, config: dict[str, Any], found:
 def test_damaged_config(tmp_path: Path, text: str) -> None:
     (write_lisa(tmp_path) / "config.json").write_text(text)
     assert "config.json" in refusal_of(tmp_path)
+
+
+def test_what_the_hub_client_logs_is_no_part_of_the_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import huggingface_hub
+
+    from tokenprune_adapters.common.checkpoint import resolve_folder
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    before = logging.getLogger("huggingface_hub").level
+
+    def offline(*asked: Any, **options: Any) -> str:
+        logger.warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"nonsuch/thing: no such folder, and config\.json cannot be fetched"):
+        tp.load("nonsuch/thing")
+    with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
+        resolve_folder("nonsuch/tower")
+    assert "Retrying" not in caplog.text
+    assert logging.getLogger("huggingface_hub").level == before

@@ -323,7 +323,7 @@ def test_no_image_file(models: Models, tmp_path: Path) -> None:
 
 
 def test_no_new_tokens(models: Models) -> None:
-    with pytest.raises(OptionError, match="max_new_tokens=0 found"):
+    with pytest.raises(OptionError, match="max_new_tokens: 0 found"):
         models("llava").answer(picture(), QUESTION, max_new_tokens=0)
 
 

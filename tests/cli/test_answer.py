@@ -54,7 +54,11 @@ def test_a_folder_of_images(run: Runner, folder: Path, album: Path) -> None:
     assert ran.code == 1
     model = tp.load(folder)
     paths = (album / "first.png", album / "second.png")
-    assert ran.out == "".join(f"{path}: {model.answer(path, 'What is it?', max_new_tokens=6).text}\n" for path in paths)
+    said = [model.answer(path, "What is it?", max_new_tokens=6).text for path in paths]
+    assert any("\n" in text for text in said)  # whose further lines are set in
+    indented = ["\n    ".join(text.splitlines()) for text in said]
+    assert ran.out == "".join(f"{path}: {text}\n" for path, text in zip(paths, indented, strict=True))
+    assert [line.split(":")[0] for line in ran.out.splitlines() if not line.startswith("    ")] == [*map(str, paths)]
     problems = [line for line in ran.err.splitlines() if line.startswith("error: ")]
     assert len(problems) == 2
     assert "third.png" in problems[0]

@@ -54,11 +54,36 @@ def test_list_as_table_and_json() -> None:
     assert found["broken"] == []
 
 
-def test_unknown_command_is_answered_with_the_nearest() -> None:
-    done = run("lst")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("lst",), ("no such command 'lst'", "Did you mean 'list'?", "see 'tokenprune --help'")),
+        (("list", "--pluginz"), ("--pluginz", "--plugins", "see 'tokenprune list --help'")),
+        (("list", "--format", "jsn"), ("--format", "'jsn' is not one of 'table', 'json'", "tokenprune list --help")),
+        (("segment", "a.png", "red"), ("issing option '--out'", "see 'tokenprune segment --help'")),
+        (("segment",), ("issing", "see 'tokenprune segment --help'")),
+        (("answer", "a.png", "q"), ("issing option '--model'", "see 'tokenprune answer --help'")),
+        (("compare", "--limit", "x"), ("--limit", "see 'tokenprune compare --help'")),
+        (("segment", "", "red", "--out", "m.png"), ("an empty path found", "see 'tokenprune segment --help'")),
+        (("segment", "a.png", "red", "--out", ""), ("'--out': an empty path found",)),
+        (("new", "strat", "x"), ("no such command 'strat'", "see 'tokenprune new --help'")),
+        (("new", "strategy", "x", "--into", ""), ("'--into': an empty path found",)),
+    ],
+)
+def test_what_is_misspelt_is_told_in_one_line(arguments: tuple[str, ...], told: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert all(part in done.stderr for part in told), done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("new",)])
+def test_without_arguments_the_help_is_shown(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
     assert done.returncode == 2
-    assert "Did you mean 'list'" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Usage: tokenprune" in done.stdout + done.stderr
+    assert "error" not in done.stderr
 
 
 FAILING = """

@@ -20,6 +20,7 @@ from PIL import Image
 from pixellm_checkpoints import write_pixellm
 
 import tokenprune as tp
+from tokenprune.cli.images import words
 from tokenprune.utils import stopwatch
 
 __all__ = ["run"]  # the fixture
@@ -272,3 +273,8 @@ def test_the_installed_command_exits_with_2_and_one_line(picture: Path, tmp_path
     assert done.stdout == ""
     assert done.stderr.strip().count("\n") == 0
     assert "did you mean 'fastv'" in done.stderr
+
+
+@pytest.mark.parametrize("query", ["the rød ring", "r\udcc3\udcb8d"])
+def test_words_that_a_locale_of_ascii_hands_over_as_bytes(query: str) -> None:
+    assert words(query, "query") == {"r\udcc3\udcb8d": "rød"}.get(query, query)

@@ -99,3 +99,41 @@ def test_blanks_around_the_plus_of_a_composition() -> None:
     for text in ("visionzip + fastv", " visionzip+ fastv "):
         assert tokenprune.strategy(text).name == "visionzip+fastv"
     assert tokenprune.strategy("prumerge+ + fastv", budgets=(0.5, 0.5)).name == "prumerge++fastv"
+
+
+def test_a_single_text_or_instance_stands_for_a_list() -> None:
+    assert [c.strategy.name for c in contenders("none", 0.5)] == ["none"]
+    (found,) = contenders("csp:query=seg,reentry=delta", 0.5)
+    assert found.given == {"query": "seg", "reentry": "delta"}
+    assert [c.strategy.name for c in contenders("none,fastv", 0.5)] == ["none", "fastv"]
+    assert [c.strategy.name for c in contenders(Whole(), 0.5)] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("strategies", "budget"),
+    [
+        ("none,none", 0.5),
+        ("fastv:layer=3,csp,fastv:layer=3", 0.5),
+        ("fastv,fastv:budget=0.5", 0.5),
+        ("fastv", [0.5, 0.5]),
+        ("visionzip+fastv,visionzip+fastv", 0.5),
+    ],
+)
+def test_one_strategy_twice_is_refused(strategies: str, budget: object) -> None:
+    with pytest.raises(OptionError, match="is asked for twice; leave one out"):
+        contenders(strategies, budget)  # type: ignore[arg-type]
+
+
+def test_what_differs_is_not_there_twice() -> None:
+    assert len(contenders("fastv,fastv:layer=3,fastv:budget=0.25,csp-65,csp-70", 0.5)) == 5
+    one, other = Front(), Front()
+    one.held, other.held = 1, 2  # type: ignore[attr-defined]  # more than its options tell
+    assert len(contenders([one, other], 0.5)) == 2
+    with pytest.raises(OptionError, match="twice"):
+        contenders([one, one], 0.5)
+
+
+@pytest.mark.parametrize("budget", ["0.5", True, None, float("nan"), [0.5, "0.25"], b"x", {}, object()])
+def test_budgets_that_are_no_shares(budget: object) -> None:
+    with pytest.raises(BudgetError, match="budget: "):
+        contenders("fastv", budget)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.layout import SequenceLayout
@@ -90,6 +91,32 @@ def test_giou_weighs_expressions_ciou_weighs_pixels() -> None:
 def test_no_expressions_is_an_error(metric: object) -> None:
     with pytest.raises(InputError, match="no expressions"):
         metric([])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("junk", [[[True]], Image.new("1", (2, 2)), None, np.array("x"), np.zeros((2, 2), complex)])
+def test_masks_are_arrays_of_numbers(junk: object) -> None:
+    mask = np.zeros((2, 2), bool)
+    for pair, kind in (((junk, mask), "predicted"), ((mask, junk), "target")):
+        with pytest.raises(InputError, match=f"^a {kind} mask is "):
+            metrics.overlap(*pair)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^a target mask is "):
+        metrics.size_of(junk)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "junk", [3, [3], [(1, 2, 3)], [(1, "x")], [(-1, 2)], [(1, float("nan"))], "x", np.ones((2, 2))]
+)
+def test_pairs_are_numbers_of_pixels(junk: object) -> None:
+    for metric in (metrics.giou, metrics.ciou):
+        with pytest.raises(InputError, match="expected numbers of pixels"):
+            metric(junk)  # type: ignore[arg-type]
+
+
+def test_lists_of_two_lengths() -> None:
+    with pytest.raises(InputError, match="groups and overlaps: found 2 and 1, expected as many"):
+        metrics.miou_by(["a", "b"], [(1, 2)])
+    with pytest.raises(InputError, match="masks and reference: found 1 and 0, expected as many"):
+        metrics.agreement([np.zeros((2, 2), bool)], [])
 
 
 def test_shapes_must_agree() -> None:

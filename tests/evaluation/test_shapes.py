@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.datasets.shapes import COLOURS, HELD_OUT, KINDS, SHAPES, SIZES, Shapes, UnknownSplitError, draw
+from tokenprune.errors import OptionError
 
 CORNERS = {"three corners": {"triangle"}, "four corners": {"square", "diamond"}, "six corners": {"hexagon"}}
 FEATURES = {"no corners": {"circle", "ring"}, "five points": {"star"}, "four arms": {"cross"}, "a hole": {"ring"}}
@@ -178,3 +179,9 @@ def test_dataset_counts_queries_and_masks_are_the_objects():
 def test_unknown_split_names_the_splits():
     with pytest.raises(UnknownSplitError, match="heldout"):
         next(Shapes().scenes("validation"))
+
+
+def test_more_queries_than_can_be_drawn_are_refused_at_once() -> None:
+    with pytest.raises(OptionError, match="at most 20000 queries; 20001 were asked for"):
+        next(Shapes().scenes("val", limit=20_001))
+    assert next(Shapes().scenes("val", limit=20_000)).queries

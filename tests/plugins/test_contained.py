@@ -130,7 +130,8 @@ def breaking_off() -> Iterator[Scene]:
             r"image that is float64 \[.*\], expected uint8 \[H, W, 3\]",
         ),
         (lambda: [replace(SCENE, queries=[replace(QUERY, mask=QUERY.mask[:3])])], "expected bool .*, the image's size"),
-        (lambda: [replace(SCENE, queries=[replace(QUERY, mask=QUERY.mask / 2)])], "which is float64"),
+        (lambda: [replace(SCENE, queries=[replace(QUERY, mask=QUERY.mask / 2)])], "has the values 0.5, expected"),
+        (lambda: [replace(SCENE, queries=[replace(QUERY, text="a \udcff")])], r"whose text 'a .udcff' holds .udcff"),
         (lambda: [replace(SCENE, queries=[replace(QUERY, text=" ")])], "a query whose text is ' '"),
     ],
 )
@@ -151,6 +152,19 @@ def test_more_queries_than_the_limit_are_cut_with_a_warning() -> None:
         expected = compare(FakeModel(), FakeData(), ["none"], limit=limit, timing_samples=0)
         assert found.samples == limit
         assert found.rows == expected.rows
+
+
+@pytest.mark.parametrize("dtype", [float, np.float32, np.uint8, np.int64])
+def test_targets_of_numbers_are_those_of_bool(dtype: Any) -> None:
+    def found(kind: Any) -> Any:
+        def scenes(self: Any, *asked: Any) -> Iterator[Scene]:
+            for scene in FakeData.scenes(self, *asked):
+                yield replace(scene, queries=[replace(q, mask=q.mask.astype(kind)) for q in scene.queries])
+
+        data = type("Numbers", (FakeData,), {"name": "numbers", "scenes": scenes})()
+        return compare(FakeModel(), data, ["none", "random"], limit=6, timing_samples=0).rows
+
+    assert [row.giou for row in found(dtype)] == [row.giou for row in found(bool)]
 
 
 @pytest.mark.parametrize(

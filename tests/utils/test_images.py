@@ -315,3 +315,31 @@ def test_a_folder_is_no_picture_and_errors_call_a_pil_image_as_told(tmp_path: Pa
         to_rgb(tmp_path)
     with pytest.raises(InputError, match=r"^upload 'a\.tif' has the mode 'F'"):
         to_rgb(Image.new("F", (4, 4)), name="upload 'a.tif'")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_nested_tensors_are_refused() -> None:
+    with pytest.raises(InputError, match=r"has no shape .*; give one image"):
+        to_rgb(torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(2, 4)]))
+
+
+@pytest.mark.parametrize(
+    ("values", "cure"),
+    [
+        (np.full((4, 4, 3), -1, np.int8), "undo what moved its values below 0"),
+        (np.full((4, 4, 3), -0.5), "undo what moved its values below 0"),
+        (np.full((4, 4, 3), np.nan), "replace what is no finite number"),
+        (np.full((4, 4, 3), 4095, np.uint16), "divide it by the value of white, such as 65535"),
+        (np.full((4, 4, 3), 7.0), "divide it by the value of white, such as 255"),
+    ],
+)
+def test_the_cure_is_for_what_is_wrong(values: Any, cure: str) -> None:
+    for image in (values, torch.from_numpy(values)):
+        with pytest.raises(InputError, match=cure):
+            to_rgb(image)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_urls_are_told_as_such(kind: Any) -> None:
+    with pytest.raises(InputError, match=r"^image 'http://a/b\.png\?x=1' is a URL, which is not fetched; download it"):
+        to_rgb(kind("http://a/b.png?x=1"))

@@ -24,7 +24,8 @@ def command(
     """Ask a question about images of a model that answers in words; `segment` is for those that make masks.
 
     The answer goes to stdout, what was pruned and how long it took to stderr. Several images are asked about one by
-    one; one that cannot be used is told, the others are done, and the exit code is 1.
+    one, and an answer begins with the image's path, its further lines with spaces; one that cannot be used is told, the
+    others are done, and the exit code is 1.
     """
     from tokenprune import api
     from tokenprune.cli.checks import check_model, strategy_request
@@ -32,15 +33,15 @@ def command(
     from tokenprune.cli.models import load_answering_model, quiet_loading
     from tokenprune.cli.printing import note
     from tokenprune.core.budget import budget_words
-    from tokenprune.datasets.validation import check_number
+    from tokenprune.utils.arguments import whole_number
     from tokenprune.utils.stopwatch import recorded, told
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
-    check_number("--max-new-tokens", max_new_tokens, 1)
+    whole_number("--max-new-tokens", max_new_tokens, 1)
     name, budget, options = strategy_request(strategy, option or [], budget)
-    words(question, "question", images)
+    question = words(question, "question", images)
     found = find_images(images)
     check_model(model, dtype=dtype, device=device)
     chosen = api.strategy(name, budget, **options)
@@ -54,10 +55,15 @@ def command(
             if problem:
                 failed += 1
                 continue
-            typer.echo(f"{image}: {said.text}" if found.many else said.text)
+            typer.echo(f"{image}: {_indented(said.text)}" if found.many else said.text)
             label = f"{chosen.name}{budget_words(chosen)}"
             note(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning")
             note(told(milliseconds))
     if failed:
         note(f"error: {failed} of {len(found.paths)} images could not be used")
         raise typer.Exit(1)
+
+
+def _indented(text: str) -> str:
+    """The text with its lines but the first set in, so that what begins a line is an image's path."""
+    return "\n    ".join(text.splitlines())

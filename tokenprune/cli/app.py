@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tokenprune.cli import answer, compare, flops, inspect, listing, new, segment
-from tokenprune.cli.mounting import PluginGroup
+from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
 from tokenprune.cli.printing import note, printable
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
@@ -57,13 +57,22 @@ app.add_typer(new.app, name="new")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A `TokenPruneError` becomes one line on stderr and exit code 2; with `--debug` its traceback comes first.
+    A `TokenPruneError` becomes one line on stderr and exit code 2, and so does what Typer says of misspelt commands and
+    options; with `--debug` the traceback of a `TokenPruneError` comes first.
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
         with printable():
-            app(args=[argument for argument in given if argument != "--debug"])
+            arguments = [argument for argument in given if argument != "--debug"]
+            sys.exit(app(args=arguments, prog_name="tokenprune", standalone_mode=False))
+    except typer.Abort:
+        note("aborted")
+        sys.exit(1)
+    except CLICK_ERROR as error:
+        if said := usage_problem(error):
+            note(f"error: {said}")
+        sys.exit(getattr(error, "exit_code", 2))
     except Exception as error:
         problem = _as_user_error(error)
         if problem is None:

@@ -7,11 +7,20 @@ from typing import Annotated, Optional
 
 import typer
 
+
+def path(text: str | Path) -> Path:
+    """A path of the command line; an empty text, which a script with an unset variable gives, is none."""
+    if not str(text):
+        raise typer.BadParameter("an empty path found, expected that of a file or folder")
+    return Path(text)
+
+
 # ruff: noqa: UP045 - Typer reads annotations at run time, on Python 3.10 too: hence Optional
 ModelName = Annotated[str, typer.Option(help="Bundled model, checkpoint folder, or hub id.")]
 Images = Annotated[
     list[Path],
     typer.Argument(
+        parser=path,
         help='Image files, folders of images, patterns as "*.jpg".',
         metavar="IMAGE...",
         default_factory=list,  # so that one argument alone is known as the image whose query is missing
@@ -25,7 +34,7 @@ OptionTexts = Annotated[
 ]
 Budget = Annotated[Optional[float], typer.Option(help="Equivalent image tokens as a share of all, in (0, 1].")]
 VisionTower = Annotated[
-    Optional[Path], typer.Option(help="The model's vision tower, where the checkpoint does not hold it.")
+    Optional[Path], typer.Option(parser=path, help="The model's vision tower, where the checkpoint does not hold it.")
 ]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import BudgetError, CheckpointError, InputError, OptionError
-from tokenprune.utils.files import expanded
+from tokenprune.utils.files import absent, expanded
 
 if TYPE_CHECKING:
     import typer
@@ -100,9 +100,10 @@ def check_image(image: Path) -> None:
         InputError: it is not, or it is a folder.
     """
     found = expanded(image)
-    if found.is_dir() or not found.exists():
-        problem = "a folder, expected an image file" if found.is_dir() else "no such file"
-        raise InputError(f"image {str(image)!r}: {problem}; check the path")
+    if found.is_dir():
+        raise InputError(f"image {str(image)!r}: a folder, expected an image file; check the path")
+    if not found.exists():
+        raise InputError(f"image {absent(image)}")
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower
+from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower, path
 from tokenprune.cli.listing import Format
 from tokenprune.cli.printing import NARROW_PIPE, note, notes_console, say_json
 
@@ -34,7 +34,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the dataset.")] = 0,
     out: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
-        typer.Option(help="Folder for results.json, trade-off plots and overlay pictures."),
+        typer.Option(parser=path, help="Folder for results.json, trade-off plots and overlay pictures."),
     ] = None,
     overlays: Annotated[int, typer.Option(min=0, help="Samples to draw with --out.")] = 4,
     timing_samples: Annotated[int, typer.Option(min=0, help="Queries that prefill is timed on; 0 = none.")] = 8,

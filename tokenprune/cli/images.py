@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from pathlib import Path
@@ -15,7 +15,8 @@ from tokenprune.cli.printing import note
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
 from tokenprune.report.files import check_distinct, check_target, check_targets
 from tokenprune.report.write import writable_folder
-from tokenprune.utils.files import expanded, reason
+from tokenprune.utils.arguments import unicode_problem
+from tokenprune.utils.files import expanded, is_url, reason
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """What of a folder counts as an image; files that are named are tried whatever their suffix."""
@@ -61,7 +62,7 @@ class Images:
 
 
 def words(text: str, what: str, images: Sequence[Path]) -> str:
-    """What is asked about images, as it was given.
+    """What is asked about images, as it was given; UTF-8 where the locale says that arguments are ASCII.
 
     Args:
         text: the last argument of the command.
@@ -69,11 +70,16 @@ def words(text: str, what: str, images: Sequence[Path]) -> str:
         images: the arguments before it.
 
     Raises:
-        InputError: no words; words without an image; words without quotes, the first of which stand among the images;
-            or a file: the words were left out, and the last image stands in their place.
+        InputError: no words, or bytes that are no text; words without an image; words without quotes, the first of
+            which stand among the images; or a file: the words were left out, and the last image stands in their place.
     """
+    with suppress(UnicodeError):
+        text = text.encode(errors="surrogateescape").decode()
     if not text.strip():
         raise InputError(f"{what} is empty; say it in words")
+    problem = unicode_problem(text)
+    if problem:
+        raise InputError(f"{what} {text[:60]!a} {problem}")
     is_there = os.path.exists(expanded(text))
     if not images:
         is_image = is_there or Path(text).suffix.lower() in SUFFIXES or _is_pattern(Path(text))
@@ -118,7 +124,7 @@ def find_images(arguments: Sequence[Path]) -> Images:
                 expected = ", ".join(sorted(SUFFIXES))
                 raise InputError(f"folder {str(argument)!r} holds no image; expected files that end in {expected}")
             found += inside
-        elif _is_pattern(argument) and not given.exists():
+        elif not is_url(argument) and _is_pattern(argument) and not given.exists():
             many = True
             matching = _matching(given)
             if not matching:

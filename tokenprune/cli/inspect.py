@@ -7,20 +7,30 @@ from typing import Annotated, Optional
 
 import typer
 
-from tokenprune.cli.arguments import Budget, Device, Dtype, ModelName, OptionTexts, StrategyName, Threads, VisionTower
+from tokenprune.cli.arguments import (
+    Budget,
+    Device,
+    Dtype,
+    ModelName,
+    OptionTexts,
+    StrategyName,
+    Threads,
+    VisionTower,
+    path,
+)
 
 
 def command(
     context: typer.Context,
     image: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Argument(help="Image file; without one, a sample of the dataset.", metavar="[IMAGE]"),
+        typer.Argument(parser=path, help="Image file; without one, a sample of the dataset.", metavar="[IMAGE]"),
     ] = None,
     query: Annotated[
         Optional[str],  # noqa: UP045
         typer.Argument(help="What to segment, in words.", metavar="[QUERY]"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Picture to write, PNG.")] = Path("inspect.png"),
+    out: Annotated[Path, typer.Option(parser=path, help="Picture to write, PNG.")] = Path("inspect.png"),
     model: ModelName = "lisa-tiny",
     strategy: StrategyName = "csp",
     option: OptionTexts = None,
@@ -37,10 +47,12 @@ def command(
     """Draw one sample: kept, parked and merged tokens stage by stage, with the scores that they were chosen by."""
     from tokenprune import api
     from tokenprune.cli.checks import check_image, check_model, refuse_given, strategy_request
+    from tokenprune.cli.images import words
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.datasets.validation import check_number, check_request
+    from tokenprune.datasets.validation import check_request
     from tokenprune.errors import InputError
     from tokenprune.report.files import check_drawing, check_targets
+    from tokenprune.utils.arguments import whole_number
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
@@ -50,12 +62,13 @@ def command(
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     data = None
     if image is None:
-        check_number("index", index, 0)
+        whole_number("index", index, 0)
         data = check_request(dataset, split, index + 1, seed)
     elif query is None:
         raise InputError(f"image {str(image)!r} is given without a query; give both, or neither for a sample")
     else:
         refuse_given(context, ["dataset", "split", "index", "seed"], "with an image of your own")
+        query = words(query, "query", [Path(image)])
         check_image(image)
     check_targets({"--out": out}, inputs=[] if image is None else [image])
     chosen = api.strategy(name, budget, **options)

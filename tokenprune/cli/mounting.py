@@ -19,8 +19,21 @@ if TYPE_CHECKING:
 CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
+def usage_problem(error: Any) -> str:
+    """What Typer says of a call in one line, and where to read more; empty where it has shown the help instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    said = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+    command = getattr(getattr(error, "ctx", None), "command_path", "tokenprune")
+    return f"{said[:1].lower()}{said[1:]}; see '{command} --help'"
+
+
 class PluginGroup(TyperGroup):
     """The commands of the program and those of plugins, which come after them."""
+
+    def invoke(self, ctx: Any) -> None:
+        """Run the command; what its function gives is nobody's business, least of all the exit code's."""
+        super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of all commands."""

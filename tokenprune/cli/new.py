@@ -8,6 +8,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from tokenprune.cli.arguments import path
+
 app = typer.Typer(no_args_is_help=True, help="Write a new plugin package that installs and passes its own tests.")
 
 WHAT = {
@@ -35,7 +37,7 @@ def _name(example: str) -> Any:
     return typer.Argument(metavar="NAME", help=f"What users will type, as in {example}.", show_default=False)
 
 
-Into = Annotated[Path, typer.Option(help="Folder in which the package's folder is made.")]
+Into = Annotated[Path, typer.Option(parser=path, help="Folder in which the package's folder is made.")]
 LicenceOption = Annotated[
     Licence, typer.Option("--licence", "--license", case_sensitive=False, help="Licence of the package.")
 ]

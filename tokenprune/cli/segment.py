@@ -27,7 +27,8 @@ def command(
     images: Images,
     query: Annotated[str, typer.Argument(help='What to segment, in quotes: "the red ring".', metavar="QUERY")],
     out: Annotated[
-        Path, typer.Option(help="Mask to write, PNG: white where the mask is. For several images a folder.")
+        Path,
+        typer.Option(parser=path, help="Mask to write, PNG: white where the mask is. For several images a folder."),
     ],
     model: ModelName = "lisa-tiny",
     strategy: StrategyName = "none",
@@ -35,7 +36,7 @@ def command(
     budget: Budget = None,
     overlay: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Picture to write as well: image, mask, tokens stage by stage, PNG. As --out."),
+        typer.Option(parser=path, help="Picture to write as well: image, mask, tokens stage by stage, PNG. As --out."),
     ] = None,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
@@ -60,7 +61,7 @@ def command(
     if overlay is not None:
         check_drawing("--overlay")
     name, budget, options = strategy_request(strategy, option or [], budget)
-    words(query, "query", images)
+    query = words(query, "query", images)
     found = find_images(images)
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     targets = found.targets({"--out": out, "--overlay": overlay})

@@ -13,10 +13,12 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from math import inf
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 from tokenprune.core.stage import Shape, check_tokens, declared_stages, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError, PluginError
+from tokenprune.utils.arguments import shown
 
 if TYPE_CHECKING:
     from tokenprune.core.strategy import Strategy
@@ -114,6 +116,14 @@ def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> 
         f"image tokens with options {options}: its least is {least / shape.image_tokens:.3f}; raise the budget or "
         "change the options"
     )
+
+
+def checked_budget(name: str, budget: object) -> float:
+    """A share of the image tokens, as a caller gave it under this name. Raises BudgetError for what is none."""
+    share = float(budget) if isinstance(budget, Real) and not isinstance(budget, bool) else 0.0
+    if not 0 < share <= 1:
+        raise BudgetError(f"{name} {shown(budget)} found, expected a share of the image tokens in (0, 1]")
+    return share
 
 
 def budget_words(strategy: Strategy) -> str:

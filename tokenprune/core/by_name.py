@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import OptionError
 from tokenprune.plugins import registry
+from tokenprune.utils.arguments import instance
 
 if TYPE_CHECKING:
     from tokenprune.core.strategy import Strategy
@@ -25,11 +26,11 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
 
     Raises:
         UnknownNameError: no such strategy.
-        OptionError: an unknown option, a value out of range, or an option that would have no effect.
+        OptionError: no name, an unknown option, a value out of range, or an option that would have no effect.
         BudgetError: a budget out of range, or for a strategy that has nothing to move.
         PluginError: the strategy's module cannot be imported, or its class cannot be made.
     """
-    parts = parts_of(name)
+    parts = parts_of(instance("name", name, str, "the name of a strategy, such as 'csp'"))
     if len(parts) > 1:
         from tokenprune.core.composition import Sequence  # imports torch, as any strategy does
 

@@ -18,6 +18,7 @@ from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
 from tokenprune.core.validation import check_decision
 from tokenprune.errors import BudgetError, OptionError, TokenPruneError
+from tokenprune.utils.arguments import instance
 
 _Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -228,6 +229,7 @@ def _flat(part: Strategy | str) -> tuple[Strategy, ...]:
         from tokenprune.core.by_name import strategy  # which joins parts by this module
 
         part = strategy(part)
+    instance("part of a Sequence", part, Strategy, "a strategy, or the name of one")
     if not isinstance(part, Sequence):
         return (part,)
     if part.budget is not None:

@@ -15,7 +15,7 @@ from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.requirements import incompatibility
 from tokenprune.core.stage import Shape, Stage, check_tokens, declared_stages
-from tokenprune.core.strategy import Strategy, StrategyOptions
+from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 
@@ -113,43 +113,44 @@ def _grouped(
 
 @dataclass
 class _Known:
-    """What has been worked out for one strategy, by shape; void once its options or its budget are others."""
+    """What a strategy was bound to, by shape; void once one of its attributes is another object."""
 
     strategy: weakref.ref[Strategy]
-    options: StrategyOptions
-    budget: float | None
-    ready: dict[Shape, tuple[Strategy, list[Stage]]] = field(default_factory=dict)
+    attributes: dict[str, Any]
+    bound: dict[Shape, Strategy] = field(default_factory=dict)
 
 
 _KNOWN: dict[int, _Known] = {}  # by id: an author's class may have equality without a hash
 _SHAPES = 256  # that are remembered of each strategy
 
 
-def _ready(strategy: Strategy, shape: Shape, model: str) -> tuple[Strategy, list[Stage]]:
-    """The strategy bound to a shape and its stages, checked; a budget is solved once for each shape."""
+def _bound(strategy: Strategy, shape: Shape) -> Strategy:
+    """The strategy bound to a shape; a budget is solved once for each shape."""
     key = id(strategy)
     known = _KNOWN.get(key)
-    if (
-        known is None
-        or known.strategy() is not strategy
-        or known.options is not strategy.options
-        or known.budget != strategy.budget
-    ):
+    if known is None or known.strategy() is not strategy or not _same(known.attributes, vars(strategy)):
         gone = weakref.ref(strategy, lambda _: _KNOWN.pop(key, None))
-        known = _KNOWN[key] = _Known(gone, strategy.options, strategy.budget)
-    ready = known.ready.get(shape)
-    if ready is None:
-        ready = _bound(strategy, shape, model)
-        while len(known.ready) >= _SHAPES:  # the oldest go
-            known.ready.pop(next(iter(known.ready)), None)
-        known.ready[shape] = ready
-    return ready
+        known = _KNOWN[key] = _Known(gone, dict(vars(strategy)))
+    bound = known.bound.get(shape)
+    if bound is None:
+        bound = strategy.bind(shape)
+        if bound is strategy:  # nothing to remember, and it would keep itself alive
+            return bound
+        while len(known.bound) >= _SHAPES:  # the oldest go
+            known.bound.pop(next(iter(known.bound)), None)
+        known.bound[shape] = bound
+    return bound
 
 
-def _bound(strategy: Strategy, shape: Shape, model: str) -> tuple[Strategy, list[Stage]]:
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return before.keys() == now.keys() and all(value is now[name] for name, value in before.items())
+
+
+def _ready(strategy: Strategy, shape: Shape, model: str) -> tuple[Strategy, list[Stage]]:
+    """The strategy bound to a shape and its stages, checked."""
     try:
         with blamed_strategy(strategy.name, ": bind()"):
-            ready = strategy.bind(shape)
+            ready = _bound(strategy, shape)
     except BudgetError:  # where stages lie outside the model, that is the reason to tell
         _check_layers(strategy, declared_stages(strategy, shape), shape)
         raise

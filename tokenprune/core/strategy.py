@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tokenprune.core.budget import Ladder, in_vain, ladders, solve
+from tokenprune.core.budget import Ladder, checked_budget, in_vain, ladders, solve
 from tokenprune.core.stage import Positions, Shape, Stage, check_positions
-from tokenprune.errors import BudgetError, OptionError, PluginError
+from tokenprune.errors import OptionError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
+from tokenprune.utils.arguments import instance
 
 if TYPE_CHECKING:
     from tokenprune.core.decisions import Decision
@@ -49,10 +50,8 @@ class Strategy(ABC):
 
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
         """Raises OptionError for an unknown option or bad value, BudgetError for a budget outside (0, 1] or in vain."""
-        if budget is not None and not 0 < budget <= 1:
-            raise BudgetError(
-                f"strategy {self.name!r}: budget {budget} found, expected a share of the image tokens in (0, 1]"
-            )
+        if budget is not None:
+            budget = checked_budget(f"strategy {self.name!r}: budget", budget)
         self._check_class()
         if budget is not None and not self.takes_budget():
             raise in_vain(self)
@@ -157,3 +156,9 @@ class Strategy(ABC):
             return self.Options(**options)
         except ValidationError as error:
             raise OptionError.from_validation(f"strategy {self.name!r}", error, self.Options.model_fields) from error
+
+
+def checked_strategy(strategy: object) -> Strategy:
+    """What a caller gave as `strategy=`. Raises OptionError for what is no instance, as a strategy's name is."""
+    found: Strategy = instance("strategy", strategy, Strategy, "an instance, such as tokenprune.strategy('fastv')")
+    return found

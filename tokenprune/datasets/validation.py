@@ -11,9 +11,10 @@ import numpy as np
 
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.by_path import dataset_at, refuse_dotted
-from tokenprune.errors import OptionError, PluginError, PluginWarning, UnknownNameError
+from tokenprune.errors import PluginError, PluginWarning, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed
+from tokenprune.utils.arguments import instance, shown, unicode_problem, whole_number
 from tokenprune.utils.masks import target_problem
 
 
@@ -41,22 +42,18 @@ def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> 
 
     Raises:
         UnknownNameError: no such dataset or split.
-        OptionError: a limit or seed out of range.
+        OptionError: a limit or seed out of range, or an argument of another kind.
         PluginError: the dataset cannot be imported or made.
     """
-    check_number("limit", limit, 1)
-    check_number("seed", seed, 0)
+    whole_number("limit", limit, 1)
+    whole_number("seed", seed, 0)
+    instance("dataset", dataset, (str, Dataset), "a data set, or the name of one, such as 'shapes'")
+    instance("split", split, str, "the name of a split, such as 'val'")
     data = made(dataset) if isinstance(dataset, str) else dataset
     if split not in data.splits:
         error = UnknownNameError.among(f"split of dataset {data.name!r}", split, data.splits)
         raise UnknownNameError(f"{error}; give one of them as split= (--split)")
     return data
-
-
-def check_number(name: str, value: object, least: int) -> None:
-    """Raises OptionError for what is no whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise OptionError(f"{name}: {value!r} found, expected a whole number of at least {least}")
 
 
 def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: bool = False) -> Iterator[Scene]:
@@ -145,12 +142,14 @@ def _query_problem(query: object, size: tuple[int, ...], kinds: tuple[str, ...] 
         return f"{type(query).__name__} among its queries, expected a Query"
     for name, text in (("text", query.text), ("kind", query.kind)):
         if not isinstance(text, str) or not text.strip():
-            return f"a query whose {name} is {text!r}, expected words"
+            return f"a query whose {name} is {shown(text)}, expected words"
+        if problem := unicode_problem(text):
+            return f"a query whose {name} {text[:60]!a} {problem}"
     if kinds is not None and query.kind not in kinds:
         listing = ", ".join(kinds) or "of which it has none"
         return f"{query.text!r} of kind {query.kind!r}, expected one of its kinds, {listing}"
     mask = query.mask
-    if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "bui":
+    if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype.kind not in "buif":
         return f"the mask of {query.text!r}, which is {_kind(mask)}, expected bool {list(size)}, the image's size"
     problem = target_problem(mask)
     return f"the mask of {query.text!r}, which {problem}" if problem else ""

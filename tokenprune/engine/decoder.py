@@ -12,6 +12,7 @@ from tokenprune.core.reads import PositionKernel, Read
 from tokenprune.core.requirements import DECODER_READS
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
+from tokenprune.utils.arguments import shown
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,10 @@ def find_decoder(model: nn.Module) -> Decoder:
     """The decoder of a model: the one submodule with `layers`, `rotary_emb` and `norm`.
 
     Raises:
-        UnsupportedError: none, or several, or one whose layers are not all of self-attention.
+        UnsupportedError: no module, none inside, or several, or one whose layers are not all of self-attention.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"{shown(model)} is no torch.nn.Module, which a model to prune has to be or to hold")
     found = [
         module
         for module in modules_of(model)

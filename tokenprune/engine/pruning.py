@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 from functools import partial, wraps
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Literal, ParamSpec
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from tokenprune.core.strategy import Strategy
+from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.continuous_batching import no_continuous_batching
 from tokenprune.engine.calls.generate import Generations, generation
 from tokenprune.engine.calls.interception import concerning
@@ -25,7 +25,8 @@ from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.engine.interface.given import Given
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.session import PruningRun
-from tokenprune.errors import InputError, OptionError, PluginError, PluginWarning, PruningWarning, UnsupportedError
+from tokenprune.errors import InputError, PluginError, PluginWarning, PruningWarning, UnsupportedError
+from tokenprune.utils.arguments import instance, shown, whole_number
 
 _P = ParamSpec("_P")
 _OPEN: WeakKeyDictionary[nn.Module, dict[PruningRun, Callable[[], bool]]] = WeakKeyDictionary()  # by decoder
@@ -145,8 +146,9 @@ def prune(
         The run; `run.trace` tells what the latest prefill did.
 
     Raises:
-        InputError: masks that do not fit, or none given for a plain decoder.
-        OptionError: no strategy; `wait` or `threads` of another kind.
+        InputError: masks that do not fit, or none given for a plain decoder; `grid`, `image_number` or `vision` without
+            the `image_tokens` that they belong to.
+        OptionError: no model, no strategy; a seed that is no whole number, or another argument of another kind.
         IncompatibleError: the strategy reads something that the model does not offer.
         BusyError: another thread uses the model, and `wait` is over, or that thread has ended with its context open.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
@@ -155,13 +157,10 @@ def prune(
             the middle of a forward.
         PluginError: an adapter, the strategy or an observer misbehaves; names it.
     """
-    if not isinstance(strategy, Strategy):
-        raise OptionError(f"strategy={strategy!r} found, expected an instance, such as tokenprune.strategy('fastv')")
-    named = dict(queries or {})
-    if isinstance(query, Tensor):
-        named.setdefault("mask_query", query)
-    elif query not in (None, "last"):
-        raise InputError(f"query={query!r} found, expected 'last' or a bool [batch, sequence] mask")
+    checked_strategy(strategy)
+    seed = whole_number("seed", seed)
+    named = _query_rows(query, queries)
+    _check_marks(image_tokens, grid=grid, image_number=image_number, vision=vision)
     model = unwrapped(model)
     binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
     decoder = find_decoder(binding.decoder)
@@ -208,3 +207,33 @@ def prune(
                 warnings.warn(str(wrong), PluginWarning, stacklevel=4)
             raise
         run.tell("tokenprune_run_finished")
+
+
+def _query_rows(query: str | Tensor | None, queries: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The query rows that the caller names, by name. Raises InputError for what are none."""
+    rows = "masks by name, bool [batch, sequence] each"
+    named: dict[str, Tensor] = dict(instance("queries", {} if queries is None else queries, Mapping, rows, InputError))
+    for name, mask in named.items():
+        instance("name of a query row", name, str, "a text, such as 'mask_query'", InputError)
+        instance(f"queries[{name!r}]", mask, Tensor, "a bool [batch, sequence] mask", InputError)
+    if isinstance(query, Tensor):
+        named.setdefault("mask_query", query)
+    elif query is not None and not (isinstance(query, str) and query == "last"):
+        raise InputError(f"query={shown(query)} found, expected 'last' or a bool [batch, sequence] mask")
+    return named
+
+
+def _check_marks(image_tokens: Tensor | None, **beside: object) -> None:
+    """Raise InputError for marks of another kind, or for what would be ignored where the model marks its own."""
+    kinds = {"grid": Tensor, "image_number": Tensor, "vision": VisionSource}
+    expected = {"vision": "a tokenprune.engine.VisionSource"}
+    instance("image_tokens", image_tokens, (NoneType, Tensor), "a bool [batch, sequence] mask", InputError)
+    for name, value in beside.items():
+        if value is None:
+            continue
+        if image_tokens is None:
+            raise InputError(
+                f"{name}= is given without image_tokens=, beside which alone it has an effect; give both, or leave it "
+                "out where the model's adapter finds the image tokens"
+            )
+        instance(name, value, kinds[name], expected.get(name, "an int64 tensor [batch, sequence, …]"), InputError)

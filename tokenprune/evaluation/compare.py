@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,23 +16,24 @@ from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
 from tokenprune.cost import DecoderSpec
 from tokenprune.datasets.base import Dataset, Scene
-from tokenprune.datasets.validation import check_number, check_request, scenes_of
+from tokenprune.datasets.validation import check_request, scenes_of
 from tokenprune.engine.calls.turns import model_turn
 from tokenprune.engine.interface.compatibility import check_on, declares
-from tokenprune.errors import InputError, TokenPruneError
+from tokenprune.errors import InputError, OptionError, TokenPruneError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
 from tokenprune.evaluation.accumulator import Tally, Untouched
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
 from tokenprune.evaluation.coverage import Box, target_coverage
 from tokenprune.evaluation.measured import Measured, measure, metrics_of
-from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult
+from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult, check_model
 from tokenprune.evaluation.results import Comparison
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.evaluation.turns import TurnTaking
 from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry
+from tokenprune.utils.arguments import shown, whole_number
 from tokenprune.utils.threads import ThreadChoice, checked, using
 
 Progress = Callable[[str, int, int], None]
@@ -39,9 +41,9 @@ T = TypeVar("T")
 
 
 def compare(
-    model: SegmentationModel | str,
+    model: SegmentationModel | str | Path,
     dataset: Dataset | str,
-    strategies: Sequence[str | Strategy],
+    strategies: str | Strategy | Sequence[str | Strategy],
     budget: float | Sequence[float] = 0.35,
     split: str = "val",
     limit: int = 200,
@@ -70,7 +72,8 @@ def compare(
     Args:
         model: a segmentation model, or what `tokenprune.load` takes.
         dataset: a data set, the name of one, or the place of its class, "my_module:MyData".
-        strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`.
+        strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`. None may be there
+            twice.
         budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
         split: of the data set.
         limit: number of queries.
@@ -86,22 +89,27 @@ def compare(
     Raises:
         UnknownNameError: no such data set, split, strategy or metric.
         PluginError: a metric or data set of a plugin failed, or every strategy misbehaves.
-        OptionError: a limit, seed, number of threads or strategy option out of range.
+        OptionError: a limit, seed, number of threads or strategy option out of range, a strategy that is there twice,
+            or an argument of another kind.
+        InputError: a model that makes no masks.
         BudgetError: a budget outside (0, 1], or none of the strategies can meet its own.
         CheckpointError: the model cannot be loaded.
         IncompatibleError: every strategy reads what the model does not provide; told before any query runs where the
             model declares what it provides.
     """
+    name = str(model) if isinstance(model, (str, Path)) else check_model(model).name
     budgets = budgets_of(budget)
-    check_number("timing_samples", timing_samples, 0)
-    check_number("timing_rounds", timing_rounds, 1)
+    whole_number("timing_samples", timing_samples, 0)
+    whole_number("timing_rounds", timing_rounds, 1)
+    whole_number("records", records, 0)
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress={shown(progress)} found, expected a function of (what, done, total)")
     if not isinstance(threads, ThreadChoice):
         checked(threads)
     field_of = contenders(strategies, budgets)
     data = check_request(dataset, split, limit, seed)
     added = metrics_of(extra_metrics)
-    name = model if isinstance(model, str) else model.name
-    loaded: SegmentationModel = api.load(model) if isinstance(model, str) else model
+    loaded = check_model(api.load(model)) if isinstance(model, (str, Path)) else model
     run = _Run(TurnTaking(loaded), field_of, timing_samples, records, added)
     if declares(loaded):
         for tally in run.tallies:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune import api
-from tokenprune.core.budget import budget_words
-from tokenprune.core.option_texts import parse_text
+from tokenprune.core.budget import budget_words, checked_budget
+from tokenprune.core.option_texts import parse_text, split_list
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, OptionError
+from tokenprune.utils.arguments import instance, listed
 
 
 @dataclass(frozen=True)
@@ -41,32 +42,35 @@ def budgets_of(budget: float | Sequence[float]) -> list[float]:
     Raises:
         BudgetError: none, or one outside (0, 1].
     """
-    found = [budget] if isinstance(budget, (int, float)) else list(budget)
+    found = listed(budget)
     if not found:
         raise BudgetError("budget: an empty list found, expected at least one share of the image tokens in (0, 1]")
-    for value in found:
-        if not 0 < value <= 1:
-            raise BudgetError(f"budget: {value:g} found, expected a share of the image tokens in (0, 1]")
-    return [float(value) for value in found]
+    return [checked_budget("budget:", value) for value in found]
 
 
-def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[float]) -> list[Contender]:
+def contenders(
+    strategies: str | Strategy | Sequence[str | Strategy], budget: float | Sequence[float]
+) -> list[Contender]:
     """One contender per strategy and budget; a single one for a strategy that takes no budget.
 
     A text is a name with options after a colon: "csp:query=seg,clustering=kmeans". A budget is a ceiling: options that
     are given stay, and it moves the others. The option `budget=` overrides the comparison's; `budget=none` leaves it
-    out. An instance runs as it is. A registered preset that brings a budget keeps it.
+    out. An instance runs as it is. A registered preset that brings a budget keeps it. A single text holds one strategy,
+    or several separated by commas, as on the command line.
 
     Raises:
-        OptionError: no strategy, a text that cannot be read, or an option that the strategy does not have.
+        OptionError: no strategy, one that is asked for twice, a text that cannot be read, or an option that the
+            strategy does not have.
         BudgetError: see `budgets_of`.
         UnknownNameError: no such strategy.
     """
-    if not strategies:
+    items = split_list(strategies) if isinstance(strategies, str) else listed(strategies)
+    if not items:
         raise OptionError("strategies: an empty list found, expected at least one; `tokenprune list` shows them")
     asked = budgets_of(budget)
     found: list[Contender] = []
-    for item in strategies:
+    for item in items:
+        instance("strategies", item, (str, Strategy), "names, texts such as 'csp:query=seg', or instances")
         if isinstance(item, Strategy):
             given = item.options.model_dump(exclude_unset=True, mode="json", fallback=repr)
             found.append(Contender(item, given, item.budget))
@@ -81,12 +85,31 @@ def contenders(strategies: Sequence[str | Strategy], budget: float | Sequence[fl
             found.extend(Contender(api.strategy(name, value, **options), options, value) for value in asked)
         else:
             found.append(Contender(plain, options, plain.budget))
+    _refuse_twice(found)
     return found
+
+
+def _refuse_twice(found: list[Contender]) -> None:
+    """Raises OptionError for a strategy that is there twice with one set of options: no row would tell them apart."""
+    seen: set[object] = set()
+    for contender in found:
+        key = _key(contender.strategy)
+        if key in seen:
+            raise OptionError(f"strategies: {contender.label} is asked for twice; leave one out, or change its options")
+        seen.add(key)
+
+
+def _key(strategy: Strategy) -> object:
+    """The same for two strategies that run alike; an instance that holds more than options is like itself alone."""
+    if vars(strategy).keys() - {"name", "options", "budget", "parts", "positions"}:
+        return id(strategy)
+    return type(strategy), strategy.name, repr(strategy), *map(_key, getattr(strategy, "parts", ()))
 
 
 def _checked_budget(name: str, value: Any) -> float | None:
     if value is None or value == "none":
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"strategy {name!r}: budget {value!r} found, expected a number in (0, 1] or none")
-    return budgets_of(value)[0]
+    try:
+        return checked_budget(f"strategy {name!r}: budget", value)
+    except BudgetError as error:
+        raise BudgetError(f"{error}, or none") from None

@@ -13,6 +13,7 @@ from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Query
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import Entry
+from tokenprune.utils.arguments import instance, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +48,16 @@ def metrics_of(names: Sequence[str] | None) -> list[Entry]:
     """The registered metrics of these names; all that are installed for None.
 
     Raises:
+        OptionError: no names.
         UnknownNameError: nobody registered such a metric.
         PluginError: two packages register it, or it cannot be imported.
     """
     known = registry.entries("metrics")
-    found = list(known.values()) if names is None else [registry.get("metrics", name) for name in names]
+    if names is None:
+        found = list(known.values())
+    else:
+        texts = [instance("extra_metrics", name, str, "names of metrics") for name in listed(names)]
+        found = [registry.get("metrics", name) for name in texts]
     for entry in found:
         entry.load()
     return found

@@ -7,8 +7,12 @@ Masks are numpy arrays [H, W]; what their values mean is said in `tokenprune.uti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
+from numbers import Real
+from typing import Any
 
 from tokenprune.errors import InputError
+from tokenprune.utils.arguments import instance, listed, shown
 from tokenprune.utils.masks import Mask, foreground, ignored, predicted
 
 EPSILON = 1e-5  # in the denominator of every expression's IoU, as the field's evaluation code has it
@@ -24,19 +28,21 @@ def overlap(prediction: Mask, target: Mask) -> tuple[int, int]:
     """Pixels in the intersection and in the union, without those that the target marks as ignored.
 
     Raises:
-        InputError: two shapes, or values that mean nothing or two things (see `tokenprune.utils.masks`).
+        InputError: no numpy arrays, two shapes, or values that mean nothing or two things (see
+            `tokenprune.utils.masks`).
     """
-    if prediction.shape != target.shape:
-        found = f"prediction {list(prediction.shape)}, target {list(target.shape)}"
-        raise InputError(f"masks of two shapes: {found}; resize one of them")
     inside, wanted, counted = predicted(prediction), foreground(target), ~ignored(target)
+    if inside.shape != wanted.shape:
+        found = f"prediction {list(inside.shape)}, target {list(wanted.shape)}"
+        raise InputError(f"masks of two shapes: {found}; resize one of them")
     both = inside & wanted & counted
     either = (inside | wanted) & counted
     return int(both.sum()), int(either.sum())
 
 
 def expression_iou(intersection: int, union: int) -> float:
-    """I / (U + 1e-5); 1.0 where the union is empty."""
+    """I / (U + 1e-5); 1.0 where the union is empty. Raises InputError for what are no numbers of pixels."""
+    _check_pair((intersection, union))
     return intersection / (union + EPSILON) if union else 1.0
 
 
@@ -44,42 +50,72 @@ def giou(overlaps: Sequence[tuple[int, int]]) -> float:
     """Mean over expressions of their IoU, from their (intersection, union).
 
     Raises:
-        InputError: no expression.
+        InputError: no expression, or something else than pairs.
     """
-    if not overlaps:
-        raise InputError("gIoU of no expressions is not defined; give at least one")
-    return sum(expression_iou(*pair) for pair in overlaps) / len(overlaps)
+    pairs = _pairs("gIoU", overlaps)
+    return sum(expression_iou(*pair) for pair in pairs) / len(pairs)
 
 
 def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
     """Sum of intersections over sum of unions; 1.0 where every union is empty (ours, in line with gIoU).
 
     Raises:
-        InputError: no expression.
+        InputError: no expression, or something else than pairs.
     """
-    if not overlaps:
-        raise InputError("cIoU of no expressions is not defined; give at least one")
-    union = sum(pair[1] for pair in overlaps)
-    return sum(pair[0] for pair in overlaps) / union if union else 1.0
+    pairs = _pairs("cIoU", overlaps)
+    union = sum(pair[1] for pair in pairs)
+    return sum(pair[0] for pair in pairs) / union if union else 1.0
 
 
 def size_of(target: Mask) -> str | None:
-    """The size bucket of a target by its share of the image's pixels; None for an empty target."""
-    share = float(foreground(target).mean()) if target.size else 0.0
+    """The size bucket of a target by its share of the image's pixels; None for an empty target; errors as `overlap`."""
+    wanted = foreground(target)
+    share = float(wanted.mean()) if wanted.size else 0.0
     if share == 0:
         return None
     return SIZES[0] if share < SMALL_SHARE else SIZES[1] if share < LARGE_SHARE else SIZES[2]
 
 
 def miou_by(groups: Sequence[str | None], overlaps: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Mean IoU of every group that has expressions, in order of first appearance; None is left out."""
+    """Mean IoU of every group that has expressions, in order of first appearance; None is left out.
+
+    Raises:
+        InputError: groups that are no texts, something else than pairs, or not one for each.
+    """
     found: dict[str, list[tuple[int, int]]] = {}
-    for group, pair in zip(groups, overlaps, strict=True):
+    for group, pair in _together("groups and overlaps", groups, overlaps):
         if group is not None:
-            found.setdefault(group, []).append(pair)
+            found.setdefault(instance("group", group, str, "a text or None", InputError), []).append(pair)
     return {group: giou(pairs) for group, pairs in found.items()}
 
 
 def agreement(masks: Sequence[Mask], reference: Sequence[Mask]) -> float:
-    """gIoU of a strategy's masks against the unpruned model's: 1.0 = the strategy changes no mask."""
-    return giou([overlap(mask, predicted(other)) for mask, other in zip(masks, reference, strict=True)])
+    """gIoU of a strategy's masks against the unpruned model's: 1.0 = the strategy changes no mask.
+
+    Raises:
+        InputError: as `overlap` and `giou`, or not as many masks as references.
+    """
+    both = _together("masks and reference", masks, reference)
+    return giou([overlap(mask, predicted(other)) for mask, other in both])
+
+
+def _pairs(metric: str, overlaps: Any) -> list[tuple[int, int]]:
+    pairs = listed(overlaps)
+    if not pairs:
+        raise InputError(f"{metric} of no expressions is not defined; give at least one")
+    for pair in pairs:
+        _check_pair(pair)
+    return pairs
+
+
+def _check_pair(pair: Any) -> None:
+    numbers = pair if isinstance(pair, (tuple, list)) else ()
+    if len(numbers) != 2 or not all(isinstance(number, Real) and 0 <= float(number) < inf for number in numbers):
+        raise InputError(f"{shown(pair)} found, expected numbers of pixels (intersection, union), as overlap() gives")
+
+
+def _together(what: str, some: Any, others: Any) -> list[tuple[Any, Any]]:
+    first, second = listed(some), listed(others)
+    if len(first) != len(second):
+        raise InputError(f"{what}: found {len(first)} and {len(second)}, expected as many")
+    return list(zip(first, second, strict=True))

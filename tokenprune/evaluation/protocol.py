@@ -9,6 +9,10 @@ from torch import Tensor
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
+from tokenprune.errors import InputError
+from tokenprune.utils.arguments import shown
+
+MODEL_PARTS = ("name", "decoder", "encode_image", "build_inputs", "run_decoder", "segment", "grid_box")
 
 
 class SegmentationResult(Protocol):
@@ -63,6 +67,21 @@ class SegmentationModel(Protocol):
 
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """The part of an image that the image tokens' grid divides: (top, left, bottom, right) in its own pixels."""
+
+
+def check_model(model: object) -> SegmentationModel:
+    """The model, if it makes masks.
+
+    Raises:
+        InputError: it lacks something that a `SegmentationModel` has.
+    """
+    if isinstance(model, SegmentationModel):
+        return model
+    lacking = [name for name in MODEL_PARTS if not hasattr(model, name)]
+    raise InputError(
+        f"model={shown(model)} found, expected a segmentation model, as tokenprune.load('lisa-tiny') gives, or its "
+        f"name; it has no {', no '.join(lacking)}"
+    )
 
 
 class AnswerResult(Protocol):

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tokenprune.core.budget import budget_words
 from tokenprune.core.strategy import Strategy
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.datasets.validation import check_number, check_request, scenes_of
+from tokenprune.datasets.validation import check_request, scenes_of
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.protocol import SegmentationModel
 from tokenprune.evaluation.samples import Outcome, SampleRecord
+from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.images import to_rgb
 from tokenprune.utils.stopwatch import recorded
 
@@ -31,7 +32,7 @@ def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tup
         InputError: the split has fewer queries.
         PluginError: the data set failed.
     """
-    check_number("index", index, 0)
+    whole_number("index", index, 0)
     data = check_request(dataset, split, index + 1, seed)
     pairs = ((scene, query) for scene in scenes_of(data, split, index + 1, seed) for query in scene.queries)
     found = next(islice(pairs, index, None), None)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import CheckpointError, nearest
 from tokenprune.loading.lora_folders import ADAPTER_CONFIG, base_of
 from tokenprune.plugins import registry
+from tokenprune.utils.arguments import instance
 from tokenprune.utils.files import expanded
 
 if TYPE_CHECKING:
@@ -20,10 +23,12 @@ def find_checkpoint(name_or_path: str | Path) -> tuple[str, Mapping[str, Any]]:
     """The folder or hub id that a model's name stands for, and its config.json; nothing is loaded.
 
     Raises:
+        OptionError: no name.
         CheckpointError: nothing is there.
         PluginError: a bundled model's folder is not there.
     """
-    source = str(name_or_path)
+    wanted = "a bundled model's name, a checkpoint's folder, or a hub id"
+    source = str(instance("name_or_path", name_or_path, (str, Path), wanted))
     bundled = registry.models()
     if source in bundled:
         source = str(_folder(bundled[source]))
@@ -92,7 +97,8 @@ def _download_config(source: str, bundled: list[str]) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(source, "config.json"))
+        with quiet_hub():
+            return Path(hf_hub_download(source, "config.json"))
     except Exception as error:
         if _is_adapter_on_hub(source):
             cure = "fetch it with huggingface_hub.snapshot_download, and load the folder that this gives"
@@ -101,11 +107,24 @@ def _download_config(source: str, bundled: list[str]) -> Path:
         raise CheckpointError(f"{source}: {problem}; check the name or pass a local folder; {names}") from error
 
 
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without what huggingface_hub logs of each try, where an error tells what became of them."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _is_adapter_on_hub(source: str) -> bool:
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(source, ADAPTER_CONFIG)
+        with quiet_hub():
+            hf_hub_download(source, ADAPTER_CONFIG)
     except Exception:  # whatever kept config.json away
         return False
     return True

@@ -6,6 +6,7 @@ Everything is written under a temporary name in the folder that it belongs to, a
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,19 @@ from tokenprune.errors import InputError
 def expanded(path: str | Path) -> Path:
     """The path with `~` and `~user` for home folders, as shells have it; as it is where there is no such user."""
     return Path(os.path.expanduser(path))
+
+
+def absent(path: str | Path) -> str:
+    """What is told of a file that is not there, as it follows what it should be: its path, what is wrong, the cure."""
+    if is_url(path):
+        shown = re.sub(":/+", "://", str(path), count=1)  # a Path has one slash only
+        return f"{shown!r} is a URL, which is not fetched; download it, and give the file"
+    return f"{str(path)!r}: no such file; check the path"
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether what should be a path is an address on the web or the like."""
+    return re.match(r"(https?|ftp|s3|gs|hf):/", str(path)) is not None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tokenprune.errors import InputError
-from tokenprune.utils.files import expanded
+from tokenprune.utils.files import absent, expanded
 
 ImageInput = Any  # a path, PIL image, numpy array or tensor; spelled out in `to_rgb`
 
@@ -39,7 +39,7 @@ def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
             whose range is not known ("F", "I"), or an array of another shape, type or range.
     """
     if isinstance(image, (str, Path)):
-        return _from_file(expanded(image))
+        return _from_file(image)
     if isinstance(image, Image.Image):
         return _from_pil(image, name)
     if isinstance(image, torch.Tensor):
@@ -51,7 +51,8 @@ def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
     )
 
 
-def _from_file(path: Path) -> Image.Image:
+def _from_file(given: str | Path) -> Image.Image:
+    path = expanded(given)
     name = f"image {str(path)!r}"
     try:
         with Image.open(path) as opened:
@@ -59,7 +60,7 @@ def _from_file(path: Path) -> Image.Image:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{name}: no such file; check the path") from None
+        raise InputError(f"image {absent(given)}") from None
     except IsADirectoryError:
         raise InputError(f"{name} is a folder, expected an image file; check the path") from None
     except UnidentifiedImageError:
@@ -147,7 +148,10 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_tensor(image: torch.Tensor) -> Image.Image:
-    shape = tuple(image.shape)
+    try:
+        shape = tuple(image.shape)
+    except RuntimeError as error:  # of a nested tensor
+        raise InputError(f"image tensor has no shape ({_brief(error)}); give one image, [3, H, W]") from error
     if len(shape) == 3 and shape[0] in (1, 3) and shape[-1] in (3, 4):
         raise InputError(
             f"image tensor of the shape {list(shape)} may be [{shape[0]}, H, W] or [H, W, {shape[-1]}]; give a numpy "
@@ -179,9 +183,17 @@ def _from_array(values: np.ndarray[Any, Any], what: str) -> Image.Image:
     top = 1 if floating else 255
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= top):
-        cure = "divide it by the value of white" + (", such as 255" if floating else ", such as 65535, for floats 0…1")
-        raise InputError(f"image {what} of type {values.dtype} has values {low}…{high}, expected 0…{top}; {cure}")
+        found = f"image {what} of type {values.dtype} has values {low}…{high}, expected 0…{top}"
+        raise InputError(f"{found}; {_cure(low, high, floating)}")
     return _bytes(values) if floating else Image.fromarray(values.astype(np.uint8))
+
+
+def _cure(low: Any, high: Any, floating: bool) -> str:
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "replace what is no finite number"
+    if low < 0:
+        return "undo what moved its values below 0, such as a normalization"
+    return "divide it by the value of white" + (", such as 255" if floating else ", such as 65535, for floats 0…1")
 
 
 def _bytes(values: np.ndarray[Any, Any]) -> Image.Image:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenprune.errors import OptionError
+from tokenprune.utils.arguments import shown
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -50,7 +51,7 @@ def checked(count: int | None, name: str = "threads") -> int | None:
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= cores:
         plural = "core" if cores == 1 else "cores"
         raise OptionError(
-            f"{name}: {count!r} found, expected a whole number from 1 to {cores}, this machine's {plural}"
+            f"{name}: {shown(count)} found, expected a whole number from 1 to {cores}, this machine's {plural}"
         )
     return count
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tokenprune.errors import CheckpointError
+from tokenprune.loading.checkpoints import quiet_hub
 from tokenprune.loading.lora_folders import ADAPTER_CONFIG
 from tokenprune.utils.files import expanded
 from tokenprune_adapters.common.shards import tensors_of_shards
@@ -41,7 +42,8 @@ def resolve_folder(name_or_path: str | Path, what: str = "checkpoint", advice: s
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
         raise CheckpointError(f"{what} {str(name_or_path)!r}: no such folder; {hint}")
     try:
-        return _download(str(name_or_path))
+        with quiet_hub():
+            return _download(str(name_or_path))
     except Exception as error:  # the hub client raises many kinds, offline, not found and no access among them
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(

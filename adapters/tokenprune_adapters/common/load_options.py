@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
 from tokenprune.errors import OptionError, nearest
 from tokenprune.loading.device_names import DTYPES, unknown_device
+from tokenprune.utils.arguments import instance, shown
 from tokenprune.utils.files import expanded
 
 QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_config")
@@ -36,6 +38,12 @@ class LoadOptions:
     device_map: str | dict[str, Any] | None = None
     attn_implementation: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises OptionError for what is of another kind than it has to be; see `torch_device` and `torch_dtype`."""
+        check_texts(device_map=self.device_map, attn_implementation=self.attn_implementation)
+        tower = self.vision_tower
+        instance("vision_tower", tower, (NoneType, str, Path), "the folder or hub id of the tower")
+
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], family: str) -> None:
     """Raises OptionError for a load option that a family of models does not have."""
@@ -60,6 +68,15 @@ def _quantised(name: str, known: Collection[str], family: str) -> str:
     )
 
 
+def check_texts(**given: object) -> None:
+    """Raises OptionError for a load option that is no text; a device map may be a dict, and None always leaves it."""
+    for name, value in given.items():
+        if name == "device_map":
+            instance(name, value, (NoneType, str, dict), "'auto' or a dict from names of modules to devices")
+        else:
+            instance(name, value, (NoneType, str), "a text, as in transformers")
+
+
 def one_place(device: object, device_map: object) -> None:
     """Raises OptionError where both are given."""
     if device is not None and device_map is not None:
@@ -68,8 +85,9 @@ def one_place(device: object, device_map: object) -> None:
 
 def torch_device(device: torch.device | str | None) -> torch.device:
     """The device that is meant, the CPU by default. Raises OptionError for one that is not there."""
+    instance("device", device, (NoneType, str, torch.device), "'cpu', 'cuda', 'cuda:1' or a torch.device")
     try:
-        found = torch.device(device or "cpu")
+        found = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise unknown_device(str(device)) from error
     if found.type == "cuda" and not torch.cuda.is_available():
@@ -85,8 +103,8 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None:
         return None
     found = KINDS.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found is None or found not in KINDS.values():
-        raise OptionError(f"dtype {dtype!r} found, expected one of {', '.join(DTYPES)}")
+    if not isinstance(found, torch.dtype) or found not in KINDS.values():
+        raise OptionError(f"dtype {shown(dtype)} found, expected one of {', '.join(DTYPES)}")
     return found
 
 

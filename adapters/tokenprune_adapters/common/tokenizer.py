@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from tokenprune.errors import CheckpointError
+from tokenprune.errors import CheckpointError, InputError
+from tokenprune.utils.arguments import unicode_problem
 from tokenprune_adapters.common.checkpoint import read_json
 
 
@@ -65,7 +66,13 @@ class LlamaSlowTokenizer:
         Args:
             text: any text; added and control tokens in it become their ids.
             bos: start with the beginning-of-sequence id.
+
+        Raises:
+            InputError: a text that is no proper Unicode, which sentencepiece cannot take.
         """
+        problem = unicode_problem(text)
+        if problem:
+            raise InputError(f"text {text[-60:]!a} {problem}")
         ids = [self.bos_id] if bos else []
         start = 0
         for found in self._split.finditer(text):

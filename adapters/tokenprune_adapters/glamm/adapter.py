@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune.errors import OptionError
+from tokenprune.utils.arguments import whole_number
 from tokenprune_adapters.common.load_options import LoadOptions
 from tokenprune_adapters.glamm.model import GlammModel
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START
@@ -29,8 +29,8 @@ class GlammOptions(LoadOptions):
     template_seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.template_seed, int):
-            raise OptionError(f"template_seed={self.template_seed!r} found, expected a whole number")
+        super().__post_init__()
+        whole_number("template_seed", self.template_seed)
 
 
 class GlammAdapter(SegmenterAdapter):

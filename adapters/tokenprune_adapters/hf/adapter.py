@@ -14,7 +14,14 @@ from tokenprune.loading.adapter import Adapter
 from tokenprune.loading.lora_folders import MERGE
 from tokenprune.utils.files import expanded
 from tokenprune_adapters.common.checkpoint import INDEX_FILES, SINGLE_FILES
-from tokenprune_adapters.common.load_options import one_place, refuse_unknown, shown_name, torch_device, torch_dtype
+from tokenprune_adapters.common.load_options import (
+    check_texts,
+    one_place,
+    refuse_unknown,
+    shown_name,
+    torch_device,
+    torch_dtype,
+)
 from tokenprune_adapters.common.shards import has_shards
 from tokenprune_adapters.hf import lora_merging as merging
 from tokenprune_adapters.hf.binding import TransformersBinding
@@ -73,6 +80,7 @@ class TransformersAdapter(Adapter):
         """
         _refuse_old_releases(source)
         refuse_unknown(options, OPTIONS, "transformers")
+        check_texts(**{name: options.get(name) for name in ("device_map", "attn_implementation", "revision")})
         device, device_map = options.pop("device", None), options.get("device_map")
         one_place(device, device_map)
         place = torch_device(device)

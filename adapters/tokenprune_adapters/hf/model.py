@@ -11,15 +11,45 @@ from typing import Any, overload
 import torch
 from PIL.Image import Image
 
-from tokenprune.core.strategy import Strategy
+from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, model_turn, open_run, prune
-from tokenprune.errors import InputError, OptionError, UnsupportedError
+from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.utils.arguments import shown, unicode_problem, whole_number
 from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.processor import load_processor
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "use_mtp": False,
+    "token_healing": False,
+    **dict.fromkeys(
+        (
+            "assistant_early_exit",
+            "constraints",
+            "dola_layers",
+            "force_words_ids",
+            "guidance_scale",
+            "max_time",
+            "penalty_alpha",
+            "prefill_chunk_size",
+            "prompt_lookup_num_tokens",
+            "stop_strings",
+        )
+    ),
+}
+"""What a checkpoint's generation_config must not change: one answer for each prompt, as ids, found greedily."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,6 +165,9 @@ class VisionLanguageModel:
     ) -> Answer | list[Answer]:
         """Greedy answer to a prompt about one image or several; to a list of prompts a list of answers, in one batch.
 
+        The likeliest token is taken at every step, whatever way of searching the checkpoint's generation_config.json
+        asks for; what it says of single tokens (where an answer ends, which ones are never said, penalties) holds.
+
         Args:
             image: the image or images; see `inputs` for them, for prompts, and for the errors.
             prompt: the user's words; a list of them is answered as each would be alone.
@@ -144,16 +177,17 @@ class VisionLanguageModel:
 
         Raises:
             IncompatibleError: the strategy reads what the model does not offer.
-            OptionError: no new tokens allowed.
+            OptionError: no new tokens allowed, or no strategy.
         """
-        if max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")
+        limit = whole_number("max_new_tokens", max_new_tokens, 1)
+        if strategy is not None:
+            checked_strategy(strategy)
         with model_turn(self.model), Conversations(self.model).kept_apart():
             _ = self.processor  # read from its folder when first needed, which is no work on the image
             with stage("preprocess"):
                 inputs = self.inputs(image, prompt)
             with stage("generation"), self._pruned(strategy) as run:
-                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+                ids = self.model.generate(**inputs, max_new_tokens=limit, **self._greedy())
             trace = None if run is None else run.trace
             texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
@@ -161,6 +195,10 @@ class VisionLanguageModel:
 
     def _pruned(self, strategy: Strategy | None) -> AbstractContextManager[PruningRun | None]:
         return nullcontext(open_run(self.model)) if strategy is None else prune(self.model, strategy)
+
+    def _greedy(self) -> dict[str, Any]:
+        """Arguments of `generate`, as far as this release of transformers has them."""
+        return {name: value for name, value in GREEDY.items() if hasattr(self.model.generation_config, name)}
 
     def _said(self, ids: list[int]) -> str:
         ends = self.model.generation_config.eos_token_id
@@ -171,7 +209,10 @@ class VisionLanguageModel:
     def _row(self, image: Any, prompt: Any) -> tuple[str, list[Image]]:
         """The text of one prompt, and its images."""
         if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"prompt {prompt!r} found, expected words about the image")
+            raise InputError(f"prompt {shown(prompt)} found, expected words about the image")
+        problem = unicode_problem(prompt)
+        if problem:
+            raise InputError(f"prompt {prompt[:60]!a} {problem}")
         images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
         if not images:
             raise InputError("an empty list of images found, expected one or more")

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenprune.errors import CheckpointError, UnsupportedError
+from tokenprune.errors import CheckpointError, OptionError, UnsupportedError
+from tokenprune.plugins.attribution import brief
+from tokenprune.utils.arguments import shown
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part
 
 _FIELDS = (
@@ -91,6 +93,7 @@ def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.
 
     Raises:
         UnsupportedError: accelerate is not installed.
+        OptionError: a map that accelerate cannot follow.
     """
     try:
         import accelerate
@@ -107,7 +110,15 @@ def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.
         )
         limits = None if device_map == "sequential" else memory
         places = accelerate.infer_auto_device_map(decoder, max_memory=limits, no_split_module_classes=blocks)
-    accelerate.dispatch_model(decoder, device_map=places)
+    try:
+        accelerate.dispatch_model(decoder, device_map=places)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        problem = f"accelerate cannot follow it ({brief(error)})"
+        raise OptionError(
+            f"device_map={shown(device_map)} found, but {problem}; give 'auto', or name devices"
+        ) from error
     table: Any = decoder.model.embed_tokens
     home: torch.device = table.weight.device
     return torch.device("cpu") if home.type == "meta" else home  # offloaded weights are shown as meta

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError
+from tokenprune.utils.arguments import one_of
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, questions
-from tokenprune_adapters.segmentation.queries import checked_query, forced_prompt, open_prompt, sentence_flags, several
+from tokenprune_adapters.segmentation.queries import (
+    checked_query,
+    forced_prompt,
+    open_prompt,
+    sentence_flags,
+    several,
+    text_problem,
+)
 
 
 class Prompts:
@@ -53,8 +61,7 @@ class Prompts:
 
         Arguments and errors as in `Segmenter.segment`.
         """
-        if answer not in ("forced", "generate"):
-            raise OptionError(f"answer={answer!r} found, expected 'forced' or 'generate'")
+        one_of("answer", answer, ("forced", "generate"))
         if (query is None) == (prompt is None):
             raise InputError(
                 f"{'neither' if query is None else 'both'} of query and prompt given, expected one of them"
@@ -87,8 +94,9 @@ class Prompts:
 
     def _checked_prompts(self, texts: list[Any], answer: str) -> list[str]:
         for text in texts:
-            if not isinstance(text, str):
-                raise InputError(f"prompt is a {type(text).__name__}, expected a string")
+            problem = text_problem(text)
+            if problem:
+                raise InputError(f"prompt {problem}")
             ids = prompt_ids(self.tokenizer, text)
             if answer == "forced" and not self.mask_places(ids):
                 wanted = " ".join(self.seg_tokens)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tokenprune.errors import InputError
+from tokenprune.utils.arguments import listed, shown, unicode_problem
 from tokenprune_adapters.llava.prompt import IM_END, IM_START, IMAGE_PLACEHOLDER, conversation
 
 PHRASE = "What is {} in this image? Please output segmentation mask."
@@ -18,7 +21,7 @@ def several(value: Any, what: str) -> list[Any]:
     Raises:
         InputError: neither a string nor a sequence, or an empty one.
     """
-    if not isinstance(value, (str, Sequence)):
+    if not isinstance(value, (str, Sequence)) or isinstance(value, bytes):
         raise InputError(f"{what} is a {type(value).__name__}, expected a string or a list of strings")
     texts = [value] if isinstance(value, str) else list(value)
     if not texts:
@@ -34,17 +37,26 @@ def checked_query(query: object, special: Sequence[str]) -> str:
         special: tokens of the model that have a meaning of their own in its prompts, [SEG] above all.
 
     Raises:
-        InputError: not a string, empty, or with such a token in it.
+        InputError: not a string, no proper Unicode, empty, or with such a token in it.
     """
-    if not isinstance(query, str):
-        raise InputError(f"query is a {type(query).__name__}, expected a string")
-    text = query.strip()
+    problem = text_problem(query)
+    if problem:
+        raise InputError(f"query {problem}")
+    text = str(query).strip()
     if not text:
         raise InputError("query is empty; say in words what to segment")
     for token in (IMAGE_PLACEHOLDER, IM_START, IM_END, *special, "</s>", "<s>"):
         if token in text:
             raise InputError(f"query {text[:60]!r} contains {token}; give such a text as prompt=, complete")
     return text
+
+
+def text_problem(text: object) -> str:
+    """What keeps something from being a text that a tokenizer takes, after its name; empty where nothing does."""
+    if not isinstance(text, str):
+        return f"is a {type(text).__name__}, expected a string"
+    problem = unicode_problem(text)
+    return f"{text[:60]!a} {problem}" if problem else ""
 
 
 def is_sentence(query: str) -> bool:
@@ -56,11 +68,13 @@ def sentence_flags(queries: Sequence[str], given: bool | Sequence[bool] | None) 
     """Which queries are sentences: as `given`, once or for each, else by `is_sentence`.
 
     Raises:
-        InputError: not as many flags as queries.
+        InputError: something else than flags, or not as many as queries.
     """
     if given is None:
         return [is_sentence(text) for text in queries]
-    flags = [given] * len(queries) if isinstance(given, bool) else list(given)
+    flags = [given] * len(queries) if isinstance(given, bool) else listed(given)
+    if not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
+        raise InputError(f"is_sentence={shown(given)} found, expected True or False, once or for each query")
     if len(flags) != len(queries):
         raise InputError(f"is_sentence has {len(flags)} values for {len(queries)} queries; give one for each")
     return flags

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.core.reads import Read
-from tokenprune.core.strategy import Strategy
+from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, VisionSource, model_turn, open_run, prune
 from tokenprune.engine.interface.compatibility import check_on
-from tokenprune.errors import OptionError
+from tokenprune.errors import InputError
+from tokenprune.utils.arguments import instance, whole_number
 from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
@@ -176,12 +177,12 @@ class Segmenter(Prompts, nn.Module):
         Raises:
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
                 without <image> or, forced, without mask tokens; a prompt longer than the model's context.
-            OptionError: an unknown `answer`, or no new tokens allowed.
+            OptionError: an unknown `answer`, no new tokens allowed, or no strategy.
             IncompatibleError: the strategy does not fit the model; told before anything runs.
         """
-        _check_limit(max_new_tokens)
+        whole_number("max_new_tokens", max_new_tokens, 1)
         if strategy is not None:
-            check_on(strategy, self)
+            check_on(checked_strategy(strategy), self)
         texts = self.prompts(query, answer, prompt, is_sentence)
         queries = None if query is None else several(query, "query")
         with model_turn(self.decoder):
@@ -223,7 +224,17 @@ class Segmenter(Prompts, nn.Module):
         return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
-        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did."""
+        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did.
+
+        Args:
+            inputs: as `build_inputs` gives them.
+            strategy: as in `segment`.
+
+        Raises:
+            InputError: inputs that are something else.
+            OptionError: no strategy.
+        """
+        instance("inputs", inputs, SegmenterInputs, "what build_inputs(image, queries) gives", InputError)
         with stage("prefill"), self.pruned(inputs, strategy) as run:
             states: Tensor = self.decoder.model(
                 inputs_embeds=inputs.sequence.inputs_embeds,
@@ -237,6 +248,8 @@ class Segmenter(Prompts, nn.Module):
         self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
     ) -> tuple[Generated, Trace | None]:
         """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
+        instance("inputs", inputs, SegmenterInputs, "what inputs_of(…, continues=True) gives", InputError)
+        whole_number("max_new_tokens", max_new_tokens, 1)
         with stage("generation"), self.pruned(inputs, strategy) as run:
             generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
         return generated, None if run is None else run.trace
@@ -294,7 +307,7 @@ class Segmenter(Prompts, nn.Module):
             with model_turn(self.decoder):
                 yield open_run(self.decoder)
             return
-        check_on(strategy, self)
+        check_on(checked_strategy(strategy), self)
         sequence = inputs.sequence
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
@@ -326,8 +339,3 @@ class Segmenter(Prompts, nn.Module):
         if ends is None:
             return {self.tokenizer.eos_id}
         return {ends} if isinstance(ends, int) else set(ends)
-
-
-def _check_limit(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens={max_new_tokens} found, expected at least 1")

@@ -9,8 +9,9 @@ import numpy as np
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.datasets.shapes.queries import KINDS, Candidate, sample_queries
 from tokenprune.datasets.shapes.scenes import HELD_OUT, DrawnScene, draw_scene
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import OptionError, TokenPruneError
 
+MOST = 20_000
 _SPLIT_CODES = {"train": 0, "val": 1, "test": 2, "heldout": 3}
 
 
@@ -47,10 +48,16 @@ class Shapes(Dataset):
     kinds = KINDS
 
     def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
-        """Yield scenes without end, or until `limit` queries were given. Raises `UnknownSplitError`."""
+        """Yield scenes without end, or until `limit` queries were given. Raises `UnknownSplitError`,
+        and OptionError for more than `MOST` queries, which would be minutes of drawing."""
         if split not in self.splits:
             splits = ", ".join(self.splits)
             raise UnknownSplitError(f"data set 'shapes' has no split {split!r}; choose one of {splits}")
+        if limit is not None and limit > MOST:
+            raise OptionError(
+                f"data set 'shapes' draws scenes one after the other, at most {MOST} queries; {limit} were asked for, "
+                "choose a lower limit or index, or another seed"
+            )
         index = given = 0
         while limit is None or given < limit:
             scene, drawn = draw(split, seed, index)

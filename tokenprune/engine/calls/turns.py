@@ -19,6 +19,7 @@ from torch import nn
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import binding_of
 from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
+from tokenprune.utils.arguments import one_of, shown
 
 Wait = bool | float
 
@@ -182,9 +183,8 @@ def open_context(decoder: nn.Module, wait: Wait, threads: Literal["any", "own"])
         UnsupportedError: this thread has a context open on it already.
     """
     if not isinstance(wait, (bool, int, float)) or not wait >= 0:
-        raise OptionError(f"wait={wait!r} found, expected True, False or a number of seconds")
-    if threads not in ("any", "own"):
-        raise OptionError(f"threads={threads!r} found, expected 'any' or 'own'")
+        raise OptionError(f"wait={shown(wait)} found, expected True, False or a number of seconds")
+    one_of("threads", threads, ("any", "own"))
     queue, me = _queue_of(decoder), threading.current_thread()
     within = queue.open(wait, type(decoder).__name__)
 

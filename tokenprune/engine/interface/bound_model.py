@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
 from tokenprune.engine.interface.prompt_masks import Marks
-from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import not_loaded
+from tokenprune.utils.arguments import shown
 
 
 class Watch(Protocol):
@@ -82,7 +83,8 @@ def binding_of(model: Any) -> Binding:
 
     Raises:
         InputError: a plain language model, whose image tokens the caller has to mark.
-        UnsupportedError: a vision-language model that no adapter knows.
+        OptionError: no model at all.
+        UnsupportedError: a vision-language model that no adapter knows, or one that is pruned by its own `segment`.
         PluginError: an adapter that was to be asked cannot be imported, raises, or answers with something else.
     """
     from tokenprune.engine.interface.guarded import Guarded
@@ -95,6 +97,16 @@ def binding_of(model: Any) -> Binding:
             return Guarded(binding, entry)
         if binding is not None:
             raise entry.refusal(f"answers bind() with {binding!r}, expected a Binding or None", "fix or uninstall it")
+    if hasattr(model, "segment") and not isinstance(model, type):
+        raise UnsupportedError(
+            f"{type(model).__name__} is pruned by its own methods; call segment(image, query, strategy=…) on it, or "
+            "hand its decoder to tokenprune.prune(), with image_tokens="
+        )
+    if not isinstance(model, nn.Module):
+        name = f", as in tokenprune.load({model!r})" if isinstance(model, str) else ""
+        raise OptionError(
+            f"model={shown(model)} found, expected a model: a torch.nn.Module, or what tokenprune.load() gives{name}"
+        )
     config = getattr(model, "config", None)
     if getattr(config, "vision_config", None) is None:
         raise InputError(

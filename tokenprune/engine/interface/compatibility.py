@@ -11,7 +11,7 @@ from tokenprune import api
 from tokenprune.core.reads import Read
 from tokenprune.core.requirements import TYPICAL_TOKENS, check_fit, declared_reads
 from tokenprune.core.stage import Shape
-from tokenprune.core.strategy import Strategy
+from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.wrappers import unwrapped
 from tokenprune.engine.decoder import Decoder, find_decoder
 from tokenprune.engine.interface.bound_model import binding_of
@@ -109,9 +109,10 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
 
     Raises:
         UnknownNameError: no such strategy.
+        OptionError: no strategy, or no model.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or does not tell what it offers.
     """
-    chosen = api.strategy(strategy) if isinstance(strategy, str) else strategy
+    chosen = api.strategy(strategy) if isinstance(strategy, str) else checked_strategy(strategy)
     declared = declaration_of(model)
     shape = shape_on(declared)
     wanted = declared_reads(chosen, shape)

@@ -1,0 +1,81 @@
+"""What users pass to functions, checked where it comes in: what is of a wrong kind is told by its name, in one line.
+
+Every check gives the value back, and raises OptionError, or the error that it is given, where it is none that will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from numbers import Integral
+from typing import Any
+
+from tokenprune.errors import OptionError, TokenPruneError
+
+LONGEST = 60  # characters of a value that a message shows
+Kinds = type | tuple[type, ...]
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: as Python writes it where that is a short line, else of which type it is."""
+    try:
+        text = repr(value)
+    except Exception:  # a value that cannot be shown must not hide what is wrong with it
+        text = ""
+    if text.isprintable() and 0 < len(text) <= LONGEST and " at 0x" not in text:
+        return text
+    return f"a {type(value).__name__}"
+
+
+def instance(
+    name: str, value: Any, kinds: Kinds, expected: str, error: type[TokenPruneError] = OptionError
+) -> Any:  # of one of the kinds
+    """The value, if it is of one of the kinds.
+
+    Args:
+        name: of the argument.
+        value: what was given for it.
+        kinds: what it may be an instance of.
+        expected: the same in words, and how one gets it.
+        error: raised otherwise.
+    """
+    if not isinstance(value, kinds):
+        raise error(f"{name}={shown(value)} found, expected {expected}")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> str:
+    """The value, if it is one of these strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise OptionError(f"{name}={shown(value)} found, expected {' or '.join(map(repr, choices))}")
+    return value
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """The value as an int, if it is a whole number of at least `least`; True and False are none."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise OptionError(f"{name}: {shown(value)} found, expected a whole number{at_least}")
+    return int(value)
+
+
+def listed(value: Any) -> list[Any]:
+    """Several values that were given, or a single one, as a list; a text is a single one."""
+    if isinstance(value, (str, bytes)):
+        return [value]
+    try:
+        return list(value)
+    except TypeError:
+        return [value]
+
+
+def unicode_problem(text: str) -> str:
+    """What keeps a text from being written as Unicode, and the cure; empty where nothing does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])[1:-1]
+        return (
+            f"holds {found} at character {error.start}, half of a character or a byte that is no text; give it as "
+            "proper Unicode (on a command line: in the terminal's encoding, such as UTF-8)"
+        )
+    return ""

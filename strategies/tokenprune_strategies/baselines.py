@@ -83,4 +83,4 @@ class Uniform(FixedShare):
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Keep the cells of the coarser grid."""
-        return Keep.where(grid_mask(tokens, tokens.target))
+        return Keep.where(grid_mask(tokens))

@@ -18,7 +18,7 @@ def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -
         exists: bool [G, n].
         counts: int64 [G], picks; at most the rows that exist.
     """
-    groups, most = torch.arange(len(states), device=states.device), int(counts.max())
+    groups, most = torch.arange(len(states), device=states.device), int(counts.max()) if counts.numel() else 0
     rows = normalize(states.float(), dim=-1)
     kernel = rows @ rows.transpose(1, 2)
     gains = kernel.diagonal(dim1=1, dim2=2) * weights**2

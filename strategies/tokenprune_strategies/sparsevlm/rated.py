@@ -51,7 +51,6 @@ class RatedByText(Strategy):
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
         amounts, layers = self.options.keep or self.tables[self.options.table], self.options.layers
         if len(layers) != len(amounts):
             raise OptionError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,15 @@ def raters(tokens: Tokens) -> Tensor:
     return found
 
 
-def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Attention without the part that positions alone make: float32 [batch, heads, Q, N], 0 where there is none.
+class Corrected(NamedTuple):
+    """Attention, float32 [batch, heads, Q, N], 0 where there is none; and how many raters a row has, float32 [batch]."""
 
-    Beside it float32 [batch], how many query rows there are.
+    attention: Tensor
+    raters: Tensor
+
+
+def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor: float) -> Corrected:
+    """Attention without the part that positions alone make.
 
     Args:
         attention: float32 [batch, heads, Q, N], see `AttentionFrom`.
@@ -43,5 +50,6 @@ def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor
     rows = (~missing).any(2).sum(1)
     if floor:
         kernel = torch.maximum(kernel, floor * kernel.abs().amax(2, keepdim=True))
+    # 0 / 1 where a row lacks the rater or the token, so that sums over raters and tokens pass over it
     corrected = attention.masked_fill(missing[:, None], 0) / kernel.masked_fill(missing, 1)[:, None]
-    return corrected, rows.clamp(min=1).float()
+    return Corrected(corrected, rows.clamp(min=1).float())

@@ -6,11 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from tokenprune.core.decisions import Decision, Keep
+from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import Amount, tokens_of
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.ops.allocation import grid_mask, random_scores
 
 

@@ -9,12 +9,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenprune.core.decisions import Decision, Keep
+from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import COMPACT, KEPT, WORDING, Amount, Wording, tokens_of
 from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Crops, HiddenStates
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.ops.dpp import map_picks
 from tokenprune_strategies.ops.stacked_images import StackedImages
 

@@ -10,13 +10,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.budget import Ladder, ladders
-from tokenprune.core.decisions import Decision, Keep
 from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, TextKeys, TextStates
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError
 
 

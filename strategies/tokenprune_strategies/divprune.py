@@ -9,12 +9,9 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.core.decisions import Decision, Keep, Merge, MergeGroup
+from tokenprune import Decision, HiddenStates, Keep, Merge, MergeGroup, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import COMPACT, KEPT, Amount, tokens_of
-from tokenprune.core.reads import HiddenStates
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.farthest_point import farthest_first
 from tokenprune_strategies.ops.stacked_images import StackedImages

@@ -12,20 +12,22 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenprune.core.decisions import Decision, Keep, Merge, MergeGroup
-from tokenprune.core.options import COMPACT, WORDING, Amount, Wording, tokens_of
-from tokenprune.core.reads import (
-    ClipImageEmbeddings,
-    ClipTextEmbeddings,
-    ClsQuery,
+from tokenprune import (
     Crops,
+    Decision,
     HiddenStates,
-    TowerKeys,
-    TowerValues,
+    Keep,
+    Merge,
+    MergeGroup,
+    Shape,
+    Stage,
+    Strategy,
+    StrategyOptions,
+    Tokens,
 )
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.options import COMPACT, WORDING, Amount, Wording, tokens_of
+from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, ClsQuery, TowerKeys, TowerValues
+from tokenprune.core.stage import Positions
 
 
 class LiteLVLM(Strategy):

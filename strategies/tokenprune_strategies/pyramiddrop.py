@@ -9,16 +9,12 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
+from tokenprune import AttentionFrom, ScorerStrategy, Shape, Stage, StrategyOptions, Tokens
 from tokenprune.core.budget import Ladder
 from tokenprune.core.options import QUERY, QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
-from tokenprune.core.reads import AttentionFrom
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import ScorerStrategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.falling_stages import falling, falling_ladders, layers_of
-
-LEAST_FACTOR = 0.25
 
 
 class PyramidDrop(ScorerStrategy):
@@ -38,8 +34,7 @@ class PyramidDrop(ScorerStrategy):
             (0.25, 0.5, 0.75), description="first layer of each stage: an int is a layer, a float a share of the depth"
         )
         keep: tuple[Amount, ...] = Field(
-            (0.5, 0.25, 0.125),
-            description="image tokens kept at each stage: an int counts them, a float is a share of the original ones",
+            (0.5, 0.25, 0.125), description="image tokens kept at each stage: numbers, or shares of the original ones"
         )
         query: str = Field("mask_query", description=QUERY)
         query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
@@ -92,4 +87,4 @@ class PyramidDrop(ScorerStrategy):
         total, steps = shape.image_tokens, range(1, len(self.options.layers) + 1)
         powers = [tuple(max(1, int(total * (n / total) ** k + 1e-6)) for k in steps) for n in range(total, 0, -1)]
         given = [self.counts(total)] if "keep" in self.options.model_fields_set else powers
-        return falling_ladders(self, shape, given, LEAST_FACTOR)
+        return falling_ladders(self, shape, given, least=0.25)

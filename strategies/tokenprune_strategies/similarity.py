@@ -6,12 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from tokenprune.core.decisions import Decision, Keep
+from tokenprune import Decision, HiddenStates, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
-from tokenprune.core.reads import HiddenStates
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.ops.farthest_point import farthest_first
 from tokenprune_strategies.ops.stacked_images import StackedImages
 

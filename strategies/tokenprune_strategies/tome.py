@@ -9,14 +9,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field
 
-from tokenprune.core.decisions import Decision, Merge
+from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.layout import true_positions
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, Projector, Read, TowerFeatures, TowerKeys
-from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.stage import Positions
 from tokenprune.core.state import as_mask
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.bipartite_matching import bipartite_merge, merged_means
 

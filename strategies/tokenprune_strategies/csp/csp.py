@@ -9,13 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer
 from torch import Tensor
 
+from tokenprune import Decision, Keep, Restore, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.budget import too_small
-from tokenprune.core.decisions import Decision, Keep, Restore
 from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
 from tokenprune_strategies.csp.budget import KEEP, REPRESENTATIVES, fill
 from tokenprune_strategies.csp.clustering import Clustering, cluster, nearest_representative, reads_of

@@ -31,6 +31,7 @@ def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -
         best = torch.where(spent[:, 0], weights.masked_fill(taken, float("-inf")).argmax(1), best)
         picks.append(torch.where(step < counts, best, -1))
         taken = taken.scatter(1, best[:, None], True)
+        # one step of a Cholesky decomposition: what the picks so far leave of the pick's row of the kernel
         row = weights[groups, best, None] * kernel[groups, best] * weights
         row = row - torch.einsum("tg,tgn->gn", found[:step, groups, best], found[:step])
         found[step] = (row / gains[groups, best, None].clamp(min=0).sqrt()).masked_fill(spent, 0)

@@ -22,6 +22,7 @@ def farthest_first(states: Tensor, exists: Tensor, count: Tensor, *, repeats: bo
     rows = torch.nn.functional.normalize(states.float(), dim=-1)
     distance = torch.bmm(rows, rows.transpose(1, 2)).neg_().add_(1).masked_fill_(~exists[:, None], float("inf"))
     own = distance.diagonal(dim1=1, dim2=2)
+    # a token is no neighbour of itself: its own distance is hidden while the first pick is looked for
     kept, most = own.clone(), int(count.max()) if count.numel() else 0
     own.fill_(float("inf"))
     reach = distance.amin(2)  # to the nearest other row, then to the nearest pick

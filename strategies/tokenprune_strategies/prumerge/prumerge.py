@@ -11,12 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenprune.core.decisions import Decision, Merge
+from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.ops.allocation import evenly
 from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place, without_extra
 
@@ -70,9 +68,10 @@ class PruMerge(Strategy):
         exact, groups = self.options.keep is not None, []
         for image in tokens.images():
             scores = attention[image.row, image.index]
-            # (2) the most attended are kept
+            # (2) the most attended are kept, as large a share as there are outliers (above Q3 + 1.5 · IQR)
             kept = self.selected(scores, image.quota if exact else None)
-            # (3) each kept token sums up its neighbours, (4) an extra one those that are not kept
+            # (3) each kept token adds its 32 nearest by key similarity, weighted by their attention; (4) an extra one
+            # sums up the tokens that are not kept
             weights = merge_weights(scores, tokens.keys[image.row, image.index], kept)
             extra = len(image) > len(kept) and (not exact or image.quota > len(kept))
             groups.append(place(image, kept, weights if extra else weights[:-1], self.positions))
@@ -106,8 +105,7 @@ class PruMergePlus(PruMerge):
 
     Adaptive: with step = int(1 / ratio), every int(step / 3)-th token is added unless it is kept already. Fixed ratio:
     every step-th token from step // 2 on. The authors' code lets such a token repeat one already kept; ours drops the
-    repeat. `keep`: half by attention, half evenly spaced among the others (ours), so that the number is exact. A stride
-    below 1, from ratios above 1/3, counts as 1 (ours).
+    repeat. `keep`: half by attention, half evenly spaced among the others (ours).
     """
 
     name = "prumerge+"
@@ -116,13 +114,14 @@ class PruMergePlus(PruMerge):
         """Tokens kept of one image, int64 [k]: by falling attention, then the uniform ones in image order."""
         order, size = attention.argsort(descending=True, stable=True), len(attention)
         if number is not None:
-            count = without_extra(number, size)
+            count = without_extra(number, size)  # half and half, and in all the exact number (ours)
             top = order[: (count + 1) // 2]
             rest = order[len(top) :].sort().values
             return torch.cat((top, rest[evenly(count - len(top), len(rest))]))
         ratio = max(self.share(attention), 1 / size)
         top, step = order[: max(1, int(size * ratio))], int(1 / ratio)
         adaptive = self.options.ratio == "adaptive"
+        # the strides are the authors'; below 1, from ratios above 1/3, a stride counts as 1 (ours)
         first, stride = (0, max(1, step // 3)) if adaptive else (step // 2, step)
         uniform = torch.arange(first, max(first, size - 1), stride, device=order.device)
         return torch.cat((top, uniform[~torch.isin(uniform, top)]))

@@ -19,6 +19,7 @@ def raters(tokens: Tokens) -> Tensor:
     token rates if its mean is above the average of the means. Where none is, all text after the image rates, and where
     there is none after it, all text (ours).
     """
+    # only text behind the image rates; it is compared by embeddings, before any layer
     after = tokens.text & (tokens.images_before == tokens.counts[:, None])
     likeness = tokens.embeddings.float() @ tokens.text_embeddings.float().transpose(1, 2)
     shares = likeness.masked_fill(~after[:, None], float("-inf")).softmax(2)
@@ -31,7 +32,12 @@ def raters(tokens: Tokens) -> Tensor:
 
 
 class Corrected(NamedTuple):
-    """Attention, float32 [batch, heads, Q, N], 0 where there is none; and how many raters a row has, float32 [batch]."""
+    """What `corrected_attention` gives.
+
+    Attributes:
+        attention: float32 [batch, heads, Q, N], 0 where there is none.
+        raters: float32 [batch], how many each row has.
+    """
 
     attention: Tensor
     raters: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Cut(NamedTuple):
 class Pruning(Stage):
     """A stage with its numbers."""
 
-    cut: Cut = Cut(0)
+    cut: Cut = field(kw_only=True)
 
 
 def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> list[Cut]:

@@ -12,12 +12,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from tokenprune import AttentionFrom, Decision, HiddenStates, Keep, Merge, PositionKernel, Read, Shape, Stage, Tokens
 from tokenprune.core.allocation import top_by_image
-from tokenprune.core.decisions import Decision, Keep, Merge
 from tokenprune.core.options import Amount, tokens_of
-from tokenprune.core.reads import AttentionFrom, HiddenStates, PositionKernel, Read
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune.errors import IncompatibleError
 from tokenprune_strategies.ops.allocation import random_scores
 from tokenprune_strategies.ops.falling_stages import Counts
@@ -75,7 +73,7 @@ class SparseVLM(RatedByText):
             own = tokens.stages[row]  # rows of other sizes keep and merge other numbers
             assert isinstance(own, Pruning)
             drawn = None if noise is None else noise[row]
-            # (2) the best stay, (3) of the others the best are clustered
+            # (2) the best stay, (3) of the p others the best 0.3 p become clusters, one for ten (see `cuts`)
             groups += recycle(images, tokens.hidden[row], scores[row], own.cut, self.positions, drawn)
         return Merge.from_groups(tokens, groups, scores=scores)
 
@@ -131,7 +129,7 @@ class SparseVLMPlus(RatedByText):
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
         """Keep the tokens of highest score."""
         floor = 0.0 if self.options.faithful else FLOOR
-        # (1) the raters' attention in the layer before, divided by what the rotary embedding alone makes of the distance
+        # (1) the raters' attention in the layer before, divided by what the rotary embedding alone gives that distance
         attention, rows = corrected_attention(tokens.attention, tokens.position_kernel, tokens.active, floor)
         # (2) heads are ranked by the sum of that over raters and image tokens
         heads = HEADS if self.options.faithful else tokens_of(self.options.heads, attention.shape[1])

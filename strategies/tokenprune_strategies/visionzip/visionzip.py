@@ -11,13 +11,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.allocation import apportion
-from tokenprune.core.decisions import Decision, Merge
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, TowerFeatures, TowerKeys
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.visionzip.contextual import line_up, zip_crop
 
 

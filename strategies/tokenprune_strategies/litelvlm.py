@@ -68,7 +68,7 @@ class LiteLVLM(Strategy):
         """Select in every crop."""
         texts, exists = tokens.clip_text_embeddings
         similar = tokens.clip_image_embeddings @ texts.transpose(1, 2)  # as the authors': not normalised
-        scores = torch.full(tokens.exists.shape, float("-inf"), device=tokens.device)
+        scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
         mask, groups = torch.zeros_like(tokens.exists), []
         for row, crops in enumerate(tokens.images_by_row()):
             chosen, slots = [tokens.image.new_zeros(0)], [tokens.image.new_zeros(0)]
@@ -80,7 +80,7 @@ class LiteLVLM(Strategy):
             order = torch.cat(chosen)
             mask[row, order] = True
             # the decoder gets them in this order: the k-th takes the k-th slot of the row, whatever crop that is in
-            each = torch.eye(len(order), device=tokens.device)
+            each = torch.eye(len(order), dtype=torch.float32, device=tokens.device)
             groups.append(MergeGroup(row, torch.cat(slots).sort().values, order, each, order))
         if self.positions == "keep" or self.options.order == "image":
             return Keep.where(mask, scores=scores)

@@ -178,3 +178,12 @@ def test_fastv_names_a_layer_that_the_model_does_not_have() -> None:
         Bench(FastV(layer=12), [[16]])
     with pytest.raises(BudgetError):
         tokenprune.strategy("random", budget=0.0)
+
+
+def test_a_draw_is_the_same_whatever_the_default_type_of_torch_is() -> None:
+    kept = Bench(Random(keep=40), [[200]]).run().trace.stages[0].kept
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Bench(Random(keep=40), [[200]]).run().trace.stages[0].kept == kept
+    finally:
+        torch.set_default_dtype(torch.float32)

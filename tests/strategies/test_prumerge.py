@@ -266,3 +266,13 @@ def test_values_go_through_the_projector() -> None:
 def test_bad_options_are_named(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(options))}"):
         tokenprune.strategy(name, **options)
+
+
+def test_weights_are_float32_whatever_the_default_type_of_torch_is() -> None:
+    attention, keys = torch.rand(9), torch.randn(9, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weights = merge_weights(attention, keys, torch.tensor([4, 1]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weights, merge_weights(attention, keys, torch.tensor([4, 1])))

@@ -151,7 +151,7 @@ class Merge(Decision):
             ends[group.row] += len(group.index)
         most = max(ends, default=0)
         index = torch.full((batch, most), -1, device=tokens.device)
-        origin, weights = index.clone(), torch.zeros(batch, most, size, device=tokens.device)
+        origin, weights = index.clone(), torch.zeros(batch, most, size, dtype=torch.float32, device=tokens.device)
         for group in reversed(groups):
             ends[group.row] -= len(group.index)
             new = slice(ends[group.row], ends[group.row] + len(group.index))

@@ -43,7 +43,8 @@ def grid_mask(tokens: Tokens) -> Tensor:
 
 def random_scores(tokens: Tokens, seed: int) -> Tensor:
     """float32 [batch, N]: a draw from [0, 1) for every token, the same for a row alone; −inf on padding."""
-    scores = torch.full(tokens.exists.shape, float("-inf"), device=tokens.device)
+    scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
     for row, count in enumerate(tokens.counts.tolist()):
-        scores[row, :count] = torch.rand(count, generator=tokens.generator(seed)).to(tokens.device)
+        drawn = torch.rand(count, generator=tokens.generator(seed), dtype=torch.float32)  # whatever torch's default is
+        scores[row, :count] = drawn.to(tokens.device)
     return scores

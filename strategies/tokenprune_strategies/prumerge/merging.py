@@ -33,7 +33,7 @@ def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
     likeness = directions[kept] @ directions.T
     likeness[numbers, kept] = float("-inf")  # a token is none of its own neighbours
     near = likeness.topk(min(NEIGHBOURS, len(keys) - 1), dim=1).indices
-    weights = torch.zeros(len(kept) + 1, len(keys), device=kept.device)
+    weights = torch.zeros(len(kept) + 1, len(keys), dtype=torch.float32, device=kept.device)
     weights[:-1].scatter_(1, near, attention[near])  # x_i + Σ a_j x_j, kept and unkept neighbours alike, not normalised
     weights[numbers, kept] = 1
     weights[-1] = attention  # the extra token: Σ a_j x_j over those that are not kept

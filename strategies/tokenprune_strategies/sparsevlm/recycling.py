@@ -78,7 +78,7 @@ def recycle(
         order = image.index[scores[image.index].argsort(descending=True, stable=True)]
         places, again = order[:keep].sort().values, order[keep : keep + some]
         members = torch.cat((places, again))
-        weights = torch.zeros(keep + count, keep + some, device=scores.device)
+        weights = torch.zeros(keep + count, keep + some, dtype=torch.float32, device=scores.device)
         weights[:keep, :keep].fill_diagonal_(1)  # kept tokens are themselves
         if count:
             # section 3.3: clusters of what was dropped at high scores; each is its members' plain average

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenprune.api import load, strategy
     from tokenprune.core.composition import Sequence
-    from tokenprune.core.decisions import Decision, Keep, Merge, Restore
+    from tokenprune.core.decisions import Decision, Keep, Merge, MergeGroup, Restore
     from tokenprune.core.reads import (
         AttentionFrom,
         ClipImageEmbeddings,
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         TowerValues,
     )
     from tokenprune.core.stage import Shape, Stage
-    from tokenprune.core.strategy import Strategy, StrategyOptions
+    from tokenprune.core.strategy import ScorerStrategy, Strategy, StrategyOptions
+    from tokenprune.core.tokens import Tokens
     from tokenprune.engine import prune
     from tokenprune.engine.interface.compatibility import Compatibility, compatible
     from tokenprune.errors import TokenPruneError
@@ -50,9 +51,10 @@ __version__ = "0.1.0"
 _HOME = {
     "tokenprune.loading.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
-    "tokenprune.core.strategy": ("Shape", "Stage", "Strategy", "StrategyOptions"),
+    "tokenprune.core.strategy": ("ScorerStrategy", "Shape", "Stage", "Strategy", "StrategyOptions"),
     "tokenprune.engine.interface.compatibility": ("Compatibility", "compatible"),
-    "tokenprune.core.decisions": ("Decision", "Keep", "Merge", "Restore"),
+    "tokenprune.core.decisions": ("Decision", "Keep", "Merge", "MergeGroup", "Restore"),
+    "tokenprune.core.tokens": ("Tokens",),
     "tokenprune.engine": ("prune",),
     "tokenprune.errors": ("TokenPruneError",),
     "tokenprune.evaluation.compare": ("compare",),
@@ -101,12 +103,14 @@ __all__ = [
     "Keep",
     "LayerKeys",
     "Merge",
+    "MergeGroup",
     "Pixels",
     "PositionKernel",
     "Projector",
     "Read",
     "ReceivedAttention",
     "Restore",
+    "ScorerStrategy",
     "Sequence",
     "Shape",
     "Stage",
@@ -116,6 +120,7 @@ __all__ = [
     "TextKeys",
     "TextStates",
     "TokenPruneError",
+    "Tokens",
     "TowerFeatures",
     "TowerKeys",
     "TowerValues",

@@ -6,11 +6,8 @@ from collections.abc import Iterable
 
 from pydantic import Field
 
-from tokenprune.core.decisions import Decision, Keep
+from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import Amount, tokens_of
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune_strategies.ops.allocation import grid_mask, random_scores
 
 
@@ -83,4 +80,4 @@ class Uniform(FixedShare):
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Keep the cells of the coarser grid."""
-        return Keep.where(grid_mask(tokens, tokens.target))
+        return Keep.where(grid_mask(tokens))

@@ -1,35 +1,27 @@
 """CDPruner (Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in
-MLLMs", arXiv 2506.10967)."""
+MLLMs", https://arxiv.org/abs/2506.10967)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.core.decisions import Decision, Keep
-from tokenprune.core.options import WORDING, Amount, Wording, tokens_of
-from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, HiddenStates
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion
-from tokenprune_strategies.ops.crops import crop_reads, every_crop
+from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
+from tokenprune.core.options import COMPACT, KEPT, WORDING, Amount, Wording, tokens_of
+from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Crops, HiddenStates
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.ops.dpp import map_picks
+from tokenprune_strategies.ops.stacked_images import StackedImages
 
 
 class CDPruner(Strategy):
     """Keep the image tokens that are most diverse, given what is asked, before the first decoder layer.
 
-    A determinantal point process (section 3): its kernel is the cosine similarity of projected image tokens, weighted
-    by relevance on both sides; relevance is minus the cosine of a token and the question in CLIP's space (mean over
-    segments of a long question), scaled to 0 … 1 over the row. Greedy MAP inference picks tokens one by one. Tokens
-    *less* like the text weigh more, as in the authors' code.
+    A determinantal point process (section 3) whose kernel is the similarity of image tokens, weighted by relevance on
+    both sides. Tokens *less* like the text weigh more, as in the authors' code.
 
     Ours: every batch row chooses for itself; where the kernel's rank is used up, the rest is picked by relevance (the
     authors' code repeats tokens then, and so keeps fewer).
@@ -41,45 +33,28 @@ class CDPruner(Strategy):
     class Options(StrategyOptions):
         """Options of CDPruner."""
 
-        keep: Amount = Field(0.112, description="image tokens kept: an int counts them, a float is a share")
+        keep: Amount = Field(0.112, description=KEPT)
         wording: Wording = Field("question", description=WORDING)
-        positions: Positions = Field(
-            "renumber", description="renumber: compact, as the authors do; keep: kept tokens stay at their own places"
-        )
+        positions: Positions = Field("renumber", description=COMPACT)
 
     options: Options
-
-    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
-        """Raises OptionError or BudgetError, see Strategy."""
-        super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer."""
         text = ClipTextEmbeddings(self.options.wording, "segments")
-        reads = (HiddenStates(), ClipImageEmbeddings(), text, *crop_reads(shape))
+        reads = (HiddenStates(), ClipImageEmbeddings(), text, *shape.offered(Crops()))
         yield Stage("select", 0, tokens_of(self.options.keep, shape.image_tokens), reads)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Pick in every crop, all crops of the batch at once."""
         texts, exists = tokens.clip_text_embeddings
+        # (1) relevance q, scaled over the whole row: crops of an image are scaled together, and chosen from apart
         scores = relevance(tokens.clip_image_embeddings, texts, exists, tokens.active)
-        rows: list[int] = []
-        crops: list[Tensor] = []
-        shares: list[int] = []
-        for row, target in enumerate(tokens.target.tolist()):
-            found = every_crop(stage, tokens, row)
-            rows += [row] * len(found)
-            crops += found
-            shares += apportion(target, [len(crop) for crop in found])
-        mask = torch.zeros_like(tokens.exists)
-        if crops:
-            index = pad_sequence(crops, batch_first=True, padding_value=-1)
-            where = torch.tensor(rows, device=index.device)[:, None], index.clamp(min=0)
-            picks = map_picks(tokens.hidden[where], scores[where], index >= 0, index.new_tensor(shares))
-            for row, crop, picked in zip(rows, index, picks, strict=True):
-                mask[row, crop[picked[picked >= 0]]] = True
-        return Keep.where(mask, scores=scores.masked_fill(~tokens.active, float("-inf")))
+        # (2) diversity S, the cosine similarity of tokens as they enter the decoder; (3) greedy MAP inference of the
+        # process with the kernel q_i S_ij q_j
+        crops = StackedImages.of(tokens)
+        picks = map_picks(crops.take(tokens.hidden), crops.take(scores), crops.exists, crops.quotas)
+        return Keep.where(crops.mask(picks, tokens), scores=scores.masked_fill(~tokens.active, float("-inf")))
 
 
 def relevance(images: Tensor, texts: Tensor, exists: Tensor, active: Tensor) -> Tensor:
@@ -87,12 +62,13 @@ def relevance(images: Tensor, texts: Tensor, exists: Tensor, active: Tensor) -> 
 
     Args:
         images: float32 [batch, N, P].
-        texts: float32 [batch, M, P].
+        texts: float32 [batch, M, P], the segments of the question.
         exists: bool [batch, M], which texts there are.
         active: bool [batch, N], which tokens count.
     """
     likeness = normalize(images, dim=-1) @ normalize(texts, dim=-1).transpose(1, 2)
-    values = -(likeness * exists[:, None]).sum(2) / exists.sum(1, keepdim=True)
+    values = -(likeness * exists[:, None]).sum(2) / exists.sum(1, keepdim=True)  # mean over segments
     low = values.masked_fill(~active, float("inf")).amin(1, keepdim=True)
     high = values.masked_fill(~active, float("-inf")).amax(1, keepdim=True)
+    # 1e-6 as in the authors' code, which keeps every relevance above 0; the clamp is ours: all may be equal
     return ((values - low + 1e-6) / (high - low).clamp(min=1e-6)).masked_fill(~active, 0)

@@ -1,4 +1,5 @@
-"""DART (Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models", arXiv 2502.11494)."""
+"""DART (Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
+https://arxiv.org/abs/2502.11494)."""
 
 from __future__ import annotations
 
@@ -9,24 +10,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.budget import Ladder, ladders
-from tokenprune.core.decisions import Decision, Keep
-from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, TextKeys, TextStates
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
-from tokenprune.errors import BudgetError, OptionError
-from tokenprune_strategies.ops.allocation import apportion, present_images
+from tokenprune.errors import BudgetError
 
 
 class DART(Strategy):
     """Keep the image tokens least like a few pivots: what is duplicated goes, however important it is.
 
-    On entering layer K (section 4): (1) the image tokens and the text tokens after the image whose keys of layer K−1
-    have the largest L1 norm are the pivots; (2) every pivot in turn keeps the image tokens whose states are least
-    similar to its own (cosine, after the decoder's final norm), out of those that no pivot has kept; (3) the image
-    pivots stay too. Positions are kept.
+    Pivots are the tokens, of image and text, whose keys have the largest norm (section 4). Positions are kept.
 
     Ours: the pivots choose in the order of their norm, those of the image first; `keep` counts all image tokens that
     stay, and where it does not divide evenly the first pivots keep one more; every batch row and image for itself.
@@ -40,7 +34,7 @@ class DART(Strategy):
         """Options of DART."""
 
         layer: int = Field(2, ge=1, description="K, the first layer without the dropped tokens")
-        keep: Amount = Field(0.222, description="image tokens kept: an int counts them, a float is a share")
+        keep: Amount = Field(0.222, description=KEPT)
         image_pivots: int = Field(4, ge=1, description="pivots among the image tokens of every image")
         text_pivots: int = Field(4, ge=0, description="pivots among the text tokens after the image")
         faithful: bool = Field(
@@ -53,12 +47,7 @@ class DART(Strategy):
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage at layer K. Raises OptionError without such a layer, BudgetError for fewer tokens than pivots."""
-        layer = self.options.layer
-        if layer >= shape.layers:
-            raise OptionError(
-                f"strategy 'dart': option 'layer': found {layer}, but the model has {shape.layers} layers; "
-                f"choose one of 1 … {shape.layers - 1}"
-            )
+        layer = layer_of(self.options.layer, shape.layers, self.name, least=1)
         reads = (LayerKeys(), TextKeys(), HiddenStates(normed=True), TextStates(normed=True))
         yield Stage("prune", layer, self.kept(tokens_of(self.options.keep, shape.image_tokens), shape), reads)
 
@@ -78,21 +67,22 @@ class DART(Strategy):
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Select, image by image."""
         chosen = torch.zeros_like(tokens.exists)
-        norms = tokens.layer_keys.float().abs().sum(-1), tokens.text_keys.float().abs().sum(-1)
-        states = normalize(tokens.hidden.float(), dim=-1), normalize(tokens.text_hidden.float(), dim=-1)
-        for row, target in enumerate(tokens.target.tolist()):
-            images = present_images(tokens, row)
-            for image, share in zip(images, apportion(target, [len(image) for image in images]), strict=True):
-                after = tokens.text[row] & (tokens.images_before[row] > image[-1])
-                text = after.nonzero().flatten()
-                text = text[_largest(norms[1][row, text], self.options.text_pivots)]
-                pivots = image[_largest(norms[0][row, image], min(self.options.image_pivots, share))]
-                likeness = torch.cat((states[0][row, pivots], states[1][row, text])) @ states[0][row, image].T
-                if self.options.faithful:
-                    places = torch.cat((tokens.places[row, pivots], tokens.text_places[row, text])).tolist()
-                    likeness = likeness[[places.index(place) for place in set(places)]]
-                taken = torch.isin(image, pivots)
-                chosen[row, image[_least_like(likeness, taken, share)]] = True
+        norms, text_norms = (keys.float().abs().sum(-1) for keys in (tokens.layer_keys, tokens.text_keys))
+        states, text_states = (normalize(x.float(), dim=-1) for x in (tokens.hidden, tokens.text_hidden))
+        for image in tokens.images():
+            row, index = image.row, image.index
+            # (1) pivots: the image tokens, and the text tokens after the image, whose keys in layer K−1 have the
+            # largest L1 norm (after the rotary embedding, all heads); an image with a small quota has fewer
+            pivots = index[_largest(norms[row, index], min(self.options.image_pivots, image.quota))]
+            text = (tokens.text[row] & (tokens.images_before[row] > index[-1])).nonzero().flatten()
+            text = text[_largest(text_norms[row, text], self.options.text_pivots)]
+            # (2) cosine similarity of states after the decoder's final norm, of every pivot to every image token
+            likeness = torch.cat((states[row, pivots], text_states[row, text])) @ states[row, index].T
+            if self.options.faithful:  # the authors' pivots choose in the order in which CPython walks through a set
+                places = torch.cat((tokens.places[row, pivots], tokens.text_places[row, text])).tolist()
+                likeness = likeness[[places.index(place) for place in set(places)]]
+            # (3) the image pivots stay, beside what each pivot keeps
+            chosen[row, index[_least_like(likeness, torch.isin(index, pivots), image.quota)]] = True
         return Keep.where(chosen)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
@@ -105,11 +95,8 @@ class DART(Strategy):
         for pivots in range(most, most - 1 if given else 0, -1):
             least = 1 if self.options.faithful else pivots  # there, `keep` does not count the pivots
             for ladder in ladders(self, shape):
-                yield [
-                    {**setting, "image_pivots": pivots}
-                    for setting in ladder
-                    if tokens_of(setting["keep"], total) >= least
-                ]
+                enough = [setting for setting in ladder if tokens_of(setting["keep"], total) >= least]
+                yield [{**setting, "image_pivots": pivots} for setting in enough]
 
 
 def _largest(norms: Tensor, count: int) -> Tensor:
@@ -127,6 +114,7 @@ def _least_like(likeness: Tensor, taken: Tensor, count: int) -> Tensor:
     """
     each, more = divmod(count - int(taken.sum()), max(1, len(likeness)))
     for turn, alike in enumerate(likeness):
+        # what is taken sorts last, so that every pivot keeps the least similar of what none has kept yet
         order = alike.masked_fill(taken, float("inf")).argsort(stable=True)
         taken = taken.scatter(0, order[: each + (turn < more)], True)
     return taken

@@ -1,4 +1,5 @@
-"""PyramidDrop (Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models", arXiv 2410.17247)."""
+"""PyramidDrop (Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy
+Reduction", https://arxiv.org/abs/2410.17247)."""
 
 from __future__ import annotations
 
@@ -6,32 +7,25 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import Tensor
 
+from tokenprune import AttentionFrom, ScorerStrategy, Shape, Stage, StrategyOptions, Tokens
 from tokenprune.core.budget import Ladder
-from tokenprune.core.decisions import Decision, Keep
-from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
-from tokenprune.core.reads import AttentionFrom
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.options import QUERY, QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
+from tokenprune.core.stage import Positions
 from tokenprune.errors import OptionError
-from tokenprune_strategies.ops.allocation import top_by_image
 from tokenprune_strategies.ops.falling_stages import falling, falling_ladders, layers_of
 
-LEAST_FACTOR = 0.25
 
-
-class PyramidDrop(Strategy):
+class PyramidDrop(ScorerStrategy):
     """Keep fewer image tokens at every one of several layers: those that the query row is about to attend to most.
 
-    At each stage (section 3.2): norm, queries, keys and rotation of the *next* layer, whose attention from the query
-    row (softmax over all keys, mean over heads) ranks the image tokens that are left; the best go on, in their order,
-    at positions counted anew. Ours: layers as fractions of the depth, so that the published 8, 16, 24 of 32 carry to
-    other models; every batch row and every image chooses for itself (the authors prune the first image of a row).
+    Ours: layers as fractions of the depth, so that the published 8, 16, 24 of 32 carry to other models; every batch row
+    and every image chooses for itself (the authors prune the first image of a row).
     """
 
     name = "pyramiddrop"
-    budget_option = "keep"
+    by_image = True
 
     class Options(StrategyOptions):
         """Options of PyramidDrop."""
@@ -40,10 +34,9 @@ class PyramidDrop(Strategy):
             (0.25, 0.5, 0.75), description="first layer of each stage: an int is a layer, a float a share of the depth"
         )
         keep: tuple[Amount, ...] = Field(
-            (0.5, 0.25, 0.125),
-            description="image tokens kept at each stage: an int counts them, a float is a share of the original ones",
+            (0.5, 0.25, 0.125), description="image tokens kept at each stage: numbers, or shares of the original ones"
         )
-        query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "last", "seg", …')
+        query: str = Field("mask_query", description=QUERY)
         query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
         positions: Positions = Field("renumber", description="renumber: counted anew at every stage, as the authors do")
         faithful: bool = Field(
@@ -55,7 +48,6 @@ class PyramidDrop(Strategy):
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
         if len(self.options.layers) != len(self.options.keep):
             raise OptionError(
                 f"strategy {self.name!r}: options 'layers' and 'keep': found {len(self.options.layers)} and "
@@ -70,25 +62,22 @@ class PyramidDrop(Strategy):
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage per layer. Raises OptionError for stages that grow, IncompatibleError for too few layers."""
         query = "last" if self.options.faithful else self.options.query
+        # section 3.2: norm, queries, keys and rotation are those of the layer to come
         ahead = AttentionFrom(query, self.options.query_reduce, layer="next")
         layers = layers_of(self.options.layers, shape.layers, self.name)
         for number, (layer, count) in enumerate(zip(layers, self.counts(shape.image_tokens), strict=True), 1):
             yield Stage(f"drop {number}", layer, count, (ahead,))
 
-    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Keep the tokens that get most attention."""
-        return Keep.where(top_by_image(tokens, tokens.attention), scores=tokens.attention)
+    def score(self, stage: Stage, tokens: Tokens) -> Tensor:
+        """The attention to come, softmax over all keys, mean over heads."""
+        attention: Tensor = tokens.attention
+        return attention
 
     def counts(self, total: int) -> tuple[int, ...]:
-        """Tokens that each stage keeps of `total`. The authors' int(N · ratio) makes 28 of 50 · 0.58."""
-        floats = self.options.faithful
-        return falling(
-            self.name,
-            [
-                int(total * keep) if floats and isinstance(keep, float) else tokens_of(keep, total)
-                for keep in self.options.keep
-            ],
-        )
+        """Tokens that each stage keeps, as shares of the original `total`."""
+        cut = self.options.faithful  # the authors' int(N · ratio) makes 28 of 50 · 0.58
+        kept = [int(total * n) if cut and isinstance(n, float) else tokens_of(n, total) for n in self.options.keep]
+        return falling(self.name, kept)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
         """Shares f, f², f³, … of N (the published ones: f = 1/2), f by the budget (ours).
@@ -98,4 +87,4 @@ class PyramidDrop(Strategy):
         total, steps = shape.image_tokens, range(1, len(self.options.layers) + 1)
         powers = [tuple(max(1, int(total * (n / total) ** k + 1e-6)) for k in steps) for n in range(total, 0, -1)]
         given = [self.counts(total)] if "keep" in self.options.model_fields_set else powers
-        return falling_ladders(self, shape, given, LEAST_FACTOR)
+        return falling_ladders(self, shape, given, least=0.25)

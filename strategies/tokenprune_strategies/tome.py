@@ -1,4 +1,4 @@
-"""Token merging by bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", arXiv 2210.09461)."""
+"""ToMe (Bolya et al., "Token Merging: Your ViT But Faster", https://arxiv.org/abs/2210.09461), inside the decoder."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field
 
-from tokenprune.core.decisions import Decision, Merge
+from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.layout import true_positions
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, Projector, Read, TowerFeatures, TowerKeys
-from tokenprune.core.stage import Positions, Shape, Stage
+from tokenprune.core.stage import Positions
 from tokenprune.core.state import as_mask
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
-from tokenprune_strategies.ops.allocation import apportion, images_of
 from tokenprune_strategies.ops.bipartite_matching import bipartite_merge, merged_means
 
 
@@ -31,10 +28,9 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 class ToMe(Strategy):
     """Merge the image tokens that are most like each other, averaged by the number of tokens that each stands for.
 
-    One round: tokens fall into A and B by turns; each token of A finds its most similar one in B by the cosine of keys,
-    averaged over heads; the most similar pairs are merged. ToMe does one in every layer of a vision transformer. Here
-    (ours) rounds follow each other at the entry of decoder layers, or between tower and projector, until as many tokens
-    are left as the stage declares; as many go at each of `layers`.
+    ToMe does one round of bipartite matching in every layer of a vision transformer. Here (ours) rounds follow each
+    other at the entry of decoder layers, or between tower and projector, until as many tokens are left as the stage
+    declares; as many go at each of `layers`.
 
     Ours: the merged token takes B's place and position, every image is merged on its own (unless fewer tokens are left
     than there are images), and attention is left as it is (ToMe adds the logarithm of the sizes to it).
@@ -66,7 +62,6 @@ class ToMe(Strategy):
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
         self.budget_layer = ("layers", 1) if self.options.where == "decoder" else None
 
     def without_effect(self) -> Mapping[str, str]:
@@ -76,12 +71,11 @@ class ToMe(Strategy):
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage a merge. Raises OptionError where the model has no such layer, or no keys before it."""
         total, keep = shape.image_tokens, tokens_of(self.options.keep, shape.image_tokens)
-        keys, where = self.options.match == "keys", self.options.where
-        if where == "tower":
+        keys, layers = self.options.match == "keys", self.options.layers
+        if self.options.where == "tower":
             reads: tuple[Read, ...] = (TowerKeys(heads="mean"),) if keys else ()
             yield Stage("merge", 0, keep, (TowerFeatures(), Projector(), *reads))
             return
-        layers = self.options.layers
         if layers[-1] >= shape.layers or (keys and layers[0] == 0):
             raise OptionError(
                 f"strategy 'tome': option 'layers': found {layers} with match={self.options.match!r} on a model of "
@@ -96,17 +90,19 @@ class ToMe(Strategy):
         tower = self.options.where == "tower"
         states = tokens.features if tower else tokens.hidden
         metric = states if self.options.match == "states" else tokens.keys if tower else tokens.layer_keys
-        into = torch.arange(states.shape[1], device=tokens.device).repeat(len(states), 1)
-        for row, target in enumerate(tokens.target.tolist()):
-            images = [image[tokens.active[row, image]] for image in images_of(tokens, row)]
-            images = images if target >= len(images) else [torch.cat(images)]
-            shares = apportion(target, [len(image) for image in images], least=1)
-            for image, share in zip(images, shares, strict=True):
-                merged = bipartite_merge(metric[row, image], tokens.mass[row, image], share, self.options.per_round)
-                into[row, image] = image[merged]
+        into = torch.arange(states.shape[1], device=tokens.device).repeat(len(states), 1)  # each stays, at first
+        for row, images in enumerate(tokens.images_by_row(least=1)):
+            parts = [(image.index, image.quota) for image in images]
+            target = sum(share for _, share in parts)
+            if images and target < len(images):  # not even a token for each image: they merge with each other
+                parts = [(torch.cat([index for index, _ in parts]), target)]
+            for index, share in parts:
+                merged = bipartite_merge(metric[row, index], tokens.mass[row, index], share, self.options.per_round)
+                into[row, index] = index[merged]
+        # kept are those that others, or themselves, are merged into; −1 sets aside what takes no part
         index = true_positions(as_mask(torch.where(tokens.active, into, -1), into.shape[1]))
         values = merged_means(states, tokens.mass.masked_fill(~tokens.active, 0), into, index)
-        weights = (into[:, None] == index[..., None]) & tokens.active[:, None]
+        weights = (into[:, None] == index[..., None]) & tokens.active[:, None]  # who belongs to whom: mass is conserved
         if tower:
             values = tokens.project(values)
         return Merge(index, values=values, weights=weights.float(), conserves_mass=True)

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from strategy_bench import Bench
 
 import tokenprune
+from tokenprune.core.allocation import apportion
 from tokenprune.core.options import tokens_of
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_strategies.baselines import Blind, NoPruning, Random, Uniform
 from tokenprune_strategies.fastv import FastV
-from tokenprune_strategies.ops.allocation import apportion, even_cells, evenly
+from tokenprune_strategies.ops.allocation import even_cells, evenly
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=3)
@@ -177,3 +178,12 @@ def test_fastv_names_a_layer_that_the_model_does_not_have() -> None:
         Bench(FastV(layer=12), [[16]])
     with pytest.raises(BudgetError):
         tokenprune.strategy("random", budget=0.0)
+
+
+def test_a_draw_is_the_same_whatever_the_default_type_of_torch_is() -> None:
+    kept = Bench(Random(keep=40), [[200]]).run().trace.stages[0].kept
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert Bench(Random(keep=40), [[200]]).run().trace.stages[0].kept == kept
+    finally:
+        torch.set_default_dtype(torch.float32)

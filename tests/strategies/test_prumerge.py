@@ -18,6 +18,7 @@ import tokenprune
 from tokenprune.core.decisions import Merge
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention
 from tokenprune.core.stage import Shape, equivalent_tokens
+from tokenprune.core.tokens import ImageTokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place
@@ -199,14 +200,18 @@ def test_weights_are_the_neighbours_attention() -> None:
     ],
 )
 def test_extra_token_takes_a_dropped_slot(kept: list[int], slots: list[int], origins: list[int]) -> None:
-    image, weights = torch.arange(10, 16), torch.eye(6)[[*kept, 0]]
-    index, origin, spread = place(image, torch.tensor(kept), weights, 20, "keep")
-    assert index.tolist() == [10 + slot for slot in slots]
-    assert origin.tolist() == origins
-    assert spread.shape == (len(kept) + 1, 20)
-    index, origin, _ = place(image, torch.tensor(kept), weights, 20, "renumber")
-    assert index.tolist() == [10 + i for i in range(len(kept) + 1)]
-    assert origin.tolist() == [*(10 + k for k in kept), -1]
+    image, weights = ImageTokens(0, 0, torch.arange(10, 16), quota=6), torch.eye(6)[[*kept, 0]]
+    placed = place(image, torch.tensor(kept), weights, "keep")
+    assert placed.origin is not None
+    order = placed.index.argsort()
+    assert placed.index[order].tolist() == [10 + slot for slot in slots]
+    assert placed.origin[order].tolist() == origins
+    assert torch.equal(placed.weights, weights)
+    assert torch.equal(placed.members, image.index)
+    compact = place(image, torch.tensor(kept), weights, "renumber")
+    assert compact.origin is not None
+    assert compact.index.tolist() == [10 + i for i in range(len(kept) + 1)]
+    assert compact.origin.tolist() == [*(10 + k for k in kept), -1]
 
 
 def test_no_outlier_keeps_one_and_everything_kept_needs_no_extra() -> None:
@@ -261,3 +266,13 @@ def test_values_go_through_the_projector() -> None:
 def test_bad_options_are_named(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(options))}"):
         tokenprune.strategy(name, **options)
+
+
+def test_weights_are_float32_whatever_the_default_type_of_torch_is() -> None:
+    attention, keys = torch.rand(9), torch.randn(9, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weights = merge_weights(attention, keys, torch.tensor([4, 1]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weights, merge_weights(attention, keys, torch.tensor([4, 1])))

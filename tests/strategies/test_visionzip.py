@@ -18,6 +18,7 @@ import tokenprune
 from tokenprune.core.decisions import Merge
 from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, Read
 from tokenprune.core.stage import Shape
+from tokenprune.core.tokens import ImageTokens
 from tokenprune.errors import IncompatibleError, OptionError
 from tokenprune_adapters.clip.tower import load_tower
 from tokenprune_adapters.llava.vision import run_tower
@@ -198,7 +199,8 @@ def test_one_token_is_cls_and_stands_for_no_patch() -> None:
 
 def test_contextual_tokens_are_sums_not_averages() -> None:
     keys = torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [0.1, 1], [1, 0.2], [5, 5]])
-    left = zip_crop(torch.tensor([0.1, 0, 0, 0, 0, 0.9]), keys, share=4, contextual=2)
+    crop = ImageTokens(0, 0, torch.arange(6), quota=4)
+    left = zip_crop(crop, torch.tensor([0.1, 0, 0, 0, 0, 0.9]), keys, contextual=2)
     assert (left.dominant.tolist(), left.targets.tolist()) == ([5], [0, 2])
     assert left.weights[0].tolist() == [1, 0, 0, 0, 0, 0]
     torch.testing.assert_close(left.weights[1], torch.tensor([0, 1 / 3, 1, 1 / 3, 1 / 3, 0]))

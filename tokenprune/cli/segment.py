@@ -17,6 +17,7 @@ from tokenprune.cli.arguments import (
     StrategyName,
     Threads,
     VisionTower,
+    path,
 )
 
 if TYPE_CHECKING:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokenprune.core.layout import true_positions
 from tokenprune.errors import PluginError
+
+if TYPE_CHECKING:
+    from tokenprune.core.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,35 @@ class Restore(Decision):
         return cls(index, values=values)
 
 
+@dataclass(frozen=True, eq=False)
+class MergeGroup:
+    """New tokens made of some tokens of a batch row, such as those of one image; `Merge.from_groups` joins groups.
+
+    Attributes:
+        row: batch row.
+        index: int64 [m], the tokens whose slots the new ones take, in any order.
+        members: int64 [n], the tokens that the new ones are made of.
+        weights: float [m, n], the share of each member's state that goes into each new token.
+        origin: int64 [m], the token whose place in the image each new one has; −1 for none. Default: `index`.
+    """
+
+    row: int
+    index: Tensor
+    members: Tensor
+    weights: Tensor
+    origin: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raises PluginError for shapes that do not go together."""
+        wanted = [len(self.index), len(self.members)]
+        origin = self.index if self.origin is None else self.origin
+        if list(self.weights.shape) != wanted or origin.shape != self.index.shape:
+            raise PluginError(
+                f"merge group of batch row {self.row}: weights of shape {list(self.weights.shape)} and origin of shape "
+                f"{list(origin.shape)}; expected [len(index), len(members)] = {wanted} and [{wanted[0]}]"
+            )
+
+
 @dataclass(frozen=True)
 class Merge(Decision):
     """These tokens stay active and carry weighted sums of others; every other active token is dropped.
@@ -91,6 +125,49 @@ class Merge(Decision):
     origin: Tensor | None = field(default=None, kw_only=True)
     conserves_mass: bool = field(default=False, kw_only=True)
     rest: str = field(default="drop", kw_only=True)
+
+    @classmethod
+    def from_groups(
+        cls,
+        tokens: Tokens,
+        groups: Sequence[MergeGroup],
+        *,
+        scores: Tensor | None = None,
+        conserves_mass: bool = False,
+        rest: str = "drop",
+    ) -> Merge:
+        """The new tokens of all groups, each row's in the order of the slots that they take.
+
+        Args:
+            tokens: that were chosen from.
+            groups: any number for each batch row; a row without any keeps no token.
+            scores: see `Decision`.
+            conserves_mass: see the class.
+            rest: see the class.
+        """
+        batch, size = tokens.exists.shape
+        ends = [0] * batch
+        for group in groups:
+            ends[group.row] += len(group.index)
+        most = max(ends, default=0)
+        index = torch.full((batch, most), -1, device=tokens.device)
+        origin, weights = index.clone(), torch.zeros(batch, most, size, dtype=torch.float32, device=tokens.device)
+        for group in reversed(groups):
+            ends[group.row] -= len(group.index)
+            new = slice(ends[group.row], ends[group.row] + len(group.index))
+            index[group.row, new] = group.index
+            origin[group.row, new] = group.index if group.origin is None else group.origin
+            weights[group.row, new][:, group.members] = group.weights.float()
+        # a number per slot in ascending order is what a decision is; padding, −1, has to stay behind
+        order = torch.where(index < 0, size, index).argsort(dim=1, stable=True)
+        return cls(
+            index.gather(1, order),
+            weights=weights.gather(1, order[..., None].expand_as(weights)),
+            origin=origin.gather(1, order),
+            scores=scores,
+            conserves_mass=conserves_mass,
+            rest=rest,
+        )
 
 
 def top_index(scores: Tensor, count: Tensor | int) -> Tensor:

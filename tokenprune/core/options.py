@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
+from tokenprune.errors import OptionError
+
 
 def _checked(amount: int | float) -> int | float:
     if isinstance(amount, int) and amount < 1:
@@ -31,6 +33,27 @@ Depth = Annotated[int | float, AfterValidator(_checked_depth)]
 """A decoder layer: an int is its number, a float a fraction of the model's depth."""
 
 
+def layer_of(layer: int, layers: int, who: str, *, least: int = 0) -> int:
+    """The decoder layer that the option `layer` names.
+
+    Args:
+        layer: its number.
+        layers: of the model.
+        who: name of the strategy, for the message.
+        least: the lowest layer that the option takes, for the message.
+
+    Raises:
+        OptionError: the model has no such layer.
+    """
+    if layer >= layers:
+        raise OptionError(
+            f"strategy {who!r}: option 'layer': found {layer}, but the model has {layers} layers; "
+            f"choose one of {least} … {layers - 1}"
+        )
+    return layer
+
+
+QUERY = 'query row whose attention counts: "mask_query", "last", "seg", …'
 QueryReduce = Literal["mean", "max"]
 """How attention from several query rows of a batch row becomes one score: the rule that all strategies share (ours)."""
 QUERY_REDUCE = "how several query rows of a batch row, one for each mask, count together: mean or max over them"
@@ -49,3 +72,8 @@ def portion(share: float, total: int) -> int:
 Wording = Literal["question", "query"]
 """See `tokenprune.core.reads.ClipTextEmbeddings`."""
 WORDING = "the text that counts: question, the whole one that the model is asked; query, the user's own words"
+
+COMPACT = "renumber: compact, as the authors do; keep: kept tokens stay at their own places"
+"""What the option `positions` of methods before the decoder means."""
+KEPT = "image tokens kept: an int counts them, a float is a share"
+"""What the option `keep` of most methods means."""

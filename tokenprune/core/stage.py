@@ -41,6 +41,10 @@ class Shape:
         """Whether the model offers all of these reads, so that stages can choose what they read; True where unknown."""
         return self.readable is None or self.readable.issuperset(kinds)
 
+    def offered(self, *reads: Read) -> tuple[Read, ...]:
+        """These reads where the model offers all of them, else none: for stages that can do without."""
+        return reads if self.offers(*(type(read) for read in reads)) else ()
+
 
 @dataclass(frozen=True)
 class Stage:

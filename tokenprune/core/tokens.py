@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.core.allocation import apportion
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.reads import Read
+from tokenprune.core.reads import Crops, Read
 from tokenprune.core.state import TokenState
 from tokenprune.errors import PluginError, nearest
 from tokenprune.plugins.readonly import ReadOnlyTensors
 
 if TYPE_CHECKING:
     from tokenprune.core.stage import Stage
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTokens:
+    """The tokens of one image, or of one crop of it, that take part now.
+
+    Attributes:
+        row: batch row.
+        image: which image of the row, counted from 0.
+        index: int64 [n], n >= 1, image-token numbers in ascending order.
+        quota: how many of the row's `tokens.target` fall to it; never more than n.
+    """
+
+    row: int
+    image: int
+    index: Tensor
+    quota: int
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 class Tokens:
@@ -156,6 +178,37 @@ class Tokens:
     def device(self) -> torch.device:
         """The device on which indices and scores must be."""
         return self.active.device
+
+    def images(self, *, least: int = 0) -> list[ImageTokens]:
+        """The images of every batch row, row by row, or their crops where the stage reads `Crops`.
+
+        Each active token is in exactly one of them; images without active tokens are left out. A row's target is
+        divided over its images (crops) by how many active tokens they have (ours).
+
+        Args:
+            least: quota that every image gets if the row's target allows; else the largest images get it.
+        """
+        return [image for images in self.images_by_row(least=least) for image in images]
+
+    def images_by_row(self, *, least: int = 0) -> list[list[ImageTokens]]:
+        """`images`, in a list for each batch row."""
+        rows = []
+        for row, target in enumerate(self.target.tolist()):
+            parts = self._parts(row)
+            quotas = apportion(target, [len(index) for _, index in parts], least)
+            rows.append([ImageTokens(row, image, index, n) for (image, index), n in zip(parts, quotas, strict=True)])
+        return rows
+
+    def _parts(self, row: int) -> list[tuple[int, Tensor]]:
+        """Of one row (image, token numbers) for every image or crop that has active tokens."""
+        numbers = self.image[row].masked_fill(~self.exists[row], -1)
+        known = sorted({*numbers.tolist()} - {-1})
+        images = [(numbers.eq(number) & self.active[row]).nonzero().flatten() for number in known]
+        parts = list(enumerate(images))
+        if Crops() in self._reads:
+            crop = self.read(Crops())[row]
+            parts = [(image, index[crop[index] == one]) for image, index in parts for one in crop[index].unique()]
+        return [(image, index) for image, index in parts if len(index)]
 
     def count(self, share: float) -> Tensor:
         """int64 [batch]: floor(share · N_row), at least 1 where share > 0 and the row has image tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tokenprune.core.stage import Shape
 
@@ -10,9 +11,18 @@ REPRESENTATIVES, KEEP = 0.25, 0.0625
 LEAST_SCALE = 0.25
 
 
+class Filled(NamedTuple):
+    """The options s, p, N_c and N_p."""
+
+    scatter_at: int
+    prune_at: int
+    representatives: int
+    keep: int
+
+
 def fill(
     budget: float, shape: Shape, windows: Sequence[tuple[int, int]], fixed: tuple[int | None, int | None]
-) -> tuple[int, int, int, int] | float:
+) -> Filled | float:
     """The (s, p, N_c, N_p) that come closest to a budget without passing it, or the least share of N that is needed.
 
     N_c and N_p scale together, in the proportion 4 : 1 of their defaults N/4 and N/16, up or down; what is left over
@@ -35,7 +45,7 @@ def fill(
             continue
         sizes = _sizes(room - (end - start) * total, start, layers - end, total, fixed)
         if sizes is not None:
-            return start, end, *sizes
+            return Filled(start, end, *sizes)
     start, end = windows[-1]
     least = start * (fixed[0] or 1) + (end - start) * total + (layers - end) * (fixed[1] or 1)
     return least / layers

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenprune.core.allocation import apportion
 from tokenprune.core.decisions import top_index
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
 from tokenprune.core.state import as_mask
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.tokens import ImageTokens, Tokens
 from tokenprune_strategies.csp.instance_masks import instance_labels, segment
-from tokenprune_strategies.ops.allocation import apportion, evenly, grid_mask, images_of, random_scores
+from tokenprune_strategies.ops.allocation import evenly, grid_mask, random_scores
 
 if TYPE_CHECKING:
     from tokenprune_strategies.csp.csp import CSP
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 Clustering = Literal["uniform", "grid", "random", "cls_attention", "seg_first", "kmeans"]
 """uniform: token i · floor(N / N_c); random: seeded; cls_attention: most attended by [CLS] in the tower; seg_first:
 per instance, by its area; and, ours, grid: even rows and columns; kmeans: nearest to the centres of tower features."""
+
+
+class Clusters(NamedTuple):
+    """Representatives, bool [batch, N], and regions, int64 [batch, N]: tokens of one region share representatives."""
+
+    representatives: Tensor
+    regions: Tensor
 
 
 def reads_of(options: CSP.Options) -> tuple[Read, ...]:
@@ -32,33 +40,30 @@ def reads_of(options: CSP.Options) -> tuple[Read, ...]:
     return (Pixels(),) if options.clustering == "seg_first" else ()
 
 
-def cluster(options: CSP.Options, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Representatives, bool [batch, N], and regions, int64 [batch, N]: tokens of one region share representatives."""
+def cluster(options: CSP.Options, tokens: Tokens) -> Clusters:
+    """Choose representatives, and divide the image into regions where the clustering module has any."""
     regions = torch.zeros_like(tokens.image)
     if options.clustering == "uniform":
-        return _strided(tokens), regions
+        return Clusters(_strided(tokens), regions)
     if options.clustering == "grid":
-        return grid_mask(tokens, tokens.target), regions
+        return Clusters(grid_mask(tokens), regions)
     if options.clustering == "random":
-        return _top(random_scores(tokens, options.seed), tokens), regions
+        return Clusters(_top(random_scores(tokens, options.seed), tokens), regions)
     if options.clustering == "cls_attention":
-        return _top(tokens.cls_attention.masked_fill(~tokens.exists, float("-inf")), tokens), regions
+        return Clusters(_top(tokens.cls_attention.masked_fill(~tokens.exists, float("-inf")), tokens), regions)
     chosen = torch.zeros_like(tokens.exists)
-    for row, target in enumerate(tokens.target.tolist()):
-        images = images_of(tokens, row)
-        shares = apportion(target, [len(image) for image in images])
-        for number, (image, share) in enumerate(zip(images, shares, strict=True)):
-            if options.clustering == "kmeans":
-                labels, picked = k_means(tokens.features[row, image], share, options.seed)
-            else:
-                labels = _instances(options, tokens, row, number, image)
-                picked = sample_instances(labels, share)
-            regions[row, image] = labels.to(tokens.device)
-            chosen[row, image[picked.to(tokens.device)]] = True
-    return chosen, regions
+    for image in tokens.images():
+        if options.clustering == "kmeans":
+            labels, picked = k_means(tokens.features[image.row, image.index], image.quota, options.seed)
+        else:
+            labels = _instances(options, tokens, image)
+            picked = sample_instances(labels, image.quota)
+        regions[image.row, image.index] = labels.to(tokens.device)
+        chosen[image.row, image.index[picked.to(tokens.device)]] = True
+    return Clusters(chosen, regions)
 
 
-def nearest_representative(tokens: Tokens, chosen: Tensor, regions: Tensor) -> Tensor:
+def nearest_representative(tokens: Tokens, clusters: Clusters) -> Tensor:
     """int64 [batch, N]: the representative of every token: the nearest on the grid, of its own region (ours).
 
     Where the region has no representative it is the nearest one of the image, and then of the row. Tokens without a
@@ -66,14 +71,14 @@ def nearest_representative(tokens: Tokens, chosen: Tensor, regions: Tensor) -> T
 
     Args:
         tokens: gives images and grid cells.
-        chosen: bool [batch, N], the representatives.
-        regions: int64 [batch, N].
+        clusters: representatives and regions.
     """
+    chosen, regions = clusters
     numbers = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     placed = (tokens.grid >= 0).all(2)
     cells = torch.where(placed[..., None], tokens.grid, torch.stack((numbers, numbers * 0), 2)).double()
     distance = torch.cdist(cells, cells)
-    far = 2 * distance.max() + 1
+    far = 2 * distance.max() + 1  # another region is farther than any cell, another image than any region of its own
     other_image = tokens.image[:, :, None] != tokens.image[:, None, :]
     distance = distance + far * ((regions[:, :, None] != regions[:, None, :]) + 2 * other_image.double())
     return distance.masked_fill(~chosen[:, None, :], float("inf")).argmin(2)
@@ -127,6 +132,7 @@ def sample_instances(labels: Tensor, count: int) -> Tensor:
 
 
 def _strided(tokens: Tokens) -> Tensor:
+    """bool [batch, N]: token i · floor(N / N_c) for i = 0 … N_c − 1."""
     stride = (tokens.counts // tokens.target.clamp(min=1)).clamp(min=1)[:, None]
     numbers = torch.arange(tokens.exists.shape[1], device=tokens.device)
     return tokens.exists & (numbers % stride == 0) & (numbers // stride < tokens.target[:, None])
@@ -136,10 +142,11 @@ def _top(scores: Tensor, tokens: Tokens) -> Tensor:
     return as_mask(top_index(scores, tokens.target), scores.shape[1])
 
 
-def _instances(options: CSP.Options, tokens: Tokens, row: int, number: int, image: Tensor) -> Tensor:
+def _instances(options: CSP.Options, tokens: Tokens, image: ImageTokens) -> Tensor:
+    """int64 [n]: the instance of every token of an image."""
     if options.segmenter is None:
-        features = tokens.features[row, image]
+        features = tokens.features[image.row, image.index]
         return k_means(features, min(options.regions, len(image)), options.seed)[0]
-    pictures = tokens.pixels[row].reshape(-1, *tokens.pixels.shape[-3:])
-    masks = segment(options.segmenter, pictures[min(number, len(pictures) - 1)].cpu().numpy())
-    return instance_labels(masks, tokens.grid[row, image].cpu())
+    pictures = tokens.pixels[image.row].reshape(-1, *tokens.pixels.shape[-3:])
+    masks = segment(options.segmenter, pictures[min(image.image, len(pictures) - 1)].cpu().numpy())
+    return instance_labels(masks, tokens.grid[image.row, image.index].cpu())

@@ -1,4 +1,5 @@
-"""CSP: cluster, scatter, prune (LVLM_CSP, Chen et al., arXiv 2504.10854)."""
+"""CSP: cluster, scatter, prune (Chen et al., "LVLM_CSP: Accelerating Large Vision Language Models via Clustering,
+Scattering, and Pruning for Reasoning Segmentation", https://arxiv.org/abs/2504.10854)."""
 
 from __future__ import annotations
 
@@ -8,13 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer
 from torch import Tensor
 
+from tokenprune import Decision, Keep, Restore, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.budget import too_small
-from tokenprune.core.decisions import Decision, Keep, Restore
 from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
-from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
 from tokenprune.errors import OptionError
 from tokenprune_strategies.csp.budget import KEEP, REPRESENTATIVES, fill
 from tokenprune_strategies.csp.clustering import Clustering, cluster, nearest_representative, reads_of
@@ -23,8 +21,7 @@ from tokenprune_strategies.csp.clustering import Clustering, cluster, nearest_re
 class CSP(Strategy):
     """Coarse reasoning over N_c representative tokens, fine reasoning over all N, then only the N_p attended ones.
 
-    Training-free. Layers [0, s) run on representatives, layers [s, p) on all image tokens, layers [p, L) on the ones
-    that the query row attends to most in layer p−1. Boundaries and sizes are ours, as fractions of depth and of N; so
+    Training-free. Boundaries and sizes are ours, as fractions of depth and of N; so
     are the modes `grid` and `kmeans` of clustering, the re-entry rule `delta`, and that positions are kept.
     """
 
@@ -84,18 +81,20 @@ class CSP(Strategy):
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Park all but the representatives; restore them; keep the most attended."""
-        if stage.name == "cluster":
-            chosen, regions = cluster(self.options, tokens)
-            tokens.memory["csp"] = chosen, regions
-            return Keep.where(chosen, rest="park")
-        if stage.name == "scatter":
+        if stage.name == "cluster":  # coarse reasoning: layers [0, s)
+            clusters = cluster(self.options, tokens)
+            tokens.memory["clusters"] = clusters
+            return Keep.where(clusters.representatives, rest="park")
+        if stage.name == "scatter":  # fine reasoning: layers [s, p)
             return Restore.where(tokens.parked, values=self.moved(tokens) if self.options.reentry == "delta" else None)
+        # layers [p, L): the N_p most attended in layer p−1, softmax over all keys, mean over heads (ours)
         return Keep.top(tokens.attention, tokens.target)
 
     def moved(self, tokens: Tokens) -> Tensor:
         """[batch, N, width]: every token's state plus what its representative's state gained so far (ours)."""
-        representative = nearest_representative(tokens, *tokens.memory["csp"])
+        representative = nearest_representative(tokens, tokens.memory["clusters"])
         gained = tokens.hidden - tokens.embeddings
+        # a parked token's own state is still its embedding, so that its own gain is 0
         states: Tensor = tokens.hidden + gained.gather(1, representative[..., None].expand_as(gained))
         return states
 
@@ -130,4 +129,4 @@ class CSP(Strategy):
         found = fill(budget, shape, windows, fixed)
         if isinstance(found, float):
             raise too_small(self, budget, shape, found)
-        return dict(zip(("scatter_at", "prune_at", "representatives", "keep"), found, strict=True))
+        return found._asdict()

@@ -21,13 +21,16 @@ def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float =
     sums, mass = metric.float() * mass[:, None], mass.clone()
     into = alive = torch.arange(len(metric), device=metric.device)
     while len(alive) > max(count, 1):
+        # A and B by turns: every token of A draws one edge, to the token of B that is most like it
         means = torch.nn.functional.normalize(sums[alive] / mass[alive, None], dim=-1)
         likeness, nearest = (means[::2] @ means[1::2].T).max(1)
+        # the best edges are merged, never more than are to go
         most = min(len(alive) - count, max(1, int(per_round * len(alive))))
         merged = likeness.argsort(descending=True, stable=True)[:most]
         source, target = alive[::2][merged], alive[1::2][nearest[merged]]
         sums.index_add_(0, target, sums[source])
         mass.index_add_(0, target, mass[source])
+        # what was merged into a token of A in an earlier round goes on with it
         moves = torch.arange(len(metric), device=metric.device)
         moves[source] = target
         into, alive = moves[into], alive[~torch.isin(alive, source)]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 NOISE = 1e-6
 
 
-def density_peaks(rows: Tensor, count: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The centres int64 [count], best first, and the cluster of every row, int64 [n].
+class Peaks(NamedTuple):
+    """Centres, int64 [count], row numbers, the best first; and the cluster of every row, int64 [n]."""
+
+    centres: Tensor
+    cluster: Tensor
+
+
+def density_peaks(rows: Tensor, count: int, noise: Tensor | None = None) -> Peaks:
+    """Cluster rows around the `count` best centres.
 
     A row's density is exp(−mean of its squared distances to the `count` nearest rows, itself included), distances being
     L2 / √width. A centre is dense and far from any denser row. Every row joins its nearest centre.
@@ -37,8 +46,8 @@ def density_peaks(rows: Tensor, count: int, noise: Tensor | None = None) -> tupl
     score = apart.log() + density if noise is None else apart * density
     centres = score.argsort(descending=True, stable=True)[:count]
     cluster = distance[:, centres].argmin(1)
-    cluster[centres] = torch.arange(count, device=rows.device)
-    return centres, cluster
+    cluster[centres] = torch.arange(count, device=rows.device)  # also where two centres are copies of each other
+    return Peaks(centres, cluster)
 
 
 def averages(cluster: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -
         exists: bool [G, n].
         counts: int64 [G], picks; at most the rows that exist.
     """
-    groups, most = torch.arange(len(states), device=states.device), int(counts.max())
+    groups, most = torch.arange(len(states), device=states.device), int(counts.max()) if counts.numel() else 0
     rows = normalize(states.float(), dim=-1)
     kernel = rows @ rows.transpose(1, 2)
     gains = kernel.diagonal(dim1=1, dim2=2) * weights**2
@@ -31,6 +31,7 @@ def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -
         best = torch.where(spent[:, 0], weights.masked_fill(taken, float("-inf")).argmax(1), best)
         picks.append(torch.where(step < counts, best, -1))
         taken = taken.scatter(1, best[:, None], True)
+        # one step of a Cholesky decomposition: what the picks so far leave of the pick's row of the kernel
         row = weights[groups, best, None] * kernel[groups, best] * weights
         row = row - torch.einsum("tg,tgn->gn", found[:step, groups, best], found[:step])
         found[step] = (row / gains[groups, best, None].clamp(min=0).sqrt()).masked_fill(spent, 0)

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenprune.core.decisions import MergeGroup
 from tokenprune.core.stage import Positions
+from tokenprune.core.tokens import ImageTokens
 
 NEIGHBOURS = 32
 
@@ -29,46 +31,39 @@ def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
     numbers = torch.arange(len(kept), device=kept.device)
     directions = torch.nn.functional.normalize(keys.float(), dim=-1)
     likeness = directions[kept] @ directions.T
-    likeness[numbers, kept] = float("-inf")
+    likeness[numbers, kept] = float("-inf")  # a token is none of its own neighbours
     near = likeness.topk(min(NEIGHBOURS, len(keys) - 1), dim=1).indices
-    weights = torch.zeros(len(kept) + 1, len(keys), device=kept.device)
-    weights[:-1].scatter_(1, near, attention[near])
+    weights = torch.zeros(len(kept) + 1, len(keys), dtype=torch.float32, device=kept.device)
+    weights[:-1].scatter_(1, near, attention[near])  # x_i + Σ a_j x_j, kept and unkept neighbours alike, not normalised
     weights[numbers, kept] = 1
-    weights[-1] = attention
+    weights[-1] = attention  # the extra token: Σ a_j x_j over those that are not kept
     weights[-1, kept] = 0
     return weights
 
 
-def place(
-    image: Tensor, kept: Tensor, weights: Tensor, size: int, positions: Positions
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Place the tokens of one image: slots int64 [m] ascending, origins int64 [m], weights float32 [m, size].
+def place(image: ImageTokens, kept: Tensor, weights: Tensor, positions: Positions) -> MergeGroup:
+    """Place the new tokens of one image.
 
     "renumber" takes the image's first slots, in the given order. "keep" leaves every kept token at its own slot and
     puts the extra one at the first dropped slot after the last kept, or else at the last dropped one (ours).
 
     Args:
-        image: int64 [N], token numbers of the image within the row.
+        image: of N tokens.
         kept: int64 [k], tokens kept, counted within the image.
         weights: float32 [k or k + 1, N], a row per new token; one row more than kept = the extra token is there.
-        size: tokens of the row.
         positions: the policy.
     """
-    slots, origins = kept, image[kept]
+    slots, origins = kept, image.index[kept]
     if len(weights) > len(kept):
-        free = torch.ones(len(image), dtype=torch.bool, device=image.device)
+        free = torch.ones(len(image), dtype=torch.bool, device=kept.device)
         free[kept] = False
         free_slots = free.nonzero().flatten()
         behind = free_slots[free_slots > (kept.max() if len(kept) else -1)]
         slots = torch.cat((kept, behind[:1] if len(behind) else free_slots[-1:]))
-        origins = torch.cat((origins, origins.new_full((1,), -1)))
+        origins = torch.cat((origins, origins.new_full((1,), -1)))  # it has no place of its own in the image
     if positions == "renumber":
-        order = slots = torch.arange(len(slots), device=slots.device)
-    else:
-        slots, order = slots.sort()
-    spread = weights.new_zeros(len(slots), size)
-    spread[:, image] = weights[order]
-    return image[slots], origins[order], spread
+        slots = torch.arange(len(slots), device=slots.device)
+    return MergeGroup(image.row, image.index[slots], image.index, weights, origins)
 
 
 def without_extra(number: int, size: int) -> int:

@@ -1,31 +1,28 @@
-"""PruMerge and PruMerge+ (Shang et al., "LLaVA-PruMerge", arXiv 2403.15388)."""
+"""PruMerge and PruMerge+ (Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal
+Models", https://arxiv.org/abs/2403.15388)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.core.decisions import Decision, Merge
-from tokenprune.core.options import Amount, tokens_of
+from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
+from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion, evenly, images_of
+from tokenprune.core.stage import Positions
+from tokenprune_strategies.ops.allocation import evenly
 from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place, without_extra
 
 
 class PruMerge(Strategy):
     """Keep the image tokens that [CLS] attends to most in the vision tower, and merge each one's neighbours into it.
 
-    All of it happens within each image, before the projector: (1) [CLS] attention of the tower's last layer, full
-    width; (2) the share of outliers (above Q3 + 1.5·IQR) is the share kept; (3) each kept token adds its 32
-    nearest tokens by key similarity, weighted by their attention; (4) one extra token sums up the tokens not kept.
+    All of it happens within each image, before the projector; how many are kept is for the image's attention to say.
 
     A tower without [CLS] scores by the attention that each patch receives (mean over heads and patches), and where the
     projector does not take image tokens one by one, what is merged are the projected tokens (ours).
@@ -46,16 +43,9 @@ class PruMerge(Strategy):
         keep: Amount | None = Field(
             None, description="tokens left in a row, the extra ones included: an int or a share; overrides ratio"
         )
-        positions: Positions = Field(
-            "renumber", description="renumber: compact, as the authors do; keep: kept tokens stay at their own places"
-        )
+        positions: Positions = Field("renumber", description=COMPACT)
 
     options: Options
-
-    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
-        """Raises OptionError or BudgetError, see Strategy."""
-        super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
 
     def without_effect(self) -> Mapping[str, str]:
         """See `Strategy.without_effect`."""
@@ -68,38 +58,30 @@ class PruMerge(Strategy):
         keep = self.options.keep
         number = None if keep is None else tokens_of(keep, shape.image_tokens)
         score: Read = ClsAttention(heads="joint") if shape.offers(ClsAttention) else ReceivedAttention()
-        merges: tuple[Read, ...] = (TowerFeatures(), Projector()) if shape.offers(TowerFeatures, Projector) else ()
-        yield Stage("merge", 0, number, (score, TowerKeys(), *merges))
+        yield Stage("merge", 0, number, (score, TowerKeys(), *shape.offered(TowerFeatures(), Projector())))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Select and merge, image by image."""
         reads = {type(read) for read in stage.reads}
+        # (1) attention of the tower's last layer, from [CLS] to each patch
         attention = tokens.cls_attention if ClsAttention in reads else tokens.received_attention
-        rows = [self._row(row, tokens, attention[row]) for row in range(len(tokens.exists))]
-        index, origin = (pad_sequence([row[i] for row in rows], batch_first=True, padding_value=-1) for i in (0, 1))
-        weights, scores = (pad_sequence([row[i] for row in rows], batch_first=True) for i in (2, 3))
-        values = None
-        if Projector in reads:
-            features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
-            values = tokens.project((weights @ features.float()).to(features.dtype))
-        return Merge(index, values=values, scores=scores, weights=weights, origin=origin)
-
-    def _row(self, row: int, tokens: Tokens, received: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of one batch row: slots int64 [m], origins int64 [m], weights float32 [m, N], scores float32 [N]."""
-        size = tokens.exists.shape[1]
-        scores = torch.full((size,), float("-inf"), device=tokens.device)
-        images = images_of(tokens, row)
-        shares = apportion(int(tokens.target[row]), [len(image) for image in images])
-        parts = [(scores.new_zeros(0).long(), scores.new_zeros(0).long(), scores.new_zeros(0, size))]
-        for image, share in zip(images, shares, strict=True):
-            attention, keys = received[image], tokens.keys[row, image]
-            scores[image] = attention
-            kept = self.selected(attention, None if self.options.keep is None else share)
-            weights = merge_weights(attention, keys, kept)
-            extra = len(image) > len(kept) and (self.options.keep is None or share > len(kept))
-            parts.append(place(image, kept, weights if extra else weights[:-1], size, self.options.positions))
-        slots, origins, merging = (torch.cat(part) for part in zip(*parts, strict=True))
-        return slots, origins, merging, scores
+        exact, groups = self.options.keep is not None, []
+        for image in tokens.images():
+            scores = attention[image.row, image.index]
+            # (2) the most attended are kept, as large a share as there are outliers (above Q3 + 1.5 · IQR)
+            kept = self.selected(scores, image.quota if exact else None)
+            # (3) each kept token adds its 32 nearest by key similarity, weighted by their attention; (4) an extra one
+            # sums up the tokens that are not kept
+            weights = merge_weights(scores, tokens.keys[image.row, image.index], kept)
+            extra = len(image) > len(kept) and (not exact or image.quota > len(kept))
+            groups.append(place(image, kept, weights if extra else weights[:-1], self.positions))
+        scores = attention.float().masked_fill(~tokens.exists, float("-inf"))
+        merged = Merge.from_groups(tokens, groups, scores=scores)
+        if Projector not in reads:
+            return merged  # what is summed up are the tokens in the decoder
+        # sums of the tower's features, which the projector then takes; padding may hold anything
+        features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
+        return replace(merged, values=tokens.project((merged.weights @ features.float()).to(features.dtype)))
 
     def selected(self, attention: Tensor, number: int | None) -> Tensor:
         """Tokens kept of one image, int64 [k], by falling attention.
@@ -123,8 +105,7 @@ class PruMergePlus(PruMerge):
 
     Adaptive: with step = int(1 / ratio), every int(step / 3)-th token is added unless it is kept already. Fixed ratio:
     every step-th token from step // 2 on. The authors' code lets such a token repeat one already kept; ours drops the
-    repeat. `keep`: half by attention, half evenly spaced among the others (ours), so that the number is exact. A stride
-    below 1, from ratios above 1/3, counts as 1 (ours).
+    repeat. `keep`: half by attention, half evenly spaced among the others (ours).
     """
 
     name = "prumerge+"
@@ -133,13 +114,14 @@ class PruMergePlus(PruMerge):
         """Tokens kept of one image, int64 [k]: by falling attention, then the uniform ones in image order."""
         order, size = attention.argsort(descending=True, stable=True), len(attention)
         if number is not None:
-            count = without_extra(number, size)
+            count = without_extra(number, size)  # half and half, and in all the exact number (ours)
             top = order[: (count + 1) // 2]
             rest = order[len(top) :].sort().values
             return torch.cat((top, rest[evenly(count - len(top), len(rest))]))
         ratio = max(self.share(attention), 1 / size)
         top, step = order[: max(1, int(size * ratio))], int(1 / ratio)
         adaptive = self.options.ratio == "adaptive"
+        # the strides are the authors'; below 1, from ratios above 1/3, a stride counts as 1 (ours)
         first, stride = (0, max(1, step // 3)) if adaptive else (step // 2, step)
         uniform = torch.arange(first, max(first, size - 1), stride, device=order.device)
         return torch.cat((top, uniform[~torch.isin(uniform, top)]))

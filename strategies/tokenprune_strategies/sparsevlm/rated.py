@@ -8,13 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from tokenprune import Decision, Embeddings, Keep, Read, Shape, Stage, Strategy, StrategyOptions, TextEmbeddings, Tokens
 from tokenprune.core.budget import Ladder
-from tokenprune.core.decisions import Decision, Keep
 from tokenprune.core.options import Amount, Depth, tokens_of
-from tokenprune.core.reads import Embeddings, Read, TextEmbeddings
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.falling_stages import Counts, falling_ladders, layers_of
 from tokenprune_strategies.sparsevlm.rating import RATERS, raters
@@ -51,7 +48,6 @@ class RatedByText(Strategy):
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
         """Raises OptionError or BudgetError, see Strategy."""
         super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
         amounts, layers = self.options.keep or self.tables[self.options.table], self.options.layers
         if len(layers) != len(amounts):
             raise OptionError(
@@ -68,7 +64,7 @@ class RatedByText(Strategy):
         layers, total = layers_of(self.options.layers, shape.layers, self.name), shape.image_tokens
         yield Stage("rate", 0, total, (Embeddings(), TextEmbeddings()))
         for number, (layer, cut) in enumerate(zip(layers, self.cuts(self.counts(total), total), strict=True), 1):
-            yield Pruning(f"prune {number}", layer, cut.rows, self.reads(), cut)
+            yield Pruning(f"prune {number}", layer, cut.rows, self.reads(), cut=cut)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Mark the raters, then go by what they rate."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ def raters(tokens: Tokens) -> Tensor:
     token rates if its mean is above the average of the means. Where none is, all text after the image rates, and where
     there is none after it, all text (ours).
     """
+    # only text behind the image rates; it is compared by embeddings, before any layer
     after = tokens.text & (tokens.images_before == tokens.counts[:, None])
     likeness = tokens.embeddings.float() @ tokens.text_embeddings.float().transpose(1, 2)
     shares = likeness.masked_fill(~after[:, None], float("-inf")).softmax(2)
@@ -28,10 +31,20 @@ def raters(tokens: Tokens) -> Tensor:
     return found
 
 
-def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Attention without the part that positions alone make: float32 [batch, heads, Q, N], 0 where there is none.
+class Corrected(NamedTuple):
+    """What `corrected_attention` gives.
 
-    Beside it float32 [batch], how many query rows there are.
+    Attributes:
+        attention: float32 [batch, heads, Q, N], 0 where there is none.
+        raters: float32 [batch], how many each row has.
+    """
+
+    attention: Tensor
+    raters: Tensor
+
+
+def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor: float) -> Corrected:
+    """Attention without the part that positions alone make.
 
     Args:
         attention: float32 [batch, heads, Q, N], see `AttentionFrom`.
@@ -43,5 +56,6 @@ def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor
     rows = (~missing).any(2).sum(1)
     if floor:
         kernel = torch.maximum(kernel, floor * kernel.abs().amax(2, keepdim=True))
+    # 0 / 1 where a row lacks the rater or the token, so that sums over raters and tokens pass over it
     corrected = attention.masked_fill(missing[:, None], 0) / kernel.masked_fill(missing, 1)[:, None]
-    return corrected, rows.clamp(min=1).float()
+    return Corrected(corrected, rows.clamp(min=1).float())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenprune.core.allocation import apportion
+from tokenprune.core.decisions import MergeGroup
 from tokenprune.core.stage import Positions, Stage
-from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion, present_images
+from tokenprune.core.tokens import ImageTokens
 from tokenprune_strategies.ops.density_peaks import averages, density_peaks
 
 
@@ -32,7 +33,7 @@ class Cut(NamedTuple):
 class Pruning(Stage):
     """A stage with its numbers."""
 
-    cut: Cut | None = None
+    cut: Cut = field(kw_only=True)
 
 
 def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> list[Cut]:
@@ -54,37 +55,36 @@ def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> 
 
 
 def recycle(
-    tokens: Tokens, row: int, scores: Tensor, cut: Cut, positions: Positions, noise: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots int64 [m] ascending, origins int64 [m] and weights float32 [m, N] of the tokens of a row that run on.
+    images: Sequence[ImageTokens], hidden: Tensor, scores: Tensor, cut: Cut, positions: Positions, noise: Tensor | None
+) -> list[MergeGroup]:
+    """The tokens of a row that run on.
 
     Of each image the kept tokens in their order, then the clusters' averages, best centre first, on the image's first
     slots; under "keep" all at their own slots, clusters at their centres'. A cluster's origin is its centre.
 
     Args:
-        tokens: of the batch.
-        row: its number.
+        images: of the row.
+        hidden: [N, width], states that are clustered.
         scores: float [N].
         cut: numbers of the row; images share them.
         positions: the policy.
         noise: float [N] for `density_peaks`, or None.
     """
-    images = present_images(tokens, row)
     kept = apportion(cut.kept, [len(image) for image in images])
     recycled = apportion(cut.recycled, [len(image) - keep for image, keep in zip(images, kept, strict=True)])
     clusters = apportion(cut.clusters, recycled)
-    empty = scores.new_zeros(0).long()
-    parts = [(empty, empty, scores.new_zeros(0, len(scores), dtype=torch.float32))]
+    groups = []
     for image, keep, some, count in zip(images, kept, recycled, clusters, strict=True):
-        order = image[scores[image].argsort(descending=True, stable=True)]
+        order = image.index[scores[image.index].argsort(descending=True, stable=True)]
         places, again = order[:keep].sort().values, order[keep : keep + some]
-        weights = torch.zeros(keep + count, len(scores), dtype=torch.float32, device=scores.device)
-        weights[torch.arange(keep, device=places.device), places] = 1
+        members = torch.cat((places, again))
+        weights = torch.zeros(keep + count, keep + some, dtype=torch.float32, device=scores.device)
+        weights[:keep, :keep].fill_diagonal_(1)  # kept tokens are themselves
         if count:
-            centres, cluster = density_peaks(tokens.hidden[row, again], count, None if noise is None else noise[again])
-            weights[keep:, again] = averages(cluster, count)
-            places = torch.cat((places, again[centres]))
-        sort = torch.arange(len(places), device=places.device) if positions == "renumber" else places.argsort()
-        parts.append((image[: len(places)] if positions == "renumber" else places[sort], places[sort], weights[sort]))
-    slots, origins, merging = (torch.cat(part) for part in zip(*parts, strict=True))
-    return slots, origins, merging
+            # section 3.3: clusters of what was dropped at high scores; each is its members' plain average
+            peaks = density_peaks(hidden[again], count, None if noise is None else noise[again])
+            weights[keep:, keep:] = averages(peaks.cluster, count)
+            places = torch.cat((places, again[peaks.centres]))
+        slots = image.index[: len(places)] if positions == "renumber" else places
+        groups.append(MergeGroup(image.row, slots, members, weights, places))
+    return groups

@@ -1,4 +1,5 @@
-"""SparseVLM and SparseVLM+ (Zhang et al., "SparseVLM: Visual Token Sparsification", arXiv 2410.04417).
+"""SparseVLM and SparseVLM+ (Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
+Inference", https://arxiv.org/abs/2410.04417).
 
 SparseVLM+ is the second version, as the authors' code has it.
 """
@@ -9,15 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from pydantic import Field
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
-from tokenprune.core.decisions import Decision, Keep, Merge
+from tokenprune import AttentionFrom, Decision, HiddenStates, Keep, Merge, PositionKernel, Read, Shape, Stage, Tokens
+from tokenprune.core.allocation import top_by_image
 from tokenprune.core.options import Amount, tokens_of
-from tokenprune.core.reads import AttentionFrom, HiddenStates, PositionKernel, Read
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.stage import Positions
 from tokenprune.errors import IncompatibleError
-from tokenprune_strategies.ops.allocation import random_scores, top_by_image
+from tokenprune_strategies.ops.allocation import random_scores
 from tokenprune_strategies.ops.falling_stages import Counts
 from tokenprune_strategies.sparsevlm.rated import RatedByText
 from tokenprune_strategies.sparsevlm.rating import RATERS, corrected_attention
@@ -29,11 +29,8 @@ HEADS, FLOOR = 14, 0.1
 class SparseVLM(RatedByText):
     """Text tokens that resemble the image rate the image tokens; the low ones go, some of them merged into a few.
 
-    Raters are the text tokens after the image that the image embeddings are most like (section 3.2). At each stage (1)
-    a token's score is the attention of the raters in the layer before, mean over heads and raters; (2) the best stay;
-    (3) of the p others the best 0.3 p are clustered by density peaks, one cluster for ten, and each cluster's plain
-    average stands behind those that stay (3.3); (4) positions are counted anew. Mass is not conserved: a merged token
-    has the average of its members', and tokens that are in no cluster take theirs along.
+    Mass is not conserved: a merged token has the average of its members', and tokens that are in no cluster take theirs
+    along.
 
     Ours: layers and counts as shares, so that dropping after 2, 6 and 15 of 32 layers and counts of 576 carry to other
     models; ties are not decided by noise (`density_peaks`); where no text stands out, all of it rates; every batch row
@@ -68,23 +65,21 @@ class SparseVLM(RatedByText):
 
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
         """Keep the best, merge what comes next."""
+        # (1) section 3.2: attention of the raters in the layer before, mean over heads and raters
+        scores: Tensor = tokens.attention
         noise = random_scores(tokens, self.options.seed) if self.options.faithful else None
-        rows = [
-            recycle(tokens, row, scores, own.cut, self.positions, None if noise is None else noise[row])
-            for row, (scores, own) in enumerate(zip(tokens.attention, tokens.stages, strict=True))
-            if isinstance(own, Pruning) and own.cut is not None
-        ]
-        index, origin = (pad_sequence([row[i] for row in rows], batch_first=True, padding_value=-1) for i in (0, 1))
-        weights = pad_sequence([row[2] for row in rows], batch_first=True)
-        return Merge(index, weights=weights, origin=origin, scores=tokens.attention)
+        groups = []
+        for row, images in enumerate(tokens.images_by_row()):
+            own = tokens.stages[row]  # rows of other sizes keep and merge other numbers
+            assert isinstance(own, Pruning)
+            drawn = None if noise is None else noise[row]
+            # (2) the best stay, (3) of the p others the best 0.3 p become clusters, one for ten (see `cuts`)
+            groups += recycle(images, tokens.hidden[row], scores[row], own.cut, self.positions, drawn)
+        return Merge.from_groups(tokens, groups, scores=scores)
 
 
 class SparseVLMPlus(RatedByText):
     """SparseVLM with scores free of what positions alone make of attention, by the better heads, nothing merged.
-
-    At each stage (1) the raters' attention in the layer before is divided by what the rotary embedding alone would give
-    to that distance (`PositionKernel`); (2) heads are ranked by the sum of that over raters and image tokens, and the
-    better ones scored by: mean over heads, then raters; (3) the best tokens stay, at their positions.
 
     Ours: half of the heads (the authors: 14, whatever the model has), and the divisor does not fall below a tenth of
     its largest value for the rater (it goes through 0 at long distances, where scores change sign).
@@ -134,9 +129,12 @@ class SparseVLMPlus(RatedByText):
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
         """Keep the tokens of highest score."""
         floor = 0.0 if self.options.faithful else FLOOR
+        # (1) the raters' attention in the layer before, divided by what the rotary embedding alone gives that distance
         attention, rows = corrected_attention(tokens.attention, tokens.position_kernel, tokens.active, floor)
+        # (2) heads are ranked by the sum of that over raters and image tokens
         heads = HEADS if self.options.faithful else tokens_of(self.options.heads, attention.shape[1])
         best = attention.sum((2, 3)).topk(heads, dim=1).indices
+        # (3) mean over the better heads, then over raters
         by_token = attention.sum(2).gather(1, best[..., None].expand(-1, -1, attention.shape[3])).mean(1)
         scores = (by_token / rows[:, None]).masked_fill(~tokens.active, float("-inf"))
         return Keep.where(top_by_image(tokens, scores), scores=scores)

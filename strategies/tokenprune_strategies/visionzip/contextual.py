@@ -9,88 +9,80 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokenprune.core.decisions import MergeGroup
 from tokenprune.core.stage import Positions
+from tokenprune.core.tokens import ImageTokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Zipped:
     """What is left of a crop of n patches.
 
     Attributes:
+        crop: the crop.
         cls: whether [CLS] is passed on.
         dominant: int64 [d], patches passed on as they are, ascending.
         targets: int64 [c], patches that others are merged into, ascending.
         weights: float32 [c, n], what every target sums up.
     """
 
+    crop: ImageTokens
     cls: bool
     dominant: Tensor
     targets: Tensor
     weights: Tensor
 
 
-def zip_crop(attention: Tensor, keys: Tensor, share: int, contextual: int) -> Zipped:
-    """Reduce a crop to `share` tokens; all of them or none are taken as they are.
+def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int) -> Zipped:
+    """Reduce a crop to its quota of tokens, [CLS] included; all of them or none are taken as they are.
 
     Args:
+        crop: of n patches.
         attention: float32 [n], of [CLS].
         keys: float32 [n, C], mean over heads.
-        share: tokens to end up with, [CLS] included.
-        contextual: how many of them are merged ones, fewer than `share`.
+        contextual: how many of the quota are merged ones, fewer than it.
     """
-    size = len(attention)
+    size, share = len(attention), crop.quota
     every = torch.arange(size, device=attention.device)
     if share in (0, size):
-        return Zipped(False, every[:share], every[:0], attention.new_zeros(0, size))
+        return Zipped(crop, False, every[:share], every[:0], attention.new_zeros(0, size))
+    # (1) dominant: [CLS], and the patches of highest [CLS] attention, in image order
     order = attention.argsort(descending=True, stable=True)
     best = share - contextual - 1
     dominant, rest = order[:best].sort().values, order[best:].sort().values
+    # (2) contextual: of the rest every step-th is a target …
     targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual]
     weights = attention.new_zeros(contextual, size)
     if contextual:
+        # … and every other one joins the target whose key is most like its own
         others = rest[~torch.isin(rest, targets)]
         joined = (normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T).argmax(1)
         weights[joined, others] = 1
         weights /= weights.sum(1, keepdim=True).clamp(min=1)
-        weights[every[:contextual], targets] = 1
-    return Zipped(True, dominant, targets, weights)
+        weights[every[:contextual], targets] = 1  # its own row *plus* the mean of those that joined it
+    return Zipped(crop, True, dominant, targets, weights)
 
 
-def line_up(
-    crops: Sequence[Tensor], zipped: Sequence[Zipped], size: int, positions: Positions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The new tokens of one image: slots int64 [m] ascending, origins int64 [m] (−1 for [CLS]), for each [CLS] a token
-    of its crop (−1 for all others), weights float32 [m, size].
+def line_up(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
+    """The new tokens of one image, from what is left of its crops; [CLS] has origin −1.
 
-    Of one crop [CLS] comes first, then dominant and contextual tokens; of several crops their [CLS] come between the
-    two. "renumber" takes the image's first slots in this order. "keep" leaves tokens at their own slots and puts [CLS]
-    at the first ones that became free (ours).
-
-    Args:
-        crops: int64 [n], token numbers of each crop within the row.
-        zipped: what is left of them.
-        size: tokens of the row.
-        positions: the policy.
+    Of one crop [CLS] comes first, then dominant and contextual tokens; of several crops the dominant ones come first,
+    in image order, and their [CLS] between these and the contextual ones. "renumber" takes the image's first slots in
+    this order. "keep" leaves tokens at their own slots and puts [CLS] at the first ones that became free (ours).
     """
-    pairs = list(zip(crops, zipped, strict=True))
-    dominant = torch.cat([crop[left.dominant] for crop, left in pairs]).sort().values
-    whole = torch.cat([crop[: left.cls] for crop, left in pairs])
-    merged = torch.cat([crop[left.targets] for crop, left in pairs])
-    none = torch.full_like(whole, -1)
-    origins = torch.cat((none, dominant, merged) if len(crops) == 1 else (dominant, none, merged))
-    marks = torch.full_like(origins, -1)
-    marks[origins < 0] = whole
-    weights = zipped[0].weights.new_zeros(len(origins), size)
-    own = (origins >= 0).nonzero().flatten()
-    weights[own, origins[own]] = 1
-    start = len(origins) - len(merged)
-    for crop, left in pairs:
-        weights[start : start + len(left.targets), crop] = left.weights
-        start += len(left.targets)
-    image = torch.cat(list(crops)).sort().values
-    if positions == "renumber":
-        return image[: len(origins)], origins, marks, weights
-    slots = origins.clone()
-    slots[origins < 0] = image[~torch.isin(image, origins)][: len(whole)]
-    slots, order = slots.sort()
-    return slots, origins[order], marks[order], weights[order]
+    dominant = torch.cat([one.crop.index[one.dominant] for one in zipped]).sort().values
+    merged = torch.cat([one.crop.index[one.targets] for one in zipped])
+    none = merged.new_full((sum(one.cls for one in zipped),), -1)
+    origins = torch.cat((none, dominant, merged) if len(zipped) == 1 else (dominant, none, merged))
+    members = torch.cat([one.crop.index for one in zipped])
+    weights = (origins[:, None] == members).float()  # each is its own row; [CLS], of origin −1, is made of no member
+    new, old = len(origins) - len(merged), 0
+    for one in zipped:  # contextual tokens come last, crop by crop
+        weights[new : new + len(one.targets), old : old + len(one.crop)] = one.weights
+        new, old = new + len(one.targets), old + len(one.crop)
+    image = members.sort().values
+    slots = image[: len(origins)]
+    if positions == "keep":
+        slots = origins.clone()
+        slots[origins < 0] = image[~torch.isin(image, origins)][: len(none)]
+    return MergeGroup(zipped[0].crop.row, slots, members, weights, origins)

@@ -1,34 +1,28 @@
-"""VisionZip (Yang et al., "Longer is Better but Not Necessary in Vision Language Models", arXiv 2412.04467)."""
+"""VisionZip (Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+https://arxiv.org/abs/2412.04467)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from dataclasses import replace
+from itertools import groupby
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.core.decisions import Decision, Merge
-from tokenprune.core.options import Amount, tokens_of
-from tokenprune.core.reads import ClsAttention, ClsFeatures, Projector, TowerFeatures, TowerKeys
-from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.strategy import Strategy, StrategyOptions
-from tokenprune.core.tokens import Tokens
-from tokenprune_strategies.ops.allocation import apportion
-from tokenprune_strategies.ops.crops import crop_reads, crops_of
+from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
+from tokenprune.core.allocation import apportion
+from tokenprune.core.options import COMPACT, Amount, tokens_of
+from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, TowerFeatures, TowerKeys
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.visionzip.contextual import line_up, zip_crop
 
 
 class VisionZip(Strategy):
     """Keep [CLS] and the image tokens that it attends to most in the vision tower; merge the others into a few.
 
-    All of it happens in every crop of an image, before the projector (section 3): (1) dominant tokens: [CLS] and those
-    of highest [CLS] attention in the last layer but one, in image order; (2) contextual tokens: of the rest, every
-    step-th is a target, and every other one joins the target whose key is most like its own; a target is passed on as
-    its own row plus the mean of those that joined it. The decoder gets dominant tokens, then contextual ones. Of an
-    image in several crops it gets the dominant patches of all crops in image order, then their [CLS], then contextual.
+    All of it happens in every crop of an image, before the projector (section 3).
 
     Ours: a row's tokens are shared by the size of crops, and a crop that keeps all its tokens is left as it is.
     """
@@ -43,48 +37,38 @@ class VisionZip(Strategy):
         contextual: Annotated[int | float, Field(ge=0)] = Field(
             10 / 64, description="contextual ones among them: an int counts those of a row, a float is a share of keep"
         )
-        positions: Positions = Field(
-            "renumber", description="renumber: compact, as the authors do; keep: kept tokens stay at their own places"
-        )
+        positions: Positions = Field("renumber", description=COMPACT)
 
     options: Options
 
-    def __init__(self, *, budget: float | None = None, **options: Any) -> None:
-        """Raises OptionError or BudgetError, see Strategy."""
-        super().__init__(budget=budget, **options)
-        self.positions = self.options.positions
-
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer."""
+        # attention and keys of the last tower layer but one, whose output is what the projector takes
         reads = (ClsAttention(-2), TowerKeys(-2, "mean"), TowerFeatures(), ClsFeatures(), Projector())
-        yield Stage("zip", 0, tokens_of(self.options.keep, shape.image_tokens), (*reads, *crop_reads(shape)))
+        yield Stage("zip", 0, tokens_of(self.options.keep, shape.image_tokens), (*reads, *shape.offered(Crops())))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Select and merge, crop by crop."""
-        rows = [self._row(row, stage, tokens) for row in range(len(tokens.exists))]
-        slots, origin, whole = (
-            pad_sequence([row[i] for row in rows], batch_first=True, padding_value=-1) for i in (0, 1, 2)
-        )
-        weights = pad_sequence([row[3] for row in rows], batch_first=True)
-        features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
-        patches = weights @ features.float()
-        cls = tokens.cls_features.gather(1, whole.clamp(min=0)[..., None].expand_as(patches)).float()
-        values = tokens.project(torch.where((whole >= 0)[..., None], cls, patches).to(features.dtype))
+        groups, cls = [], []
+        for row, crops in enumerate(tokens.images_by_row()):
+            attention, keys = tokens.cls_attention[row], tokens.keys[row]
+            zipped = [
+                zip_crop(crop, attention[crop.index], keys[crop.index], contextual)
+                for crop, contextual in zip(crops, self.contextual([crop.quota for crop in crops]), strict=True)
+            ]
+            parts = groupby(zipped, key=lambda one: one.crop.image)
+            groups += [line_up(list(image), self.positions) for _, image in parts]
+            cls += [(row, one.crop.index[0]) for one in zipped if one.cls]
         scores = tokens.cls_attention.masked_fill(~tokens.exists, float("-inf"))
-        return Merge(slots, values=values, scores=scores, weights=weights, origin=origin)
-
-    def _row(self, row: int, stage: Stage, tokens: Tokens) -> tuple[Tensor, ...]:
-        """The new tokens of a batch row, as `line_up` gives them."""
-        images, size = crops_of(stage, tokens, row), tokens.exists.shape[1]
-        shares = apportion(int(tokens.target[row]), [len(crop) for crops in images for crop in crops])
-        counts = iter(zip(shares, self.contextual(shares), strict=True))
-        attention, keys = tokens.cls_attention[row], tokens.keys[row]
-        empty = tokens.image.new_zeros(0)
-        parts = [(empty, empty, empty, attention.new_zeros(0, size))]
-        for crops in images:
-            zipped = [zip_crop(attention[crop], keys[crop], *next(counts)) for crop in crops]
-            parts.append(line_up(crops, zipped, size, self.positions))
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        merged = Merge.from_groups(tokens, groups, scores=scores)
+        assert merged.origin is not None
+        features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
+        rows = merged.weights @ features.float()
+        # tokens without a place of their own are the [CLS], in the order of the crops, row by row
+        where = (merged.index >= 0) & (merged.origin < 0)
+        if cls:
+            rows[where] = torch.stack([tokens.cls_features[row, token] for row, token in cls]).float()
+        return replace(merged, values=tokens.project(rows.to(features.dtype)))
 
     def contextual(self, shares: Sequence[int]) -> list[int]:
         """How many tokens of each crop's share are contextual; at least one is left to [CLS]."""

@@ -6,31 +6,26 @@ import torch
 from pydantic import Field
 from torch.nn.functional import normalize
 
-from tokenprune import Embeddings, Keep, Stage, Strategy, StrategyOptions
+from tokenprune import Embeddings, ScorerStrategy, StrategyOptions
 
 
-class Spread(Strategy):
+class Spread(ScorerStrategy):
     """Keep the image tokens that lie farthest apart, by the cosine of their embeddings.
 
     The choice is Gonzalez' greedy one for k centres (1985); the first token is the one least like the mean.
     """
 
     name = "spread"
-    budget_option = "keep"
+    reads = (Embeddings(),)
 
     class Options(StrategyOptions):
         """Options of `spread`."""
 
         keep: float = Field(0.25, gt=0, le=1, description="share of the image tokens that is kept")
 
-    def stages(self, shape):
-        """One stage, before the first layer: it needs nothing of the text."""
-        count = max(1, round(self.options.keep * shape.image_tokens))
-        yield Stage("spread", layer=0, tokens=min(count, shape.image_tokens), reads=Embeddings())
-
-    def choose(self, stage, tokens):
-        """The first `tokens.target` of each row, in the order in which they are taken."""
-        return Keep.top(-taken(tokens.embeddings, tokens.active, int(tokens.target.max())), tokens.target)
+    def score(self, stage, tokens):
+        """The sooner a token is taken, the higher; `tokens.target` are taken of each row."""
+        return -taken(tokens.embeddings, tokens.active, int(tokens.target.max()))
 
 
 def taken(states, active, count):

@@ -1,0 +1,56 @@
+"""The images of a batch side by side, for methods that compare the tokens of an image with each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from tokenprune.core.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class StackedImages:
+    """The active tokens of all G images (or crops) of a batch, padded to the largest.
+
+    Attributes:
+        rows: int64 [G], the batch row of each.
+        index: int64 [G, n], image-token numbers within the row, −1 as padding.
+        quotas: int64 [G], how many each may keep.
+    """
+
+    rows: Tensor
+    index: Tensor
+    quotas: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> StackedImages:
+        """Those of `tokens.images()`."""
+        images = tokens.images()
+        if not images:
+            return cls(tokens.counts[:0], tokens.image[:0], tokens.counts[:0])
+        index = pad_sequence([image.index for image in images], batch_first=True, padding_value=-1)
+        rows, quotas = (index.new_tensor([getattr(image, name) for image in images]) for name in ("row", "quota"))
+        return cls(rows, index, quotas)
+
+    @property
+    def exists(self) -> Tensor:
+        """bool [G, n]: False on padding."""
+        return self.index >= 0
+
+    def take(self, values: Tensor) -> Tensor:
+        """Values [batch, N, …] of the tokens: [G, n, …]; those of some other token on padding."""
+        return values[self.rows[:, None], self.index.clamp(min=0)]
+
+    def picked(self, picks: Tensor) -> list[Tensor]:
+        """Image-token numbers of the picks int64 [G, k], −1 as padding, that were made within each image."""
+        return [index[own[own >= 0]] for index, own in zip(self.index, picks, strict=True)]
+
+    def mask(self, picks: Tensor, tokens: Tokens) -> Tensor:
+        """The picks as bool [batch, N]."""
+        chosen = torch.zeros_like(tokens.exists)
+        for row, numbers in zip(self.rows.tolist(), self.picked(picks), strict=True):
+            chosen[row, numbers] = True
+        return chosen

@@ -177,7 +177,7 @@ def prune(
         answers = dict.fromkeys(binding.offers(), watch.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
         later, missed, padding = (getattr(watch, name, None) for name in ("later", "missed", "padding"))
-        generations = Generations(whole, decoder.module, lambda: not run.never_prunes())
+        generations = Generations(whole, decoder.module)
         run = PruningRun(
             decoder,
             strategy,
@@ -192,7 +192,7 @@ def prune(
         )
         with concerning(concerns):
             stack.enter_context(no_continuous_batching(whole))
-            stack.enter_context(generations.followed())
+            stack.enter_context(generations.followed(lambda: not run.never_prunes()))
             stack.enter_context(run.attached())
             stack.enter_context(generations.open())
         _OPEN.setdefault(decoder.module, {})[run] = concerns

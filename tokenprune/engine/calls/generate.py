@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,20 +55,23 @@ class Generations:
     Args:
         model: that generates.
         decoder: that it calls.
-        prunes: whether the strategy ever does.
     """
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, prunes: Callable[[], bool]) -> None:
-        self._model, self._decoder, self._prunes = model, decoder, prunes
+    def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
+        self._model, self._decoder = model, decoder
         self._open = False
 
     @contextmanager
-    def followed(self) -> Iterator[None]:
-        """Look on at `generate` meanwhile; refuse that its first call holds less than the prompt, or more."""
+    def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
+        """Look on at `generate` meanwhile; refuse that its first call holds less than the prompt, or more.
+
+        Args:
+            prunes: whether the strategy ever does.
+        """
         with ExitStack() as undo:
-            undo.enter_context(shadowed(self._model, "generate", self._generate))
+            undo.enter_context(shadowed(self._model, "generate", partial(self._generate, prunes)))
             for module in modules_of(self._model):  # of a part, where the model has that one generate
-                undo.enter_context(shadowed(module, "_prepare_generation_config", self._prepare))
+                undo.enter_context(shadowed(module, "_prepare_generation_config", partial(_prepare, prunes)))
             yield
 
     @contextmanager
@@ -83,12 +87,12 @@ class Generations:
         """Asked when the decoder is called: whether that is in a `generate` that was not seen to begin."""
         return generation(self._model) is None and under_way(self._model, "generate")
 
-    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:
             return original(*args, **kwargs)
         given = inspect.signature(original).bind_partial(*args).arguments
         if {**given, **kwargs}.get("assistant_model") is not None:
-            self._refuse_guesses("assistant_model")
+            _refuse_guesses("assistant_model", prunes)
         token = _GENERATION.set(Generation(self._model, _GENERATION.get()))
         try:
             with shadowed(self._decoder, "forward", self._go_on):
@@ -104,24 +108,26 @@ class Generations:
             )
         return original(*args, **kwargs)
 
-    def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The settings that `generate` will really use: of its arguments, a configuration, and the model's own."""
-        prepared = original(*args, **kwargs)
-        config = prepared[0] if isinstance(prepared, tuple) else prepared
-        size = getattr(config, "prefill_chunk_size", None)
-        if size is not None:
-            raise UnsupportedError(
-                f"prefill_chunk_size={size} found under tokenprune.prune(): generate() would give the prompt in parts, "
-                "and image tokens are chosen once, when all of it is known; leave prefill_chunk_size out"
-            )
-        for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
-            if getattr(config, name, None) is not None:
-                self._refuse_guesses(name)
-        return prepared
 
-    def _refuse_guesses(self, name: str) -> None:
-        if self._prunes():
-            raise UnsupportedError(
-                f"{name} found under tokenprune.prune(): in assisted decoding the first call holds guessed tokens "
-                "behind the prompt, by which image tokens would be chosen; generate without it"
-            )
+def _prepare(prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The settings that `generate` will really use: of its arguments, a configuration, and the model's own."""
+    prepared = original(*args, **kwargs)
+    config = prepared[0] if isinstance(prepared, tuple) else prepared
+    size = getattr(config, "prefill_chunk_size", None)
+    if size is not None:
+        raise UnsupportedError(
+            f"prefill_chunk_size={size} found under tokenprune.prune(): generate() would give the prompt in parts, and "
+            "image tokens are chosen once, when all of it is known; leave prefill_chunk_size out"
+        )
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
+        if getattr(config, name, None) is not None:
+            _refuse_guesses(name, prunes)
+    return prepared
+
+
+def _refuse_guesses(name: str, prunes: Callable[[], bool]) -> None:
+    if prunes():
+        raise UnsupportedError(
+            f"{name} found under tokenprune.prune(): in assisted decoding the first call holds guessed tokens "
+            "behind the prompt, by which image tokens would be chosen; generate without it"
+        )

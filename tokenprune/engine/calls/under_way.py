@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -13,27 +14,24 @@ from torch.utils import checkpoint
 
 def under_way(thing: Any, name: str) -> bool:
     """Whether this thread is in a call of `thing.name(...)`."""
-    return any(
-        frame.f_code.co_name == name and frame.f_locals.get("self") is thing
-        for frame in _stack()  # the name first, since asking for a frame's variables copies them
-    )
+    # the name first, since asking for a frame's variables copies them
+    return _in_a_frame(lambda frame: frame.f_code.co_name == name and frame.f_locals.get("self") is thing)
 
 
 def checkpointed() -> bool:
     """Whether this thread is in a function that `torch.utils.checkpoint` will run again in a backward pass."""
-    for frame in _stack():
-        if frame.f_code.co_filename == checkpoint.__file__:
-            if frame.f_code.co_name == "checkpoint" and torch.is_grad_enabled():  # not where it is reentrant
-                return True
-            given = frame.f_locals.get("args", ()) if frame.f_code.co_name == "forward" else ()
-            if any(isinstance(value, Tensor) and value.requires_grad for value in given):
-                return True
-    return False
+    return _in_a_frame(lambda frame: frame.f_code.co_filename == checkpoint.__file__ and _runs_again(frame))
 
 
-def _stack() -> list[FrameType]:
-    frames, frame = [], inspect.currentframe()
-    while frame is not None:
-        frames.append(frame)
+def _runs_again(frame: FrameType) -> bool:
+    if frame.f_code.co_name == "checkpoint":
+        return torch.is_grad_enabled()  # which it is not inside of one that is reentrant
+    given = frame.f_locals.get("args", ()) if frame.f_code.co_name == "forward" else ()
+    return any(isinstance(value, Tensor) and value.requires_grad for value in given)
+
+
+def _in_a_frame(is_wanted: Callable[[FrameType], bool]) -> bool:
+    frame = inspect.currentframe()  # not a list of them, which would hold itself and so all that callers hold
+    while frame is not None and not is_wanted(frame):
         frame = frame.f_back
-    return frames
+    return frame is not None

@@ -114,7 +114,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, name: str, tensor: torch.Tensor
     ("options", "message"),
     [
         ({"template_sed": 3}, "GLaMM models have no load option 'template_sed'; did you mean 'template_seed'"),
-        ({"template_seed": "one"}, "template_seed='one' found, expected a whole number"),
+        ({"template_seed": "one"}, "template_seed: 'one' found, expected a whole number"),
     ],
 )
 def test_bad_options(folder: Path, options: dict[str, Any], message: str) -> None:

@@ -172,7 +172,7 @@ def test_the_command_line_says_how_to_see_where_a_plugin_failed(monkeypatch, cap
         except KeyError as error:
             raise PluginError("strategy 'mine', stage 'cut' raised KeyError: 'rank'") from error
 
-    monkeypatch.setattr("tokenprune.cli.app.app", lambda args: fail())
+    monkeypatch.setattr("tokenprune.cli.app.app", lambda **options: fail())
     for arguments, hint in ((["flops"], True), (["flops", "--debug"], False)):
         with pytest.raises(SystemExit):
             main(arguments)

@@ -210,7 +210,7 @@ def test_commands_run_and_are_shown(plugin: Add, capsys: pytest.CaptureFixture[s
     assert ran(capsys, "several", "two")[0] == 5
     code, _, errors = ran(capsys, "census", "--number", "many")
     assert code == 2
-    assert "Invalid value for '--number'" in errors
+    assert "invalid value for '--number'" in errors
     text = ran(capsys, "--help")[1]
     assert "the census of a test" in text
     assert text.index("compare") < text.index("census")

@@ -114,7 +114,7 @@ def test_the_strategy_works(run: Runner, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("forgotten")
-@pytest.mark.parametrize("name", ["keep", "field", "tensor", "true", "stage", "iterable", "exception", "x"])
+@pytest.mark.parametrize("name", ["keep", "field", "tensor", "true", "stage", "tokens", "exception", "x"])
 def test_no_name_hides_another(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     run("new", "strategy", name, "--into", tmp_path)
     plugin_of(tmp_path / f"tokenprune-{name}", monkeypatch)

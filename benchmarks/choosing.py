@@ -40,7 +40,7 @@ import tokenprune
 from tokenprune.core import reads
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.attention_tap import Seen
+from tokenprune.engine.attention_tap import AttentionCall
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.prefill import Prefill
@@ -95,7 +95,7 @@ def timed(call: Callable[[], Any], clock: Clock) -> float:
 
 
 def vision(tokens: int) -> VisionSource:
-    """Made-up answers of a CLIP ViT-L tower and LLaVA's projector."""
+    """Synthetic answers of a CLIP ViT-L tower and LLaVA's projector."""
     draw = torch.Generator().manual_seed(1)
 
     def drawn(*shape: int) -> Tensor:
@@ -142,7 +142,7 @@ def walk(strategy: Strategy, model: LlamaModel, tokens: int, source: VisionSourc
         hidden = prefill.before_layer(layer, hidden, kwargs)
         if prefill.taps(layer):
             parts = torch.randn(3, 1, HEADS, hidden.shape[1], WIDTH // HEADS, generator=draw).to(TYPE)
-            seen = Seen(*parts, mask=None, scaling=(WIDTH // HEADS) ** -0.5, causal=True)
+            seen = AttentionCall(*parts, mask=None, scaling=(WIDTH // HEADS) ** -0.5, causal=True)
             spent += timed(lambda layer=layer, seen=seen: prefill.see(layer, seen), clock)
         hidden = prefill.after_layer(layer, hidden)
     return spent, prefill.trace.ledger

@@ -149,15 +149,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no name": (lambda: tp.strategy(None), "name=None found, expected the name of a strategy, such as 'csp'"),
     "text for a budget": (
         lambda: tp.strategy("fastv", budget="0.5"),
-        "strategy 'fastv': budget '0.5' found, expected a share of the image tokens in (0, 1]",
+        "strategy 'fastv': budget must be a share of the image tokens in (0, 1], got '0.5'",
     ),
     "list for a budget": (
         lambda: tp.strategy("fastv", budget=[0.5]),
-        "strategy 'fastv': budget [0.5] found, expected a share of the image tokens in (0, 1]",
+        "strategy 'fastv': budget must be a share of the image tokens in (0, 1], got [0.5]",
     ),
     "True for a budget": (
         lambda: tp.strategy("fastv", budget=True),
-        "strategy 'fastv': budget True found, expected a share of the image tokens in (0, 1]",
+        "strategy 'fastv': budget must be a share of the image tokens in (0, 1], got True",
     ),
     "no amount": (
         lambda: tp.strategy("fastv", keep=""),
@@ -248,9 +248,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "model=None found, expected a segmentation model, as tokenprune.load('lisa-tiny') gives, or its name; it has "
         "no name, no decoder, no encode_image, no build_inputs, no run_decoder, no segment, no grid_box",
     ),
-    "no data set": (
+    "no dataset": (
         lambda: tp.compare("lisa-tiny", None, ["none"]),
-        "dataset=None found, expected a data set, or the name of one, such as 'shapes'",
+        "dataset=None found, expected a dataset, or the name of one, such as 'shapes'",
     ),
     "no strategies": (
         lambda: tp.compare("lisa-tiny", "shapes", [None]),

@@ -53,7 +53,7 @@ def pruned(model: Any, strategy: Any, **options: Any) -> None:
         decoder(torch.arange(1, 13)[None])
 
 
-def marks() -> torch.Tensor:
+def prompt_masks() -> torch.Tensor:
     """bool [1, 12], eight image tokens."""
     return (torch.arange(12) // 2 > 0)[None] & (torch.arange(12) < 10)[None]
 
@@ -63,7 +63,7 @@ def prune_arguments() -> dict[str, Any]:
     return {
         "model": tiny_llama(layers=4),
         "strategy": FASTV,
-        "image_tokens": marks(),
+        "image_tokens": prompt_masks(),
         "query": None,
         "queries": None,
         "grid": None,

@@ -26,7 +26,7 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
     Raises:
         OptionError: no name, or an option that the family does not have or that is of another kind.
         CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
-        PluginError: an adapter cannot be imported, or raises what is no TokenPruneError; a bundled model's folder is
+        PluginError: an adapter cannot be imported, or raises an unexpected exception; a bundled model's folder is
             not there.
     """
     source, config = find_checkpoint(name_or_path)

@@ -18,7 +18,7 @@ class TokenPruneError(Exception):
 
 
 class UnknownNameError(TokenPruneError, LookupError):
-    """A strategy, adapter, data set, model, split or other name that nobody registered."""
+    """A strategy, adapter, dataset, model, split or other name that nobody registered."""
 
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:

@@ -19,4 +19,4 @@ def tokenprune_register_adapters(register: Register) -> None:
 @hookimpl
 def tokenprune_register_models(register: Register) -> None:
     """Checkpoints that are part of this package."""
-    register("lisa-tiny", "tokenprune_adapters.bundled:lisa_tiny", summary="a tiny LISA trained on the data set shapes")
+    register("lisa-tiny", "tokenprune_adapters.bundled:lisa_tiny", summary="a tiny LISA trained on the dataset shapes")

@@ -38,7 +38,7 @@ class PyramidDrop(ScorerStrategy):
         )
         query: str = Field("mask_query", description=QUERY)
         query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
-        positions: Positions = Field("renumber", description="renumber: counted anew at every stage, as the authors do")
+        positions: Positions = Field("renumber", description="renumber: renumbered at every stage, as the authors do")
         faithful: bool = Field(
             False, description="as the authors' code: the last row is the query, shares of N are cut off as floats"
         )

@@ -8,7 +8,7 @@ from vlm_families import FAMILIES
 from vlm_watching import WITH_CLS, Reader, attention_of, blocks_of, inputs_of, model_of, read, tower_of
 
 from tokenprune.core.reads import ClsFeatures, ClsQuery, Crops, Projector, TowerFeatures, TowerKeys, TowerValues
-from tokenprune.engine.interface.bound_model import binding_of
+from tokenprune.engine.interface.bound_model import bound_model_of
 
 PROJECTED = ["llava", "llava_next"]
 
@@ -88,7 +88,7 @@ def test_queries_keys_and_values_are_the_projections(name):
 
 @pytest.mark.parametrize("name", ["llava", "llava_siglip", "llava_next", "internvl", "qwen2_5_vl"])
 def test_who_offers_what(name):
-    offered = binding_of(model_of(name)).offers()
+    offered = bound_model_of(model_of(name)).offers()
     assert ({ClsQuery, Crops} <= offered) == (name in WITH_CLS)
     assert (ClsFeatures in offered) == (name in PROJECTED)
     assert TowerValues in offered

@@ -101,7 +101,7 @@ def test_later_releases_are_not_refused(found, monkeypatch):
         pass
 
 
-def test_a_plain_language_model_is_asked_for_marks():
+def test_a_plain_language_model_is_asked_for_prompt_masks():
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT_MODEL))
     with fails(InputError, "LlamaForCausalLM", "image_tokens="), tokenprune.prune(model, Half()):
         pass

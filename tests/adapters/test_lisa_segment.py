@@ -210,11 +210,11 @@ def test_one_mask_for_each_seg_of_a_prompt(model: LisaModel, image: np.ndarray[A
     assert both.text == "The cat [SEG] and the dog [SEG]."
     first = model.segment(image, prompt=f"{opening} The cat [SEG]")
     assert torch.allclose(first.mask_logits[0], both.mask_logits[0], atol=1e-4)
-    several = model.segment(
+    as_list = model.segment(
         image, prompt=[f"{opening} The cat [SEG]", f"{opening} The cat [SEG] and the dog [SEG].</s>"]
     )
-    assert several.query_index == [0, 1, 1]
-    assert torch.allclose(several.mask_logits[1:], both.mask_logits, atol=1e-4)
+    assert as_list.query_index == [0, 1, 1]
+    assert torch.allclose(as_list.mask_logits[1:], both.mask_logits, atol=1e-4)
 
 
 def test_generation_with_a_cache_equals_recomputation(model: LisaModel, image: np.ndarray[Any, Any]) -> None:

@@ -289,7 +289,7 @@ def test_bad_names_are_refused_with_a_good_one(run: Runner, tmp_path: Path, name
         ("strategy", "fastv", ("strategy 'fastv' exists already", "package 'tokenprune-vlm'")),
         ("adapter", "lisa", ("adapter 'lisa' exists already", "package 'tokenprune-vlm'")),
         ("adapter", "qwen2-vl", ("'qwen2_vl'", "adapter 'transformers'")),
-        ("dataset", "shapes", ("data set 'shapes' exists already", "package 'tokenprune-vlm'")),
+        ("dataset", "shapes", ("dataset 'shapes' exists already", "package 'tokenprune-vlm'")),
         ("strategy", "adapters", ("module 'tokenprune_adapters' is installed",)),
     ],
 )

@@ -303,7 +303,7 @@ def test_a_budget_goes_to_the_parts_that_have_none() -> None:
     first, second = made.stages(shape)
     assert first.tokens == 60
     assert (2 * 60 + 10 * second.tokens) / 12 <= 30 < (2 * 60 + 10 * (second.tokens + 1)) / 12
-    with pytest.raises(BudgetError, match=r"'uniform\+fastv' cannot meet budget 0\.1.*its least is"):
+    with pytest.raises(BudgetError, match=r"'uniform\+fastv' cannot meet budget 0\.1.*the smallest possible budget is"):
         Sequence(
             tokenprune.strategy("uniform", keep=0.6), tokenprune.strategy("fastv", keep=0.5, layer=2), budget=0.1
         ).bind(shape)

@@ -96,7 +96,7 @@ def test_a_tower_shows_its_cls_row_and_keys():
     assert seen_by[0].key.shape == (2, 4, 17, 8)
 
 
-class Watch(Strategy):
+class VisionCapture(Strategy):
     """Drops half of the image tokens at layer 1 and shows the attention of the stage at layer 3."""
 
     name = "watch"
@@ -131,7 +131,7 @@ def test_scores_inside_a_pruned_stage(attention, reduce):
     probe[0, [11, 13]] = True
     probe[1, 12] = True
     seen, inner = [], []
-    with torch.no_grad(), prune(model, Watch(seen, reduce), image_tokens=image, queries={"probe": probe}):
+    with torch.no_grad(), prune(model, VisionCapture(seen, reduce), image_tokens=image, queries={"probe": probe}):
         hook = model.model.layers[2].self_attn.register_forward_hook(lambda m, a, o: inner.append(o[1]))
         model(ids)
         hook.remove()

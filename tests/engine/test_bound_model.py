@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from tokenprune import hookimpl
-from tokenprune.engine.interface.bound_model import binding_of
-from tokenprune.engine.interface.given import Given
+from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.engine.interface.marked_model import MarkedModel
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.plugins import registry
@@ -37,7 +37,7 @@ class Knows(Adapter):
 
     @classmethod
     def bind(cls, model: Any) -> Any:
-        return Given(model, image_tokens=None) if isinstance(model, Known) else None  # type: ignore[arg-type]
+        return MarkedModel(model, image_tokens=None) if isinstance(model, Known) else None  # type: ignore[arg-type]
 
 
 class Plugin:
@@ -62,22 +62,22 @@ def _fresh_registry() -> Iterator[None]:
 def test_adapters_after_the_one_that_knows_the_model_are_not_imported() -> None:
     registry.register_plugin(Plugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
     model = Known()
-    assert binding_of(model).decoder is model
+    assert bound_model_of(model).decoder is model
 
 
 def test_one_that_is_asked_and_cannot_be_imported_is_named() -> None:
     registry.register_plugin(Plugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
     with pytest.raises(PluginError, match=r"'ours'.*'later'.*No module named 'surely_not_installed'"):
-        binding_of(tiny_llama())
+        bound_model_of(tiny_llama())
 
 
 def test_a_model_that_nobody_knows() -> None:
     registry.register_plugin(Plugin(knows=Knows), "ours")
     with pytest.raises(InputError, match="where are the image tokens"):
-        binding_of(tiny_llama())
+        bound_model_of(tiny_llama())
     model = nn.Module()
     model.config = SimpleNamespace(vision_config=object(), model_type="car")  # type: ignore[assignment]
     with pytest.raises(
         UnsupportedError, match=r"Module \(model_type 'car'\); adapters know .*; knows: known, known_too;"
     ):
-        binding_of(model)
+        bound_model_of(model)

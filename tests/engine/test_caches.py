@@ -21,7 +21,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.session import PruningRun
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.oracle import masked_full_length
@@ -116,7 +116,7 @@ def check(model, positions, seeds, moves):
     def marks():
         now = next(pending)
         strategy.now = now.script
-        return Marks(now.layout.image_tokens)
+        return PromptMasks(now.layout.image_tokens)
 
     worst = 0.0
     with torch.no_grad(), PruningRun(find_decoder(model), strategy, marks).attached():

@@ -105,7 +105,7 @@ def test_what_no_model_offers_is_refused_everywhere(name: str) -> None:
     found = tp.compatible(ByDepth(), model.model)
     assert (found.runs, bool(found), found.reads, found.strategy) == (False, False, ("Depth",), "by-depth")
     assert found.missing == ("Depth",)
-    assert "it reads Depth, and the model offers" in found.reason
+    assert "requires Depth, model provides" in found.reason
     assert repr(found.model) in found.reason
     with counted(model.modules) as called, pytest.raises(IncompatibleError) as refusal:
         model.run(ByDepth())
@@ -196,11 +196,11 @@ def test_what_cannot_be_told() -> None:
 
 def test_compare_refuses_before_the_first_query() -> None:
     model = row("lisa").model
-    with counted(model) as called, pytest.raises(IncompatibleError, match="'by-depth' does not fit model"):
+    with counted(model) as called, pytest.raises(IncompatibleError, match="'by-depth' is incompatible with model"):
         tp.compare(model, FakeData(), [ByDepth()], limit=1)
     assert called == []
     found = tp.compare(model, FakeData(), ["none", ByDepth()], limit=1, timing_samples=0)
-    assert "'by-depth' does not fit model" in (found.rows[1].reason or "")
+    assert "'by-depth' is incompatible with model" in (found.rows[1].reason or "")
     assert found.rows[0].reason is None
 
 
@@ -241,7 +241,7 @@ def test_commands_tell_a_misfit_in_one_line(
     words = [word.format(tmp=tmp_path) for word in command]
     capsys.readouterr()  # what writing the checkpoint printed
     ran = run(*words, "--model", folder)
-    assert_one_line(ran, "strategy 'by-depth' does not fit model", "it reads Depth", "choose another strategy")
+    assert_one_line(ran, "strategy 'by-depth' is incompatible with model", "requires Depth", "choose another strategy")
 
 
 # the page ------------------------------------------------------------------------------------------------------------

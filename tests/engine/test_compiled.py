@@ -15,7 +15,7 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import Binding, Marks, prune, pruning
+from tokenprune.engine import BoundModel, PromptMasks, prune, pruning
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -372,7 +372,7 @@ def test_a_forward_that_was_compiled_inside_does_not_prune_behind_the_context(wh
 # adapters that follow the model by hooks -----------------------------------------------------------------------------
 
 
-class Hooked(Binding):
+class Hooked(BoundModel):
     """Notes where the model's input holds a token, by a forward hook on one of its modules."""
 
     name, tower_layers, source = "hooked", 0, "adapter 'hooked' of package 'mine'"
@@ -384,7 +384,7 @@ class Hooked(Binding):
         return frozenset()
 
     @contextmanager
-    def watch(self, reads):
+    def capture(self, reads):
         handle = self._part.register_forward_pre_hook(self._note)
         try:
             yield self
@@ -394,9 +394,9 @@ class Hooked(Binding):
     def _note(self, module, args):
         self.seen += 1
 
-    def marks(self, queries):
+    def prompt_masks(self, queries):
         assert self.seen, "its hook was not called"
-        return Marks(image_of(), queries)
+        return PromptMasks(image_of(), queries)
 
     def provide(self, read):
         raise AssertionError("nothing is offered")

@@ -26,7 +26,7 @@ from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.turns import decoder_in
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import binding_of
+from tokenprune.engine.interface.bound_model import bound_model_of
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -334,7 +334,7 @@ def test_the_towers_are_not_mixed(name: str, threads: Any) -> None:
     """Another thread's forward began before, stands in the tower meanwhile, and goes on while this one's is read."""
     model = family(name)
     mine, other = (FAMILIES[name].inputs([size], seed=9) for size in [(24, 32), (40, 20)])
-    binding = binding_of(model)._inner  # type: ignore[attr-defined]
+    binding = bound_model_of(model)._inner  # type: ignore[attr-defined]
     projector = binding.part(binding.family.images.projector)
 
     def run(inputs: dict[str, Any]) -> torch.Tensor:
@@ -366,7 +366,7 @@ def test_the_towers_are_not_mixed(name: str, threads: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_turns_and_contexts_find_the_same_decoder(name: str) -> None:
     model = family(name)
-    decoder = find_decoder(binding_of(model).decoder).module
+    decoder = find_decoder(bound_model_of(model).decoder).module
     assert decoder_in(model) is decoder
     assert decoder_in(decoder) is decoder
 

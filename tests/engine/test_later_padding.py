@@ -82,7 +82,7 @@ def turns(model: Any, strategy: Strategy, rows: list[int], sides: tuple[str, str
 def test_a_later_turn_is_that_of_the_row_alone(
     positions: str, layer: int, explicit: bool, sides: tuple[str, str]
 ) -> None:
-    """Where no position ids are given, positions counted anew go by the mask, as in the first turn; others do not."""
+    """Where no position ids are given, positions renumbered go by the mask, as in the first turn; others do not."""
     model = tiny_llama(4)
     together = turns(model, Ragged(positions, layer), [0, 1], sides, explicit)
     for row in (0, 1):

@@ -15,9 +15,9 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import IncompatibleError
-from tokenprune.testing.cases import MadeUp, Row
+from tokenprune.testing.cases import Row, SyntheticBatch
 from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.synthetic_vision import made_up_vision
+from tokenprune.testing.synthetic_vision import synthetic_vision_of
 
 BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune-vlm"]
 BATCHES = [
@@ -28,9 +28,9 @@ BATCHES = [
 
 @torch.no_grad()
 def forward(family: str, rows: tuple[Row, ...], padding: str, strategy: Strategy) -> Trace:
-    made, model = MadeUp(rows, padding), model_of(family)
+    made, model = SyntheticBatch(rows, padding), model_of(family)
     marks: dict[str, Any] = {"image_tokens": made.layout.image_tokens, "grid": made.grid, "image_number": made.number}
-    with tp.prune(model, strategy, vision=made_up_vision(made, WIDTH), **marks) as run:
+    with tp.prune(model, strategy, vision=synthetic_vision_of(made, WIDTH), **marks) as run:
         stack_of(model)(inputs_embeds=made.embeds(WIDTH), attention_mask=made.mask, use_cache=False)
     return run.trace
 

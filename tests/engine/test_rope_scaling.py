@@ -1,4 +1,4 @@
-"""Positions counted anew under every kind of rotary scaling: what a sequence shortened by hand would have got."""
+"""Positions renumbered under every kind of rotary scaling: what a sequence shortened by hand would have got."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_reads_that_the_model_cannot_provide_are_refused_before_anything_runs(mo
     hook = model.model.layers[0].self_attn.register_forward_hook(lambda *a: ran.append(1))
     with (
         pytest.raises(
-            IncompatibleError, match="'choosing' does not fit model 'LlamaForCausalLM': it reads TowerFeatures"
+            IncompatibleError, match="'choosing' is incompatible with model 'LlamaForCausalLM': requires TowerFeatures"
         ),
         prune(model, Choosing(half, reads=TowerFeatures()), image_tokens=inputs[1]),
     ):

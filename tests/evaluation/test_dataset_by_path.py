@@ -1,4 +1,4 @@
-"""Data sets by the place of their class, `module:Class`: from the current folder and from packages, errors by name."""
+"""Datasets by the place of their class, `module:Class`: from the current folder and from packages, errors by name."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_others_run_as_if_what_cannot_run_were_not_there() -> None:
         ("random", 0.01, False),
     ]
     assert "cannot meet budget 0.01" in (found.rows[1].reason or "")
-    assert "'prumerge' does not fit model 'LlamaModel'" in (found.rows[3].reason or "")
+    assert "'prumerge' is incompatible with model 'LlamaModel'" in (found.rows[3].reason or "")
     alone = compare(FakeModel(), FakeData(), ["fastv", "none", "random"], budget=0.5, **REQUEST)
     assert numbers(found) == numbers(alone)
     assert all(row.prefill_ms is not None for row in found.rows if row.reason is None)

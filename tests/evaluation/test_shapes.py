@@ -1,4 +1,4 @@
-"""The data set `shapes`: every answer is derived again from the words and the objects, by rules of this file alone."""
+"""The dataset `shapes`: every answer is derived again from the words and the objects, by rules of this file alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A segmentation model and a data set that run in milliseconds, for tests of the evaluation."""
+"""A segmentation model and a dataset that run in milliseconds, for tests of the evaluation."""
 
 from __future__ import annotations
 

@@ -140,9 +140,9 @@ CASES = (
         OBSERVER.replace("def", "async def"),
         "load",
     ),
-    acting("fails as an adapter", ADAPTER, 'return Marks(self.masks["image"], queries)', "adapter"),
-    acting("marks numbers as an adapter", ADAPTER, "return Marks(torch.tensor([[2, 3, 4]]), queries)", "adapter"),
-    acting("gives small masks as a data set", DATASET, "replace(query, mask=query.mask[:8, :8])", "data"),
+    acting("fails as an adapter", ADAPTER, 'return PromptMasks(self.masks["image"], queries)', "adapter"),
+    acting("marks numbers as an adapter", ADAPTER, "return PromptMasks(torch.tensor([[2, 3, 4]]), queries)", "adapter"),
+    acting("gives small masks as a dataset", DATASET, "replace(query, mask=query.mask[:8, :8])", "data"),
 )
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from tokenprune import Adapter, hookimpl
-from tokenprune.engine import Binding, Marks
+from tokenprune.engine import BoundModel, PromptMasks
 
 
 @hookimpl
@@ -38,7 +38,7 @@ class Bad(Adapter):
         return Bound(model) if type(model).__name__ == "LlamaForCausalLM" else None
 
 
-class Bound(Binding):
+class Bound(BoundModel):
     def __init__(self, model):
         self.name, self.decoder, self.tower_layers = "bad", model, 0
 
@@ -46,10 +46,10 @@ class Bound(Binding):
         return frozenset()
 
     @contextmanager
-    def watch(self, reads):
+    def capture(self, reads):
         yield self
 
-    def marks(self, queries):
+    def prompt_masks(self, queries):
         {act}
 
     def provide(self, read):

@@ -1,4 +1,4 @@
-"""A scheduler without a model, to run strategies on random states and made-up reads."""
+"""A scheduler without a model, to run strategies on random states and synthetic reads."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, S
 from tokenprune_adapters.hf.adapter import OLDEST
 
 Pictures = list[list[Image.Image]]  # by batch row
-Seen = tuple[dict[str, Tensor], list[list[list[int]]]]  # model inputs; per row and image, the ids that stand for it
+AttentionCall = tuple[
+    dict[str, Tensor], list[list[list[int]]]
+]  # model inputs; per row and image, the ids that stand for it
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Family:
 
     name: str
     config: Callable[[], Any]
-    see: Callable[[Any, Pictures], Seen]
-    watch: Callable[[Any, list[tuple[int, int, int]], torch.Generator], Seen] | None = None
+    see: Callable[[Any, Pictures], AttentionCall]
+    watch: Callable[[Any, list[tuple[int, int, int]], torch.Generator], AttentionCall] | None = None
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     image_first: bool = False
     eager_text: bool = False
@@ -90,7 +92,7 @@ class Family:
         config = self.config()
         if all(isinstance(size, tuple) and len(size) == 3 for size in sizes):
             assert self.watch is not None, f"{self.name} has no videos here"
-            seen, spans = self.watch(config, list(sizes), draws[0])
+            seen, spans = self.capture(config, list(sizes), draws[0])
         else:
             rows = [size if isinstance(size, list) else [size] for size in sizes]
             pairs = zip(rows, draws, strict=True)
@@ -172,7 +174,7 @@ def _flat(pictures: Pictures) -> list[Image.Image]:
 def _fixed(processor: str, side: int, count: int, wrap: Callable[[int], list[int]] = _plain, **options: Any) -> Any:
     """One square crop, `count` tokens."""
 
-    def see(config: Any, pictures: Pictures) -> Seen:
+    def see(config: Any, pictures: Pictures) -> AttentionCall:
         make = _processor(processor)(size={"height": side, "width": side}, **options)
         pixels = make(images=_flat(pictures), return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels}, _spans(pictures, [count] * len(pixels), wrap)
@@ -180,7 +182,7 @@ def _fixed(processor: str, side: int, count: int, wrap: Callable[[int], list[int
     return see
 
 
-def _see_llava_next(config: Any, pictures: Pictures) -> Seen:
+def _see_llava_next(config: Any, pictures: Pictures) -> AttentionCall:
     size = {"height": SMALL_CROP, "width": SMALL_CROP}
     make = _processor("LlavaNextImageProcessor")(
         size={"shortest_edge": SMALL_CROP}, crop_size=size, image_grid_pinpoints=configs.PINPOINTS
@@ -191,7 +193,7 @@ def _see_llava_next(config: Any, pictures: Pictures) -> Seen:
     return seen, _spans(pictures, _lengths(pack, config, crops, seen["image_sizes"], "default"), _plain)
 
 
-def _see_llava_onevision(config: Any, pictures: Pictures) -> Seen:
+def _see_llava_onevision(config: Any, pictures: Pictures) -> AttentionCall:
     make = _processor("LlavaOnevisionImageProcessor")(
         size={"height": SMALL_CROP, "width": SMALL_CROP}, image_grid_pinpoints=configs.PINPOINTS
     )
@@ -215,14 +217,14 @@ def _lengths(pack: Any, config: Any, crops: list[int], sizes: Tensor, *args: Any
     return lengths.tolist()
 
 
-def _watch_llava_onevision(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> Seen:
+def _watch_llava_onevision(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
     frames = 2 * videos[0][0]  # every video of a batch has as many
     pixels = torch.randn(len(videos), frames, 3, SMALL_CROP, SMALL_CROP, generator=draw)
     pooled = -(-SMALL_CROP // PATCH // 2)
     return {"pixel_values_videos": pixels}, [[[VIDEO] * (frames * pooled**2 + 1)]] * len(videos)
 
 
-def _see_qwen(config: Any, pictures: Pictures) -> Seen:
+def _see_qwen(config: Any, pictures: Pictures) -> AttentionCall:
     make = _processor("Qwen2VLImageProcessor")(
         patch_size=PATCH, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
     )
@@ -230,7 +232,7 @@ def _see_qwen(config: Any, pictures: Pictures) -> Seen:
     return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), _wrapped)
 
 
-def _watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> Seen:
+def _watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
     grids = torch.tensor([[t, h // PATCH, w // PATCH] for t, h, w in videos])
     pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * PATCH**2, generator=draw)
     frame_by_frame = config.model_type.startswith("qwen3")  # which writes the time before every frame
@@ -250,7 +252,7 @@ def _modalities(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
-def _see_internvl(config: Any, pictures: Pictures) -> Seen:
+def _see_internvl(config: Any, pictures: Pictures) -> AttentionCall:
     make = _processor("GotOcr2ImageProcessor")(
         size={"height": CROP, "width": CROP}, crop_to_patches=True, min_patches=1, max_patches=4
     )
@@ -259,7 +261,7 @@ def _see_internvl(config: Any, pictures: Pictures) -> Seen:
     return {"pixel_values": seen["pixel_values"]}, _spans(pictures, counts, _wrapped)
 
 
-def _see_idefics3(config: Any, pictures: Pictures) -> Seen:
+def _see_idefics3(config: Any, pictures: Pictures) -> AttentionCall:
     kind = "SmolVLMImageProcessor" if config.model_type == "smolvlm" else "Idefics3ImageProcessor"
     make = _processor(kind)(size={"longest_edge": 2 * CROP}, max_image_size={"longest_edge": CROP})
     seen = make(images=pictures, return_tensors="pt", return_row_col_info=True)
@@ -335,8 +337,8 @@ def _lacking(name: str) -> str | None:
 
 def generates_otherwise(name: str, options: dict[str, Any]) -> str | None:
     """What generate() with these options does by itself on older releases, which no test can hold to a forward."""
-    several = bool({"num_return_sequences", "num_beams"} & set(options))
-    if name == "internvl" and several and not CURRENT:
+    as_list = bool({"num_return_sequences", "num_beams"} & set(options))
+    if name == "internvl" and as_list and not CURRENT:
         return f"transformers {transformers.__version__}: for several sequences crops are repeated, not pictures"
     if name in ("smolvlm", "idefics3") and not options.get("use_cache", True) and RELEASE < (5, 5):
         return f"transformers {transformers.__version__}: pixels are dropped behind the first step without a cache"

@@ -61,7 +61,9 @@ def test_an_adapter_that_raises_in_bind_is_named() -> None:
 def test_an_adapter_that_binds_junk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bad, "answer", "a model")
     with (
-        pytest.raises(PluginError, match=r"adapter 'bad' answers bind\(\) with 'a model', expected a Binding or None"),
+        pytest.raises(
+            PluginError, match=r"adapter 'bad' answers bind\(\) with 'a model', expected a BoundModel or None"
+        ),
         tp.prune(tiny_llama(), tp.strategy("uniform")),
     ):
         pass

@@ -14,7 +14,7 @@ import torch
 
 import tokenprune as tp
 from tokenprune import Adapter, AttentionFrom, Keep, Merge, Stage, Strategy, StrategyOptions, TowerFeatures
-from tokenprune.engine import Binding, Marks
+from tokenprune.engine import BoundModel, PromptMasks
 from tokenprune.errors import InputError, PluginError, PluginWarning
 from tokenprune.plugins import registry
 from tokenprune.testing.model_snapshot import differences, snapshot
@@ -186,7 +186,7 @@ def test_a_class_that_cannot_be_made_is_named() -> None:
 # adapters ------------------------------------------------------------------------------------------------------------
 
 
-class Toy(Binding):
+class Toy(BoundModel):
     """Binds `MODEL`; its methods are replaced by those of a test."""
 
     def __init__(self) -> None:
@@ -196,11 +196,11 @@ class Toy(Binding):
         return frozenset({TowerFeatures})
 
     @contextlib.contextmanager
-    def watch(self, reads):
+    def capture(self, reads):
         yield self
 
-    def marks(self, queries):
-        return Marks(IMAGE, queries)
+    def prompt_masks(self, queries):
+        return PromptMasks(IMAGE, queries)
 
     def provide(self, read):
         return torch.ones(2, 6, 8)
@@ -224,14 +224,14 @@ def adapted(**parts: Any) -> None:
 
 def watching(before: Callable[[], Any] = lambda: None, after: Callable[[], Any] = lambda: None) -> Any:
     @contextlib.contextmanager
-    def watch(self, reads):
+    def capture(self, reads):
         before()
         try:
             yield self
         finally:
             after()
 
-    return watch
+    return capture
 
 
 KEY = KeyError("pixels")
@@ -242,17 +242,32 @@ KEY = KeyError("pixels")
     [
         ({"offers": raising(KEY)}, r"failed in offers\(\) with KeyError"),
         ({"offers": lambda _: {"features"}}, r"answers offers\(\) with {'features'}, expected kinds of reads"),
-        ({"watch": watching(before=raising(KEY))}, r"failed in watch\(\) with KeyError"),
-        ({"watch": watching(after=raising(KEY))}, r"failed in watch\(\) with KeyError"),
-        ({"watch": lambda self, reads: (yield self)}, r"failed in watch\(\) with (AttributeError|TypeError)"),
-        ({"watch": lambda *_: contextlib.nullcontext(3)}, r"gives 3 in watch\(\), expected an object with marks\(\)"),
-        ({"marks": raising(KEY)}, r"failed in marks\(\) with KeyError"),
-        ({"marks": lambda *_: IMAGE}, r"answers marks\(\) with Tensor, expected tokenprune.engine.Marks"),
-        ({"marks": lambda *_: MODEL(IDS)}, r"failed in marks\(\): the model was called while it waits"),
-        ({"marks": lambda *_: Marks(INDEX + 2, {})}, r"image_tokens: found \[2, 3\] int64 on cpu, expected bool"),
-        ({"marks": lambda *_: Marks(IMAGE.float() / 2, {})}, r"image_tokens: found \[2, 12\] float32"),
-        ({"marks": lambda *_: Marks(IMAGE, {}, grid=IMAGE.long())}, r"grid: found \[2, 12\] int64 on cpu, expected"),
-        ({"marks": lambda *_: Marks(IMAGE.repeat(1, 2), {})}, r"image_tokens: a mask of shape \[2, 24\] was given for"),
+        ({"capture": watching(before=raising(KEY))}, r"failed in capture\(\) with KeyError"),
+        ({"capture": watching(after=raising(KEY))}, r"failed in capture\(\) with KeyError"),
+        ({"capture": lambda self, reads: (yield self)}, r"failed in capture\(\) with (AttributeError|TypeError)"),
+        (
+            {"capture": lambda *_: contextlib.nullcontext(3)},
+            r"gives 3 in capture\(\), expected an object with prompt_masks\(\)",
+        ),
+        ({"prompt_masks": raising(KEY)}, r"failed in prompt_masks\(\) with KeyError"),
+        (
+            {"prompt_masks": lambda *_: IMAGE},
+            r"answers prompt_masks\(\) with Tensor, expected tokenprune.engine.PromptMasks",
+        ),
+        ({"prompt_masks": lambda *_: MODEL(IDS)}, r"failed in prompt_masks\(\): the model was called while it waits"),
+        (
+            {"prompt_masks": lambda *_: PromptMasks(INDEX + 2, {})},
+            r"image_tokens: found \[2, 3\] int64 on cpu, expected bool",
+        ),
+        ({"prompt_masks": lambda *_: PromptMasks(IMAGE.float() / 2, {})}, r"image_tokens: found \[2, 12\] float32"),
+        (
+            {"prompt_masks": lambda *_: PromptMasks(IMAGE, {}, grid=IMAGE.long())},
+            r"grid: found \[2, 12\] int64 on cpu, expected",
+        ),
+        (
+            {"prompt_masks": lambda *_: PromptMasks(IMAGE.repeat(1, 2), {})},
+            r"image_tokens: a mask of shape \[2, 24\] was given for",
+        ),
         ({"provide": raising(KEY)}, r"failed in provide\(\) with KeyError"),
         ({"provide": lambda *_: torch.ones(2, 5, 8)}, r"the answer to TowerFeatures has shape \[2, 5, 8\]"),
     ],
@@ -275,7 +290,7 @@ def test_an_error_of_the_caller_is_never_the_adapters(watch: Any) -> None:
         warnings.simplefilter("always", PluginWarning)
         with pytest.raises(ZeroDivisionError):
             run(Look(), lambda: 1 / 0, vision=None)
-    assert all("adapter 'odd' failed in watch() with KeyError" in str(warning.message) for warning in told)
+    assert all("adapter 'odd' failed in capture() with KeyError" in str(warning.message) for warning in told)
 
 
 @contextlib.contextmanager

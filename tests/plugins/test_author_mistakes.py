@@ -126,7 +126,7 @@ def test_classes_that_cannot_work(parts, message: str) -> None:
 
 
 def test_the_least_budget_is_told_where_an_option_may_not_be_zero() -> None:
-    with pytest.raises(BudgetError, match=r"its least is 0\.550; raise the budget"):
+    with pytest.raises(BudgetError, match=r"the smallest possible budget is 0\.550; raise the budget"):
         Half(budget=0.2).bind(Shape(layers=4, image_tokens=10))
 
 
@@ -134,7 +134,8 @@ def test_an_option_that_the_user_set_is_kept_where_a_budget_is_given_too() -> No
     shape = Shape(layers=4, image_tokens=10)
     assert Half(keep=0.3, budget=0.9).bind(shape).options.keep == 0.3
     with pytest.raises(
-        BudgetError, match=r"cannot meet budget 0\.6 .* with options \{'keep': 0\.3\}: its least is 0\.650"
+        BudgetError,
+        match=r"cannot meet budget 0\.6 .* with options \{'keep': 0\.3\}: the smallest possible budget is 0\.650",
     ):
         Half(keep=0.3, budget=0.6).bind(shape)
 

@@ -1,4 +1,4 @@
-"""Plugin modules, data sets, models, metrics, report sections and observers that misbehave: named, and contained."""
+"""Plugin modules, datasets, models, metrics, report sections and observers that misbehave: named, and contained."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_a_plugin_prints_does_not_come_into_a_listing(tmp_path: Path) -> No
     assert "hello" in found.stderr
 
 
-# data sets and models ------------------------------------------------------------------------------------------------
+# datasets and models ------------------------------------------------------------------------------------------------
 
 SCENE = next(iter(FakeData().scenes("val", 2, 0)))
 QUERY = SCENE.queries[0]
@@ -137,7 +137,7 @@ def breaking_off() -> Iterator[Scene]:
 )
 def test_a_data_set_that_misbehaves_is_named(scenes: Callable[[], Any], message: str) -> None:
     plug("datasets", type("Odd", (FakeData,), {"name": "odd", "scenes": lambda self, *_: scenes()}))
-    with pytest.raises(PluginError, match=f"'mine': data set 'odd' .*{message}"):
+    with pytest.raises(PluginError, match=f"'mine': dataset 'odd' .*{message}"):
         compare(FakeModel(), "odd", ["none"], limit=6, timing_samples=0)
 
 
@@ -181,7 +181,7 @@ def test_targets_of_numbers_are_those_of_bool(dtype: Any) -> None:
 )
 def test_a_data_set_that_cannot_be_made_is_named(parts: dict[str, Any], message: str) -> None:
     plug("datasets", type("Odd", (FakeData,), {"name": "odd", **parts}))
-    with pytest.raises(PluginError, match=f"data set 'odd' {message}"):
+    with pytest.raises(PluginError, match=f"dataset 'odd' {message}"):
         compare(FakeModel(), "odd", ["none"], limit=6, timing_samples=0)
 
 

@@ -180,16 +180,16 @@ def census(number: int = 3, loud: bool = False) -> None:
     typer.echo("!" * number if loud else str(number))
 
 
-several = typer.Typer()
+as_list = typer.Typer()
 
 
-@several.command()
+@as_list.command()
 def one() -> None:
     """The first."""
     typer.echo("first")
 
 
-@several.command()
+@as_list.command()
 def two() -> None:
     """The second."""
     raise typer.Exit(5)
@@ -203,7 +203,7 @@ def ran(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[Any, str, str]
 
 
 def test_commands_run_and_are_shown(plugin: Add, capsys: pytest.CaptureFixture[str]) -> None:
-    plugin(commands={"census": census, "several": several})
+    plugin(commands={"census": census, "several": as_list})
     assert ran(capsys, "census", "--number", "4")[:2] == (0, "4\n")
     assert ran(capsys, "census", "--number", "2", "--loud")[:2] == (0, "!!\n")
     assert ran(capsys, "several", "one")[:2] == (0, "first\n")

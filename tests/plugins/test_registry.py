@@ -124,7 +124,7 @@ def test_listing_imports_neither_torch_nor_transformers() -> None:
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"unknown strategy 'fastw'; did you mean 'fastv'\?.*prumerge\+"):
         registry.get("strategies", "fastw")
-    with pytest.raises(UnknownNameError, match=r"unknown data set 'Shape'; did you mean 'shapes'"):
+    with pytest.raises(UnknownNameError, match=r"unknown dataset 'Shape'; did you mean 'shapes'"):
         registry.get("datasets", "Shape")
 
 

@@ -179,7 +179,7 @@ def test_budgets_are_met_within_a_token(total: int, budget: float) -> None:
 
 @pytest.mark.parametrize("missing", [ClipImageEmbeddings, ClipTextEmbeddings])
 def test_a_model_without_a_text_tower_is_refused(missing: type[Read]) -> None:
-    with pytest.raises(IncompatibleError, match=rf"it reads {missing.__name__}.*that needs .* text tower"):
+    with pytest.raises(IncompatibleError, match=rf"requires {missing.__name__}.*that needs .* text tower"):
         Bench(CDPruner(), [[30]], readable=set(Read.__subclasses__()) - {missing})
 
 

@@ -225,7 +225,9 @@ def test_the_published_proportions() -> None:
 
 
 def test_a_budget_that_cannot_be_met_is_named() -> None:
-    with pytest.raises(BudgetError, match=r"'csp' cannot meet budget 0\.05 on 12 layers .* its least is 0\.087"):
+    with pytest.raises(
+        BudgetError, match=r"'csp' cannot meet budget 0\.05 on 12 layers .* the smallest possible budget is 0\.087"
+    ):
         CSP(budget=0.05).bind(Shape(12, 256))
     with pytest.raises(BudgetError):
         CSP(budget=0.3, representatives=0.9, keep=0.9).bind(Shape(12, 256))

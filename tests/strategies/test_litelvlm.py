@@ -157,7 +157,7 @@ def test_budgets_are_met_within_a_token(total: int, budget: float) -> None:
 
 @pytest.mark.parametrize(("missing", "why"), [(ClipTextEmbeddings, "text tower"), (ClsQuery, r"a \[CLS\]")])
 def test_a_model_without_what_it_needs_is_refused(missing: type[Read], why: str) -> None:
-    with pytest.raises(IncompatibleError, match=rf"it reads {missing.__name__}.*that needs .*{why}"):
+    with pytest.raises(IncompatibleError, match=rf"requires {missing.__name__}.*that needs .*{why}"):
         Bench(LiteLVLM(), [[30]], readable=set(Read.__subclasses__()) - {missing})
 
 

@@ -214,7 +214,7 @@ def test_budgets_are_met_within_a_token(total: int, budget: float) -> None:
 
 @pytest.mark.parametrize("missing", [ClsAttention, ClsFeatures, Projector])
 def test_a_tower_without_cls_is_refused(missing: type[Read]) -> None:
-    with pytest.raises(IncompatibleError, match=f"it reads {missing.__name__}"):
+    with pytest.raises(IncompatibleError, match=f"requires {missing.__name__}"):
         Bench(VisionZip(), [[30]], readable=set(Read.__subclasses__()) - {missing})
 
 

@@ -12,7 +12,7 @@ import vlm_oracle
 from vlm_configs import BOS
 
 from tokenprune.core.reads import TowerFeatures
-from tokenprune.engine import Binding
+from tokenprune.engine import BoundModel
 from tokenprune.errors import PluginError
 from tokenprune.testing.adapter_conformance import AdapterConformance
 from tokenprune.testing.grid_checks import check_cells
@@ -51,7 +51,7 @@ class TestFamilies(Family):
 # mistakes ------------------------------------------------------------------------------------------------------------
 
 
-class Mistaken(Binding):
+class Mistaken(BoundModel):
     """A binding that changes what another says."""
 
     def __init__(self, inner, marks=None, answer=None, leave=False):
@@ -64,14 +64,14 @@ class Mistaken(Binding):
         return frozenset({TowerFeatures})
 
     @contextmanager
-    def watch(self, reads):
-        with self.inner.watch(reads) as self.watched:
+    def capture(self, reads):
+        with self.inner.capture(reads) as self.watched:
             if self.leave:
                 self.decoder.register_forward_hook(lambda *_: None)
             yield self
 
-    def marks(self, queries):
-        return self.change_marks(self.watched.marks(queries))
+    def prompt_masks(self, queries):
+        return self.change_marks(self.watched.prompt_masks(queries))
 
     def provide(self, read):
         return self.change_answer(self.watched.provide(read))

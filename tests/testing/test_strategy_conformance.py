@@ -16,15 +16,15 @@ from tokenprune.core.reads import AttentionFrom, HiddenStates
 from tokenprune.core.requirements import DECODER_READS
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.gathered import Frame
+from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.prefill import Prefill
 from tokenprune.testing import invariants
-from tokenprune.testing.cases import Case, MadeUp, Row
+from tokenprune.testing.cases import Case, Row, SyntheticBatch
 from tokenprune.testing.decoder_families import FAMILIES, model_of
 from tokenprune.testing.printing import ranges, show_case
 from tokenprune.testing.recording import run
 from tokenprune.testing.strategy_conformance import StrategyConformance
-from tokenprune.testing.synthetic_vision import made_up_vision
+from tokenprune.testing.synthetic_vision import synthetic_vision_of
 from tokenprune.testing.verdict import Nonconforming, NotTested, Tied
 
 pytest_plugins = ["pytester"]
@@ -229,7 +229,7 @@ def breaking(monkeypatch, owner, name, change):
 BROKEN = {
     "states": (
         Half,
-        Frame,
+        GatheredSequence,
         "gather",
         lambda self, out: out * 1.01,
         invariants.equals_oracle,
@@ -237,7 +237,7 @@ BROKEN = {
     ),
     "order": (
         Half,
-        Frame,
+        GatheredSequence,
         "prefill_table",
         lambda self, out: out.flip(-2),
         invariants.order_and_positions_are_kept,
@@ -245,13 +245,20 @@ BROKEN = {
     ),
     "cache": (
         Half,
-        Frame,
+        GatheredSequence,
         "decode_mask",
         lambda self, out: None,
         invariants.cached_equals_recomputed,
         "cached decoding and",
     ),
-    "restored": (Back, Frame, "join", lambda self, out: out + 0.1, invariants.restore_restores, "off its parked state"),
+    "restored": (
+        Back,
+        GatheredSequence,
+        "join",
+        lambda self, out: out + 0.1,
+        invariants.restore_restores,
+        "off its parked state",
+    ),
     "all kept": (
         tp.strategy("none").__class__,
         Prefill,
@@ -294,7 +301,7 @@ def test_what_says_nothing_is_told() -> None:
 
 def test_positions_of_three_axes_are_those_of_qwen2_vl() -> None:
     """Text counts on; an image's cells share the time and spread over height and width; text goes on behind them."""
-    made = MadeUp((Row(((2, 3),), 1, 2),), "right")
+    made = SyntheticBatch((Row(((2, 3),), 1, 2),), "right")
     assert made.positions_3d[:, 0].tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 4, 5],
         [0, 1, 1, 1, 2, 2, 2, 4, 5],
@@ -316,7 +323,7 @@ def test_the_kit_offers_everything_that_can_be_read() -> None:
     """Else strategies that read what is missing would be skipped, and nobody would notice."""
     known = {getattr(tp, name) for name in tp.__all__ if isinstance(getattr(tp, name), type)}
     kinds = {kind for kind in known if issubclass(kind, tp.Read) and kind is not tp.Read}
-    assert kinds - {*made_up_vision(MadeUp(TWO.rows, "right"), 32).answers} == {*DECODER_READS}
+    assert kinds - {*synthetic_vision_of(SyntheticBatch(TWO.rows, "right"), 32).answers} == {*DECODER_READS}
 
 
 def test_all_families_are_there() -> None:

@@ -113,8 +113,8 @@ def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> 
     options = strategy.options.model_dump(exclude_unset=True) or "at their defaults"
     return BudgetError(
         f"strategy {strategy.name!r} cannot meet budget {budget:g} on {shape.layers} layers and {shape.image_tokens} "
-        f"image tokens with options {options}: its least is {least / shape.image_tokens:.3f}; raise the budget or "
-        "change the options"
+        f"image tokens with options {options}: the smallest possible budget is {least / shape.image_tokens:.3f}; raise "
+        "the budget or change the options"
     )
 
 
@@ -122,7 +122,7 @@ def checked_budget(name: str, budget: object) -> float:
     """A share of the image tokens, as a caller gave it under this name. Raises BudgetError for what is none."""
     share = float(budget) if isinstance(budget, Real) and not isinstance(budget, bool) else 0.0
     if not 0 < share <= 1:
-        raise BudgetError(f"{name} {shown(budget)} found, expected a share of the image tokens in (0, 1]")
+        raise BudgetError(f"{name} must be a share of the image tokens in (0, 1], got {shown(budget)}")
     return share
 
 

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from tokenprune.core.budget import in_vain, too_small
 from tokenprune.core.decisions import Decision
-from tokenprune.core.remaining_tokens import Left, TokensLeft
+from tokenprune.core.remaining_tokens import PartTokens, RemainingTokens
 from tokenprune.core.stage import Shape, Stage, declared_stages, equivalent_tokens
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
@@ -105,10 +105,10 @@ class Sequence(Strategy):
         part = self.parts[int(key.partition(":")[0]) - 1]
         own, *others = (replace(s, name=s.name.partition("/")[2]) for s in (stage, *tokens.stages))
         if key not in tokens.memory:
-            tokens.memory[key] = Left.of(tokens), {}
-        left: Left
+            tokens.memory[key] = RemainingTokens.of(tokens), {}
+        left: RemainingTokens
         left, memory = tokens.memory[key]
-        view = TokensLeft(tokens, left, own, others, memory)
+        view = PartTokens(tokens, left, own, others, memory)
         answer = part.choose(own, view)
         view.check_unwritten(f"{self.name}: {part.name}")
         decision = check_decision(answer, view.left_state, who=f"{self.name}: {part.name}", stage=own.name)

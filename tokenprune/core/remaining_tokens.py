@@ -19,7 +19,7 @@ from tokenprune.core.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class Left:
+class RemainingTokens:
     """The image tokens that were active when a part began, numbered 0 … n−1 in sequence order.
 
     Attributes:
@@ -33,7 +33,7 @@ class Left:
     carried: Tensor | None
 
     @classmethod
-    def of(cls, tokens: Tokens) -> Left:
+    def of(cls, tokens: Tokens) -> RemainingTokens:
         """Those that are active now."""
         index = true_positions(tokens.active)
         carried = None if tokens.lineage is None else _take(tokens.lineage, index, 1)
@@ -96,11 +96,11 @@ class Left:
         return torch.where(index < 0, -1, self.index.gather(1, index.clamp(min=0)))
 
 
-class TokensLeft(Tokens):
+class PartTokens(Tokens):
     """What a part of a composition chooses from: the tokens left, numbered anew, of a sequence without the others."""
 
     def __init__(
-        self, whole: Tokens, left: Left, stage: Stage, stages: Sequence[Stage], memory: dict[str, Any]
+        self, whole: Tokens, left: RemainingTokens, stage: Stage, stages: Sequence[Stage], memory: dict[str, Any]
     ) -> None:
         self._whole, self._left = whole, left
         self.left_state = left.state(whole)

@@ -39,7 +39,7 @@ def incompatibility(
     needed = f"; that needs {' and '.join(needs)}" if needs else ""
     offered = ", ".join(sorted(kind.__name__ for kind in offers))
     return IncompatibleError(
-        f"strategy {strategy!r} does not fit model {model!r}: it reads {', '.join(missing)}, and the model offers "
+        f"strategy {strategy!r} is incompatible with model {model!r}: requires {', '.join(missing)}, model provides "
         f"{offered}{needed}; choose another strategy or another model"
     )
 
@@ -83,7 +83,7 @@ def check_fit(strategy: Strategy, model: str, shape: Shape, *, multimodal_rope: 
         raise error
     if multimodal_rope and strategy.positions == "renumber":
         raise IncompatibleError(
-            f"strategy {strategy.name!r} does not fit model {model!r}: it renumbers positions, which is not defined "
-            "for a multimodal rotary embedding (time, height, width); use positions='keep'"
+            f"strategy {strategy.name!r} is incompatible with model {model!r}: it renumbers positions, which is not "
+            "defined for a multimodal rotary embedding (time, height, width); use positions='keep'"
         )
     return reads

@@ -58,7 +58,7 @@ class Stage:
         layer: first decoder layer that runs with what is chosen here (0-based).
         tokens: image tokens active from here on, per row; None where only the content can tell.
         reads: what `choose` looks at.
-        positions: from this stage on, positions are counted anew ("renumber"), or tokens keep those that they have by
+        positions: from this stage on, positions are renumbered ("renumber"), or tokens keep those that they have by
             now ("keep"); None = as the strategy's `positions` says.
 
     Raises:
@@ -103,7 +103,7 @@ def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
     """What `strategy.stages` gives.
 
     Raises:
-        PluginError: `stages` raised what is no TokenPruneError, or gave something else than stages.
+        PluginError: `stages` raised an unexpected exception, or gave something else than stages.
         TokenPruneError: as the strategy raised it.
     """
     name = strategy.name

@@ -113,7 +113,7 @@ class Strategy(ABC):
 
         Raises:
             BudgetError: the budget cannot be met.
-            PluginError: the strategy raised what is no TokenPruneError, or gave no options.
+            PluginError: the strategy raised an unexpected exception, or gave no options.
         """
         if self.budget is None or shape.image_tokens == 0:
             return self
@@ -132,7 +132,7 @@ class Strategy(ABC):
         return type(self)(**{**chosen, **changes})
 
     def reseeded(self, offset: int) -> Strategy:
-        """A copy whose option `seed` is moved by `offset`, so that every sample of a data set draws anew.
+        """A copy whose option `seed` is moved by `offset`, so that every sample of a dataset draws anew.
 
         The strategy itself where it has no such option.
         """

@@ -1,4 +1,4 @@
-"""Data sets: the protocol, and those that come with the package.
+"""Datasets: the protocol, and those that come with the package.
 
 `tokenprune.datasets()` lists what is installed. Importing this package puts it in that function's place, so that it
 can be called too.

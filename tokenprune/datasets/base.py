@@ -1,4 +1,4 @@
-"""What a data set for reasoning segmentation offers: scenes, and queries about them with their target masks."""
+"""What a dataset for reasoning segmentation offers: scenes, and queries about them with their target masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Query:
     """One referring expression and the region it means.
 
     `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is
-    one of the data set's kinds. `mask` is [H, W] at the size of the scene's image: bool, or numbers where 0 is
+    one of the dataset's kinds. `mask` is [H, W] at the size of the scene's image: bool, or numbers where 0 is
     background, 1 is foreground and 255, beside a 1, does not count (`tokenprune.utils.masks`). Masks of 0 and 255
     alone are refused: give `mask == 255` where 255 is the foreground.
     """

@@ -1,4 +1,4 @@
-"""Registers the built-in data sets; imports none of them."""
+"""Registers the built-in datasets; imports none of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tokenprune.plugins.hookspecs import Register, hookimpl
 
 @hookimpl
 def tokenprune_register_datasets(register: Register) -> None:
-    """Data sets that need no files."""
+    """Datasets that need no files."""
     register(
         "shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds"
     )

@@ -47,7 +47,7 @@ def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> 
     """
     whole_number("limit", limit, 1)
     whole_number("seed", seed, 0)
-    instance("dataset", dataset, (str, Dataset), "a data set, or the name of one, such as 'shapes'")
+    instance("dataset", dataset, (str, Dataset), "a dataset, or the name of one, such as 'shapes'")
     instance("split", split, str, "the name of a split, such as 'val'")
     data = made(dataset) if isinstance(dataset, str) else dataset
     if split not in data.splits:
@@ -69,7 +69,7 @@ def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: boo
         any_kind: take queries whose kind is none of the dataset's `kinds` too.
 
     Raises:
-        PluginError: `scenes` takes other arguments, raised what is no TokenPruneError, or gave no sound scenes.
+        PluginError: `scenes` takes other arguments, raised an unexpected exception, or gave no sound scenes.
     """
 
     def refuse(problem: str) -> PluginError:

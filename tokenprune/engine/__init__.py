@@ -10,18 +10,18 @@ from __future__ import annotations
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.turns import model_turn
 from tokenprune.engine.calls.wrappers import uncompiled
-from tokenprune.engine.interface.bound_model import Binding, Watch, arguments, padding_mask
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, arguments, padding_mask
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.pruning import open_run, prune
 from tokenprune.engine.session import PruningRun
 
 __all__ = [
-    "Binding",
-    "Marks",
+    "BoundModel",
+    "PromptMasks",
     "PruningRun",
+    "VisionCapture",
     "VisionSource",
-    "Watch",
     "arguments",
     "model_turn",
     "open_run",

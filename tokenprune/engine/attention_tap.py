@@ -29,7 +29,7 @@ _TAP = "_tokenprune_tap"
 
 
 @dataclass(frozen=True)
-class Seen:
+class AttentionCall:
     """What one call of an attention layer computed with.
 
     Attributes:
@@ -87,7 +87,7 @@ class Seen:
 @dataclass(frozen=True)
 class _Tap:
     inner: Callable[..., Any]
-    show: Callable[[Seen], None]
+    show: Callable[[AttentionCall], None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _show(
         raise UnsupportedError(
             f"attention of {type(module).__name__} has sink logits, which the attention tap does not read"
         )
-    seen = Seen(
+    seen = AttentionCall(
         query.detach(),
         key.detach(),
         value.detach(),
@@ -148,7 +148,7 @@ AttentionInterface.register(_NAME, _tapped_attention)
 
 @contextmanager
 def tap(
-    modules: Mapping[nn.Module, Callable[[Seen], None]], instead: Callable[..., Any] | None = None
+    modules: Mapping[nn.Module, Callable[[AttentionCall], None]], instead: Callable[..., Any] | None = None
 ) -> Iterator[None]:
     """Show every call of these attention modules to its callback while the context is open.
 
@@ -165,7 +165,9 @@ def tap(
         yield
 
 
-def _install(module: nn.Module, show: Callable[[Seen], None], instead: Callable[..., Any] | None) -> Callable[[], None]:
+def _install(
+    module: nn.Module, show: Callable[[AttentionCall], None], instead: Callable[..., Any] | None
+) -> Callable[[], None]:
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "_attn_implementation"):
         raise UnsupportedError(

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
-from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.gathered import Frame
+from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.errors import EngineError, UnsupportedError
 
 
-def from_layer(read: Read, seen: Seen, layout: SequenceLayout, frame: Frame | None, active: Tensor) -> Tensor:
+def from_layer(
+    read: Read, seen: AttentionCall, layout: SequenceLayout, frame: GatheredSequence | None, active: Tensor
+) -> Tensor:
     """The answer to a read from what a layer's attention computed with.
 
     Args:
@@ -52,7 +54,11 @@ def from_layer(read: Read, seen: Seen, layout: SequenceLayout, frame: Frame | No
 
 
 def position_kernel(
-    read: PositionKernel, tables: tuple[Tensor, ...], scaling: float, layout: SequenceLayout, frame: Frame | None
+    read: PositionKernel,
+    tables: tuple[Tensor, ...],
+    scaling: float,
+    layout: SequenceLayout,
+    frame: GatheredSequence | None,
 ) -> Tensor:
     """float32 [batch, Q, N], see `PositionKernel`.
 
@@ -74,7 +80,7 @@ def position_kernel(
     return kernel * scaling
 
 
-def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Seen:
+def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> AttentionCall:
     """Queries and keys that a layer would compute from these states, by its own norm, projections and rotation.
 
     Values and the output are not computed, where their projections have the usual names.
@@ -92,7 +98,7 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
     norm = getattr(block, "input_layernorm", None)
     if norm is None:
         raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
-    found: list[Seen] = []
+    found: list[AttentionCall] = []
     names = ("attention_mask", "position_embeddings", "position_ids")
     placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
     device = next(placed, hidden.device)
@@ -114,12 +120,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def places(positions: Tensor, frame: Frame | None) -> Tensor:
+def places(positions: Tensor, frame: GatheredSequence | None) -> Tensor:
     """Where full-sequence positions stand in a frame, −1 where they do not."""
     return positions if frame is None else frame.places(positions)
 
 
-def _query_places(name: str, positions: Tensor, frame: Frame | None) -> Tensor:
+def _query_places(name: str, positions: Tensor, frame: GatheredSequence | None) -> Tensor:
     rows = places(positions, frame)
     if bool(((positions >= 0) & (rows < 0)).any()):
         raise EngineError(f"query row {name!r} is an image token that was pruned; mark a text position")

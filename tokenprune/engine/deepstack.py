@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.engine.gathered import Frame
+from tokenprune.engine.gathered import GatheredSequence
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DeepStack:
         kwargs["deepstack_visual_embeds"] = None
         return cls(kwargs["visual_pos_masks"], list(features))
 
-    def add(self, layer: int, hidden: Tensor, frame: Frame | None) -> Tensor:
+    def add(self, layer: int, hidden: Tensor, frame: GatheredSequence | None) -> Tensor:
         """The output [batch, S or M, width] of a layer with its features added; tokens that did not run get none."""
         if layer >= len(self.features):
             return hidden

@@ -14,7 +14,7 @@ from tokenprune.core.state import as_mask, spread_rows
 
 
 @dataclass(frozen=True)
-class Frame:
+class GatheredSequence:
     """Which positions of the full sequence a shortened one holds, in order.
 
     Rows with fewer tokens than the longest are filled up at the *end* with copies of their last token; fillers are
@@ -32,16 +32,16 @@ class Frame:
     _cuts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, present: Tensor) -> Frame:
+    def of(cls, present: Tensor) -> GatheredSequence:
         """The frame of bool [batch, S] `present`; every row must hold at least one position."""
         positions = true_positions(present)
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
 
-    def rows(self, rows: Tensor) -> Frame:
+    def rows(self, rows: Tensor) -> GatheredSequence:
         """The frame of other batch rows: int64 [new batch], which of this one's each of them is."""
         rows = rows.to(self.index.device)
-        return Frame(self.index[rows], self.filled[rows], self.length)
+        return GatheredSequence(self.index[rows], self.filled[rows], self.length)
 
     @property
     def width(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tokenprune.core.ledger import Ledger
-from tokenprune.engine.gathered import Frame
+from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 
 _MARK = "_tokenprune_prefill"
@@ -82,14 +82,14 @@ class PrunedCacheLayer(DynamicLayer):
 
     Args:
         frame: the positions of the prefill that it holds; None = all.
-        renumbered: int64 [batch], how many positions a row had when they were counted anew; None = never.
+        renumbered: int64 [batch], how many positions a row had when they were renumbered; None = never.
         prefill: the one that fills it; None once it is emptied.
 
     Attributes:
         expected: whether the pruned model is about to update it.
     """
 
-    def __init__(self, frame: Frame | None, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
+    def __init__(self, frame: GatheredSequence | None, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.frame, self.renumbered = frame, renumbered
         self.prefill: CachedPrefill | None = prefill
@@ -229,7 +229,9 @@ def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
     return known
 
 
-def shorten_layer(cache: Cache, number: int, frame: Frame, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
+def shorten_layer(
+    cache: Cache, number: int, frame: GatheredSequence, renumbered: Tensor | None, prefill: CachedPrefill
+) -> None:
     """Make layer `number` of a cache, still empty there, one that will hold a frame of the sequence only."""
     layer = PrunedCacheLayer(frame, renumbered, prefill)
     layer.expected = True
@@ -262,7 +264,7 @@ def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
         if isinstance(own, DynamicSlidingWindowLayer):
             last = torch.zeros_like(valid)
             last[:, valid.shape[1] - keys.shape[-2] :] = True
-            frame = Frame.of(last)
+            frame = GatheredSequence.of(last)
         layer = PrunedCacheLayer(frame, None, prefill)
         # not by lazy_initialization(), which takes other arguments in older releases of transformers
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True

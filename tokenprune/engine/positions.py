@@ -1,4 +1,4 @@
-"""Positions counted anew: rotary tables and ids as of a sequence without the tokens that were pruned."""
+"""Positions renumbered: rotary tables and ids as of a sequence without the tokens that were pruned."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def new_tables(decoder: Decoder, layer: int, hidden: Tensor, ids: Tensor) -> tup
 
 
 def new_or_kept(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
-    """What is new in the rows whose positions were counted anew, and what was kept in the others.
+    """What is new in the rows whose positions were renumbered, and what was kept in the others.
 
     Args:
         length: int64 [batch], −1 in rows whose positions are the model's.
@@ -97,7 +97,7 @@ def moved_back(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Te
     Args:
         tables: cos and sin, [..., batch, M, D].
         first: the same of one position, [..., batch, 1, D].
-        length: int64 [batch], not −1 in rows whose positions were counted anew, from 0; None = in no row.
+        length: int64 [batch], not −1 in rows whose positions were renumbered, from 0; None = in no row.
     """
     (cos, sin), (away, up) = ([table.float() for table in pair] for pair in (tables, first))
     scale = torch.hypot(away, up)  # tables may carry a factor on the attention
@@ -126,14 +126,14 @@ def since_prefill(mask: Tensor | None, length: int, past: int, new: int) -> Tens
 def renumber_step(
     decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any], length: Tensor, since: Tensor
 ) -> None:
-    """Give a decoding step the positions that follow those counted anew; `kwargs` is changed in place.
+    """Give a decoding step the positions that follow those renumbered; `kwargs` is changed in place.
 
     Args:
         decoder: the decoder.
         layer: its number.
         hidden: [batch, new, width], what enters the layer.
         kwargs: the layer's keyword arguments.
-        length: int64 [batch], positions of the prefill, −1 in rows where they were not counted anew.
+        length: int64 [batch], positions of the prefill, −1 in rows where they were not renumbered.
         since: int64 [batch or 1, new], as `since_prefill` gives it.
     """
     ids = length.to(hidden.device)[:, None] + since.to(hidden.device)

@@ -25,11 +25,11 @@ from tokenprune.core.schedule import PlannedStage
 from tokenprune.core.scheduler import TokenScheduler
 from tokenprune.core.state import spread_rows
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.attention_tap import Seen
+from tokenprune.engine.attention_tap import AttentionCall
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoder_reads import from_layer, look_ahead, position_kernel
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.gathered import Frame
+from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.interface.vision_source import VisionSource, lined_up
 from tokenprune.engine.positions import first_tables, moved_back, new_or_kept, new_tables, tables_of
 from tokenprune.errors import EngineError, InputError
@@ -40,7 +40,7 @@ class Prefill(TokenScheduler):
 
     Attributes:
         frames: per layer, the frame that it ran on; None = the full sequence.
-        lengths: per layer, int64 [batch], how many positions there were when they were counted anew, −1 in rows where
+        lengths: per layer, int64 [batch], how many positions there were when they were renumbered, −1 in rows where
             they were not; None = in no row.
         full: [batch, S, width], the last known state of every position; there only while a stage is entered.
     """
@@ -73,12 +73,12 @@ class Prefill(TokenScheduler):
             for layer in self._due
             if (reads := [read for read in self.reads_before(layer) if read.looks_back])
         }
-        self.frames: list[Frame | None] = []
+        self.frames: list[GatheredSequence | None] = []
         self.lengths: list[Tensor | None] = []
         self._ids: Tensor | None = None
         self._length: Tensor | None = None
         self.full: Tensor
-        self._frame: Frame | None = None
+        self._frame: GatheredSequence | None = None
         self._rest: Tensor | None = None
         self._shown = False
         self.deepstack: DeepStack | None = None
@@ -241,7 +241,7 @@ class Prefill(TokenScheduler):
         """Reads that `layer` has to answer: those of the stage that begins after it."""
         return self._taps.get(layer, [])
 
-    def see(self, layer: int, seen: Seen, reads: Sequence[Read] | None = None) -> None:
+    def see(self, layer: int, seen: AttentionCall, reads: Sequence[Read] | None = None) -> None:
         """Callback of the attention tap in `layer`: answer its reads, or these."""
         for read in reads or [read for read in self.taps(layer) if read not in self._told]:
             try:
@@ -270,7 +270,7 @@ class Prefill(TokenScheduler):
         norm: Any = self.decoder.module.norm
         return norm(states).to(states.device) if normed else states
 
-    def _next_frame(self) -> Frame | None:
+    def _next_frame(self) -> GatheredSequence | None:
         if torch.equal(self.state.active, self.state.exists) and self._ids is None:
             return None
         present = self._present()
@@ -278,7 +278,7 @@ class Prefill(TokenScheduler):
             raise EngineError(
                 f"strategy {self.strategy.name!r} left a batch row without any token; rows need at least one text token"
             )
-        return Frame.of(present)
+        return GatheredSequence.of(present)
 
     def _remember(self, kind: type[Read]) -> None:
         if any(isinstance(read, kind) for planned in self.planned for read in planned.stage.reads):
@@ -290,7 +290,7 @@ class Prefill(TokenScheduler):
         flags = spread_rows(self.state.active, layout.slots, layout.image_tokens.shape[1])
         return (layout.valid & ~layout.image_tokens) | flags
 
-    def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: Frame) -> None:
+    def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence) -> None:
         kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
         tables, ids = tables_of(kwargs), kwargs.get("position_ids")
         if self._ids is None or self._length is None:
@@ -304,7 +304,9 @@ class Prefill(TokenScheduler):
         )
         kwargs["position_ids"] = new if ids is None else new_or_kept(self._length, new, frame.prefill_ids(ids))
 
-    def _renumbered(self, frame: Frame, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    def _renumbered(
+        self, frame: GatheredSequence, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor
+    ) -> Tensor:
         assert self._length is not None
         new = new_tables(self.decoder, layer, hidden, ids)[number]
         return new_or_kept(self._length, new, frame.gather_table(table))

@@ -20,9 +20,9 @@ from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_comp
 from tokenprune.engine.calls.turns import decoder_in, open_context
 from tokenprune.engine.calls.wrappers import unwrapped, whole_module
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import binding_of
+from tokenprune.engine.interface.bound_model import bound_model_of
 from tokenprune.engine.interface.compatibility import check_on
-from tokenprune.engine.interface.given import Given
+from tokenprune.engine.interface.marked_model import MarkedModel
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.session import PruningRun
 from tokenprune.errors import InputError, PluginError, PluginWarning, PruningWarning, UnsupportedError
@@ -162,7 +162,9 @@ def prune(
     named = _query_rows(query, queries)
     _check_marks(image_tokens, grid=grid, image_number=image_number, vision=vision)
     model = unwrapped(model)
-    binding = binding_of(model) if image_tokens is None else Given(model, image_tokens, grid, image_number, vision)
+    binding = (
+        bound_model_of(model) if image_tokens is None else MarkedModel(model, image_tokens, grid, image_number, vision)
+    )
     decoder = find_decoder(binding.decoder)
     reads = check_on(strategy, binding, decoder)
     with ExitStack() as stack:
@@ -172,16 +174,16 @@ def prune(
         hooks = hooks_on(whole)
         stack.enter_context(not_compiled(whole))
         with concerning(concerns):
-            watch = stack.enter_context(binding.watch(reads))
+            capture = stack.enter_context(binding.capture(reads))
         stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
-        answers = dict.fromkeys(binding.offers(), watch.provide)
+        answers = dict.fromkeys(binding.offers(), capture.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        later, missed, padding = (getattr(watch, name, None) for name in ("later", "missed", "padding"))
+        later, missed, padding = (getattr(capture, name, None) for name in ("later", "missed", "padding"))
         generations = Generations(whole, decoder.module)
         run = PruningRun(
             decoder,
             strategy,
-            partial(watch.marks, named),
+            partial(capture.prompt_masks, named),
             later=later,
             missed=lambda: generations.missed() or (missed is not None and missed()),
             padding=padding,

@@ -36,7 +36,7 @@ from tokenprune.engine.calls.torch_compile import check_runs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.interface.bound_model import arguments, padding_mask
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.kv_cache import (
     CachedPrefill,
@@ -67,7 +67,7 @@ class PruningRun:
         self,
         decoder: Decoder,
         strategy: Strategy,
-        marks: Callable[[], Marks],
+        masks: Callable[[], PromptMasks],
         *,
         later: Callable[[], Tensor | None] | None = None,
         missed: Callable[[], bool] | None = None,
@@ -78,7 +78,7 @@ class PruningRun:
         strict: bool = False,
     ) -> None:
         self.decoder, self.strategy, self.strict = decoder, strategy, strict
-        self._marks, self._later, self._vision, self._seed = marks, later, vision, seed
+        self._masks, self._later, self._vision, self._seed = masks, later, vision, seed
         self._missed = missed or (lambda: False)
         self._padding = padding or (lambda: None)
         self._generation = generation or (lambda: None)
@@ -252,7 +252,7 @@ class PruningRun:
             if now is not None:
                 now.begun = True
             return
-        layout = self._marks().layout(hidden, padding_mask(call.inputs))
+        layout = self._masks().layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
             self.strategy,
             layout,

@@ -1,3 +1,3 @@
-"""Evaluation: metrics, timing, and the comparison of strategies on one model and one data set."""
+"""Evaluation: metrics, timing, and the comparison of strategies on one model and one dataset."""
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from tokenprune.evaluation.results import Row
 
 
 @dataclass
-class Tally:
-    """Per query, in the order of the data set: overlaps with target and reference, coverage, cost."""
+class Accumulator:
+    """Per query, in the order of the dataset: overlaps with target and reference, coverage, cost."""
 
     contender: Contender
     overlaps: list[tuple[int, int]] = field(default_factory=list)

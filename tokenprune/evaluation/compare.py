@@ -1,4 +1,4 @@
-"""Compare strategies on one model and one data set: accuracy, cost and prefill time, under the same conditions."""
+"""Compare strategies on one model and one dataset: accuracy, cost and prefill time, under the same conditions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tokenprune.engine.interface.compatibility import check_on, declares
 from tokenprune.errors import InputError, OptionError, TokenPruneError
 from tokenprune.evaluation import environment, metrics
 from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
-from tokenprune.evaluation.accumulator import Tally, Untouched
+from tokenprune.evaluation.accumulator import Accumulator, Untouched
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
 from tokenprune.evaluation.coverage import Box, target_coverage
 from tokenprune.evaluation.measured import Measured, measure, metrics_of
@@ -71,13 +71,13 @@ def compare(
 
     Args:
         model: a segmentation model, or what `tokenprune.load` takes.
-        dataset: a data set, the name of one, or the place of its class, "my_module:MyData".
+        dataset: a dataset, the name of one, or the place of its class, "my_module:MyData".
         strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`. None may be there
             twice.
         budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
-        split: of the data set.
+        split: of the dataset.
         limit: number of queries.
-        seed: of the data set.
+        seed: of the dataset.
         timing_samples: queries that prefill is timed on; 0 leaves times out.
         timing_rounds: measured runs per query and strategy.
         records: samples to keep with masks and traces, for pictures.
@@ -87,8 +87,8 @@ def compare(
             the number alone.
 
     Raises:
-        UnknownNameError: no such data set, split, strategy or metric.
-        PluginError: a metric or data set of a plugin failed, or every strategy misbehaves.
+        UnknownNameError: no such dataset, split, strategy or metric.
+        PluginError: a metric or dataset of a plugin failed, or every strategy misbehaves.
         OptionError: a limit, seed, number of threads or strategy option out of range, a strategy that is there twice,
             or an argument of another kind.
         InputError: a model that makes no masks.
@@ -120,7 +120,7 @@ def compare(
             run.evaluate(scene)
             report("accuracy", len(run.kinds), limit)
         if not run.kinds:
-            raise InputError(f"data set {data.name!r}, split {split!r}: no query found; choose another split")
+            raise InputError(f"dataset {data.name!r}, split {split!r}: no query found; choose another split")
         if len(run.kinds) < limit:
             report("accuracy", len(run.kinds), len(run.kinds))
         run.count_own_work()
@@ -147,7 +147,7 @@ class _Run:
     timing_samples: int
     keep_records: int
     added: list[Entry]
-    tallies: list[Tally] = field(init=False)
+    tallies: list[Accumulator] = field(init=False)
     untouched: Untouched = field(default_factory=Untouched)
     scenes: int = 0
     kinds: list[str] = field(default_factory=list)
@@ -156,15 +156,15 @@ class _Run:
     timed: list[tuple[Any, str, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tallies = [Tally(contender) for contender in self.contenders]
+        self.tallies = [Accumulator(contender) for contender in self.contenders]
         self.spec = DecoderSpec.from_config(self.model.decoder.config)
         self.element_bytes = next(self.model.decoder.parameters()).element_size()
 
-    def running(self) -> list[Tally]:
+    def running(self) -> list[Accumulator]:
         """Those that nothing has kept from running so far."""
         return [tally for tally in self.tallies if tally.reason is None]
 
-    def attempt(self, tally: Tally, run: Callable[[], T]) -> T | None:
+    def attempt(self, tally: Accumulator, run: Callable[[], T]) -> T | None:
         """What `run` gives; None where the contender cannot run, which is then left out from here on.
 
         Raises:
@@ -186,7 +186,7 @@ class _Run:
         image = self.model.encode_image(scene.image)
         box = self.model.grid_box(*scene.image.shape[:2])
         reference: SegmentationResult | None = None
-        results: list[tuple[Tally, SegmentationResult]] = []
+        results: list[tuple[Accumulator, SegmentationResult]] = []
         for tally in self.running():
             strategy = tally.contender.strategy.reseeded(self.scenes)
             result = self.attempt(tally, partial(self._segment, image, scene, strategy))
@@ -229,7 +229,7 @@ class _Run:
         for tally in self.running():
             self.attempt(tally, partial(self._count_own_work, tally))
 
-    def _count_own_work(self, tally: Tally) -> None:
+    def _count_own_work(self, tally: Accumulator) -> None:
         strategy = tally.contender.strategy
         for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
             inputs = self._inputs(image, query, sentence)
@@ -260,12 +260,12 @@ class _Run:
             tally.prefill_seconds = value
 
     def _prefills(
-        self, image: Any, query: str, sentence: bool, tallies: list[Tally | None]
+        self, image: Any, query: str, sentence: bool, tallies: list[Accumulator | None]
     ) -> Iterator[Callable[[], object]]:
         inputs = self._inputs(image, query, sentence)
         device = next(self.model.decoder.parameters()).device
 
-        def timed(tally: Tally | None) -> Callable[[], object]:
+        def timed(tally: Accumulator | None) -> Callable[[], object]:
             def run() -> None:
                 if tally is None:
                     self.model.run_decoder(inputs, None)
@@ -286,7 +286,9 @@ class _Run:
         sentences = [query.is_sentence for query in scene.queries]
         return self.model.segment(image, queries, strategy=strategy, is_sentence=sentences)
 
-    def _remember(self, scene: Scene, image: Any, box: Box, results: list[tuple[Tally, SegmentationResult]]) -> None:
+    def _remember(
+        self, scene: Scene, image: Any, box: Box, results: list[tuple[Accumulator, SegmentationResult]]
+    ) -> None:
         number = len(self.timed) % len(scene.queries)  # another kind of query every time
         if len(self.timed) < max(self.timing_samples, 1):
             query = scene.queries[number]

@@ -22,7 +22,7 @@ class Row(BaseModel):
         given: the options that the user gave, to tell rows of one strategy apart.
         budget: the budget that was asked for; None where the strategy takes none.
         giou, ciou: against the targets.
-        giou_by_kind: by the data set's kinds of queries.
+        giou_by_kind: by the dataset's kinds of queries.
         miou_by_size: mean IoU by size bucket of the target.
         agreement: gIoU against the untouched model's masks.
         target_coverage: mean share of the target's area whose place a kept token of the last stage holds.
@@ -71,7 +71,7 @@ class Row(BaseModel):
 
 
 class Comparison(BaseModel):
-    """Strategies on one model and one data set. Printing it (`rich.print`, or `print`) shows the table."""
+    """Strategies on one model and one dataset. Printing it (`rich.print`, or `print`) shows the table."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,4 +1,4 @@
-"""One sample of a data set with what every strategy made of it: the material of overlay pictures."""
+"""One sample of a dataset with what every strategy made of it: the material of overlay pictures."""
 
 from __future__ import annotations
 

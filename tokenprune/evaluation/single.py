@@ -27,22 +27,22 @@ def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tup
     """Query number `index` of a split, and its scene.
 
     Raises:
-        UnknownNameError: no such data set or split.
+        UnknownNameError: no such dataset or split.
         OptionError: a negative index or seed.
         InputError: the split has fewer queries.
-        PluginError: the data set failed.
+        PluginError: the dataset failed.
     """
     whole_number("index", index, 0)
     data = check_request(dataset, split, index + 1, seed)
     pairs = ((scene, query) for scene in scenes_of(data, split, index + 1, seed) for query in scene.queries)
     found = next(islice(pairs, index, None), None)
     if found is None:
-        raise InputError(f"data set {data.name!r}, split {split!r} has no query number {index}; choose a lower one")
+        raise InputError(f"dataset {data.name!r}, split {split!r} has no query number {index}; choose a lower one")
     return found
 
 
 def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: Strategy | None = None) -> SampleRecord:
-    """One query of a data set, with its target."""
+    """One query of a dataset, with its target."""
     result = model.segment(scene.image, [query.text], strategy, is_sentence=[query.is_sentence])
     mask = _first(result.masks)
     iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))

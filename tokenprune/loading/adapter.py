@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from tokenprune.engine.interface.bound_model import Binding
+    from tokenprune.engine.interface.bound_model import BoundModel
 
 
 class Adapter(ABC):
@@ -47,7 +47,7 @@ class Adapter(ABC):
         """
 
     @classmethod
-    def bind(cls, model: Any) -> Binding | None:
+    def bind(cls, model: Any) -> BoundModel | None:
         """What `tokenprune.prune(model, strategy)` needs to know of a live model; None for a model of another kind.
 
         Args:

@@ -39,7 +39,7 @@ COMMANDS = frozenset({"list", "compare", "segment", "answer", "inspect", "flops"
 KINDS = {
     "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.core.strategy:Strategy"),
     "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.loading.adapter:Adapter"),
-    "datasets": Kind("data set", "tokenprune_register_datasets", "tokenprune.datasets.base:Dataset"),
+    "datasets": Kind("dataset", "tokenprune_register_datasets", "tokenprune.datasets.base:Dataset"),
     "models": Kind("model", "tokenprune_register_models"),
     "metrics": Kind("metric", "tokenprune_register_metrics"),
     "segmenters": Kind("segmenter", "tokenprune_register_segmenters"),

@@ -49,7 +49,7 @@ def tokenprune_register_adapters(register: Register) -> None:
 
 @hookspec
 def tokenprune_register_datasets(register: Register) -> None:
-    """Register data sets; each target is a subclass of `tokenprune.datasets.base.Dataset`."""
+    """Register datasets; each target is a subclass of `tokenprune.datasets.base.Dataset`."""
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""Names of strategies, adapters, data sets and all else that plugins register, imported on first use.
+"""Names of strategies, adapters, datasets and all else that plugins register, imported on first use.
 
 Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The scan happens on first use and
 imports only the plugins' registration modules. A plugin that fails there is set aside with its error
@@ -287,7 +287,7 @@ def adapters() -> dict[str, Entry]:
 
 
 def datasets() -> dict[str, Entry]:
-    """The data sets that are installed: name -> description."""
+    """The datasets that are installed: name -> description."""
     return _registry.entries("datasets")
 
 

@@ -32,7 +32,7 @@ class Names:
 
     @property
     def noun(self) -> str:
-        """What it is: "strategy", "adapter" or "data set"."""
+        """What it is: "strategy", "adapter" or "dataset"."""
         return KINDS[self.kind].noun
 
     @property
@@ -52,7 +52,7 @@ class Names:
 
     @property
     def environment(self) -> str:
-        """The environment variable that says where a data set's files are: "MY_DATA_FOLDER"."""
+        """The environment variable that says where a dataset's files are: "MY_DATA_FOLDER"."""
         return f"{self.identifier.upper()}_FOLDER"
 
     @property

@@ -25,7 +25,7 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import Binding, prune
+from tokenprune.engine import BoundModel, prune
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.compatibility import compatible
 from tokenprune.engine.interface.guarded import Guarded
@@ -132,7 +132,7 @@ class AdapterConformance:
         """Where every token is kept, outputs are those of the untouched model, to the bit."""
         expected = self._untouched(self._all)
         found = self._pruned(self._all, self._keeping())
-        assert torch.equal(found, expected), f"off by {float((found - expected).abs().max()):.2g}; see marks()"
+        assert torch.equal(found, expected), f"off by {float((found - expected).abs().max()):.2g}; see prompt_masks()"
 
     def test_nothing_stays_on_the_model(self) -> None:
         """After a run, and after an exception in one, the model is what it was."""
@@ -249,7 +249,7 @@ class AdapterConformance:
         self._untouched(self._all)
         entry = registry.get("adapters", self.adapter)
         binding = entry.call(self._model, method="bind")
-        assert isinstance(binding, Binding), f"bind() of {self.adapter!r} answers {binding!r}, expected a Binding"
+        assert isinstance(binding, BoundModel), f"bind() of {self.adapter!r} answers {binding!r}, expected a BoundModel"
         binding = Guarded(binding, entry)
         stack = find_decoder(binding.decoder)
         self._binding, self._decoder, self._depth = binding, stack.module, len(stack.layers)

@@ -48,7 +48,7 @@ class Case:
         return replace(self, rows=(self.rows[row],))
 
 
-class MadeUp:
+class SyntheticBatch:
     """The tensors of a batch.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The conformance kit for data sets: what comparisons take for granted of a data set, held for one that you bring.
+"""The conformance kit for datasets: what comparisons take for granted of a dataset, held for one that you bring.
 
 from tokenprune.testing.dataset_conformance import DatasetConformance
 
@@ -31,7 +31,7 @@ class DatasetConformance:
     queries: ClassVar[int] = 8
 
     def data(self) -> Dataset:
-        """The data set, made anew."""
+        """The dataset, made anew."""
         if not self.dataset:
             raise pytest.UsageError(f"{type(self).__name__}: give dataset, a registered name or module:Class")
         return made(self.dataset)

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2VLTextModel,
 )
 
-from tokenprune.testing.cases import MadeUp
+from tokenprune.testing.cases import SyntheticBatch
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, HEADS = 8, 32, 4
@@ -40,7 +40,7 @@ class Family:
     make: Callable[[], Any]
     axes: bool = False
 
-    def positions(self, made: MadeUp) -> Tensor:
+    def positions(self, made: SyntheticBatch) -> Tensor:
         """Position ids [batch, S], or [3, batch, S]."""
         return made.positions_3d if self.axes else made.positions
 

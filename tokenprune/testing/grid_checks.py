@@ -33,7 +33,7 @@ def check_cells(
     assert all(b - a in (0, 1) for a, b in pairwise(numbers)), f"{prompt}: images not in order; found {_short(numbers)}"
     assert min(map(min, cells)) >= 0, (
         f"{prompt}: an image token without a cell; found {_short(cells)}; only unbroken runs of a square number of "
-        "tokens get cells by themselves: give grid and image_number to Marks, and see that no separator is marked"
+        "tokens get cells by themselves: give grid and image_number to PromptMasks, and see that no separator is marked"
     )
     for number in range(numbers[-1] + 1):
         image = [tuple(cell) for cell, of in zip(cells, numbers, strict=True) if of == number]

@@ -14,7 +14,7 @@ from tokenprune.core.decisions import Restore
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import PluginError, TokenPruneError
-from tokenprune.testing.cases import Case, MadeUp
+from tokenprune.testing.cases import Case, SyntheticBatch
 from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.model_snapshot import differences, snapshot
 from tokenprune.testing.oracle import all_active, apply_step, masked_full_length, rotary_tables
@@ -41,7 +41,7 @@ def cached_equals_recomputed(case: Case, strategy: Strategy) -> None:
 
 
 def keep_all_is_the_baseline(case: Case, strategy: Strategy) -> None:
-    """Where nothing is pruned, everything is as in the untouched model: to the bit, unless positions are counted anew.
+    """Where nothing is pruned, everything is as in the untouched model: to the bit, unless positions are renumbered.
 
     Counting anew leaves padding out, so that sums are taken in another order.
     """
@@ -257,7 +257,7 @@ def _same_model(before: dict[str, Any], after: str, trace: Trace, case: Case, st
 
 
 def _oracle(case: Case, strategy: Strategy, done: Run, new: int = 0) -> Tensor:
-    made = MadeUp(case.rows, case.padding, new=new)
+    made = SyntheticBatch(case.rows, case.padding, new=new)
     ids = FAMILIES[case.family].positions(made)
     stack = stack_of(model_of(case.family))
     return masked_full_length(stack, made.embeds(WIDTH), made.layout, done.script(strategy), ids)

@@ -19,10 +19,10 @@ from tokenprune.core.tokens import Tokens
 from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.testing.cases import Case, MadeUp
+from tokenprune.testing.cases import Case, SyntheticBatch
 from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
 from tokenprune.testing.scripted import Scripted, Step
-from tokenprune.testing.synthetic_vision import made_up_vision
+from tokenprune.testing.synthetic_vision import synthetic_vision_of
 
 _LENT = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
 _LENT_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")
@@ -72,7 +72,7 @@ class Log:
 class Run:
     """A finished run: the prompt's final states [batch, S, width], the trace, the log, and what it ran on."""
 
-    made: MadeUp
+    made: SyntheticBatch
     output: Tensor
     trace: Trace
     log: Log
@@ -175,10 +175,10 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: i
         noise: seed of a rounding error on everything that the strategy may read; None = none.
     """
     family, model = FAMILIES[case.family], model_of(case.family)
-    made = MadeUp(case.rows, case.padding, new=new)
-    prompt, length = MadeUp(case.rows, case.padding), made.length
+    made = SyntheticBatch(case.rows, case.padding, new=new)
+    prompt, length = SyntheticBatch(case.rows, case.padding), made.length
     embeds, ids, mask = made.embeds(WIDTH), family.positions(made), made.mask
-    vision = made_up_vision(prompt, WIDTH)
+    vision = synthetic_vision_of(prompt, WIDTH)
     if noise is not None:
         embeds = rounded(embeds, noise)
         vision = replace(vision, answers={kind: _rounding(give, noise) for kind, give in vision.answers.items()})
@@ -245,7 +245,7 @@ def _rounding(give: Callable[[Any], Any], seed: int) -> Callable[[Any], Any]:
 @torch.no_grad()
 def baseline(case: Case) -> tuple[Tensor, Log]:
     """Final states [batch, S, width] of the untouched model, and what its layers were given."""
-    made, log = MadeUp(case.rows, case.padding), Log()
+    made, log = SyntheticBatch(case.rows, case.padding), Log()
     stack = stack_of(model_of(case.family))
     with _logged(stack, log):
         output = stack(

@@ -32,9 +32,9 @@ from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError, TokenPruneError
 from tokenprune.plugins import registry
 from tokenprune.testing import invariants
-from tokenprune.testing.cases import Case, MadeUp, Row
+from tokenprune.testing.cases import Case, Row, SyntheticBatch
 from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.synthetic_vision import made_up_vision
+from tokenprune.testing.synthetic_vision import synthetic_vision_of
 from tokenprune.testing.verdict import Nonconforming, NotTested, Tied, raised, report
 
 Invariant = Callable[[Case, Strategy], None]
@@ -246,14 +246,14 @@ class StrategyConformance:
     def _fitting(self, families: Iterable[str]) -> tuple[list[str], list[str]]:
         """The families that the strategy runs on, and why it refuses the others."""
         fitting, reasons = [], []
-        made = MadeUp((Row(((2, 2),)),), "right")
+        made = SyntheticBatch((Row(((2, 2),)),), "right")
         for family in families:
             try:
                 with prune(
                     model_of(family),
                     self.made(),
                     image_tokens=made.layout.image_tokens,
-                    vision=made_up_vision(made, WIDTH),
+                    vision=synthetic_vision_of(made, WIDTH),
                 ):
                     fitting.append(family)
             except IncompatibleError as error:

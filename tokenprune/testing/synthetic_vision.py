@@ -1,4 +1,4 @@
-"""A made-up vision side: reads that tiny decoders do not offer, drawn per row from the row's own seed."""
+"""A synthetic vision side: reads that tiny decoders do not offer, drawn per row from the row's own seed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenprune.core import reads
 from tokenprune.core.reads import Read
 from tokenprune.core.requirements import DECODER_READS
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.testing.cases import MadeUp, drawn
+from tokenprune.testing.cases import SyntheticBatch, drawn
 
 CHANNELS, PIXELS, TOWER_LAYERS = 8, 56, 4
 _WEIGHTS = ("cls_attention", "received_attention")
 
 
-def made_up_vision(made: MadeUp, width: int) -> VisionSource:
+def synthetic_vision_of(made: SyntheticBatch, width: int) -> VisionSource:
     """A source that answers every read of the vision side that tokenprune knows.
 
     Args:
@@ -31,11 +31,11 @@ def made_up_vision(made: MadeUp, width: int) -> VisionSource:
     return VisionSource({kind: _answer(kind.field, made, width) for kind in kinds}, TOWER_LAYERS)
 
 
-def _answer(field: str, made: MadeUp, width: int) -> Callable[[Any], Any]:
+def _answer(field: str, made: SyntheticBatch, width: int) -> Callable[[Any], Any]:
     return lambda read: _value(field, read, made, width)
 
 
-def _value(field: str, read: Read, made: MadeUp, width: int) -> Any:
+def _value(field: str, read: Read, made: SyntheticBatch, width: int) -> Any:
     seeds = [row.seed for row in made.rows]
     if field == "project":
         return lambda features: features @ drawn("projector", 0, CHANNELS, width)
@@ -57,14 +57,14 @@ def _value(field: str, read: Read, made: MadeUp, width: int) -> Any:
     return _per_token(repr(read), made, CHANNELS)
 
 
-def _per_token(what: str, made: MadeUp, channels: int) -> Tensor:
+def _per_token(what: str, made: SyntheticBatch, channels: int) -> Tensor:
     """float32 [batch, N, channels], zeros where a row has no token."""
     counts = made.layout.counts.tolist()
     rows = [drawn(what, row.seed, count, channels) for row, count in zip(made.rows, counts, strict=True)]
     return pad_sequence(rows, batch_first=True)
 
 
-def _per_crop(what: str, made: MadeUp) -> Tensor:
+def _per_crop(what: str, made: SyntheticBatch) -> Tensor:
     """float32 [batch, N, channels], the same for all tokens of an image."""
     images = made.layout.gather_slots(made.layout.image_number)
     tables = torch.stack([drawn(what, row.seed, 4, CHANNELS) for row in made.rows])

@@ -197,7 +197,7 @@ def budgets(data: dict[str, Any]) -> Figure:
 
 
 def positions(data: dict[str, Any]) -> Figure:
-    """Tokens as cells at their rotary positions: before pruning, kept, counted anew."""
+    """Tokens as cells at their rotary positions: before pruning, kept, renumbered."""
     length = len(data["image"])
     figure, axis = blank(2.75, length + 3.4, 8.3)
     fill = [ACTIVE if image else TEXT for image in data["image"]]

@@ -1,4 +1,4 @@
-"""gIoU by kind on the data set's own queries, with the image and blind."""
+"""gIoU by kind on the dataset's own queries, with the image and blind."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tokenprune_adapters.segmentation.queries import SENTENCE, forced_prompt
 
 ANSWER = LisaModel.forced_answer
 ADDED_TOKENS = ("[SEG]", "<im_start>", "<im_end>")  # LISA's order
-# Words that no query of the data set has, so that free text does not fall into bytes altogether.
+# Words that no query of the dataset has, so that free text does not fall into bytes altogether.
 EXTRA = (
     "which what where object objects color same different every all one two three four five big little upper lower "
     "top left right bottom between next to near far from farthest behind and or both but it its of on at a an are "

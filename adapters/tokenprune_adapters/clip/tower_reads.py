@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.engine.attention_tap import Seen
+from tokenprune.engine.attention_tap import AttentionCall
 
 ROWS_AT_ONCE = 256  # bounds memory: attention rows that are held at one time
 
 
-def cls_attention(seen: Seen, heads: str = "mean") -> Tensor:
+def cls_attention(seen: AttentionCall, heads: str = "mean") -> Tensor:
     """float32 [images, P]: attention of [CLS], the first position, to the P patches.
 
     Args:
@@ -25,7 +25,7 @@ def cls_attention(seen: Seen, heads: str = "mean") -> Tensor:
     return products.softmax(1)[:, 1:]
 
 
-def received_attention(seen: Seen) -> Tensor:
+def received_attention(seen: AttentionCall) -> Tensor:
     """float32 [images, P]: what each position receives of the others' attention, mean over heads and positions."""
     images, _, length, _ = seen.query.shape
     total = torch.zeros(images, seen.key.shape[2], device=seen.query.device)
@@ -35,7 +35,7 @@ def received_attention(seen: Seen) -> Tensor:
     return total / length
 
 
-def keys(seen: Seen, heads: str = "joint") -> Tensor:
+def keys(seen: AttentionCall, heads: str = "joint") -> Tensor:
     """float32 [images, P, C]: keys of all positions.
 
     Args:
@@ -45,12 +45,12 @@ def keys(seen: Seen, heads: str = "joint") -> Tensor:
     return seen.key.float().mean(1) if heads == "mean" else _joint(seen.key)
 
 
-def values(seen: Seen) -> Tensor:
+def values(seen: AttentionCall) -> Tensor:
     """float32 [images, P, C]: values of all positions, heads concatenated."""
     return _joint(seen.value)
 
 
-def cls_query(seen: Seen) -> Tensor:
+def cls_query(seen: AttentionCall) -> Tensor:
     """float32 [images, 1, C]: the query of [CLS], the first position, heads concatenated."""
     return _joint(seen.query[:, :, :1])
 

@@ -15,7 +15,7 @@ from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START, REGION_T
 from tokenprune_adapters.glamm.results import GroundedSegmentation, phrase_span
 from tokenprune_adapters.llava.prompt import dialogue
 from tokenprune_adapters.segmentation.data import Answered, SegmenterInputs
-from tokenprune_adapters.segmentation.queries import checked_query, sentence_flags, several
+from tokenprune_adapters.segmentation.queries import as_list, checked_query, sentence_flags
 from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
 
 
@@ -97,7 +97,7 @@ class GlammModel(SamSegmenter):
         self, query: str | Sequence[str], is_sentence: bool | Sequence[bool] | None = None
     ) -> list[tuple[str, str]]:
         """Question and given answer of each query, as forced conversations have them."""
-        queries = [checked_query(text, self.special_tokens()) for text in several(query, "query")]
+        queries = [checked_query(text, self.special_tokens()) for text in as_list(query, "query")]
         flags = sentence_flags(queries, is_sentence)
         return [glamm_prompts.turn(*both, self.template_seed) for both in zip(queries, flags, strict=True)]
 

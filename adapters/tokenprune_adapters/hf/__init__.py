@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokenprune_adapters.hf.adapter import TransformersAdapter
-from tokenprune_adapters.hf.binding import TransformersBinding
+from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 from tokenprune_adapters.hf.families import FAMILIES, Family
 
-__all__ = ["FAMILIES", "Family", "TransformersAdapter", "TransformersBinding"]
+__all__ = ["FAMILIES", "BoundTransformersModel", "Family", "TransformersAdapter"]

@@ -24,7 +24,7 @@ from tokenprune_adapters.common.load_options import (
 )
 from tokenprune_adapters.common.shards import has_shards
 from tokenprune_adapters.hf import lora_merging as merging
-from tokenprune_adapters.hf.binding import TransformersBinding
+from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 from tokenprune_adapters.hf.families import FAMILIES
 from tokenprune_adapters.hf.model import VisionLanguageModel
 from tokenprune_adapters.hf.processor import has_processor
@@ -49,7 +49,7 @@ class TransformersAdapter(Adapter):
         )
 
     @classmethod
-    def bind(cls, model: Any) -> TransformersBinding | None:
+    def bind(cls, model: Any) -> BoundTransformersModel | None:
         """A live model of a known family, with its language-modelling head or without.
 
         Raises:
@@ -60,7 +60,7 @@ class TransformersAdapter(Adapter):
         if kind not in FAMILIES or not hasattr(base, "get_image_features"):
             return None
         _refuse_old_releases(type(model).__name__)
-        return TransformersBinding(model, FAMILIES[kind])
+        return BoundTransformersModel(model, FAMILIES[kind])
 
     @classmethod
     def load(cls, source: str, **options: Any) -> VisionLanguageModel:

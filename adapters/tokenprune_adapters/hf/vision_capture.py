@@ -26,18 +26,18 @@ from tokenprune.core.reads import (
     TowerKeys,
     TowerValues,
 )
-from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.under_way import under_way
 from tokenprune.engine.interface.bound_model import arguments, padding_mask
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.hf.crops import CropStates
 from tokenprune_adapters.hf.grid_cells import Cells
 
 if TYPE_CHECKING:
-    from tokenprune_adapters.hf.binding import TransformersBinding
+    from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 
 LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
@@ -71,14 +71,14 @@ class _Now(threading.local):
         self.encoded: dict[str, Encoded] = {}
 
 
-class Following:
+class TransformersCapture:
     """The watch of one context; what a forward saw is forgotten when it ends, and is its thread's alone.
 
     `generate` may encode images ahead and hand them to its forwards (`mm_encoder_outputs`); what was seen then is kept
     until more is encoded ahead.
     """
 
-    def __init__(self, binding: TransformersBinding, reads: Collection[Read]) -> None:
+    def __init__(self, binding: BoundTransformersModel, reads: Collection[Read]) -> None:
         self.binding = binding
         self.reads = [read for read in reads if type(read) in binding.offers()]
         self._shows({read: [] for read in self.reads})  # refuses layers that are not there
@@ -184,19 +184,19 @@ class Following:
                 values[read] = arrangement.pool([crops.numbers(binding.cut)], tokens).round().long()
         return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
 
-    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[Seen], None]]:
+    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
         wanted: dict[nn.Module, list[Any]] = {}
         for read in seen:
             if isinstance(read, LAYERED):
                 wanted.setdefault(self.binding.tower_attention(read.layer), []).append(read)
 
-        def show(reads: list[Any], found: Seen) -> None:
+        def show(reads: list[Any], found: AttentionCall) -> None:
             for read in reads:
                 seen[read].append(self._value(read, found))
 
         return {module: partial(show, some) for module, some in wanted.items()}
 
-    def _value(self, read: Read, seen: Seen) -> Tensor:
+    def _value(self, read: Read, seen: AttentionCall) -> Tensor:
         """[crops, patches, D] of one call of a tower layer."""
         if isinstance(read, ClsAttention):
             return tower_reads.cls_attention(seen, read.heads)[..., None]
@@ -212,8 +212,8 @@ class Following:
 
     # the prefill -----------------------------------------------------------------------------------------------------
 
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
-        """See `Watch.marks`.
+    def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
+        """See `VisionCapture.prompt_masks`.
 
         Raises:
             InputError: the model was called without ids, or placeholders and image features differ in number.
@@ -250,19 +250,19 @@ class Following:
         )
         number = _numbered(torch.where(now.tokens, image, -1))
         grid = torch.where(now.tokens[..., None], grid, -1)
-        return Marks(now.tokens, queries, grid, number, now.mask)
+        return PromptMasks(now.tokens, queries, grid, number, now.mask)
 
     def missed(self) -> bool:
-        """See `Watch.missed`: whether the model's forward is on the stack, but was not seen to begin."""
+        """See `VisionCapture.missed`: whether the model's forward is on the stack, but was not seen to begin."""
         return not self._now.inside and under_way(self.binding.base, "forward")
 
     def padding(self) -> Tensor | None:
-        """See `Watch.padding`."""
+        """See `VisionCapture.padding`."""
         return self._now.mask
 
     def later(self) -> Tensor | None:
-        """See `Watch.later`."""
-        return self.marks({}).image_tokens if self._now.encoded else None
+        """See `VisionCapture.later`."""
+        return self.prompt_masks({}).image_tokens if self._now.encoded else None
 
     def _numbers(self, modality: str, encoded: Encoded) -> Tensor:
         """For each placeholder, row by row, the number of its token; rows may be repeated for returned sequences."""
@@ -282,7 +282,7 @@ class Following:
         return torch.cat([row for row in rows for _ in range(repeats)])
 
     def provide(self, read: Read) -> Any:
-        """See `Watch.provide`."""
+        """See `VisionCapture.provide`."""
         if isinstance(read, Projector):
             return self.binding.project
         now = self._now

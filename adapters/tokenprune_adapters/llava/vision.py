@@ -26,7 +26,7 @@ from tokenprune.core.reads import (
     TowerKeys,
     TowerValues,
 )
-from tokenprune.engine.attention_tap import Seen, tap
+from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError
 from tokenprune_adapters.clip import tower_reads
@@ -90,7 +90,7 @@ class TowerRun:
     states: tuple[Tensor, ...]
     select_layer: int = -2
     mask: Tensor | None = None
-    _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
+    _seen: dict[int, AttentionCall] = field(default_factory=dict, repr=False)
 
     @property
     def layers(self) -> int:
@@ -111,7 +111,7 @@ class TowerRun:
         """The function of the features: every patch is an image token."""
         return function(self.features)
 
-    def seen(self, layer: int) -> Seen:
+    def seen(self, layer: int) -> AttentionCall:
         """What the attention of a layer computes with.
 
         Args:
@@ -126,7 +126,7 @@ class TowerRun:
         if number not in self._seen:
             block = _blocks(self.tower)[number]
 
-            def keep(seen: Seen) -> None:
+            def keep(seen: AttentionCall) -> None:
                 self._seen[number] = seen
 
             with torch.no_grad(), tap({block.self_attn: keep}):

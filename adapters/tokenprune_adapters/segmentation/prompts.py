@@ -10,11 +10,11 @@ from tokenprune.utils.arguments import one_of
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, questions
 from tokenprune_adapters.segmentation.queries import (
+    as_list,
     checked_query,
     forced_prompt,
     open_prompt,
     sentence_flags,
-    several,
     text_problem,
 )
 
@@ -67,8 +67,8 @@ class Prompts:
                 f"{'neither' if query is None else 'both'} of query and prompt given, expected one of them"
             )
         if prompt is not None:
-            return self._checked_prompts(several(prompt, "prompt"), answer)
-        queries = [checked_query(text, self.special_tokens()) for text in several(query, "query")]
+            return self._checked_prompts(as_list(prompt, "prompt"), answer)
+        queries = [checked_query(text, self.special_tokens()) for text in as_list(query, "query")]
         return self.ask(queries, sentence_flags(queries, is_sentence), answer)
 
     def wordings(self, prompts: Sequence[str], queries: Sequence[str] | None = None) -> dict[str, list[list[str]]]:

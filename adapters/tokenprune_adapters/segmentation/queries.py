@@ -15,7 +15,7 @@ PHRASE = "What is {} in this image? Please output segmentation mask."
 SENTENCE = "{} Please output segmentation mask."
 
 
-def several(value: Any, what: str) -> list[Any]:
+def as_list(value: Any, what: str) -> list[Any]:
     """One text or a list of them, as a list; the texts themselves are not looked at.
 
     Raises:
@@ -60,7 +60,7 @@ def text_problem(text: object) -> str:
 
 
 def is_sentence(query: str) -> bool:
-    """Whether a query is taken for a sentence: it ends in "." or "?" (ours; LISA's data sets say it for each query)."""
+    """Whether a query is taken for a sentence: it ends in "." or "?" (ours; LISA's datasets say it for each query)."""
     return query.endswith((".", "?"))
 
 

@@ -30,7 +30,7 @@ from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.generation import Generated, generate
 from tokenprune_adapters.segmentation.prompts import Prompts
-from tokenprune_adapters.segmentation.queries import given_answer, several
+from tokenprune_adapters.segmentation.queries import as_list, given_answer
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -163,7 +163,7 @@ class Segmenter(Prompts, nn.Module):
             image: a path, PIL image, numpy array or tensor; or what `encode_image` gave, to spare the towers another
                 run.
             query: a phrase or sentence; the words go into the family's templates, white space around them is dropped.
-                For figures comparable with those of referring data sets, lowercase it, as their evaluation does.
+                For figures comparable with those of referring datasets, lowercase it, as their evaluation does.
             strategy: a `tokenprune.Strategy`; None leaves the decoder as it is: untouched, or pruned by a context that
                 this thread has open.
             answer: "forced" gives an answer that holds the mask tokens and takes one pass, as the families' evaluation
@@ -171,7 +171,7 @@ class Segmenter(Prompts, nn.Module):
             prompt: instead of a query, a whole prompt that is taken as it is, with <image> once. Forced, it must hold
                 its mask tokens, and each makes a mask; with "generate" the model goes on from its end.
             max_new_tokens: limit of a generated answer.
-            is_sentence: whether each query is a sentence, which LISA's data sets ask in another template than a
+            is_sentence: whether each query is a sentence, which LISA's datasets ask in another template than a
                 phrase. By default a query is one if it ends in "." or "?" (ours).
 
         Raises:
@@ -184,7 +184,7 @@ class Segmenter(Prompts, nn.Module):
         if strategy is not None:
             check_on(checked_strategy(strategy), self)
         texts = self.prompts(query, answer, prompt, is_sentence)
-        queries = None if query is None else several(query, "query")
+        queries = None if query is None else as_list(query, "query")
         with model_turn(self.decoder):
             encoded = self.encode_image(image)
             inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
@@ -331,7 +331,7 @@ class Segmenter(Prompts, nn.Module):
         self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
     ) -> VisionSource:
         """What strategies may read of an encoded image: the tower, the projector, the picture, and CLIP's space where
-        there is one. Lined up with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
+        there is one. Aligned with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
         return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
 
     def _end_ids(self) -> set[int]:

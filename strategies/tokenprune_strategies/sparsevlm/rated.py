@@ -40,7 +40,7 @@ class RatedByText(Strategy):
             (0.09375, 0.21875, 0.5),
             description="first layer without the dropped tokens: an int is a layer, a float a share of the depth",
         )
-        positions: Positions = Field("renumber", description="renumber: counted anew at every stage, as the authors do")
+        positions: Positions = Field("renumber", description="renumber: renumbered at every stage, as the authors do")
         faithful: bool = Field(False, description="as the authors' code")
 
     options: Any

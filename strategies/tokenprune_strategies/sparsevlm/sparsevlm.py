@@ -97,9 +97,7 @@ class SparseVLMPlus(RatedByText):
     class Options(RatedByText.Options):
         """Options of SparseVLM+."""
 
-        positions: Positions = Field(
-            "keep", description="keep: as the authors do; renumber: counted anew at every stage"
-        )
+        positions: Positions = Field("keep", description="keep: as the authors do; renumber: renumbered at every stage")
         heads: Amount = Field(0.5, description="attention heads that score: an int counts them, a float is a share")
         faithful: bool = Field(
             False,

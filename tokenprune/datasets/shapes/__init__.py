@@ -1,4 +1,4 @@
-"""`shapes`: a procedural data set for reasoning segmentation."""
+"""`shapes`: a procedural dataset for reasoning segmentation."""
 
 from __future__ import annotations
 

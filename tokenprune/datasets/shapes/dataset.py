@@ -1,4 +1,4 @@
-"""The `shapes` data set: every scene and query follows from (split, seed, index); nothing is stored. Ours."""
+"""The `shapes` dataset: every scene and query follows from (split, seed, index); nothing is stored. Ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPLIT_CODES = {"train": 0, "val": 1, "test": 2, "heldout": 3}
 
 
 class UnknownSplitError(TokenPruneError):
-    """The data set has no split of that name."""
+    """The dataset has no split of that name."""
 
 
 def scene_generator(split: str, seed: int, index: int) -> np.random.Generator:
@@ -52,10 +52,10 @@ class Shapes(Dataset):
         and OptionError for more than `MOST` queries, which would be minutes of drawing."""
         if split not in self.splits:
             splits = ", ".join(self.splits)
-            raise UnknownSplitError(f"data set 'shapes' has no split {split!r}; choose one of {splits}")
+            raise UnknownSplitError(f"dataset 'shapes' has no split {split!r}; choose one of {splits}")
         if limit is not None and limit > MOST:
             raise OptionError(
-                f"data set 'shapes' draws scenes one after the other, at most {MOST} queries; {limit} were asked for, "
+                f"dataset 'shapes' draws scenes one after the other, at most {MOST} queries; {limit} were asked for, "
                 "choose a lower limit or index, or another seed"
             )
         index = given = 0

@@ -1,4 +1,4 @@
-"""Queries of the `shapes` data set. Extreme, relation and reasoning queries need position or comparison: ours.
+"""Queries of the `shapes` dataset. Extreme, relation and reasoning queries need position or comparison: ours.
 
 Wherever a query of these kinds states a colour, a shape or a size, at least two objects of the scene fit what it
 states; the answer is one object, and it wins by a margin (pixels, or ratio of sizes), so that no query is a close call.

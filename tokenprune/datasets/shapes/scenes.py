@@ -1,4 +1,4 @@
-"""Scenes of the `shapes` data set: a textured noisy background and 5 to 10 coloured shapes. Everything here is ours."""
+"""Scenes of the `shapes` dataset: a textured noisy background and 5 to 10 coloured shapes. Everything here is ours."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import binding_of
+from tokenprune.engine.interface.bound_model import bound_model_of
 from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
 from tokenprune.utils.arguments import one_of, shown
 
@@ -160,7 +160,7 @@ def decoder_in(model: nn.Module) -> nn.Module:
         return find_decoder(model).module
     except UnsupportedError:  # several, of which an adapter knows the right one
         try:
-            return find_decoder(binding_of(model).decoder).module
+            return find_decoder(bound_model_of(model).decoder).module
         except TokenPruneError:
             return model
 

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.plugins.entries import not_loaded
 from tokenprune.utils.arguments import shown
 
 
-class Watch(Protocol):
+class VisionCapture(Protocol):
     """Looks on while a model takes in images, and tells afterwards what it saw.
 
     It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
@@ -28,14 +28,14 @@ class Watch(Protocol):
     its decoder another one; None = what the decoder itself is called with.
     """
 
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+    def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
         """Where the image tokens of the present prefill stand. Called when its first decoder layer begins."""
 
     def provide(self, read: Read) -> Any:
-        """The answer to a read of the vision side, lined up with the image tokens of the present prefill."""
+        """The answer to a read of the vision side, aligned with the image tokens of the present prefill."""
 
 
-class Binding(ABC):
+class BoundModel(ABC):
     """One live model, as an adapter understands it; made by `Adapter.bind`.
 
     Attributes:
@@ -55,7 +55,7 @@ class Binding(ABC):
         """Kinds of reads that the vision side can answer."""
 
     @abstractmethod
-    def watch(self, reads: Collection[Read]) -> AbstractContextManager[Watch]:
+    def capture(self, reads: Collection[Read]) -> AbstractContextManager[VisionCapture]:
         """Follow the model's calls while the context is open, and keep what these reads need.
 
         Raises:
@@ -75,7 +75,7 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def binding_of(model: Any) -> Binding:
+def bound_model_of(model: Any) -> BoundModel:
     """What the first of the installed adapters that knows a live model tells of it; its failures name the adapter.
 
     Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
@@ -93,10 +93,12 @@ def binding_of(model: Any) -> Binding:
     for name, entry in registry.adapters().items():
         asked[name] = entry.load()
         binding = entry.call(model, method="bind")
-        if isinstance(binding, Binding):
+        if isinstance(binding, BoundModel):
             return Guarded(binding, entry)
         if binding is not None:
-            raise entry.refusal(f"answers bind() with {binding!r}, expected a Binding or None", "fix or uninstall it")
+            raise entry.refusal(
+                f"answers bind() with {binding!r}, expected a BoundModel or None", "fix or uninstall it"
+            )
     if hasattr(model, "segment") and not isinstance(model, type):
         raise UnsupportedError(
             f"{type(model).__name__} is pruned by its own methods; call segment(image, query, strategy=…) on it, or "

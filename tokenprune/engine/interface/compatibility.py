@@ -14,12 +14,12 @@ from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.wrappers import unwrapped
 from tokenprune.engine.decoder import Decoder, find_decoder
-from tokenprune.engine.interface.bound_model import binding_of
+from tokenprune.engine.interface.bound_model import bound_model_of
 from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 
 
 class Declared(Protocol):
-    """A model that tells what strategies may read of it: a `Binding`, or a model of an adapter's own."""
+    """A model that tells what strategies may read of it: a `BoundModel`, or a model of an adapter's own."""
 
     @property
     def name(self) -> str:
@@ -139,7 +139,7 @@ def declaration_of(model: Any) -> Declared:
             "offers(), tower_layers and decoder"
         )
     try:
-        return binding_of(model)
+        return bound_model_of(model)
     except InputError:
         return _Plain(type(model).__name__, model)
 

@@ -12,22 +12,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
-from tokenprune.engine.interface.bound_model import Binding, Watch
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
 from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry
 
 
-class Guarded(Binding):
+class Guarded(BoundModel):
     """What an adapter answered to `bind`, held to its word.
 
     Raises:
-        PluginError: from every method where the adapter's one raises what is no TokenPruneError, or answers with
+        PluginError: from every method where the adapter's one raises an unexpected exception, or answers with
             something else than it should; names the adapter and its package.
     """
 
-    def __init__(self, inner: Binding, entry: Entry) -> None:
+    def __init__(self, inner: BoundModel, entry: Entry) -> None:
         self._inner, self._entry = inner, entry
         with entry.running("bind"):
             self.name, self.decoder, self.tower_layers = inner.name, inner.decoder, inner.tower_layers
@@ -45,22 +45,22 @@ class Guarded(Binding):
             raise self._entry.refusal(problem)
         return kinds
 
-    def watch(self, reads: Collection[Read]) -> AbstractContextManager[Watch]:
+    def capture(self, reads: Collection[Read]) -> AbstractContextManager[VisionCapture]:
         """The adapter's watch; what is raised while it is open is the caller's, and goes on as it is."""
         return _Watching(self._inner, self._entry, reads, self.source)
 
 
-class _Watching(AbstractContextManager[Watch]):
-    def __init__(self, inner: Binding, entry: Entry, reads: Collection[Read], source: str) -> None:
+class _Watching(AbstractContextManager[VisionCapture]):
+    def __init__(self, inner: BoundModel, entry: Entry, reads: Collection[Read], source: str) -> None:
         self._inner, self._entry, self._reads, self._source = inner, entry, reads, source
 
-    def __enter__(self) -> Watch:
-        with self._entry.running("watch"):
-            self._open = self._inner.watch(self._reads)
+    def __enter__(self) -> VisionCapture:
+        with self._entry.running("capture"):
+            self._open = self._inner.capture(self._reads)
             found: Any = self._open.__enter__()
-        if not (hasattr(found, "marks") and hasattr(found, "provide")):
+        if not (hasattr(found, "prompt_masks") and hasattr(found, "provide")):
             self.__exit__(None, None, None)
-            problem = f"gives {found!r} in watch(), expected an object with marks() and provide()"
+            problem = f"gives {found!r} in capture(), expected an object with prompt_masks() and provide()"
             raise self._entry.refusal(problem)
         return _Watched(found, self._entry, self._source)
 
@@ -68,7 +68,7 @@ class _Watching(AbstractContextManager[Watch]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            with self._entry.running("watch"):
+            with self._entry.running("capture"):
                 self._open.__exit__(None, None, None)
             return
         try:
@@ -77,24 +77,24 @@ class _Watching(AbstractContextManager[Watch]):
             raise
         except Exception as wrong:
             if wrong is not error:  # the caller's error is the one to tell
-                refusal = self._entry.refusal(f"failed in watch() with {brief(wrong)}", "fix or uninstall it")
+                refusal = self._entry.refusal(f"failed in capture() with {brief(wrong)}", "fix or uninstall it")
                 warnings.warn(str(refusal), PluginWarning, stacklevel=2)
 
 
 class _Watched:
     """What a watch saw, with the adapter's name on its failures."""
 
-    def __init__(self, inner: Watch, entry: Entry, source: str) -> None:
+    def __init__(self, inner: VisionCapture, entry: Entry, source: str) -> None:
         self._inner, self._entry, self._source = inner, entry, source
 
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
-        with self._running("marks"):
-            found: Any = self._inner.marks(queries)
-        if not isinstance(found, Marks):
-            problem = f"answers marks() with {type(found).__name__}, expected tokenprune.engine.Marks"
+    def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
+        with self._running("prompt_masks"):
+            found: Any = self._inner.prompt_masks(queries)
+        if not isinstance(found, PromptMasks):
+            problem = f"answers prompt_masks() with {type(found).__name__}, expected tokenprune.engine.PromptMasks"
             raise self._entry.refusal(problem)
         if not isinstance(found.queries, Mapping):
-            raise self._entry.refusal(f"answers marks() with queries {found.queries!r}, expected masks by name")
+            raise self._entry.refusal(f"answers prompt_masks() with queries {found.queries!r}, expected masks by name")
         return replace(found, source=self._source)
 
     def later(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from tokenprune.errors import InputError
 
 
 @dataclass(frozen=True)
-class Marks:
+class PromptMasks:
     """Masks over the expanded prompt; all [batch, prompt].
 
     Attributes:
@@ -77,7 +77,7 @@ class Marks:
 
 
 def _check(name: str, mask: object) -> None:
-    """Is it a tensor of the kind that `Marks` says?"""
+    """Is it a tensor of the kind that `PromptMasks` says?"""
     numbers = {"grid": "int64 [batch, prompt, 2]", "image_number": "int64 [batch, prompt]"}
     expected = numbers.get(name, "bool [batch, prompt]")
     if not isinstance(mask, Tensor):

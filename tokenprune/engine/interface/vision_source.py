@@ -19,7 +19,7 @@ class VisionSource:
     Attributes:
         answers: kind of read -> a function that takes the read (with its options, such as the tower layer) and gives
             the value,
-            already lined up with the batch rows: [batch, N, …].
+            already aligned with the batch rows: [batch, N, …].
         layers: layers of the vision tower, 0 where there is none.
         source: who answers, for messages; empty = the model.
     """

@@ -119,7 +119,7 @@ def test_features_are_those_of_the_tokens_patches(model: Any) -> None:
 
 
 @torch.inference_mode()
-def test_compiled_code_does_not_pass_by_the_watch() -> None:
+def test_compiled_code_does_not_pass_by_the_capture() -> None:
     """Of a model whose projector was compiled, and called, before it was pruned."""
     model = tiny_model()
     with tp.prune(model, Look()):

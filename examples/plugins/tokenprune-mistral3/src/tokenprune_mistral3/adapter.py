@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText
 
 from tokenprune import Adapter
-from tokenprune.engine import Binding
+from tokenprune.engine import BoundModel
 from tokenprune.errors import CheckpointError, OptionError
 from tokenprune_mistral3.binding import Mistral3Binding
 
@@ -44,7 +44,7 @@ class Mistral3Adapter(Adapter):
         return model.to(options.get("device") or "cpu").eval()
 
     @classmethod
-    def bind(cls, model: Any) -> Binding | None:
+    def bind(cls, model: Any) -> BoundModel | None:
         """Of a live model, with or without its language-model head; None for others."""
         base = getattr(model, "model", model)
         known = getattr(getattr(model, "config", None), "model_type", None) == MODEL_TYPE

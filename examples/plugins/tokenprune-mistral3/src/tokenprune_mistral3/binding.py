@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune import Read, TowerFeatures
-from tokenprune.engine import Binding, Marks, arguments, padding_mask, shadowed, uncompiled
+from tokenprune.engine import BoundModel, PromptMasks, arguments, padding_mask, shadowed, uncompiled
 from tokenprune.errors import InputError
 
 
-class Mistral3Binding(Binding):
+class Mistral3Binding(BoundModel):
     """One live model, as it is without its language-model head."""
 
     def __init__(self, base: Any) -> None:
@@ -33,7 +33,7 @@ class Mistral3Binding(Binding):
         return frozenset({TowerFeatures})
 
     @contextmanager
-    def watch(self, reads: Collection[Read]) -> Iterator[Mistral3Watch]:
+    def capture(self, reads: Collection[Read]) -> Iterator[Mistral3Watch]:
         """Look at the calls of the model and of its projector, while the context is open."""
         config = self._base.config
         patch, merge = config.vision_config.patch_size, config.spatial_merge_size
@@ -92,7 +92,7 @@ class Mistral3Watch(threading.local):
         grid = states.view(*size, -1).movedim(-1, 0)[None]
         return nn.functional.avg_pool2d(grid, self._merge).flatten(2)[0].T
 
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+    def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
         """Where the image tokens stand, with their cells.
 
         Raises:
@@ -118,7 +118,7 @@ class Mistral3Watch(threading.local):
             first = number.masked_fill(number < 0, len(cells)).amin(1, keepdim=True)
             number = torch.where(image_tokens, number - first, -1)  # counted in each row of the batch
         self._image_tokens = image_tokens
-        return Marks(image_tokens, queries, grid, number, padding_mask(self._inputs))
+        return PromptMasks(image_tokens, queries, grid, number, padding_mask(self._inputs))
 
     def provide(self, read: Read) -> Tensor:
         """[batch, N, C]: the features of each row's image tokens, zeros behind those of shorter rows."""

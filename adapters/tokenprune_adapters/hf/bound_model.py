@@ -23,16 +23,16 @@ from tokenprune.core.reads import (
 )
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.wrappers import uncompiled
-from tokenprune.engine.interface.bound_model import Binding, Watch
+from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.families import Family
-from tokenprune_adapters.hf.vision_capture import METHODS, Following
+from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 
 ATTENTION = ("self_attn", "attn", "attention")
 
 
-class TransformersBinding(Binding):
+class BoundTransformersModel(BoundModel):
     """A vision-language model of transformers.
 
     Args:
@@ -110,9 +110,9 @@ class TransformersBinding(Binding):
         return [layer % total - 1 for layer in ([layers] if isinstance(layers, int) else layers)]
 
     @contextmanager
-    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
-        """See `Binding.watch`. The methods that make image features are looked at on this one object meanwhile."""
-        following = Following(self, reads)
+    def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
+        """See `BoundModel.watch`. The methods that make image features are looked at on this one object meanwhile."""
+        following = TransformersCapture(self, reads)
         with ExitStack() as undo:
             undo.enter_context(Conversations(self.model).kept_apart(restored=False))
             undo.enter_context(shadowed(self.base, "forward", following.forward))

@@ -16,8 +16,8 @@ from tokenprune.core.reads import Read
 from tokenprune.engine.calls.generate import generation
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.under_way import under_way
-from tokenprune.engine.interface.bound_model import Binding, Watch, arguments, padding_mask
-from tokenprune.engine.interface.prompt_masks import Marks
+from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, arguments, padding_mask
+from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError
 
@@ -38,7 +38,7 @@ class _Now(threading.local):
     prompt: Tensor | None = None
 
 
-class Given(Binding):
+class MarkedModel(BoundModel):
     """A model whose image tokens the caller marks."""
 
     def __init__(
@@ -60,7 +60,7 @@ class Given(Binding):
         return frozenset(self._vision.answers)
 
     @contextmanager
-    def watch(self, reads: Collection[Read]) -> Iterator[Watch]:
+    def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
         """Look at the model's attention mask, which its decoder may be given in another form."""
         with shadowed(self.decoder, "forward", self._forward):
             yield self
@@ -74,7 +74,7 @@ class Given(Binding):
         finally:  # of this call only: the decoder inside may be called alone next
             now.inside, now.mask, now.embeds = False, None, None
 
-    def marks(self, queries: Mapping[str, Tensor]) -> Marks:
+    def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
         """The caller's, for the prefills that they are for.
 
         Raises:
@@ -98,11 +98,11 @@ class Given(Binding):
         )
 
     def missed(self) -> bool:
-        """See `Watch`: whether the model's forward is on the stack, but was not seen to begin."""
+        """See `VisionCapture`: whether the model's forward is on the stack, but was not seen to begin."""
         return not self._now.inside and under_way(self.decoder, "forward")
 
     def padding(self) -> Tensor | None:
-        """See `Watch`."""
+        """See `VisionCapture`."""
         return self._now.mask
 
     def provide(self, read: Read) -> Any:
@@ -111,7 +111,7 @@ class Given(Binding):
 
 
 @dataclass(frozen=True)
-class _OfPrompt(Marks):
+class _OfPrompt(PromptMasks):
     """Marks of one prompt; the same tokens with generated ones behind them are that prompt still.
 
     It is known again by its text: the sum of each embedding, read as whole numbers, where no image token stands.
@@ -126,7 +126,7 @@ class _OfPrompt(Marks):
     others: bool = False
 
     def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
-        """See `Marks.layout`.
+        """See `PromptMasks.layout`.
 
         Raises:
             InputError: masks that do not fit the input, or another prompt than theirs.
@@ -139,7 +139,7 @@ class _OfPrompt(Marks):
         same = self.seen.prompt is not None and torch.equal(looks, self.seen.prompt)
         if self.others and not same:
             text = torch.zeros(batch, length, dtype=torch.bool)
-            return Marks(text, attention_mask=self.attention_mask).layout(hidden, attention_mask)
+            return PromptMasks(text, attention_mask=self.attention_mask).layout(hidden, attention_mask)
         if length != own and not same:
             raise InputError(
                 f"image_tokens: a mask of shape {[rows, own]} was given for a forward of {[batch, length]}, which is "

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
         TowerKeys,
         TowerValues,
     )
+    from tokenprune.core.scorer import ScorerStrategy
     from tokenprune.core.stage import Shape, Stage
-    from tokenprune.core.strategy import ScorerStrategy, Strategy, StrategyOptions
+    from tokenprune.core.strategy import Strategy, StrategyOptions
     from tokenprune.core.tokens import Tokens
     from tokenprune.engine import prune
     from tokenprune.engine.interface.compatibility import Compatibility, compatible
@@ -51,7 +52,9 @@ __version__ = "0.1.0"
 _HOME = {
     "tokenprune.loading.adapter": ("Adapter",),
     "tokenprune.api": ("load", "strategy"),
-    "tokenprune.core.strategy": ("ScorerStrategy", "Shape", "Stage", "Strategy", "StrategyOptions"),
+    "tokenprune.core.scorer": ("ScorerStrategy",),
+    "tokenprune.core.stage": ("Shape", "Stage"),
+    "tokenprune.core.strategy": ("Strategy", "StrategyOptions"),
     "tokenprune.engine.interface.compatibility": ("Compatibility", "compatible"),
     "tokenprune.core.decisions": ("Decision", "Keep", "Merge", "MergeGroup", "Restore"),
     "tokenprune.core.tokens": ("Tokens",),

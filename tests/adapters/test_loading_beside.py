@@ -79,7 +79,7 @@ class Meeting(Strategy):
 def run(meet: Any) -> None:
     model, strategy = tiny_llama(2), Meeting()
     strategy.meet = meet
-    with torch.no_grad(), prune(model, strategy, image_tokens=torch.ones(1, 4, dtype=torch.bool)):
+    with torch.no_grad(), prune(model, strategy, image_tokens=torch.ones(1, 4, dtype=torch.bool), strict=True):
         model(torch.arange(4)[None])
 
 

@@ -81,7 +81,7 @@ def test_budget_and_options_reach_the_strategy(run: Runner, picture: Path, tmp_p
         (("{picture}", "thing", "-o", "kep=1"), ("kep", "did you mean 'keep'")),
         (("{picture}", "thing", "-o", "keep"), ("'keep'", "key=value")),
         (("{picture}", "thing", "-o", "keep=1", "-o", "keep=2"), ("keep", "twice")),
-        (("{picture}", "thing", "--budget", "7"), ("budget 7", "(0, 1]")),
+        (("{picture}", "thing", "--budget", "7"), ("budget must be", "(0, 1], got 7")),
         (("{picture}", "thing", "--budget", "0.01"), ("cannot meet budget 0.01",)),
         (("{picture}", "thing", "--model", "fakee"), ("fakee", "did you mean 'fake'")),
         (("{picture}", "thing", "--out", "{tmp}/mask.jpg"), (".jpg", "expected .png")),
@@ -277,4 +277,4 @@ def test_the_installed_command_exits_with_2_and_one_line(picture: Path, tmp_path
 
 @pytest.mark.parametrize("query", ["the rød ring", "r\udcc3\udcb8d"])
 def test_words_that_a_locale_of_ascii_hands_over_as_bytes(query: str) -> None:
-    assert words(query, "query") == {"r\udcc3\udcb8d": "rød"}.get(query, query)
+    assert words(query, "query", [Path("a.png")]) == {"r\udcc3\udcb8d": "rød"}.get(query, query)

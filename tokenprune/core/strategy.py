@@ -1,4 +1,4 @@
-"""The strategy base classes: options, the stages a method declares, the one method that chooses, and the budget."""
+"""The strategy base class: options, the stages a method declares, the one method that chooses, and the budget."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
-from tokenprune.core.allocation import top_by_image
 from tokenprune.core.budget import Ladder, checked_budget, in_vain, ladders, solve
-from tokenprune.core.decisions import Keep
-from tokenprune.core.options import layer_of, tokens_of
 from tokenprune.core.stage import Positions, Shape, Stage, check_positions
 from tokenprune.errors import OptionError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
@@ -20,7 +16,6 @@ from tokenprune.utils.arguments import instance
 
 if TYPE_CHECKING:
     from tokenprune.core.decisions import Decision
-    from tokenprune.core.reads import Read
     from tokenprune.core.tokens import Tokens
 
 
@@ -170,82 +165,3 @@ def checked_strategy(strategy: object) -> Strategy:
     """What a caller gave as `strategy=`. Raises OptionError for what is no instance, as a strategy's name is."""
     found: Strategy = instance("strategy", strategy, Strategy, "an instance, such as tokenprune.strategy('fastv')")
     return found
-
-
-class ScorerStrategy(Strategy):
-    """A method that scores the image tokens and keeps the highest.
-
-    Subclasses give `name`, `Options` with an option `keep` (and `layer`, if it is not 0), `reads` and `score`:
-
-        class Loudest(tp.ScorerStrategy):
-            name = "loudest"
-            reads = (tp.HiddenStates(),)
-
-            class Options(tp.StrategyOptions):
-                keep: float = 0.25
-
-            def score(self, stage, tokens):
-                return tokens.hidden.norm(dim=-1)
-
-    Attributes:
-        reads: what `score` looks at; a property where that depends on options.
-        by_image: whether every image of a row keeps its own highest, as many as its share of the row's number by its
-            size; else the row keeps its highest, in whatever image they are.
-    """
-
-    budget_option = "keep"
-    by_image: ClassVar[bool] = False
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """Nothing but what `Tokens` always has."""
-        return ()
-
-    @abstractmethod
-    def score(self, stage: Stage, tokens: Tokens) -> Tensor:
-        """Score the image tokens on entering `stage`.
-
-        Returns float [batch, N], higher = kept; ties go to the lower number. Tokens that are not active need no care:
-        they are never kept.
-        """
-
-    def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage, `prune`: option `keep` (see `tokens_of`) of the tokens from option `layer` (else layer 0) on.
-
-        Raises:
-            OptionError: the model has no such layer.
-            PluginError: there is no option `keep`.
-        """
-        keep = getattr(self.options, "keep", None)
-        if keep is None:
-            raise PluginError(
-                f"strategy {self.name!r}: Options has no number 'keep', which ScorerStrategy declares its stage by; "
-                "add the option, or write stages()"
-            )
-        layer = layer_of(getattr(self.options, "layer", 0), shape.layers, self.name)
-        yield Stage("prune", layer, tokens_of(keep, shape.image_tokens), self.reads)
-
-    def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Keep the highest scores, as many as the stage declares.
-
-        Raises:
-            PluginError: `score` gave something else than real [batch, N], or the stage declares no number.
-        """
-        scores: object = self.score(stage, tokens)
-        wanted = list(tokens.active.shape)
-        if not isinstance(scores, Tensor) or list(scores.shape) != wanted or scores.is_complex():
-            found = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise PluginError(
-                f"strategy {self.name!r}, stage {stage.name!r}: score() gave {found}; expected real numbers "
-                f"[batch, N] = {wanted}"
-            )
-        if stage.tokens is None:
-            raise PluginError(
-                f"strategy {self.name!r}, stage {stage.name!r} declares no number of tokens; ScorerStrategy keeps the "
-                "highest of a declared number (or override choose())"
-            )
-        scores = scores if scores.is_floating_point() else scores.float()  # whole numbers have no −inf
-        scores = scores.masked_fill(~tokens.active, float("-inf"))
-        if self.by_image:
-            return Keep.where(top_by_image(tokens, scores), scores=scores)
-        return Keep.top(scores, tokens.target)

@@ -186,6 +186,11 @@ def held_tokens(cache: Any) -> int:
     return held
 
 
+def is_pruned(cache: Any) -> bool:
+    """Whether layers of a cache lack tokens that were pruned."""
+    return any(isinstance(own, PrunedCacheLayer) for own in getattr(cache, "layers", ()))
+
+
 def check_cache(cache: Any) -> None:
     """Refuse a cache that the engine cannot prune.
 

@@ -47,6 +47,7 @@ from tokenprune.engine.kv_cache import (
     clear,
     expect_nothing,
     held_tokens,
+    is_pruned,
     shorten_layer,
     take_over,
 )
@@ -176,6 +177,8 @@ class PruningRun:
         kwargs = dict(kwargs)
         inputs = arguments(self.decoder.module, args, kwargs)
         held = held_tokens(inputs.get("past_key_values"))
+        if held and is_pruned(inputs["past_key_values"]):  # one that ran unseen would be refused the cache instead
+            self.decoder.check_layers()
         self._call = Call(inputs, held, None if held else DeepStack.take(kwargs))
         return args, kwargs
 

@@ -45,7 +45,7 @@ def budgets_of(budget: float | Sequence[float]) -> list[float]:
     found = listed(budget)
     if not found:
         raise BudgetError("budget: an empty list found, expected at least one share of the image tokens in (0, 1]")
-    return [checked_budget("budget:", value) for value in found]
+    return [checked_budget("budget", value) for value in found]
 
 
 def contenders(

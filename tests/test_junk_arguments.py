@@ -72,6 +72,7 @@ def prune_arguments() -> dict[str, Any]:
         "seed": 0,
         "wait": False,
         "threads": "any",
+        "strict": False,
     }
 
 

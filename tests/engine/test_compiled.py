@@ -405,7 +405,7 @@ class Hooked(BoundModel):
 @pytest.fixture
 def hooked(monkeypatch):
     def bind(model, part):
-        monkeypatch.setattr(pruning, "binding_of", lambda _: Hooked(model, part))
+        monkeypatch.setattr(pruning, "bound_model_of", lambda _: Hooked(model, part))
         return model
 
     return bind

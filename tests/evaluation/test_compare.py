@@ -145,7 +145,7 @@ def test_public_name() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"budget": 1.5}, BudgetError, r"1\.5.*\(0, 1\]"),
+        ({"budget": 1.5}, BudgetError, r"\(0, 1\], got 1\.5"),
         ({"budget": 0}, BudgetError, r"\(0, 1\]"),
         ({"budget": []}, BudgetError, "empty"),
         ({"limit": 0}, OptionError, "limit"),

@@ -159,6 +159,7 @@ def prune(
     """
     checked_strategy(strategy)
     seed = whole_number("seed", seed)
+    instance("strict", strict, bool, "True or False")
     named = _query_rows(query, queries)
     _check_marks(image_tokens, grid=grid, image_number=image_number, vision=vision)
     model = unwrapped(model)

@@ -109,10 +109,8 @@ class StrategyConformance:
         """Budgets are never exceeded, and filled where the strategy's are exact."""
         slack = self.budget_slack
         kind = type(self.made())
-        if slack is None and (kind.budget_ladders, kind.solve_budget) == (
-            Strategy.budget_ladders,
-            Strategy.solve_budget,
-        ):
+        own = kind.budget_ladders, kind.solve_budget
+        if slack is None and kind.budget_option and own == (Strategy.budget_ladders, Strategy.solve_budget):
             slack = 1.0
         self._hold(request, partial(invariants.budget_is_met, slack=slack), budgets=self.budgets)
 

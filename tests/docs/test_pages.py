@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ SNIPPET = re.compile(r'^--8<-- "([^":]+):(\w+)"$', re.MULTILINE)
 OPTIONS = re.compile(r"^<!-- options: (\S+) -->\n+((?:\|[^\n]*\n)+)", re.MULTILINE)
 CONTINUES = re.compile(r"^<!-- continues: (\S+) -->$", re.MULTILINE)
 INLINE_COMMAND = re.compile(r"`(tokenprune(?: [^`\n]+)?)`")
+DOTTED = re.compile(r"\b(?:tp|tokenprune(?:_strategies|_adapters)?)(?:\.[A-Za-z_]\w*)+\b(?![./])")
+OURS = re.compile(r"(?:tokenprune|strategies|adapters|tools|benchmarks|examples|docs)/[\w./-]+")
 NEEDS_NO_MODEL = ("list", "flops")
 
 
@@ -352,6 +354,34 @@ def test_modules_named_in_the_reference_exist() -> None:
     assert len(named) > len(pages)
     for name in named:
         importlib.import_module(name)
+
+
+def resolved(name: str) -> bool:
+    """Whether a dotted name is that of a module, or of something in one."""
+    parts = name.replace("tp.", "tokenprune.", 1).split(".") if name.startswith("tp.") else name.split(".")
+    for end in range(len(parts), 0, -1):
+        with suppress(ModuleNotFoundError):
+            found: Any = importlib.import_module(".".join(parts[:end]))
+            for part in parts[end:]:
+                found = getattr(found, part, None)
+            return found is not None
+    return False
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_and_files_in_the_text_exist(path: Path) -> None:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"#(tokenprune[.\w]+)\)", text)
+    wrong = [name for words in code for name in DOTTED.findall(words) if not resolved(name)]
+    wrong += [name for name in code if OURS.fullmatch(name) and not (ROOT / name).exists()]
+    assert not wrong, f"{path.relative_to(ROOT)} names {wrong}, which do not exist"
+
+
+def test_a_name_that_does_not_exist_would_be_found() -> None:
+    assert resolved("tp.prune")
+    assert resolved("tokenprune_adapters.segmentation.segmenter.Segmenter")
+    assert not resolved("tokenprune.core.strategy.Strategies")
+    assert not resolved("tokenprune.cores")
 
 
 def test_result_tables_are_those_of_the_stored_comparisons() -> None:

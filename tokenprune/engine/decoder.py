@@ -45,11 +45,10 @@ class Decoder:
     def check_layers(self) -> None:
         """Are the layers still those that were found? Raises EngineError, which names what changed."""
         layers: Any = self.module.layers
-        found = [uncompiled(layer) for layer in layers]
-        if len(found) != len(self.layers):
-            raise self.changed(f"{len(found)} layers found, expected {len(self.layers)}")
-        for number, (layer, expected) in enumerate(zip(found, self.layers, strict=True)):
-            if layer is not expected:
+        if len(layers) != len(self.layers):
+            raise self.changed(f"{len(layers)} layers found, expected {len(self.layers)}")
+        for number, (found, called, layer) in enumerate(zip(layers, self.called, self.layers, strict=True)):
+            if found is not called and uncompiled(found) is not layer:
                 raise self.changed(f"layer {number} is another module than before")
 
     def changed(self, what: str) -> EngineError:
@@ -97,8 +96,10 @@ class Decoder:
     @property
     def checkpoints(self) -> bool:
         """Whether layers run again in the backward pass."""
-        parts = (self.module, *self.layers)
-        return any(part.training and getattr(part, "gradient_checkpointing", False) for part in parts)
+        for part in (self.module, *self.layers):
+            if part.training and getattr(part, "gradient_checkpointing", False):
+                return True
+        return False
 
     @property
     def attention_name(self) -> str:

@@ -177,7 +177,10 @@ def held_tokens(cache: Any) -> int:
     if cache is None:
         return 0
     held = int(cache.get_seq_length())
-    lengths = {int(own.get_seq_length()) for own in getattr(cache, "layers", ())} - {0}  # 0: shares another's
+    lengths = set()
+    for own in getattr(cache, "layers", ()):
+        lengths.add(int(own.get_seq_length()))
+    lengths.discard(0)  # a layer that shares another's keys and values holds none
     if len(lengths) > 1:
         raise UnsupportedError(
             f"the layers of the KV cache hold {', '.join(map(str, sorted(lengths)))} tokens, expected the same number "

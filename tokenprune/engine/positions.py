@@ -14,18 +14,23 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.errors import UnsupportedError
 
 
-def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Rotary tables among a layer's keyword arguments.
+def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) among a layer's keyword arguments.
 
     Raises:
         UnsupportedError: there are none.
     """
     tables = kwargs.get("position_embeddings")
-    if not isinstance(tables, tuple) or not all(isinstance(table, Tensor) for table in tables):
-        raise UnsupportedError(
-            "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
-        )
-    return tables
+    if (
+        isinstance(tables, tuple)
+        and len(tables) == 2
+        and isinstance(tables[0], Tensor)
+        and isinstance(tables[1], Tensor)
+    ):
+        return tables
+    raise UnsupportedError(
+        "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
+    )
 
 
 def fresh_rotary(rotary: nn.Module) -> nn.Module:

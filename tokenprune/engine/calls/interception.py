@@ -190,8 +190,8 @@ class Shadow:
     @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiler = set_eval_frame(None)
-        look = self._look
-        if look is None or not self.concerned():
+        look, concerns = self._look, self._concerns
+        if look is None or not (concerns is None or concerns()):
             set_eval_frame(compiler)
             return self._original(*args, **kwargs)
         outer = _COMPILER.paused, _COMPILER.active
@@ -234,12 +234,14 @@ def compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: An
     """Call a function from under a shadow, compiled as the code around the shadow is.
 
     Args:
-        number: which of several alike it is. PyTorch limits the graphs of a piece of code (8 by default), and layers
-            of a model share theirs, so each number counts for itself.
+        number: which of several similar ones it is. PyTorch limits the graphs of a piece of code (8 by default), and
+            layers of a model share theirs, so each number counts for itself.
         function: to call.
         args: for it.
         kwargs: for it.
     """
+    if _COMPILER.paused is None:  # nothing compiled the code around
+        return function(*args, **kwargs)
     set_eval_frame(_COMPILER.paused)
     try:
         return _frame(number)(function, args, kwargs)

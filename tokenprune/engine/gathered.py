@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class GatheredSequence:
     index: Tensor
     filled: Tensor
     length: int
-    _cuts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, present: Tensor) -> GatheredSequence:
@@ -80,18 +81,14 @@ class GatheredSequence:
 
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
-        return self.once(table, self.gather_table)
-
-    def prefill_ids(self, ids: Tensor) -> Tensor:
-        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
-        return self.once(ids, lambda full: self.gather_table(full[..., None]).squeeze(-1))
-
-    def gather_table(self, table: Tensor) -> Tensor:
-        """The same, made anew at each call."""
         index = self.index.to(table.device)
         table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
         where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])
         return table.gather(-2, where)
+
+    def prefill_ids(self, ids: Tensor) -> Tensor:
+        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
+        return self.prefill_table(ids[..., None]).squeeze(-1)
 
     def places(self, positions: Tensor) -> Tensor:
         """Where full-sequence positions [batch, n] stand in the frame; −1 where they do not (or where −1 is given)."""
@@ -100,26 +97,23 @@ class GatheredSequence:
         table.scatter_(1, torch.where(self.filled, self.index, self.length), torch.where(self.filled, steps, -1))
         return table.gather(1, torch.where(positions < 0, self.length, positions))
 
-    def prefill_mask(self, mask: Tensor | None) -> Tensor | None:
-        """The model's mask for the full sequence, cut down to this frame.
-
-        None (plain causal) stays None: order is kept and fillers come last, so causality hides them. A 2-D mask is
-        [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive.
-        """
-        return None if mask is None else self.once(mask, self._cut)
-
-    def once(self, full: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `cut` makes of one of the model's full-length tensors, made once for all layers of the stage."""
-        # Layers of one stage are given the same tensors: cut them once. Holding the original keeps its id taken.
-        if id(full) not in self._cuts:
-            self._cuts[id(full)] = full, cut(full)
-        return self._cuts[id(full)][1]
+    def once(self, full: tuple[Tensor | None, ...], cut: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `cut` makes of the model's full-length tensors, made once for all calls with the same ones."""
+        key = tuple(map(id, full))
+        if key not in self._cuts:
+            self._cuts[key] = full, cut()  # with the originals, so that no other tensor is given their ids
+        return self._cuts[key][1]
 
     def forget(self) -> None:
-        """Let go of the masks and tables that were cut; they are needed in prefill only."""
+        """Let go of what `once` keeps; it is needed in prefill only."""
         self._cuts.clear()
 
-    def _cut(self, mask: Tensor) -> Tensor:
+    def prefill_mask(self, mask: Tensor) -> Tensor:
+        """The model's mask for the full sequence, cut down to this frame.
+
+        A 2-D mask is [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive. Where the
+        model has none (plain causal), none is needed: order is kept and fillers come last, so causality hides them.
+        """
         index = self.index.to(mask.device)
         if mask.dim() == 2:
             return mask.gather(1, index) * self.filled.to(mask.device, mask.dtype)

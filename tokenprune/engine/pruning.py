@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.continuous_batching import no_continuous_batching
-from tokenprune.engine.calls.generate import Generations, generation
+from tokenprune.engine.calls.generate import Generations
 from tokenprune.engine.calls.interception import concerning
 from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.calls.turns import decoder_in, open_context
@@ -178,16 +178,13 @@ def prune(
         stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
         answers = dict.fromkeys(binding.offers(), capture.provide)
         source = VisionSource(answers, binding.tower_layers, binding.source)
-        later, missed, padding = (getattr(capture, name, None) for name in ("later", "missed", "padding"))
         generations = Generations(whole, decoder.module)
         run = PruningRun(
             decoder,
             strategy,
-            partial(capture.prompt_masks, named),
-            later=later,
-            missed=lambda: generations.missed() or (missed is not None and missed()),
-            padding=padding,
-            generation=partial(generation, whole),
+            capture,
+            queries=named,
+            generations=generations,
             vision=source,
             seed=seed,
             strict=strict,

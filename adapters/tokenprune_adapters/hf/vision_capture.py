@@ -29,7 +29,7 @@ from tokenprune.core.reads import (
 from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.under_way import under_way
-from tokenprune.engine.interface.bound_model import arguments, padding_mask
+from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune_adapters.clip import tower_reads
@@ -71,8 +71,8 @@ class _Now(threading.local):
         self.encoded: dict[str, Encoded] = {}
 
 
-class TransformersCapture:
-    """The watch of one context; what a forward saw is forgotten when it ends, and is its thread's alone.
+class TransformersCapture(VisionCapture):
+    """Follows a model in one context; what a forward saw is forgotten when it ends, and is its thread's alone.
 
     `generate` may encode images ahead and hand them to its forwards (`mm_encoder_outputs`); what was seen then is kept
     until more is encoded ahead.

@@ -83,9 +83,13 @@ class Generations:
         finally:
             self._open = False
 
+    def now(self) -> Generation | None:
+        """This thread's call of the model's `generate`; None = there is none."""
+        return generation(self._model)
+
     def missed(self) -> bool:
         """Asked when the decoder is called: whether that is in a `generate` that was not seen to begin."""
-        return generation(self._model) is None and under_way(self._model, "generate")
+        return self.now() is None and under_way(self._model, "generate")
 
     def _generate(self, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:

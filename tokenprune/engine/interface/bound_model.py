@@ -1,4 +1,5 @@
-"""What an adapter tells the engine about a live model, so that users need not mark the image tokens themselves."""
+"""What the engine knows of a model: its decoder, and where its image tokens stand. Adapters for live models derive
+from `BoundModel` and `VisionCapture`, so that users need not mark the image tokens themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,21 +19,35 @@ from tokenprune.plugins.entries import not_loaded
 from tokenprune.utils.arguments import shown
 
 
-class VisionCapture(Protocol):
-    """Looks on while a model takes in images, and tells afterwards what it saw.
+class VisionCapture(ABC):
+    """Follows a model while it takes in images, and reports afterwards what it saw."""
 
-    It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
-    tokens among the new ones; None = there are none. A method `missed()`, which is asked when the decoder is called:
-    whether that is in a call of the model that began before the context was opened, as other threads' may. And a method
-    `padding()`, which is asked on a filled cache: the two-dimensional attention mask of the call, where the model gives
-    its decoder another one; None = what the decoder itself is called with.
-    """
-
+    @abstractmethod
     def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
-        """Where the image tokens of the present prefill stand. Called when its first decoder layer begins."""
+        """Where the image tokens of the present prefill stand. Called when its first decoder layer begins.
 
+        Args:
+            queries: query rows that the caller of `tokenprune.prune` named; to be handed on.
+        """
+
+    @abstractmethod
     def provide(self, read: Read) -> Any:
         """The answer to a read of the vision side, aligned with the image tokens of the present prefill."""
+
+    def later(self) -> Tensor | None:
+        """Called in a later turn on a filled cache: bool [batch, new], the image tokens among the new ones; None =
+        there are none."""
+        return None
+
+    def missed(self) -> bool:
+        """Called when the decoder is: whether that is in a call of the model that began before the context was opened,
+        as other threads' may."""
+        return False
+
+    def padding(self) -> Tensor | None:
+        """Called on a filled cache: the two-dimensional attention mask of the call, where the model gives its decoder
+        another one; None = what the decoder itself is called with."""
+        return None
 
 
 class BoundModel(ABC):

@@ -38,7 +38,7 @@ class _Now(threading.local):
     prompt: Tensor | None = None
 
 
-class MarkedModel(BoundModel):
+class MarkedModel(BoundModel, VisionCapture):
     """A model whose image tokens the caller marks."""
 
     def __init__(

@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.core.layout import true_positions
 from tokenprune.core.reads import (
-    ClsAttention,
-    ClsFeatures,
-    ClsQuery,
-    Crops,
     Projector,
     Read,
-    ReceivedAttention,
-    TowerFeatures,
-    TowerKeys,
-    TowerValues,
 )
-from tokenprune.engine.attention_tap import AttentionCall, tap
-from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.under_way import under_way
 from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
-from tokenprune_adapters.clip import tower_reads
-from tokenprune_adapters.hf.crops import CropStates
 from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.tower_recording import Encoded, TowerRecording
 
 if TYPE_CHECKING:
     from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 
-LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What one call of the tower gave.
-
-    Attributes:
-        cells: of the tokens.
-        values: per read, [T, …].
-    """
-
-    cells: Cells
-    values: dict[Read, Tensor]
 
 
 class _Now(threading.local):
@@ -80,8 +51,7 @@ class TransformersCapture(VisionCapture):
 
     def __init__(self, binding: BoundTransformersModel, reads: Collection[Read]) -> None:
         self.binding = binding
-        self.reads = [read for read in reads if type(read) in binding.offers()]
-        self._shows({read: [] for read in self.reads})  # refuses layers that are not there
+        self._tower = TowerRecording(binding, [read for read in reads if type(read) in binding.offers()])
         self._now = _Now()
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,7 +99,7 @@ class TransformersCapture(VisionCapture):
         now.encoding = True
         as_tuple = kwargs.get("return_dict", getattr(self.binding.base.config, "return_dict", True)) is False
         try:
-            output, encoded = self._encode(
+            output, encoded = self._tower.encode(
                 modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
             )
         finally:
@@ -140,75 +110,6 @@ class TransformersCapture(VisionCapture):
         else:
             now.ahead[modality] = encoded
         return output.to_tuple() if as_tuple else output
-
-    def _encode(
-        self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Encoded]:
-        binding = self.binding
-        kind = binding.family.images if modality == "image" else binding.family.videos
-        if kind is None:
-            raise UnsupportedError(f"{binding.name}: {modality}s are not supported under tokenprune.prune()")
-        inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
-        arrangement = kind(binding.base, inputs, binding.cut)
-        seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
-        shapes: list[tuple[int, ...]] = []
-        given: list[Tensor] = []
-        wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
-        selected = binding.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
-        crops = CropStates(selected)
-
-        def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            shapes.append(tuple(states.shape))
-            if wants_features:
-                given.append(states.detach())
-            return project(states, *args, **kwargs)
-
-        with ExitStack() as undo:
-            undo.enter_context(shadowed(binding.part(kind.projector), "forward", projected))
-            undo.enter_context(arrangement.recording())
-            if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
-                crops.attach(binding.blocks, undo)
-            undo.enter_context(tap(self._shows(seen)))
-            output = original(*args, **kwargs)
-        features = getattr(output, "pooler_output", output)
-        parts = [features] if isinstance(features, Tensor) else features
-        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in parts))
-        cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
-        values = {read: arrangement.pool(calls, tokens) for read, calls in seen.items() if calls}
-        for read in self.reads:
-            if isinstance(read, TowerFeatures):
-                values[read] = arrangement.features(given, tokens)
-            elif isinstance(read, ClsFeatures):
-                values[read] = arrangement.pool([crops.cls_features(binding.cut)], tokens)
-            elif isinstance(read, Crops):
-                values[read] = arrangement.pool([crops.numbers(binding.cut)], tokens).round().long()
-        return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
-
-    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
-        wanted: dict[nn.Module, list[Any]] = {}
-        for read in seen:
-            if isinstance(read, LAYERED):
-                wanted.setdefault(self.binding.tower_attention(read.layer), []).append(read)
-
-        def show(reads: list[Any], found: AttentionCall) -> None:
-            for read in reads:
-                seen[read].append(self._value(read, found))
-
-        return {module: partial(show, some) for module, some in wanted.items()}
-
-    def _value(self, read: Read, seen: AttentionCall) -> Tensor:
-        """[crops, patches, D] of one call of a tower layer."""
-        if isinstance(read, ClsAttention):
-            return tower_reads.cls_attention(seen, read.heads)[..., None]
-        if isinstance(read, ClsQuery):
-            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.binding.cut, -1)
-        if isinstance(read, TowerKeys):
-            value = tower_reads.keys(seen, read.heads)
-        elif isinstance(read, TowerValues):
-            value = tower_reads.values(seen)
-        else:
-            value = tower_reads.received_attention(seen)[..., None]
-        return value[:, self.binding.cut :]
 
     # the prefill -----------------------------------------------------------------------------------------------------
 
@@ -297,10 +198,6 @@ class TransformersCapture(VisionCapture):
         index = now.flat.gather(1, slots.clamp(min=0)).to(values.device)
         lined = values[index]
         return lined.masked_fill((slots < 0).to(values.device).view(*slots.shape, *[1] * (lined.dim() - 2)), 0)
-
-
-def _flat(read: Read, value: Tensor) -> Tensor:
-    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention, Crops)) else value
 
 
 def _numbered(image: Tensor) -> Tensor:

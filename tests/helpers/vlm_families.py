@@ -92,7 +92,7 @@ class Family:
         config = self.config()
         if all(isinstance(size, tuple) and len(size) == 3 for size in sizes):
             assert self.watch is not None, f"{self.name} has no videos here"
-            seen, spans = self.capture(config, list(sizes), draws[0])
+            seen, spans = self.watch(config, list(sizes), draws[0])
         else:
             rows = [size if isinstance(size, list) else [size] for size in sizes]
             pairs = zip(rows, draws, strict=True)

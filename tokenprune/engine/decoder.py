@@ -60,7 +60,7 @@ class Decoder:
 
     @property
     def heads(self) -> int:
-        """Attention heads of a layer, 0 where the configuration does not tell."""
+        """Attention heads of a layer, 0 where the configuration does not say."""
         return int(getattr(self.module.config, "num_attention_heads", 0) or 0)
 
     @property
@@ -153,7 +153,7 @@ def _near(model: nn.Module) -> str:
 
 
 def _other_layers(module: nn.Module) -> list[str]:
-    """The kinds of layers that are not self-attention over the sequence, as the configuration tells them."""
+    """The kinds of layers that are not self-attention over the sequence, as the configuration lists them."""
     config: Any = getattr(module, "config", None)
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if getattr(config, "cross_attention_layers", None):

@@ -36,6 +36,7 @@ class GatheredSequence:
     def of(cls, present: Tensor) -> GatheredSequence:
         """The frame of bool [batch, S] `present`; every row must hold at least one position."""
         positions = true_positions(present)
+        # fillers repeat a real position, so that what is gathered there is a number, and come last, out of causal sight
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
 
@@ -71,10 +72,12 @@ class GatheredSequence:
 
     def split(self, full: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, S, width] -> the frame's [batch, M, width], and what is not in it."""
+        # −1 takes position 0 instead, which `join` leaves out again
         return self.gather(full), _take(full, self.absent.clamp(min=0))
 
     def join(self, short: Tensor, rest: Tensor) -> Tensor:
         """Undo `split`: [batch, S, width]. Fillers are left out."""
+        # a filler's states are those of no token: they must not overwrite the position that it repeats
         index = torch.where(self.filled, self.index, -1).to(short.device)
         base = spread_rows(rest.to(short), self.absent.to(short.device), self.length)
         return spread_rows(short, index, self.length, base=base)
@@ -82,6 +85,7 @@ class GatheredSequence:
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
         index = self.index.to(table.device)
+        # tables may have one row for the whole batch, but each row keeps positions of its own
         table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
         where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])
         return table.gather(-2, where)
@@ -92,6 +96,7 @@ class GatheredSequence:
 
     def places(self, positions: Tensor) -> Tensor:
         """Where full-sequence positions [batch, n] stand in the frame; −1 where they do not (or where −1 is given)."""
+        # one column more than there are positions: fillers and −1 are sent there, and find −1
         table = torch.full((len(self.index), self.length + 1), -1, dtype=torch.int64, device=self.index.device)
         steps = torch.arange(self.width, device=self.index.device).expand_as(self.index)
         table.scatter_(1, torch.where(self.filled, self.index, self.length), torch.where(self.filled, steps, -1))
@@ -116,6 +121,7 @@ class GatheredSequence:
         """
         index = self.index.to(mask.device)
         if mask.dim() == 2:
+            # a filler copies the 1 of a real token, and is padding all the same
             return mask.gather(1, index) * self.filled.to(mask.device, mask.dtype)
         mask = mask.expand(len(index), *mask.shape[1:])
         rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -131,14 +137,16 @@ class GatheredSequence:
             two_d: whether the attention implementation wants 2-D masks.
         """
         device = self.index.device if mask is None else mask.device
+        # the cache holds this frame, fillers included, and behind it every token decoded since
         since = torch.arange(self.length, self.length + past + new, device=device).expand(len(self.index), -1)
         index = torch.cat((self.index.to(device), since), 1)
         filled = torch.cat((self.filled.to(device), torch.ones_like(since, dtype=torch.bool)), 1)
         if mask is None:
             if not self.ragged and new == 1:
-                return None
+                return None  # one query that sees every key needs no mask
             if two_d:
                 return filled
+            # the last `new` columns are the queries themselves; each sees the keys up to its own
             steps = torch.arange(index.shape[1], device=device)
             causal = steps[None] <= steps[-new:, None]
             return filled[:, None, None] & causal
@@ -150,6 +158,7 @@ class GatheredSequence:
     def _columns(mask: Tensor, index: Tensor, filled: Tensor) -> Tensor:
         index, filled = index.to(mask.device), filled.to(mask.device)
         cut = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        # the least number rather than −inf, of which a row without any visible key would make NaN
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return cut.masked_fill(~filled[:, None, None], hidden)
 

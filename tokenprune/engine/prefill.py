@@ -130,6 +130,7 @@ class Prefill(TokenScheduler):
 
     def write(self, index: Tensor, values: Tensor) -> None:
         """See `TokenScheduler.write`; out of place, so that gradients and the caller's tensors are left alone."""
+        # numbers of image tokens to positions of the sequence; −1 stays, and is written nowhere
         positions = torch.where(index < 0, -1, self.layout.slots.gather(1, index.clamp(min=0)))
         full = self.full
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
@@ -199,7 +200,7 @@ class Prefill(TokenScheduler):
 
         After the last layer, and where others look at it, that is the full-length output [batch, S, width]; dropped
         positions hold their last state. Else it is what the next layer runs on; before a stage an empty tensor, since
-        the states are in `full` then, and the model would hold a second copy. Nobody but the decoder sees those.
+        the states are in `full` then, and the model would hold a second copy. Only the decoder sees those.
 
         Args:
             layer: the decoder layer that has run.
@@ -275,7 +276,7 @@ class Prefill(TokenScheduler):
 
     def _next_frame(self) -> GatheredSequence | None:
         if torch.equal(self.state.active, self.state.exists) and self._inputs.length is None:
-            return None
+            return None  # nothing is gone and nothing renumbered: the model's own masks and tables will do
         present = self._present()
         if not bool(present.any(1).all()):
             raise EngineError(

@@ -143,7 +143,7 @@ def prune(
             conformance kits do so always.
 
     Yields:
-        The run; `run.trace` tells what the latest prefill did.
+        The run; `run.trace` reports what the latest prefill did.
 
     Raises:
         InputError: masks that do not fit, or none given for a plain decoder; `grid`, `image_number` or `vision` without
@@ -202,7 +202,7 @@ def prune(
         except BaseException:
             try:
                 run.tell("tokenprune_run_finished")
-            except PluginError as wrong:  # the error on its way is the one to tell
+            except PluginError as wrong:  # the error on its way is the one to raise
                 warnings.warn(str(wrong), PluginWarning, stacklevel=4)
             raise
         run.tell("tokenprune_run_finished")

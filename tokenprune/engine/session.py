@@ -85,7 +85,7 @@ class PruningRun:
     @property
     def trace(self) -> Trace:
         """The trace of the latest prefill. Where one call of `generate` makes several, those of text alone do not
-        count: so it tells of the prompt, not of the second stream that guidance needs.
+        count: so it is that of the prompt, not of the second stream that guidance needs.
 
         Raises:
             EngineError: none has run yet.
@@ -127,9 +127,9 @@ class PruningRun:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Look on at the decoder and its layers meanwhile."""
+        """Intercept the calls of the decoder and its layers meanwhile."""
         with ExitStack() as undo:
-            undo.callback(setattr, self._lease, "open", False)
+            undo.callback(setattr, self._lease, "open", False)  # undone last: caches are refused from then on
             self._look = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
                 look = partial(_layer_forward, self, number)
@@ -142,7 +142,7 @@ class PruningRun:
                 raise
             with self._turn:  # a forward of another thread comes to its end as it began
                 undo.close()
-                if self._call is not None:  # of this thread: a hook closes the context
+                if self._call is not None:  # of this thread: a hook of the model closes the context
                     raise closed_inside()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

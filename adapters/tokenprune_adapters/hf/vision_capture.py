@@ -123,6 +123,7 @@ class TransformersCapture(VisionCapture):
         ids = now.ids
         if ids is None:
             raise InputError(f"{name} was called without input_ids; call it with them, or give image_tokens=")
+        # for each position, the number of its token among all that were encoded: images first, then videos
         flat = torch.full(ids.shape, -1, device=ids.device)
         start, parts = 0, []
         for modality, token in self.binding.token_ids.items():
@@ -140,6 +141,7 @@ class TransformersCapture(VisionCapture):
                 )
         cells = Cells.joined(parts)
         now.flat = flat
+        # text looks up token 0, and is masked below; the row added to each table is for prompts without images
         found = flat.clamp(min=0)
         separator = torch.cat((cells.separator, torch.zeros(1).bool())).to(ids.device)[found]
         now.tokens = (flat >= 0) & ~separator
@@ -179,6 +181,7 @@ class TransformersCapture(VisionCapture):
                 f"{self.binding.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
                 "features; use the model's own processor to make the prompt"
             )
+        # copies of a row stand next to each other, and all show the tokens of the one image that was encoded
         rows = torch.split(torch.arange(tokens), once.tolist())
         return torch.cat([row for row in rows for _ in range(repeats)])
 

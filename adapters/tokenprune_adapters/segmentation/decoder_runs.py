@@ -96,10 +96,10 @@ class DecoderRuns(Prompts):
         """
         if max_new_tokens is None:
             states, trace = self.run_decoder(inputs, strategy)
-            said, before = inputs.sequence.token_ids.tolist(), 1
+            said, before = inputs.sequence.token_ids.tolist(), 1  # a token is predicted by the state before it
         else:
             generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
-            states, said, before = generated.states, generated.ids, 0
+            states, said, before = generated.states, generated.ids, 0  # those that predicted each token
         group = len(self.seg_tokens)
         found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
         rows = [row for row, _ in found for _ in range(group)]

@@ -155,7 +155,7 @@ class Segmenter(DecoderRuns, nn.Module):
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
                 without <image> or, forced, without mask tokens; a prompt longer than the model's context.
             OptionError: an unknown `answer`, no new tokens allowed, or no strategy.
-            IncompatibleError: the strategy does not fit the model; told before anything runs.
+            IncompatibleError: the strategy is incompatible with the model; raised before anything runs.
         """
         whole_number("max_new_tokens", max_new_tokens, 1)
         if strategy is not None:

@@ -1,4 +1,4 @@
-"""Looking on at `generate`: one call may make several prefills, and belongs to a context wholly or not at all."""
+"""Intercepting `generate`: one call may make several prefills, and belongs to a context wholly or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Generation:
         model: that generates.
         outer: the call, of another model, that it is made in.
         begun: whether the decoder has been called in it; what it is called with first is the prompt.
-        prompt: how that looked, for whoever has to know it again; None = it was not noted.
+        prompt: how that looked, to recognise it by; None = it was not noted.
     """
 
     model: Any
@@ -63,7 +63,7 @@ class Generations:
 
     @contextmanager
     def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
-        """Look on at `generate` meanwhile; refuse that its first call holds less than the prompt, or more.
+        """Intercept `generate` meanwhile; refuse that its first call holds less than the prompt, or more.
 
         Args:
             prunes: whether the strategy ever does.

@@ -1,4 +1,4 @@
-"""Looking on at a method of one object, for as long as a context is open.
+"""Intercepting a method of one object, for as long as a context is open.
 
 Forward hooks of PyTorch would not do: code that `torch.compile` made before does not look for new hooks, hooks run in
 the order of their registration, so that what others see depends on who came first, and they have no `finally`. A method
@@ -69,7 +69,7 @@ def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool
         What stands in for the method; None where there is no such method.
 
     Raises:
-        EngineError: at the end, if somebody has put the method back meanwhile, so that nobody looked on any more.
+        EngineError: at the end, if the method was put back meanwhile, so that calls went past the look.
     """
     with _LOCK:
         original = getattr(thing, name, None)
@@ -136,7 +136,7 @@ class Shadow:
 
     @property
     def open(self) -> bool:
-        """Whether anybody still looks on."""
+        """Whether calls still go to the look."""
         return self._look is not None
 
     @property
@@ -184,7 +184,7 @@ class Shadow:
         )
 
     def lift(self) -> None:
-        """Only pass calls on from now: somebody may have kept this, as `torch.compile(model.forward)` does."""
+        """Only pass calls on from now: other code may have kept this, as `torch.compile(model.forward)` does."""
         self._look = None
 
     @skip

@@ -27,10 +27,10 @@ GLANCE = 0.5  # seconds after which those who wait look whether they wait for a 
 
 
 class _Queue:
-    """Of one decoder. Threads are told apart by their objects, since numbers are given anew.
+    """Of one decoder. Threads are compared as objects, since a new thread may get the number of one that has ended.
 
     Attributes:
-        holder: the thread whose turn it is; None = nobody's.
+        holder: the thread whose turn it is; None = no thread's.
         depth: how many turns it has begun, one inside the other.
         inside: whether it has opened a pruning context within its turn.
         opener: the thread that opened the pruning context of its own, outside of any turn; None = there is none.

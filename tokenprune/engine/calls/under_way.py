@@ -1,4 +1,4 @@
-"""Which calls the present thread is in the middle of, as its stack tells, also of those that nobody saw begin."""
+"""Which calls the present thread is in the middle of, by its stack; also of those that began unseen."""
 
 from __future__ import annotations
 

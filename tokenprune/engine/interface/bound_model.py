@@ -91,7 +91,7 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def bound_model_of(model: Any) -> BoundModel:
-    """What the first of the installed adapters that knows a live model tells of it; its failures name the adapter.
+    """A live model as the first installed adapter that knows it binds it; failures name the adapter.
 
     Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
     installed alone. Those after the first that knows the model are not imported.

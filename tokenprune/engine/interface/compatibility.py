@@ -1,4 +1,4 @@
-"""Whether a strategy runs on a model, told without running anything."""
+"""Whether a strategy runs on a model, found out without running anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 
 
 class Declared(Protocol):
-    """A model that tells what strategies may read of it: a `BoundModel`, or a model of an adapter's own."""
+    """A model that declares what strategies may read of it: a `BoundModel`, or a model of an adapter's own."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Declared(Protocol):
 
 
 def declares(model: Any) -> TypeGuard[Declared]:
-    """Whether a model tells what strategies may read of it."""
+    """Whether a model declares what strategies may read of it."""
     return all(hasattr(model, name) for name in ("name", "decoder", "tower_layers", "offers"))
 
 
@@ -99,7 +99,7 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
     """Whether a strategy, with its options, runs on a model. Nothing of the model is run.
 
     The answer follows from declarations: what the strategy's stages read, what the model's adapter offers, and how the
-    strategy numbers positions. What needs the input to be known is told when the model runs: a budget that the number
+    strategy numbers positions. What depends on the input is checked when the model runs: a budget that the number
     of image tokens cannot meet, a query row that the prompt does not have.
 
     Args:
@@ -110,7 +110,8 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
     Raises:
         UnknownNameError: no such strategy.
         OptionError: no strategy, or no model.
-        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or does not tell what it offers.
+        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or it does not declare what it
+            offers.
     """
     chosen = api.strategy(strategy) if isinstance(strategy, str) else checked_strategy(strategy)
     declared = declaration_of(model)

@@ -157,7 +157,9 @@ class _OfPrompt(PromptMasks):
 
     def _looks(self, hidden: Tensor) -> Tensor:
         rows, own = self.image_tokens.shape
+        # bits as whole numbers: their sum does not depend on the order of adding, and NaN equals itself
         tokens = hidden[:, :own].detach()
         numbers = tokens.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()]).sum(-1)
         image = self.image_tokens.to(hidden.device, torch.bool).repeat_interleave(len(hidden) // rows, 0)
+        # text alone: image features are computed in each call, and need not come out the same to the last bit
         return numbers.masked_fill(image[:, : numbers.shape[1]], 0)

@@ -1,4 +1,4 @@
-"""What stands where in the input of one prefill, as the caller or an adapter tells it."""
+"""What stands where in the input of one prefill, as the caller or an adapter marks it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PromptMasks:
                 _check("attention_mask", mask)
             return SequenceLayout.from_mask(
                 image_tokens,
-                None if mask is None else mask[:, -length:],
+                None if mask is None else mask[:, -length:],  # the present tokens are the last of a mask over all
                 grid=beside("grid", self.grid),
                 image_number=beside("image_number", self.image_number),
                 queries=queries,
@@ -100,6 +100,7 @@ def _fit(name: str, mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
             f"{name}: a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover "
             "the expanded prompt"
         )
+    # `generate` puts the copies of a row (beams, returned sequences) next to each other
     mask = mask.repeat_interleave(batch // len(mask), 0)
     rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)
     return torch.cat((mask, rest), 1)

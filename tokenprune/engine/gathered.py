@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ class GatheredSequence:
     index: Tensor
     filled: Tensor
     length: int
-    _cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, present: Tensor) -> GatheredSequence:
@@ -101,17 +98,6 @@ class GatheredSequence:
         steps = torch.arange(self.width, device=self.index.device).expand_as(self.index)
         table.scatter_(1, torch.where(self.filled, self.index, self.length), torch.where(self.filled, steps, -1))
         return table.gather(1, torch.where(positions < 0, self.length, positions))
-
-    def once(self, full: tuple[Tensor | None, ...], cut: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `cut` makes of the model's full-length tensors, made once for all calls with the same ones."""
-        key = tuple(map(id, full))
-        if key not in self._cuts:
-            self._cuts[key] = full, cut()  # with the originals, so that no other tensor is given their ids
-        return self._cuts[key][1]
-
-    def forget(self) -> None:
-        """Let go of what `once` keeps; it is needed in prefill only."""
-        self._cuts.clear()
 
     def prefill_mask(self, mask: Tensor) -> Tensor:
         """The model's mask for the full sequence, cut down to this frame.

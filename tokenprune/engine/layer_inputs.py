@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ class LayerInputs:
         self.decoder = decoder
         self.length: Tensor | None = None
         self._ids: Tensor | None = None
+        self._frame: GatheredSequence | None = None
+        self._cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
 
     def renumber(self, rows: Tensor, present: Tensor) -> None:
         """Number the positions of some rows from 0, without those that are gone.
@@ -55,8 +56,18 @@ class LayerInputs:
             UnsupportedError: arguments of a kind that cannot be cut down.
         """
         mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
+        if frame is not self._frame:  # what was cut for an earlier stage is needed no more
+            self._frame, self._cuts = frame, {}
         # the layers of a stage are given the same tensors, so that one cut serves them all
-        kwargs.update(frame.once((mask, *tables, ids), partial(self._cut, layer, hidden, frame, mask, tables, ids)))
+        key = id(mask), *map(id, tables), id(ids)
+        if key not in self._cuts:
+            # with the originals, so that no other tensor is given their ids meanwhile
+            self._cuts[key] = (mask, tables, ids), self._cut(layer, hidden, frame, mask, tables, ids)
+        kwargs.update(self._cuts[key][1])
+
+    def forget(self) -> None:
+        """The last layer has run: let go of masks and tables."""
+        self._frame, self._cuts = None, {}
 
     def _cut(
         self,

@@ -237,11 +237,7 @@ class Prefill(TokenScheduler):
         del self.full
         self._embeddings.clear()
         self.deepstack = None
-        before = None
-        for frame in self.frames:
-            if frame is not None and frame is not before:  # the layers of a stage share theirs
-                frame.forget()
-            before = frame
+        self._inputs.forget()
         self.finish()
         return full
 

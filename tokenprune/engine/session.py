@@ -219,7 +219,7 @@ class PruningRun:
         hidden = output[0] if isinstance(output, tuple) else output
         call.asking = True
         try:
-            first = call.prefill.after_layer(number, hidden, full=watched(self.decoder, number))
+            first = call.prefill.after_layer(number, hidden, full=not last and watched(self.decoder, number))
         finally:
             call.asking = False
         if last:

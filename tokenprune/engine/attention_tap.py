@@ -30,7 +30,7 @@ _TAP = "_tokenprune_tap"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one call of an attention layer computed with.
+    """Queries, keys and values of one call of an attention layer.
 
     Attributes:
         query: [batch, heads, Q, head size], after rotary embedding.

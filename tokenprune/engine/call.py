@@ -1,4 +1,4 @@
-"""One call of a decoder under a pruning context: what it is, and what it may not ask for."""
+"""One call of a decoder under a pruning context: its state, and the calls that are refused."""
 
 from __future__ import annotations
 
@@ -97,10 +97,11 @@ class Call:
 
 
 def watched(decoder: Decoder, number: int) -> bool:
-    """Whether other code sees what goes from a layer to the next one, as `output_hidden_states=True` does: by hooks of
-    any kind, of either layer or of all modules, or, in older releases of transformers, by a forward of its own.
+    """True if other code sees the states between a layer and the next one, as `output_hidden_states=True` does.
 
-    Asked anew at each layer, since hooks may come and go while the model runs."""
+    By hooks of any kind, of either layer or of all modules, or, in older releases of transformers, by a forward of its
+    own. Asked again at each layer, since hooks may come and go while the model runs.
+    """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     ends = slice(number, number + 2)
@@ -114,14 +115,14 @@ def watched(decoder: Decoder, number: int) -> bool:
 
 
 def check_due(call: Call, decoder: Decoder, number: int) -> None:
-    """Does this layer run in its turn? Raises EngineError, which names what was changed under the context."""
+    """Raise EngineError if this layer does not run in its turn; the error names what was changed."""
     decoder.check_layers()
     if number != call.ran:
         raise decoder.changed(f"layer {number} runs where the turn of layer {call.ran} is, whose forward was not seen")
 
 
 def check_all_ran(call: Call | None, decoder: Decoder, never_prunes: Callable[[], bool]) -> None:
-    """Did every layer run, as it has to where anything is pruned? Raises EngineError, which names what was changed."""
+    """Raise EngineError if not every layer ran, though something is pruned; the error names what was changed."""
     if call is None or call.ran == len(decoder.layers):
         return
     if not never_prunes():
@@ -170,7 +171,7 @@ def refuse_checkpoints(decoder: Decoder, strategy: str) -> None:
 
 
 def asks_attentions(inputs: dict[str, Any], decoder: Any) -> bool:
-    """Whether attention weights are asked for."""
+    """True if the caller asks for attention weights."""
     return bool(inputs.get("output_attentions", getattr(decoder.config, "output_attentions", False)))
 
 

@@ -43,7 +43,7 @@ class Decoder:
         )
 
     def check_layers(self) -> None:
-        """Are the layers still those that were found? Raises EngineError, which names what changed."""
+        """Raise EngineError if the layers are not those that were found; the error names what changed."""
         layers: Any = self.module.layers
         if len(layers) != len(self.layers):
             raise self.changed(f"{len(layers)} layers found, expected {len(self.layers)}")
@@ -52,7 +52,7 @@ class Decoder:
                 raise self.changed(f"layer {number} is another module than before")
 
     def changed(self, what: str) -> EngineError:
-        """What to raise where the layers are not run as they were found."""
+        """The error for layers that are not run as they were found."""
         return EngineError(
             f"{type(self.module).__name__} was changed while tokenprune.prune() is open: {what}; change the model "
             "before the context is opened, or after it is closed"
@@ -65,7 +65,7 @@ class Decoder:
 
     @property
     def multimodal_rope(self) -> bool:
-        """Whether positions have several axes (Qwen2-VL's M-RoPE)."""
+        """True if positions have several axes (Qwen2-VL's M-RoPE)."""
         config: Any = self.module.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         return "mrope_section" in rope
@@ -95,7 +95,7 @@ class Decoder:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether layers run again in the backward pass."""
+        """True if layers run again in the backward pass."""
         for part in (self.module, *self.layers):
             if part.training and getattr(part, "gradient_checkpointing", False):
                 return True
@@ -143,7 +143,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _near(model: nn.Module) -> str:
-    """The modules with layers, and what they lack to be decoders."""
+    """The modules with layers, and the parts that they lack to be decoders."""
     lacking = []
     for module in modules_of(model):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):

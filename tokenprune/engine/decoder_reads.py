@@ -1,4 +1,4 @@
-"""What stages read of the decoder: attention, keys and states, taken on the frame that a layer runs on."""
+"""Answers of the decoder to the reads of stages: attention, keys and position kernels, on the frame of a layer."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def places(positions: Tensor, frame: GatheredSequence | None) -> Tensor:
-    """Where full-sequence positions stand in a frame, −1 where they do not."""
+    """Places of full-sequence positions in a frame, −1 where they are not in it."""
     return positions if frame is None else frame.places(positions)
 
 

@@ -16,7 +16,7 @@ from tokenprune.engine.gathered import GatheredSequence
 
 @dataclass(frozen=True)
 class DeepStack:
-    """What is added after each of the first layers.
+    """Features that are added after each of the first layers.
 
     Attributes:
         where: bool [batch, S], the positions that get something.

@@ -1,4 +1,4 @@
-"""The shortened sequence that a stage really computes, and the way between it and the full sequence. Pure tensors."""
+"""The shortened sequence that the layers of a stage run on, and the way between it and the full one. Pure tensors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class GatheredSequence:
 
     @property
     def ragged(self) -> bool:
-        """Whether any row has fillers."""
+        """True if any row has fillers."""
         return not bool(self.filled.all())
 
     @property
@@ -92,7 +92,7 @@ class GatheredSequence:
         return self.prefill_table(ids[..., None]).squeeze(-1)
 
     def places(self, positions: Tensor) -> Tensor:
-        """Where full-sequence positions [batch, n] stand in the frame; −1 where they do not (or where −1 is given)."""
+        """Places of full-sequence positions [batch, n] in the frame; −1 where they do not (or where −1 is given)."""
         # one column more than there are positions: fillers and −1 are sent there, and find −1
         table = torch.full((len(self.index), self.length + 1), -1, dtype=torch.int64, device=self.index.device)
         steps = torch.arange(self.width, device=self.index.device).expand_as(self.index)

@@ -18,7 +18,7 @@ _MARK = "_tokenprune_prefill"
 
 @dataclass
 class Lease:
-    """Whether a pruning context is still open. Copies of a cache share it; a pickled one comes back as closed."""
+    """State of a pruning context: open or closed. Copies of a cache share it; a pickled one comes back as closed."""
 
     open: bool = True
     pickled: bool = False
@@ -192,7 +192,7 @@ def held_tokens(cache: Any) -> int:
 
 
 def is_pruned(cache: Any) -> bool:
-    """Whether layers of a cache lack tokens that were pruned."""
+    """True if layers of a cache lack tokens that were pruned."""
     return any(isinstance(own, PrunedCacheLayer) for own in getattr(cache, "layers", ()))
 
 

@@ -1,4 +1,4 @@
-"""What a layer is given, cut down to the tokens that are left: its mask, rotary tables and position ids."""
+"""The arguments of a layer, cut down to the remaining tokens: its mask, rotary tables and position ids."""
 
 from __future__ import annotations
 

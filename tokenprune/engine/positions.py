@@ -69,7 +69,7 @@ def new_tables(decoder: Decoder, layer: int, hidden: Tensor, ids: Tensor) -> tup
 
 
 def new_or_kept(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
-    """What is new in the rows whose positions were renumbered, and what was kept in the others.
+    """The new values in rows whose positions were renumbered, the kept ones in the others.
 
     Args:
         length: int64 [batch], −1 in rows whose positions are the model's.

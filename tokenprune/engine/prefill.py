@@ -87,7 +87,7 @@ class Prefill(TokenScheduler):
         self._entering: tuple[int, dict[str, Any]] | None = None
         self._computed_ahead: list[tuple[int, int]] = []
 
-    # what TokenScheduler asks of us ----------------------------------------------------------------------------------
+    # the methods that TokenScheduler calls ---------------------------------------------------------------------------
 
     def offers(self) -> frozenset[type[Read]]:
         """The decoder's own reads, and what the vision side offers."""
@@ -111,7 +111,7 @@ class Prefill(TokenScheduler):
         return lined_up(self.vision.provide(read), read, self.state.exists.shape, self.vision.source or self.model)
 
     def owns(self, read: Read) -> bool:
-        """What the decoder gives; what the vision side gives may serve several prefills."""
+        """True for answers of the decoder; those of the vision side may serve several prefills."""
         return type(read) not in self.vision.answers
 
     def hidden(self) -> Tensor:
@@ -196,7 +196,7 @@ class Prefill(TokenScheduler):
         return sum(self.layout.query_rows(query).shape[1] for query in rows)
 
     def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
-        """What the next layer is to be given.
+        """The states to give to the next layer.
 
         After the last layer, and where others look at it, that is the full-length output [batch, S, width]; dropped
         positions hold their last state. Else it is what the next layer runs on; before a stage an empty tensor, since
@@ -224,7 +224,7 @@ class Prefill(TokenScheduler):
         return hidden if self._frame is None or self._rest is None else self._frame.join(hidden, self._rest)
 
     def _taken_back(self, layer: int, whole: Tensor) -> Tensor:
-        """What others were shown at full length, on the present frame again; at full length before a stage."""
+        """States that were shown at full length, on the present frame again; at full length before a stage."""
         hidden, self._rest = (whole, None) if self._frame is None else self._frame.split(whole)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer - 1, hidden, self._frame)
@@ -252,7 +252,7 @@ class Prefill(TokenScheduler):
     # ------------------------------------------------------------------------------------------------------------------
 
     def _ahead(self, read: AttentionFrom | PositionKernel) -> Tensor:
-        """What the layer that a stage begins with makes of the states that enter it."""
+        """The answer of the layer that a stage begins with, computed ahead on the states that enter it."""
         assert self._entering is not None
         layer, kwargs = self._entering[0], dict(self._entering[1])
         frame = self._next_frame()

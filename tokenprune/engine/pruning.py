@@ -37,7 +37,7 @@ class _NotEnteredError(UnsupportedError, AttributeError):
 
 
 class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
-    """What `prune` gives: a context to enter with `with`, once; or a decorator, which opens one in every call."""
+    """The result of `prune`: a context to enter with `with`, once; or a decorator, which opens one in every call."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[PruningRun]]) -> None:
         self._make, self._context, self._used = make, make(), False
@@ -153,7 +153,7 @@ def prune(
         BusyError: another thread uses the model, and `wait` is over, or that thread has ended with its context open.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
             open on it.
-        EngineError: the model was changed meanwhile in a way that switches pruning off, or the context is closed in
+        EngineError: the model was changed in a way that switches pruning off, or the context is closed in
             the middle of a forward.
         PluginError: an adapter, the strategy or an observer misbehaves; names it.
     """

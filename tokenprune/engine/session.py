@@ -49,7 +49,7 @@ from tokenprune.plugins.observers import notify
 
 
 class PruningRun:
-    """What `with tokenprune.prune(...) as run` gives.
+    """A pruning context, open on a model: the result of `with tokenprune.prune(...) as run`.
 
     Every forward without cached tokens is a prefill of its own, and a cache belongs to the prefill that filled it; so
     conversations may be continued in turn. Forwards of other threads take turns.
@@ -77,7 +77,7 @@ class PruningRun:
         self._latest: Prefill | None = None
 
     def __repr__(self) -> str:
-        """What prunes what, and what the latest prefill came to."""
+        """The strategy, the model, and the trace of the latest prefill."""
         where = f"{type(self.decoder.module).__name__} of {len(self.decoder.layers)} layers"
         latest = "none yet; call the model" if self._latest is None else repr(self._latest.trace)
         return f"PruningRun: {self.strategy!r} on {where}\n  .trace: {latest}"
@@ -100,12 +100,12 @@ class PruningRun:
 
     @property
     def layout(self) -> SequenceLayout:
-        """Where image tokens, text and padding of that prefill stand; EngineError where none has run."""
+        """Places of image tokens, text and padding in that prefill; EngineError if none has run."""
         return self._known().layout
 
     @property
     def state(self) -> TokenState:
-        """Which image tokens of that prefill are active, parked or dropped; EngineError where none has run."""
+        """The active, parked and dropped image tokens of that prefill; EngineError if none has run."""
         return self._known().state
 
     @property
@@ -127,7 +127,7 @@ class PruningRun:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Intercept the calls of the decoder and its layers meanwhile."""
+        """Intercept the calls of the decoder and its layers while open."""
         with ExitStack() as undo:
             undo.callback(setattr, self._lease, "open", False)  # undone last: caches are refused from then on
             self._look = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
@@ -190,7 +190,7 @@ class PruningRun:
     def before(
         self, call: Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a layer runs on, instead of its arguments."""
+        """The arguments to run a layer with, in place of those that the decoder gave it."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if call.asking:
@@ -209,7 +209,7 @@ class PruningRun:
         return (hidden, *args[1:]), kwargs
 
     def after(self, call: Call, number: int, output: Any) -> Any:
-        """What a layer gives, instead of its output."""
+        """The output of a layer to give to the decoder, in place of its own."""
         call.ran += 1
         last = number == len(self.decoder.layers) - 1
         if last and call.step is not None:
@@ -277,7 +277,7 @@ class PruningRun:
             call.step.count_images(images)
 
     def never_prunes(self) -> bool:
-        """Whether the strategy leaves models like this one as they are, as "none" does."""
+        """True if the strategy leaves models like this one as they are, as "none" does."""
         decoder, vision = self.decoder, self._vision
         readable = decoder.offers | frozenset(vision.answers)
         shape = Shape(len(decoder.layers), TYPICAL_TOKENS, 0, vision.layers, readable, decoder.heads)

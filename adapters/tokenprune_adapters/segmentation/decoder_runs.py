@@ -26,7 +26,7 @@ from tokenprune_adapters.segmentation.prompts import Prompts
 
 
 class DecoderRuns(Prompts):
-    """What of a segmentation model runs its decoder, and what strategies may read meanwhile; see `Segmenter`."""
+    """The methods of a segmentation model that run its decoder, and its answers to the reads of strategies."""
 
     name: str
     decoder: LlamaForCausalLM

@@ -63,7 +63,7 @@ class Generations:
 
     @contextmanager
     def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
-        """Intercept `generate` meanwhile; refuse that its first call holds less than the prompt, or more.
+        """Intercept `generate` while open; refuse that its first call holds less than the prompt, or more.
 
         Args:
             prunes: whether the strategy ever does.
@@ -76,7 +76,7 @@ class Generations:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Calls that begin meanwhile are the context's: everything that has to be seen of them is."""
+        """Calls that begin while this is open belong to the context: all of their prefills are intercepted."""
         self._open = True
         try:
             yield

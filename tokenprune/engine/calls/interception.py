@@ -5,9 +5,9 @@ the order of their registration, so that what others see depends on who came fir
 in the instance's own dictionary is seen by compiled code, is innermost to all hooks, and is one function around the
 call.
 
-What looks on does so for some threads only: a model that one thread prunes may be called by another one meanwhile.
+Calls of some threads only are intercepted: a model that one thread prunes may be called by another one at the time.
 
-Code that runs under a shadow is not compiled: neither what looks on, nor what the looked-at method calls. What should
+Code that runs under a shadow is not compiled: neither `look`, nor what the intercepted method calls. Code that should
 be compiled all the same is called through `compiled`.
 """
 
@@ -49,7 +49,7 @@ _COMPILER = _Compiler()
 
 @contextmanager
 def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
-    """What begins to look on meanwhile looks at calls in threads where `concerns()` is true, instead of this one's."""
+    """Shadows that are made in this context intercept threads where `concerns()` is true, in place of this one."""
     token = _CONCERNS.set(concerns)
     try:
         yield
@@ -59,11 +59,11 @@ def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool = False) -> Iterator[Shadow | None]:
-    """Calls of `thing.name(...)` go to `look(original, ...)` meanwhile; the class and other objects are left alone.
+    """Send calls of `thing.name(...)` to `look(original, ...)`; the class and other objects are left alone.
 
     Calls of other threads are left alone too, but see `concerning`; with `every_thread` it is up to `look` to do so.
-    Several may look on, and stop in any order. Nothing happens where there is no such method. `torch.compile` leaves
-    `look` and all that it calls alone.
+    Several shadows may be on one method, and end in any order. Nothing happens where there is no such method.
+    `torch.compile` leaves `look` and all that it calls alone.
 
     Yields:
         What stands in for the method; None where there is no such method.
@@ -136,7 +136,7 @@ class Shadow:
 
     @property
     def open(self) -> bool:
-        """Whether calls still go to the look."""
+        """True while calls go to `look`."""
         return self._look is not None
 
     @property
@@ -156,16 +156,16 @@ class Shadow:
         return self._original.__code__
 
     def concerned(self) -> bool:
-        """Whether calls of this thread are looked at."""
+        """True if calls of this thread are intercepted."""
         return self._concerns is None or self._concerns()
 
     def in_place(self) -> bool:
-        """Whether calls of the method come here, directly or through what was put around since, as far as that tells
-        what it wraps."""
+        """True if calls of the method come here, directly or through wrappers put around it since (those that say what
+        they wrap)."""
         return any(function is self for function in _functions(self._thing.__dict__.get(self._name)))
 
     def taken_off(self) -> bool:
-        """Whether the method is for certain the one that was there before, or something around that. Code that has
+        """True if the method is certainly the one that was there before, or something around that. Code that has
         kept `module.forward`, as hooks of accelerate do, may put it back."""
         if self.in_place():
             return False
@@ -176,7 +176,7 @@ class Shadow:
         return found is None or any(function is known for known in _functions(self._original))
 
     def bypassed(self) -> EngineError:
-        """What to raise where calls went past it."""
+        """The error for calls that went past the shadow."""
         return EngineError(
             f"{type(self._thing).__name__}.{self._name} was replaced while tokenprune looked on, so calls since then "
             "were not seen, and not pruned; put hooks and wrappers (accelerate, mixed precision) on the model, or take "
@@ -226,7 +226,7 @@ def _itself(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def being_compiled() -> bool:
-    """Asked by what looks on: whether the code that made the call is compiled, so that forward hooks may be unseen."""
+    """Called from `look`: True if the code that made the call is compiled, so that forward hooks may not have run."""
     return _COMPILER.active
 
 

@@ -1,5 +1,7 @@
-"""What the engine knows of a model: its decoder, and where its image tokens stand. Adapters for live models derive
-from `BoundModel` and `VisionCapture`, so that users need not mark the image tokens themselves."""
+"""The engine's view of a model: its decoder, its image tokens and its vision side.
+
+Adapters for live models derive from `BoundModel` and `VisionCapture`; users of such models need not mark image tokens.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ class VisionCapture(ABC):
 
 
 class BoundModel(ABC):
-    """One live model, as an adapter understands it; made by `Adapter.bind`.
+    """A live model, wrapped by the adapter of its family; made by `Adapter.bind`.
 
     Attributes:
         name: of the model, for messages.
@@ -71,7 +73,7 @@ class BoundModel(ABC):
 
     @abstractmethod
     def capture(self, reads: Collection[Read]) -> AbstractContextManager[VisionCapture]:
-        """Follow the model's calls while the context is open, and keep what these reads need.
+        """Follow the model's calls while the context is open, and keep the data for these reads.
 
         Raises:
             UnsupportedError: the model cannot be followed.

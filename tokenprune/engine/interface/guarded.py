@@ -31,7 +31,7 @@ def _running(entry: Entry, method: str) -> Iterator[None]:
 
 
 class Guarded(BoundModel):
-    """What an adapter answered to `bind`; its answers are checked.
+    """The bound model of an adapter, with its answers checked.
 
     Raises:
         PluginError: from every method where the adapter's one raises an unexpected exception, or answers with
@@ -47,7 +47,7 @@ class Guarded(BoundModel):
         self.source = f"adapter {entry.name!r} of package {entry.distribution!r}"
 
     def offers(self) -> frozenset[type[Read]]:
-        """What the adapter's model offers."""
+        """See `BoundModel.offers`."""
         with _running(self._entry, "offers"):
             found: Any = self._inner.offers()
             kinds = frozenset(found)

@@ -1,4 +1,4 @@
-"""A model whose image tokens the caller marks, and which of its prefills the marks are for."""
+"""A model whose image tokens the caller marks, and a check that each prefill is the marked one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MarkedModel(BoundModel, VisionCapture):
         self.tower_layers = self._vision.layers
 
     def offers(self) -> frozenset[type[Read]]:
-        """What the caller's source answers."""
+        """The reads that the caller's source answers."""
         return frozenset(self._vision.answers)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What stands where in the input of one prefill, as the caller or an adapter marks it."""
+"""Masks of one prefill's input, by the caller or an adapter: image tokens, query rows, grid cells, padding."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class PromptMasks:
 
 
 def _check(name: str, mask: object) -> None:
-    """Is it a tensor of the kind that `PromptMasks` says?"""
+    """Raise InputError if it is not a tensor of the kind that `PromptMasks` documents."""
     numbers = {"grid": "int64 [batch, prompt, 2]", "image_number": "int64 [batch, prompt]"}
     expected = numbers.get(name, "bool [batch, prompt]")
     if not isinstance(mask, Tensor):

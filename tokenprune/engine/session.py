@@ -132,7 +132,7 @@ class PruningRun:
             undo.callback(setattr, self._lease, "open", False)  # undone last: caches are refused from then on
             self._look = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
-                look = partial(_layer_forward, self, number)
+                look = partial(self._layer_forward, number)
                 undo.enter_context(shadowed(layer, "forward", look, every_thread=True))
             try:
                 yield
@@ -176,18 +176,26 @@ class PruningRun:
         call.taps.close()
         expect_nothing(call.cache)
 
-    def check_seen(self) -> None:
+    def _check_seen(self) -> None:
         """Refuse a layer's call outside of any forward that was seen, where forwards are not seen any more."""
         look = self._look
         if look is not None and look.open and look.concerned() and not look.in_place() and not self.never_prunes():
             raise look.bypassed()
 
-    def mine(self) -> Call | None:
-        """The forward under way, if it is this thread's: another thread's that began before the context is not."""
+    def _layer_forward(self, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around a layer's forward."""
         call = self._call
-        return call if call is not None and call.thread == threading.get_ident() else None
+        # a layer called by itself, or by another thread's forward that began before the context
+        if call is None or call.thread != threading.get_ident():
+            self._check_seen()
+            return original(*args, **kwargs)
+        args, kwargs = self._before(call, number, args, kwargs)
+        read = call.prefill is not None and number in call.prefill.taps
+        # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
+        output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
+        return self._after(call, number, output)
 
-    def before(
+    def _before(
         self, call: Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to run a layer with, in place of those that the decoder gave it."""
@@ -208,7 +216,7 @@ class PruningRun:
         call.fit_cache(number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def after(self, call: Call, number: int, output: Any) -> Any:
+    def _after(self, call: Call, number: int, output: Any) -> Any:
         """The output of a layer to give to the decoder, in place of its own."""
         call.ran += 1
         last = number == len(self.decoder.layers) - 1
@@ -285,16 +293,3 @@ class PruningRun:
             return not declared_stages(self.strategy, shape)
         except TokenPruneError:
             return False
-
-
-def _layer_forward(run: PruningRun, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around a layer's forward."""
-    call = run.mine()
-    if call is None:  # a layer called by itself, or by another thread's forward that began before the context
-        run.check_seen()
-        return original(*args, **kwargs)
-    args, kwargs = run.before(call, number, args, kwargs)
-    read = call.prefill is not None and number in call.prefill.taps
-    # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
-    output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
-    return run.after(call, number, output)

@@ -128,7 +128,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         near = "" if found else _near(model)
         raise UnsupportedError(
             f"{type(model).__name__}: expected exactly one decoder (a module with layers, rotary_emb and norm), "
-            f"found {names}{near}; hand the decoder itself to tokenprune.prune(), or name it in the adapter's binding"
+            f"found {names}{near}; hand the decoder itself to tokenprune.prune(), or name it in the adapter's "
+            "BoundModel"
         )
     module = found[0]
     other = _other_layers(module)

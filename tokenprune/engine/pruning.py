@@ -162,11 +162,11 @@ def prune(
     named = _query_rows(query, queries)
     _check_marks(image_tokens, grid=grid, image_number=image_number, vision=vision)
     model = unwrapped(model)
-    binding = (
+    bound = (
         bound_model_of(model) if image_tokens is None else MarkedModel(model, image_tokens, grid, image_number, vision)
     )
-    decoder = find_decoder(binding.decoder)
-    reads = check_on(strategy, binding, decoder)
+    decoder = find_decoder(bound.decoder)
+    reads = check_on(strategy, bound, decoder)
     with ExitStack() as stack:
         stack.enter_context(told_by_name())
         concerns = stack.enter_context(open_context(decoder.module, wait, threads))
@@ -174,10 +174,10 @@ def prune(
         hooks = hooks_on(whole)
         stack.enter_context(not_compiled(whole))
         with concerning(concerns):
-            capture = stack.enter_context(binding.capture(reads))
-        stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
-        answers = dict.fromkeys(binding.offers(), capture.provide)
-        source = VisionSource(answers, binding.tower_layers, binding.source)
+            capture = stack.enter_context(bound.capture(reads))
+        stack.enter_context(hooks_seen(whole, hooks, bound.source or bound.name))
+        answers = dict.fromkeys(bound.offers(), capture.provide)
+        source = VisionSource(answers, bound.tower_layers, bound.source)
         generations = Generations(whole, decoder.module)
         run = PruningRun(
             decoder,

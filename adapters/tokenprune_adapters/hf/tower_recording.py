@@ -52,7 +52,7 @@ class TowerRecording:
     """Keeps what some reads need of each call of the tower.
 
     Args:
-        binding: the model.
+        bound: the model.
         reads: that it offers.
 
     Raises:
@@ -60,8 +60,8 @@ class TowerRecording:
         UnsupportedError: a layer that cannot be read.
     """
 
-    def __init__(self, binding: BoundTransformersModel, reads: Sequence[Read]) -> None:
-        self.binding, self.reads = binding, reads
+    def __init__(self, bound: BoundTransformersModel, reads: Sequence[Read]) -> None:
+        self.bound, self.reads = bound, reads
         self._shows({read: [] for read in reads})  # refuses layers that are not there
 
     def encode(
@@ -77,17 +77,17 @@ class TowerRecording:
         Raises:
             UnsupportedError: the family has no such images.
         """
-        binding = self.binding
-        kind = binding.family.images if modality == "image" else binding.family.videos
+        bound = self.bound
+        kind = bound.family.images if modality == "image" else bound.family.videos
         if kind is None:
-            raise UnsupportedError(f"{binding.name}: {modality}s are not supported under tokenprune.prune()")
+            raise UnsupportedError(f"{bound.name}: {modality}s are not supported under tokenprune.prune()")
         inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
-        arrangement = kind(binding.base, inputs, binding.cut)
+        arrangement = kind(bound.base, inputs, bound.cut)
         seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
         shapes: list[tuple[int, ...]] = []
         given: list[Tensor] = []
         wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
-        selected = binding.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
+        selected = bound.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
         crops = CropStates(selected)
 
         def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -97,10 +97,10 @@ class TowerRecording:
             return project(states, *args, **kwargs)
 
         with ExitStack() as undo:
-            undo.enter_context(shadowed(binding.part(kind.projector), "forward", projected))
+            undo.enter_context(shadowed(bound.part(kind.projector), "forward", projected))
             undo.enter_context(arrangement.recording())
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
-                crops.attach(binding.blocks, undo)
+                crops.attach(bound.blocks, undo)
             undo.enter_context(tap(self._shows(seen)))
             output = original(*args, **kwargs)
         features = getattr(output, "pooler_output", output)
@@ -112,16 +112,16 @@ class TowerRecording:
             if isinstance(read, TowerFeatures):
                 values[read] = arrangement.features(given, tokens)
             elif isinstance(read, ClsFeatures):
-                values[read] = arrangement.pool([crops.cls_features(binding.cut)], tokens)
+                values[read] = arrangement.pool([crops.cls_features(bound.cut)], tokens)
             elif isinstance(read, Crops):
-                values[read] = arrangement.pool([crops.numbers(binding.cut)], tokens).round().long()
+                values[read] = arrangement.pool([crops.numbers(bound.cut)], tokens).round().long()
         return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
 
     def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
         wanted: dict[nn.Module, list[Any]] = {}
         for read in seen:
             if isinstance(read, LAYERED):
-                wanted.setdefault(self.binding.tower_attention(read.layer), []).append(read)
+                wanted.setdefault(self.bound.tower_attention(read.layer), []).append(read)
 
         def show(reads: list[Any], found: AttentionCall) -> None:
             for read in reads:
@@ -134,14 +134,14 @@ class TowerRecording:
         if isinstance(read, ClsAttention):
             return tower_reads.cls_attention(seen, read.heads)[..., None]
         if isinstance(read, ClsQuery):
-            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.binding.cut, -1)
+            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.bound.cut, -1)
         if isinstance(read, TowerKeys):
             value = tower_reads.keys(seen, read.heads)
         elif isinstance(read, TowerValues):
             value = tower_reads.values(seen)
         else:
             value = tower_reads.received_attention(seen)[..., None]
-        return value[:, self.binding.cut :]
+        return value[:, self.bound.cut :]
 
 
 def _flat(read: Read, value: Tensor) -> Tensor:

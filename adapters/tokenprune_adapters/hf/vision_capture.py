@@ -49,9 +49,9 @@ class TransformersCapture(VisionCapture):
     until more is encoded ahead.
     """
 
-    def __init__(self, binding: BoundTransformersModel, reads: Collection[Read]) -> None:
-        self.binding = binding
-        self._tower = TowerRecording(binding, [read for read in reads if type(read) in binding.offers()])
+    def __init__(self, bound: BoundTransformersModel, reads: Collection[Read]) -> None:
+        self.bound = bound
+        self._tower = TowerRecording(bound, [read for read in reads if type(read) in bound.offers()])
         self._now = _Now()
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +64,8 @@ class TransformersCapture(VisionCapture):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note ids, padding and what was encoded ahead."""
-        inputs, name, now = arguments(self.binding.base, args, kwargs), self.binding.name, self._now
-        if inputs.get("pixel_values_videos") is not None and self.binding.family.videos is None:
+        inputs, name, now = arguments(self.bound.base, args, kwargs), self.bound.name, self._now
+        if inputs.get("pixel_values_videos") is not None and self.bound.family.videos is None:
             raise UnsupportedError(f"{name} was given a video (pixel_values_videos), but its family has images only")
         now.inside, now.ids, now.mask = True, self._given_ids(inputs), padding_mask(inputs)
         handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
@@ -80,8 +80,8 @@ class TransformersCapture(VisionCapture):
         if ids is not None or not isinstance(embeds, Tensor) or all(inputs.get(name) is None for name in given):
             return ids
         found = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        table = self.binding.base.get_input_embeddings()
-        for token in self.binding.token_ids.values():
+        table = self.bound.base.get_input_embeddings()
+        for token in self.bound.token_ids.values():
             if token is not None:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds)
                 found[(embeds == row).all(-1)] = token
@@ -97,7 +97,7 @@ class TransformersCapture(VisionCapture):
         if now.encoding:  # Qwen3-VL's videos go through its method for images
             return original(*args, **kwargs)
         now.encoding = True
-        as_tuple = kwargs.get("return_dict", getattr(self.binding.base.config, "return_dict", True)) is False
+        as_tuple = kwargs.get("return_dict", getattr(self.bound.base.config, "return_dict", True)) is False
         try:
             output, encoded = self._tower.encode(
                 modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
@@ -119,14 +119,14 @@ class TransformersCapture(VisionCapture):
         Raises:
             InputError: the model was called without ids, or placeholders and image features differ in number.
         """
-        now, name = self._now, self.binding.name
+        now, name = self._now, self.bound.name
         ids = now.ids
         if ids is None:
             raise InputError(f"{name} was called without input_ids; call it with them, or give image_tokens=")
         # for each position, the number of its token among all that were encoded: images first, then videos
         flat = torch.full(ids.shape, -1, device=ids.device)
         start, parts = 0, []
-        for modality, token in self.binding.token_ids.items():
+        for modality, token in self.bound.token_ids.items():
             if token is None:
                 continue
             where, encoded = ids.eq(token), now.encoded.get(modality)
@@ -157,7 +157,7 @@ class TransformersCapture(VisionCapture):
 
     def missed(self) -> bool:
         """See `VisionCapture.missed`: whether the model's forward is on the stack, but was not seen to begin."""
-        return not self._now.inside and under_way(self.binding.base, "forward")
+        return not self._now.inside and under_way(self.bound.base, "forward")
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture.padding`."""
@@ -172,13 +172,13 @@ class TransformersCapture(VisionCapture):
         ids = self._now.ids
         if ids is None:
             return torch.zeros(0, dtype=torch.int64)
-        counts, tokens = ids.eq(self.binding.token_ids[modality]).sum(1), len(encoded.cells)
+        counts, tokens = ids.eq(self.bound.token_ids[modality]).sum(1), len(encoded.cells)
         total = int(counts.sum())
         repeats = total // max(tokens, 1)
         once = counts[:: max(repeats, 1)]
         if int(once.sum()) != tokens or not torch.equal(once.repeat_interleave(repeats), counts):
             raise InputError(
-                f"{self.binding.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
+                f"{self.bound.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
                 "features; use the model's own processor to make the prompt"
             )
         # copies of a row stand next to each other, and all show the tokens of the one image that was encoded
@@ -188,12 +188,12 @@ class TransformersCapture(VisionCapture):
     def provide(self, read: Read) -> Any:
         """See `VisionCapture.provide`."""
         if isinstance(read, Projector):
-            return self.binding.project
+            return self.bound.project
         now = self._now
         parts = [now.encoded[modality].values.get(read) for modality in METHODS if modality in now.encoded]
         if not all(isinstance(part, Tensor) for part in parts):
             raise PluginError(
-                f"{read} was not declared when the context was opened, so {self.binding.name}'s tower was not read; "
+                f"{read} was not declared when the context was opened, so {self.bound.name}'s tower was not read; "
                 "declare the same reads for every shape"
             )
         values = torch.cat([part for part in parts if part is not None])

@@ -109,13 +109,11 @@ def bound_model_of(model: Any) -> BoundModel:
     asked: dict[str, Any] = {}
     for name, entry in registry.adapters().items():
         asked[name] = entry.load()
-        binding = entry.call(model, method="bind")
-        if isinstance(binding, BoundModel):
-            return Guarded(binding, entry)
-        if binding is not None:
-            raise entry.refusal(
-                f"answers bind() with {binding!r}, expected a BoundModel or None", "fix or uninstall it"
-            )
+        bound = entry.call(model, method="bind")
+        if isinstance(bound, BoundModel):
+            return Guarded(bound, entry)
+        if bound is not None:
+            raise entry.refusal(f"answers bind() with {bound!r}, expected a BoundModel or None", "fix or uninstall it")
     if hasattr(model, "segment") and not isinstance(model, type):
         raise UnsupportedError(
             f"{type(model).__name__} is pruned by its own methods; call segment(image, query, strategy=…) on it, or "

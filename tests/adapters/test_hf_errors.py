@@ -122,7 +122,7 @@ def test_a_model_without_its_tower(name, value):
 
 @names
 def test_strategies_that_read_pixels_are_refused_before_anything_runs(name):
-    words = "'reader'", type(model_of(name).model).__name__, "reads Pixels", "TowerFeatures"
+    words = "'reader'", type(model_of(name).model).__name__, "requires Pixels", "TowerFeatures"
     with fails(IncompatibleError, *words), tokenprune.prune(model_of(name), Reader(Pixels())):
         pytest.fail("the context was opened")
 

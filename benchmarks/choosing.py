@@ -124,7 +124,8 @@ def walk(strategy: Strategy, model: LlamaModel, tokens: int, source: VisionSourc
     length = BEFORE + tokens + AFTER
     mask = torch.zeros(1, length, dtype=torch.bool)
     mask[:, BEFORE : BEFORE + tokens] = True
-    decoder = Decoder(model, tuple(model.layers) * LAYERS, model.rotary_emb)
+    layers = tuple(model.layers) * LAYERS
+    decoder = Decoder(model, layers, layers, model.rotary_emb)
     prefill = Prefill(strategy, SequenceLayout.from_mask(mask), decoder, vision=source)
     draw, spent = torch.Generator().manual_seed(2), 0.0
     hidden = torch.randn(1, length, WIDTH, generator=draw).to(TYPE)
@@ -140,7 +141,7 @@ def walk(strategy: Strategy, model: LlamaModel, tokens: int, source: VisionSourc
     for layer in range(LAYERS):
         kwargs = {"attention_mask": None, "position_embeddings": tables, "position_ids": ids}
         hidden = prefill.before_layer(layer, hidden, kwargs)
-        if prefill.taps(layer):
+        if layer in prefill.taps:
             parts = torch.randn(3, 1, HEADS, hidden.shape[1], WIDTH // HEADS, generator=draw).to(TYPE)
             seen = AttentionCall(*parts, mask=None, scaling=(WIDTH // HEADS) ** -0.5, causal=True)
             spent += timed(lambda layer=layer, seen=seen: prefill.see(layer, seen), clock)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokenprune import hookimpl
-from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.core.decisions import Keep
+from tokenprune.core.reads import Read
+from tokenprune.engine import PromptMasks, prune
+from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, bound_model_of
 from tokenprune.engine.interface.marked_model import MarkedModel
 from tokenprune.errors import InputError, PluginError, UnsupportedError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.plugins import registry
+from tokenprune.testing.scripted import Scripted, Step
 from tokenprune.testing.tiny_decoders import tiny_llama
+
+IMAGE = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]]).bool()
 
 
 class Known(nn.Module):
@@ -81,3 +89,39 @@ def test_a_model_that_nobody_knows() -> None:
         UnsupportedError, match=r"Module \(model_type 'car'\); adapters know .*; knows: known, known_too;"
     ):
         bound_model_of(model)
+
+
+def test_a_capture_needs_no_more_than_masks_and_answers() -> None:
+    class Least(VisionCapture):
+        def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
+            return PromptMasks(IMAGE, queries)
+
+        def provide(self, read: Read) -> Any:
+            raise AssertionError("nothing is offered")
+
+    class Bound(BoundModel):
+        name, decoder, tower_layers = "least", tiny_llama(), 0
+
+        def offers(self) -> frozenset[type[Read]]:
+            return frozenset()
+
+        @contextmanager
+        def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
+            yield Least()
+
+    class Binds(Knows):
+        @classmethod
+        def bind(cls, model: Any) -> Any:
+            return Bound()
+
+    registry.register_plugin(Plugin(binds=Binds), name="binds")
+    model, ids = Bound.decoder, torch.arange(1, 9)[None]
+    script = Scripted([Step(1, Keep(torch.tensor([[0, 2]])))])
+    with torch.no_grad(), prune(model, script) as run:
+        found = model(ids, use_cache=True)
+        later = model(ids[:, :2], past_key_values=found.past_key_values)  # asks what a later turn holds
+    with torch.no_grad(), prune(model, script, image_tokens=IMAGE):
+        marked = model(ids, use_cache=True)
+        assert torch.equal(found.logits, marked.logits)
+        assert torch.equal(later.logits, model(ids[:, :2], past_key_values=marked.past_key_values).logits)
+    assert run.trace.ledger.later_turns == []

@@ -21,6 +21,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.interface.bound_model import VisionCapture
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.session import PruningRun
 from tokenprune.errors import UnsupportedError
@@ -113,13 +114,17 @@ def check(model, positions, seeds, moves):
     strategy.now = talks[0].script
     pending = iter(talks)
 
-    def marks():
-        now = next(pending)
-        strategy.now = now.script
-        return PromptMasks(now.layout.image_tokens)
+    class Marked(VisionCapture):
+        def prompt_masks(self, queries):
+            now = next(pending)
+            strategy.now = now.script
+            return PromptMasks(now.layout.image_tokens)
+
+        def provide(self, read):
+            raise AssertionError(read)
 
     worst = 0.0
-    with torch.no_grad(), PruningRun(find_decoder(model), strategy, marks).attached():
+    with torch.no_grad(), PruningRun(find_decoder(model), strategy, Marked()).attached():
         prompts = [talk.length for talk in talks]
         for talk in talks:
             got = talk.call(model, 0)

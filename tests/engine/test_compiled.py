@@ -15,7 +15,7 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import BoundModel, PromptMasks, prune, pruning
+from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, prune, pruning
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -372,7 +372,7 @@ def test_a_forward_that_was_compiled_inside_does_not_prune_behind_the_context(wh
 # adapters that follow the model by hooks -----------------------------------------------------------------------------
 
 
-class Hooked(BoundModel):
+class Hooked(BoundModel, VisionCapture):
     """Notes where the model's input holds a token, by a forward hook on one of its modules."""
 
     name, tower_layers, source = "hooked", 0, "adapter 'hooked' of package 'mine'"

@@ -47,7 +47,7 @@ def test_what_a_stack_of_layers_lacks_is_named() -> None:
             self.config = LlamaConfig()
             self.layers, self.rotary_emb = nn.ModuleList([nn.Identity()]), nn.Identity()
 
-    told = r"found none \(Stack has no norm\); .* or name it in the adapter's binding"
+    told = r"found none \(Stack has no norm\); .* or name it in the adapter's BoundModel"
     with pytest.raises(UnsupportedError, match=told):
         find_decoder(nn.Sequential(Stack()))
     with pytest.raises(UnsupportedError, match="found none; hand"):

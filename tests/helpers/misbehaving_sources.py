@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from tokenprune import Adapter, hookimpl
-from tokenprune.engine import BoundModel, PromptMasks
+from tokenprune.engine import BoundModel, PromptMasks, VisionCapture
 
 
 @hookimpl
@@ -38,7 +38,7 @@ class Bad(Adapter):
         return Bound(model) if type(model).__name__ == "LlamaForCausalLM" else None
 
 
-class Bound(BoundModel):
+class Bound(BoundModel, VisionCapture):
     def __init__(self, model):
         self.name, self.decoder, self.tower_layers = "bad", model, 0
 

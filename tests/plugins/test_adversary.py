@@ -14,7 +14,7 @@ import torch
 
 import tokenprune as tp
 from tokenprune import Adapter, AttentionFrom, Keep, Merge, Stage, Strategy, StrategyOptions, TowerFeatures
-from tokenprune.engine import BoundModel, PromptMasks
+from tokenprune.engine import BoundModel, PromptMasks, VisionCapture
 from tokenprune.errors import InputError, PluginError, PluginWarning
 from tokenprune.plugins import registry
 from tokenprune.testing.model_snapshot import differences, snapshot
@@ -186,7 +186,7 @@ def test_a_class_that_cannot_be_made_is_named() -> None:
 # adapters ------------------------------------------------------------------------------------------------------------
 
 
-class Toy(BoundModel):
+class Toy(BoundModel, VisionCapture):
     """Binds `MODEL`; its methods are replaced by those of a test."""
 
     def __init__(self) -> None:
@@ -247,7 +247,7 @@ KEY = KeyError("pixels")
         ({"capture": lambda self, reads: (yield self)}, r"failed in capture\(\) with (AttributeError|TypeError)"),
         (
             {"capture": lambda *_: contextlib.nullcontext(3)},
-            r"gives 3 in capture\(\), expected an object with prompt_masks\(\)",
+            r"gives 3 in capture\(\), expected a tokenprune.engine.VisionCapture",
         ),
         ({"prompt_masks": raising(KEY)}, r"failed in prompt_masks\(\) with KeyError"),
         (

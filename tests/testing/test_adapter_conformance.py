@@ -12,7 +12,7 @@ import vlm_oracle
 from vlm_configs import BOS
 
 from tokenprune.core.reads import TowerFeatures
-from tokenprune.engine import BoundModel
+from tokenprune.engine import BoundModel, VisionCapture
 from tokenprune.errors import PluginError
 from tokenprune.testing.adapter_conformance import AdapterConformance
 from tokenprune.testing.grid_checks import check_cells
@@ -51,7 +51,7 @@ class TestFamilies(Family):
 # mistakes ------------------------------------------------------------------------------------------------------------
 
 
-class Mistaken(BoundModel):
+class Mistaken(BoundModel, VisionCapture):
     """A binding that changes what another says."""
 
     def __init__(self, inner, marks=None, answer=None, leave=False):

@@ -1,4 +1,4 @@
-"""The engine: runs a strategy on a transformers decoder by looking on at its calls, and leaves nothing behind.
+"""The engine: runs a strategy on a transformers decoder by intercepting its calls, and leaves nothing behind.
 
 Goes here: what carries the decisions of `core/` out on hidden states, masks, positions and caches. What an adapter
 fills in is in `interface/`, what PyTorch and transformers do around a call in `calls/`. The names below are what

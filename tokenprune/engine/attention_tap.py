@@ -30,7 +30,7 @@ _TAP = "_tokenprune_tap"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one call of an attention layer computed with.
+    """Queries, keys and values of one call of an attention layer.
 
     Attributes:
         query: [batch, heads, Q, head size], after rotary embedding.
@@ -73,12 +73,14 @@ class AttentionCall:
         mask = self.mask
         if mask is None or mask.dim() == 2:
             if self.causal and length > 1:
+                # the last query stands at the last key: cached keys come before the first query
                 steps = torch.arange(keys, device=logits.device)
                 unseen = steps > (rows + keys - length)[..., None]
                 logits = logits.masked_fill(unseen[:, None], float("-inf"))
             if mask is not None:
                 logits = logits.masked_fill(~mask[:, None, None, :keys].bool(), float("-inf"))
             return logits
+        # cut as transformers' own attention functions do: a mask may be made for more keys than there are
         mask = mask.expand(len(rows), *mask.shape[1:])[..., :keys]
         mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
         return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
@@ -172,8 +174,7 @@ def _install(
     if not hasattr(config, "_attn_implementation"):
         raise UnsupportedError(
             f"{type(module).__name__} has no config with an attention implementation: it does not use "
-            "transformers' attention "
-            "interface, so its attention cannot be read"
+            "transformers' attention interface, so its attention cannot be read"
         )
     thread = threading.get_ident()
     with _LOCK:
@@ -184,6 +185,7 @@ def _install(
         taps.by_thread[thread] = _Tap(instead or _implementation(module, taps.config), show)
         if _TAP not in module.__dict__:
             module.__dict__[_TAP] = taps
+            # a copy for this module alone: the model makes its masks from the config that it shares with all layers
             private = copy.copy(taps.config)
             private._attn_implementation_internal = _NAME
             module.config = private

@@ -1,4 +1,4 @@
-"""One call of a decoder under a pruning context: what it is, and what it may not ask for."""
+"""One call of a decoder under a pruning context: its state, and the calls that are refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.calls.under_way import checkpointed
 from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.kv_cache import CachedPrefill
+from tokenprune.engine.kv_cache import CachedPrefill, check_cache, shorten_layer, take_over
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
@@ -31,13 +31,10 @@ class Call:
         cache: that its layers fill.
         thread: that called.
         asking: a strategy, an observer or an adapter is at work.
+        attentions: attention weights are asked for.
         prefill: where it is one.
-        cached: the prefill whose cache a step continues.
-        new: tokens per row of a step.
-        past: tokens per row decoded before it.
-        mask: of a step, two-dimensional, 0 on padding; None = there is none.
-        since: of a step, int64 [batch or 1, new], see `positions.since_prefill`; None until a layer wants it.
-        turn: what is counted of a step with images, once the last layer has it; None = nothing.
+        cached: of a prefill, what the cache is to carry of it.
+        step: where it continues a prefill's cache.
         ran: layers that have run.
         taps: on layers that a prefill reads.
     """
@@ -48,41 +45,84 @@ class Call:
     cache: Any = None
     thread: int = field(default_factory=threading.get_ident)
     asking: bool = False
+    attentions: bool = False
     prefill: Prefill | None = None
     cached: CachedPrefill | None = None
-    new: int = 0
-    past: int = 0
-    mask: Tensor | None = None
-    since: Tensor | None = None
-    turn: LaterTurn | None = None
+    step: CachedStep | None = None
     ran: int = 0
     taps: ExitStack = field(default_factory=ExitStack)
 
+    def check_prunable(self, prefill: Prefill) -> None:
+        """Refuse a prefill with stages that cannot be pruned right. Raises UnsupportedError."""
+        refuse_checkpoints(prefill.decoder, prefill.strategy.name)
+        if self.cache is not None:
+            check_cache(self.cache)
+        refuse_packed(self.inputs, prefill.layout.valid)
+
+    def fit_cache(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Before a layer that runs on fewer tokens than the sequence has: have its part of the cache hold no more, or
+        fit its arguments to what that holds.
+
+        Args:
+            number: of the layer.
+            hidden: what enters it.
+            kwargs: its keyword arguments, changed in place.
+
+        Raises:
+            UnsupportedError: attention weights are asked for.
+        """
+        if self.prefill is not None and self.cached is not None:
+            frame = self.prefill.frames[number]
+            if frame is not None:
+                if self.attentions:
+                    raise _attentions_asked()
+                if self.cache is not None:
+                    shorten_layer(self.cache, number, frame, self.prefill.lengths[number], self.cached)
+        elif self.step is not None:
+            own = self.step.expect(self.cache, number)
+            if own is not None:
+                if self.attentions:
+                    raise _attentions_asked()
+                self.step.shorten(own, number, hidden, kwargs)
+
+    def filled(self) -> None:
+        """The last layer of a prefill has run: make the cache's layers of one kind, and note whose it is."""
+        assert self.prefill is not None
+        assert self.cached is not None
+        if self.cache is None:
+            return
+        if any(frame is not None for frame in self.prefill.frames):
+            take_over(self.cache, self.prefill.layout.valid, self.cached)
+        self.cached.sign(self.cache)
+
 
 def watched(decoder: Decoder, number: int) -> bool:
-    """Whether anybody else sees what goes from a layer to the next one, as `output_hidden_states=True` does: by hooks
-    of any kind, of either layer or of all modules, or, in older releases of transformers, by a forward of its own."""
+    """True if other code sees the states between a layer and the next one, as `output_hidden_states=True` does.
+
+    By hooks of any kind, of either layer or of all modules, or, in older releases of transformers, by a forward of its
+    own. Asked again at each layer, since hooks may come and go while the model runs.
+    """
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
     ends = slice(number, number + 2)
-    return bool(
-        _has_any_global_hook()  # type: ignore[no-untyped-call]
-        or any(
-            part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-            for part in (*decoder.layers[ends], *decoder.called[ends])
-        )
-        or not all(hasattr(layer.forward, "__tokenprune__") for layer in decoder.layers[ends])
-    )
+    for layer in decoder.layers[ends]:
+        if not hasattr(layer.forward, "__tokenprune__"):
+            return True
+    for part in (*decoder.layers[ends], *decoder.called[ends]):
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return True
+    return False
 
 
 def check_due(call: Call, decoder: Decoder, number: int) -> None:
-    """Does this layer run when it should? Raises EngineError, which names what was changed under the context."""
-    if number != call.ran or (number == 0 and not call.held):
-        decoder.check_layers()
+    """Raise EngineError if this layer does not run in its turn; the error names what was changed."""
+    decoder.check_layers()
     if number != call.ran:
         raise decoder.changed(f"layer {number} runs where the turn of layer {call.ran} is, whose forward was not seen")
 
 
 def check_all_ran(call: Call | None, decoder: Decoder, never_prunes: Callable[[], bool]) -> None:
-    """Did every layer run, as it has to where anything is pruned? Raises EngineError, which names what was changed."""
+    """Raise EngineError if not every layer ran, though something is pruned; the error names what was changed."""
     if call is None or call.ran == len(decoder.layers):
         return
     if not never_prunes():
@@ -130,14 +170,17 @@ def refuse_checkpoints(decoder: Decoder, strategy: str) -> None:
         )
 
 
-def refuse_attentions(inputs: dict[str, Any], decoder: Any) -> None:
-    """Refuse that attention weights are asked for, of a layer that attends to fewer tokens than the sequence has."""
-    if inputs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
-        raise UnsupportedError(
-            "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
-            "tokens than the sequence has; call the model without it, or let a strategy read "
-            "tokenprune.core.reads.AttentionFrom"
-        )
+def asks_attentions(inputs: dict[str, Any], decoder: Any) -> bool:
+    """True if the caller asks for attention weights."""
+    return bool(inputs.get("output_attentions", getattr(decoder.config, "output_attentions", False)))
+
+
+def _attentions_asked() -> UnsupportedError:
+    return UnsupportedError(
+        "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
+        "tokens than the sequence has; call the model without it, or let a strategy read "
+        "tokenprune.core.reads.AttentionFrom"
+    )
 
 
 def reentered() -> PluginError:

@@ -43,17 +43,16 @@ class Decoder:
         )
 
     def check_layers(self) -> None:
-        """Are the layers still those that were found? Raises EngineError, which names what changed."""
+        """Raise EngineError if the layers are not those that were found; the error names what changed."""
         layers: Any = self.module.layers
-        found = [uncompiled(layer) for layer in layers]
-        if len(found) != len(self.layers):
-            raise self.changed(f"{len(found)} layers found, expected {len(self.layers)}")
-        for number, (layer, expected) in enumerate(zip(found, self.layers, strict=True)):
-            if layer is not expected:
+        if len(layers) != len(self.layers):
+            raise self.changed(f"{len(layers)} layers found, expected {len(self.layers)}")
+        for number, (found, called, layer) in enumerate(zip(layers, self.called, self.layers, strict=True)):
+            if found is not called and uncompiled(found) is not layer:
                 raise self.changed(f"layer {number} is another module than before")
 
     def changed(self, what: str) -> EngineError:
-        """What to raise where the layers are not run as they were found."""
+        """The error for layers that are not run as they were found."""
         return EngineError(
             f"{type(self.module).__name__} was changed while tokenprune.prune() is open: {what}; change the model "
             "before the context is opened, or after it is closed"
@@ -61,12 +60,12 @@ class Decoder:
 
     @property
     def heads(self) -> int:
-        """Attention heads of a layer, 0 where the configuration does not tell."""
+        """Attention heads of a layer, 0 where the configuration does not say."""
         return int(getattr(self.module.config, "num_attention_heads", 0) or 0)
 
     @property
     def multimodal_rope(self) -> bool:
-        """Whether positions have several axes (Qwen2-VL's M-RoPE)."""
+        """True if positions have several axes (Qwen2-VL's M-RoPE)."""
         config: Any = self.module.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         return "mrope_section" in rope
@@ -96,9 +95,11 @@ class Decoder:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether layers run again in the backward pass."""
-        parts = (self.module, *self.layers)
-        return any(part.training and getattr(part, "gradient_checkpointing", False) for part in parts)
+        """True if layers run again in the backward pass."""
+        for part in (self.module, *self.layers):
+            if part.training and getattr(part, "gradient_checkpointing", False):
+                return True
+        return False
 
     @property
     def attention_name(self) -> str:
@@ -127,7 +128,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         near = "" if found else _near(model)
         raise UnsupportedError(
             f"{type(model).__name__}: expected exactly one decoder (a module with layers, rotary_emb and norm), "
-            f"found {names}{near}; hand the decoder itself to tokenprune.prune(), or name it in the adapter's binding"
+            f"found {names}{near}; hand the decoder itself to tokenprune.prune(), or name it in the adapter's "
+            "BoundModel"
         )
     module = found[0]
     other = _other_layers(module)
@@ -142,7 +144,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _near(model: nn.Module) -> str:
-    """The modules with layers, and what they lack to be decoders."""
+    """The modules with layers, and the parts that they lack to be decoders."""
     lacking = []
     for module in modules_of(model):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
@@ -152,7 +154,7 @@ def _near(model: nn.Module) -> str:
 
 
 def _other_layers(module: nn.Module) -> list[str]:
-    """The kinds of layers that are not self-attention over the sequence, as the configuration tells them."""
+    """The kinds of layers that are not self-attention over the sequence, as the configuration lists them."""
     config: Any = getattr(module, "config", None)
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if getattr(config, "cross_attention_layers", None):

@@ -1,4 +1,4 @@
-"""What stages read of the decoder: attention, keys and states, taken on the frame that a layer runs on."""
+"""Answers of the decoder to the reads of stages: attention, keys and position kernels, on the frame of a layer."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ def from_layer(
     where = places(layout.slots, frame)
     index = where.clamp(min=0).to(weights.device)
     index = index.reshape(len(index), *[1] * (weights.dim() - 2), -1).expand(*weights.shape[:-1], -1)
+    # −inf, so that a token that did not take part loses every comparison of scores
     hidden = ~active | (where < 0)
-    taken = weights.gather(-1, index).to(where.device)
+    taken = weights.gather(-1, index).to(where.device)  # −1 reads column 0, and is hidden next
     taken = taken.masked_fill(hidden.reshape(len(index), *[1] * (taken.dim() - 2), -1), float("-inf"))
     return taken.transpose(1, 2) if read.heads == "each" and read.reduce == "each" else taken
 
@@ -75,6 +76,7 @@ def position_kernel(
     for table in tables:
         if table.dim() != 3:
             raise UnsupportedError("PositionKernel is not defined for a rotary embedding of several axes")
+        # cos a · cos b + sin a · sin b = cos (a − b), summed over channels
         full = table.float().expand(len(rows), -1, -1)
         kernel += (_at(full, rows) @ _at(full, tokens).transpose(1, 2)).to(kernel.device)
     return kernel * scaling
@@ -106,6 +108,7 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
     with ExitStack() as undo:
         undo.enter_context(torch.no_grad())
         undo.enter_context(tap({attention: found.append}, instead=_nothing))
+        # values and output are not read, so that their projections need not be computed
         for name in ("v_proj", "o_proj"):
             projection = getattr(attention, name, None)
             if projection is not None:
@@ -121,7 +124,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def places(positions: Tensor, frame: GatheredSequence | None) -> Tensor:
-    """Where full-sequence positions stand in a frame, −1 where they do not."""
+    """Places of full-sequence positions in a frame, −1 where they are not in it."""
     return positions if frame is None else frame.places(positions)
 
 
@@ -149,10 +152,10 @@ def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
 
 
 def _no_rows(project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
-    """Leaves a projection nothing to do."""
+    """Run a projection on no rows."""
     return project(states[:, :0], *args)
 
 
 def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Stands in for an attention function whose output nobody wants."""
+    """Stands in for an attention function whose output is not needed."""
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None

@@ -16,7 +16,7 @@ from tokenprune.engine.gathered import GatheredSequence
 
 @dataclass(frozen=True)
 class DeepStack:
-    """What is added after each of the first layers.
+    """Features that are added after each of the first layers.
 
     Attributes:
         where: bool [batch, S], the positions that get something.
@@ -41,11 +41,13 @@ class DeepStack:
             return hidden
         where, features = self.where.to(hidden.device), self.features[layer].to(hidden)
         if frame is not None:
+            # features are listed for all marked positions in order: which of them does each position have?
             numbers = (where.flatten().cumsum(0) - 1).view_as(where)
             index = frame.index.to(hidden.device)
             numbers = numbers.gather(1, index)
+            # a filler repeats a position, and would take its features a second time
             where = where.gather(1, index) & frame.filled.to(hidden.device)
             features = features[numbers[where]]
-        result = hidden.clone()
+        result = hidden.clone()  # not in place: hooks and the backward pass hold the layer's output
         result[where] = hidden[where] + features
         return result

@@ -1,9 +1,8 @@
-"""The shortened sequence that a stage really computes, and the way between it and the full sequence. Pure tensors."""
+"""The shortened sequence that the layers of a stage run on, and the way between it and the full one. Pure tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -29,12 +28,12 @@ class GatheredSequence:
     index: Tensor
     filled: Tensor
     length: int
-    _cuts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, present: Tensor) -> GatheredSequence:
         """The frame of bool [batch, S] `present`; every row must hold at least one position."""
         positions = true_positions(present)
+        # fillers repeat a real position, so that what is gathered there is a number, and come last, out of causal sight
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
 
@@ -50,7 +49,7 @@ class GatheredSequence:
 
     @property
     def ragged(self) -> bool:
-        """Whether any row has fillers."""
+        """True if any row has fillers."""
         return not bool(self.filled.all())
 
     @property
@@ -70,58 +69,45 @@ class GatheredSequence:
 
     def split(self, full: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, S, width] -> the frame's [batch, M, width], and what is not in it."""
+        # −1 takes position 0 instead, which `join` leaves out again
         return self.gather(full), _take(full, self.absent.clamp(min=0))
 
     def join(self, short: Tensor, rest: Tensor) -> Tensor:
         """Undo `split`: [batch, S, width]. Fillers are left out."""
+        # a filler's states are those of no token: they must not overwrite the position that it repeats
         index = torch.where(self.filled, self.index, -1).to(short.device)
         base = spread_rows(rest.to(short), self.absent.to(short.device), self.length)
         return spread_rows(short, index, self.length, base=base)
 
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
-        return self.once(table, self.gather_table)
-
-    def prefill_ids(self, ids: Tensor) -> Tensor:
-        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
-        return self.once(ids, lambda full: self.gather_table(full[..., None]).squeeze(-1))
-
-    def gather_table(self, table: Tensor) -> Tensor:
-        """The same, made anew at each call."""
         index = self.index.to(table.device)
+        # tables may have one row for the whole batch, but each row keeps positions of its own
         table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
         where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])
         return table.gather(-2, where)
 
+    def prefill_ids(self, ids: Tensor) -> Tensor:
+        """Position ids [..., batch or 1, S] -> [..., batch, M]."""
+        return self.prefill_table(ids[..., None]).squeeze(-1)
+
     def places(self, positions: Tensor) -> Tensor:
-        """Where full-sequence positions [batch, n] stand in the frame; −1 where they do not (or where −1 is given)."""
+        """Places of full-sequence positions [batch, n] in the frame; −1 where they do not (or where −1 is given)."""
+        # one column more than there are positions: fillers and −1 are sent there, and find −1
         table = torch.full((len(self.index), self.length + 1), -1, dtype=torch.int64, device=self.index.device)
         steps = torch.arange(self.width, device=self.index.device).expand_as(self.index)
         table.scatter_(1, torch.where(self.filled, self.index, self.length), torch.where(self.filled, steps, -1))
         return table.gather(1, torch.where(positions < 0, self.length, positions))
 
-    def prefill_mask(self, mask: Tensor | None) -> Tensor | None:
+    def prefill_mask(self, mask: Tensor) -> Tensor:
         """The model's mask for the full sequence, cut down to this frame.
 
-        None (plain causal) stays None: order is kept and fillers come last, so causality hides them. A 2-D mask is
-        [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive.
+        A 2-D mask is [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive. Where the
+        model has none (plain causal), none is needed: order is kept and fillers come last, so causality hides them.
         """
-        return None if mask is None else self.once(mask, self._cut)
-
-    def once(self, full: Tensor, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `cut` makes of one of the model's full-length tensors, made once for all layers of the stage."""
-        # Layers of one stage are given the same tensors: cut them once. Holding the original keeps its id taken.
-        if id(full) not in self._cuts:
-            self._cuts[id(full)] = full, cut(full)
-        return self._cuts[id(full)][1]
-
-    def forget(self) -> None:
-        """Let go of the masks and tables that were cut; they are needed in prefill only."""
-        self._cuts.clear()
-
-    def _cut(self, mask: Tensor) -> Tensor:
         index = self.index.to(mask.device)
         if mask.dim() == 2:
+            # a filler copies the 1 of a real token, and is padding all the same
             return mask.gather(1, index) * self.filled.to(mask.device, mask.dtype)
         mask = mask.expand(len(index), *mask.shape[1:])
         rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -137,14 +123,16 @@ class GatheredSequence:
             two_d: whether the attention implementation wants 2-D masks.
         """
         device = self.index.device if mask is None else mask.device
+        # the cache holds this frame, fillers included, and behind it every token decoded since
         since = torch.arange(self.length, self.length + past + new, device=device).expand(len(self.index), -1)
         index = torch.cat((self.index.to(device), since), 1)
         filled = torch.cat((self.filled.to(device), torch.ones_like(since, dtype=torch.bool)), 1)
         if mask is None:
             if not self.ragged and new == 1:
-                return None
+                return None  # one query that sees every key needs no mask
             if two_d:
                 return filled
+            # the last `new` columns are the queries themselves; each sees the keys up to its own
             steps = torch.arange(index.shape[1], device=device)
             causal = steps[None] <= steps[-new:, None]
             return filled[:, None, None] & causal
@@ -156,6 +144,7 @@ class GatheredSequence:
     def _columns(mask: Tensor, index: Tensor, filled: Tensor) -> Tensor:
         index, filled = index.to(mask.device), filled.to(mask.device)
         cut = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        # the least number rather than −inf, of which a row without any visible key would make NaN
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return cut.masked_fill(~filled[:, None, None], hidden)
 

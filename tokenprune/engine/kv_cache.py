@@ -18,7 +18,7 @@ _MARK = "_tokenprune_prefill"
 
 @dataclass
 class Lease:
-    """Whether a pruning context is still open. Copies of a cache share it; a pickled one comes back as closed."""
+    """State of a pruning context: open or closed. Copies of a cache share it; a pickled one comes back as closed."""
 
     open: bool = True
     pickled: bool = False
@@ -117,6 +117,7 @@ class PrunedCacheLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """The true sequence length: what the layer holds and what was pruned."""
         held = super().get_seq_length()
+        # transformers counts the next position and the width of its masks from this
         return held + self.absent if held else 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -128,6 +129,7 @@ class PrunedCacheLayer(DynamicLayer):
         """Every row several times."""
         super().batch_repeat_interleave(repeats)
         if self.frame is not None:
+            # which row is whose matters for masks: each row has its own fillers
             self._take(torch.arange(len(self.frame.index)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -172,12 +174,15 @@ def held_tokens(cache: Any) -> int:
     """Tokens per row that a cache holds, those that were pruned included; 0 where there is none.
 
     Raises:
-        UnsupportedError: the layers disagree, so that somebody changed some of them, or a call did not come to its end.
+        UnsupportedError: the layers disagree, so some of them were changed, or a call failed before its end.
     """
     if cache is None:
         return 0
     held = int(cache.get_seq_length())
-    lengths = {int(own.get_seq_length()) for own in getattr(cache, "layers", ())} - {0}  # 0: shares another's
+    lengths = set()
+    for own in getattr(cache, "layers", ()):
+        lengths.add(int(own.get_seq_length()))
+    lengths.discard(0)  # a layer that shares another's keys and values holds none
     if len(lengths) > 1:
         raise UnsupportedError(
             f"the layers of the KV cache hold {', '.join(map(str, sorted(lengths)))} tokens, expected the same number "
@@ -187,7 +192,7 @@ def held_tokens(cache: Any) -> int:
 
 
 def is_pruned(cache: Any) -> bool:
-    """Whether layers of a cache lack tokens that were pruned."""
+    """True if layers of a cache lack tokens that were pruned."""
     return any(isinstance(own, PrunedCacheLayer) for own in getattr(cache, "layers", ()))
 
 
@@ -267,6 +272,7 @@ def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
             continue
         keys, values, frame = own.keys, own.values, None
         if isinstance(own, DynamicSlidingWindowLayer):
+            # it holds the last positions only, the same in all rows: to masks, as if those before had been pruned
             last = torch.zeros_like(valid)
             last[:, valid.shape[1] - keys.shape[-2] :] = True
             frame = GatheredSequence.of(last)

@@ -14,18 +14,23 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.errors import UnsupportedError
 
 
-def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Rotary tables among a layer's keyword arguments.
+def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) among a layer's keyword arguments.
 
     Raises:
         UnsupportedError: there are none.
     """
     tables = kwargs.get("position_embeddings")
-    if not isinstance(tables, tuple) or not all(isinstance(table, Tensor) for table in tables):
-        raise UnsupportedError(
-            "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
-        )
-    return tables
+    if (
+        isinstance(tables, tuple)
+        and len(tables) == 2
+        and isinstance(tables[0], Tensor)
+        and isinstance(tables[1], Tensor)
+    ):
+        return tables
+    raise UnsupportedError(
+        "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
+    )
 
 
 def fresh_rotary(rotary: nn.Module) -> nn.Module:
@@ -64,7 +69,7 @@ def new_tables(decoder: Decoder, layer: int, hidden: Tensor, ids: Tensor) -> tup
 
 
 def new_or_kept(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
-    """What is new in the rows whose positions were renumbered, and what was kept in the others.
+    """The new values in rows whose positions were renumbered, the kept ones in the others.
 
     Args:
         length: int64 [batch], −1 in rows whose positions are the model's.
@@ -72,6 +77,7 @@ def new_or_kept(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
         kept: [batch or 1, …].
     """
     rows = (length >= 0).to(new.device)
+    # no copy where every row is renumbered, as always but in batches with position policies that differ
     return new if bool(rows.all()) else torch.where(rows.reshape(-1, *[1] * (new.dim() - 1)), new, kept.to(new))
 
 
@@ -88,7 +94,7 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
         table = table.expand(*table.shape[:-3], len(valid), *table.shape[-2:])
         where = first.to(table.device).expand(*table.shape[:-2], 1, table.shape[-1])
         taken.append(table.gather(-2, where))
-    return tuple(taken) if bool(taken[1].any()) else None
+    return tuple(taken) if bool(taken[1].any()) else None  # sin 0 = 0: nothing to turn back
 
 
 def moved_back(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Tensor | None) -> tuple[Tensor, ...]:
@@ -102,7 +108,9 @@ def moved_back(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Te
     (cos, sin), (away, up) = ([table.float() for table in pair] for pair in (tables, first))
     scale = torch.hypot(away, up)  # tables may carry a factor on the attention
     if length is not None:
+        # renumbered rows begin at 0 already: turn those by no angle
         away, up = new_or_kept(length, scale, away), new_or_kept(length, torch.zeros_like(up), up)
+    # cos (a − b) and sin (a − b) of the two angles; dividing by the scale leaves one factor of the two
     turned = (cos * away + sin * up) / scale, (sin * away - cos * up) / scale
     return tuple(new.to(table) for new, table in zip(turned, tables, strict=True))
 
@@ -120,6 +128,7 @@ def since_prefill(mask: Tensor | None, length: int, past: int, new: int) -> Tens
         return torch.arange(past, past + new)[None]
     real = mask[:, length : length + past + new].bool()
     real = pad(real, (0, past + new - real.shape[1]))  # as transformers takes a mask that is too short
+    # padding before the first new token has no number of its own, and needs one that the tables know
     return (real.long().cumsum(1) - 1).clamp(min=0)[:, past:]
 
 
@@ -137,6 +146,7 @@ def renumber_step(
         since: int64 [batch or 1, new], as `since_prefill` gives it.
     """
     ids = length.to(hidden.device)[:, None] + since.to(hidden.device)
+    # −1 + since may be −1 in rows that keep the model's positions; what is made there is not used
     tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), kwargs["position_embeddings"], strict=True)
     kwargs["position_embeddings"] = tuple(new_or_kept(length, new, kept) for new, kept in tables)
     kept = kwargs.get("position_ids")

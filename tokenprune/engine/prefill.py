@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from tokenprune.engine.decoder_reads import from_layer, look_ahead, position_ker
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.interface.vision_source import VisionSource, lined_up
-from tokenprune.engine.positions import first_tables, moved_back, new_or_kept, new_tables, tables_of
+from tokenprune.engine.layer_inputs import LayerInputs
+from tokenprune.engine.positions import first_tables, moved_back, tables_of
 from tokenprune.errors import EngineError, InputError
 
 
@@ -43,6 +43,7 @@ class Prefill(TokenScheduler):
         lengths: per layer, int64 [batch], how many positions there were when they were renumbered, −1 in rows where
             they were not; None = in no row.
         full: [batch, S, width], the last known state of every position; there only while a stage is entered.
+        taps: per layer, the reads that it answers: those of the stage that begins after it.
     """
 
     def __init__(
@@ -68,15 +69,14 @@ class Prefill(TokenScheduler):
             seed=seed,
             strict=strict,
         )
-        self._taps = {
+        self.taps: dict[int, list[Read]] = {
             layer - 1: reads
             for layer in self._due
             if (reads := [read for read in self.reads_before(layer) if read.looks_back])
         }
         self.frames: list[GatheredSequence | None] = []
         self.lengths: list[Tensor | None] = []
-        self._ids: Tensor | None = None
-        self._length: Tensor | None = None
+        self._inputs = LayerInputs(decoder)
         self.full: Tensor
         self._frame: GatheredSequence | None = None
         self._rest: Tensor | None = None
@@ -87,7 +87,7 @@ class Prefill(TokenScheduler):
         self._entering: tuple[int, dict[str, Any]] | None = None
         self._computed_ahead: list[tuple[int, int]] = []
 
-    # what TokenScheduler asks of us ----------------------------------------------------------------------------------
+    # the methods that TokenScheduler calls ---------------------------------------------------------------------------
 
     def offers(self) -> frozenset[type[Read]]:
         """The decoder's own reads, and what the vision side offers."""
@@ -111,7 +111,7 @@ class Prefill(TokenScheduler):
         return lined_up(self.vision.provide(read), read, self.state.exists.shape, self.vision.source or self.model)
 
     def owns(self, read: Read) -> bool:
-        """What the decoder gives; what the vision side gives may serve several prefills."""
+        """True for answers of the decoder; those of the vision side may serve several prefills."""
         return type(read) not in self.vision.answers
 
     def hidden(self) -> Tensor:
@@ -130,18 +130,15 @@ class Prefill(TokenScheduler):
 
     def write(self, index: Tensor, values: Tensor) -> None:
         """See `TokenScheduler.write`; out of place, so that gradients and the caller's tensors are left alone."""
+        # numbers of image tokens to positions of the sequence; −1 stays, and is written nowhere
         positions = torch.where(index < 0, -1, self.layout.slots.gather(1, index.clamp(min=0)))
         full = self.full
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
     def settle(self, planned: PlannedStage) -> None:
-        """Count positions anew where the stage says so; see `TokenScheduler.settle`."""
+        """Renumber positions where the stage asks for it; see `TokenScheduler.settle`."""
         if self.policy(planned.stage) == "renumber":
-            present, rows = self._present(), planned.group.rows.to(self.layout.valid.device)
-            before = present.new_full((len(rows),), -1, dtype=torch.int64) if self._length is None else self._length
-            ids = (present.long().cumsum(1) - 1).clamp(min=0)
-            self._ids = torch.where(rows[:, None], ids, 0 if self._ids is None else self._ids)
-            self._length = torch.where(rows, present.sum(1), before)
+            self._inputs.renumber(planned.group.rows.to(self.layout.valid.device), self._present())
 
     # the layers ------------------------------------------------------------------------------------------------------
 
@@ -153,48 +150,57 @@ class Prefill(TokenScheduler):
             hidden: [batch, S, width] for layer 0, else what the layer before gave, on its frame.
             kwargs: the layer's keyword arguments, made for the full sequence.
         """
-        if self.planned:
-            self.decoder.check_mask(kwargs.get("attention_mask"))
         if layer == 0:
+            if self.planned:  # before anything runs, not where the first token goes
+                self.decoder.check_mask(kwargs.get("attention_mask"))
             self.full = hidden
             self._remember(TextEmbeddings)
-            if not self.due(layer):
+            if 0 not in self._due:
                 self._remember(Embeddings)
         elif self._shown:
             hidden = self._taken_back(layer, hidden)
-        if self.due(layer):
-            self._entering = layer, kwargs
-            self.enter(layer)
-            self._entering = None
-            if layer == 0:
-                self._remember(Embeddings)
-            self._told.clear()
-            self._frame = self._next_frame()
-            hidden, self._rest = (self.full, None) if self._frame is None else self._frame.split(self.full)
+        if layer in self._due:
+            hidden = self._entered(layer, kwargs)
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
         self.frames.append(self._frame)
-        self.lengths.append(self._length)
-        keys = [read for read in self.taps(layer) if isinstance(read, (LayerKeys, TextKeys))]
+        self.lengths.append(self._inputs.length)
+        reads = self.taps.get(layer)
+        keys = [read for read in reads if isinstance(read, (LayerKeys, TextKeys))] if reads else None
         first = first_tables(tables_of(kwargs), self.layout.valid) if keys else None
         if self._frame is not None:
-            self._shorten(layer, kwargs, hidden, self._frame)
+            self._inputs.shorten(layer, kwargs, hidden, self._frame)
         if first is not None:  # attention goes by distances alone, a key does not: read it as that of the row alone
-            moved = moved_back(tables_of(kwargs), first, self._length)
+            moved = moved_back(tables_of(kwargs), first, self._inputs.length)
             seen = look_ahead(self.decoder, layer, hidden, {**kwargs, "position_embeddings": moved})
             self._computed_ahead.append((hidden.shape[1], 0))
             self.see(layer, seen, keys)
-        rows = [read.query for read in self.taps(layer) if isinstance(read, AttentionFrom)]
-        scored = sum(self.layout.query_rows(query).shape[1] for query in rows)
-        self.account(layer, hidden.shape[1], scored, tuple(self._computed_ahead))
+        self.account(layer, hidden.shape[1], self._scored(reads) if reads else 0, tuple(self._computed_ahead))
         self._computed_ahead.clear()
         return hidden
 
+    def _entered(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
+        """Take a layer's decisions on the states in `full`; what it runs on after them."""
+        self._entering = layer, kwargs
+        self.enter(layer)
+        self._entering = None
+        if layer == 0:
+            self._remember(Embeddings)
+        self._told.clear()
+        self._frame = self._next_frame()
+        hidden, self._rest = (self.full, None) if self._frame is None else self._frame.split(self.full)
+        return hidden
+
+    def _scored(self, reads: Sequence[Read]) -> int:
+        """Query rows whose attention these reads take."""
+        rows = [read.query for read in reads if isinstance(read, AttentionFrom)]
+        return sum(self.layout.query_rows(query).shape[1] for query in rows)
+
     def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
-        """What the next layer is to be given.
+        """The states to give to the next layer.
 
         After the last layer, and where others look at it, that is the full-length output [batch, S, width]; dropped
         positions hold their last state. Else it is what the next layer runs on; before a stage an empty tensor, since
-        the states are in `full` then, and the model would hold a second copy. Nobody but the decoder sees those.
+        the states are in `full` then, and the model would hold a second copy. Only the decoder sees those.
 
         Args:
             layer: the decoder layer that has run.
@@ -207,7 +213,7 @@ class Prefill(TokenScheduler):
             return self._whole(hidden)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer, hidden, self._frame)
-        if not last and not self.due(layer + 1):
+        if not last and layer + 1 not in self._due:
             return hidden
         self.full = self._whole(hidden)
         self._rest = None
@@ -218,11 +224,11 @@ class Prefill(TokenScheduler):
         return hidden if self._frame is None or self._rest is None else self._frame.join(hidden, self._rest)
 
     def _taken_back(self, layer: int, whole: Tensor) -> Tensor:
-        """What others were shown at full length, on the present frame again; at full length before a stage."""
+        """States that were shown at full length, on the present frame again; at full length before a stage."""
         hidden, self._rest = (whole, None) if self._frame is None else self._frame.split(whole)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer - 1, hidden, self._frame)
-        if self.due(layer):
+        if layer in self._due:
             self.full = hidden = self._whole(hidden)
         return hidden
 
@@ -231,19 +237,13 @@ class Prefill(TokenScheduler):
         del self.full
         self._embeddings.clear()
         self.deepstack = None
-        for frame in self.frames:
-            if frame is not None:
-                frame.forget()
+        self._inputs.forget()
         self.finish()
         return full
 
-    def taps(self, layer: int) -> list[Read]:
-        """Reads that `layer` has to answer: those of the stage that begins after it."""
-        return self._taps.get(layer, [])
-
     def see(self, layer: int, seen: AttentionCall, reads: Sequence[Read] | None = None) -> None:
         """Callback of the attention tap in `layer`: answer its reads, or these."""
-        for read in reads or [read for read in self.taps(layer) if read not in self._told]:
+        for read in reads or [read for read in self.taps[layer] if read not in self._told]:
             try:
                 self._told[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
             except (InputError, EngineError) as error:
@@ -252,13 +252,13 @@ class Prefill(TokenScheduler):
     # ------------------------------------------------------------------------------------------------------------------
 
     def _ahead(self, read: AttentionFrom | PositionKernel) -> Tensor:
-        """What the layer that a stage begins with makes of the states that enter it."""
+        """The answer of the layer that a stage begins with, computed ahead on the states that enter it."""
         assert self._entering is not None
         layer, kwargs = self._entering[0], dict(self._entering[1])
         frame = self._next_frame()
         hidden = self.full if frame is None else frame.gather(self.full)
         if frame is not None:
-            self._shorten(layer, kwargs, hidden, frame)
+            self._inputs.shorten(layer, kwargs, hidden, frame)
         if isinstance(read, PositionKernel):
             scaling = float(getattr(self.decoder.attention(layer), "scaling"))  # noqa: B009
             return position_kernel(read, tables_of(kwargs), scaling, self.layout, frame)
@@ -271,8 +271,8 @@ class Prefill(TokenScheduler):
         return norm(states).to(states.device) if normed else states
 
     def _next_frame(self) -> GatheredSequence | None:
-        if torch.equal(self.state.active, self.state.exists) and self._ids is None:
-            return None
+        if torch.equal(self.state.active, self.state.exists) and self._inputs.length is None:
+            return None  # nothing is gone and nothing renumbered: the model's own masks and tables will do
         present = self._present()
         if not bool(present.any(1).all()):
             raise EngineError(
@@ -289,24 +289,3 @@ class Prefill(TokenScheduler):
         layout = self.layout
         flags = spread_rows(self.state.active, layout.slots, layout.image_tokens.shape[1])
         return (layout.valid & ~layout.image_tokens) | flags
-
-    def _shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence) -> None:
-        kwargs["attention_mask"] = frame.prefill_mask(kwargs.get("attention_mask"))
-        tables, ids = tables_of(kwargs), kwargs.get("position_ids")
-        if self._ids is None or self._length is None:
-            kwargs["position_embeddings"] = tuple(frame.prefill_table(table) for table in tables)
-            kwargs["position_ids"] = None if ids is None else frame.prefill_ids(ids)
-            return
-        new = frame.prefill_ids(self._ids).to(hidden.device)
-        kwargs["position_embeddings"] = tuple(
-            frame.once(table, partial(self._renumbered, frame, number, layer, hidden, new))
-            for number, table in enumerate(tables)
-        )
-        kwargs["position_ids"] = new if ids is None else new_or_kept(self._length, new, frame.prefill_ids(ids))
-
-    def _renumbered(
-        self, frame: GatheredSequence, number: int, layer: int, hidden: Tensor, ids: Tensor, table: Tensor
-    ) -> Tensor:
-        assert self._length is not None
-        new = new_tables(self.decoder, layer, hidden, ids)[number]
-        return new_or_kept(self._length, new, frame.gather_table(table))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.continuous_batching import no_continuous_batching
-from tokenprune.engine.calls.generate import Generations, generation
+from tokenprune.engine.calls.generate import Generations
 from tokenprune.engine.calls.interception import concerning
 from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
 from tokenprune.engine.calls.turns import decoder_in, open_context
@@ -37,7 +37,7 @@ class _NotEnteredError(UnsupportedError, AttributeError):
 
 
 class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
-    """What `prune` gives: a context to enter with `with`, once; or a decorator, which opens one in every call."""
+    """The result of `prune`: a context to enter with `with`, once; or a decorator, which opens one in every call."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[PruningRun]]) -> None:
         self._make, self._context, self._used = make, make(), False
@@ -143,7 +143,7 @@ def prune(
             conformance kits do so always.
 
     Yields:
-        The run; `run.trace` tells what the latest prefill did.
+        The run; `run.trace` reports what the latest prefill did.
 
     Raises:
         InputError: masks that do not fit, or none given for a plain decoder; `grid`, `image_number` or `vision` without
@@ -153,7 +153,7 @@ def prune(
         BusyError: another thread uses the model, and `wait` is over, or that thread has ended with its context open.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
             open on it.
-        EngineError: the model was changed meanwhile in a way that switches pruning off, or the context is closed in
+        EngineError: the model was changed in a way that switches pruning off, or the context is closed in
             the middle of a forward.
         PluginError: an adapter, the strategy or an observer misbehaves; names it.
     """
@@ -163,11 +163,11 @@ def prune(
     named = _query_rows(query, queries)
     _check_marks(image_tokens, grid=grid, image_number=image_number, vision=vision)
     model = unwrapped(model)
-    binding = (
+    bound = (
         bound_model_of(model) if image_tokens is None else MarkedModel(model, image_tokens, grid, image_number, vision)
     )
-    decoder = find_decoder(binding.decoder)
-    reads = check_on(strategy, binding, decoder)
+    decoder = find_decoder(bound.decoder)
+    reads = check_on(strategy, bound, decoder)
     with ExitStack() as stack:
         stack.enter_context(told_by_name())
         concerns = stack.enter_context(open_context(decoder.module, wait, threads))
@@ -175,20 +175,17 @@ def prune(
         hooks = hooks_on(whole)
         stack.enter_context(not_compiled(whole))
         with concerning(concerns):
-            capture = stack.enter_context(binding.capture(reads))
-        stack.enter_context(hooks_seen(whole, hooks, binding.source or binding.name))
-        answers = dict.fromkeys(binding.offers(), capture.provide)
-        source = VisionSource(answers, binding.tower_layers, binding.source)
-        later, missed, padding = (getattr(capture, name, None) for name in ("later", "missed", "padding"))
+            capture = stack.enter_context(bound.capture(reads))
+        stack.enter_context(hooks_seen(whole, hooks, bound.source or bound.name))
+        answers = dict.fromkeys(bound.offers(), capture.provide)
+        source = VisionSource(answers, bound.tower_layers, bound.source)
         generations = Generations(whole, decoder.module)
         run = PruningRun(
             decoder,
             strategy,
-            partial(capture.prompt_masks, named),
-            later=later,
-            missed=lambda: generations.missed() or (missed is not None and missed()),
-            padding=padding,
-            generation=partial(generation, whole),
+            capture,
+            queries=named,
+            generations=generations,
             vision=source,
             seed=seed,
             strict=strict,
@@ -206,7 +203,7 @@ def prune(
         except BaseException:
             try:
                 run.tell("tokenprune_run_finished")
-            except PluginError as wrong:  # the error on its way is the one to tell
+            except PluginError as wrong:  # the error on its way is the one to raise
                 warnings.warn(str(wrong), PluginWarning, stacklevel=4)
             raise
         run.tell("tokenprune_run_finished")

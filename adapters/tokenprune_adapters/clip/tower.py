@@ -133,7 +133,7 @@ class ClipPixels:
         )
 
     def check(self, checkpoint: Path, openai: bool) -> None:
-        """Hold the processor against the tower, and against what a checkpoint tells of it.
+        """Compare the processor with the tower, and with what a checkpoint says of it.
 
         Args:
             checkpoint: a folder that may hold a `preprocessor_config.json` of its own.

@@ -1,4 +1,4 @@
-"""What a checkpoint tells of the vision tower that it was trained with, held against the tower that is to be used."""
+"""What a checkpoint says of the vision tower that it was trained with, compared with the tower that is to be used."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def resolve_folder(name_or_path: str | Path, what: str = "checkpoint", advice: s
 def _download(name: str) -> Path:
     import huggingface_hub
 
-    # Many repositories hold the same weights twice; an index or a single file at the top tells which ones to take.
+    # Many repositories hold the same weights twice; an index or a single file at the top says which ones to take.
     small = Path(huggingface_hub.snapshot_download(name, allow_patterns=SMALL_FILES))
     try:
         listed = huggingface_hub.list_repo_files(name)
@@ -113,7 +113,7 @@ class Checkpoint:
         return list(self._files)
 
     def shape(self, name: str, dims: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor, which must have `dims` dimensions if given; safetensors tell it without reading it."""
+        """The shape of a tensor, which must have `dims` dimensions if given; read without the tensor's values."""
         file = self._file_of(name)
         reader = self._reader(file)
         with _damage_named(self.folder / file):
@@ -245,7 +245,7 @@ def load_parts(
         checkpoint: where the tensors are.
         parts: modules on the meta device; their parameters are replaced.
         dtype: what floating-point tensors are converted to.
-        ignore: tells which names of the checkpoint may be left over.
+        ignore: whether a name of the checkpoint may be left over.
 
     Raises:
         CheckpointError: tensors are missing, of another shape, or left over; up to three are named, and all are

@@ -26,7 +26,7 @@ def check_length(config: Any, positions: int) -> None:
 
 
 def context_length(config: Any) -> int | None:
-    """The positions that a decoder was made for, stretched as its config says; None where that tells no limit."""
+    """The positions that a decoder was made for, stretched as its config says; None where that names no limit."""
     known: int | None = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]

@@ -1,4 +1,4 @@
-"""Shards of a checkpoint that no index lists: their own names tell how many there should be."""
+"""Shards of a checkpoint that no index lists: their own names say how many there should be."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
 
 
 class GlammModel(SamSegmenter):
-    """A loaded GLaMM; see `SamSegmenter` for the parts that are not told here.
+    """A loaded GLaMM; see `SamSegmenter` for the other arguments.
 
     Args:
         template_seed: seed of the templates that queries are put into; an attribute, which may be changed.
@@ -47,7 +47,7 @@ class GlammModel(SamSegmenter):
         is_sentence: bool | Sequence[bool] | None = None,
         boxes: object = None,
     ) -> GroundedSegmentation:
-        """Masks for one query, or several, about one image; what is not told here is as in `Segmenter.segment`.
+        """Masks for one query, or several, about one image; otherwise as `Segmenter.segment`.
 
         Args:
             image: a path, PIL image, numpy array or tensor; or what `encode_image` gave.

@@ -41,8 +41,8 @@ ANSWERS = (
 def turn(query: str, sentence: bool, seed: int) -> tuple[str, str]:
     """Question and given answer for one query.
 
-    The authors draw both templates anew each time. Here the draw depends on the seed and the query alone (ours), so
-    that a query is asked alike in every conversation.
+    The authors draw both templates again each time. Here the draw depends on the seed and the query alone (ours), so
+    that a query is asked in the same words in every conversation.
 
     Args:
         query: a phrase ("the red car") or a sentence ("Which of these can fly?").

@@ -1,4 +1,4 @@
-"""A live vision-language model of transformers: its parts, and what its tower can tell."""
+"""A live vision-language model of transformers: its parts, and what can be read of its tower."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class BoundTransformersModel(BoundModel):
 
     @contextmanager
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
-        """See `BoundModel.watch`. The methods that make image features are looked at on this one object meanwhile."""
+        """See `BoundModel.capture`. The methods that make image features are intercepted on this one object."""
         following = TransformersCapture(self, reads)
         with ExitStack() as undo:
             undo.enter_context(Conversations(self.model).kept_apart(restored=False))

@@ -43,7 +43,7 @@ class Conversations:
 
         Args:
             restored: whether the model's state afterwards is what it was before; else it is that of this thread's
-                latest conversation, as without looking on.
+                latest conversation, as without pruning.
         """
         if not hasattr(self._base, STATE):
             yield

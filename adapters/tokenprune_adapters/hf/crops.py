@@ -26,7 +26,7 @@ class CropStates:
         self.device = torch.device("cpu")
 
     def attach(self, blocks: Sequence[nn.Module], undo: ExitStack) -> None:
-        """Look on at the layers until `undo` is closed."""
+        """Intercept the layers until `undo` is closed."""
 
         def count(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)

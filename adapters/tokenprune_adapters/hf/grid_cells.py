@@ -43,7 +43,7 @@ class Cells:
     def lines(cls, rows: int, columns: int, *, separated: bool = False) -> Cells:
         """One picture row by row, with a separator at the end of each row or without."""
         cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns + separated)).reshape(-1, 2)
-        separator = cells[:, 1] == columns
+        separator = cells[:, 1] == columns  # one column more than the picture has
         grid = torch.where(separator[:, None], -1, cells)
         return cls(torch.zeros(len(cells), dtype=torch.int64), grid, separator)
 
@@ -54,7 +54,7 @@ class Cells:
 
     @classmethod
     def joined(cls, parts: Sequence[Cells]) -> Cells:
-        """Pictures one after the other, numbered anew."""
+        """Pictures one after the other, renumbered."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return cls.empty()

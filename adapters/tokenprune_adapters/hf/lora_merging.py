@@ -49,7 +49,7 @@ def merged(model: Any, source: str) -> Any:
         config = peft.PeftConfig.from_pretrained(source)
         config.inference_mode = True
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what does not fit is told below
+            warnings.simplefilter("ignore")  # what does not fit is reported below
             wrapped = peft.get_peft_model(model, config)
             report = wrapped.load_adapter(source, "default")
         left = [*report.missing_keys, *report.unexpected_keys]

@@ -106,7 +106,7 @@ class Tiled(Arrangement):
 
     The whole picture and the tiles count as two pictures, since both have a grid of their own (ours). Values are packed
     by the model's own code. Where LLaVA-OneVision shrinks large pictures, it does so behind the projector: features are
-    shrunk alike, and their projection is close to the image tokens but not equal.
+    shrunk in the same way, and their projection is close to the image tokens but not equal.
     """
 
     def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
@@ -127,7 +127,7 @@ class Tiled(Arrangement):
             yield
 
     def cells(self, tokens: int, crops: int) -> Cells:
-        """The lines are told by the separators, which are packed as zeros among ones."""
+        """The lines follow from the separators, which are packed as zeros among ones."""
         side = self.base.config.vision_config.image_size // self.base.config.vision_config.patch_size
         flags = self._pack([torch.ones(n, side * side, 1) for n in self._crops])
         return Cells.joined([_tiled(flag.flatten() == 0, n, side) for flag, n in zip(flags, self._crops, strict=True)])

@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.core.layout import true_positions
 from tokenprune.core.reads import (
-    ClsAttention,
-    ClsFeatures,
-    ClsQuery,
-    Crops,
     Projector,
     Read,
-    ReceivedAttention,
-    TowerFeatures,
-    TowerKeys,
-    TowerValues,
 )
-from tokenprune.engine.attention_tap import AttentionCall, tap
-from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.under_way import under_way
-from tokenprune.engine.interface.bound_model import arguments, padding_mask
+from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
-from tokenprune_adapters.clip import tower_reads
-from tokenprune_adapters.hf.crops import CropStates
 from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.tower_recording import Encoded, TowerRecording
 
 if TYPE_CHECKING:
     from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 
-LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What one call of the tower gave.
-
-    Attributes:
-        cells: of the tokens.
-        values: per read, [T, …].
-    """
-
-    cells: Cells
-    values: dict[Read, Tensor]
 
 
 class _Now(threading.local):
@@ -71,17 +42,16 @@ class _Now(threading.local):
         self.encoded: dict[str, Encoded] = {}
 
 
-class TransformersCapture:
-    """The watch of one context; what a forward saw is forgotten when it ends, and is its thread's alone.
+class TransformersCapture(VisionCapture):
+    """Follows a model in one context; what a forward saw is forgotten when it ends, and is its thread's alone.
 
     `generate` may encode images ahead and hand them to its forwards (`mm_encoder_outputs`); what was seen then is kept
     until more is encoded ahead.
     """
 
-    def __init__(self, binding: BoundTransformersModel, reads: Collection[Read]) -> None:
-        self.binding = binding
-        self.reads = [read for read in reads if type(read) in binding.offers()]
-        self._shows({read: [] for read in self.reads})  # refuses layers that are not there
+    def __init__(self, bound: BoundTransformersModel, reads: Collection[Read]) -> None:
+        self.bound = bound
+        self._tower = TowerRecording(bound, [read for read in reads if type(read) in bound.offers()])
         self._now = _Now()
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -94,8 +64,8 @@ class TransformersCapture:
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note ids, padding and what was encoded ahead."""
-        inputs, name, now = arguments(self.binding.base, args, kwargs), self.binding.name, self._now
-        if inputs.get("pixel_values_videos") is not None and self.binding.family.videos is None:
+        inputs, name, now = arguments(self.bound.base, args, kwargs), self.bound.name, self._now
+        if inputs.get("pixel_values_videos") is not None and self.bound.family.videos is None:
             raise UnsupportedError(f"{name} was given a video (pixel_values_videos), but its family has images only")
         now.inside, now.ids, now.mask = True, self._given_ids(inputs), padding_mask(inputs)
         handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
@@ -110,8 +80,8 @@ class TransformersCapture:
         if ids is not None or not isinstance(embeds, Tensor) or all(inputs.get(name) is None for name in given):
             return ids
         found = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        table = self.binding.base.get_input_embeddings()
-        for token in self.binding.token_ids.values():
+        table = self.bound.base.get_input_embeddings()
+        for token in self.bound.token_ids.values():
             if token is not None:
                 row = table(torch.tensor(token, device=embeds.device)).to(embeds)
                 found[(embeds == row).all(-1)] = token
@@ -127,9 +97,9 @@ class TransformersCapture:
         if now.encoding:  # Qwen3-VL's videos go through its method for images
             return original(*args, **kwargs)
         now.encoding = True
-        as_tuple = kwargs.get("return_dict", getattr(self.binding.base.config, "return_dict", True)) is False
+        as_tuple = kwargs.get("return_dict", getattr(self.bound.base.config, "return_dict", True)) is False
         try:
-            output, encoded = self._encode(
+            output, encoded = self._tower.encode(
                 modality, original, args, {**kwargs, "return_dict": True} if as_tuple else kwargs
             )
         finally:
@@ -141,75 +111,6 @@ class TransformersCapture:
             now.ahead[modality] = encoded
         return output.to_tuple() if as_tuple else output
 
-    def _encode(
-        self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, Encoded]:
-        binding = self.binding
-        kind = binding.family.images if modality == "image" else binding.family.videos
-        if kind is None:
-            raise UnsupportedError(f"{binding.name}: {modality}s are not supported under tokenprune.prune()")
-        inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
-        arrangement = kind(binding.base, inputs, binding.cut)
-        seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
-        shapes: list[tuple[int, ...]] = []
-        given: list[Tensor] = []
-        wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
-        selected = binding.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
-        crops = CropStates(selected)
-
-        def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            shapes.append(tuple(states.shape))
-            if wants_features:
-                given.append(states.detach())
-            return project(states, *args, **kwargs)
-
-        with ExitStack() as undo:
-            undo.enter_context(shadowed(binding.part(kind.projector), "forward", projected))
-            undo.enter_context(arrangement.recording())
-            if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
-                crops.attach(binding.blocks, undo)
-            undo.enter_context(tap(self._shows(seen)))
-            output = original(*args, **kwargs)
-        features = getattr(output, "pooler_output", output)
-        parts = [features] if isinstance(features, Tensor) else features
-        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in parts))
-        cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
-        values = {read: arrangement.pool(calls, tokens) for read, calls in seen.items() if calls}
-        for read in self.reads:
-            if isinstance(read, TowerFeatures):
-                values[read] = arrangement.features(given, tokens)
-            elif isinstance(read, ClsFeatures):
-                values[read] = arrangement.pool([crops.cls_features(binding.cut)], tokens)
-            elif isinstance(read, Crops):
-                values[read] = arrangement.pool([crops.numbers(binding.cut)], tokens).round().long()
-        return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
-
-    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
-        wanted: dict[nn.Module, list[Any]] = {}
-        for read in seen:
-            if isinstance(read, LAYERED):
-                wanted.setdefault(self.binding.tower_attention(read.layer), []).append(read)
-
-        def show(reads: list[Any], found: AttentionCall) -> None:
-            for read in reads:
-                seen[read].append(self._value(read, found))
-
-        return {module: partial(show, some) for module, some in wanted.items()}
-
-    def _value(self, read: Read, seen: AttentionCall) -> Tensor:
-        """[crops, patches, D] of one call of a tower layer."""
-        if isinstance(read, ClsAttention):
-            return tower_reads.cls_attention(seen, read.heads)[..., None]
-        if isinstance(read, ClsQuery):
-            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.binding.cut, -1)
-        if isinstance(read, TowerKeys):
-            value = tower_reads.keys(seen, read.heads)
-        elif isinstance(read, TowerValues):
-            value = tower_reads.values(seen)
-        else:
-            value = tower_reads.received_attention(seen)[..., None]
-        return value[:, self.binding.cut :]
-
     # the prefill -----------------------------------------------------------------------------------------------------
 
     def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
@@ -218,13 +119,14 @@ class TransformersCapture:
         Raises:
             InputError: the model was called without ids, or placeholders and image features differ in number.
         """
-        now, name = self._now, self.binding.name
+        now, name = self._now, self.bound.name
         ids = now.ids
         if ids is None:
             raise InputError(f"{name} was called without input_ids; call it with them, or give image_tokens=")
+        # for each position, the number of its token among all that were encoded: images first, then videos
         flat = torch.full(ids.shape, -1, device=ids.device)
         start, parts = 0, []
-        for modality, token in self.binding.token_ids.items():
+        for modality, token in self.bound.token_ids.items():
             if token is None:
                 continue
             where, encoded = ids.eq(token), now.encoded.get(modality)
@@ -239,6 +141,7 @@ class TransformersCapture:
                 )
         cells = Cells.joined(parts)
         now.flat = flat
+        # text looks up token 0, and is masked below; the row added to each table is for prompts without images
         found = flat.clamp(min=0)
         separator = torch.cat((cells.separator, torch.zeros(1).bool())).to(ids.device)[found]
         now.tokens = (flat >= 0) & ~separator
@@ -254,7 +157,7 @@ class TransformersCapture:
 
     def missed(self) -> bool:
         """See `VisionCapture.missed`: whether the model's forward is on the stack, but was not seen to begin."""
-        return not self._now.inside and under_way(self.binding.base, "forward")
+        return not self._now.inside and under_way(self.bound.base, "forward")
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture.padding`."""
@@ -269,27 +172,28 @@ class TransformersCapture:
         ids = self._now.ids
         if ids is None:
             return torch.zeros(0, dtype=torch.int64)
-        counts, tokens = ids.eq(self.binding.token_ids[modality]).sum(1), len(encoded.cells)
+        counts, tokens = ids.eq(self.bound.token_ids[modality]).sum(1), len(encoded.cells)
         total = int(counts.sum())
         repeats = total // max(tokens, 1)
         once = counts[:: max(repeats, 1)]
         if int(once.sum()) != tokens or not torch.equal(once.repeat_interleave(repeats), counts):
             raise InputError(
-                f"{self.binding.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
+                f"{self.bound.name}: the prompt holds {total} {modality} tokens, but its {modality}s give {tokens} "
                 "features; use the model's own processor to make the prompt"
             )
+        # copies of a row stand next to each other, and all show the tokens of the one image that was encoded
         rows = torch.split(torch.arange(tokens), once.tolist())
         return torch.cat([row for row in rows for _ in range(repeats)])
 
     def provide(self, read: Read) -> Any:
         """See `VisionCapture.provide`."""
         if isinstance(read, Projector):
-            return self.binding.project
+            return self.bound.project
         now = self._now
         parts = [now.encoded[modality].values.get(read) for modality in METHODS if modality in now.encoded]
         if not all(isinstance(part, Tensor) for part in parts):
             raise PluginError(
-                f"{read} was not declared when the context was opened, so {self.binding.name}'s tower was not read; "
+                f"{read} was not declared when the context was opened, so {self.bound.name}'s tower was not read; "
                 "declare the same reads for every shape"
             )
         values = torch.cat([part for part in parts if part is not None])
@@ -297,10 +201,6 @@ class TransformersCapture:
         index = now.flat.gather(1, slots.clamp(min=0)).to(values.device)
         lined = values[index]
         return lined.masked_fill((slots < 0).to(values.device).view(*slots.shape, *[1] * (lined.dim() - 2)), 0)
-
-
-def _flat(read: Read, value: Tensor) -> Tensor:
-    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention, Crops)) else value
 
 
 def _numbered(image: Tensor) -> Tensor:

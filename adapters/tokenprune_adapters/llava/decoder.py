@@ -76,7 +76,7 @@ def finish_llama(decoder: LlamaForCausalLM) -> None:
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is a rotary table: old checkpoints hold them in reduced precision, so they are computed anew."""
+    """Whether a tensor is a rotary table: those of old checkpoints are of reduced precision, so they are recomputed."""
     return name.endswith("rotary_emb.inv_freq")
 
 

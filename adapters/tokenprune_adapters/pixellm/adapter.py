@@ -75,7 +75,7 @@ class PixelLMAdapter(SegmenterAdapter):
 
 
 def _refuse_other_settings(opened: Opened[LoadOptions]) -> None:
-    """What the authors' code can be told to do otherwise, and is not done here."""
+    """Refuse settings of the authors' code that are not supported here."""
     for name in ("resize_vision_tower", "pad_train_clip_images"):
         if opened.config.get(name) is False:
             raise CheckpointError(

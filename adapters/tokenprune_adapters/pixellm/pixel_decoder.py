@@ -171,7 +171,7 @@ def build_pixel_decoder(
         checkpoint: where the weights are.
         square, patch: sides of the tower's input and of its patches, in pixels.
         feature_width: of the features that the neck reads.
-        heads: attention heads of the mask decoder, which no shape tells; SAM's 8 by default.
+        heads: attention heads of the mask decoder, which no shape shows; SAM's 8 by default.
 
     Raises:
         CheckpointError: tensors are missing, or the checkpoint has another number of levels or sizes that do not fit.

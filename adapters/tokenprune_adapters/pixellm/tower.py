@@ -87,7 +87,7 @@ def grid_box(sizes: MaskSizes, side: int) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True)
 class PixelTowerRun:
-    """One image in PixelLM's tower. Everything that strategies read is told of the n visible cells alone.
+    """One image in PixelLM's tower. Everything that strategies read is that of the n visible cells alone.
 
     Features are resized to the grid as the model does it (bilinear, where padded patches count too). Everything else
     is the mean over the visible patches of a cell (ours).

@@ -13,7 +13,7 @@ from tokenprune_adapters.llava.prompt import DecoderInputs
 from tokenprune_adapters.llava.vision import TowerReads, TowerRun
 from tokenprune_adapters.segmentation.sam_masks import MaskSizes
 
-SHOWN = 3  # masks, texts and batch rows that printing a result tells of
+SHOWN = 3  # masks, texts and batch rows that printing a result shows
 WIDTH = 80  # characters of a text that it shows
 
 
@@ -129,7 +129,7 @@ class Segmentation:
             are.
         query_index: for each mask the query that it belongs to. With generated answers a query may get no mask, or
             several.
-        trace: what the strategy, or a context around the call, did, as `tokenprune.prune` tells it; None without any.
+        trace: what the strategy, or a context around the call, did, see `tokenprune.prune`; None without any.
         row_index: for each mask the batch row of `trace` that it was made in.
     """
 

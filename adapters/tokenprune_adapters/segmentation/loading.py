@@ -141,7 +141,7 @@ class Opened(Generic[OptionsT]):
             resized: see `check_tower`.
 
         Raises:
-            CheckpointError: none found, damaged, of another width, or not the one that the checkpoint tells of.
+            CheckpointError: none found, damaged, of another width, or not the one that the checkpoint names.
         """
         folder = find_tower(self.home("vision_tower"), self.config, self.options.vision_tower)
         tower = load_tower(folder, self.dtype, self.options.attn_implementation)

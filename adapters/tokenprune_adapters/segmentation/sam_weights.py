@@ -72,10 +72,10 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
     Args:
         checkpoint: where the weights are.
         prefix: what stands before SAM's own names ("model.visual_model.").
-        mask_decoder_heads: attention heads of the mask decoder, which no shape tells; SAM's 8 by default.
+        mask_decoder_heads: attention heads of the mask decoder, which no shape shows; SAM's 8 by default.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing, or the shapes contradict each other.
+        CheckpointError: a tensor that a size is read from is missing, or the shapes contradict each other.
     """
     heads = MASK_DECODER_HEADS if mask_decoder_heads is None else mask_decoder_heads
     inner = checkpoint.shape(prefix + "mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", dims=2)[0]
@@ -93,7 +93,7 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
 
 
 def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> SamConfig:
-    """The configuration that the shapes of a checkpoint tell."""
+    """The configuration, read from the shapes of a checkpoint."""
     sizes = _Sizes(checkpoint, prefix)
     vision = _vision_config(sizes)
     decoder = _mask_decoder_config(sizes, mask_decoder_heads)

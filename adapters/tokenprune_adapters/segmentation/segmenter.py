@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy, checked_strategy
-from tokenprune.core.trace import Trace
-from tokenprune.engine import PruningRun, VisionSource, model_turn, open_run, prune
+from tokenprune.engine import model_turn
 from tokenprune.engine.interface.compatibility import check_on
-from tokenprune.errors import InputError
-from tokenprune.utils.arguments import instance, whole_number
+from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, splice
-from tokenprune_adapters.llava.vision import count_layers, offers, vision_source
 from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
-from tokenprune_adapters.segmentation.generation import Generated, generate
-from tokenprune_adapters.segmentation.prompts import Prompts
+from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -46,7 +40,7 @@ def in_turn(method: _Method) -> _Method:
     return safe  # type: ignore[return-value]
 
 
-class Segmenter(Prompts, nn.Module):
+class Segmenter(DecoderRuns, nn.Module):
     """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
 
     Both may be called from any thread; calls that run a tower or the decoder take turns.
@@ -99,15 +93,6 @@ class Segmenter(Prompts, nn.Module):
             "  .segment(image, query, strategy), .encode_image(image), .decoder, .tower"
         )
 
-    def offers(self) -> frozenset[type[Read]]:
-        """Kinds of reads that `vision_source` answers for any image."""
-        return offers(self.clip_space)
-
-    @property
-    def tower_layers(self) -> int:
-        """Layers of the vision tower."""
-        return count_layers(self.tower)
-
     # what a family says ----------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -118,10 +103,6 @@ class Segmenter(Prompts, nn.Module):
         Raises:
             InputError: not an image.
         """
-
-    @abstractmethod
-    def picture(self, encoded: Any) -> Tensor:
-        """The part of an image that the image tokens show, see `tokenprune.core.reads.Pixels`."""
 
     @abstractmethod
     def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
@@ -135,10 +116,6 @@ class Segmenter(Prompts, nn.Module):
         Args:
             height, width: of the image.
         """
-
-    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
-        """More arguments of `tokenprune.prune`, such as `grid`."""
-        return {}
 
     def to_original_size(self, low_res: Tensor, encoded: Encoded) -> Tensor:
         """Mask logits float32 [n, H, W] at the image's size, of those over SAM's padded square."""
@@ -178,7 +155,7 @@ class Segmenter(Prompts, nn.Module):
             InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
                 without <image> or, forced, without mask tokens; a prompt longer than the model's context.
             OptionError: an unknown `answer`, no new tokens allowed, or no strategy.
-            IncompatibleError: the strategy does not fit the model; told before anything runs.
+            IncompatibleError: the strategy is incompatible with the model; raised before anything runs.
         """
         whole_number("max_new_tokens", max_new_tokens, 1)
         if strategy is not None:
@@ -223,59 +200,6 @@ class Segmenter(Prompts, nn.Module):
         check_length(self.decoder.config, sequence.token_ids.shape[1])
         return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
 
-    def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
-        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did.
-
-        Args:
-            inputs: as `build_inputs` gives them.
-            strategy: as in `segment`.
-
-        Raises:
-            InputError: inputs that are something else.
-            OptionError: no strategy.
-        """
-        instance("inputs", inputs, SegmenterInputs, "what build_inputs(image, queries) gives", InputError)
-        with stage("prefill"), self.pruned(inputs, strategy) as run:
-            states: Tensor = self.decoder.model(
-                inputs_embeds=inputs.sequence.inputs_embeds,
-                attention_mask=inputs.sequence.attention_mask,
-                position_ids=inputs.sequence.positions,
-                use_cache=False,
-            ).last_hidden_state.to(inputs.sequence.inputs_embeds.device)
-        return states, None if run is None else run.trace
-
-    def run_generation(
-        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
-    ) -> tuple[Generated, Trace | None]:
-        """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
-        instance("inputs", inputs, SegmenterInputs, "what inputs_of(…, continues=True) gives", InputError)
-        whole_number("max_new_tokens", max_new_tokens, 1)
-        with stage("generation"), self.pruned(inputs, strategy) as run:
-            generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
-        return generated, None if run is None else run.trace
-
-    def answer(
-        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int | None = None
-    ) -> Answered:
-        """The states that masks are made from: those before given mask tokens, or those that predicted said ones.
-
-        Args:
-            inputs: the prompts.
-            strategy: as in `segment`.
-            max_new_tokens: None takes the prompts' own answers; else prompts are continued by at most so many tokens.
-        """
-        if max_new_tokens is None:
-            states, trace = self.run_decoder(inputs, strategy)
-            said, before = inputs.sequence.token_ids.tolist(), 1
-        else:
-            generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
-            states, said, before = generated.states, generated.ids, 0
-        group = len(self.seg_tokens)
-        found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
-        rows = [row for row, _ in found for _ in range(group)]
-        columns = [place + step - before for _, place in found for step in range(group)]
-        return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
-
     def texts(self, inputs: SegmenterInputs, answered: Answered, answer: str) -> list[str]:
         """The answer of each prompt, given or generated."""
         if answer == "forced":
@@ -298,44 +222,3 @@ class Segmenter(Prompts, nn.Module):
             trace=answered.trace,
             row_index=list(answered.rows),
         )
-
-    @contextmanager
-    def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
-        """The turn in which the decoder runs under a strategy; gives the run: that of a context around it without
-        a strategy, or None."""
-        if strategy is None:
-            with model_turn(self.decoder):
-                yield open_run(self.decoder)
-            return
-        check_on(checked_strategy(strategy), self)
-        sequence = inputs.sequence
-        queries = {"mask_query": sequence.mask_query}
-        if sequence.seg.any(1).all():
-            queries["seg"] = sequence.seg
-        source = self.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts)
-        options = self.prune_options(inputs)
-        with (
-            model_turn(self.decoder),
-            prune(
-                self.decoder,
-                strategy,
-                image_tokens=sequence.image_tokens,
-                queries=queries,
-                vision=source,
-                **options,
-            ) as run,
-        ):
-            yield run
-
-    def vision_source(
-        self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
-    ) -> VisionSource:
-        """What strategies may read of an encoded image: the tower, the projector, the picture, and CLIP's space where
-        there is one. Aligned with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
-        return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
-
-    def _end_ids(self) -> set[int]:
-        ends = self.decoder.config.eos_token_id
-        if ends is None:
-            return {self.tokenizer.eos_id}
-        return {ends} if isinstance(ends, int) else set(ends)

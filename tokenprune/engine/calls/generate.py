@@ -1,4 +1,4 @@
-"""Looking on at `generate`: one call may make several prefills, and belongs to a context wholly or not at all."""
+"""Intercepting `generate`: one call may make several prefills, and belongs to a context wholly or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Generation:
         model: that generates.
         outer: the call, of another model, that it is made in.
         begun: whether the decoder has been called in it; what it is called with first is the prompt.
-        prompt: how that looked, for whoever has to know it again; None = it was not noted.
+        prompt: how that looked, to recognise it by; None = it was not noted.
     """
 
     model: Any
@@ -63,7 +63,7 @@ class Generations:
 
     @contextmanager
     def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
-        """Look on at `generate` meanwhile; refuse that its first call holds less than the prompt, or more.
+        """Intercept `generate` while open; refuse that its first call holds less than the prompt, or more.
 
         Args:
             prunes: whether the strategy ever does.
@@ -76,16 +76,20 @@ class Generations:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Calls that begin meanwhile are the context's: everything that has to be seen of them is."""
+        """Calls that begin while this is open belong to the context: all of their prefills are intercepted."""
         self._open = True
         try:
             yield
         finally:
             self._open = False
 
+    def now(self) -> Generation | None:
+        """This thread's call of the model's `generate`; None = there is none."""
+        return generation(self._model)
+
     def missed(self) -> bool:
         """Asked when the decoder is called: whether that is in a `generate` that was not seen to begin."""
-        return generation(self._model) is None and under_way(self._model, "generate")
+        return self.now() is None and under_way(self._model, "generate")
 
     def _generate(self, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:

@@ -1,13 +1,13 @@
-"""Looking on at a method of one object, for as long as a context is open.
+"""Intercepting a method of one object, for as long as a context is open.
 
 Forward hooks of PyTorch would not do: code that `torch.compile` made before does not look for new hooks, hooks run in
 the order of their registration, so that what others see depends on who came first, and they have no `finally`. A method
 in the instance's own dictionary is seen by compiled code, is innermost to all hooks, and is one function around the
 call.
 
-What looks on does so for some threads only: a model that one thread prunes may be called by another one meanwhile.
+Calls of some threads only are intercepted: a model that one thread prunes may be called by another one at the time.
 
-Code that runs under a shadow is not compiled: neither what looks on, nor what the looked-at method calls. What should
+Code that runs under a shadow is not compiled: neither `look`, nor what the intercepted method calls. Code that should
 be compiled all the same is called through `compiled`.
 """
 
@@ -49,7 +49,7 @@ _COMPILER = _Compiler()
 
 @contextmanager
 def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
-    """What begins to look on meanwhile looks at calls in threads where `concerns()` is true, instead of this one's."""
+    """Shadows that are made in this context intercept threads where `concerns()` is true, in place of this one."""
     token = _CONCERNS.set(concerns)
     try:
         yield
@@ -59,17 +59,17 @@ def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
 
 @contextmanager
 def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool = False) -> Iterator[Shadow | None]:
-    """Calls of `thing.name(...)` go to `look(original, ...)` meanwhile; the class and other objects are left alone.
+    """Send calls of `thing.name(...)` to `look(original, ...)`; the class and other objects are left alone.
 
     Calls of other threads are left alone too, but see `concerning`; with `every_thread` it is up to `look` to do so.
-    Several may look on, and stop in any order. Nothing happens where there is no such method. `torch.compile` leaves
-    `look` and all that it calls alone.
+    Several shadows may be on one method, and end in any order. Nothing happens where there is no such method.
+    `torch.compile` leaves `look` and all that it calls alone.
 
     Yields:
         What stands in for the method; None where there is no such method.
 
     Raises:
-        EngineError: at the end, if somebody has put the method back meanwhile, so that nobody looked on any more.
+        EngineError: at the end, if the method was put back meanwhile, so that calls went past the look.
     """
     with _LOCK:
         original = getattr(thing, name, None)
@@ -136,7 +136,7 @@ class Shadow:
 
     @property
     def open(self) -> bool:
-        """Whether anybody still looks on."""
+        """True while calls go to `look`."""
         return self._look is not None
 
     @property
@@ -156,16 +156,16 @@ class Shadow:
         return self._original.__code__
 
     def concerned(self) -> bool:
-        """Whether calls of this thread are looked at."""
+        """True if calls of this thread are intercepted."""
         return self._concerns is None or self._concerns()
 
     def in_place(self) -> bool:
-        """Whether calls of the method come here, directly or through what was put around since, as far as that tells
-        what it wraps."""
+        """True if calls of the method come here, directly or through wrappers put around it since (those that say what
+        they wrap)."""
         return any(function is self for function in _functions(self._thing.__dict__.get(self._name)))
 
     def taken_off(self) -> bool:
-        """Whether the method is for certain the one that was there before, or something around that. Code that has
+        """True if the method is certainly the one that was there before, or something around that. Code that has
         kept `module.forward`, as hooks of accelerate do, may put it back."""
         if self.in_place():
             return False
@@ -176,7 +176,7 @@ class Shadow:
         return found is None or any(function is known for known in _functions(self._original))
 
     def bypassed(self) -> EngineError:
-        """What to raise where calls went past it."""
+        """The error for calls that went past the shadow."""
         return EngineError(
             f"{type(self._thing).__name__}.{self._name} was replaced while tokenprune looked on, so calls since then "
             "were not seen, and not pruned; put hooks and wrappers (accelerate, mixed precision) on the model, or take "
@@ -184,14 +184,14 @@ class Shadow:
         )
 
     def lift(self) -> None:
-        """Only pass calls on from now: somebody may have kept this, as `torch.compile(model.forward)` does."""
+        """Only pass calls on from now: other code may have kept this, as `torch.compile(model.forward)` does."""
         self._look = None
 
     @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiler = set_eval_frame(None)
-        look = self._look
-        if look is None or not self.concerned():
+        look, concerns = self._look, self._concerns
+        if look is None or not (concerns is None or concerns()):
             set_eval_frame(compiler)
             return self._original(*args, **kwargs)
         outer = _COMPILER.paused, _COMPILER.active
@@ -226,7 +226,7 @@ def _itself(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def being_compiled() -> bool:
-    """Asked by what looks on: whether the code that made the call is compiled, so that forward hooks may be unseen."""
+    """Called from `look`: True if the code that made the call is compiled, so that forward hooks may not have run."""
     return _COMPILER.active
 
 
@@ -234,12 +234,14 @@ def compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: An
     """Call a function from under a shadow, compiled as the code around the shadow is.
 
     Args:
-        number: which of several alike it is. PyTorch limits the graphs of a piece of code (8 by default), and layers
-            of a model share theirs, so each number counts for itself.
+        number: which of several similar ones it is. PyTorch limits the graphs of a piece of code (8 by default), and
+            layers of a model share theirs, so each number counts for itself.
         function: to call.
         args: for it.
         kwargs: for it.
     """
+    if _COMPILER.paused is None:  # nothing compiled the code around
+        return function(*args, **kwargs)
     set_eval_frame(_COMPILER.paused)
     try:
         return _frame(number)(function, args, kwargs)

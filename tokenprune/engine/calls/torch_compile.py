@@ -46,7 +46,7 @@ def told_by_name() -> Iterator[None]:
         raise UnsupportedError(refusal) from error
 
 
-# a reason that we give, functions of ours in releases of PyTorch that tell no reasons, and a layer all of which is read
+# a reason that we give, functions of ours in releases of PyTorch that give no reasons, and a layer all of which is read
 _OURS = (REASON, "function Shadow.__call__", "function _tapped_attention ", "fullgraph=True found no compiled frames")
 
 
@@ -93,7 +93,7 @@ def hooks_seen(model: nn.Module, hooks: dict[nn.Module, set[int]], source: str) 
 
     Args:
         model: the model.
-        hooks: what `hooks_on` told before the adapter came.
+        hooks: what `hooks_on` gave before the adapter came.
         source: the adapter, for messages.
     """
     new = [module for module, found in hooks_on(model).items() if found - hooks.get(module, set())]

@@ -1,8 +1,8 @@
-"""Who may use a model: our own calls take turns, and pruning contexts are open one at a time.
+"""Access of threads to a model: our own calls take turns, and pruning contexts are open one at a time.
 
-A turn ends by itself, so everyone may wait for it. A context ends when its owner pleases, who may be waiting for the
-very thread that would wait for him; so turns of other threads do not wait for it but run beside it, as if it were not
-there.
+A turn ends by itself, so any thread may wait for it. A context ends when its owner closes it, and the owner may be
+waiting for the thread that would wait for the context; so turns of other threads do not wait for it but run beside it,
+as if it were not there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tokenprune.utils.arguments import one_of, shown
 
 Wait = bool | float
 
-GLANCE = 0.5  # seconds after which those who wait look whether they wait for a thread that has ended
+GLANCE = 0.5  # seconds after which waiting threads check whether they wait for a thread that has ended
 
 
 class _Queue:
-    """Of one decoder. Threads are told apart by their objects, since numbers are given anew.
+    """Of one decoder. Threads are compared as objects, since a new thread may get the number of one that has ended.
 
     Attributes:
-        holder: the thread whose turn it is; None = nobody's.
+        holder: the thread whose turn it is; None = no thread's.
         depth: how many turns it has begun, one inside the other.
         inside: whether it has opened a pruning context within its turn.
         opener: the thread that opened the pruning context of its own, outside of any turn; None = there is none.
@@ -155,7 +155,7 @@ def model_turn(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_in(model: nn.Module) -> nn.Module:
-    """What `tokenprune.prune` would hook into; the model itself where that is nothing: its calls may take turns too."""
+    """The module that `tokenprune.prune` hooks into; the model itself if it has none: its calls may take turns too."""
     try:
         return find_decoder(model).module
     except UnsupportedError:  # several, of which an adapter knows the right one

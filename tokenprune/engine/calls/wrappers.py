@@ -1,4 +1,4 @@
-"""What users hold around a model: wrappers that are looked through."""
+"""Wrappers around models, and the models inside."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _inside(model: Any) -> Any:
 
 
 def _is(model: Any, module: str, name: str) -> bool:
-    """Whether it is of a class whose package may not be installed, or be slow to import."""
+    """True if it is of this class, whose package may not be installed, or slow to import."""
     return isinstance(model, _class(module, name))
 
 

@@ -1,4 +1,7 @@
-"""What an adapter tells the engine about a live model, so that users need not mark the image tokens themselves."""
+"""The engine's view of a model: its decoder, its image tokens and its vision side.
+
+Adapters for live models derive from `BoundModel` and `VisionCapture`; users of such models need not mark image tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,25 +21,39 @@ from tokenprune.plugins.entries import not_loaded
 from tokenprune.utils.arguments import shown
 
 
-class VisionCapture(Protocol):
-    """Looks on while a model takes in images, and tells afterwards what it saw.
+class VisionCapture(ABC):
+    """Follows a model while it takes in images, and reports afterwards what it saw."""
 
-    It may have a method `later()`, which is asked in a later turn on a filled cache: bool [batch, new], the image
-    tokens among the new ones; None = there are none. A method `missed()`, which is asked when the decoder is called:
-    whether that is in a call of the model that began before the context was opened, as other threads' may. And a method
-    `padding()`, which is asked on a filled cache: the two-dimensional attention mask of the call, where the model gives
-    its decoder another one; None = what the decoder itself is called with.
-    """
-
+    @abstractmethod
     def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
-        """Where the image tokens of the present prefill stand. Called when its first decoder layer begins."""
+        """Where the image tokens of the present prefill stand. Called when its first decoder layer begins.
 
+        Args:
+            queries: query rows that the caller of `tokenprune.prune` named; to be handed on.
+        """
+
+    @abstractmethod
     def provide(self, read: Read) -> Any:
         """The answer to a read of the vision side, aligned with the image tokens of the present prefill."""
 
+    def later(self) -> Tensor | None:
+        """Called in a later turn on a filled cache: bool [batch, new], the image tokens among the new ones; None =
+        there are none."""
+        return None
+
+    def missed(self) -> bool:
+        """Called when the decoder is: whether that is in a call of the model that began before the context was opened,
+        as other threads' may."""
+        return False
+
+    def padding(self) -> Tensor | None:
+        """Called on a filled cache: the two-dimensional attention mask of the call, where the model gives its decoder
+        another one; None = what the decoder itself is called with."""
+        return None
+
 
 class BoundModel(ABC):
-    """One live model, as an adapter understands it; made by `Adapter.bind`.
+    """A live model, wrapped by the adapter of its family; made by `Adapter.bind`.
 
     Attributes:
         name: of the model, for messages.
@@ -56,7 +73,7 @@ class BoundModel(ABC):
 
     @abstractmethod
     def capture(self, reads: Collection[Read]) -> AbstractContextManager[VisionCapture]:
-        """Follow the model's calls while the context is open, and keep what these reads need.
+        """Follow the model's calls while the context is open, and keep the data for these reads.
 
         Raises:
             UnsupportedError: the model cannot be followed.
@@ -76,7 +93,7 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def bound_model_of(model: Any) -> BoundModel:
-    """What the first of the installed adapters that knows a live model tells of it; its failures name the adapter.
+    """A live model as the first installed adapter that knows it binds it; failures name the adapter.
 
     Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
     installed alone. Those after the first that knows the model are not imported.
@@ -92,13 +109,11 @@ def bound_model_of(model: Any) -> BoundModel:
     asked: dict[str, Any] = {}
     for name, entry in registry.adapters().items():
         asked[name] = entry.load()
-        binding = entry.call(model, method="bind")
-        if isinstance(binding, BoundModel):
-            return Guarded(binding, entry)
-        if binding is not None:
-            raise entry.refusal(
-                f"answers bind() with {binding!r}, expected a BoundModel or None", "fix or uninstall it"
-            )
+        bound = entry.call(model, method="bind")
+        if isinstance(bound, BoundModel):
+            return Guarded(bound, entry)
+        if bound is not None:
+            raise entry.refusal(f"answers bind() with {bound!r}, expected a BoundModel or None", "fix or uninstall it")
     if hasattr(model, "segment") and not isinstance(model, type):
         raise UnsupportedError(
             f"{type(model).__name__} is pruned by its own methods; call segment(image, query, strategy=…) on it, or "

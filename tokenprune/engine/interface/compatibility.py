@@ -1,4 +1,4 @@
-"""Whether a strategy runs on a model, told without running anything."""
+"""Compatibility of strategies and models, decided without running anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 
 
 class Declared(Protocol):
-    """A model that tells what strategies may read of it: a `BoundModel`, or a model of an adapter's own."""
+    """A model that declares what strategies may read of it: a `BoundModel`, or a model of an adapter's own."""
 
     @property
     def name(self) -> str:
@@ -38,12 +38,12 @@ class Declared(Protocol):
 
 
 def declares(model: Any) -> TypeGuard[Declared]:
-    """Whether a model tells what strategies may read of it."""
+    """True if a model declares what strategies may read of it."""
     return all(hasattr(model, name) for name in ("name", "decoder", "tower_layers", "offers"))
 
 
 def shape_on(model: Declared, decoder: Decoder | None = None) -> Shape:
-    """What is known of every run on this model; image tokens stand at a typical number.
+    """The shape of a run on this model with a typical number of image tokens.
 
     Args:
         model: what declares.
@@ -58,7 +58,7 @@ def shape_on(model: Declared, decoder: Decoder | None = None) -> Shape:
 
 
 def check_on(strategy: Strategy, model: Declared, decoder: Decoder | None = None) -> set[Read]:
-    """What the strategy reads on this model, once it is known to fit; arguments as for `shape_on`.
+    """Check that a strategy is compatible with a model; its reads there. Arguments as for `shape_on`.
 
     Raises:
         IncompatibleError: see `check_fit`.
@@ -70,7 +70,7 @@ def check_on(strategy: Strategy, model: Declared, decoder: Decoder | None = None
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What `compatible` found.
+    """Result of `compatible`.
 
     Attributes:
         strategy: its name.
@@ -88,7 +88,7 @@ class Compatibility:
 
     @property
     def runs(self) -> bool:
-        """Whether the model offers everything that the strategy needs."""
+        """True if the model provides everything that the strategy requires."""
         return not self.reason
 
     def __bool__(self) -> bool:
@@ -96,10 +96,10 @@ class Compatibility:
 
 
 def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
-    """Whether a strategy, with its options, runs on a model. Nothing of the model is run.
+    """Check whether a strategy, with its options, runs on a model, without running the model.
 
     The answer follows from declarations: what the strategy's stages read, what the model's adapter offers, and how the
-    strategy numbers positions. What needs the input to be known is told when the model runs: a budget that the number
+    strategy numbers positions. What depends on the input is checked when the model runs: a budget that the number
     of image tokens cannot meet, a query row that the prompt does not have.
 
     Args:
@@ -110,7 +110,8 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
     Raises:
         UnknownNameError: no such strategy.
         OptionError: no strategy, or no model.
-        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or does not tell what it offers.
+        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or it does not declare what it
+            offers.
     """
     chosen = api.strategy(strategy) if isinstance(strategy, str) else checked_strategy(strategy)
     declared = declaration_of(model)
@@ -129,7 +130,7 @@ def _not_in(shape: Shape, reads: set[Read]) -> set[Read]:
 
 
 def declaration_of(model: Any) -> Declared:
-    """What a model declares, itself or through its adapter; errors as in `compatible`."""
+    """The declarations of a model, its own or its adapter's; errors as in `compatible`."""
     model = unwrapped(model)
     if declares(model):
         return model

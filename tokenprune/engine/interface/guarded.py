@@ -1,4 +1,4 @@
-"""A binding that names its adapter in all that goes wrong in the adapter's code, and in nothing else."""
+"""The border between the engine and an adapter's code: what goes wrong behind it names the adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +18,20 @@ from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry
 
 
+@contextmanager
+def _running(entry: Entry, method: str) -> Iterator[None]:
+    """Run a method of an adapter's; what goes wrong in it names the adapter and its package."""
+    try:
+        with entry.running(method):
+            yield
+    except PluginError as error:  # what calls the model back is refused by the engine, which does not know by whom
+        if error.plugin:
+            raise
+        raise entry.refusal(f"failed in {method}(): {error}") from error
+
+
 class Guarded(BoundModel):
-    """What an adapter answered to `bind`, held to its word.
+    """The bound model of an adapter, with its answers checked.
 
     Raises:
         PluginError: from every method where the adapter's one raises an unexpected exception, or answers with
@@ -29,15 +40,15 @@ class Guarded(BoundModel):
 
     def __init__(self, inner: BoundModel, entry: Entry) -> None:
         self._inner, self._entry = inner, entry
-        with entry.running("bind"):
+        with _running(entry, "bind"):
             self.name, self.decoder, self.tower_layers = inner.name, inner.decoder, inner.tower_layers
         if not isinstance(self.decoder, nn.Module):
             raise entry.refusal(f"binds the decoder {self.decoder!r}, expected a torch.nn.Module")
         self.source = f"adapter {entry.name!r} of package {entry.distribution!r}"
 
     def offers(self) -> frozenset[type[Read]]:
-        """What the adapter's binding offers."""
-        with self._entry.running("offers"):
+        """See `BoundModel.offers`."""
+        with _running(self._entry, "offers"):
             found: Any = self._inner.offers()
             kinds = frozenset(found)
         if not all(isinstance(kind, type) and issubclass(kind, Read) for kind in kinds):
@@ -45,51 +56,44 @@ class Guarded(BoundModel):
             raise self._entry.refusal(problem)
         return kinds
 
-    def capture(self, reads: Collection[Read]) -> AbstractContextManager[VisionCapture]:
-        """The adapter's watch; what is raised while it is open is the caller's, and goes on as it is."""
-        return _Watching(self._inner, self._entry, reads, self.source)
-
-
-class _Watching(AbstractContextManager[VisionCapture]):
-    def __init__(self, inner: BoundModel, entry: Entry, reads: Collection[Read], source: str) -> None:
-        self._inner, self._entry, self._reads, self._source = inner, entry, reads, source
-
-    def __enter__(self) -> VisionCapture:
-        with self._entry.running("capture"):
-            self._open = self._inner.capture(self._reads)
-            found: Any = self._open.__enter__()
-        if not (hasattr(found, "prompt_masks") and hasattr(found, "provide")):
-            self.__exit__(None, None, None)
-            problem = f"gives {found!r} in capture(), expected an object with prompt_masks() and provide()"
-            raise self._entry.refusal(problem)
-        return _Watched(found, self._entry, self._source)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            with self._entry.running("capture"):
-                self._open.__exit__(None, None, None)
-            return
+    @contextmanager
+    def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
+        """The adapter's capture; what the caller raises while it is open goes on as it is."""
+        with _running(self._entry, "capture"):
+            opened = self._inner.capture(reads)
+            found: Any = opened.__enter__()
         try:
-            self._open.__exit__(kind, error, trace)  # whatever it answers, the caller's error is not swallowed
+            if not isinstance(found, VisionCapture):
+                problem = f"gives {found!r} in capture(), expected a tokenprune.engine.VisionCapture"
+                raise self._entry.refusal(problem)
+            yield _GuardedCapture(found, self._entry, self.source)
+        except BaseException as error:
+            self._close_after(opened, error)
+            raise
+        with _running(self._entry, "capture"):
+            opened.__exit__(None, None, None)
+
+    def _close_after(self, opened: AbstractContextManager[Any], error: BaseException) -> None:
+        try:
+            opened.__exit__(type(error), error, error.__traceback__)  # whatever it answers, the error is not swallowed
         except TokenPruneError:
             raise
         except Exception as wrong:
-            if wrong is not error:  # the caller's error is the one to tell
+            if wrong is not error:  # the caller's error is the one to raise
                 refusal = self._entry.refusal(f"failed in capture() with {brief(wrong)}", "fix or uninstall it")
                 warnings.warn(str(refusal), PluginWarning, stacklevel=2)
 
 
-class _Watched:
-    """What a watch saw, with the adapter's name on its failures."""
-
+class _GuardedCapture(VisionCapture):
     def __init__(self, inner: VisionCapture, entry: Entry, source: str) -> None:
         self._inner, self._entry, self._source = inner, entry, source
 
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        with _running(self._entry, method):
+            return getattr(self._inner, method)(*arguments)
+
     def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
-        with self._running("prompt_masks"):
-            found: Any = self._inner.prompt_masks(queries)
+        found: Any = self._ask("prompt_masks", queries)
         if not isinstance(found, PromptMasks):
             problem = f"answers prompt_masks() with {type(found).__name__}, expected tokenprune.engine.PromptMasks"
             raise self._entry.refusal(problem)
@@ -97,39 +101,16 @@ class _Watched:
             raise self._entry.refusal(f"answers prompt_masks() with queries {found.queries!r}, expected masks by name")
         return replace(found, source=self._source)
 
-    def later(self) -> Tensor | None:
-        ask = getattr(self._inner, "later", None)
-        if ask is None:
-            return None
-        with self._running("later"):
-            found: Tensor | None = ask()
-        return found
+    def provide(self, read: Read) -> Any:
+        return self._ask("provide", read)
 
-    def padding(self) -> Tensor | None:
-        ask = getattr(self._inner, "padding", None)
-        if ask is None:
-            return None
-        with self._running("padding"):
-            found: Tensor | None = ask()
+    def later(self) -> Tensor | None:
+        found: Tensor | None = self._ask("later")
         return found
 
     def missed(self) -> bool:
-        ask = getattr(self._inner, "missed", None)
-        if ask is None:
-            return False
-        with self._running("missed"):
-            return bool(ask())
+        return bool(self._ask("missed"))
 
-    def provide(self, read: Read) -> Any:
-        with self._running("provide"):
-            return self._inner.provide(read)
-
-    @contextmanager
-    def _running(self, method: str) -> Iterator[None]:
-        try:
-            with self._entry.running(method):
-                yield
-        except PluginError as error:  # what calls the model back is told so, but not by name
-            if error.plugin:
-                raise
-            raise self._entry.refusal(f"failed in {method}(): {error}") from error
+    def padding(self) -> Tensor | None:
+        found: Tensor | None = self._ask("padding")
+        return found

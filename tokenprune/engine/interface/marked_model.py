@@ -1,4 +1,4 @@
-"""A model whose image tokens the caller marks, and which of its prefills the marks are for."""
+"""A model whose image tokens the caller marks, and a check that each prefill is the marked one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Now(threading.local):
     prompt: Tensor | None = None
 
 
-class MarkedModel(BoundModel):
+class MarkedModel(BoundModel, VisionCapture):
     """A model whose image tokens the caller marks."""
 
     def __init__(
@@ -56,7 +56,7 @@ class MarkedModel(BoundModel):
         self.tower_layers = self._vision.layers
 
     def offers(self) -> frozenset[type[Read]]:
-        """What the caller's source answers."""
+        """The reads that the caller's source answers."""
         return frozenset(self._vision.answers)
 
     @contextmanager
@@ -157,7 +157,9 @@ class _OfPrompt(PromptMasks):
 
     def _looks(self, hidden: Tensor) -> Tensor:
         rows, own = self.image_tokens.shape
+        # bits as whole numbers: their sum does not depend on the order of adding, and NaN equals itself
         tokens = hidden[:, :own].detach()
         numbers = tokens.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()]).sum(-1)
         image = self.image_tokens.to(hidden.device, torch.bool).repeat_interleave(len(hidden) // rows, 0)
+        # text alone: image features are computed in each call, and need not come out the same to the last bit
         return numbers.masked_fill(image[:, : numbers.shape[1]], 0)

@@ -1,4 +1,4 @@
-"""What stands where in the input of one prefill, as the caller or an adapter tells it."""
+"""Masks of one prefill's input, by the caller or an adapter: image tokens, query rows, grid cells, padding."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class PromptMasks:
                 _check("attention_mask", mask)
             return SequenceLayout.from_mask(
                 image_tokens,
-                None if mask is None else mask[:, -length:],
+                None if mask is None else mask[:, -length:],  # the present tokens are the last of a mask over all
                 grid=beside("grid", self.grid),
                 image_number=beside("image_number", self.image_number),
                 queries=queries,
@@ -77,7 +77,7 @@ class PromptMasks:
 
 
 def _check(name: str, mask: object) -> None:
-    """Is it a tensor of the kind that `PromptMasks` says?"""
+    """Raise InputError if it is not a tensor of the kind that `PromptMasks` documents."""
     numbers = {"grid": "int64 [batch, prompt, 2]", "image_number": "int64 [batch, prompt]"}
     expected = numbers.get(name, "bool [batch, prompt]")
     if not isinstance(mask, Tensor):
@@ -100,6 +100,7 @@ def _fit(name: str, mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
             f"{name}: a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover "
             "the expanded prompt"
         )
+    # `generate` puts the copies of a row (beams, returned sequences) next to each other
     mask = mask.repeat_interleave(batch // len(mask), 0)
     rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)
     return torch.cat((mask, rest), 1)

@@ -1,4 +1,4 @@
-"""What the vision side of a model offers to strategies."""
+"""Answers of a model's vision side to the reads of strategies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ class VisionSource:
 
     Attributes:
         answers: kind of read -> a function that takes the read (with its options, such as the tower layer) and gives
-            the value,
-            already aligned with the batch rows: [batch, N, …].
+            the value, aligned with the batch rows: [batch, N, …].
         layers: layers of the vision tower, 0 where there is none.
         source: who answers, for messages; empty = the model.
     """
@@ -34,11 +33,11 @@ class VisionSource:
 
 
 def lined_up(answer: Any, read: Read, shape: Sequence[int], source: str) -> Any:
-    """The answer to a read, if it has a value for each of the [batch, N] image tokens where it should have.
+    """Check that the answer to a read has a value for each of the [batch, N] image tokens, where it should have one.
 
     Args:
-        answer: whatever was answered.
-        read: what was asked.
+        answer: of a model's vision side.
+        read: that it answers.
         shape: [batch, N].
         source: who answered, for messages.
 

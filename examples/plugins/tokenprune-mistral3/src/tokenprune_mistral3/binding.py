@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune import Read, TowerFeatures
-from tokenprune.engine import BoundModel, PromptMasks, arguments, padding_mask, shadowed, uncompiled
+from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, arguments, padding_mask, shadowed, uncompiled
 from tokenprune.errors import InputError
 
 
@@ -46,7 +46,7 @@ class Mistral3Binding(BoundModel):
             yield watch
 
 
-class Mistral3Watch(threading.local):
+class Mistral3Watch(VisionCapture, threading.local):
     """What was seen in one context, by each thread of its own calls.
 
     Args:

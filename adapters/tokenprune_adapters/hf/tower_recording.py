@@ -1,0 +1,148 @@
+"""What strategies read of a vision tower of transformers, kept while the model itself runs it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tokenprune.core.reads import (
+    ClsAttention,
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Read,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerValues,
+)
+from tokenprune.engine.attention_tap import AttentionCall, tap
+from tokenprune.engine.calls.interception import shadowed
+from tokenprune.errors import UnsupportedError
+from tokenprune_adapters.clip import tower_reads
+from tokenprune_adapters.hf.crops import CropStates
+from tokenprune_adapters.hf.grid_cells import Cells
+
+if TYPE_CHECKING:
+    from tokenprune_adapters.hf.bound_model import BoundTransformersModel
+
+LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one call of the tower gave.
+
+    Attributes:
+        cells: of the tokens.
+        values: per read, [T, …].
+    """
+
+    cells: Cells
+    values: dict[Read, Tensor]
+
+
+class TowerRecording:
+    """Keeps what some reads need of each call of the tower.
+
+    Args:
+        bound: the model.
+        reads: that it offers.
+
+    Raises:
+        InputError: a read of a layer that the tower has not.
+        UnsupportedError: a layer that cannot be read.
+    """
+
+    def __init__(self, bound: BoundTransformersModel, reads: Sequence[Read]) -> None:
+        self.bound, self.reads = bound, reads
+        self._shows({read: [] for read in reads})  # refuses layers that are not there
+
+    def encode(
+        self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Encoded]:
+        """Run the tower and the projector: what the model's method gives, and what was kept of the call.
+
+        Args:
+            modality: "image" or "video".
+            original: the model's method that makes features of it.
+            args, kwargs: its arguments.
+
+        Raises:
+            UnsupportedError: the family has no such images.
+        """
+        bound = self.bound
+        kind = bound.family.images if modality == "image" else bound.family.videos
+        if kind is None:
+            raise UnsupportedError(f"{bound.name}: {modality}s are not supported under tokenprune.prune()")
+        inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
+        arrangement = kind(bound.base, inputs, bound.cut)
+        seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
+        shapes: list[tuple[int, ...]] = []
+        given: list[Tensor] = []
+        wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
+        selected = bound.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
+        crops = CropStates(selected)
+
+        def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            shapes.append(tuple(states.shape))
+            if wants_features:
+                given.append(states.detach())
+            return project(states, *args, **kwargs)
+
+        with ExitStack() as undo:
+            undo.enter_context(shadowed(bound.part(kind.projector), "forward", projected))
+            undo.enter_context(arrangement.recording())
+            if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
+                crops.attach(bound.blocks, undo)
+            undo.enter_context(tap(self._shows(seen)))
+            output = original(*args, **kwargs)
+        features = getattr(output, "pooler_output", output)
+        parts = [features] if isinstance(features, Tensor) else features
+        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in parts))
+        cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
+        values = {read: arrangement.pool(calls, tokens) for read, calls in seen.items() if calls}
+        for read in self.reads:
+            if isinstance(read, TowerFeatures):
+                values[read] = arrangement.features(given, tokens)
+            elif isinstance(read, ClsFeatures):
+                values[read] = arrangement.pool([crops.cls_features(bound.cut)], tokens)
+            elif isinstance(read, Crops):
+                values[read] = arrangement.pool([crops.numbers(bound.cut)], tokens).round().long()
+        return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
+
+    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
+        wanted: dict[nn.Module, list[Any]] = {}
+        for read in seen:
+            if isinstance(read, LAYERED):
+                wanted.setdefault(self.bound.tower_attention(read.layer), []).append(read)
+
+        def show(reads: list[Any], found: AttentionCall) -> None:
+            for read in reads:
+                seen[read].append(self._value(read, found))
+
+        return {module: partial(show, some) for module, some in wanted.items()}
+
+    def _value(self, read: Read, seen: AttentionCall) -> Tensor:
+        """[crops, patches, D] of one call of a tower layer."""
+        if isinstance(read, ClsAttention):
+            return tower_reads.cls_attention(seen, read.heads)[..., None]
+        if isinstance(read, ClsQuery):
+            return tower_reads.cls_query(seen).expand(-1, seen.query.shape[2] - self.bound.cut, -1)
+        if isinstance(read, TowerKeys):
+            value = tower_reads.keys(seen, read.heads)
+        elif isinstance(read, TowerValues):
+            value = tower_reads.values(seen)
+        else:
+            value = tower_reads.received_attention(seen)[..., None]
+        return value[:, self.bound.cut :]
+
+
+def _flat(read: Read, value: Tensor) -> Tensor:
+    return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention, Crops)) else value

@@ -1,0 +1,148 @@
+"""The decoder side of a segmentation model: from its input to the states that masks are made of, pruned or not."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, LlamaForCausalLM
+
+from tokenprune.core.reads import Read
+from tokenprune.core.strategy import Strategy, checked_strategy
+from tokenprune.core.trace import Trace
+from tokenprune.engine import PruningRun, VisionSource, model_turn, open_run, prune
+from tokenprune.engine.interface.compatibility import check_on
+from tokenprune.errors import InputError
+from tokenprune.utils.arguments import instance, whole_number
+from tokenprune.utils.stopwatch import stage
+from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.llava.vision import count_layers, offers, vision_source
+from tokenprune_adapters.segmentation.data import Answered, Encoded, SegmenterInputs
+from tokenprune_adapters.segmentation.generation import Generated, generate
+from tokenprune_adapters.segmentation.prompts import Prompts
+
+
+class DecoderRuns(Prompts):
+    """The methods of a segmentation model that run its decoder, and its answers to the reads of strategies."""
+
+    name: str
+    decoder: LlamaForCausalLM
+    tower: CLIPVisionModel
+    projector: nn.Module
+    clip_space: ClipSpace | None
+
+    def offers(self) -> frozenset[type[Read]]:
+        """Kinds of reads that `vision_source` answers for any image."""
+        return offers(self.clip_space)
+
+    @property
+    def tower_layers(self) -> int:
+        """Layers of the vision tower."""
+        return count_layers(self.tower)
+
+    @abstractmethod
+    def picture(self, encoded: Any) -> Tensor:
+        """The part of an image that the image tokens show, see `tokenprune.core.reads.Pixels`."""
+
+    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
+        """More arguments of `tokenprune.prune`, such as `grid`."""
+        return {}
+
+    # runs -------------------------------------------------------------------------------------------------------------
+
+    def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
+        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did.
+
+        Args:
+            inputs: as `build_inputs` gives them.
+            strategy: as in `segment`.
+
+        Raises:
+            InputError: inputs that are something else.
+            OptionError: no strategy.
+        """
+        instance("inputs", inputs, SegmenterInputs, "what build_inputs(image, queries) gives", InputError)
+        with stage("prefill"), self.pruned(inputs, strategy) as run:
+            states: Tensor = self.decoder.model(
+                inputs_embeds=inputs.sequence.inputs_embeds,
+                attention_mask=inputs.sequence.attention_mask,
+                position_ids=inputs.sequence.positions,
+                use_cache=False,
+            ).last_hidden_state.to(inputs.sequence.inputs_embeds.device)
+        return states, None if run is None else run.trace
+
+    def run_generation(
+        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
+    ) -> tuple[Generated, Trace | None]:
+        """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
+        instance("inputs", inputs, SegmenterInputs, "what inputs_of(…, continues=True) gives", InputError)
+        whole_number("max_new_tokens", max_new_tokens, 1)
+        with stage("generation"), self.pruned(inputs, strategy) as run:
+            generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
+        return generated, None if run is None else run.trace
+
+    def answer(
+        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int | None = None
+    ) -> Answered:
+        """The states that masks are made from: those before given mask tokens, or those that predicted said ones.
+
+        Args:
+            inputs: the prompts.
+            strategy: as in `segment`.
+            max_new_tokens: None takes the prompts' own answers; else prompts are continued by at most so many tokens.
+        """
+        if max_new_tokens is None:
+            states, trace = self.run_decoder(inputs, strategy)
+            said, before = inputs.sequence.token_ids.tolist(), 1  # a token is predicted by the state before it
+        else:
+            generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
+            states, said, before = generated.states, generated.ids, 0  # those that predicted each token
+        group = len(self.seg_tokens)
+        found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
+        rows = [row for row, _ in found for _ in range(group)]
+        columns = [place + step - before for _, place in found for step in range(group)]
+        return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
+
+    @contextmanager
+    def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
+        """The turn in which the decoder runs under a strategy; gives the run: that of a context around it without
+        a strategy, or None."""
+        if strategy is None:
+            with model_turn(self.decoder):
+                yield open_run(self.decoder)
+            return
+        check_on(checked_strategy(strategy), self)
+        sequence = inputs.sequence
+        queries = {"mask_query": sequence.mask_query}
+        if sequence.seg.any(1).all():
+            queries["seg"] = sequence.seg
+        source = self.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts)
+        options = self.prune_options(inputs)
+        with (
+            model_turn(self.decoder),
+            prune(
+                self.decoder,
+                strategy,
+                image_tokens=sequence.image_tokens,
+                queries=queries,
+                vision=source,
+                **options,
+            ) as run,
+        ):
+            yield run
+
+    def vision_source(
+        self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
+    ) -> VisionSource:
+        """What strategies may read of an encoded image: the tower, the projector, the picture, and CLIP's space where
+        there is one. Aligned with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
+        return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
+
+    def _end_ids(self) -> set[int]:
+        ends = self.decoder.config.eos_token_id
+        if ends is None:
+            return {self.tokenizer.eos_id}
+        return {ends} if isinstance(ends, int) else set(ends)

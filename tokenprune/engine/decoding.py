@@ -1,0 +1,77 @@
+"""A step on a cache that a prefill has filled: tokens that are decoded, or a later turn of a conversation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.core.ledger import LaterTurn
+from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.kv_cache import CachedPrefill, PrunedCacheLayer
+from tokenprune.engine.positions import renumber_step, since_prefill
+from tokenprune.errors import PruningWarning
+
+
+class CachedStep:
+    """One call of the decoder that continues a pruned prefill.
+
+    Args:
+        decoder: that is called.
+        cached: the prefill.
+        new: tokens per row of the step.
+        past: tokens per row decoded before it.
+        mask: of the step, two-dimensional, 0 on padding; None = there is none.
+    """
+
+    def __init__(self, decoder: Decoder, cached: CachedPrefill, new: int, past: int, mask: Tensor | None) -> None:
+        self._decoder, self._cached = decoder, cached
+        self._new, self._past, self._mask = new, past, mask
+        self._since: Tensor | None = None
+        self._turn: LaterTurn | None = None
+
+    def count_images(self, images: Tensor) -> None:
+        """Note the image tokens of a later turn, bool [batch, new]; warn that they are not pruned."""
+        # The seam for pruning later turns: here a turn's image tokens are known, and the frames of what came before.
+        counts = images.sum(1).tolist()
+        real = [self._new] * len(images) if self._mask is None else self._mask[:, -self._new :].sum(1).tolist()
+        warnings.warn(
+            f"a later turn added {max(counts)} image tokens to a filled KV cache; they are kept whole in all layers, "
+            "since only a prefill is pruned; trace.ledger.later_turns counts them",
+            PruningWarning,
+            stacklevel=2,
+        )
+        self._turn = LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
+
+    def expect(self, cache: Any, number: int) -> PrunedCacheLayer | None:
+        """Let a layer append to its part of the cache; that part, where it lacks tokens."""
+        own = cache.layers[number] if number < len(cache.layers) else None
+        if not isinstance(own, PrunedCacheLayer):
+            return None
+        own.expected = True
+        return None if own.frame is None else own
+
+    def shorten(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Fit a layer's arguments to a cache that lacks tokens; `kwargs` is changed in place.
+
+        Args:
+            own: the layer's part of the cache, as `expect` gave it.
+            number: of the layer.
+            hidden: [batch, new, width], what enters it.
+            kwargs: its keyword arguments, made for the full sequence.
+        """
+        assert own.frame is not None
+        # the model's mask counts pruned tokens as keys, which the cache does not hold
+        flash = "flash" in self._decoder.attention_name
+        mask = kwargs.get("attention_mask")
+        kwargs["attention_mask"] = own.frame.decode_mask(mask, self._new, self._past, two_d=flash)
+        if own.renumbered is not None:
+            if self._since is None:  # the same for all layers
+                self._since = since_prefill(self._mask, own.frame.length, self._past, self._new)
+            renumber_step(self._decoder, number, hidden, kwargs, own.renumbered, self._since)
+
+    def finish(self) -> None:
+        """The last layer has run: a turn with images counts now, not where the call failed before."""
+        if self._turn is not None:
+            self._cached.ledger.later_turns.append(self._turn)

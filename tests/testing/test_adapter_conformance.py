@@ -15,7 +15,7 @@ from tokenprune.core.reads import TowerFeatures
 from tokenprune.engine import BoundModel
 from tokenprune.errors import PluginError
 from tokenprune.testing.adapter_conformance import AdapterConformance
-from tokenprune.testing.grid_checks import check_cells
+from tokenprune.testing.kit.grid_checks import check_cells
 from tokenprune_adapters.hf import TransformersAdapter
 
 SIZES = [(24, 32), [(40, 20), (24, 24)]]

@@ -32,10 +32,10 @@ from tokenprune.engine.interface.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry
-from tokenprune.testing.grid_checks import check_cells
-from tokenprune.testing.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.grid_checks import check_cells
+from tokenprune.testing.kit.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.recording import Break, Breaking
 from tokenprune.testing.oracle import masked
-from tokenprune.testing.recording import Break, Breaking
 from tokenprune.testing.scripted import Asking, Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
 

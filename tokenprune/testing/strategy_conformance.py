@@ -31,11 +31,11 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError, TokenPruneError
 from tokenprune.plugins import registry
-from tokenprune.testing import invariants
-from tokenprune.testing.cases import Case, Row, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.synthetic_vision import synthetic_vision_of
-from tokenprune.testing.verdict import Nonconforming, NotTested, Tied, raised, report
+from tokenprune.testing.kit import invariants
+from tokenprune.testing.kit.cases import Case, Row, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of
+from tokenprune.testing.kit.synthetic_vision import synthetic_vision_of
+from tokenprune.testing.kit.verdict import Nonconforming, NotTested, Tied, raised, report
 
 Invariant = Callable[[Case, Strategy], None]
 

@@ -14,13 +14,13 @@ from tokenprune.core.decisions import Restore
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import PluginError, TokenPruneError
-from tokenprune.testing.cases import Case, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.cases import Case, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.printing import ranges
+from tokenprune.testing.kit.recording import Break, Breaking, Run, baseline, joined, run
+from tokenprune.testing.kit.verdict import NotTested, Tied, report
 from tokenprune.testing.oracle import all_active, apply_step, masked_full_length, rotary_tables
-from tokenprune.testing.printing import ranges
-from tokenprune.testing.recording import Break, Breaking, Run, baseline, joined, run
-from tokenprune.testing.verdict import NotTested, Tied, report
 
 TOLERANCE = 1e-4
 """Largest difference of final states (of size about 1) that rounding explains."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenprune.core.trace import Trace
-from tokenprune.testing.cases import Case, Row
-from tokenprune.testing.decoder_families import FAMILIES, LAYERS
+from tokenprune.testing.kit.cases import Case, Row
+from tokenprune.testing.kit.decoder_families import FAMILIES, LAYERS
 
 
 def show_case(case: Case) -> str:

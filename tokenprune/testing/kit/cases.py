@@ -32,7 +32,7 @@ class Case:
     """What one example of an invariant runs on.
 
     Attributes:
-        family: key in `tokenprune.testing.decoder_families.FAMILIES`.
+        family: key in `tokenprune.testing.kit.decoder_families.FAMILIES`.
         rows: of the batch.
         padding: side of the padding, "left" or "right".
         budget: of the strategy; None = its options as they are.

@@ -19,10 +19,10 @@ from tokenprune.core.tokens import Tokens
 from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.testing.cases import Case, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.cases import Case, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.synthetic_vision import synthetic_vision_of
 from tokenprune.testing.scripted import Scripted, Step
-from tokenprune.testing.synthetic_vision import synthetic_vision_of
 
 _LENT = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
 _LENT_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")

@@ -13,7 +13,7 @@ from tokenprune.core import reads
 from tokenprune.core.reads import Read
 from tokenprune.core.requirements import DECODER_READS
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.testing.cases import SyntheticBatch, drawn
+from tokenprune.testing.kit.cases import SyntheticBatch, drawn
 
 CHANNELS, PIXELS, TOWER_LAYERS = 8, 56, 4
 _WEIGHTS = ("cls_attention", "received_attention")

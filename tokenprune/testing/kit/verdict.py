@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import TokenPruneError
-from tokenprune.testing.cases import Case
-from tokenprune.testing.printing import show_case, show_schedule
+from tokenprune.testing.kit.cases import Case
+from tokenprune.testing.kit.printing import show_case, show_schedule
 
 
 class Nonconforming(AssertionError):

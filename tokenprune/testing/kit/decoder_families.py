@@ -18,7 +18,7 @@ from transformers import (
     Qwen2VLTextModel,
 )
 
-from tokenprune.testing.cases import SyntheticBatch
+from tokenprune.testing.kit.cases import SyntheticBatch
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, HEADS = 8, 32, 4

@@ -15,8 +15,8 @@ from vlm_families import FAMILIES
 
 import tokenprune as tp
 from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import Shape
-from tokenprune.core.state import TokenState
 from tokenprune.core.tokens import Tokens
 from tokenprune.engine import VisionSource
 from tokenprune.errors import BudgetError, CheckpointError, InputError, OptionError, PluginError, UnknownNameError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenprune.api import load, strategy
-    from tokenprune.core.composition import Sequence
+    from tokenprune.core.composition.sequence import Sequence
     from tokenprune.core.decisions import Decision, Keep, Merge, MergeGroup, Restore
     from tokenprune.core.reads import (
         AttentionFrom,
@@ -86,7 +86,7 @@ _HOME = {
         "TowerValues",
     ),
     "tokenprune.plugins.registry": ("adapters", "datasets", "models", "strategies"),
-    "tokenprune.core.composition": ("Sequence",),
+    "tokenprune.core.composition.sequence": ("Sequence",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

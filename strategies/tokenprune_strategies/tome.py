@@ -13,8 +13,8 @@ from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions,
 from tokenprune.core.layout import true_positions
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, Projector, Read, TowerFeatures, TowerKeys
+from tokenprune.core.scheduling.state import as_mask
 from tokenprune.core.stage import Positions
-from tokenprune.core.state import as_mask
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.bipartite_matching import bipartite_merge, merged_means
 

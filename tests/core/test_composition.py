@@ -12,10 +12,10 @@ from strategy_bench import Bench, layout_of
 
 import tokenprune
 from tokenprune.core.by_name import names_in
-from tokenprune.core.composition import Sequence
+from tokenprune.core.composition.sequence import Sequence
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.reads import Embeddings, HiddenStates, TowerFeatures
-from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.scheduling.schedule import declared_ledger
 from tokenprune.core.stage import Shape, Stage, equivalent_tokens
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune

@@ -11,7 +11,7 @@ import pytest
 from fake_segmentation import SIDE, FakeData, FakeModel, Front, Whole
 
 import tokenprune as tp
-from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.trace import LayerEntry, Ledger
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter, kv_bytes
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, UnknownNameError
 from tokenprune.evaluation import metrics

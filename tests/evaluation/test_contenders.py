@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenprune
-from tokenprune.core.option_texts import parse_text, split_list
+from tokenprune.core.by_name import parse_text, split_list
 from tokenprune.core.stage import Shape, declared_stages, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune.evaluation.contenders import contenders

@@ -13,7 +13,7 @@ import torch
 import tokenprune as tp
 from tokenprune.core.decisions import Keep, Restore
 from tokenprune.core.reads import AttentionFrom, HiddenStates
-from tokenprune.core.requirements import DECODER_READS
+from tokenprune.core.scheduling.requirements import DECODER_READS
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine.gathered import GatheredSequence

@@ -68,7 +68,7 @@ def strategy_request(
         BudgetError: a budget for `none`, which is the default.
         UnknownNameError, PluginError: see `check_strategies`.
     """
-    from tokenprune.core.option_texts import parse_options, parse_text
+    from tokenprune.core.by_name import parse_options, parse_text
 
     name, within = parse_text(text)
     check_strategies([name])

@@ -51,7 +51,7 @@ def command(
     """Compare strategies on one model and one dataset: accuracy, compute, KV cache and prefill time."""
     from tokenprune.cli.checks import check_metrics, check_model, check_strategies, given, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.core.option_texts import parse_text, split_list
+    from tokenprune.core.by_name import parse_text, split_list
     from tokenprune.datasets.validation import check_request
     from tokenprune.evaluation.contenders import budgets_of, contenders
     from tokenprune.utils.threads import checked, choose

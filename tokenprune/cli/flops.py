@@ -12,7 +12,7 @@ from tokenprune.cli.listing import Format
 from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:
-    from tokenprune.core.ledger import Ledger
+    from tokenprune.core.trace import Ledger
     from tokenprune.cost import DecoderSpec, Flops, KVBytes
 
 Size = Optional[int]  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too
@@ -93,7 +93,7 @@ def command(
     spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
 
-    from tokenprune.core.schedule import declared_ledger
+    from tokenprune.core.scheduling.schedule import declared_ledger
 
     chosen = make_strategy(name, budget, **options).bind(where)
     ledger = declared_ledger(chosen, where)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenprune.core.allocation import apportion
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Crops, Read
-from tokenprune.core.state import TokenState
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.errors import PluginError, nearest
 from tokenprune.plugins.readonly import ReadOnlyTensors
 

@@ -1,4 +1,4 @@
-"""What a run did, stage by stage, for reading afterwards."""
+"""What a run did, for reading afterwards: stage by stage the trace, layer by layer the ledger."""
 
 from __future__ import annotations
 
@@ -8,7 +8,95 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One decoder layer in prefill.
+
+    Attributes:
+        layer: 0-based number.
+        image: active image tokens entering the layer, per batch row (merged tokens count as one each).
+        other: every other real token entering it, per batch row.
+        width: positions really computed per row, fillers of shorter rows and padding included.
+        scored_rows: query rows per batch row whose attention was read out of this layer.
+        ahead: (positions, query rows) per batch row of every time that this layer's attention was computed ahead for a
+            stage that begins with it.
+    """
+
+    layer: int
+    image: tuple[int, ...]
+    other: tuple[int, ...]
+    width: int
+    scored_rows: int = 0
+    ahead: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class LaterTurn:
+    """Tokens with images among them that a later call added to the prefill's cache. All layers keep them whole.
+
+    Attributes:
+        image: image tokens added, per batch row.
+        other: every other token added, per batch row.
+    """
+
+    image: tuple[int, ...]
+    other: tuple[int, ...]
+
+
+@dataclass(repr=False)
+class Ledger:
+    """Layer entries of one prefill.
+
+    Attributes:
+        image_tokens: image tokens of each batch row before any pruning, N.
+        other_tokens: every other real token of each row.
+        entries: one per decoder layer, in order.
+        sequence: positions of a row before any pruning, padding included; 0 = as many as the longest row has tokens.
+        merge_weights: weights that merges applied to hidden states, all rows together (tokens after · tokens before).
+        later_turns: images that came on top later. They are in none of the figures, which are the prefill's.
+    """
+
+    image_tokens: tuple[int, ...]
+    other_tokens: tuple[int, ...]
+    entries: list[LayerEntry] = field(default_factory=list)
+    sequence: int = 0
+    merge_weights: int = 0
+    later_turns: list[LaterTurn] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Rows, layers and what they come to, without the entries."""
+        rows = len(self.image_tokens)
+        before = f"{rows} rows, " if rows != 1 else ""
+        counts = [f"{_span(self.image_tokens)} image tokens", f"{_span(self.other_tokens)} others"]
+        share = f"{self.equivalent_tokens:.1f} equivalent tokens ({self.equivalent_tokens_ratio:.1%})"
+        return f"Ledger({before}{', '.join(counts)}; {len(self.entries)} layers, {share})"
+
+    @property
+    def width(self) -> int:
+        """Positions of a row before any pruning."""
+        longest = max(
+            (image + other for image, other in zip(self.image_tokens, self.other_tokens, strict=True)), default=0
+        )
+        return max(self.sequence, longest)
+
+    def unpruned(self) -> Ledger:
+        """The same batch and layers with nothing pruned and nothing scored: what to compare with."""
+        entries = [LayerEntry(e.layer, self.image_tokens, self.other_tokens, self.width) for e in self.entries]
+        return Ledger(self.image_tokens, self.other_tokens, entries, self.sequence)
+
+    @property
+    def equivalent_tokens(self) -> float:
+        """Mean over layers and rows of the image tokens *entering* the layer: what budgets are stated in."""
+        rows = [count for entry in self.entries for count in entry.image]
+        return sum(rows) / len(rows) if rows else 0.0
+
+    @property
+    def equivalent_tokens_ratio(self) -> float:
+        """Equivalent tokens over N (mean over rows); 1.0 where there are no image tokens."""
+        total = sum(self.image_tokens) / max(len(self.image_tokens), 1)
+        return self.equivalent_tokens / total if total else 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,4 +202,10 @@ class Trace:
 def _range(counts: Tensor) -> str:
     """One number, or the least and the most of several."""
     low, high = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _span(counts: tuple[int, ...]) -> str:
+    """One number, or the least and the most of several."""
+    low, high = min(counts, default=0), max(counts, default=0)
     return str(low) if low == high else f"{low}–{high}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenprune import api
 from tokenprune.core.budget import budget_words, checked_budget
-from tokenprune.core.option_texts import parse_text, split_list
+from tokenprune.core.by_name import parse_text, split_list
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune.utils.arguments import instance, listed

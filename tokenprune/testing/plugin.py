@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tokenprune.core.option_texts import parse_options
+from tokenprune.core.by_name import parse_options
 from tokenprune.errors import TokenPruneError
 from tokenprune.plugins import registry
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.core.allocation import apportion
 from tokenprune.core.decisions import top_index
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
-from tokenprune.core.state import as_mask
+from tokenprune.core.scheduling.state import as_mask
 from tokenprune.core.tokens import ImageTokens, Tokens
 from tokenprune_strategies.csp.instance_masks import instance_labels, segment
 from tokenprune_strategies.ops.allocation import evenly, grid_mask, random_scores

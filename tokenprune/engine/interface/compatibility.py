@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenprune import api
 from tokenprune.core.reads import Read
-from tokenprune.core.requirements import TYPICAL_TOKENS, check_fit, declared_reads
+from tokenprune.core.scheduling.requirements import TYPICAL_TOKENS, check_fit, declared_reads
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.wrappers import unwrapped

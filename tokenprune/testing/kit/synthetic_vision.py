@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.core import reads
 from tokenprune.core.reads import Read
-from tokenprune.core.requirements import DECODER_READS
+from tokenprune.core.scheduling.requirements import DECODER_READS
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.testing.kit.cases import SyntheticBatch, drawn
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
-from tokenprune.core.requirements import incompatibility
+from tokenprune.core.scheduling.requirements import incompatibility
 from tokenprune.core.stage import Shape, Stage, check_tokens, declared_stages
 from tokenprune.core.strategy import Strategy
+from tokenprune.core.trace import LayerEntry, Ledger
 from tokenprune.errors import BudgetError, PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
-from tokenprune.core.state import TokenState, as_mask
+from tokenprune.core.scheduling.state import TokenState, as_mask
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed
 

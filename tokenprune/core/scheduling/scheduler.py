@@ -14,15 +14,14 @@ from torch.nn.functional import pad
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import Read
-from tokenprune.core.schedule import PlannedStage, RowGroup, plan
+from tokenprune.core.scheduling.schedule import PlannedStage, RowGroup, plan
+from tokenprune.core.scheduling.state import TokenState
+from tokenprune.core.scheduling.validation import check_decision, check_target
 from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-from tokenprune.core.trace import StageTrace, Trace
-from tokenprune.core.validation import check_decision, check_target
+from tokenprune.core.trace import LayerEntry, Ledger, StageTrace, Trace
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 from tokenprune.plugins.readonly import LeakDetector

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from tokenprune.core.budget import in_vain, too_small
+from tokenprune.core.composition.remaining_tokens import PartTokens, RemainingTokens
 from tokenprune.core.decisions import Decision
-from tokenprune.core.remaining_tokens import PartTokens, RemainingTokens
+from tokenprune.core.scheduling.validation import check_decision
 from tokenprune.core.stage import Shape, Stage, declared_stages, equivalent_tokens
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune.core.validation import check_decision
 from tokenprune.errors import BudgetError, OptionError, TokenPruneError
 from tokenprune.utils.arguments import instance
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tokenprune.core.decisions import Decision, Merge
 from tokenprune.core.layout import true_positions
 from tokenprune.core.reads import Read
+from tokenprune.core.scheduling.state import TokenState, spread_rows
 from tokenprune.core.stage import Stage
-from tokenprune.core.state import TokenState, spread_rows
 from tokenprune.core.tokens import Tokens
 
 

@@ -19,7 +19,7 @@ from vlm_families import CURRENT
 
 import tokenprune as tp
 from tokenprune.errors import InputError
-from tokenprune.evaluation.single import run_single
+from tokenprune.evaluation.samples import run_single
 from tokenprune.utils.images import to_rgb
 
 HEIGHT, WIDTH = 24, 40

@@ -68,7 +68,7 @@ def command(
     targets = found.targets({"--out": out, "--overlay": overlay})
     chosen = api.strategy(name, budget, **options)
 
-    from tokenprune.evaluation.single import run_single
+    from tokenprune.evaluation.samples import run_single
 
     failed = 0
     with using(choose(threads)), working_first() as say:
@@ -87,7 +87,7 @@ def command(
 
 def _written(record: SampleRecord, out: Path, overlay: Path | None = None) -> str:
     """Write the mask, and the overlay where one is asked for; gives the lines that say so."""
-    from tokenprune.evaluation.single import token_summary
+    from tokenprune.evaluation.samples import token_summary
     from tokenprune.report.files import write_mask
     from tokenprune.utils import stopwatch
 

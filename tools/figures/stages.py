@@ -24,8 +24,7 @@ from tokenprune import Shape
 from tokenprune.core.scheduling.schedule import declared_ledger
 from tokenprune.core.stage import equivalent_tokens
 from tokenprune.engine.interface.compatibility import compatible
-from tokenprune.evaluation.samples import SampleRecord
-from tokenprune.evaluation.single import run_query, sample
+from tokenprune.evaluation.samples import SampleRecord, run_query, sample
 from tokenprune.plugins import registry
 from tokenprune.report import panels
 

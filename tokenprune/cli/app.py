@@ -1,7 +1,6 @@
 """The Typer app, its global options, and how errors become one line.
 
-A command is a function `command` in a module of its own, registered in this file. Its module imports only typer and
-the standard library at the top; everything heavy is imported inside the function, so that `--help` stays fast.
+A command is a function `command` in a module of `commands/`, registered in this file.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import answer, compare, flops, inspect, listing, new, segment
+from tokenprune.cli.commands import answer, compare, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
 from tokenprune.cli.printing import note, printable
 from tokenprune.errors import OptionError, PluginError, TokenPruneError

@@ -41,7 +41,7 @@ class Read:
 
     @property
     def looks_back(self) -> bool:
-        """Whether it is read out of the layer just before the stage, which a stage at layer 0 does not have."""
+        """Whether the layer just before the stage is read, which a stage at layer 0 does not have."""
         return False
 
 

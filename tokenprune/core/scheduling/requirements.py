@@ -1,4 +1,4 @@
-"""Whether a strategy fits a model, asked before anything runs."""
+"""Which reads a strategy requires of a model, and whether the model provides them; checked before anything runs."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower, path
-from tokenprune.cli.listing import Format
+from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import NARROW_PIPE, note, notes_console, say_json
 
 if TYPE_CHECKING:

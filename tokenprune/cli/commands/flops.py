@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from tokenprune.cli.listing import Format
+from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:

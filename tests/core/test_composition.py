@@ -354,7 +354,7 @@ def test_parts_that_do_not_go_together_are_refused(name: str, options: dict[str,
         ({"parts": ({},)}, "option 'parts': found 1 for 2 parts"),
         ({"parts": ({}, {"layr": 2})}, "unknown option 'layr'; did you mean 'layer'"),
         ({"layer": 2}, "unknown option 'layer'"),
-        ({"budget": 2}, "budget 2 found"),
+        ({"budget": 2}, "budget must be a share of the image tokens .*, got 2"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], found: str) -> None:

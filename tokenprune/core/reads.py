@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
-from tokenprune.errors import PluginError
+from tokenprune.utils.arguments import check_literals
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,7 @@ class Read:
     missing: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        for name, values in _literals(type(self)).items():  # type: ignore[arg-type] # mypy and hashes of classes
-            if (found := getattr(self, name)) not in values:
-                expected = " or ".join(map(repr, values))
-                raise PluginError(f"{self}: {name}={found!r} is not known; expected {expected}")
+        check_literals(self)
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -129,12 +125,8 @@ class LayerKeys(Read):
 
     field: ClassVar[str] = "layer_keys"
     present: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
     heads: Literal["joint", "mean"] = "joint"
-
-    @property
-    def looks_back(self) -> bool:
-        """Always."""
-        return True
 
 
 @dataclass(frozen=True)
@@ -143,11 +135,7 @@ class TextKeys(Read):
 
     field: ClassVar[str] = "text_keys"
     axis: ClassVar[int | None] = None
-
-    @property
-    def looks_back(self) -> bool:
-        """Always."""
-        return True
+    looks_back: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -302,10 +290,3 @@ class Pixels(Read):
 
     field: ClassVar[str] = "pixels"
     axis: ClassVar[int | None] = None
-
-
-@cache
-def _literals(kind: type[Read]) -> dict[str, tuple[Any, ...]]:
-    """The attributes of a kind of read that can have few values, and these."""
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}

@@ -6,10 +6,11 @@ Every check gives the value back, and raises OptionError, or the error that it i
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tokenprune.errors import OptionError, TokenPruneError
+from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
 LONGEST = 60  # characters of a value that a message shows
 Kinds = type | tuple[type, ...]
@@ -79,3 +80,20 @@ def unicode_problem(text: str) -> str:
             "proper Unicode (on a command line: in the terminal's encoding, such as UTF-8)"
         )
     return ""
+
+
+def check_literals(value: object) -> None:
+    """Check the attributes of an object whose type annotates them as a `Literal`.
+
+    Raises:
+        PluginError: one of them has a value that its annotation does not list.
+    """
+    for name, values in _literals(type(value)).items():  # type: ignore[arg-type] # mypy and hashes of classes
+        if (found := getattr(value, name)) not in values:
+            raise PluginError(f"{value}: {name}={found!r} is not known; expected {' or '.join(map(repr, values))}")
+
+
+@cache
+def _literals(kind: type) -> dict[str, tuple[Any, ...]]:
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}

@@ -28,6 +28,13 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
         CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
         PluginError: an adapter cannot be imported, or raises an unexpected exception; a bundled model's folder is
             not there.
+
+    Example:
+        >>> import numpy, tokenprune as tp
+        >>> model = tp.load("lisa-tiny")
+        >>> image = numpy.zeros((128, 128, 3), dtype=numpy.uint8)
+        >>> model.segment(image, "the red ring", tp.strategy("csp", budget=0.35)).masks.shape
+        torch.Size([1, 128, 128])
     """
     source, config = find_checkpoint(name_or_path)
     adapters = registry.adapters()

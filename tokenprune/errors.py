@@ -14,7 +14,16 @@ LONGEST = 200  # characters of an option's value that a message shows
 
 
 class TokenPruneError(Exception):
-    """Base of all errors raised on purpose by tokenprune."""
+    """Base of all errors raised on purpose by tokenprune.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> try:
+        ...     tp.strategy("fastv", budget=1.5)
+        ... except tp.TokenPruneError as error:
+        ...     print(error)
+        strategy 'fastv': budget must be a share of the image tokens in (0, 1], got 1.5
+    """
 
 
 class UnknownNameError(TokenPruneError, LookupError):

@@ -30,6 +30,13 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
         OptionError: no name, an unknown option, a value out of range, or an option that would have no effect.
         BudgetError: a budget out of range, or for a strategy that has nothing to move.
         PluginError: the strategy's module cannot be imported, or its class cannot be made.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> tp.strategy("fastv", layer=3, budget=0.35)
+        FastV(budget=0.35, layer=3)
+        >>> tp.strategy("uniform+fastv")
+        Sequence(Uniform(), FastV())
     """
     parts = parts_of(instance("name", name, str, "the name of a strategy, such as 'csp'"))
     if len(parts) > 1:

@@ -37,6 +37,14 @@ class Keep(Decision):
 
     Attributes:
         rest: "drop" or "park".
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> scores = torch.tensor([[0.1, 0.7, 0.2, 0.9]])
+        >>> tp.Keep.top(scores, 2).index
+        tensor([[1, 3]])
+        >>> tp.Keep.where(scores > 0.5, rest="park").rest
+        'park'
     """
 
     rest: str = field(default="drop", kw_only=True)
@@ -62,7 +70,13 @@ class Keep(Decision):
 
 @dataclass(frozen=True)
 class Restore(Decision):
-    """These parked tokens become active again, with the state they had when parked, or with `values`."""
+    """These parked tokens become active again, with the state they had when parked, or with `values`.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> tp.Restore.where(torch.tensor([[True, False, True]])).index
+        tensor([[0, 2]])
+    """
 
     @classmethod
     def where(cls, mask: Tensor, *, values: Tensor | None = None) -> Restore:
@@ -83,6 +97,12 @@ class MergeGroup:
         members: int64 [n], the tokens that the new ones are made of.
         weights: float [m, n], the share of each member's state that goes into each new token.
         origin: int64 [m], the token whose place in the image each new one has; −1 for none. Default: `index`.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> tokens, members = torch.tensor([5]), torch.tensor([5, 6])
+        >>> tp.MergeGroup(row=0, index=tokens, members=members, weights=torch.tensor([[0.5, 0.5]])).weights
+        tensor([[0.5000, 0.5000]])
     """
 
     row: int
@@ -119,6 +139,13 @@ class Merge(Decision):
         conserves_mass: whether the weights of every active token that is not parked sum to 1 over k (checked when
             True).
         rest: "drop" or "park".
+
+    Example:
+        The first of three tokens stays, and becomes the mean of all of them:
+
+        >>> import torch, tokenprune as tp
+        >>> tp.Merge(torch.tensor([[0]]), weights=torch.full((1, 1, 3), 1 / 3)).index
+        tensor([[0]])
     """
 
     weights: Tensor = field(kw_only=True)

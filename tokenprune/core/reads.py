@@ -1,4 +1,12 @@
-"""What a stage may read. A stage declares its reads; the model's side declares what it can provide."""
+"""What a stage may read. A stage declares its reads; the model's side declares what it can provide.
+
+Example:
+    A read with options is an object with arguments; its value is an attribute of `Tokens`, here `tokens.attention`:
+
+    >>> import tokenprune as tp
+    >>> tp.Stage("prune", layer=2, tokens=64, reads=(tp.AttentionFrom("last", reduce="max"),)).reads[0].field
+    'attention'
+"""
 
 from __future__ import annotations
 

@@ -21,22 +21,26 @@ from tokenprune.errors import PluginError
 class ScorerStrategy(Strategy):
     """A method that scores the image tokens and keeps the highest.
 
-    Subclasses give `name`, `Options` with an option `keep` (and `layer`, if it is not 0), `reads` and `score`:
-
-        class Loudest(tp.ScorerStrategy):
-            name = "loudest"
-            reads = (tp.HiddenStates(),)
-
-            class Options(tp.StrategyOptions):
-                keep: float = 0.25
-
-            def score(self, stage, tokens):
-                return tokens.hidden.norm(dim=-1)
+    Subclasses give `name`, `Options` with an option `keep` (and `layer`, if it is not 0), `reads` and `score`.
 
     Attributes:
         reads: what `score` looks at; a property where that depends on options.
         by_image: whether every image of a row keeps its own highest, as many as its share of the row's number by its
             size; else the row keeps its highest, in whatever image they are.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> class LargestNorm(tp.ScorerStrategy):
+        ...     name = "largest-norm"
+        ...     reads = (tp.HiddenStates(),)
+        ...
+        ...     class Options(tp.StrategyOptions):
+        ...         keep: float = 0.25
+        ...
+        ...     def score(self, stage, tokens):
+        ...         return tokens.hidden.norm(dim=-1)
+        >>> list(LargestNorm(keep=0.5).stages(tp.Shape(layers=4, image_tokens=16)))
+        [Stage(name='prune', layer=0, tokens=8, reads=(HiddenStates(normed=False),), positions=None)]
     """
 
     budget_option = "keep"

@@ -28,6 +28,12 @@ class Shape:
         tower_layers: layers of the vision tower, 0 where unknown.
         readable: kinds of reads that the model offers, None where unknown.
         heads: attention heads of the decoder, 0 where unknown.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> shape = tp.Shape(layers=32, image_tokens=576, readable=frozenset({tp.HiddenStates}))
+        >>> shape.offers(tp.HiddenStates), shape.offers(tp.TowerKeys)
+        (True, False)
     """
 
     layers: int
@@ -64,6 +70,12 @@ class Stage:
     Raises:
         PluginError: a layer or a number of tokens that is not a whole number, something among the reads that is no
             `Read`, or an unknown position policy.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> stage = tp.Stage("prune", layer=2, tokens=144, reads=(tp.AttentionFrom("last"),))
+        >>> stage.layer, stage.tokens
+        (2, 144)
     """
 
     name: str

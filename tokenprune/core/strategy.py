@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 class StrategyOptions(BaseModel):
-    """Base of every strategy's options: unknown names are refused, values are checked, instances do not change."""
+    """Base of every strategy's options: unknown names are refused, values are checked, instances do not change.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> class Options(tp.StrategyOptions):
+        ...     layer: int = 2
+        >>> Options(layer=3)
+        Options(layer=3)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,6 +46,20 @@ class Strategy(ABC):
             lowest layer that it may come to.
         positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter), unless a stage says
             otherwise; "renumber" where any stage renumbers. An option of that name sets it.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> class EverySecond(tp.Strategy):
+        ...     name = "every-second"
+        ...
+        ...     def stages(self, shape):
+        ...         yield tp.Stage("prune", layer=1, tokens=(shape.image_tokens + 1) // 2)
+        ...
+        ...     def choose(self, stage, tokens):
+        ...         even = torch.arange(tokens.active.shape[1]) % 2 == 0
+        ...         return tp.Keep.where(tokens.active & even)
+        >>> list(EverySecond().stages(tp.Shape(layers=4, image_tokens=16)))
+        [Stage(name='prune', layer=1, tokens=8, reads=(), positions=None)]
     """
 
     name: str

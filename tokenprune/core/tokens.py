@@ -63,6 +63,29 @@ class Tokens:
     What the stage declared in `reads` is here as an attribute too: `attention`, `hidden`, `features`, … (see
     `tokenprune.core.reads`); of several reads of one kind, `tokens.read(...)` tells them apart. Reading what was not
     declared raises PluginError.
+
+    Example:
+        A `choose` that keeps the first tokens of every image, as many as its share of the stage's number:
+
+        >>> import torch, tokenprune as tp
+        >>> from tokenprune.testing.tiny_decoders import tiny_llama
+        >>> class First(tp.Strategy):
+        ...     name = "first"
+        ...
+        ...     def stages(self, shape):
+        ...         yield tp.Stage("prune", layer=1, tokens=shape.image_tokens // 4)
+        ...
+        ...     def choose(self, stage, tokens):
+        ...         chosen = torch.zeros_like(tokens.active)
+        ...         for image in tokens.images():
+        ...             chosen[image.row, image.index[: image.quota]] = True
+        ...         return tp.Keep.where(chosen)
+        >>> marks = torch.tensor([[False] * 4 + [True] * 8 + [False] * 2 + [True] * 4 + [False] * 2])
+        >>> model = tiny_llama(layers=4)
+        >>> with tp.prune(model, First(), image_tokens=marks) as run:
+        ...     logits = model(input_ids=torch.arange(1, 21)[None]).logits
+        >>> run.trace.stages[0].kept
+        [[0, 1, 8]]
     """
 
     def __init__(

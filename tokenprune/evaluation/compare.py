@@ -82,6 +82,12 @@ def compare(
         CheckpointError: the model cannot be loaded.
         IncompatibleError: every strategy reads what the model does not provide; told before any query runs where the
             model declares what it provides.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> found = tp.compare("lisa-tiny", "shapes", ["none", "fastv"], budget=0.35, limit=2, timing_samples=0)
+        >>> [(row.strategy, round(row.equivalent_tokens_ratio, 2)) for row in found.rows]
+        [('none', 1.0), ('fastv', 0.35)]
     """
     name = str(model) if isinstance(model, (str, Path)) else check_model(model).name
     budgets = budgets_of(budget)

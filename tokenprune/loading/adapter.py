@@ -17,6 +17,19 @@ class Adapter(ABC):
         model_types: `model_type`s of the live models that `bind` knows, for messages.
         merges_lora: whether `load` merges the adapter of a folder with adapter_config.json (see
             `tokenprune.loading.lora_folders`); where it does not, such folders are refused.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> class MyAdapter(tp.Adapter):
+        ...     @classmethod
+        ...     def matches(cls, source, config):
+        ...         return config.get("model_type") == "my-model"
+        ...
+        ...     @classmethod
+        ...     def load(cls, source, **options):
+        ...         return MyModel.from_pretrained(source, **options)
+        >>> MyAdapter.matches("path/to/checkpoint", {"model_type": "my-model"})
+        True
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()

@@ -8,6 +8,18 @@ entry-point group `tokenprune` of its package. Keep that module free of heavy im
 that goes or changes its meaning raises the first. A plugin tells what it was built for with an attribute beside its
 hooks, `tokenprune_hook_api = "1.0"`; another first number is refused, and a second number higher than this one's.
 Without the attribute it counts as built for 1.0.
+
+Example:
+    >>> import tokenprune as tp
+    >>> from tokenprune.plugins import registry
+    >>> class MyPlugin:
+    ...     @tp.hookimpl
+    ...     def tokenprune_register_strategies(self, register):
+    ...         register("my-method", "my_package.strategy:MyMethod", "what it does, in one line")
+    >>> registry.register_plugin(MyPlugin(), "my-plugin")
+    >>> tp.strategies()["my-method"].summary
+    'what it does, in one line'
+    >>> registry.unregister_plugin("my-plugin")
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Names of strategies, adapters, datasets and all else that plugins register, imported on first use.
+"""Names of strategies, adapters, datasets and everything else that plugins register, imported on first use.
 
-Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The scan happens on first use and
-imports only the plugins' registration modules. A plugin that fails there is set aside with its error
-(`broken_plugins()`), and all others work. A name that two packages register belongs to neither: asking for it is an
-error that names both, all other names work. With TOKENPRUNE_PLUGINS=a,b only those plugins and the built-in ones load.
+Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The first use scans them, which imports
+their registration modules only. A plugin that fails there is listed in `broken_plugins()`; all others work. A name that
+two packages register is an error when it is used. TOKENPRUNE_PLUGINS=a,b loads only those and the built-in plugins.
 
 The methods of one `Registry` are the functions of this module: `registry.plugins()`, `registry.register_plugin(…)`.
+
+Example:
+    >>> import tokenprune as tp
+    >>> tp.strategies()["fastv"].target, "lisa" in tp.adapters(), "shapes" in tp.datasets(), "lisa-tiny" in tp.models()
+    ('tokenprune_strategies.fastv:FastV', True, True, True)
 """
 
 from __future__ import annotations
@@ -277,20 +281,20 @@ entries = _registry.entries
 
 
 def strategies() -> dict[str, Entry]:
-    """The pruning strategies that are installed: name -> description."""
+    """The pruning strategies that are installed, by name."""
     return _registry.entries("strategies")
 
 
 def adapters() -> dict[str, Entry]:
-    """The model adapters that are installed: name -> description."""
+    """The model adapters that are installed, by name."""
     return _registry.entries("adapters")
 
 
 def datasets() -> dict[str, Entry]:
-    """The datasets that are installed: name -> description."""
+    """The datasets that are installed, by name."""
     return _registry.entries("datasets")
 
 
 def models() -> dict[str, Entry]:
-    """The models that installed packages bring along: name -> description."""
+    """The models that installed packages contain, by name."""
     return _registry.entries("models")

@@ -42,6 +42,14 @@ class Sequence(Strategy):
         name: the parts' names joined by "+".
         parts: the strategies.
         positions: "renumber" where any part renumbers.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> both = tp.Sequence("uniform", tp.strategy("fastv", layer=3), budget=0.25)
+        >>> both
+        Sequence(Uniform(), FastV(layer=3), budget=0.25)
+        >>> both.name
+        'uniform+fastv'
     """
 
     name = "sequence"

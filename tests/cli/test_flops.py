@@ -93,7 +93,7 @@ def test_config_file_or_folder_gives_the_sizes(capsys: pytest.CaptureFixture[str
         (["--strategy", "fastv", "-o", "kep=0.5"], "did you mean 'keep'"),
         (["--strategy", "fastv", "-o", "keep=-1"], "'keep'"),
         (["--strategy", "fastv", "-o", "keep"], "expected key=value"),
-        (["--strategy", "fastv", "--budget", "1.5"], "budget 1.5"),
+        (["--strategy", "fastv", "--budget", "1.5"], "got 1.5"),
         (["--strategy", "fastv", "-o", "layer=9", *SMALL], "layers"),
         (["--model-shape", "8b"], "unknown model shape '8b'"),
         (["--model-shape", "/no/config.json"], "no such file"),

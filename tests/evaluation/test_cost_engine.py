@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import tokenprune
 from tokenprune.core.decisions import Decision, Keep, Merge
+from tokenprune.core.ledger import Ledger
 from tokenprune.core.reads import AttentionFrom, HiddenStates, Read
 from tokenprune.core.scheduling.schedule import declared_ledger
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-from tokenprune.core.trace import Ledger
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, measure_flops
 
 WIDTH, LAYERS = 64, 4

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tokenprune.core.trace import LayerEntry, Ledger
+from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter, kv_bytes, measure_flops
 from tokenprune.errors import InputError, OptionError, UnknownNameError, UnsupportedError
 

@@ -8,11 +8,11 @@ import pytest
 
 import tokenprune
 from tokenprune.core.decisions import Keep
+from tokenprune.core.ledger import Ledger
 from tokenprune.core.scheduling.schedule import declared_ledger
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-from tokenprune.core.trace import Ledger
 from tokenprune.cost import DecoderSpec, Flops, count_flops
 
 # FastV (arXiv 2403.06764), table 1: (K, R) -> average per layer in 1e9; 612 tokens, 576 of them image tokens.

@@ -12,8 +12,9 @@ from PIL import Image
 
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.ledger import Ledger
 from tokenprune.core.scheduling.state import TokenState
-from tokenprune.core.trace import Ledger, StageTrace, Trace
+from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.coverage import cells_to_pixels, target_coverage, token_map

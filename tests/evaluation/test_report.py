@@ -104,7 +104,10 @@ def test_sheets_have_a_titled_panel_for_everything(comparison: Comparison) -> No
 
 
 def test_many_strategies_are_drawn_in_two_columns() -> None:
-    found = compare(FakeModel(), FakeData(), [Whole()] * 5, limit=2, timing_samples=0, records=1)
+    strategies = [Whole() for _ in range(5)]
+    for number, one in enumerate(strategies):
+        one.number = number  # type: ignore[attr-defined]  # so that no two are the same
+    found = compare(FakeModel(), FakeData(), strategies, limit=2, timing_samples=0, records=1)
     sheet = comparison_sheet(found.records[0])
     assert len({axis.get_subplotspec().rowspan.start for axis in sheet.axes}) == 4
 

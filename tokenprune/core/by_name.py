@@ -21,15 +21,15 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
 
     Args:
         name: a name of `tokenprune.strategies()`, or several joined by "+", which run one after the other (see
-            `tokenprune.Sequence`; its options are `budgets` and `parts`). A registered name that holds a "+" wins.
+            `tokenprune.Sequence`; its options are `budgets` and `parts`). A registered name may contain a "+".
         budget: equivalent image tokens as a fraction of all image tokens, in (0, 1]; solved for when the strategy runs.
         options: fields of the strategy's `Options`.
 
     Raises:
         UnknownNameError: no such strategy.
         OptionError: no name, an unknown option, a value out of range, or an option that would have no effect.
-        BudgetError: a budget out of range, or for a strategy that has nothing to move.
-        PluginError: the strategy's module cannot be imported, or its class cannot be made.
+        BudgetError: a budget out of range, or for a strategy without an option that it could move.
+        PluginError: the strategy's module cannot be imported, or its class cannot be instantiated.
 
     Example:
         >>> import tokenprune as tp
@@ -40,7 +40,7 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
     """
     parts = parts_of(instance("name", name, str, "the name of a strategy, such as 'csp'"))
     if len(parts) > 1:
-        from tokenprune.core.composition.sequence import Sequence  # imports torch, as any strategy does
+        from tokenprune.core.composition.sequence import Sequence  # imports torch
 
         joined = Sequence(*(part.name for part in parts), budget=budget, **options)
         for part in joined.parts:
@@ -61,7 +61,7 @@ def _check_effects(made: Strategy) -> None:
 
 
 def parts_of(name: str) -> list[Entry]:
-    """The strategies that a name stands for: one, or those that a "+" joins; none is imported.
+    """The strategies of a name: one, or those joined by "+"; none is imported.
 
     Raises:
         UnknownNameError: no such strategy.
@@ -75,7 +75,7 @@ def parts_of(name: str) -> list[Entry]:
 
 
 def names_in(text: str, known: Collection[str]) -> list[str] | None:
-    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
+    """The registered names that "a+b" joins, where names may contain a "+" themselves; None if there are none."""
     if text in known:
         return [text]
     for name in sorted(known, key=len, reverse=True):

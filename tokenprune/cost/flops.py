@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from tokenprune.core.trace import LayerEntry, Ledger
+from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.cost.spec import DecoderSpec
 from tokenprune.errors import InputError, OptionError
 

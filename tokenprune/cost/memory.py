@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune.core.trace import Ledger
+from tokenprune.core.ledger import Ledger
 from tokenprune.cost.spec import DecoderSpec
 from tokenprune.errors import InputError
 

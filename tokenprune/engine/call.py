@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.core.trace import LaterTurn
+from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.calls.under_way import checkpointed
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.deepstack import DeepStack

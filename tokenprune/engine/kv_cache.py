@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tokenprune.core.trace import Ledger
+from tokenprune.core.ledger import Ledger
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 

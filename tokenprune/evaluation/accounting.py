@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
-from tokenprune.core.trace import LayerEntry, Ledger
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, kv_bytes, measure_flops
 from tokenprune.evaluation.protocol import SegmentationModel
 

@@ -12,7 +12,7 @@ from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:
-    from tokenprune.core.trace import Ledger
+    from tokenprune.core.ledger import Ledger
     from tokenprune.cost import DecoderSpec, Flops, KVBytes
 
 Size = Optional[int]  # noqa: UP045 - typer reads annotations at run time, on Python 3.10 too

@@ -1,6 +1,6 @@
-"""When what happens in a prefill: the plan of stages, the walk over the layers, and the state of every image token.
+"""What happens at which layer of a prefill: the plan of stages, the walk over the layers, the state of the tokens.
 
-Goes here: what stands between a strategy and the engine. Whether a model suffices for a strategy (`requirements`), the
-plan for a shape (`schedule`), who carries it out (`scheduler`), what a decision does to the tokens (`state`) and which
-decisions are refused (`validation`).
+Goes here: what connects a strategy to the engine: the check of a model against a strategy's reads (`requirements`), the
+plan for a shape (`schedule`), the walk that carries it out (`scheduler`), the effect of a decision on the tokens
+(`state`) and the checks of a decision (`validation`).
 """

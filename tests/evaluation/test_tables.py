@@ -129,7 +129,9 @@ def test_what_could_not_run_is_a_line_with_its_reason() -> None:
 def test_a_title_names_no_budget_that_a_row_did_not_run_at(
     run: Runner, strategies: list[Any], budgets: list[str] | None
 ) -> None:
-    found = compare(FakeModel(), FakeData(), [*strategies, *({"none"} - set(strategies))], 0.35, limit=2, timing_samples=0)
+    found = compare(
+        FakeModel(), FakeData(), [*strategies, *({"none"} - set(strategies))], 0.35, limit=2, timing_samples=0
+    )
     assert [row.budget for row in found.rows[: len(budgets or ())]] == [
         None if shown == "–" else float(shown) for shown in budgets or ()
     ]

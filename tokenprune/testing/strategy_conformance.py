@@ -132,7 +132,7 @@ class StrategyConformance:
         """Restored tokens come back as they were parked."""
         self._hold(request, invariants.restore_restores)
 
-    def test_nothing_lent_is_written_to(self, request: pytest.FixtureRequest) -> None:
+    def test_inputs_are_not_modified(self, request: pytest.FixtureRequest) -> None:
         """Tensors that were lent are left alone."""
         self._hold(request, invariants.nothing_lent_is_written_to)
 

@@ -41,7 +41,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options of every command; `main` handles `--debug`, wherever it stands."""
+    """Options of every command; `main` handles `--debug` at any position."""
 
 
 app.command("list")(listing.command)
@@ -56,8 +56,8 @@ app.add_typer(new.app, name="new")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A `TokenPruneError` becomes one line on stderr and exit code 2, and so does what Typer says of misspelt commands and
-    options; with `--debug` the traceback of a `TokenPruneError` comes first.
+    A `TokenPruneError` becomes one line on stderr and exit code 2, and so does Typer's error about misspelt
+    commands and options; with `--debug` the traceback of a `TokenPruneError` comes first.
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given

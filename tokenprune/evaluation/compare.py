@@ -44,44 +44,43 @@ def compare(
 ) -> Comparison:
     """Run every strategy on the same queries and report accuracy and cost side by side.
 
-    A strategy that cannot run at a budget gets a row that says why, and the others run.
+    A strategy that cannot run at a budget gets a row with the reason; the others run.
 
-    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. A strategy's
-      option `seed` is moved by the scene's number, so that random choices differ from image to image.
+    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. The scene's number
+      is added to a strategy's option `seed`: random choices differ between images.
     - Cost: counted per query from the ledger, as if its batch row ran alone (queries that share a row, as turns of a
       conversation do, share its cost evenly), in the `exact` convention: decoder layers, attention
       rows computed for the strategy, merges of states, the strategy's own matmuls and the mask head (the last two
-      measured). What depends on the image alone (towers, projector) is left out: it is the same for all.
+      measured). What depends only on the image (towers, projector) is left out: it is the same for all.
     - Time: the decoder's prefill with the strategy's own work, one query at a time, strategies interleaved (see
       `interleaved_medians`).
 
     Args:
-        model: a segmentation model, or what `tokenprune.load` takes.
-        dataset: a dataset, the name of one, or the place of its class, "my_module:MyData".
-        strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`. None may be there
-            twice.
+        model: a segmentation model, or an argument of `tokenprune.load`.
+        dataset: a dataset, its name, or the location of its class, "my_module:MyData".
+        strategies: names, texts with options ("csp:query=seg"), or instances, each only once; see
+            `contenders`.
         budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
         split: of the dataset.
         limit: number of queries.
         seed: of the dataset.
-        timing_samples: queries that prefill is timed on; 0 leaves times out.
+        timing_samples: queries to time prefill on; 0 = no timing.
         timing_rounds: measured runs per query and strategy.
         records: samples to keep with masks and traces, for pictures.
-        extra_metrics: names of metrics that plugins add; None = all that are installed.
-        progress: called with (what is being done, steps done, steps in all).
-        threads: processor threads to compute with, set for the whole process until the comparison is done; None leaves
-            the number alone.
+        extra_metrics: names of metrics that plugins add; None = all installed ones.
+        progress: called with (name of the phase, steps done, total steps).
+        threads: processor threads, set for the whole process during the comparison; None = unchanged.
 
     Raises:
         UnknownNameError: no such dataset, split, strategy or metric.
-        PluginError: a metric or dataset of a plugin failed, or every strategy misbehaves.
-        OptionError: a limit, seed, number of threads or strategy option out of range, a strategy that is there twice,
-            or an argument of another kind.
-        InputError: a model that makes no masks.
+        PluginError: a metric or dataset of a plugin failed, or every strategy raised an unexpected exception.
+        OptionError: a limit, seed, number of threads or strategy option out of range, a strategy that is given
+            twice, or an argument of another type.
+        InputError: a model that does not make masks.
         BudgetError: a budget outside (0, 1], or none of the strategies can meet its own.
         CheckpointError: the model cannot be loaded.
-        IncompatibleError: every strategy reads what the model does not provide; told before any query runs where the
-            model declares what it provides.
+        IncompatibleError: every strategy requires reads that the model does not provide; raised before any query runs
+            if the model declares its reads.
 
     Example:
         >>> import tokenprune as tp

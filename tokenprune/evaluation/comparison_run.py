@@ -1,4 +1,4 @@
-"""One comparison while it runs: every contender on every scene, then its own work, then its time."""
+"""The state of a running comparison: accuracy on every scene, then the strategies' own FLOPs, then prefill times."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class ComparisonRun:
         self.element_bytes = next(self.model.decoder.parameters()).element_size()
 
     def running(self) -> list[Accumulator]:
-        """Those that nothing has kept from running so far."""
+        """The contenders that could run so far."""
         return [tally for tally in self.tallies if tally.reason is None]
 
     def attempt(self, tally: Accumulator, run: Callable[[], T]) -> T | None:
-        """What `run` gives; None where the contender cannot run, which is then left out from here on.
+        """The result of `run`; None if the contender cannot run: it is then left out.
 
         Raises:
-            InputError: an image or a query that no contender could run on.
-            TokenPruneError: the last contender cannot run either.
+            InputError: an image or a query that cannot be used.
+            TokenPruneError: no contender is left.
         """
         try:
             return run()
@@ -87,7 +87,7 @@ class ComparisonRun:
                 continue
             results.append((tally, result))
             if reference is None and result.trace is not None and not result.trace.stages:
-                reference = result  # a strategy that decides nothing leaves the model untouched
+                reference = result  # without a decision the model is untouched
         if reference is None:
             reference = self._segment(image, scene, None)
         wanted = [np.asarray(query.mask) for query in scene.queries]
@@ -116,7 +116,7 @@ class ComparisonRun:
         self.sizes.extend(metrics.size_of(mask) for mask in wanted)
 
     def count_own_work(self) -> None:
-        """Measure what strategies compute themselves, and the mask head; settle the options that really ran."""
+        """Measure the FLOPs of the strategies themselves and of the mask head; record the options that were used."""
         image, query, sentence = self.timed[0]
         self.untouched.head_flops = head_flops(self.model, image, query, sentence)
         for tally in self.running():
@@ -182,7 +182,7 @@ class ComparisonRun:
     def _remember(
         self, scene: Scene, image: Any, box: Box, results: list[tuple[Accumulator, SegmentationResult]]
     ) -> None:
-        number = len(self.timed) % len(scene.queries)  # another kind of query every time
+        number = len(self.timed) % len(scene.queries)  # a different kind of query each time
         if len(self.timed) < max(self.timing_samples, 1):
             query = scene.queries[number]
             self.timed.append((image, query.text, query.is_sentence))
@@ -200,7 +200,7 @@ class ComparisonRun:
 
 
 def batch_rows(result: SegmentationResult) -> list[int]:
-    """For each mask of a forced answer the batch row of the trace that it was made in: its own, unless told."""
+    """The batch row of the trace for each mask of a forced answer: `row_index`, or by default the mask's own number."""
     return list(getattr(result, "row_index", ())) or list(range(len(result.masks)))
 
 

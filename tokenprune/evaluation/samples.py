@@ -27,17 +27,17 @@ from tokenprune.utils.stopwatch import recorded
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one strategy made of a sample.
+    """The result of one strategy on a sample.
 
     Attributes:
-        label: the strategy, with options or budget where that tells it apart.
+        label: the strategy, with options or budget if several rows share its name.
         mask: bool [H, W].
-        trace: of the batch that the sample was in; None where nothing pruned.
+        trace: of the batch that the sample was in; None without a strategy.
         row: the sample's row in that batch.
         iou: against the target; None without one.
-        budget: that it ran at; None without one.
-        milliseconds: what each stage of the model took, and all of it, as `stopwatch.recorded` tells; empty where it
-            was not measured.
+        budget: of the run; None without one.
+        milliseconds: the time of each stage of the model and the total, from `stopwatch.recorded`; empty if it was not
+            measured.
     """
 
     label: str
@@ -57,7 +57,7 @@ class SampleRecord:
         id: of the scene.
         image: uint8 RGB [H, W, 3].
         query: the words.
-        target: mask [H, W], or None where it is not known.
+        target: mask [H, W], or None if it is unknown.
         box: the part of the image that the image tokens divide: (top, left, bottom, right) in pixels.
         outcomes: one per strategy.
     """
@@ -105,7 +105,7 @@ def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strat
         InputError: no such file, not an image, an empty query.
     """
     with recorded() as milliseconds:
-        pixels = np.asarray(to_rgb(image))  # the model gets what overlays show, whatever it makes of files itself
+        pixels = np.asarray(to_rgb(image))  # the model must see the same pixels as overlays
         result = model.segment(pixels, [query], strategy)
     mask = _first(result.masks)
     box = model.grid_box(*mask.shape)
@@ -115,7 +115,7 @@ def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strat
 
 
 def token_summary(outcome: Outcome) -> str:
-    """What ran, in one line: image tokens per stage, and equivalent tokens."""
+    """The run in one line: image tokens per stage, and equivalent tokens."""
     if outcome.trace is None:
         return f"{outcome.label}: no pruning"
     return f"{outcome.label}: {outcome.trace.summary(outcome.row)}"

@@ -1,4 +1,4 @@
-"""`tokenprune flops`: what a strategy costs on a decoder of given sizes, without any model."""
+"""`tokenprune flops`: the cost of a strategy on a decoder of given sizes, without a model."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _spec(shape: str | None, sizes: dict[str, Any]) -> DecoderSpec:
 
 
 class _Account:
-    """What the command shows."""
+    """The output of the command."""
 
     def __init__(
         self,

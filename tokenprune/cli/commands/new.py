@@ -25,7 +25,7 @@ THEN = {
 
 
 class Licence(str, Enum):
-    """Licences that a text is there for."""
+    """Licences with a text in the templates."""
 
     apache = "Apache-2.0"
     mit = "MIT"

@@ -1,6 +1,6 @@
-"""What users pass to functions, checked where it comes in: what is of a wrong kind is told by its name, in one line.
+"""Checks of arguments at the public functions; an error names the argument, in one line.
 
-Every check gives the value back, and raises OptionError, or the error that it is given, where it is none that will do.
+Every check returns the value, or raises OptionError or the given error class.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Kinds = type | tuple[type, ...]
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: as Python writes it where that is a short line, else of which type it is."""
+    """A value for a message: its `repr` if that is one short line, else its type."""
     try:
         text = repr(value)
-    except Exception:  # a value that cannot be shown must not hide what is wrong with it
+    except Exception:  # a failing __repr__ must not hide the error
         text = ""
     if text.isprintable() and 0 < len(text) <= LONGEST and " at 0x" not in text:
         return text
@@ -30,14 +30,14 @@ def shown(value: object) -> str:
 def instance(
     name: str, value: Any, kinds: Kinds, expected: str, error: type[TokenPruneError] = OptionError
 ) -> Any:  # of one of the kinds
-    """The value, if it is of one of the kinds.
+    """The value, if it is an instance of one of the kinds.
 
     Args:
         name: of the argument.
-        value: what was given for it.
-        kinds: what it may be an instance of.
-        expected: the same in words, and how one gets it.
-        error: raised otherwise.
+        value: the argument.
+        kinds: the allowed types.
+        expected: the allowed types in words.
+        error: the class to raise otherwise.
     """
     if not isinstance(value, kinds):
         raise error(f"{name}={shown(value)} found, expected {expected}")
@@ -52,7 +52,7 @@ def one_of(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """The value as an int, if it is a whole number of at least `least`; True and False are none."""
+    """The value as an int, if it is a whole number of at least `least`; bools are refused."""
     if not isinstance(value, Integral) or isinstance(value, bool) or (least is not None and value < least):
         at_least = "" if least is None else f" of at least {least}"
         raise OptionError(f"{name}: {shown(value)} found, expected a whole number{at_least}")
@@ -60,7 +60,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 
 
 def listed(value: Any) -> list[Any]:
-    """Several values that were given, or a single one, as a list; a text is a single one."""
+    """One or several values as a list; a text is one value."""
     if isinstance(value, (str, bytes)):
         return [value]
     try:
@@ -70,13 +70,13 @@ def listed(value: Any) -> list[Any]:
 
 
 def unicode_problem(text: str) -> str:
-    """What keeps a text from being written as Unicode, and the cure; empty where nothing does."""
+    """Why a text cannot be encoded as Unicode, and what to do; empty if it can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         found = ascii(text[error.start])[1:-1]
         return (
-            f"holds {found} at character {error.start}, half of a character or a byte that is no text; give it as "
+            f"holds {found} at character {error.start}, half of a character or a byte that is not text; give it as "
             "proper Unicode (on a command line: in the terminal's encoding, such as UTF-8)"
         )
     return ""

@@ -120,7 +120,7 @@ def test_a_first_part_before_the_decoder_is_a_shorter_input(second: str) -> None
 
 # every pair ----------------------------------------------------------------------------------------------------------
 
-REASONS = ("part 1, ", "cannot meet budget", "only the image tells")
+REASONS = ("part 1, ", "cannot meet budget", "depends on the image")
 
 
 @pytest.mark.parametrize("first", OURS)
@@ -335,7 +335,7 @@ def test_comparisons_give_compositions_budgets() -> None:
         ("fastv+uniform", {}, "'fastv', has its last stage at layer 2, and part 2, 'uniform', its first at layer 0"),
         ("fastv+fastv", {}, "reads the layer before, which ran on other tokens; begin part 2 at layer 3 or later"),
         ("csp+fastv", {}, "'csp', has its last stage at layer 6"),
-        ("prumerge+fastv", {}, "a number of tokens that only the image tells"),
+        ("prumerge+fastv", {}, "a number of tokens that depends on the image"),
         ("blind+fastv", {}, "leaves no image token to part 2"),
     ],
 )

@@ -214,8 +214,8 @@ class Sequence(Strategy):
             )
         if left is None and any(stage.tokens for stage in stages):
             raise OptionError(
-                f"{before} leaves a number of tokens that only the image tells, and part {number}, {part.name!r}, has "
-                f"to know it before the run; give part {number - 1} a budget or a fixed number"
+                f"{before} leaves a number of tokens that depends on the image, and part {number}, {part.name!r}, must "
+                f"know it before the run; give part {number - 1} a budget or a fixed number"
             )
         if left == 0:
             raise OptionError(

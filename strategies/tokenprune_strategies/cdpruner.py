@@ -23,9 +23,8 @@ class CDPruner(Strategy):
     A determinantal point process (section 3) whose kernel is the similarity of image tokens, weighted by relevance on
     both sides. Tokens *less* like the text weigh more, as in the authors' code.
 
-    Ours: every batch row is processed independently; when the kernel's rank is exhausted, the rest is picked by
-        relevance
-    (the authors' code then repeats tokens, and keeps fewer).
+    Ours: batch rows are independent; when the kernel's rank is exhausted, the rest is picked by relevance (the authors'
+    code then repeats tokens, and keeps fewer).
     """
 
     name = "cdpruner"

@@ -20,8 +20,7 @@ from tokenprune_strategies.ops.falling_stages import falling, falling_ladders, l
 class PyramidDrop(ScorerStrategy):
     """Keep fewer image tokens at each of several layers: those that the query row will attend to most.
 
-    Ours: layers as fractions of the depth, which transfers the published 8, 16, 24 of 32 to other models; batch rows
-        and
+    Ours: layers as fractions of the depth, to transfer the published 8, 16, 24 of 32 to other models; batch rows and
     images are independent (the authors prune the first image of a row).
     """
 

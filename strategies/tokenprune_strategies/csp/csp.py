@@ -115,7 +115,7 @@ class CSP(Strategy):
         return scatter_at, prune_at
 
     def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Options that use the budget, see `csp.budget`; those that the user set stay. Raises BudgetError, see Strategy."""
+        """Options that use the budget, see `csp.budget`; those that the user set stay. Raises BudgetError."""
         given, total = self.options.model_fields_set, shape.image_tokens
         scatter_at, prune_at = self.boundaries(shape.layers)
         later = [(s, prune_at) for s in range(scatter_at, prune_at)]

@@ -15,8 +15,8 @@ from vlm_families import FAMILIES
 
 import tokenprune as tp
 from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import Shape
-from tokenprune.core.state import TokenState
 from tokenprune.core.tokens import Tokens
 from tokenprune.engine import VisionSource
 from tokenprune.errors import BudgetError, CheckpointError, InputError, OptionError, PluginError, UnknownNameError
@@ -232,7 +232,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no Unicode for a query": (
         lambda: tp.load("lisa-tiny").segment(PICTURE, "a \ud800 b"),
-        r"query 'a \ud800 b' holds \ud800 at character 2, half of a character or a byte that is no text; give it as "
+        r"query 'a \ud800 b' holds \ud800 at character 2, half of a character or a byte that is not text; give it as "
         "proper Unicode (on a command line: in the terminal's encoding, such as UTF-8)",
     ),
     "no inputs": (

@@ -17,7 +17,7 @@ from vlm_families import CURRENT
 
 import tokenprune as tp
 from tokenprune.evaluation import metrics
-from tokenprune.evaluation.single import sample
+from tokenprune.evaluation.samples import sample
 from tokenprune.plugins import registry
 from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune.utils.images import to_rgb

@@ -1,143 +1,25 @@
 """Visual-token pruning for large vision-language models: comparable, reusable, fast.
 
-Public names are imported on first use, so that `import tokenprune` needs neither torch nor transformers.
+Public names are imported on first use, so that `import tokenprune` needs neither torch nor transformers. They are
+listed in `__init__.pyi`.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tokenprune.api import load, strategy
-    from tokenprune.core.composition import Sequence
-    from tokenprune.core.decisions import Decision, Keep, Merge, MergeGroup, Restore
-    from tokenprune.core.reads import (
-        AttentionFrom,
-        ClipImageEmbeddings,
-        ClipTextEmbeddings,
-        ClsAttention,
-        ClsFeatures,
-        ClsQuery,
-        Crops,
-        Embeddings,
-        HiddenStates,
-        LayerKeys,
-        Pixels,
-        PositionKernel,
-        Projector,
-        Read,
-        ReceivedAttention,
-        TextEmbeddings,
-        TextKeys,
-        TextStates,
-        TowerFeatures,
-        TowerKeys,
-        TowerValues,
-    )
-    from tokenprune.core.scorer import ScorerStrategy
-    from tokenprune.core.stage import Shape, Stage
-    from tokenprune.core.strategy import Strategy, StrategyOptions
-    from tokenprune.core.tokens import Tokens
-    from tokenprune.engine import prune
-    from tokenprune.engine.interface.compatibility import Compatibility, compatible
-    from tokenprune.errors import TokenPruneError
-    from tokenprune.evaluation.compare import compare
-    from tokenprune.loading.adapter import Adapter
-    from tokenprune.plugins.hookspecs import hookimpl
-    from tokenprune.plugins.registry import adapters, datasets, models, strategies
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "tokenprune.loading.adapter": ("Adapter",),
-    "tokenprune.api": ("load", "strategy"),
-    "tokenprune.core.scorer": ("ScorerStrategy",),
-    "tokenprune.core.stage": ("Shape", "Stage"),
-    "tokenprune.core.strategy": ("Strategy", "StrategyOptions"),
-    "tokenprune.engine.interface.compatibility": ("Compatibility", "compatible"),
-    "tokenprune.core.decisions": ("Decision", "Keep", "Merge", "MergeGroup", "Restore"),
-    "tokenprune.core.tokens": ("Tokens",),
-    "tokenprune.engine": ("prune",),
-    "tokenprune.errors": ("TokenPruneError",),
-    "tokenprune.evaluation.compare": ("compare",),
-    "tokenprune.plugins.hookspecs": ("hookimpl",),
-    "tokenprune.core.reads": (
-        "AttentionFrom",
-        "ClipImageEmbeddings",
-        "ClipTextEmbeddings",
-        "ClsAttention",
-        "ClsFeatures",
-        "ClsQuery",
-        "Crops",
-        "Embeddings",
-        "HiddenStates",
-        "LayerKeys",
-        "Pixels",
-        "PositionKernel",
-        "Projector",
-        "Read",
-        "ReceivedAttention",
-        "TextEmbeddings",
-        "TextKeys",
-        "TextStates",
-        "TowerFeatures",
-        "TowerKeys",
-        "TowerValues",
-    ),
-    "tokenprune.plugins.registry": ("adapters", "datasets", "models", "strategies"),
-    "tokenprune.core.composition": ("Sequence",),
+_MODULE_OF = {
+    name.name: str(node.module)
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for name in node.names
 }
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = [
-    "Adapter",
-    "AttentionFrom",
-    "ClipImageEmbeddings",
-    "ClipTextEmbeddings",
-    "ClsAttention",
-    "ClsFeatures",
-    "ClsQuery",
-    "Compatibility",
-    "Crops",
-    "Decision",
-    "Embeddings",
-    "HiddenStates",
-    "Keep",
-    "LayerKeys",
-    "Merge",
-    "MergeGroup",
-    "Pixels",
-    "PositionKernel",
-    "Projector",
-    "Read",
-    "ReceivedAttention",
-    "Restore",
-    "ScorerStrategy",
-    "Sequence",
-    "Shape",
-    "Stage",
-    "Strategy",
-    "StrategyOptions",
-    "TextEmbeddings",
-    "TextKeys",
-    "TextStates",
-    "TokenPruneError",
-    "Tokens",
-    "TowerFeatures",
-    "TowerKeys",
-    "TowerValues",
-    "adapters",
-    "compare",
-    "compatible",
-    "datasets",
-    "hookimpl",
-    "load",
-    "models",
-    "prune",
-    "strategies",
-    "strategy",
-]
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - no literal, since the list is in the stub
 
 
 def __getattr__(name: str) -> Any:

@@ -17,17 +17,24 @@ __all__ = ["load", "strategy"]
 
 
 def load(name_or_path: str | Path, **options: Any) -> Any:
-    """A model by name, folder or hub id.
+    """Load a model by name, folder or hub id.
 
     Args:
         name_or_path: a bundled model (`tokenprune list` shows them), a checkpoint folder, or a hub id.
         options: passed to the adapter: `dtype`, `device`, `device_map`, `vision_tower`, …
 
     Raises:
-        OptionError: no name, or an option that the family does not have or that is of another kind.
-        CheckpointError: nothing is there, or no adapter knows this kind of checkpoint.
-        PluginError: an adapter cannot be imported, or raises an unexpected exception; a bundled model's folder is
-            not there.
+        OptionError: no name, or an option that is unknown to the family or of another type.
+        CheckpointError: there is no such checkpoint, or no adapter knows its kind.
+        PluginError: an adapter cannot be imported, or raises an unexpected exception; a bundled model's folder
+            does not exist.
+
+    Example:
+        >>> import numpy, tokenprune as tp
+        >>> model = tp.load("lisa-tiny")
+        >>> image = numpy.zeros((128, 128, 3), dtype=numpy.uint8)
+        >>> model.segment(image, "the red ring", tp.strategy("csp", budget=0.35)).masks.shape
+        torch.Size([1, 128, 128])
     """
     source, config = find_checkpoint(name_or_path)
     adapters = registry.adapters()
@@ -39,14 +46,14 @@ def load(name_or_path: str | Path, **options: Any) -> Any:
                     f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), which {entry.name!r} does not merge; "
                     f"{MERGE}"
                 )
-            from tokenprune.utils.torch_state import loading  # imports torch, as adapters that load do
+            from tokenprune.utils.torch_state import loading  # imports torch
 
             with entry.running("load"), loading():
                 model = kind.load(source, **options)
             if model is None:
                 raise entry.refusal("gave None in load(), expected the model")
             if str(name_or_path) in registry.models() and hasattr(model, "name"):
-                model.name = str(name_or_path)  # reports call a bundled model as users do, not by its folder
+                model.name = str(name_or_path)  # the name in reports: not the folder
             return model
     found = f"architectures {config.get('architectures')}, model_type {config.get('model_type')!r}"
     known = f"{', '.join(adapters) or 'none'}{not_loaded(registry.broken_plugins())}"

@@ -1,7 +1,7 @@
 """Every error a user can cause.
 
-A message names the thing, what was found, what was expected and what to do, in one line, which the command line prints.
-All classes take the message as their only argument; the class methods compose it from parts.
+A message is one line that names the thing, what was found, what was expected and what to do; the command line prints
+it. All classes take the message as their only argument; the class methods compose it from parts.
 """
 
 from __future__ import annotations
@@ -14,19 +14,28 @@ LONGEST = 200  # characters of an option's value that a message shows
 
 
 class TokenPruneError(Exception):
-    """Base of all errors raised on purpose by tokenprune."""
+    """Base of all errors raised on purpose by tokenprune.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> try:
+        ...     tp.strategy("fastv", budget=1.5)
+        ... except tp.TokenPruneError as error:
+        ...     print(error)
+        strategy 'fastv': budget must be a share of the image tokens in (0, 1], got 1.5
+    """
 
 
 class UnknownNameError(TokenPruneError, LookupError):
-    """A strategy, adapter, dataset, model, split or other name that nobody registered."""
+    """A strategy, adapter, dataset, model, split or other name that is not registered."""
 
     @classmethod
     def among(cls, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-        """Compose the message from what was asked for and what there is, nearest names first.
+        """Compose the message from the requested and the known names, similar names first.
 
         Args:
-            kind: what the name should be the name of, in the singular ("strategy").
-            name: the name asked for.
+            kind: what the name refers to, in the singular ("strategy").
+            name: the requested name.
             known: the names that exist.
         """
         names = list(known)
@@ -45,7 +54,7 @@ class OptionError(TokenPruneError, ValueError):
 
         Args:
             thing: what the options belong to ("strategy 'fastv'").
-            error: a pydantic ValidationError; anything with its `errors()` method will do.
+            error: a pydantic ValidationError; any object with its method `errors()`.
             known: names of the options that exist, used to suggest one.
         """
         names = list(known)
@@ -62,36 +71,36 @@ class InputError(TokenPruneError, ValueError):
 
 
 class CheckpointError(TokenPruneError):
-    """A checkpoint that is not there, is damaged, or is not what the adapter expects."""
+    """A checkpoint that is missing, damaged, or not what the adapter expects."""
 
 
 class PluginError(TokenPruneError):
     """A plugin that cannot be imported, registers something invalid, or misbehaves while it runs.
 
     Attributes:
-        plugin: its name; empty where the message names a strategy or what it registers.
+        plugin: its name; empty if the message names a strategy or another entry instead.
     """
 
     plugin = ""
 
     @classmethod
     def of(cls, plugin: str, distribution: str, problem: str, advice: str = "") -> PluginError:
-        """Compose the message; `plugin` is its name, `distribution` the package that brings it."""
+        """Compose the message; `plugin` is its name, `distribution` its package."""
         error = cls(f"plugin {plugin!r} of package {distribution!r}: {problem}" + (f"; {advice}" if advice else ""))
         error.plugin = plugin
         return error
 
 
 class PluginWarning(UserWarning):
-    """A plugin that works but does something that it should not, such as keeping tensors that it was lent."""
+    """A plugin that works but does something that it should not, for example keeps tensors after the prefill."""
 
 
 class IncompatibleError(TokenPruneError):
-    """A strategy needs to read something that the model cannot provide."""
+    """A strategy requires reads that the model does not provide."""
 
 
 class UnsupportedError(TokenPruneError):
-    """Something sensible that tokenprune refuses because it does not support it (beam search, nesting)."""
+    """Something that tokenprune does not support (for example nested contexts)."""
 
 
 class BusyError(UnsupportedError):
@@ -99,7 +108,7 @@ class BusyError(UnsupportedError):
 
 
 class PruningWarning(UserWarning):
-    """Something that is right but not pruned, such as an image in a later turn of a conversation."""
+    """A correct result without pruning, for example of an image in a later turn of a conversation."""
 
 
 class EngineError(TokenPruneError):
@@ -107,7 +116,7 @@ class EngineError(TokenPruneError):
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """Names out of `known` that look like `name`, best first; upper and lower case count as equal."""
+    """Names in `known` that are similar to `name`, best first, ignoring case."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     return [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=limit, cutoff=0.6)]
 
@@ -117,7 +126,7 @@ def _either(names: list[str]) -> str:
 
 
 def _merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where a value may be of several types, pydantic tells what each says of it; here they become one problem."""
+    """pydantic reports an error for each type of a union; this merges them into one per value."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for item in found:
         *before, last = item["loc"] or ("options",)
@@ -128,8 +137,8 @@ def _merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(items) == 1 or any(item.get("input") is not items[0].get("input") for item in items):
             merged += items
             continue
-        told = [item["msg"].partition(", unable")[0].removeprefix("Input should be ") for item in items]
-        merged.append({**items[0], "loc": loc, "msg": f"Input should be {' or '.join(dict.fromkeys(told))}"})
+        messages = [item["msg"].partition(", unable")[0].removeprefix("Input should be ") for item in items]
+        merged.append({**items[0], "loc": loc, "msg": f"Input should be {' or '.join(dict.fromkeys(messages))}"})
     return merged
 
 

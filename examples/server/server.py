@@ -63,7 +63,7 @@ def create_app(model: Any = None) -> FastAPI:
 
     @app.exception_handler(tp.TokenPruneError)
     async def refused(request: Request, error: tp.TokenPruneError) -> JSONResponse:
-        """What a client asks for wrongly is told in tokenprune's own words; what is not his fault is a 500."""
+        """Errors of a client are reported with tokenprune's message; other errors are a 500."""
         return JSONResponse({"error": type(error).__name__, "detail": str(error)}, status_of(error))
 
     @app.exception_handler(RequestValidationError)
@@ -118,7 +118,7 @@ def create_app(model: Any = None) -> FastAPI:
 
 
 def status_of(error: tp.TokenPruneError) -> int:
-    """404 for names that nobody has, 422 for values that cannot be used, 500 for all that a client cannot mend."""
+    """404 for unknown names, 422 for invalid values, 500 for everything that is not the client's error."""
     if isinstance(error, UnknownNameError):
         return 404
     return 422 if isinstance(error, (InputError, OptionError, IncompatibleError)) else 500

@@ -1,4 +1,4 @@
-"""What every comparison needs beside the methods: no pruning, chance, a plain grid, and no sight at all."""
+"""Baselines of every comparison: no pruning, random tokens, a regular grid, and no image tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenprune_strategies.ops.allocation import grid_mask, random_scores
 
 
 class NoPruning(Strategy):
-    """The untouched model: no stage, so every layer runs on every image token."""
+    """The untouched model: without stages, every layer runs on every image token."""
 
     name = "none"
 
@@ -21,17 +21,17 @@ class NoPruning(Strategy):
         return ()
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Keep everything (never asked: there is no stage)."""
+        """Keep everything (never called: there is no stage)."""
         return Keep.where(tokens.active)
 
 
 class Blind(Strategy):
-    """No image token enters the decoder: what can be answered from the words alone, the floor of any comparison."""
+    """No image token enters the decoder: what the words alone allow, the lower bound of any comparison."""
 
     name = "blind"
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage before the first layer, of no tokens."""
+        """One stage before the first layer, with no tokens."""
         yield Stage("blind", layer=0, tokens=0)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
@@ -57,7 +57,7 @@ class FixedShare(Strategy):
 
 
 class Random(FixedShare):
-    """Image tokens at random, every set of that size being equally likely."""
+    """Random image tokens; every set of that size is equally likely."""
 
     name = "random"
 

@@ -18,13 +18,13 @@ from tokenprune_strategies.ops.stacked_images import StackedImages
 
 
 class CDPruner(Strategy):
-    """Keep the image tokens that are most diverse, given what is asked, before the first decoder layer.
+    """Keep the image tokens that are most diverse, given the question, before the first decoder layer.
 
     A determinantal point process (section 3) whose kernel is the similarity of image tokens, weighted by relevance on
     both sides. Tokens *less* like the text weigh more, as in the authors' code.
 
-    Ours: every batch row chooses for itself; where the kernel's rank is used up, the rest is picked by relevance (the
-    authors' code repeats tokens then, and so keeps fewer).
+    Ours: batch rows are independent; when the kernel's rank is exhausted, the rest is picked by relevance (the authors'
+    code then repeats tokens, and keeps fewer).
     """
 
     name = "cdpruner"
@@ -48,7 +48,7 @@ class CDPruner(Strategy):
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Pick in every crop, all crops of the batch at once."""
         texts, exists = tokens.clip_text_embeddings
-        # (1) relevance q, scaled over the whole row: crops of an image are scaled together, and chosen from apart
+        # (1) relevance q, scaled over the whole row: crops of an image are scaled together, but pruned separately
         scores = relevance(tokens.clip_image_embeddings, texts, exists, tokens.active)
         # (2) diversity S, the cosine similarity of tokens as they enter the decoder; (3) greedy MAP inference of the
         # process with the kernel q_i S_ij q_j
@@ -58,12 +58,12 @@ class CDPruner(Strategy):
 
 
 def relevance(images: Tensor, texts: Tensor, exists: Tensor, active: Tensor) -> Tensor:
-    """float32 [batch, N]: how unlike the texts each image token is, scaled to 0 … 1 over the row.
+    """float32 [batch, N]: the dissimilarity of each image token to the texts, scaled to 0 … 1 over the row.
 
     Args:
         images: float32 [batch, N, P].
         texts: float32 [batch, M, P], the segments of the question.
-        exists: bool [batch, M], which texts there are.
+        exists: bool [batch, M], which texts exist.
         active: bool [batch, N], which tokens count.
     """
     likeness = normalize(images, dim=-1) @ normalize(texts, dim=-1).transpose(1, 2)

@@ -18,12 +18,12 @@ from tokenprune.errors import BudgetError
 
 
 class DART(Strategy):
-    """Keep the image tokens least like a few pivots: what is duplicated goes, however important it is.
+    """Keep the image tokens that are least similar to a few pivots: duplicates are dropped, important or not.
 
     Pivots are the tokens, of image and text, whose keys have the largest norm (section 4). Positions are kept.
 
     Ours: the pivots choose in the order of their norm, those of the image first; `keep` counts all image tokens that
-    stay, and where it does not divide evenly the first pivots keep one more; every batch row and image for itself.
+    stay, and if it does not divide evenly the first pivots keep one more; batch rows and images are independent.
     """
 
     name = "dart"
@@ -78,43 +78,43 @@ class DART(Strategy):
             text = text[_largest(text_norms[row, text], self.options.text_pivots)]
             # (2) cosine similarity of states after the decoder's final norm, of every pivot to every image token
             likeness = torch.cat((states[row, pivots], text_states[row, text])) @ states[row, index].T
-            if self.options.faithful:  # the authors' pivots choose in the order in which CPython walks through a set
+            if self.options.faithful:  # the authors' pivots choose in CPython's iteration order of a set
                 places = torch.cat((tokens.places[row, pivots], tokens.text_places[row, text])).tolist()
                 likeness = likeness[[places.index(place) for place in set(places)]]
-            # (3) the image pivots stay, beside what each pivot keeps
+            # (3) the image pivots stay, and the tokens that each pivot keeps
             chosen[row, index[_least_like(likeness, torch.isin(index, pivots), image.quota)]] = True
         return Keep.where(chosen)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
-        """The most tokens that meet the budget; where they are fewer than the pivots, `layer` goes down to 1 (ours).
+        """The largest `keep` that meets the budget; if it is less than the pivots, `layer` moves down to 1 (ours).
 
-        Where they still are, fewer image tokens are pivots.
+        If it still is, fewer image tokens are pivots.
         """
         total, given = shape.image_tokens, "image_pivots" in self.options.model_fields_set
         most = min(self.options.image_pivots, total)
         for pivots in range(most, most - 1 if given else 0, -1):
-            least = 1 if self.options.faithful else pivots  # there, `keep` does not count the pivots
+            least = 1 if self.options.faithful else pivots  # in the authors' code `keep` does not count the pivots
             for ladder in ladders(self, shape):
                 enough = [setting for setting in ladder if tokens_of(setting["keep"], total) >= least]
                 yield [{**setting, "image_pivots": pivots} for setting in enough]
 
 
 def _largest(norms: Tensor, count: int) -> Tensor:
-    """The `count` largest of float [n], falling."""
+    """The `count` largest of float [n], in descending order."""
     return norms.argsort(descending=True, stable=True)[:count]
 
 
 def _least_like(likeness: Tensor, taken: Tensor, count: int) -> Tensor:
-    """bool [n]: the tokens taken already and, up to `count`, those that the pivots keep in turn.
+    """bool [n]: the tokens in `taken` and, up to `count`, those that the pivots keep in turn.
 
     Args:
         likeness: float [pivots, n], cosine similarity.
         taken: bool [n], the image pivots.
-        count: tokens in the end.
+        count: total number of tokens.
     """
     each, more = divmod(count - int(taken.sum()), max(1, len(likeness)))
-    for turn, alike in enumerate(likeness):
-        # what is taken sorts last, so that every pivot keeps the least similar of what none has kept yet
-        order = alike.masked_fill(taken, float("inf")).argsort(stable=True)
+    for turn, similar in enumerate(likeness):
+        # taken tokens sort last: every pivot keeps the least similar of those left
+        order = similar.masked_fill(taken, float("inf")).argsort(stable=True)
         taken = taken.scatter(0, order[: each + (turn < more)], True)
     return taken

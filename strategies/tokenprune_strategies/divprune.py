@@ -18,13 +18,13 @@ from tokenprune_strategies.ops.stacked_images import StackedImages
 
 
 class DivPrune(Strategy):
-    """Keep the image tokens that are most unlike each other, before the first decoder layer.
+    """Keep the image tokens that are most dissimilar, before the first decoder layer.
 
     A max-min diversity problem, solved greedily on 1 − cosine similarity of the tokens as they enter the decoder. No
     text, no attention.
 
-    Ours: every batch row and every image chooses for itself (the authors' code takes row 0's choice for all), and no
-    token is picked twice, which the authors' code does where rows are exact copies of each other (`faithful`).
+    Ours: batch rows and images are independent (the authors' code uses row 0's choice for all), and no token is picked
+    twice, which the authors' code does if rows are exact copies (`faithful`).
     """
 
     name = "divprune"
@@ -47,7 +47,7 @@ class DivPrune(Strategy):
         if self.options.faithful and self.positions == "keep":
             raise OptionError(
                 "strategy 'divprune': options 'faithful' and positions='keep' found, but a token that enters twice has "
-                "no second place of its own; use one of them"
+                "no second position; use one of them"
             )
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
@@ -70,7 +70,7 @@ class DivPrune(Strategy):
 
 
 def copies(row: int, image: Tensor, picked: Tensor) -> MergeGroup:
-    """Tokens of an image, int64 [n], in image order at its first slots; one that was picked twice is there twice."""
+    """Tokens of an image, int64 [n], in image order at its first slots; one that was picked twice appears twice."""
     origin = picked.sort().values
     each = (origin[:, None] == image).float()  # a new token is made of one only
     return MergeGroup(row, image[: len(origin)], image, each, origin)

@@ -13,7 +13,7 @@ from tokenprune_strategies.ops.allocation import random_scores
 class FastV(ScorerStrategy):
     """Layers before K run in full; from K on, only the image tokens that the query row attended to most, in place.
 
-    Ours: each batch row chooses for itself (authors: row 0 for all), by any query row (theirs: the last)."""
+    Ours: batch rows are independent (authors: row 0 for all), and any query row can be used (authors: the last)."""
 
     name = "fastv"
     budget_layer = ("layer", 1)

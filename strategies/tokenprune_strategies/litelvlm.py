@@ -31,12 +31,12 @@ from tokenprune.core.stage import Positions
 
 
 class LiteLVLM(Strategy):
-    """Keep the image tokens *least* like what is asked, in CLIP's space, and fill up by context, before the decoder.
+    """Keep the image tokens *least* similar to the question in CLIP's space, and context tokens, before the decoder.
 
-    Of K tokens each of M questions takes the ⌊K/M⌋ least similar; what their union leaves free goes to the tokens that
-    matter most to [CLS]. With one question there are no such context tokens.
+    Of K tokens each of M questions takes the ⌊K/M⌋ least similar; the rest are the tokens that matter most to [CLS]
+    (context). With one question there are no context tokens.
 
-    Ours: every batch row chooses for itself, by its own questions; several crops of a row share K by size.
+    Ours: batch rows are independent, each with its own questions; several crops of a row share K by size.
     """
 
     name = "litelvlm"
@@ -79,7 +79,7 @@ class LiteLVLM(Strategy):
                 slots.append(crop.index[: crop.quota])
             order = torch.cat(chosen)
             mask[row, order] = True
-            # the decoder gets them in this order: the k-th takes the k-th slot of the row, whatever crop that is in
+            # the decoder gets them in this order: the k-th takes the k-th slot of the row, in any crop
             each = torch.eye(len(order), dtype=torch.float32, device=tokens.device)
             groups.append(MergeGroup(row, torch.cat(slots).sort().values, order, each, order))
         if self.positions == "keep" or self.options.order == "image":
@@ -103,7 +103,7 @@ def context_scores(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def select(similar: Tensor, context: Tensor, count: int) -> Tensor:
-    """Patches kept of an image, int64 [count]: context patches by falling score, then the unlike ones ascending.
+    """Patches kept of an image, int64 [count]: context patches by descending score, then the dissimilar ones ascending.
 
     Args:
         similar: [n, M], to each of M texts.
@@ -112,7 +112,7 @@ def select(similar: Tensor, context: Tensor, count: int) -> Tensor:
     """
     chosen = torch.zeros_like(context, dtype=torch.bool)
     lowest = similar.argsort(dim=0, stable=True)[: count // max(1, similar.shape[1])]
-    chosen[lowest.flatten()] = True  # the union over texts: one patch may be least like several
+    chosen[lowest.flatten()] = True  # the union over texts: one patch may be the least similar to several
     unlike = chosen.nonzero().flatten()
     ranked = context.argsort(descending=True, stable=True)
     return torch.cat((ranked[~chosen[ranked]][: count - len(unlike)], unlike))

@@ -18,10 +18,10 @@ from tokenprune_strategies.ops.falling_stages import falling, falling_ladders, l
 
 
 class PyramidDrop(ScorerStrategy):
-    """Keep fewer image tokens at every one of several layers: those that the query row is about to attend to most.
+    """Keep fewer image tokens at each of several layers: those that the query row will attend to most.
 
-    Ours: layers as fractions of the depth, so that the published 8, 16, 24 of 32 carry to other models; every batch row
-    and every image chooses for itself (the authors prune the first image of a row).
+    Ours: layers as fractions of the depth, to transfer the published 8, 16, 24 of 32 to other models; batch rows and
+    images are independent (the authors prune the first image of a row).
     """
 
     name = "pyramiddrop"
@@ -62,14 +62,14 @@ class PyramidDrop(ScorerStrategy):
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage per layer. Raises OptionError for stages that grow, IncompatibleError for too few layers."""
         query = "last" if self.options.faithful else self.options.query
-        # section 3.2: norm, queries, keys and rotation are those of the layer to come
+        # section 3.2: norm, queries, keys and rotation of the next layer
         ahead = AttentionFrom(query, self.options.query_reduce, layer="next")
         layers = layers_of(self.options.layers, shape.layers, self.name)
         for number, (layer, count) in enumerate(zip(layers, self.counts(shape.image_tokens), strict=True), 1):
             yield Stage(f"drop {number}", layer, count, (ahead,))
 
     def score(self, stage: Stage, tokens: Tokens) -> Tensor:
-        """The attention to come, softmax over all keys, mean over heads."""
+        """The attention of the next layer, softmax over all keys, mean over heads."""
         attention: Tensor = tokens.attention
         return attention
 
@@ -82,7 +82,7 @@ class PyramidDrop(ScorerStrategy):
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
         """Shares f, f², f³, … of N (the published ones: f = 1/2), f by the budget (ours).
 
-        Where f would fall below 1/4, all stages move towards layer 1 by one factor.
+        If f would fall below 1/4, all stages move towards layer 1 by one factor.
         """
         total, steps = shape.image_tokens, range(1, len(self.options.layers) + 1)
         powers = [tuple(max(1, int(total * (n / total) ** k + 1e-6)) for k in steps) for n in range(total, 0, -1)]

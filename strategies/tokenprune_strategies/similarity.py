@@ -1,4 +1,4 @@
-"""A simple, strong reference (ours): keep what is unlike each other, by the states of a decoder layer."""
+"""A simple, strong reference (ours): keep dissimilar tokens, by the states of a decoder layer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tokenprune_strategies.ops.stacked_images import StackedImages
 
 
 class Similarity(Strategy):
-    """Keep the image tokens whose hidden states are most unlike each other, on entering a layer (ours).
+    """Keep the image tokens whose hidden states are most dissimilar on entering a layer (ours).
 
     Farthest-first on 1 − cosine similarity, the selection that DivPrune (https://arxiv.org/abs/2503.02175) makes on
-    the projector's output; here the tokens have been through the decoder's first layers. Every image chooses for
-    itself, positions are kept.
+    the projector's output; here the tokens have been through the decoder's first layers. Images are
+    independent, positions are kept.
     """
 
     name = "similarity"

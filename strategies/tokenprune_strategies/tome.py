@@ -13,8 +13,8 @@ from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions,
 from tokenprune.core.layout import true_positions
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, Projector, Read, TowerFeatures, TowerKeys
+from tokenprune.core.scheduling.state import as_mask
 from tokenprune.core.stage import Positions
-from tokenprune.core.state import as_mask
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.bipartite_matching import bipartite_merge, merged_means
 
@@ -26,14 +26,14 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class ToMe(Strategy):
-    """Merge the image tokens that are most like each other, averaged by the number of tokens that each stands for.
+    """Merge the most similar image tokens; averages are weighted by the number of tokens that each stands for.
 
-    ToMe does one round of bipartite matching in every layer of a vision transformer. Here (ours) rounds follow each
-    other at the entry of decoder layers, or between tower and projector, until as many tokens are left as the stage
-    declares; as many go at each of `layers`.
+    ToMe does one round of bipartite matching in every layer of a vision transformer. Here (ours) rounds
+    are repeated on entering decoder layers, or between tower and projector, until the stage's number of tokens is left;
+    each of `layers` removes the same number.
 
-    Ours: the merged token takes B's place and position, every image is merged on its own (unless fewer tokens are left
-    than there are images), and attention is left as it is (ToMe adds the logarithm of the sizes to it).
+    Ours: the merged token takes B's place and position, images are merged independently (unless fewer tokens are left
+    than there are images), and attention is unchanged (ToMe adds the logarithm of the sizes to it).
     """
 
     name = "tome"
@@ -69,7 +69,7 @@ class ToMe(Strategy):
         return {"layers": "with where=tower"} if self.options.where == "tower" else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage a merge. Raises OptionError where the model has no such layer, or no keys before it."""
+        """One stage per merge. Raises OptionError where the model has no such layer, or no keys before it."""
         total, keep = shape.image_tokens, tokens_of(self.options.keep, shape.image_tokens)
         keys, layers = self.options.match == "keys", self.options.layers
         if self.options.where == "tower":
@@ -94,15 +94,15 @@ class ToMe(Strategy):
         for row, images in enumerate(tokens.images_by_row(least=1)):
             parts = [(image.index, image.quota) for image in images]
             target = sum(share for _, share in parts)
-            if images and target < len(images):  # not even a token for each image: they merge with each other
+            if images and target < len(images):  # fewer tokens than images: images merge with each other
                 parts = [(torch.cat([index for index, _ in parts]), target)]
             for index, share in parts:
                 merged = bipartite_merge(metric[row, index], tokens.mass[row, index], share, self.options.per_round)
                 into[row, index] = index[merged]
-        # kept are those that others, or themselves, are merged into; −1 sets aside what takes no part
+        # kept are the targets of merges, themselves included; −1 marks tokens that take no part
         index = true_positions(as_mask(torch.where(tokens.active, into, -1), into.shape[1]))
         values = merged_means(states, tokens.mass.masked_fill(~tokens.active, 0), into, index)
-        weights = (into[:, None] == index[..., None]) & tokens.active[:, None]  # who belongs to whom: mass is conserved
+        weights = (into[:, None] == index[..., None]) & tokens.active[:, None]  # one target each: conserves mass
         if tower:
             values = tokens.project(values)
         return Merge(index, values=values, weights=weights.float(), conserves_mass=True)

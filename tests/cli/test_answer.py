@@ -83,7 +83,7 @@ def test_threads(run: Runner, folder: Path, album: Path, monkeypatch: pytest.Mon
         (("{album}/first.png", "What?", "--max-new-tokens", "0"), ("--max-new-tokens: 0", "at least 1")),
         (("{album}/first.png", "What?", "--threads", "0"), ("--threads: 0",)),
         (("{album}/first.png", "What?", "--strategy", "fastvv"), ("did you mean 'fastv'",)),
-        (("{album}/first.png", "What?", "--budget", "7"), ("got 7",)),
+        (("{album}/first.png", "What?", "--budget", "7"), ("budget must be", "got 7")),
         (("{album}/first.png", "What?", "--model", "lisa-tiny"), ("lisa-tiny", "makes masks", "tokenprune segment")),
         (("{album}/first.png", "What?", "--model", "fake"), ("fake", "makes masks")),
         (("{album}/first.png", "What?", "--device", "gpu7"), ("gpu7",)),

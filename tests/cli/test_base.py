@@ -88,7 +88,8 @@ def test_without_arguments_the_help_is_shown(arguments: tuple[str, ...]) -> None
 
 FAILING = """
 import sys
-from tokenprune.cli import app, listing
+from tokenprune.cli import app
+from tokenprune.cli.commands import listing
 from tokenprune.errors import InputError
 
 @app.app.command()

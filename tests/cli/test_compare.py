@@ -15,7 +15,7 @@ from fake_segmentation import FakeData
 from PIL import Image
 
 from tokenprune import hookimpl
-from tokenprune.cli.compare import STRATEGIES
+from tokenprune.cli.commands.compare import STRATEGIES
 from tokenprune.plugins import registry
 from tokenprune.plugins.hookspecs import Register
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tokenprune.cli.app import main
-from tokenprune.core.option_texts import parse_options
+from tokenprune.core.by_name import parse_options
 from tokenprune.errors import OptionError
 
 SMALL = ["--layers", "4", "--hidden", "32", "--intermediate", "64", "--heads", "4"]

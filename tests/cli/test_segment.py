@@ -70,7 +70,7 @@ def test_budget_and_options_reach_the_strategy(run: Runner, picture: Path, tmp_p
         (("{tmp}/empty", "thing", "--out", "{tmp}/masks"), ("{tmp}/empty", "holds no image")),
         (("{tmp}/*.jpg", "thing", "--out", "{tmp}/masks"), ("{tmp}/*.jpg", "matches no file")),
         (("{tmp}", "thing"), ("m.png", "name a folder")),
-        (("{picture}", "{tmp}/text.png"), ("query", "{tmp}/text.png", "behind the images")),
+        (("{picture}", "{tmp}/text.png"), ("query", "{tmp}/text.png", "after the images")),
         (("~nobody-at-all/a.png", "thing"), ("~nobody-at-all/a.png", "no such file")),
         (("{picture}", "{picture}", "thing"), ("m.png", "name a folder")),
         (("{picture}", "thing", "--out", "{picture}"), ("--out '{picture}'", "same file as the image that is read")),

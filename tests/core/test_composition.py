@@ -12,10 +12,10 @@ from strategy_bench import Bench, layout_of
 
 import tokenprune
 from tokenprune.core.by_name import names_in
-from tokenprune.core.composition import Sequence
+from tokenprune.core.composition.sequence import Sequence
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.reads import Embeddings, HiddenStates, TowerFeatures
-from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.scheduling.schedule import declared_ledger
 from tokenprune.core.stage import Shape, Stage, equivalent_tokens
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
@@ -120,7 +120,7 @@ def test_a_first_part_before_the_decoder_is_a_shorter_input(second: str) -> None
 
 # every pair ----------------------------------------------------------------------------------------------------------
 
-REASONS = ("part 1, ", "cannot meet budget", "only the image tells")
+REASONS = ("part 1, ", "cannot meet budget", "depends on the image")
 
 
 @pytest.mark.parametrize("first", OURS)
@@ -335,7 +335,7 @@ def test_comparisons_give_compositions_budgets() -> None:
         ("fastv+uniform", {}, "'fastv', has its last stage at layer 2, and part 2, 'uniform', its first at layer 0"),
         ("fastv+fastv", {}, "reads the layer before, which ran on other tokens; begin part 2 at layer 3 or later"),
         ("csp+fastv", {}, "'csp', has its last stage at layer 6"),
-        ("prumerge+fastv", {}, "a number of tokens that only the image tells"),
+        ("prumerge+fastv", {}, "a number of tokens that depends on the image"),
         ("blind+fastv", {}, "leaves no image token to part 2"),
     ],
 )
@@ -354,7 +354,7 @@ def test_parts_that_do_not_go_together_are_refused(name: str, options: dict[str,
         ({"parts": ({},)}, "option 'parts': found 1 for 2 parts"),
         ({"parts": ({}, {"layr": 2})}, "unknown option 'layr'; did you mean 'layer'"),
         ({"layer": 2}, "unknown option 'layer'"),
-        ({"budget": 2}, "got 2"),
+        ({"budget": 2}, "budget must be a share of the image tokens .*, got 2"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], found: str) -> None:

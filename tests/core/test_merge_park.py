@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout, true_positions
+from tokenprune.core.scheduling.state import TokenState
+from tokenprune.core.scheduling.validation import check_decision
 from tokenprune.core.stage import Shape, Stage
-from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
 from tokenprune.core.trace import Trace
-from tokenprune.core.validation import check_decision
 from tokenprune.engine import prune
 from tokenprune.errors import PluginError
 from tokenprune.testing.oracle import masked_full_length

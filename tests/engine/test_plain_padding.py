@@ -15,9 +15,9 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import IncompatibleError
-from tokenprune.testing.cases import Row, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.synthetic_vision import synthetic_vision_of
+from tokenprune.testing.kit.cases import Row, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.synthetic_vision import synthetic_vision_of
 
 BUILT_IN = [name for name, entry in tp.strategies().items() if entry.distribution == "tokenprune-vlm"]
 BATCHES = [

@@ -19,10 +19,10 @@ from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates, Tower
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
-from tokenprune.testing import invariants
-from tokenprune.testing.cases import Case, Row
+from tokenprune.testing.kit import invariants
+from tokenprune.testing.kit.cases import Case, Row
+from tokenprune.testing.kit.recording import run
 from tokenprune.testing.oracle import masked_full_length
-from tokenprune.testing.recording import run
 from tokenprune.testing.scripted import Scripted, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
 

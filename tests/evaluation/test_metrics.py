@@ -13,7 +13,7 @@ from PIL import Image
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import Ledger
-from tokenprune.core.state import TokenState
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics

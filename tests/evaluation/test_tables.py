@@ -130,12 +130,7 @@ def test_a_title_names_no_budget_that_a_row_did_not_run_at(
     run: Runner, strategies: list[Any], budgets: list[str] | None
 ) -> None:
     found = compare(
-        FakeModel(),
-        FakeData(),
-        strategies if "none" in strategies else [*strategies, "none"],
-        0.35,
-        limit=2,
-        timing_samples=0,
+        FakeModel(), FakeData(), [*strategies, *({"none"} - set(strategies))], 0.35, limit=2, timing_samples=0
     )
     assert [row.budget for row in found.rows[: len(budgets or ())]] == [
         None if shown == "–" else float(shown) for shown in budgets or ()

@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom, PositionKernel, Projector, Read
-from tokenprune.core.scheduler import TokenScheduler
+from tokenprune.core.scheduling.scheduler import TokenScheduler
+from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.stage import Shape, equivalent_tokens
-from tokenprune.core.state import spread_rows
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError
 

@@ -17,7 +17,7 @@ from tokenprune import Adapter, AttentionFrom, Keep, Merge, Stage, Strategy, Str
 from tokenprune.engine import BoundModel, PromptMasks, VisionCapture
 from tokenprune.errors import InputError, PluginError, PluginWarning
 from tokenprune.plugins import registry
-from tokenprune.testing.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.model_snapshot import differences, snapshot
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 MODEL = tiny_llama(4)

@@ -49,7 +49,10 @@ def test_plugins_of_this_major_version_load(site: Path, version: str | None) -> 
 @pytest.mark.parametrize(
     ("version", "problem"),
     [
-        ("2.0", "it is built for version 2.0 of the plugin hooks, this tokenprune has 1.0.0; install a release of one"),
+        (
+            "2.0",
+            "it is built for version 2.0 of the plugin hooks, this tokenprune has 1.0.0; install compatible releases",
+        ),
         ("0.9", "built for version 0.9"),
         ("1.99", "built for version 1.99"),
         ("latest", "tokenprune_hook_api = 'latest' found, expected a version such as '1.0.0'"),

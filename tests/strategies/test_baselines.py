@@ -161,7 +161,7 @@ def test_a_row_without_images_follows_the_others(name: str) -> None:
     [
         ("fastv", {"layr": 2}, "did you mean 'layer'"),
         ("fastv", {"keep": 0}, "at least 1"),
-        ("fastv", {"keep": 1.5}, r"share of the image tokens has to be in \(0, 1\]"),
+        ("fastv", {"keep": 1.5}, r"share of the image tokens must be in \(0, 1\]"),
         ("fastv", {"layer": -1}, "layer"),
         ("random", {"keep": -0.5}, "keep"),
         ("uniform", {"seed": 1}, "unknown option 'seed'"),

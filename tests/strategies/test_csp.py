@@ -262,7 +262,7 @@ def test_bad_segmenters_are_named(tmp_path: Path) -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     with pytest.raises(InputError, match=r"'<lambda>': found masks of shape \[3, 3\]"):
         segment(lambda _: np.zeros((3, 3)), image)
-    with pytest.raises(OptionError, match=r"no installed segmenter \(none\) and cannot be loaded for"):
+    with pytest.raises(OptionError, match=r"not an installed segmenter \(none\) and cannot be loaded for"):
         segment(str(tmp_path), image)
 
 

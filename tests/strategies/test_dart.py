@@ -17,8 +17,8 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.options import tokens_of
 from tokenprune.core.reads import HiddenStates, LayerKeys, TextStates
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import Shape, equivalent_tokens
-from tokenprune.core.state import TokenState
 from tokenprune.core.tokens import Tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_strategies.dart import DART

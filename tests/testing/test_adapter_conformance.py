@@ -15,7 +15,7 @@ from tokenprune.core.reads import TowerFeatures
 from tokenprune.engine import BoundModel, VisionCapture
 from tokenprune.errors import PluginError
 from tokenprune.testing.adapter_conformance import AdapterConformance
-from tokenprune.testing.grid_checks import check_cells
+from tokenprune.testing.kit.grid_checks import check_cells
 from tokenprune_adapters.hf import TransformersAdapter
 
 SIZES = [(24, 32), [(40, 20), (24, 24)]]
@@ -115,7 +115,7 @@ MISTAKES = {
         "prompt 0, image 0: cells do not run row by row in the order of the p",
     ),
     "separator": (CELLS, {"marks": a_separator_too}, "prompt 0: an image token without a cell; found .* separator"),
-    "numbers": (CELLS, {"marks": image_of_the_batch}, "images are to be numbered from 0; found"),
+    "numbers": (CELLS, {"marks": image_of_the_batch}, "images must be numbered from 0; found"),
     "order": (ANSWERS, {"answer": lambda a: a.flip(1)}, "TowerFeatures, prompt 0: the answer in the batch and"),
     "rows": (ANSWERS, {"answer": lambda a: a.roll(1, 0)}, "TowerFeatures, prompt 0: the answer in the batch and"),
     "nan": (ANSWERS, {"answer": lambda a: a * torch.nan}, "TowerFeatures, prompt 0: not finite"),

@@ -13,19 +13,19 @@ import torch
 import tokenprune as tp
 from tokenprune.core.decisions import Keep, Restore
 from tokenprune.core.reads import AttentionFrom, HiddenStates
-from tokenprune.core.requirements import DECODER_READS
+from tokenprune.core.scheduling.requirements import DECODER_READS
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.prefill import Prefill
-from tokenprune.testing import invariants
-from tokenprune.testing.cases import Case, Row, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, model_of
-from tokenprune.testing.printing import ranges, show_case
-from tokenprune.testing.recording import run
+from tokenprune.testing.kit import invariants
+from tokenprune.testing.kit.cases import Case, Row, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, model_of
+from tokenprune.testing.kit.printing import ranges, show_case
+from tokenprune.testing.kit.recording import run
+from tokenprune.testing.kit.synthetic_vision import synthetic_vision_of
+from tokenprune.testing.kit.verdict import Nonconforming, NotTested, Tied
 from tokenprune.testing.strategy_conformance import StrategyConformance
-from tokenprune.testing.synthetic_vision import synthetic_vision_of
-from tokenprune.testing.verdict import Nonconforming, NotTested, Tied
 
 pytest_plugins = ["pytester"]
 

@@ -160,7 +160,7 @@ def test_two_outputs_that_are_one_file_are_refused(tmp_path: Path, second: str) 
 
 def test_an_output_that_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(InputError, match="no ordinary file"):
+    with pytest.raises(InputError, match="not a regular file"):
         check_targets({"--out": tmp_path / "pipe.png"})
 
 

@@ -19,7 +19,7 @@ from vlm_families import CURRENT
 
 import tokenprune as tp
 from tokenprune.errors import InputError
-from tokenprune.evaluation.single import run_single
+from tokenprune.evaluation.samples import run_single
 from tokenprune.utils.images import to_rgb
 
 HEIGHT, WIDTH = 24, 40
@@ -328,7 +328,7 @@ def test_nested_tensors_are_refused() -> None:
     [
         (np.full((4, 4, 3), -1, np.int8), "undo what moved its values below 0"),
         (np.full((4, 4, 3), -0.5), "undo what moved its values below 0"),
-        (np.full((4, 4, 3), np.nan), "replace what is no finite number"),
+        (np.full((4, 4, 3), np.nan), "replace values that are not finite"),
         (np.full((4, 4, 3), 4095, np.uint16), "divide it by the value of white, such as 65535"),
         (np.full((4, 4, 3), 7.0), "divide it by the value of white, such as 255"),
     ],

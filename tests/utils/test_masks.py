@@ -21,7 +21,7 @@ from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError, OptionError, PluginError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.compare import compare
-from tokenprune.evaluation.single import run_query
+from tokenprune.evaluation.samples import run_query
 from tokenprune.report.panels import with_mask
 from tokenprune.utils.masks import foreground, ignored, predicted, read_mask
 from tokenprune_adapters.pixellm import match_masks

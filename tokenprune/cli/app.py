@@ -1,7 +1,6 @@
 """The Typer app, its global options, and how errors become one line.
 
-A command is a function `command` in a module of its own, registered in this file. Its module imports only typer and
-the standard library at the top; everything heavy is imported inside the function, so that `--help` stays fast.
+A command is a function `command` in a module of `commands/`, registered in this file.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli import answer, compare, flops, inspect, listing, new, segment
+from tokenprune.cli.commands import answer, compare, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
 from tokenprune.cli.printing import note, printable
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
@@ -42,7 +41,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options of every command; `main` handles `--debug`, wherever it stands."""
+    """Options of every command; `main` handles `--debug` at any position."""
 
 
 app.command("list")(listing.command)
@@ -57,8 +56,8 @@ app.add_typer(new.app, name="new")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    A `TokenPruneError` becomes one line on stderr and exit code 2, and so does what Typer says of misspelt commands and
-    options; with `--debug` the traceback of a `TokenPruneError` comes first.
+    A `TokenPruneError` becomes one line on stderr and exit code 2, and so does Typer's error about misspelt
+    commands and options; with `--debug` the traceback of a `TokenPruneError` comes first.
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given

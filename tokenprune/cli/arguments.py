@@ -9,7 +9,7 @@ import typer
 
 
 def path(text: str | Path) -> Path:
-    """A path of the command line; an empty text, which a script with an unset variable gives, is none."""
+    """A path on the command line; refuses an empty text (an unset variable in a script)."""
     if not str(text):
         raise typer.BadParameter("an empty path found, expected that of a file or folder")
     return Path(text)
@@ -23,7 +23,7 @@ Images = Annotated[
         parser=path,
         help='Image files, folders of images, patterns as "*.jpg".',
         metavar="IMAGE...",
-        default_factory=list,  # so that one argument alone is known as the image whose query is missing
+        default_factory=list,  # a single argument is then the image, and the missing query is reported
         show_default=False,
     ),
 ]

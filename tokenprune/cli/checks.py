@@ -1,6 +1,6 @@
-"""What can be known to be wrong with a request before anything heavy is imported: names, above all.
+"""Checks of a command's arguments, above all of names, before anything heavy is imported.
 
-Nothing here imports torch or transformers, so that a misspelt name is told at once.
+Nothing here imports torch or transformers: a misspelt name is reported at once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def check_model(
     model: str, *, vision_tower: Path | None = None, dtype: str | None = None, device: str | None = None
 ) -> None:
-    """See that there is such a model, and that its options can be meant.
+    """Check that the model exists, and that its options are valid.
 
     Raises:
-        CheckpointError: neither a bundled model nor a checkpoint's folder nor on the hub; no such vision tower.
+        CheckpointError: not a bundled model, a checkpoint's folder or a model on the hub; no such vision tower.
         OptionError: an unknown device or number format.
     """
     from tokenprune.loading.checkpoints import find_checkpoint, is_hub_id
@@ -41,10 +41,10 @@ def check_model(
 
 
 def check_strategies(names: Iterable[str]) -> None:
-    """See that strategies of these names are installed, parts of "a+b" included; options are not looked at.
+    """Check that strategies of these names are installed, also the parts of "a+b"; options are not checked.
 
     Raises:
-        UnknownNameError: one is not.
+        UnknownNameError: one of them is not.
         PluginError: two packages register it.
     """
     from tokenprune.core.by_name import parts_of
@@ -56,10 +56,10 @@ def check_strategies(names: Iterable[str]) -> None:
 def strategy_request(
     text: str, options: Iterable[str], budget: float | None
 ) -> tuple[str, float | None, dict[str, Any]]:
-    """Name, budget and options of a strategy, as `tokenprune.strategy` takes them, from what a command is given.
+    """Name, budget and options of a strategy, for `tokenprune.strategy`, from the arguments of a command.
 
     Args:
-        text: of --strategy: a name, or one with options as `compare` takes it, "csp:query=seg".
+        text: of --strategy: a name, or a name with options as in `compare`, "csp:query=seg".
         options: of -o, "key=value" each.
         budget: of --budget.
 
@@ -68,13 +68,13 @@ def strategy_request(
         BudgetError: a budget for `none`, which is the default.
         UnknownNameError, PluginError: see `check_strategies`.
     """
-    from tokenprune.core.option_texts import parse_options, parse_text
+    from tokenprune.core.by_name import parse_options, parse_text
 
     name, within = parse_text(text)
     check_strategies([name])
     given = parse_options(options)
     if "budget" in within or "budget" in given:
-        raise OptionError(f"strategy {name!r}: budget is no option of its own here; give --budget")
+        raise OptionError(f"strategy {name!r}: budget is not an option here; use --budget")
     for option in within.keys() & given.keys():
         raise OptionError(f"strategy {name!r}: option {option!r} is given twice; give it once")
     if budget is not None and name == "none":
@@ -86,7 +86,7 @@ def strategy_request(
 
 
 def check_metrics(names: Iterable[str]) -> None:
-    """See that metrics of these names are installed; errors as in `check_strategies`."""
+    """Check that metrics of these names are installed; errors as in `check_strategies`."""
     from tokenprune.plugins import registry
 
     for name in names:
@@ -94,10 +94,10 @@ def check_metrics(names: Iterable[str]) -> None:
 
 
 def check_image(image: Path) -> None:
-    """See that an image file is there.
+    """Check that an image file exists.
 
     Raises:
-        InputError: it is not, or it is a folder.
+        InputError: it does not, or it is a folder.
     """
     found = expanded(image)
     if found.is_dir():
@@ -107,12 +107,12 @@ def check_image(image: Path) -> None:
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
-    """Refuse options that the user gave and that would have no effect.
+    """Refuse options that the user gave but that would have no effect.
 
     Args:
         context: of the command.
         names: parameters of the command's function.
-        why: they have none, as it follows "has no effect".
+        why: the reason, as it follows "has no effect".
 
     Raises:
         OptionError: one was given.

@@ -1,4 +1,4 @@
-"""Which images a command is given, and where what it makes of each is written."""
+"""The image files of a command, and where its output for each is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenprune.utils.arguments import unicode_problem
 from tokenprune.utils.files import expanded, is_url, reason
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""What of a folder counts as an image; files that are named are tried whatever their suffix."""
+"""Suffixes of images in folders; files that are given by name are tried with any suffix."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ class Images:
 
     Attributes:
         paths: of the files.
-        many: whether outputs are folders: several arguments, a folder or a pattern were given, though it may hold one.
+        many: whether outputs are folders: several arguments, a folder or a pattern were given (even of one image).
     """
 
     paths: list[Path]
     many: bool
 
     def targets(self, places: Mapping[str, Path | None]) -> dict[str, list[Path]]:
-        """Where the pictures made of each image go: to the place itself for one, to NAME.png in it for many.
+        """Paths of the output pictures: the place itself for one image, NAME.png in it for many.
 
         Folders are made.
 
         Args:
-            places: by the option that names them; None = not asked for, and left out of what is given.
+            places: by option; None = not requested, and left out of the result.
 
         Raises:
-            InputError: one cannot be written, would be written over an image, or two pictures over each other.
+            InputError: one cannot be written, would overwrite an image, or two have the same path.
         """
         asked = {option: place for option, place in places.items() if place is not None}
         if not self.many:
@@ -62,7 +62,7 @@ class Images:
 
 
 def words(text: str, what: str, images: Sequence[Path]) -> str:
-    """What is asked about images, as it was given; UTF-8 where the locale says that arguments are ASCII.
+    """The query or question, decoded as UTF-8 if the locale says that arguments are ASCII.
 
     Args:
         text: the last argument of the command.
@@ -70,8 +70,8 @@ def words(text: str, what: str, images: Sequence[Path]) -> str:
         images: the arguments before it.
 
     Raises:
-        InputError: no words, or bytes that are no text; words without an image; words without quotes, the first of
-            which stand among the images; or a file: the words were left out, and the last image stands in their place.
+        InputError: no words, or bytes that are not text; words without an image; words without quotes, so that the
+            first ones are among the images; or a file, because the words are missing.
     """
     with suppress(UnicodeError):
         text = text.encode(errors="surrogateescape").decode()
@@ -83,10 +83,10 @@ def words(text: str, what: str, images: Sequence[Path]) -> str:
     is_there = os.path.exists(expanded(text))
     if not images:
         is_image = is_there or Path(text).suffix.lower() in SUFFIXES or _is_pattern(Path(text))
-        missing, cure = (what, f'put it behind the image: {text} "…"') if is_image else ("image", "put it first")
+        missing, cure = (what, f'put it after the image: {text} "…"') if is_image else ("image", "put it first")
         raise InputError(f"only {text!r} is given: the {missing} is missing; {cure}")
     if is_there:
-        raise InputError(f"{what} {text!r} is a file or folder; put the {what}, in words, behind the images")
+        raise InputError(f"{what} {text!r} is a file or folder; put the {what}, in words, after the images")
     loose = list(takewhile(_is_word, reversed(images)))[::-1]
     if loose:
         whole = " ".join([*map(str, loose), text])
@@ -97,7 +97,7 @@ def words(text: str, what: str, images: Sequence[Path]) -> str:
 
 
 def _is_word(argument: Path) -> bool:
-    """Whether an argument may be of a query without quotes: no file, and nothing like the name of one."""
+    """Whether an argument may be a word of a query without quotes: not a file, nor like a file name."""
     plain = not argument.suffix and argument.name == str(argument) and not _is_pattern(argument)
     return plain and not str(argument).startswith("~") and not os.path.exists(argument)
 
@@ -110,8 +110,8 @@ def find_images(arguments: Sequence[Path]) -> Images:
     """The images that files, folders and patterns such as "photos/*.jpg" name.
 
     Raises:
-        InputError: a folder or a pattern without any image; a folder that cannot be read; a single file that is not
-            there.
+        InputError: a folder or a pattern without any image; a folder that cannot be read; a single file that does not
+            exist.
     """
     found: list[Path] = []
     many = len(arguments) > 1
@@ -139,19 +139,19 @@ def find_images(arguments: Sequence[Path]) -> Images:
 
 @contextmanager
 def unusable(image: Path, images: Images) -> Iterator[list[str]]:
-    """Tell on stderr, with its name, what one of many images cannot be used for, and go on; the list then holds it.
+    """Report on stderr why one of many images cannot be used, and continue; the list then holds the message.
 
-    Errors that are not of this image alone go on to the caller, as all do where there is only one.
+    Errors that are not about this image are raised, and with a single image all of them.
     """
-    told: list[str] = []
+    problems: list[str] = []
     try:
-        yield told
+        yield problems
     except (InputError, BudgetError, EngineError, PluginError) as error:
         if not images.many:
             raise
         problem = " ".join(str(error).split())
-        told.append(problem if str(image) in problem else f"image {str(image)!r}: {problem}")
-        note(f"error: {told[0]}")
+        problems.append(problem if str(image) in problem else f"image {str(image)!r}: {problem}")
+        note(f"error: {problems[0]}")
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -173,8 +173,8 @@ def _matching(pattern: Path) -> list[Path]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """NAME.png of NAME.jpg; NAME.jpg.png where two would be alike, then NAME.jpg-2.png, so that none is lost."""
-    stems = [path.stem.lower() for path in paths]  # some file systems know no capitals
+    """NAME.png for NAME.jpg; NAME.jpg.png if two would be equal, then NAME.jpg-2.png."""
+    stems = [path.stem.lower() for path in paths]  # some file systems ignore case
     wanted = [path.stem if stems.count(path.stem.lower()) == 1 else path.name for path in paths]
     used: set[str] = set()
     for number, name in enumerate(wanted):

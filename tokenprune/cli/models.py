@@ -1,4 +1,4 @@
-"""Loading a segmentation model for a command."""
+"""Loading the model of a command."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def quiet_loading() -> None:
 def load_model(
     source: str, *, vision_tower: Path | None = None, dtype: str | None = None, device: str | None = None
 ) -> SegmentationModel:
-    """A model that can segment.
+    """Load a segmentation model.
 
     Raises:
         CheckpointError: it cannot be loaded.
-        InputError: it is no segmentation model.
+        InputError: it is not a segmentation model.
     """
     from tokenprune.errors import InputError
     from tokenprune.evaluation.protocol import SegmentationModel
@@ -36,18 +36,18 @@ def load_model(
 
 
 def load_answering_model(source: str, *, dtype: str | None = None, device: str | None = None) -> AnsweringModel:
-    """A model that answers in words.
+    """Load a model that answers in words.
 
     Raises:
         CheckpointError: it cannot be loaded.
-        InputError: it makes masks instead, or takes no image and words.
+        InputError: it makes masks instead, or has no method `answer`.
     """
     from tokenprune.errors import InputError
     from tokenprune.evaluation.protocol import AnsweringModel, SegmentationModel
 
     model = _loaded(source, dtype=dtype, device=device)
     kind = type(model).__name__
-    if isinstance(model, SegmentationModel):  # whose `answer`, if it has one, is a step of `segment`
+    if isinstance(model, SegmentationModel):  # its `answer`, if any, is a step of `segment`
         raise InputError(f"model {source!r} is a {kind}, which makes masks; use `tokenprune segment`")
     if not isinstance(model, AnsweringModel):
         raise InputError(f"model {source!r} is a {kind}, which has no answer(image, prompt); choose another model")

@@ -1,4 +1,4 @@
-"""Commands that plugins register, mounted beside tokenprune's own. They are imported when they run, not for help."""
+"""Adds the commands that plugins register to tokenprune's own. They are imported when they run, not for `--help`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ 
 
 
 def usage_problem(error: Any) -> str:
-    """What Typer says of a call in one line, and where to read more; empty where it has shown the help instead."""
+    """Typer's error message in one line, with a hint at the help; empty if it has shown the help instead."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""
     said = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
@@ -29,10 +29,10 @@ def usage_problem(error: Any) -> str:
 
 
 class PluginGroup(TyperGroup):
-    """The commands of the program and those of plugins, which come after them."""
+    """The commands of the program, followed by those of plugins."""
 
     def invoke(self, ctx: Any) -> None:
-        """Run the command; what its function gives is nobody's business, least of all the exit code's."""
+        """Run the command; the return value of its function is ignored, it is not an exit code."""
         super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -40,7 +40,7 @@ class PluginGroup(TyperGroup):
         return [*super().list_commands(ctx), *_registered()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command; of a plugin's only the name and the summary, which is what help and completion need."""
+        """A command; for a plugin's only the name and the summary, which is enough for help and completion."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
@@ -79,7 +79,7 @@ def _loaded(entry: Entry) -> Any:
         app.command(help=None if target.__doc__ else entry.summary)(target)
     else:
         raise entry.refusal(f"is {target!r}, expected a typer.Typer or a function")
-    with blamed(lambda found: entry.refusal(f"is no command: {found}", "fix or uninstall it")):
+    with blamed(lambda found: entry.refusal(f"is not a command: {found}", "fix or uninstall it")):
         command: Any = typer.main.get_command(app)
     command.name = entry.name
     command.invoke = _guarded(command.invoke, entry)
@@ -87,7 +87,7 @@ def _loaded(entry: Entry) -> Any:
 
 
 def _guarded(invoke: Callable[[Any], Any], entry: Entry) -> Callable[[Any], Any]:
-    """Name the plugin where its command raises something that is neither Typer's nor tokenprune's own."""
+    """Name the plugin if its command raises an error that is neither Typer's nor tokenprune's."""
 
     def run(ctx: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What commands print: whole where it can be, plainer where the other end cannot show it, and never a traceback."""
+"""Output of commands: characters that stdout cannot show are replaced, and broken pipes are no tracebacks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tokenprune.utils.files import reason
 if TYPE_CHECKING:
     from rich.console import Console
 
-BROKEN_PIPE = 1  # exit code, as Typer and Rich have it
+BROKEN_PIPE = 1  # exit code, as in Typer and Rich
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
 PLAIN = {"–": "-", "—": "-", "×": "x", "…": ".", "·": ".", "“": '"', "”": '"', "²": "2"}
-NARROW_PIPE = 120  # columns, where a table does not go to a terminal
+NARROW_PIPE = 120  # columns of a table that does not go to a terminal
 
 
 @contextmanager
 def printable() -> Iterator[None]:
     """Run a program that prints to stdout.
 
-    A character that stdout's encoding does not have is replaced. A reader that went away (`| head`) ends the program
-    quietly, with exit code 1.
+    Characters that stdout's encoding does not have are replaced. A closed pipe (`| head`) ends the program silently,
+    with exit code 1.
 
     Raises:
-        InputError: stdout cannot be written, as on a full disk.
+        InputError: stdout cannot be written, for example on a full disk.
     """
     with suppress(AttributeError):  # a stream of a test, or None where stdout is closed
         sys.stdout.reconfigure(errors="tokenprune")  # type: ignore[union-attr]
@@ -55,13 +55,13 @@ def printable() -> Iterator[None]:
 
 
 def is_of_output(error: Exception) -> bool:
-    """Whether an error is that of stdout or stderr, which cannot be written; that of a file names the file."""
+    """Whether an error is from writing to stdout or stderr; one from a file has a file name."""
     return isinstance(error, OSError) and error.errno in FULL and error.filename is None
 
 
 @contextmanager
 def working_first() -> Iterator[Callable[[str], None]]:
-    """A function that prints lines on stdout; where it cannot, the work goes on, and the error comes at its end."""
+    """A function that prints lines on stdout; if that fails, the work continues and the error is raised at its end."""
     failed: list[OSError] = []
 
     def say(text: str) -> None:
@@ -78,7 +78,7 @@ def working_first() -> Iterator[Callable[[str], None]]:
 
 
 def say_json(text: str) -> None:
-    """Print JSON, so that it can be read back whatever stdout's encoding is."""
+    """Print JSON that can be read back with any encoding of stdout."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     if not encoding.lower().startswith("utf"):
         text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
@@ -86,20 +86,20 @@ def say_json(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line on stderr; where nobody can read it, that ends nothing."""
+    """Print a line on stderr; a failure to print is ignored."""
     with suppress(OSError):
         typer.echo(text, err=True)
 
 
 def notes_console() -> Console:
-    """A Rich console on stderr that likewise ends nothing."""
+    """A Rich console on stderr that also ignores failures to print."""
     from rich.console import Console
 
     return Console(file=_Forgiving(), stderr=True)  # type: ignore[arg-type]
 
 
 class _Forgiving:
-    """stderr, where a failure to write counts as written."""
+    """stderr, ignoring failures to write."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
@@ -115,7 +115,7 @@ class _Forgiving:
 
 
 def _silence() -> None:
-    """Send what is still to be printed nowhere, or Python tells of it once more at its exit."""
+    """Discard pending output; otherwise Python reports the error again at exit."""
     with suppress(OSError, AttributeError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -123,7 +123,7 @@ def _silence() -> None:
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(error, UnicodeEncodeError)
     character = error.object[error.start]
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name that is no text: as it came
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not valid text: unchanged
         return bytes([ord(character) - 0xDC00]), error.start + 1
     return PLAIN.get(character, "?"), error.start + 1
 

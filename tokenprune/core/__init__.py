@@ -1,6 +1,6 @@
 """What pruning is: strategies, stages, decisions, tokens, budgets, the scheduler. Tensors and plain data, no model.
 
-Goes here: what has to be known to say which tokens a strategy keeps in which layer, and what that counts for. A module
-here knows no `nn.Module` and nothing of transformers, so that all of it is tested without a model. How decisions are
-carried out on a decoder is the business of `engine/`.
+Goes here: everything that determines which tokens a strategy keeps in which layer, and what that costs. Modules here
+use neither `nn.Module` nor transformers, and are tested without a model. `engine/` applies the decisions to a decoder.
+What a strategy's author imports is at the top; a new step of a prefill goes into `scheduling/`.
 """

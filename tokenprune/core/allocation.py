@@ -1,4 +1,4 @@
-"""Dividing a number of tokens over the images of a row (ours: papers that mention several images do not say how)."""
+"""Dividing a number of tokens over the images of a row (ours: the papers do not specify it)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def apportion(total: int, sizes: Sequence[int], least: int = 0) -> list[int]:
     """Divide `total` tokens over parts by size, with largest remainders; the result sums to min(total, Σ sizes).
 
     Args:
-        total: tokens to give out.
+        total: tokens to distribute.
         sizes: tokens in each part; no part gets more than it has.
-        least: what every part that is not empty gets if `total` allows; else the largest parts get it.
+        least: minimum of every part that is not empty; if `total` is too small, the largest parts get it.
     """
     available = sum(sizes)
     total = max(0, min(total, available))

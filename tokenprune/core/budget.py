@@ -1,10 +1,10 @@
 """The budget solver: from a share of the image tokens to options, in one way for all strategies.
 
-A strategy tells in *ladders* what a budget moves: lists of option settings, each from most tokens to fewest. The solver
-takes the first setting that fits, of the first ladder that has one. Most strategies have a ladder of numbers of tokens
-(`Strategy.budget_option`), or several of them, one for each layer that they may begin at (`Strategy.budget_layer`).
+A strategy declares *ladders* of what a budget moves: lists of option settings, each from most tokens to fewest. The
+solver takes the first setting that fits from the first ladder that has one. Most strategies have one ladder of token
+counts (`Strategy.budget_option`), or one for each layer at which they may begin (`Strategy.budget_layer`).
 
-What a setting spends is computed from the stages that the strategy declares with it, by the ledger's own arithmetic.
+The cost of a setting is computed from the stages that the strategy declares with it, with the ledger's arithmetic.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ Ladder: TypeAlias = Sequence[dict[str, Any]]
 
 
 def solve(strategy: Strategy, budget: float, shape: Shape) -> dict[str, Any]:
-    """The options with which a strategy comes closest to a budget without passing it.
+    """The options with which a strategy comes closest to a budget without exceeding it.
 
-    Where the option that a budget moves holds one number for each stage, what is then left over goes to the last stage,
-    then to the one before, and so on.
+    If the option that a budget moves holds one number per stage, the remainder goes to the last stage, then to the one
+    before it, and so on.
 
     Raises:
-        BudgetError: no setting fits; names the smallest budget that one would.
-        OptionError: what the user set is not for this shape at all.
-        PluginError: see `ladders`; or stages declare more tokens than there are, whatever the setting.
+        BudgetError: no setting fits; the message gives the smallest possible budget.
+        OptionError: the options that the user set are not possible for this shape.
+        PluginError: see `ladders`; or the stages of every setting declare more tokens than there are.
     """
-    room = budget * shape.image_tokens + 1e-6 / shape.layers  # numbers of tokens are whole: forgive the last bits
+    room = budget * shape.image_tokens + 1e-6 / shape.layers  # tokens are whole numbers: allow for rounding
     least, setting = inf, dict[str, Any]()
     for ladder in filter(len, strategy.budget_ladders(shape)):
         spent = _Spent(strategy, ladder, shape)
         found = bisect_left(spent, True, key=lambda tokens: tokens <= room)
-        if found == len(ladder) and spent[-1] == inf:  # settings so far down are not allowed: try those further up
+        if found == len(ladder) and spent[-1] == inf:  # the lowest settings are not allowed: try higher ones
             found = next((rung for rung, tokens in enumerate(spent) if tokens <= room), found)
         if found < len(ladder):
             by_user = len(ladder) == 1
             return ladder[found] if by_user else _topped_up(strategy, ladder[found], shape, room)
         least, setting = min(least, *spent), ladder[0]
     if least == inf:
-        declared_stages(strategy.with_options(**setting), shape)  # says what is wrong with what the user set
+        declared_stages(strategy.with_options(**setting), shape)  # raises the error of the options that the user set
     elif least > shape.image_tokens:
         check_tokens(strategy, declared_stages(strategy.with_options(**setting), shape), shape)
     raise too_small(strategy, budget, shape, least)
 
 
 class _Spent(Sequence[float]):
-    """Equivalent tokens with each setting of a ladder, computed where they are asked for."""
+    """Equivalent tokens of each setting of a ladder, computed on access."""
 
     def __init__(self, strategy: Strategy, ladder: Ladder, shape: Shape) -> None:
         self._of = cache(lambda rung: equivalent_tokens_with(strategy, ladder[rung], shape))
@@ -73,16 +73,16 @@ class _Spent(Sequence[float]):
 
 
 def ladders(strategy: Strategy, shape: Shape) -> Iterator[Ladder]:
-    """The ladders of a strategy that names what a budget moves; what the user set explicitly stays.
+    """The ladders of a strategy that declares which options a budget moves; options that the user set are not moved.
 
-    `budget_option` takes whole numbers of tokens where its type admits them, else shares in steps of 1/N. The layer of
-    `budget_layer` stands where the option says, then a layer sooner, and so on.
+    `budget_option` takes token counts if its type allows them, else shares in steps of 1/N. The layer of `budget_layer`
+    starts at the option's value and moves down one layer at a time.
 
     Raises:
         PluginError: `budget_option` is not the name of an option that takes shares.
     """
     option, given, total = strategy.budget_option, strategy.options.model_fields_set, shape.image_tokens
-    if option is None:  # nothing moves: it meets a budget as it is, or not at all
+    if option is None:  # nothing moves: the budget is met as it is, or not at all
         yield [{}]
         return
     whole = _takes_whole_numbers(strategy, option)
@@ -105,10 +105,10 @@ def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> 
     """The error for a budget that cannot be met.
 
     Args:
-        strategy: that was asked.
-        budget: that was asked for.
+        strategy: that cannot meet the budget.
+        budget: as requested.
         shape: of the run.
-        least: the fewest equivalent tokens that it can do with.
+        least: the fewest equivalent tokens that it needs.
     """
     options = strategy.options.model_dump(exclude_unset=True) or "at their defaults"
     return BudgetError(
@@ -119,7 +119,7 @@ def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> 
 
 
 def checked_budget(name: str, budget: object) -> float:
-    """A share of the image tokens, as a caller gave it under this name. Raises BudgetError for what is none."""
+    """The value as a share of the image tokens in (0, 1]; else raises BudgetError, with `name` in the message."""
     share = float(budget) if isinstance(budget, Real) and not isinstance(budget, bool) else 0.0
     if not 0 < share <= 1:
         raise BudgetError(f"{name} must be a share of the image tokens in (0, 1], got {shown(budget)}")
@@ -129,7 +129,7 @@ def checked_budget(name: str, budget: object) -> float:
 def budget_words(strategy: Strategy) -> str:
     """The budget as it follows a strategy's name: " at 0.5", or nothing.
 
-    " at most 0.5" where the user set the option that a budget moves: then it is a ceiling alone.
+    " at most 0.5" if the user set the option that a budget moves: then the budget is only an upper limit.
     """
     if strategy.budget is None:
         return ""
@@ -139,12 +139,12 @@ def budget_words(strategy: Strategy) -> str:
 
 
 def in_vain(strategy: Strategy) -> BudgetError:
-    """The error for a budget given to a strategy that it would not change."""
+    """The error for a budget that would not change the strategy."""
     return BudgetError(f"strategy {strategy.name!r} has nothing that a budget could move; leave budget= out")
 
 
 def _layers(strategy: Strategy, shape: Shape) -> list[dict[str, Any]]:
-    """Settings of the layer to begin at, the preferred one first."""
+    """Settings of the first layer, the preferred one first."""
     if strategy.budget_layer is None:
         return [{}]
     option, least = strategy.budget_layer
@@ -176,7 +176,7 @@ def _parts(annotation: Any) -> set[Any]:
 
 
 def _topped_up(strategy: Strategy, setting: dict[str, Any], shape: Shape, room: float) -> dict[str, Any]:
-    """The setting with what is left of a budget given to its stages, the last ones first."""
+    """The setting after the remaining budget was given to its stages, the last ones first."""
     option = strategy.budget_option or ""
     counts: Any = setting.get(option)
     if not isinstance(counts, tuple):

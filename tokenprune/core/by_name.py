@@ -1,9 +1,10 @@
-"""From a name, or several joined by "+", to a strategy."""
+"""From text to a strategy: a name, or several joined by "+", and options as in "csp:query=seg,keep=0.5"."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import OptionError
@@ -20,19 +21,26 @@ def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy
 
     Args:
         name: a name of `tokenprune.strategies()`, or several joined by "+", which run one after the other (see
-            `tokenprune.Sequence`; its options are `budgets` and `parts`). A registered name that holds a "+" wins.
+            `tokenprune.Sequence`; its options are `budgets` and `parts`). A registered name may contain a "+".
         budget: equivalent image tokens as a fraction of all image tokens, in (0, 1]; solved for when the strategy runs.
         options: fields of the strategy's `Options`.
 
     Raises:
         UnknownNameError: no such strategy.
         OptionError: no name, an unknown option, a value out of range, or an option that would have no effect.
-        BudgetError: a budget out of range, or for a strategy that has nothing to move.
-        PluginError: the strategy's module cannot be imported, or its class cannot be made.
+        BudgetError: a budget out of range, or for a strategy without an option that it could move.
+        PluginError: the strategy's module cannot be imported, or its class cannot be instantiated.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> tp.strategy("fastv", layer=3, budget=0.35)
+        FastV(budget=0.35, layer=3)
+        >>> tp.strategy("uniform+fastv")
+        Sequence(Uniform(), FastV())
     """
     parts = parts_of(instance("name", name, str, "the name of a strategy, such as 'csp'"))
     if len(parts) > 1:
-        from tokenprune.core.composition import Sequence  # imports torch, as any strategy does
+        from tokenprune.core.composition.sequence import Sequence  # imports torch
 
         joined = Sequence(*(part.name for part in parts), budget=budget, **options)
         for part in joined.parts:
@@ -53,7 +61,7 @@ def _check_effects(made: Strategy) -> None:
 
 
 def parts_of(name: str) -> list[Entry]:
-    """The strategies that a name stands for: one, or those that a "+" joins; none is imported.
+    """The strategies of a name: one, or those joined by "+"; none is imported.
 
     Raises:
         UnknownNameError: no such strategy.
@@ -67,7 +75,7 @@ def parts_of(name: str) -> list[Entry]:
 
 
 def names_in(text: str, known: Collection[str]) -> list[str] | None:
-    """The registered names that "a+b" joins, where names may hold a "+" themselves; None where that cannot be."""
+    """The registered names that "a+b" joins, where names may contain a "+" themselves; None if there are none."""
     if text in known:
         return [text]
     for name in sorted(known, key=len, reverse=True):
@@ -76,3 +84,70 @@ def names_in(text: str, known: Collection[str]) -> list[str] | None:
             if rest is not None:
                 return [name, *rest]
     return None
+
+
+def parse_options(given: Iterable[str]) -> dict[str, Any]:
+    """Options by name from `key=value` texts.
+
+    A value that is JSON (a number, true, false, null, a list, a quoted string) is read as such, any other is a string,
+    so that `layer=3`, `keep=0.25`, `clustering=kmeans` and `segmenter=null` mean what they look like.
+
+    Raises:
+        OptionError: no `=`, an empty key, or a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise OptionError(f"option {text!r} found, expected key=value, as in keep=0.5")
+        if key in options:
+            raise OptionError(f"option {key!r} is given twice; give it once")
+        options[key] = _value(value.strip())
+    return options
+
+
+def split_list(text: str) -> list[str]:
+    """A comma-separated list of strategies, whose options are separated by commas too.
+
+    "none,csp:query=seg,reentry=delta,fastv" is none, csp:query=seg,reentry=delta and fastv: a part with "=" but no name
+    of its own belongs to the strategy before it.
+
+    Raises:
+        OptionError: an empty part, or options before any strategy.
+    """
+    found: list[str] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if not part:
+            raise OptionError(f"strategies: an empty name found in {text!r}, expected names separated by commas")
+        is_option = "=" in part and ":" not in part.split("=", 1)[0]
+        if not is_option:
+            found.append(part)
+        elif not found:
+            raise OptionError(f"strategies: option {part!r} found before any strategy; write name:{part}")
+        else:
+            found[-1] += ("," if ":" in found[-1] else ":") + part
+    return found
+
+
+def parse_text(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options, `budget` included, of "name:key=value,key=value"; values as `parse_options` reads them.
+
+    Raises:
+        OptionError: a part that is not key=value, or a key given twice.
+    """
+    name, _, rest = text.partition(":")
+    try:
+        return name.strip(), parse_options(part.strip() for part in rest.split(",") if part.strip())
+    except OptionError as error:
+        raise OptionError(f"strategy {name.strip()!r}: {error}") from error
+
+
+def _value(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError:
+        return text

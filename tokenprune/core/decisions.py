@@ -1,4 +1,4 @@
-"""What a strategy may answer at a stage: keep, drop, park, restore, merge. Plain data over image-token numbers."""
+"""The decisions that a strategy can return at a stage: keep, restore, merge. Plain data over image-token numbers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Decision:
 
     Attributes:
         index: int64 [batch, k], image-token numbers in ascending order, each row padded at its end with −1.
-        values: [batch, k, width], new states for these tokens, or None to leave their states alone.
-        scores: float [batch, N], what the choice was made by, for the trace; NaN is refused.
+        values: [batch, k, width], new states for these tokens; None = their states are unchanged.
+        scores: float [batch, N], the scores behind the choice, for the trace; NaN is refused.
     """
 
     index: Tensor
@@ -33,10 +33,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class Keep(Decision):
-    """Only these of the active tokens stay active; the other active ones are dropped for good, or parked.
+    """Only these active tokens stay active; the other active ones are dropped for good, or parked.
 
     Attributes:
         rest: "drop" or "park".
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> scores = torch.tensor([[0.1, 0.7, 0.2, 0.9]])
+        >>> tp.Keep.top(scores, 2).index
+        tensor([[1, 3]])
+        >>> tp.Keep.where(scores > 0.5, rest="park").rest
+        'park'
     """
 
     rest: str = field(default="drop", kw_only=True)
@@ -46,7 +54,7 @@ class Keep(Decision):
         """The `count` tokens of highest score per row (ties: the lower number), back in image order.
 
         Args:
-            scores: float [batch, N]; higher = kept; −inf = never, unless too few others are there.
+            scores: float [batch, N]; higher = kept; −inf = never, unless there are too few others.
             count: tokens to keep, one number or int [batch].
 
         Raises:
@@ -62,7 +70,13 @@ class Keep(Decision):
 
 @dataclass(frozen=True)
 class Restore(Decision):
-    """These parked tokens become active again, with the state they had when parked, or with `values`."""
+    """These parked tokens become active again, with the state they had when parked, or with `values`.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> tp.Restore.where(torch.tensor([[True, False, True]])).index
+        tensor([[0, 2]])
+    """
 
     @classmethod
     def where(cls, mask: Tensor, *, values: Tensor | None = None) -> Restore:
@@ -75,7 +89,7 @@ class Restore(Decision):
 
 @dataclass(frozen=True, eq=False)
 class MergeGroup:
-    """New tokens made of some tokens of a batch row, such as those of one image; `Merge.from_groups` joins groups.
+    """New tokens made from tokens of one batch row, for example those of one image; `Merge.from_groups` joins groups.
 
     Attributes:
         row: batch row.
@@ -83,6 +97,12 @@ class MergeGroup:
         members: int64 [n], the tokens that the new ones are made of.
         weights: float [m, n], the share of each member's state that goes into each new token.
         origin: int64 [m], the token whose place in the image each new one has; −1 for none. Default: `index`.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> tokens, members = torch.tensor([5]), torch.tensor([5, 6])
+        >>> tp.MergeGroup(row=0, index=tokens, members=members, weights=torch.tensor([[0.5, 0.5]])).weights
+        tensor([[0.5000, 0.5000]])
     """
 
     row: int
@@ -92,7 +112,7 @@ class MergeGroup:
     origin: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Raises PluginError for shapes that do not go together."""
+        """Raises PluginError for shapes that do not match."""
         wanted = [len(self.index), len(self.members)]
         origin = self.index if self.origin is None else self.origin
         if list(self.weights.shape) != wanted or origin.shape != self.index.shape:
@@ -106,12 +126,12 @@ class MergeGroup:
 class Merge(Decision):
     """These tokens stay active and carry weighted sums of others; every other active token is dropped.
 
-    A row's k-th token becomes Σ_j weights[k, j] · state_j, or `values` where the sum was taken elsewhere (before the
-    projector, say). `Merge` changes states; that it stands for several original tokens is kept as lineage.
+    A row's k-th token becomes Σ_j weights[k, j] · state_j, or `values` if the sum was computed elsewhere (for example
+    before the projector). The original tokens that each new token stands for are recorded as its lineage.
 
-    With `rest="park"` a token that goes into none (all its weights are 0) and is not chosen is parked instead, with its
-    state, mass and lineage; one that goes into another is dropped all the same, since that one carries it now. A merge
-    that conserves mass then conserves it over active and parked tokens together.
+    With `rest="park"`, a token that contributes to none (all its weights are 0) and is not chosen is parked, with its
+    state, mass and lineage; a token that contributes to another is dropped. A merge that conserves mass then conserves
+    it over active and parked tokens together.
 
     Attributes:
         weights: float [batch, k, N], the share of token j's state that goes into token k.
@@ -119,6 +139,13 @@ class Merge(Decision):
         conserves_mass: whether the weights of every active token that is not parked sum to 1 over k (checked when
             True).
         rest: "drop" or "park".
+
+    Example:
+        The first of three tokens stays, and becomes the mean of all of them:
+
+        >>> import torch, tokenprune as tp
+        >>> tp.Merge(torch.tensor([[0]]), weights=torch.full((1, 1, 3), 1 / 3)).index
+        tensor([[0]])
     """
 
     weights: Tensor = field(kw_only=True)
@@ -139,8 +166,8 @@ class Merge(Decision):
         """The new tokens of all groups, each row's in the order of the slots that they take.
 
         Args:
-            tokens: that were chosen from.
-            groups: any number for each batch row; a row without any keeps no token.
+            tokens: the tokens that the decision is about.
+            groups: any number per batch row; a row without a group keeps no token.
             scores: see `Decision`.
             conserves_mass: see the class.
             rest: see the class.
@@ -158,7 +185,7 @@ class Merge(Decision):
             index[group.row, new] = group.index
             origin[group.row, new] = group.index if group.origin is None else group.origin
             weights[group.row, new][:, group.members] = group.weights.float()
-        # a number per slot in ascending order is what a decision is; padding, −1, has to stay behind
+        # decisions list numbers in ascending order; the padding, −1, must stay at the end
         order = torch.where(index < 0, size, index).argsort(dim=1, stable=True)
         return cls(
             index.gather(1, order),

@@ -1,4 +1,4 @@
-"""Which positions of a batch of sequences hold what: image tokens, text, padding, query rows."""
+"""Which positions of a batch of sequences are image tokens, text, padding or query rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SequenceLayout:
     """Where the image tokens, the text and the padding of every batch row are.
 
     An *image-token number* counts the image tokens of one row in sequence order, over all images of the row:
-    0 … N_row − 1. Strategies speak in these numbers; positions in the sequence are the engine's business.
+    0 … N_row − 1. Strategies use these numbers; only the engine uses positions in the sequence.
 
     Attributes:
         image_tokens: bool [batch, sequence], True where an image token stands.
@@ -49,7 +49,7 @@ class SequenceLayout:
         square number is laid out row by row, any other run gets no cells.
 
         Raises:
-            InputError: shapes that do not fit, or an image token on padding or of no image.
+            InputError: shapes that do not match, or an image token on padding or without an image.
         """
         if image_tokens.dim() != 2:
             raise InputError(f"image_tokens: found shape {list(image_tokens.shape)}, expected [batch, sequence]")
@@ -111,11 +111,11 @@ class SequenceLayout:
         """
         length, slots = self.valid.shape[1], self.text_slots
         rows = torch.zeros(len(slots), length + 1, dtype=torch.bool, device=slots.device)
-        rows.scatter_(1, torch.where(slots < 0, length, slots), text)  # the last column takes what −1 points to
+        rows.scatter_(1, torch.where(slots < 0, length, slots), text)  # the last column is where −1 points to
         return replace(self, queries={**self.queries, name: rows[:, :length]})
 
     def only(self, rows: Tensor) -> SequenceLayout:
-        """This layout where rows other than bool [batch] `rows` have text alone."""
+        """This layout without the image tokens of the rows that bool [batch] `rows` does not mark."""
         others = self.image_tokens & ~rows.to(self.image_tokens.device)[:, None]
         return replace(self, image_tokens=self.image_tokens & ~others, valid=self.valid & ~others)
 
@@ -134,8 +134,8 @@ class SequenceLayout:
     def query_rows(self, name: str) -> Tensor:
         """int64 [batch, Q]: positions of the named query rows, −1 where a row has fewer than Q.
 
-        "last" is always known (the last valid position). "mask_query" falls back to "last" where the caller marked
-        none, so that segmentation strategies run on plain language models too (ours).
+        "last" is always known (the last valid position). "mask_query" falls back to "last" if the caller marked none;
+        this lets segmentation strategies run on plain language models (ours).
 
         Raises:
             InputError: a name that the caller did not mark, or a row without such a position.

@@ -1,4 +1,7 @@
-"""The account of a run: how many tokens really entered every decoder layer, and what scoring them cost."""
+"""The account of a run: how many tokens entered every decoder layer, and what scoring them cost.
+
+It does not import torch, which `tokenprune flops` can do without until a strategy is loaded.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ class LayerEntry:
     Attributes:
         layer: 0-based number.
         image: active image tokens entering the layer, per batch row (merged tokens count as one each).
-        other: every other real token entering it, per batch row.
-        width: positions really computed per row, fillers of shorter rows and padding included.
-        scored_rows: query rows per batch row whose attention was read out of this layer.
-        ahead: (positions, query rows) per batch row of every time that this layer's attention was computed ahead for a
-            stage that begins with it.
+        other: all other real tokens entering it, per batch row.
+        width: positions computed per row, including the filling of shorter rows and padding.
+        scored_rows: query rows per batch row whose attention in this layer was read.
+        ahead: (positions, query rows) per batch row, for each time that this layer's attention was computed ahead for
+            a stage that begins at it.
     """
 
     layer: int
@@ -29,7 +32,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class LaterTurn:
-    """Tokens with images among them that a later call added to the prefill's cache. All layers keep them whole.
+    """A later call with image tokens, added to the prefill's cache. They are not pruned.
 
     Attributes:
         image: image tokens added, per batch row.
@@ -49,8 +52,8 @@ class Ledger:
         other_tokens: every other real token of each row.
         entries: one per decoder layer, in order.
         sequence: positions of a row before any pruning, padding included; 0 = as many as the longest row has tokens.
-        merge_weights: weights that merges applied to hidden states, all rows together (tokens after · tokens before).
-        later_turns: images that came on top later. They are in none of the figures, which are the prefill's.
+        merge_weights: weights that merges applied to hidden states, over all rows (tokens after · tokens before).
+        later_turns: images added after the prefill. All figures are of the prefill, without them.
     """
 
     image_tokens: tuple[int, ...]
@@ -61,7 +64,7 @@ class Ledger:
     later_turns: list[LaterTurn] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Rows, layers and what they come to, without the entries."""
+        """Rows, layers and totals, without the entries."""
         rows = len(self.image_tokens)
         before = f"{rows} rows, " if rows != 1 else ""
         counts = [f"{_span(self.image_tokens)} image tokens", f"{_span(self.other_tokens)} others"]
@@ -77,24 +80,24 @@ class Ledger:
         return max(self.sequence, longest)
 
     def unpruned(self) -> Ledger:
-        """The same batch and layers with nothing pruned and nothing scored: what to compare with."""
+        """The ledger of the same batch and layers without pruning and scoring, to compare with."""
         entries = [LayerEntry(e.layer, self.image_tokens, self.other_tokens, self.width) for e in self.entries]
         return Ledger(self.image_tokens, self.other_tokens, entries, self.sequence)
 
     @property
     def equivalent_tokens(self) -> float:
-        """Mean over layers and rows of the image tokens *entering* the layer: what budgets are stated in."""
+        """Mean over layers and rows of the image tokens *entering* the layer: the unit of budgets."""
         rows = [count for entry in self.entries for count in entry.image]
         return sum(rows) / len(rows) if rows else 0.0
 
     @property
     def equivalent_tokens_ratio(self) -> float:
-        """Equivalent tokens over N (mean over rows); 1.0 where there are no image tokens."""
+        """Equivalent tokens over N (mean over rows); 1.0 without image tokens."""
         total = sum(self.image_tokens) / max(len(self.image_tokens), 1)
         return self.equivalent_tokens / total if total else 1.0
 
 
 def _span(counts: tuple[int, ...]) -> str:
-    """One number, or the least and the most of several."""
+    """One number, or the smallest and the largest."""
     low, high = min(counts, default=0), max(counts, default=0)
     return str(low) if low == high else f"{low}–{high}"

@@ -1,4 +1,4 @@
-"""Types of options that many methods have: numbers of tokens, depths, how query rows count together."""
+"""Types of options that many methods have: numbers of tokens, depths, how query rows are reduced."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tokenprune.errors import OptionError
 
 def _checked(amount: int | float) -> int | float:
     if isinstance(amount, int) and amount < 1:
-        raise ValueError("a whole number of tokens has to be at least 1")
+        raise ValueError("a whole number of tokens must be at least 1")
     if isinstance(amount, float) and not 0 < amount <= 1:
-        raise ValueError("a share of the image tokens has to be in (0, 1]")
+        raise ValueError("a share of the image tokens must be in (0, 1]")
     return amount
 
 
@@ -23,9 +23,9 @@ Amount = Annotated[int | float, AfterValidator(_checked)]
 
 def _checked_depth(depth: int | float) -> int | float:
     if isinstance(depth, int) and depth < 1:
-        raise ValueError("a layer has to be at least 1")
+        raise ValueError("a layer must be at least 1")
     if isinstance(depth, float) and not 0 < depth < 1:
-        raise ValueError("a fraction of the depth has to be in (0, 1)")
+        raise ValueError("a fraction of the depth must be in (0, 1)")
     return depth
 
 
@@ -40,7 +40,7 @@ def layer_of(layer: int, layers: int, who: str, *, least: int = 0) -> int:
         layer: its number.
         layers: of the model.
         who: name of the strategy, for the message.
-        least: the lowest layer that the option takes, for the message.
+        least: the lowest allowed layer, for the message.
 
     Raises:
         OptionError: the model has no such layer.
@@ -65,7 +65,7 @@ def tokens_of(amount: int | float, total: int) -> int:
 
 
 def portion(share: float, total: int) -> int:
-    """floor(share · total), forgiving the last bits of a product that should be whole."""
+    """floor(share · total), allowing for rounding errors in a product that should be whole."""
     return int(share * total + 1e-6)
 
 

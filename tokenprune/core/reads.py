@@ -1,27 +1,34 @@
-"""What a stage may read. A stage declares its reads; the model's side declares what it can provide."""
+"""What a stage can read. A stage declares the reads that it requires; the model declares those that it provides.
+
+Example:
+    A read with options is an object with arguments; its value is an attribute of `Tokens`, here `tokens.attention`:
+
+    >>> import tokenprune as tp
+    >>> tp.Stage("prune", layer=2, tokens=64, reads=(tp.AttentionFrom("last", reduce="max"),)).reads[0].field
+    'attention'
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal
 
-from tokenprune.errors import PluginError
+from tokenprune.utils.arguments import check_literals
 
 
 @dataclass(frozen=True)
 class Read:
-    """One thing that a stage wants to see before it chooses.
+    """One input of a stage's choice.
 
     Attributes:
-        field: names the attribute of `Tokens` that holds it.
-        needs: what a model must have to offer it, for the message that refuses a model without it.
-        axis: axis of the value that runs over the image tokens, None where none does.
-        present: whether it tells of what an image token is now; else of the original token of that number.
-        missing: what the value holds for tokens that a row does not have.
+        field: the attribute of `Tokens` that holds the value.
+        needs: what a model must have to provide it, for the error message.
+        axis: the axis of the value that indexes image tokens; None if there is none.
+        present: whether the value describes the token as it is now; else the original token of that number.
+        missing: the value at tokens that a row does not have.
 
     Raises:
-        PluginError: an attribute that is none of the values which its type, a `Literal`, names.
+        PluginError: an attribute annotated as a `Literal` has a value that is not listed there.
     """
 
     field: ClassVar[str]
@@ -31,17 +38,14 @@ class Read:
     missing: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        for name, values in _literals(type(self)).items():  # type: ignore[arg-type] # mypy and hashes of classes
-            if (found := getattr(self, name)) not in values:
-                expected = " or ".join(map(repr, values))
-                raise PluginError(f"{self}: {name}={found!r} is not known; expected {expected}")
+        check_literals(self)
 
     def __str__(self) -> str:
         return type(self).__name__
 
     @property
     def looks_back(self) -> bool:
-        """Whether it is read out of the layer just before the stage, which a stage at layer 0 does not have."""
+        """Whether the layer just before the stage is read, which a stage at layer 0 does not have."""
         return False
 
 
@@ -50,15 +54,15 @@ class AttentionFrom(Read):
     """Attention that query rows pay to the image tokens.
 
     `tokens.attention` is float32 [batch, N]: softmax over all keys of that layer (text too), mean over heads, then
-    `reduce` over the query rows; −inf where a token was not active, so that it is never among the highest. With heads
-    or query rows kept apart it is [batch, heads, N], [batch, Q, N] or [batch, heads, Q, N]; where a batch row has fewer
+    `reduce` over the query rows; −inf where a token was not active, which ranks it last. With heads or
+    query rows kept separate it is [batch, heads, N], [batch, Q, N] or [batch, heads, Q, N]; where a batch row has fewer
     query rows than Q, the missing ones hold zeros.
 
     Attributes:
-        query: "mask_query" (the position whose state becomes the mask; the last position where there is none),
-            "seg", "last", any row that the caller marked, or that the strategy did (`tokens.mark`).
-        reduce: "mean" or "max" over several query rows; "each" keeps them apart.
-        heads: "mean"; "each" keeps them apart.
+        query: "mask_query" (the position whose state becomes the mask; the last position if there is none),
+            "seg", "last", or any row that the caller or the strategy (`tokens.mark`) marked.
+        reduce: "mean" or "max" over several query rows; "each" keeps them separate.
+        heads: "mean"; "each" keeps them separate.
         layer: "before": the decoder layer just before the stage. "next": the stage's own first layer, whose queries and
             keys are computed ahead from the states that enter the stage, at their present positions (PyramidDrop).
     """
@@ -80,7 +84,7 @@ class AttentionFrom(Read):
 
 @dataclass(frozen=True)
 class PositionKernel(Read):
-    """`tokens.position_kernel`: float32 [batch, Q, N], what the rotary embedding alone makes of query rows and tokens:
+    """`tokens.position_kernel`: float32 [batch, Q, N], the rotary embedding's part of the attention scores:
     the scaled product of all-ones queries and keys after rotation, at their present positions (SparseVLM+)."""
 
     field: ClassVar[str] = "position_kernel"
@@ -92,8 +96,8 @@ class PositionKernel(Read):
 
 @dataclass(frozen=True)
 class HiddenStates(Read):
-    """`tokens.hidden`: [batch, N, width], the state of every image token on entering the stage; the last one it had
-    if parked.
+    """`tokens.hidden`: [batch, N, width], the state of every image token on entering the stage; of a parked token
+    its last state.
 
     Attributes:
         normed: passed through the decoder's final norm.
@@ -129,25 +133,17 @@ class LayerKeys(Read):
 
     field: ClassVar[str] = "layer_keys"
     present: ClassVar[bool] = True
+    looks_back: ClassVar[bool] = True
     heads: Literal["joint", "mean"] = "joint"
-
-    @property
-    def looks_back(self) -> bool:
-        """Always."""
-        return True
 
 
 @dataclass(frozen=True)
 class TextKeys(Read):
-    """`tokens.text_keys`: [batch, T, C], the same of the text tokens."""
+    """`tokens.text_keys`: [batch, T, C], as `LayerKeys`, of the text tokens."""
 
     field: ClassVar[str] = "text_keys"
     axis: ClassVar[int | None] = None
-
-    @property
-    def looks_back(self) -> bool:
-        """Always."""
-        return True
+    looks_back: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -160,8 +156,8 @@ class TextEmbeddings(Read):
 
 @dataclass(frozen=True)
 class Embeddings(Read):
-    """`tokens.embeddings`: [batch, N, width], the image tokens as they entered the decoder, with all that stages before
-    its first layer made of them."""
+    """`tokens.embeddings`: [batch, N, width], the image tokens as they entered the decoder, after the changes of stages
+    before its first layer."""
 
     field: ClassVar[str] = "embeddings"
     present: ClassVar[bool] = True
@@ -169,9 +165,9 @@ class Embeddings(Read):
 
 @dataclass(frozen=True)
 class TowerFeatures(Read):
-    """`tokens.features`: [batch, N, C], what the vision tower gives to the projector.
+    """`tokens.features`: [batch, N, C], the vision tower's output, the input of the projector.
 
-    Where several patches become one image token, their mean; the same holds for the other reads of the tower (ours).
+    If several patches become one image token, the value is their mean, here and in the other reads of the tower (ours).
     """
 
     field: ClassVar[str] = "features"
@@ -181,7 +177,7 @@ class TowerFeatures(Read):
 class ClsAttention(Read):
     """`tokens.cls_attention`: float32 [batch, N], [CLS] attention to the patches in a tower layer.
 
-    Towers without a [CLS] do not offer it (`shape.offers(ClsAttention)`); `ReceivedAttention` is what they have.
+    Towers without a [CLS] do not provide it (see `shape.offers(ClsAttention)`), but `ReceivedAttention`.
 
     Attributes:
         layer: tower layer, negative from the end; −1 is the last.
@@ -197,7 +193,7 @@ class ClsAttention(Read):
 @dataclass(frozen=True)
 class ReceivedAttention(Read):
     """`tokens.received_attention`: float32 [batch, N], attention that a patch receives in a tower layer, mean over
-    heads and over everything that attends (each head a softmax)."""
+    heads (each a softmax) and over all query positions."""
 
     field: ClassVar[str] = "received_attention"
     layer: int = -1
@@ -206,7 +202,7 @@ class ReceivedAttention(Read):
 @dataclass(frozen=True)
 class ClsFeatures(Read):
     """`tokens.cls_features`: [batch, N, C], the [CLS] row of each token's crop, in the states that `TowerFeatures` are
-    taken from: something that the projector could take as well."""
+    taken from; a possible input of the projector."""
 
     field: ClassVar[str] = "cls_features"
     needs: ClassVar[str] = "a vision tower with a [CLS], and a projector that takes its row like a patch's"
@@ -214,8 +210,8 @@ class ClsFeatures(Read):
 
 @dataclass(frozen=True)
 class ClsQuery(Read):
-    """`tokens.cls_query`: float32 [batch, N, C], the query of [CLS] in a tower layer, of each token's crop, heads
-    concatenated, as the projection gives it."""
+    """`tokens.cls_query`: float32 [batch, N, C], the query of [CLS] of each token's crop in a tower layer, as
+    projected, heads concatenated."""
 
     field: ClassVar[str] = "cls_query"
     needs: ClassVar[str] = "a vision tower with a [CLS]"
@@ -224,8 +220,8 @@ class ClsQuery(Read):
 
 @dataclass(frozen=True)
 class Crops(Read):
-    """`tokens.crops`: int64 [batch, N], the crop that the tower saw each token in. Crops of one image differ; several
-    of them may make up one image, as tiles do."""
+    """`tokens.crops`: int64 [batch, N], the crop of the tower's input that each token is from. One image may consist
+    of several crops (tiles)."""
 
     field: ClassVar[str] = "crops"
 
@@ -268,14 +264,14 @@ class ClipImageEmbeddings(Read):
 
 @dataclass(frozen=True)
 class ClipTextEmbeddings(Read):
-    """`tokens.clip_text_embeddings`: a pair, float32 [batch, M, P] and bool [batch, M]: what was asked in each row, by
-    CLIP's text tower with projection, and which of the M exist.
+    """`tokens.clip_text_embeddings`: a pair, float32 [batch, M, P], the embeddings of each row's question by CLIP's
+    text tower with projection, and bool [batch, M], which of the M exist.
 
     Attributes:
-        wording: "question": the whole question that the model is asked, its template included; "query": only the
-            words that the user gave (the question where a whole prompt was given).
-        cut: what becomes of a text that is longer than CLIP's context: "truncate" ends it there, "segments" cuts it
-            into several, each embedded on its own.
+        wording: "question": the whole question to the model, with its template; "query": only the words of the user
+            (the question if a whole prompt was given).
+        cut: how to shorten a text that exceeds CLIP's context: "truncate" cuts it off, "segments" splits it into
+            several texts, each embedded separately.
     """
 
     field: ClassVar[str] = "clip_text_embeddings"
@@ -289,7 +285,7 @@ class ClipTextEmbeddings(Read):
 class Projector(Read):
     """`tokens.project(features)`: [batch, k, C] -> [batch, k, width], the model's own projector into the decoder.
 
-    Offered where the projector takes the image tokens one by one.
+    Provided if the projector processes the image tokens one by one.
     """
 
     field: ClassVar[str] = "project"
@@ -298,14 +294,7 @@ class Projector(Read):
 
 @dataclass(frozen=True)
 class Pixels(Read):
-    """`tokens.pixels`: uint8 [batch, H, W, 3], the picture exactly as the tower's grid divides it (after its crop)."""
+    """`tokens.pixels`: uint8 [batch, H, W, 3], the picture that the tower's grid divides (after its crop)."""
 
     field: ClassVar[str] = "pixels"
     axis: ClassVar[int | None] = None
-
-
-@cache
-def _literals(kind: type[Read]) -> dict[str, tuple[Any, ...]]:
-    """The attributes of a kind of read that can have few values, and these."""
-    hints = get_type_hints(kind)
-    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}

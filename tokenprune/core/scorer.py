@@ -1,4 +1,4 @@
-"""The base of methods that score the image tokens and keep the highest."""
+"""The base class of methods that score the image tokens and keep the highest."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ from tokenprune.errors import PluginError
 class ScorerStrategy(Strategy):
     """A method that scores the image tokens and keeps the highest.
 
-    Subclasses give `name`, `Options` with an option `keep` (and `layer`, if it is not 0), `reads` and `score`:
-
-        class Loudest(tp.ScorerStrategy):
-            name = "loudest"
-            reads = (tp.HiddenStates(),)
-
-            class Options(tp.StrategyOptions):
-                keep: float = 0.25
-
-            def score(self, stage, tokens):
-                return tokens.hidden.norm(dim=-1)
+    Subclasses define `name`, `Options` with an option `keep` (and `layer`, if it is not 0), `reads` and `score`.
 
     Attributes:
-        reads: what `score` looks at; a property where that depends on options.
-        by_image: whether every image of a row keeps its own highest, as many as its share of the row's number by its
-            size; else the row keeps its highest, in whatever image they are.
+        reads: what `score` reads; a property if that depends on options.
+        by_image: whether every image of a row keeps its own highest tokens, the row's number divided over the images
+            by their sizes; else the row keeps its highest tokens, from any image.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> class LargestNorm(tp.ScorerStrategy):
+        ...     name = "largest-norm"
+        ...     reads = (tp.HiddenStates(),)
+        ...
+        ...     class Options(tp.StrategyOptions):
+        ...         keep: float = 0.25
+        ...
+        ...     def score(self, stage, tokens):
+        ...         return tokens.hidden.norm(dim=-1)
+        >>> list(LargestNorm(keep=0.5).stages(tp.Shape(layers=4, image_tokens=16)))
+        [Stage(name='prune', layer=0, tokens=8, reads=(HiddenStates(normed=False),), positions=None)]
     """
 
     budget_option = "keep"
@@ -44,15 +48,15 @@ class ScorerStrategy(Strategy):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        """Nothing but what `Tokens` always has."""
+        """None: only what `Tokens` always has."""
         return ()
 
     @abstractmethod
     def score(self, stage: Stage, tokens: Tokens) -> Tensor:
         """Score the image tokens on entering `stage`.
 
-        Returns float [batch, N], higher = kept; ties go to the lower number. Tokens that are not active need no care:
-        they are never kept.
+        Returns float [batch, N], higher = kept; ties go to the lower number. Scores of inactive tokens are
+        ignored.
         """
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
@@ -75,7 +79,7 @@ class ScorerStrategy(Strategy):
         """Keep the highest scores, as many as the stage declares.
 
         Raises:
-            PluginError: `score` gave something else than real [batch, N], or the stage declares no number.
+            PluginError: `score` did not return real numbers [batch, N], or the stage declares no number.
         """
         scores: object = self.score(stage, tokens)
         wanted = list(tokens.active.shape)

@@ -1,4 +1,4 @@
-"""What a strategy declares: the stages of a run, and what it may know of the run before it starts."""
+"""What a strategy declares: the stages of a run; and what it knows about the run before it starts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ Positions = Literal["keep", "renumber"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a strategy may know of a run before it starts.
+    """What a strategy knows about a run before it starts.
 
     Attributes:
         layers: decoder layers, L.
         image_tokens: image tokens of one batch row, N.
         text_tokens: every other token of the row.
-        tower_layers: layers of the vision tower, 0 where unknown.
-        readable: kinds of reads that the model offers, None where unknown.
-        heads: attention heads of the decoder, 0 where unknown.
+        tower_layers: layers of the vision tower, 0 if unknown.
+        readable: kinds of reads that the model provides, None if unknown.
+        heads: attention heads of the decoder, 0 if unknown.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> shape = tp.Shape(layers=32, image_tokens=576, readable=frozenset({tp.HiddenStates}))
+        >>> shape.offers(tp.HiddenStates), shape.offers(tp.TowerKeys)
+        (True, False)
     """
 
     layers: int
@@ -38,32 +44,38 @@ class Shape:
     heads: int = 0
 
     def offers(self, *kinds: type[Read]) -> bool:
-        """Whether the model offers all of these reads, so that stages can choose what they read; True where unknown."""
+        """Whether the model provides all of these reads, for stages that have alternatives; True if unknown."""
         return self.readable is None or self.readable.issuperset(kinds)
 
     def offered(self, *reads: Read) -> tuple[Read, ...]:
-        """These reads where the model offers all of them, else none: for stages that can do without."""
+        """These reads if the model provides all of them, else none: for stages that do not depend on them."""
         return reads if self.offers(*(type(read) for read in reads)) else ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of layers with one active set, from `layer` up to the next stage.
+    """A run of layers with one set of active tokens, from `layer` up to the next stage.
 
-    A strategy whose choice takes more numbers than `tokens` (so many kept, so many merged) declares them in a subclass:
-    with a budget they differ from row to row, and `tokens.stages` has each row's own.
+    A strategy that needs more numbers than `tokens` (so many kept, so many merged) declares them in a subclass: with a
+    budget they differ between rows, and `tokens.stages` holds the stage of each row.
 
     Attributes:
         name: the stage's name in traces and errors.
-        layer: first decoder layer that runs with what is chosen here (0-based).
-        tokens: image tokens active from here on, per row; None where only the content can tell.
-        reads: what `choose` looks at.
-        positions: from this stage on, positions are renumbered ("renumber"), or tokens keep those that they have by
-            now ("keep"); None = as the strategy's `positions` says.
+        layer: first decoder layer that runs with the tokens chosen here (0-based).
+        tokens: image tokens active from here on, per row; None if it depends on the image.
+        reads: what `choose` reads.
+        positions: the position policy from this stage on: "renumber", or "keep" the current positions; None = the
+            strategy's `positions`.
 
     Raises:
-        PluginError: a layer or a number of tokens that is not a whole number, something among the reads that is no
-            `Read`, or an unknown position policy.
+        PluginError: a layer or a number of tokens that is not a whole number, a read that is not a
+            `Read` object, or an unknown position policy.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> stage = tp.Stage("prune", layer=2, tokens=144, reads=(tp.AttentionFrom("last"),))
+        >>> stage.layer, stage.tokens
+        (2, 144)
     """
 
     name: str
@@ -100,14 +112,14 @@ class Stage:
 
 
 def declared_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
-    """What `strategy.stages` gives.
+    """The stages that `strategy.stages` gives.
 
     Raises:
-        PluginError: `stages` raised an unexpected exception, or gave something else than stages.
+        PluginError: `stages` raised an unexpected exception, or gave something other than stages.
         TokenPruneError: as the strategy raised it.
     """
     name = strategy.name
-    try:  # not `blamed_strategy`: a budget is solved by asking for the stages of many options
+    try:  # not `blamed_strategy`, which is slow: solving a budget calls this often
         found = strategy.stages(shape)
         stages: list[Any] = list(found) if isinstance(found, Iterable) else [found]
     except (Exception, SystemExit) as error:
@@ -123,7 +135,7 @@ def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
     """Mean over decoder layers of the image tokens entering the layer, from declared stages.
 
     Raises:
-        BudgetError: a stage whose number of tokens only the content can tell.
+        BudgetError: a stage whose number of tokens depends on the image.
     """
     total, active, start = 0.0, shape.image_tokens, 0
     for stage in stages:
@@ -136,7 +148,7 @@ def equivalent_tokens(stages: Sequence[Stage], shape: Shape) -> float:
 
 
 def check_tokens(strategy: Strategy, stages: Sequence[Stage], shape: Shape) -> None:
-    """Raises PluginError for a stage that declares fewer tokens than none, or more than there are."""
+    """Raises PluginError for a stage that declares a negative number of tokens, or more than there are."""
     for stage in stages:
         if stage.tokens is not None and not 0 <= stage.tokens <= shape.image_tokens:
             raise PluginError(
@@ -146,6 +158,6 @@ def check_tokens(strategy: Strategy, stages: Sequence[Stage], shape: Shape) -> N
 
 
 def check_positions(who: str, positions: object) -> None:
-    """Raises PluginError, naming `who`, for an unknown position policy; None is none."""
+    """Raises PluginError, naming `who`, for an unknown position policy; None is allowed."""
     if positions is not None and positions not in get_args(Positions):
         raise PluginError(f"{who}: positions={positions!r}; expected 'keep' or 'renumber'")

@@ -1,4 +1,4 @@
-"""The strategy base class: options, the stages a method declares, the one method that chooses, and the budget."""
+"""The base class of strategies: options, declared stages, the choice at a stage, and the budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 class StrategyOptions(BaseModel):
-    """Base of every strategy's options: unknown names are refused, values are checked, instances do not change."""
+    """Base of every strategy's options: unknown names are refused, values are checked, instances do not change.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> class Options(tp.StrategyOptions):
+        ...     layer: int = 2
+        >>> Options(layer=3)
+        Options(layer=3)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,16 +36,30 @@ class StrategyOptions(BaseModel):
 class Strategy(ABC):
     """A visual-token pruning method.
 
-    Subclasses give `name`, nested `Options`, `stages` and `choose`. Instances hold options only, never the state of a
-    run, so that one instance serves several models and threads.
+    Subclasses define `name`, a nested class `Options`, `stages` and `choose`. Instances hold options only, not the
+    state of a run: one instance can be used with several models and threads.
 
     Attributes:
         name: registered name.
-        budget_option: the option that a budget moves: a share, or a number of tokens where its type admits one.
-        budget_layer: an option of a layer that a budget moves down where `budget_option` alone is not enough, and the
-            lowest layer that it may come to.
-        positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter), unless a stage says
-            otherwise; "renumber" where any stage renumbers. An option of that name sets it.
+        budget_option: the option that a budget moves: a share, or a number of tokens if its type allows one.
+        budget_layer: the name of a layer option that a budget moves down if `budget_option` alone is not enough, and
+            the lowest layer allowed.
+        positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter), for stages without
+            a policy of their own; "renumber" if any stage renumbers. An option of that name sets it.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> class EverySecond(tp.Strategy):
+        ...     name = "every-second"
+        ...
+        ...     def stages(self, shape):
+        ...         yield tp.Stage("prune", layer=1, tokens=(shape.image_tokens + 1) // 2)
+        ...
+        ...     def choose(self, stage, tokens):
+        ...         even = torch.arange(tokens.active.shape[1]) % 2 == 0
+        ...         return tp.Keep.where(tokens.active & even)
+        >>> list(EverySecond().stages(tp.Shape(layers=4, image_tokens=16)))
+        [Stage(name='prune', layer=1, tokens=8, reads=(), positions=None)]
     """
 
     name: str
@@ -49,7 +71,7 @@ class Strategy(ABC):
         """No options."""
 
     def __init__(self, *, budget: float | None = None, **options: Any) -> None:
-        """Raises OptionError for an unknown option or bad value, BudgetError for a budget outside (0, 1] or in vain."""
+        """Raises OptionError for an unknown option or invalid value, BudgetError for an invalid or unused budget."""
         if budget is not None:
             budget = checked_budget(f"strategy {self.name!r}: budget", budget)
         self._check_class()
@@ -61,7 +83,7 @@ class Strategy(ABC):
             self.positions = getattr(self.options, "positions")  # noqa: B009 - only some options have it
             check_positions(f"strategy {self.name!r}: option 'positions'", self.positions)
 
-    # what an author writes -------------------------------------------------------------------------------------------
+    # for authors ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def stages(self, shape: Shape) -> Iterable[Stage]:
@@ -74,41 +96,41 @@ class Strategy(ABC):
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
         """What a budget moves: lists of option settings, each from most tokens to fewest; see `core.budget`.
 
-        By default those that `budget_option` and `budget_layer` name. Override where several options move together;
-        options that the user set explicitly have to stay.
+        By default those that `budget_option` and `budget_layer` name. Override if several options move together;
+        options that the user set explicitly must not move.
         """
         return ladders(self, shape)
 
     def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """The options that meet a budget on this shape; to override only where ladders do not describe the method.
+        """The options that meet a budget on this shape; override only if ladders cannot describe the method.
 
         Raises:
-            BudgetError: nothing meets it.
+            BudgetError: no options meet it.
             PluginError: `budget_option` is not the name of an option that takes shares.
         """
         return solve(self, budget, shape)
 
     @classmethod
     def takes_budget(cls) -> bool:
-        """Whether a budget can move anything: there are options, and it is said how a budget moves them."""
+        """Whether a budget has an effect: there are options, and the class declares how a budget moves them."""
         own = cls.budget_ladders is not Strategy.budget_ladders or cls.solve_budget is not Strategy.solve_budget
         return (cls.budget_option is not None or own) and bool(cls.Options.model_fields)
 
     def without_effect(self) -> Mapping[str, str]:
-        """Options that change nothing beside the others and the budget, each with the reason ("unless layer=0").
+        """Options without effect beside the others and the budget, each with the reason ("unless layer=0").
 
-        `tokenprune.strategy` refuses those among them that the user sets.
+        `tokenprune.strategy` refuses such an option if the user sets it.
         """
         return {}
 
-    # what the framework calls ----------------------------------------------------------------------------------------
+    # for the framework --------------------------------------------------------------------------------------------
 
     def bind(self, shape: Shape) -> Strategy:
-        """The same strategy with its budget, if any, turned into options for this shape.
+        """The strategy with its budget, if any, resolved into options for this shape.
 
         Raises:
             BudgetError: the budget cannot be met.
-            PluginError: the strategy raised an unexpected exception, or gave no options.
+            PluginError: the strategy raised an unexpected exception, or did not return options.
         """
         if self.budget is None or shape.image_tokens == 0:
             return self
@@ -127,9 +149,9 @@ class Strategy(ABC):
         return type(self)(**{**chosen, **changes})
 
     def reseeded(self, offset: int) -> Strategy:
-        """A copy whose option `seed` is moved by `offset`, so that every sample of a dataset draws anew.
+        """A copy whose option `seed` is increased by `offset`: another draw for every sample of a dataset.
 
-        The strategy itself where it has no such option.
+        The strategy itself if it has no such option.
         """
         if offset == 0 or "seed" not in self.Options.model_fields:
             return self
@@ -162,6 +184,6 @@ class Strategy(ABC):
 
 
 def checked_strategy(strategy: object) -> Strategy:
-    """What a caller gave as `strategy=`. Raises OptionError for what is no instance, as a strategy's name is."""
+    """The argument `strategy`, if it is a `Strategy`. Raises OptionError otherwise, for example for a name."""
     found: Strategy = instance("strategy", strategy, Strategy, "an instance, such as tokenprune.strategy('fastv')")
     return found

@@ -1,4 +1,4 @@
-"""The view of the image tokens that a strategy chooses from."""
+"""The view of the image tokens that a strategy works on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenprune.core.allocation import apportion
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Crops, Read
-from tokenprune.core.state import TokenState
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.errors import PluginError, nearest
 from tokenprune.plugins.readonly import ReadOnlyTensors
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """The tokens of one image, or of one crop of it, that take part now.
+    """The active tokens of one image, or of one crop of it.
 
     Attributes:
         row: batch row.
         image: which image of the row, counted from 0.
         index: int64 [n], n >= 1, image-token numbers in ascending order.
-        quota: how many of the row's `tokens.target` fall to it; never more than n.
+        quota: its share of the row's `tokens.target`; at most n.
     """
 
     row: int
@@ -44,7 +44,7 @@ class ImageTokens:
 class Tokens:
     """The image tokens of every batch row on entering a stage.
 
-    The token axis is always the *original* image tokens of the row, 0 … N−1 in sequence order, so a number means the
+    The token axis always holds the *original* image tokens of the row, 0 … N−1 in sequence order: a number means the
     same token in every stage. Rows with fewer than N tokens are padded at the end (`exists` is False there).
 
     Attributes:
@@ -52,17 +52,39 @@ class Tokens:
         active: bool [batch, N], taking part in the layer before this stage.
         parked: bool [batch, N], not active, can be restored.
         counts: int64 [batch], original image tokens per row.
-        target: int64 [batch], the number the stage declared, −1 where it declared none.
-        stages: the stage as declared for each batch row, where it carries more than a number (see `Stage`).
-        mass: float32 [batch, N], how many original tokens each stands for.
+        target: int64 [batch], the number of tokens that the stage declared, −1 if it declared none.
+        stages: the stage as declared for each batch row, for stages with further numbers (see `Stage`).
+        mass: float32 [batch, N], how many original tokens each one stands for.
         origin: int64 [batch, N], the token whose place in the image each has, −1 for none.
-        lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
+        lineage: bool [batch, N, N], [b, k, j] = token j contributes to token k; None = each is only itself.
         mark: mark(name, rows) makes text tokens, bool [batch, T], query rows of that name for later stages.
-        memory: a dict to carry things from stage to stage; it is emptied at the end of the prefill.
+        memory: a dict to pass values from stage to stage; it is cleared after the prefill.
 
-    What the stage declared in `reads` is here as an attribute too: `attention`, `hidden`, `features`, … (see
-    `tokenprune.core.reads`); of several reads of one kind, `tokens.read(...)` tells them apart. Reading what was not
-    declared raises PluginError.
+    The stage's declared `reads` are attributes too: `attention`, `hidden`, `features`, … (see `tokenprune.core.reads`);
+    `tokens.read(...)` distinguishes several reads of one kind. A read that was not declared raises PluginError.
+
+    Example:
+        A `choose` that keeps the first tokens of every image, as many as its share of the stage's number:
+
+        >>> import torch, tokenprune as tp
+        >>> from tokenprune.testing.tiny_decoders import tiny_llama
+        >>> class First(tp.Strategy):
+        ...     name = "first"
+        ...
+        ...     def stages(self, shape):
+        ...         yield tp.Stage("prune", layer=1, tokens=shape.image_tokens // 4)
+        ...
+        ...     def choose(self, stage, tokens):
+        ...         chosen = torch.zeros_like(tokens.active)
+        ...         for image in tokens.images():
+        ...             chosen[image.row, image.index[: image.quota]] = True
+        ...         return tp.Keep.where(chosen)
+        >>> marks = torch.tensor([[False] * 4 + [True] * 8 + [False] * 2 + [True] * 4 + [False] * 2])
+        >>> model = tiny_llama(layers=4)
+        >>> with tp.prune(model, First(), image_tokens=marks) as run:
+        ...     logits = model(input_ids=torch.arange(1, 21)[None]).logits
+        >>> run.trace.stages[0].kept
+        [[0, 1, 8]]
     """
 
     def __init__(
@@ -105,7 +127,7 @@ class Tokens:
             return self.read(declared[0])
         if declared:
             raise PluginError(
-                f"stage {self._stage!r} declares {len(declared)} reads that give tokens.{name}; tell them apart with "
+                f"stage {self._stage!r} declares {len(declared)} reads that give tokens.{name}; select one with "
                 f"tokens.read({declared[0]!r})"
             )
         known = {kind.field: kind.__name__ for kind in Read.__subclasses__()}
@@ -118,7 +140,7 @@ class Tokens:
         )
 
     def read(self, read: Read) -> Any:
-        """What one of the stage's declared reads gives. Raises PluginError for one that was not declared."""
+        """The value of one of the stage's declared reads. Raises PluginError for one that was not declared."""
         if read not in self._reads:
             raise PluginError(f"stage {self._stage!r} reads {read!r} without declaring it; add it to the stage's reads")
         if read not in self._known:
@@ -132,16 +154,16 @@ class Tokens:
 
     @property
     def strict(self) -> bool:
-        """Whether in-place writes are looked for, as `prune(..., strict=True)` asks."""
+        """Whether in-place writes are detected: `prune(..., strict=True)`."""
         return self._shown is not None
 
     def check_unwritten(self, who: str) -> None:
-        """Raise PluginError, naming the strategy `who`, where it is strict and a tensor has been written to."""
+        """Raise PluginError, naming the strategy `who`, if a tensor was modified in place; in strict mode only."""
         if self._shown is not None:
             self._shown.check_unwritten(who, self._stage)
 
     def given(self) -> dict[Read, Any]:
-        """What was read so far."""
+        """The values read so far."""
         return dict(self._known)
 
     @cached_property
@@ -156,7 +178,7 @@ class Tokens:
 
     @cached_property
     def places(self) -> Tensor:
-        """int64 [batch, N]: how many real tokens stood before each."""
+        """int64 [batch, N]: how many real tokens precede each."""
         return self._layout.gather_slots(self._layout.places)
 
     @cached_property
@@ -166,12 +188,12 @@ class Tokens:
 
     @cached_property
     def text_places(self) -> Tensor:
-        """int64 [batch, T]: how many real tokens stood before each text token."""
+        """int64 [batch, T]: how many real tokens precede each text token."""
         return self._layout.gather_text(self._layout.places)
 
     @cached_property
     def images_before(self) -> Tensor:
-        """int64 [batch, T]: how many image tokens stand before each text token."""
+        """int64 [batch, T]: how many image tokens precede each text token."""
         return self._layout.gather_text(self._layout.image_tokens.long().cumsum(1))
 
     @property
@@ -180,13 +202,13 @@ class Tokens:
         return self.active.device
 
     def images(self, *, least: int = 0) -> list[ImageTokens]:
-        """The images of every batch row, row by row, or their crops where the stage reads `Crops`.
+        """The images of every batch row, row by row, or their crops if the stage reads `Crops`.
 
         Each active token is in exactly one of them; images without active tokens are left out. A row's target is
-        divided over its images (crops) by how many active tokens they have (ours).
+        divided over its images (crops) in proportion to their active tokens (ours).
 
         Args:
-            least: quota that every image gets if the row's target allows; else the largest images get it.
+            least: minimum quota of an image; if the row's target is too small, the largest images get it.
         """
         return [image for images in self.images_by_row(least=least) for image in images]
 
@@ -200,7 +222,7 @@ class Tokens:
         return rows
 
     def _parts(self, row: int) -> list[tuple[int, Tensor]]:
-        """Of one row (image, token numbers) for every image or crop that has active tokens."""
+        """(image, token numbers) of every image or crop of a row that has active tokens."""
         numbers = self.image[row].masked_fill(~self.exists[row], -1)
         known = sorted({*numbers.tolist()} - {-1})
         images = [(numbers.eq(number) & self.active[row]).nonzero().flatten() for number in known]
@@ -218,6 +240,6 @@ class Tokens:
     def generator(self, seed: int = 0) -> torch.Generator:
         """A fresh CPU random generator from the option `seed` and the run's own seed.
 
-        Make one per row, so that a row in a batch draws what it would draw alone.
+        Make one per row: a row in a batch then draws the same numbers as alone.
         """
         return torch.Generator().manual_seed(hash((seed, self._seed)) & 0x7FFF_FFFF_FFFF_FFFF)

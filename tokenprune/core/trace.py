@@ -1,4 +1,4 @@
-"""What a run did, stage by stage, for reading afterwards."""
+"""The record of a run, stage by stage."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from tokenprune.core.ledger import Ledger
 
 @dataclass(frozen=True, repr=False)
 class StageTrace:
-    """The tokens once a stage was entered. All tensors are [batch, N] over the row's original image tokens.
+    """The tokens after a stage's decision. All tensors are [batch, N] over the row's original image tokens.
 
     Attributes:
         name: stage name.
         layer: first layer that ran with this active set.
         kind: "keep", "park", "restore" or "merge".
         active, parked, dropped: bool.
-        origin: int64, the original token whose place in the image a token has (differs from its own number where a
-            method moves tokens); −1 for none.
-        mass: float32, original tokens that each stands for.
-        scores: what the choice was made by, or None.
-        lineage: bool [batch, N, N], [b, k, j] = token k carries something of token j; None = each carries itself.
-        rows: bool [batch], the rows that the stage was for; None = all. A budget may begin a stage at another layer for
-            rows of another size, which then have a stage of the same name there.
+        origin: int64, the original token whose place in the image a token has (not its own number if a method moved
+            it); −1 for none.
+        mass: float32, original tokens that each one stands for.
+        scores: the scores behind the choice, or None.
+        lineage: bool [batch, N, N], [b, k, j] = token j contributes to token k; None = each is only itself.
+        rows: bool [batch], the rows that the stage is for; None = all. With a budget, rows of different sizes may have
+            a stage of the same name at different layers.
     """
 
     name: str
@@ -42,7 +42,7 @@ class StageTrace:
     rows: Tensor | None = None
 
     def __repr__(self) -> str:
-        """What happened, without the tensors."""
+        """A summary without the tensors."""
         counts = (f"{_range(getattr(self, state).sum(1))} {state}" for state in ("active", "parked", "dropped"))
         batch, size = self.active.shape
         return f"StageTrace({self.name!r} at layer {self.layer}, {self.kind}: {', '.join(counts)}; [{batch}, {size}])"
@@ -53,7 +53,7 @@ class StageTrace:
         return [row.nonzero().flatten().tolist() for row in self.active]
 
     def places(self) -> Tensor:
-        """bool [batch, N]: the original tokens whose place in the image is held by an active token."""
+        """bool [batch, N]: the original tokens whose place in the image an active token has."""
         size = self.active.shape[1]
         index = torch.where(self.active & (self.origin >= 0), self.origin, size)
         spare = self.active.new_zeros(len(self.active), size + 1)
@@ -62,15 +62,15 @@ class StageTrace:
 
 @dataclass(repr=False)
 class Trace:
-    """A whole prefill.
+    """The record of a prefill.
 
     Attributes:
-        strategy: text form of the strategy with the options that really ran.
-        policies: positions, query rows, padding: what has to be told with every result.
+        strategy: text form of the strategy with the options that were used.
+        policies: positions, query rows, padding: to be reported with every result.
         layout: where the image tokens stood.
         exists: bool [batch, N].
         ledger: tokens per layer.
-        stages: in order; empty where nothing was ever decided.
+        stages: in order; empty if there was no decision.
     """
 
     strategy: str
@@ -94,7 +94,7 @@ class Trace:
         return "\n".join((f"Trace({self.strategy}: {rows} rows", *listing)) + ")"
 
     def summary(self, row: int = 0) -> str:
-        """What a batch row went through, in one line: image tokens by stage, and equivalent tokens."""
+        """A batch row in one line: image tokens by stage, and equivalent tokens."""
         total = int(self.exists[row].sum())
         stages = ", ".join(f"{int(stage.active[row].sum())} from layer {stage.layer}" for stage in self.stages_of(row))
         entered = [entry.image[row] for entry in self.ledger.entries]
@@ -112,6 +112,6 @@ class Trace:
 
 
 def _range(counts: Tensor) -> str:
-    """One number, or the least and the most of several."""
+    """One number, or the smallest and the largest."""
     low, high = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
     return str(low) if low == high else f"{low}–{high}"

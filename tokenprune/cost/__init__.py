@@ -1,4 +1,8 @@
-"""What a run costs: FLOPs in three conventions and KV-cache bytes, computed from a ledger and a decoder's sizes."""
+"""What a run costs: FLOPs in three conventions and KV-cache bytes, computed from a ledger and a decoder's sizes.
+
+Goes here: formulas over counts, and what measures a strategy's own arithmetic. Another convention for FLOPs is added to
+`flops`, sizes of another kind of decoder to `spec`. Times are measured in `evaluation/`.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Flops:
     """FLOPs of one forward pass, by part, all batch rows together.
 
     Attributes:
-        convention: how they were counted; figures of different conventions cannot be compared.
+        convention: how they were counted; conventions cannot be compared with each other.
         by_layer: every decoder layer, without scoring.
         scorer: attention rows that were computed for strategies only.
         merge: weighted sums of hidden states.
@@ -64,7 +64,7 @@ class Flops:
         """
         if self.convention != to.convention:
             raise InputError(
-                f"FLOPs: cannot compare convention {self.convention!r} with {to.convention!r}; count both alike"
+                f"FLOPs: cannot compare convention {self.convention!r} with {to.convention!r}; use the same for both"
             )
         if to.total == 0:
             raise InputError("FLOPs: cannot take a ratio to zero FLOPs; compare with a run that has tokens")
@@ -80,17 +80,17 @@ def count_flops(
     logit_positions: int = 0,
     fixed: Mapping[str, int] | None = None,
 ) -> Flops:
-    """FLOPs of the pass that a ledger accounts for.
+    """FLOPs of a forward pass, from its ledger.
 
     Conventions, for n tokens in a layer, hidden size d and MLP size m:
 
     - `fastv`: 4nd² + 2n²d + 2ndm, 1 per multiply-add (FastV, arXiv 2403.06764, section 4.1). Counts all real tokens.
     - `pdrop`: 4nd² + 2n²d + 3ndm, 1 per multiply-add (PyramidDrop, arXiv 2410.17247). Counts image tokens only.
-    - `exact` (ours): 2 per multiply-add, every matmul that really runs: q, k, v, o with grouped heads, QKᵀ and PV over
+    - `exact` (ours): 2 per multiply-add, every matmul that runs: q, k, v, o with grouped heads, QKᵀ and PV over
       the full width (fillers and padding included, the causal half not taken off, as attention kernels are
       conventionally counted), the MLP, `lm_head`, scored attention rows, merges of states, and the fixed parts. Equals
       `torch.utils.flop_counter` on a real run (see `flop_counter` for its one gap, `ChoiceMeter` for matmuls inside a
-      strategy). The account that a run keeps of itself is not counted.
+      strategy). The engine's own bookkeeping is not counted.
 
     Args:
         ledger: of a run, or from `declared_ledger`.

@@ -1,4 +1,4 @@
-"""Counting the matmuls of code that really runs."""
+"""Counts the matmuls of running code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def flop_counter() -> FlopCounterMode:
-    """`torch.utils.flop_counter.FlopCounterMode`, silent, with two entries of PyTorch's table put right.
+    """`torch.utils.flop_counter.FlopCounterMode`, silent, with two corrected entries.
 
-    PyTorch's table lacks `_scaled_dot_product_flash_attention_for_cpu`, so that there SDPA counts as nothing; its
-    other fused kernels, and eager attention, are counted. And outer products, which add nothing up, count as nothing:
-    older releases of transformers make rotary tables by `bmm`, newer ones by elementwise multiplication.
+    PyTorch's table lacks `_scaled_dot_product_flash_attention_for_cpu`: SDPA on the CPU would count as 0. And outer
+    products, which sum over nothing, count as 0: older releases of transformers compute rotary tables with `bmm`, newer
+    ones with elementwise multiplication.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode, bmm_flop, sdpa_flop_count
@@ -40,8 +40,8 @@ def flop_counter() -> FlopCounterMode:
 def measure_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """FLOPs (2 per multiply-add) of one call, in the sense of the `exact` convention.
 
-    Gradients are off, so that kernels are those of inference. Works on the meta device too, which costs no time: build
-    the module and its inputs there.
+    Gradients are off: kernels are those of inference. Also works on the meta device, without any computation, if the
+    module and its inputs are there.
     """
     import torch
 
@@ -51,9 +51,9 @@ def measure_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 
 class ChoiceMeter:
-    """Counts the matmuls inside a strategy's `choose`: similarities, merges, a projector run once more.
+    """Counts the matmuls inside a strategy's `choose`: similarities, merges, another run of the projector.
 
-    The ledger accounts for attention rows only; what a strategy computes on its own can only be measured. Run
+    The ledger counts only attention rows; a strategy's own computations have to be measured. Run
     `meter.strategy` in place of the strategy, and pass `fixed={"strategy": meter.flops}` to `count_flops`.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Bytes of the KV cache that a prefill leaves behind."""
+"""Bytes of the KV cache after a prefill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KVBytes:
 def kv_bytes(ledger: Ledger, spec: DecoderSpec, element_bytes: int = 2) -> KVBytes:
     """KV-cache bytes per layer and row: 2 · kv_heads · head_dim · real tokens in the layer · bytes per element.
 
-    Fillers that even out ragged rows, and padding, are not counted.
+    Padding and the filling of shorter rows are not counted.
 
     Raises:
         InputError: the ledger and the spec disagree on the number of layers.

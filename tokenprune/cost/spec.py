@@ -1,4 +1,4 @@
-"""The sizes of a decoder that its cost follows from."""
+"""The sizes of a decoder that determine its cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DecoderSpec(BaseModel):
         heads: query heads.
         kv_heads: key and value heads; as many as query heads unless given.
         head_dim: width of one head; hidden / heads unless given.
-        vocab: rows of `lm_head`, 0 where there is none.
+        vocab: rows of `lm_head`, 0 if there is none.
         gated_mlp: three matrices in the MLP (gate, up, down) or two.
     """
 
@@ -95,11 +95,11 @@ class DecoderSpec(BaseModel):
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> DecoderSpec:
-        """Llama's published sizes, "7b" or "13b" (LLaVA-1.5 and LISA stand on them), with changes.
+        """Llama's published sizes, "7b" or "13b" (as in LLaVA-1.5 and LISA), with changes.
 
         Raises:
             UnknownNameError: another name.
-            OptionError: changes that do not fit.
+            OptionError: changes that do not match.
         """
         if name.lower() not in NAMED:
             raise UnknownNameError.among("model shape", name, NAMED)

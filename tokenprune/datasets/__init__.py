@@ -3,6 +3,9 @@
 `tokenprune.datasets()` lists what is installed. Importing this package puts it in that function's place, so that it
 can be called too.
 Its names are imported on first use: the listing needs none of them.
+
+Goes here: what a dataset is (`base`), how one is found and checked, and a folder for each bundled dataset, which
+`plugin` registers.
 """
 
 from __future__ import annotations

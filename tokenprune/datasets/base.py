@@ -1,4 +1,4 @@
-"""What a dataset for reasoning segmentation offers: scenes, and queries about them with their target masks."""
+"""The protocol of datasets for reasoning segmentation: scenes, and queries about them with target masks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One referring expression and the region it means.
+    """One referring expression and the region it refers to.
 
     `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is
     one of the dataset's kinds. `mask` is [H, W] at the size of the scene's image: bool, or numbers where 0 is
-    background, 1 is foreground and 255, beside a 1, does not count (`tokenprune.utils.masks`). Masks of 0 and 255
-    alone are refused: give `mask == 255` where 255 is the foreground.
+    background, 1 is foreground and 255, together with 1, is ignored (`tokenprune.utils.masks`). Masks of only 0 and 255
+    are refused: use `mask == 255` if 255 is the foreground.
     """
 
     text: str
@@ -29,7 +29,7 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One image, uint8 RGB [H, W, 3] (`tokenprune.utils.images.to_rgb` reads any file so), and the queries about it."""
+    """One image, uint8 RGB [H, W, 3] (as from `tokenprune.utils.images.to_rgb`), and the queries about it."""
 
     id: str
     image: NDArray[np.uint8]
@@ -47,5 +47,5 @@ class Dataset(ABC):
     def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
         """Yield scenes of `split`; `limit` counts queries, and the last scene is cut to meet it.
 
-        Raises a `TokenPruneError` where the split is unknown.
+        Raises a `TokenPruneError` if the split is unknown.
         """

@@ -1,4 +1,4 @@
-"""A dataset by where its class is, "module:Class", without a package that registers it."""
+"""A dataset by the location of its class, "module:Class", without a package that registers it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from tokenprune.plugins.attribution import blamed
 def dataset_at(place: str) -> Dataset:
     """The dataset whose class is at "module:Class".
 
-    The module is looked for as any import is, then in the current folder. The class is made without arguments.
+    The module is imported from the usual path, then from the current folder. The class is instantiated without
+    arguments.
 
     Args:
         place: "my_module:MyData" or "my_package.my_module:MyData".
 
     Raises:
         UnknownNameError: not of this form, or no such module or class.
-        PluginError: the module cannot be imported, or the class is no dataset or cannot be made.
+        PluginError: the module cannot be imported, or the class is not a dataset or cannot be instantiated.
     """
     module, _, name = place.partition(":")
     if module.endswith(".py") or not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
@@ -51,7 +52,7 @@ def dataset_at(place: str) -> Dataset:
 
 
 def refuse_dotted(name: str) -> None:
-    """Raises UnknownNameError with the cure for what is a class's place but for the colon: "my_module.MyData"."""
+    """Raises UnknownNameError with a hint for a location without the colon: "my_module.MyData"."""
     module, dot, kind = name.rpartition(".")
     if kind == "py":
         raise UnknownNameError(f"dataset {name!r} is a file; name its class, as in {Path(name).stem}:MyData")
@@ -76,7 +77,7 @@ def _imported(place: str, module: str) -> ModuleType:
 
 @contextmanager
 def _current_folder() -> Iterator[None]:
-    """The current folder can be imported from meanwhile, after everything else, so that nothing installed is hidden."""
+    """Add the current folder to the end of the import path, after everything that is installed."""
     folder = _folder()
     sys.path.append(folder)
     try:

@@ -1,4 +1,4 @@
-"""The scenes of a dataset, each held to what the protocol says, so that a dataset's mistakes carry its name."""
+"""Checks of a dataset and its scenes against the protocol; errors carry the dataset's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def made(name: str) -> Dataset:
 
     Raises:
         UnknownNameError: no such dataset.
-        PluginError: it cannot be imported or made.
+        PluginError: it cannot be imported or instantiated.
     """
     by_path = ":" in name and name not in registry.datasets()
     if not by_path and name not in registry.datasets():
@@ -38,12 +38,12 @@ def made(name: str) -> Dataset:
 
 
 def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
-    """The dataset, once it is known that these queries can be asked of it.
+    """The dataset, if it can provide these queries.
 
     Raises:
         UnknownNameError: no such dataset or split.
-        OptionError: a limit or seed out of range, or an argument of another kind.
-        PluginError: the dataset cannot be imported or made.
+        OptionError: a limit or seed out of range, or an argument of another type.
+        PluginError: the dataset cannot be imported or instantiated.
     """
     whole_number("limit", limit, 1)
     whole_number("seed", seed, 0)
@@ -57,19 +57,19 @@ def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> 
 
 
 def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: bool = False) -> Iterator[Scene]:
-    """The scenes of a split, checked one by one; what their user raises is not the dataset's.
+    """The scenes of a split, checked one by one; errors of the caller are not attributed to the dataset.
 
-    Of a dataset that gives more than `limit` queries the first ones are taken, with a PluginWarning.
+    If the dataset gives more than `limit` queries, the first ones are used, with a PluginWarning.
 
     Args:
         data: the dataset.
         split: of it.
         limit: number of queries.
         seed: of it.
-        any_kind: take queries whose kind is none of the dataset's `kinds` too.
+        any_kind: also accept queries whose kind is not one of the dataset's `kinds`.
 
     Raises:
-        PluginError: `scenes` takes other arguments, raised an unexpected exception, or gave no sound scenes.
+        PluginError: `scenes` takes other arguments, raised an unexpected exception, or gave invalid scenes.
     """
 
     def refuse(problem: str) -> PluginError:
@@ -112,10 +112,10 @@ def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: boo
 
 
 def _other_arguments(data: Dataset) -> str | None:
-    """The arguments that `scenes` takes, where it cannot be called as the protocol says."""
+    """The arguments that `scenes` takes, if it cannot be called as in the protocol; else None."""
     try:
         signature = inspect.signature(data.scenes)
-    except (TypeError, ValueError):  # of something compiled
+    except (TypeError, ValueError):  # of a compiled function
         return None
     try:
         signature.bind("split", None, 0)
@@ -125,7 +125,7 @@ def _other_arguments(data: Dataset) -> str | None:
 
 
 def _problem(scene: object, kinds: tuple[str, ...] | list[str] | None) -> str:
-    """What is wrong with a scene, and what is expected; empty for a sound one."""
+    """What is wrong with a scene, and what is expected; empty for a valid one."""
     if not isinstance(scene, Scene):
         return f"{type(scene).__name__}, expected a Scene"
     image = scene.image

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.core.reads import PositionKernel, Read
-from tokenprune.core.requirements import DECODER_READS
+from tokenprune.core.scheduling.requirements import DECODER_READS
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.utils.arguments import shown

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.layout import true_positions
-from tokenprune.core.state import as_mask, spread_rows
+from tokenprune.core.scheduling.state import as_mask, spread_rows
 
 
 @dataclass(frozen=True)

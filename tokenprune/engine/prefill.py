@@ -20,9 +20,9 @@ from tokenprune.core.reads import (
     TextKeys,
     TextStates,
 )
-from tokenprune.core.schedule import PlannedStage
-from tokenprune.core.scheduler import TokenScheduler
-from tokenprune.core.state import spread_rows
+from tokenprune.core.scheduling.schedule import PlannedStage
+from tokenprune.core.scheduling.scheduler import TokenScheduler
+from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine.attention_tap import AttentionCall
 from tokenprune.engine.decoder import Decoder

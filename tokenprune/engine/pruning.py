@@ -156,6 +156,17 @@ def prune(
         EngineError: the model was changed in a way that switches pruning off, or the context is closed in
             the middle of a forward.
         PluginError: an adapter, the strategy or an observer misbehaves; names it.
+
+    Example:
+        >>> import torch, tokenprune as tp
+        >>> from tokenprune.testing.tiny_decoders import tiny_llama
+        >>> model, ids = tiny_llama(layers=4), torch.arange(1, 25)[None]
+        >>> image_tokens = torch.zeros(1, 24, dtype=torch.bool)
+        >>> image_tokens[:, 4:20] = True
+        >>> with tp.prune(model, tp.strategy("fastv", layer=1, keep=4), image_tokens=image_tokens) as run:
+        ...     logits = model(input_ids=ids).logits
+        >>> run.trace
+        Trace(FastV(layer=1, keep=4): 16 image tokens, 4 from layer 1; 7.0 equivalent tokens (43.8%))
     """
     checked_strategy(strategy)
     seed = whole_number("seed", seed)

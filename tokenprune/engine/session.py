@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.requirements import TYPICAL_TOKENS
+from tokenprune.core.scheduling.requirements import TYPICAL_TOKENS
+from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import Shape, declared_stages
-from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap

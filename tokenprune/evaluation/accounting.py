@@ -1,4 +1,4 @@
-"""What one query costs: taken out of the account of the batch that it ran in."""
+"""The cost of one query, from the ledger of the batch that it ran in."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class QueryCost:
 
 
 def row_ledger(ledger: Ledger, row: int) -> Ledger:
-    """The account of one batch row as if it had run alone: without padding and without fillers of shorter rows."""
+    """The ledger of one batch row as if it had run alone: without padding and the filling of shorter rows."""
     image, other = (ledger.image_tokens[row],), (ledger.other_tokens[row],)
     entries = []
     entered = image[0]
@@ -48,7 +48,7 @@ def row_ledger(ledger: Ledger, row: int) -> Ledger:
 
 
 def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int, queries: int = 1) -> QueryCost:
-    """Cost of one of the `queries` of a one-row account: decoder layers, scored attention rows, merges of states."""
+    """Cost of one of the `queries` of a one-row ledger: decoder layers, scored attention rows, merges of states."""
     flops = count_flops(ledger, spec, "exact")
     return QueryCost(
         ledger.equivalent_tokens,
@@ -66,7 +66,7 @@ def head_flops(model: SegmentationModel, image: Any, query: str, sentence: bool)
 
 
 def choice_flops(model: SegmentationModel, inputs: Any, strategy: Strategy, shape: Shape) -> int:
-    """FLOPs of the strategy's own matmuls on one query, measured: similarities, merges, a projector run once more."""
+    """FLOPs of the strategy's own matmuls on one query, measured: similarities, merges, projector runs."""
     meter = ChoiceMeter(strategy, shape)
     model.run_decoder(inputs, meter.strategy)
     return meter.flops

@@ -1,4 +1,4 @@
-"""Adds up, per contender, what its queries gave, and turns the sums into a row."""
+"""Accumulates the results of each contender's queries, and computes its row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Accumulator:
     choice_flops: list[int] = field(default_factory=list)
     measured: dict[str, list[float | None]] = field(default_factory=dict)
     prefill_seconds: float | None = None
-    is_untouched: bool = True  # until a trace shows a decision
+    is_untouched: bool = True  # until there is a decision
     reason: str | None = None  # why it cannot run
 
     def flops_by_part(self, head: int) -> dict[str, float]:
@@ -39,12 +39,12 @@ class Accumulator:
         return parts
 
     def row(self, *, kinds: list[str], sizes: list[str | None], untouched: Untouched) -> Row:
-        """The finished row.
+        """The row of the results.
 
         Args:
             kinds: of the queries.
             sizes: size buckets of their targets.
-            untouched: the model without pruning, to compare with.
+            untouched: the model without pruning, as the reference.
         """
         strategy, given, budget = self.contender.strategy, self.contender.given, self.contender.budget
         if self.reason is not None:
@@ -82,7 +82,7 @@ class Accumulator:
 
 @dataclass
 class Untouched:
-    """The model without pruning: what ratios refer to."""
+    """The model without pruning: the reference of ratios."""
 
     costs: list[QueryCost] = field(default_factory=list)
     head_flops: int = 0

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from tokenprune import api
-from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
-from tokenprune.cost import DecoderSpec
-from tokenprune.datasets.base import Dataset, Scene
+from tokenprune.datasets.base import Dataset
 from tokenprune.datasets.validation import check_request, scenes_of
-from tokenprune.engine.calls.turns import model_turn
 from tokenprune.engine.interface.compatibility import check_on, declares
-from tokenprune.errors import InputError, OptionError, TokenPruneError
-from tokenprune.evaluation import environment, metrics
-from tokenprune.evaluation.accounting import choice_flops, head_flops, query_cost, row_ledger
-from tokenprune.evaluation.accumulator import Accumulator, Untouched
-from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
-from tokenprune.evaluation.coverage import Box, target_coverage
-from tokenprune.evaluation.measured import Measured, measure, metrics_of
-from tokenprune.evaluation.protocol import SegmentationModel, SegmentationResult, check_model
+from tokenprune.errors import InputError, OptionError
+from tokenprune.evaluation import environment
+from tokenprune.evaluation.comparison_run import ComparisonRun
+from tokenprune.evaluation.contenders import budgets_of, contenders
+from tokenprune.evaluation.measured import metrics_of
+from tokenprune.evaluation.protocol import SegmentationModel, TurnTaking, check_model
 from tokenprune.evaluation.results import Comparison
-from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.timing import interleaved_medians
-from tokenprune.evaluation.turns import TurnTaking
-from tokenprune.plugins.attribution import brief
-from tokenprune.plugins.entries import Entry
 from tokenprune.utils.arguments import shown, whole_number
 from tokenprune.utils.threads import ThreadChoice, checked, using
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
 
 
 def compare(
@@ -58,44 +44,49 @@ def compare(
 ) -> Comparison:
     """Run every strategy on the same queries and report accuracy and cost side by side.
 
-    A strategy that cannot run at a budget gets a row that says why, and the others run.
+    A strategy that cannot run at a budget gets a row with the reason; the others run.
 
-    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. A strategy's
-      option `seed` is moved by the scene's number, so that random choices differ from image to image.
+    - Accuracy: all queries of an image run as one batch, teacher-forced; the image is encoded once. The scene's number
+      is added to a strategy's option `seed`: random choices differ between images.
     - Cost: counted per query from the ledger, as if its batch row ran alone (queries that share a row, as turns of a
       conversation do, share its cost evenly), in the `exact` convention: decoder layers, attention
       rows computed for the strategy, merges of states, the strategy's own matmuls and the mask head (the last two
-      measured). What depends on the image alone (towers, projector) is left out: it is the same for all.
+      measured). What depends only on the image (towers, projector) is left out: it is the same for all.
     - Time: the decoder's prefill with the strategy's own work, one query at a time, strategies interleaved (see
       `interleaved_medians`).
 
     Args:
-        model: a segmentation model, or what `tokenprune.load` takes.
-        dataset: a dataset, the name of one, or the place of its class, "my_module:MyData".
-        strategies: names, texts with options ("csp:query=seg"), or instances; see `contenders`. None may be there
-            twice.
+        model: a segmentation model, or an argument of `tokenprune.load`.
+        dataset: a dataset, its name, or the location of its class, "my_module:MyData".
+        strategies: names, texts with options ("csp:query=seg"), or instances, each only once; see
+            `contenders`.
         budget: equivalent image tokens as a share of all, in (0, 1]; a list gives a row for each.
         split: of the dataset.
         limit: number of queries.
         seed: of the dataset.
-        timing_samples: queries that prefill is timed on; 0 leaves times out.
+        timing_samples: queries to time prefill on; 0 = no timing.
         timing_rounds: measured runs per query and strategy.
         records: samples to keep with masks and traces, for pictures.
-        extra_metrics: names of metrics that plugins add; None = all that are installed.
-        progress: called with (what is being done, steps done, steps in all).
-        threads: processor threads to compute with, set for the whole process until the comparison is done; None leaves
-            the number alone.
+        extra_metrics: names of metrics that plugins add; None = all installed ones.
+        progress: called with (name of the phase, steps done, total steps).
+        threads: processor threads, set for the whole process during the comparison; None = unchanged.
 
     Raises:
         UnknownNameError: no such dataset, split, strategy or metric.
-        PluginError: a metric or dataset of a plugin failed, or every strategy misbehaves.
-        OptionError: a limit, seed, number of threads or strategy option out of range, a strategy that is there twice,
-            or an argument of another kind.
-        InputError: a model that makes no masks.
+        PluginError: a metric or dataset of a plugin failed, or every strategy raised an unexpected exception.
+        OptionError: a limit, seed, number of threads or strategy option out of range, a strategy that is given
+            twice, or an argument of another type.
+        InputError: a model that does not make masks.
         BudgetError: a budget outside (0, 1], or none of the strategies can meet its own.
         CheckpointError: the model cannot be loaded.
-        IncompatibleError: every strategy reads what the model does not provide; told before any query runs where the
-            model declares what it provides.
+        IncompatibleError: every strategy requires reads that the model does not provide; raised before any query runs
+            if the model declares its reads.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> found = tp.compare("lisa-tiny", "shapes", ["none", "fastv"], budget=0.35, limit=2, timing_samples=0)
+        >>> [(row.strategy, round(row.equivalent_tokens_ratio, 2)) for row in found.rows]
+        [('none', 1.0), ('fastv', 0.35)]
     """
     name = str(model) if isinstance(model, (str, Path)) else check_model(model).name
     budgets = budgets_of(budget)
@@ -110,7 +101,7 @@ def compare(
     data = check_request(dataset, split, limit, seed)
     added = metrics_of(extra_metrics)
     loaded = check_model(api.load(model)) if isinstance(model, (str, Path)) else model
-    run = _Run(TurnTaking(loaded), field_of, timing_samples, records, added)
+    run = ComparisonRun(TurnTaking(loaded), field_of, timing_samples, records, added)
     if declares(loaded):
         for tally in run.tallies:
             run.attempt(tally, partial(check_on, tally.contender.strategy, loaded))
@@ -136,180 +127,3 @@ def compare(
     )
     comparison._records.extend(run.records)
     return comparison
-
-
-@dataclass
-class _Run:
-    """The state of one comparison."""
-
-    model: SegmentationModel
-    contenders: list[Contender]
-    timing_samples: int
-    keep_records: int
-    added: list[Entry]
-    tallies: list[Accumulator] = field(init=False)
-    untouched: Untouched = field(default_factory=Untouched)
-    scenes: int = 0
-    kinds: list[str] = field(default_factory=list)
-    sizes: list[str | None] = field(default_factory=list)
-    records: list[SampleRecord] = field(default_factory=list)
-    timed: list[tuple[Any, str, bool]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.tallies = [Accumulator(contender) for contender in self.contenders]
-        self.spec = DecoderSpec.from_config(self.model.decoder.config)
-        self.element_bytes = next(self.model.decoder.parameters()).element_size()
-
-    def running(self) -> list[Accumulator]:
-        """Those that nothing has kept from running so far."""
-        return [tally for tally in self.tallies if tally.reason is None]
-
-    def attempt(self, tally: Accumulator, run: Callable[[], T]) -> T | None:
-        """What `run` gives; None where the contender cannot run, which is then left out from here on.
-
-        Raises:
-            InputError: an image or a query that no contender could run on.
-            TokenPruneError: the last contender cannot run either.
-        """
-        try:
-            return run()
-        except InputError:
-            raise
-        except (TokenPruneError, torch.OutOfMemoryError) as error:
-            tally.reason = str(error) if isinstance(error, TokenPruneError) else brief(error)
-            if not self.running():
-                raise
-            return None
-
-    def evaluate(self, scene: Scene) -> None:
-        """Run every contender on the queries of one scene."""
-        image = self.model.encode_image(scene.image)
-        box = self.model.grid_box(*scene.image.shape[:2])
-        reference: SegmentationResult | None = None
-        results: list[tuple[Accumulator, SegmentationResult]] = []
-        for tally in self.running():
-            strategy = tally.contender.strategy.reseeded(self.scenes)
-            result = self.attempt(tally, partial(self._segment, image, scene, strategy))
-            if result is None:
-                continue
-            results.append((tally, result))
-            if reference is None and result.trace is not None and not result.trace.stages:
-                reference = result  # a strategy that decides nothing leaves the model untouched
-        if reference is None:
-            reference = self._segment(image, scene, None)
-        wanted = [np.asarray(query.mask) for query in scene.queries]
-        full = _masks(reference)
-        for tally, result in results:
-            trace = result.trace
-            assert trace is not None
-            tally.policies = dict(trace.policies)
-            tally.is_untouched &= not trace.stages
-            rows = batch_rows(result)
-            for number, (mask, row) in enumerate(zip(_masks(result), rows, strict=True)):
-                tally.overlaps.append(metrics.overlap(mask, wanted[number]))
-                tally.agreements.append(metrics.overlap(mask, full[number]))
-                tally.coverages.append(target_coverage(wanted[number], trace, row, box))
-                for metric in self.added:
-                    query, label = scene.queries[number], tally.contender.label
-                    given = Measured(mask, wanted[number], full[number], query, trace, row, label)
-                    tally.measured.setdefault(metric.name, []).append(measure(metric, given))
-                ledger, sharing = row_ledger(trace.ledger, row), rows.count(row)
-                tally.costs.append(query_cost(ledger, self.spec, self.element_bytes, sharing))
-                if tally is results[0][0]:
-                    self.untouched.costs.append(query_cost(ledger.unpruned(), self.spec, self.element_bytes, sharing))
-        self._remember(scene, image, box, results)
-        self.scenes += 1
-        self.kinds.extend(query.kind for query in scene.queries)
-        self.sizes.extend(metrics.size_of(mask) for mask in wanted)
-
-    def count_own_work(self) -> None:
-        """Measure what strategies compute themselves, and the mask head; settle the options that really ran."""
-        image, query, sentence = self.timed[0]
-        self.untouched.head_flops = head_flops(self.model, image, query, sentence)
-        for tally in self.running():
-            self.attempt(tally, partial(self._count_own_work, tally))
-
-    def _count_own_work(self, tally: Accumulator) -> None:
-        strategy = tally.contender.strategy
-        for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
-            inputs = self._inputs(image, query, sentence)
-            _, trace = self.model.run_decoder(inputs, strategy)
-            assert trace is not None
-            shape = Shape(self.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
-            bound = strategy.bind(shape)
-            tally.options = bound.options.model_dump(mode="json", fallback=repr)
-            own = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
-            tally.choice_flops.append(own)
-
-    def time(self, rounds: int, on_sample: Callable[[int], None]) -> None:
-        """Time one query's prefill for the untouched model and every contender that differs from it."""
-        if not self.timing_samples:
-            return
-        moving = [tally for tally in self.running() if not tally.is_untouched]
-        done = iter(range(1, len(self.timed) + 1))
-        seconds = interleaved_medians(
-            [list(self._prefills(*sample, [None, *moving])) for sample in self.timed],
-            rounds=rounds,
-            on_sample=lambda: on_sample(next(done)),
-            alone=lambda: model_turn(self.model.decoder),
-        )
-        for tally in self.tallies:
-            tally.prefill_seconds = seconds[0]
-        self.untouched.prefill_seconds, *own = seconds
-        for tally, value in zip(moving, own, strict=True):
-            tally.prefill_seconds = value
-
-    def _prefills(
-        self, image: Any, query: str, sentence: bool, tallies: list[Accumulator | None]
-    ) -> Iterator[Callable[[], object]]:
-        inputs = self._inputs(image, query, sentence)
-        device = next(self.model.decoder.parameters()).device
-
-        def timed(tally: Accumulator | None) -> Callable[[], object]:
-            def run() -> None:
-                if tally is None:
-                    self.model.run_decoder(inputs, None)
-                elif tally.reason is None:
-                    self.attempt(tally, lambda: self.model.run_decoder(inputs, tally.contender.strategy))
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-
-            return run
-
-        return (timed(tally) for tally in tallies)
-
-    def _inputs(self, image: Any, query: str, sentence: bool) -> Any:
-        return self.model.build_inputs(image, [query], is_sentence=[sentence])
-
-    def _segment(self, image: Any, scene: Scene, strategy: Strategy | None) -> SegmentationResult:
-        queries = [query.text for query in scene.queries]
-        sentences = [query.is_sentence for query in scene.queries]
-        return self.model.segment(image, queries, strategy=strategy, is_sentence=sentences)
-
-    def _remember(
-        self, scene: Scene, image: Any, box: Box, results: list[tuple[Accumulator, SegmentationResult]]
-    ) -> None:
-        number = len(self.timed) % len(scene.queries)  # another kind of query every time
-        if len(self.timed) < max(self.timing_samples, 1):
-            query = scene.queries[number]
-            self.timed.append((image, query.text, query.is_sentence))
-        if len(self.records) < self.keep_records:
-            number = len(self.records) % len(scene.queries)
-            query = scene.queries[number]
-            record = SampleRecord(scene.id, scene.image, query.text, query.mask, box)
-            for tally, result in results:
-                contender = tally.contender
-                mask, row = _masks(result)[number], batch_rows(result)[number]
-                iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
-                outcome = Outcome(contender.label, mask, result.trace, row, iou, contender.budget)
-                record.outcomes.append(outcome)
-            self.records.append(record)
-
-
-def batch_rows(result: SegmentationResult) -> list[int]:
-    """For each mask of a forced answer the batch row of the trace that it was made in: its own, unless told."""
-    return list(getattr(result, "row_index", ())) or list(range(len(result.masks)))
-
-
-def _masks(result: SegmentationResult) -> list[Any]:
-    return list(result.masks.detach().cpu().numpy())

@@ -1,4 +1,4 @@
-"""Which strategies compete, at which budgets: from names, short texts and instances to a list of contenders."""
+"""The contenders of a comparison: strategies at budgets, from names, short texts and instances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenprune import api
 from tokenprune.core.budget import budget_words, checked_budget
-from tokenprune.core.option_texts import parse_text, split_list
+from tokenprune.core.by_name import parse_text, split_list
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune.utils.arguments import instance, listed
@@ -21,7 +21,7 @@ class Contender:
     Attributes:
         strategy: ready to run.
         given: the options that the user gave.
-        budget: what was asked for; None where the strategy takes none.
+        budget: as requested; None if the strategy takes none.
     """
 
     strategy: Strategy
@@ -30,7 +30,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """For progress and pictures: "csp (query=seg) at 0.35"."""
+        """For progress bars and pictures: "csp (query=seg) at 0.35"."""
         given = ", ".join(f"{key}={value}" for key, value in self.given.items())
         name = f"{self.strategy.name} ({given})" if given else self.strategy.name
         return f"{name}{budget_words(self.strategy)}"
@@ -53,13 +53,13 @@ def contenders(
 ) -> list[Contender]:
     """One contender per strategy and budget; a single one for a strategy that takes no budget.
 
-    A text is a name with options after a colon: "csp:query=seg,clustering=kmeans". A budget is a ceiling: options that
-    are given stay, and it moves the others. The option `budget=` overrides the comparison's; `budget=none` leaves it
-    out. An instance runs as it is. A registered preset that brings a budget keeps it. A single text holds one strategy,
-    or several separated by commas, as on the command line.
+    A text is a name with options after a colon: "csp:query=seg,clustering=kmeans". A budget is an upper limit: it moves
+    only options that are not given. The option `budget=` overrides the comparison's budget; `budget=none` removes it.
+    An instance runs as it is. A registered preset with a budget keeps it. A single text holds one strategy, or several
+    separated by commas, as on the command line.
 
     Raises:
-        OptionError: no strategy, one that is asked for twice, a text that cannot be read, or an option that the
+        OptionError: no strategy, one that is given twice, a text that cannot be read, or an option that the
             strategy does not have.
         BudgetError: see `budgets_of`.
         UnknownNameError: no such strategy.
@@ -90,7 +90,7 @@ def contenders(
 
 
 def _refuse_twice(found: list[Contender]) -> None:
-    """Raises OptionError for a strategy that is there twice with one set of options: no row would tell them apart."""
+    """Raises OptionError for a strategy that is given twice with the same options: its rows would be equal."""
     seen: set[object] = set()
     for contender in found:
         key = _key(contender.strategy)
@@ -100,7 +100,7 @@ def _refuse_twice(found: list[Contender]) -> None:
 
 
 def _key(strategy: Strategy) -> object:
-    """The same for two strategies that run alike; an instance that holds more than options is like itself alone."""
+    """Equal for strategies that run equally; an instance with further attributes equals only itself."""
     if vars(strategy).keys() - {"name", "options", "budget", "parts", "positions"}:
         return id(strategy)
     return type(strategy), strategy.name, repr(strategy), *map(_key, getattr(strategy, "parts", ()))

@@ -1,4 +1,4 @@
-"""From kept image tokens to pixels: which part of the image, and of a target, they cover."""
+"""The part of the image, and of a target, that the kept image tokens cover."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def token_map(values: Tensor, trace: Trace, row: int, image: int = 0) -> NDArray
 
     Args:
         values: one number per image token of the row.
-        trace: of the run; its layout knows the cells.
+        trace: of the run; its layout has the cells.
         row: batch row.
         image: image number within the row.
     """
@@ -34,17 +34,17 @@ def token_map(values: Tensor, trace: Trace, row: int, image: int = 0) -> NDArray
 
 
 def places_at_end(trace: Trace) -> Tensor:
-    """bool [batch, N]: places of the image that a token of the last stage holds (all where nothing was decided)."""
+    """bool [batch, N]: places in the image that a token of the last stage has (all if there was no decision)."""
     return trace.stages[-1].places() if trace.stages else trace.exists
 
 
 def cells_to_pixels(cells: NDArray[np.bool_], height: int, width: int, box: Box | None = None) -> NDArray[np.bool_]:
-    """bool [height, width]: pixels whose centre lies in a marked cell.
+    """bool [height, width]: pixels with their centre in a marked cell.
 
     Args:
         cells: bool [rows, columns].
         height, width: of the image, in pixels.
-        box: (top, left, bottom, right) that the cells divide evenly; outside is no cell. Default: the image.
+        box: (top, left, bottom, right) that the cells divide evenly. Default: the image.
     """
     if not cells.size:
         return np.zeros((height, width), dtype=np.bool_)
@@ -58,7 +58,7 @@ def cells_to_pixels(cells: NDArray[np.bool_], height: int, width: int, box: Box 
 
 
 def target_coverage(target: Mask, trace: Trace, row: int, box: Box | None = None) -> float | None:
-    """Share of the target's area whose place a kept token of the last stage holds; None for an empty target."""
+    """Share of the target's area whose place a kept token of the last stage has; None for an empty target."""
     wanted = foreground(target)
     area = int(wanted.sum())
     if not area:

@@ -1,4 +1,4 @@
-"""Where an evaluation ran: what is needed to read its times and to repeat it."""
+"""The environment of an evaluation, for judging its times and repeating it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def describe(decoder: Any = None, threads: ThreadChoice | None = None) -> dict[s
 
     Args:
         decoder: the model's decoder.
-        threads: what was computed with, where it is not what the process has now.
+        threads: that were used; by default those of the process now.
     """
     threads = threads or present()
     found: dict[str, str | int] = {

@@ -1,4 +1,4 @@
-"""Metrics that plugins add: what they are given of each query, and how their answers become a mean."""
+"""Metrics that plugins add: their argument, `Measured`, and the mean of their results."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tokenprune.utils.arguments import instance, listed
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What one strategy made of one query. The arrays cannot be written to: other strategies are measured by them too.
+    """The result of one strategy on one query. The arrays are read-only: other strategies are measured with them too.
 
     Attributes:
         mask: the strategy's mask, bool [H, W].
-        target: what is asked for, [H, W]: bool, or integers as `tokenprune.utils.masks` says.
+        target: [H, W], bool, or integers as in `tokenprune.utils.masks`.
         untouched: the mask of the model without pruning, bool [H, W].
         query: the words, their kind, and the target again.
         trace: of the batch that the query was in.
@@ -45,11 +45,11 @@ class Measured:
 
 
 def metrics_of(names: Sequence[str] | None) -> list[Entry]:
-    """The registered metrics of these names; all that are installed for None.
+    """The registered metrics with these names; None = all installed ones.
 
     Raises:
         OptionError: no names.
-        UnknownNameError: nobody registered such a metric.
+        UnknownNameError: there is no such metric.
         PluginError: two packages register it, or it cannot be imported.
     """
     known = registry.entries("metrics")
@@ -67,14 +67,14 @@ def measure(metric: Entry, measured: Measured) -> float | None:
     """The metric of one query.
 
     Raises:
-        PluginError: it failed, or did not answer with a finite number or None; names the plugin and its package.
+        PluginError: it failed, or did not return a finite number or None; names the plugin and its package.
     """
     answer = metric.call(measured)
     if answer is None:
         return None
     try:
         value = float(answer)
-    except Exception:  # whatever it is, it is no number
+    except Exception:  # not a number
         value = math.nan
     if isinstance(answer, str) or not math.isfinite(value):
         raise metric.refusal(f"gave {answer!r} for query {measured.query.text!r}, expected a finite number or None")
@@ -88,6 +88,6 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of those that are defined; None where none is."""
+    """Mean of the defined values; None if there are none."""
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None

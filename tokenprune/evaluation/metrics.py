@@ -1,7 +1,7 @@
 """Mask metrics of referring and reasoning segmentation: gIoU, cIoU, mIoU by target size, agreement.
 
 gIoU and cIoU are those of the field (ReasonSeg, refCOCO): an empty union counts as 1.0, label 255 is ignored.
-Masks are numpy arrays [H, W]; what their values mean is said in `tokenprune.utils.masks`.
+Masks are numpy arrays [H, W]; `tokenprune.utils.masks` defines their values.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from tokenprune.errors import InputError
 from tokenprune.utils.arguments import instance, listed, shown
 from tokenprune.utils.masks import Mask, foreground, ignored, predicted
 
-EPSILON = 1e-5  # in the denominator of every expression's IoU, as the field's evaluation code has it
+EPSILON = 1e-5  # in the denominator of every expression's IoU, as in the usual evaluation code
 
-# COCO calls an object small below 32² pixels and large above 96²; turned into shares of a 640 × 480 image, so that they
-# carry to other sizes (ours).
+# COCO calls an object small below 32² pixels and large above 96²; as shares of a 640 × 480 image, for images
+# of other sizes (ours).
 SMALL_SHARE = 32**2 / (640 * 480)
 LARGE_SHARE = 96**2 / (640 * 480)
 SIZES = ("small", "medium", "large")
 
 
 def overlap(prediction: Mask, target: Mask) -> tuple[int, int]:
-    """Pixels in the intersection and in the union, without those that the target marks as ignored.
+    """Pixels in the intersection and in the union, without those that the target ignores.
 
     Raises:
-        InputError: no numpy arrays, two shapes, or values that mean nothing or two things (see
+        InputError: not numpy arrays, of different shapes, or with invalid or ambiguous values (see
             `tokenprune.utils.masks`).
     """
     inside, wanted, counted = predicted(prediction), foreground(target), ~ignored(target)
@@ -41,7 +41,7 @@ def overlap(prediction: Mask, target: Mask) -> tuple[int, int]:
 
 
 def expression_iou(intersection: int, union: int) -> float:
-    """I / (U + 1e-5); 1.0 where the union is empty. Raises InputError for what are no numbers of pixels."""
+    """I / (U + 1e-5); 1.0 if the union is empty. Raises InputError for arguments that are not pixel counts."""
     _check_pair((intersection, union))
     return intersection / (union + EPSILON) if union else 1.0
 
@@ -50,17 +50,17 @@ def giou(overlaps: Sequence[tuple[int, int]]) -> float:
     """Mean over expressions of their IoU, from their (intersection, union).
 
     Raises:
-        InputError: no expression, or something else than pairs.
+        InputError: no expression, or something other than pairs.
     """
     pairs = _pairs("gIoU", overlaps)
     return sum(expression_iou(*pair) for pair in pairs) / len(pairs)
 
 
 def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
-    """Sum of intersections over sum of unions; 1.0 where every union is empty (ours, in line with gIoU).
+    """Sum of intersections over sum of unions; 1.0 if every union is empty (ours, consistent with gIoU).
 
     Raises:
-        InputError: no expression, or something else than pairs.
+        InputError: no expression, or something other than pairs.
     """
     pairs = _pairs("cIoU", overlaps)
     union = sum(pair[1] for pair in pairs)
@@ -80,7 +80,7 @@ def miou_by(groups: Sequence[str | None], overlaps: Sequence[tuple[int, int]]) -
     """Mean IoU of every group that has expressions, in order of first appearance; None is left out.
 
     Raises:
-        InputError: groups that are no texts, something else than pairs, or not one for each.
+        InputError: groups that are not texts, something other than pairs, or a different number of them.
     """
     found: dict[str, list[tuple[int, int]]] = {}
     for group, pair in _together("groups and overlaps", groups, overlaps):
@@ -93,7 +93,7 @@ def agreement(masks: Sequence[Mask], reference: Sequence[Mask]) -> float:
     """gIoU of a strategy's masks against the unpruned model's: 1.0 = the strategy changes no mask.
 
     Raises:
-        InputError: as `overlap` and `giou`, or not as many masks as references.
+        InputError: as `overlap` and `giou`, or different numbers of masks and references.
     """
     both = _together("masks and reference", masks, reference)
     return giou([overlap(mask, predicted(other)) for mask, other in both])

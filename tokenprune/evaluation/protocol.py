@@ -1,4 +1,7 @@
-"""What an evaluation needs of a segmentation model. Adapters return such objects; nothing has to be inherited."""
+"""The models that an evaluation runs: which attributes and methods they need, and how their calls take turns.
+
+Adapters return such objects; there is no base class to inherit from.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
+from tokenprune.engine.calls.turns import model_turn
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown
 
@@ -18,8 +22,8 @@ MODEL_PARTS = ("name", "decoder", "encode_image", "build_inputs", "run_decoder",
 class SegmentationResult(Protocol):
     """What `segment` returns; with forced answers mask i belongs to query i.
 
-    Where queries share batch rows of the trace, as turns of one conversation do, `row_index` (a list of ints) tells the
-    row of each mask; without it mask i is from row i.
+    Where queries share batch rows of the trace, as turns of one conversation do, `row_index` (a list of ints) holds
+    the row of each mask; without it mask i is from row i.
     """
 
     @property
@@ -28,15 +32,15 @@ class SegmentationResult(Protocol):
 
     @property
     def trace(self) -> Trace | None:
-        """Of the prefill; None where nothing pruned."""
+        """Of the prefill; None without a strategy."""
 
 
 @runtime_checkable
 class SegmentationModel(Protocol):
-    """A model that turns an image and queries into masks, in steps that strategies can share.
+    """A model that computes masks from an image and queries, in steps that comparisons of strategies share.
 
     Attributes:
-        name: how reports call it.
+        name: for reports.
         decoder: the transformers decoder that strategies prune; its `config` and parameters are read.
     """
 
@@ -44,16 +48,16 @@ class SegmentationModel(Protocol):
     decoder: Any
 
     def encode_image(self, image: Any) -> Any:
-        """Everything that depends on the image alone: vision tower, projector, the mask head's image encoder.
+        """Everything that depends only on the image: vision tower, projector, the mask head's image encoder.
 
-        Raises InputError for what is no image.
+        Raises InputError if it is not an image.
         """
 
     def build_inputs(self, image: Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None) -> Any:
         """The decoder's teacher-forced input for queries about an encoded image. Raises InputError for an empty one."""
 
     def run_decoder(self, inputs: Any, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
-        """One prefill, the strategy's work included: states [queries, sequence, width]; a trace if a strategy ran."""
+        """One prefill, including the strategy's work: states [queries, sequence, width]; with a strategy, a trace."""
 
     def segment(
         self,
@@ -70,10 +74,10 @@ class SegmentationModel(Protocol):
 
 
 def check_model(model: object) -> SegmentationModel:
-    """The model, if it makes masks.
+    """The model, if it is a `SegmentationModel`.
 
     Raises:
-        InputError: it lacks something that a `SegmentationModel` has.
+        InputError: it lacks an attribute or method of `SegmentationModel`.
     """
     if isinstance(model, SegmentationModel):
         return model
@@ -93,7 +97,7 @@ class AnswerResult(Protocol):
 
     @property
     def trace(self) -> Trace | None:
-        """Of the prefill; None where nothing pruned."""
+        """Of the prefill; None without a strategy."""
 
     @property
     def row(self) -> int:
@@ -102,9 +106,52 @@ class AnswerResult(Protocol):
 
 @runtime_checkable
 class AnsweringModel(Protocol):
-    """A model that answers in words about an image, as `tokenprune answer` needs it; it makes no masks."""
+    """A model that answers in words about an image, for `tokenprune answer`; it does not make masks."""
 
     def answer(
         self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64
     ) -> AnswerResult:
-        """The answer to a prompt about an image. Raises InputError for what is no image, or an empty prompt."""
+        """The answer to a prompt about an image. Raises InputError if it is not an image, or the prompt is empty."""
+
+
+class TurnTaking:
+    """A segmentation model whose calls take turns with those of other threads, even if the model itself does not.
+
+    Args:
+        model: the model; see `SegmentationModel` for the methods.
+    """
+
+    def __init__(self, model: SegmentationModel) -> None:
+        self._model = model
+        self.name, self.decoder = model.name, model.decoder
+
+    def encode_image(self, image: Any) -> Any:
+        """See `SegmentationModel`."""
+        with model_turn(self.decoder):
+            return self._model.encode_image(image)
+
+    def build_inputs(self, image: Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None) -> Any:
+        """See `SegmentationModel`."""
+        with model_turn(self.decoder):
+            return self._model.build_inputs(image, queries, is_sentence=is_sentence)
+
+    def run_decoder(self, inputs: Any, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
+        """See `SegmentationModel`."""
+        with model_turn(self.decoder):
+            return self._model.run_decoder(inputs, strategy)
+
+    def segment(
+        self,
+        image: Any,
+        query: str | Sequence[str] | None = None,
+        strategy: Strategy | None = None,
+        *,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> SegmentationResult:
+        """See `SegmentationModel`."""
+        with model_turn(self.decoder):
+            return self._model.segment(image, query, strategy=strategy, is_sentence=is_sentence)
+
+    def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """See `SegmentationModel`."""
+        return self._model.grid_box(height, width)

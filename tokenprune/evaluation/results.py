@@ -1,4 +1,4 @@
-"""What a comparison found: rows of numbers, ready for JSON and for a table."""
+"""The results of a comparison: rows of numbers, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 
 class Row(BaseModel):
-    """One strategy at one budget; where it could not run, the `reason`, and None in the place of every number.
+    """One strategy at one budget; if it could not run, the `reason`, and None for every number.
 
     Attributes:
         strategy: registered name.
-        options: the options that really ran, a solved budget included.
-        given: the options that the user gave, to tell rows of one strategy apart.
-        budget: the budget that was asked for; None where the strategy takes none.
+        options: the options that were used, those from a budget included.
+        given: the options that the user gave, which distinguish rows of one strategy.
+        budget: the requested budget; None if the strategy takes none.
         giou, ciou: against the targets.
         giou_by_kind: by the dataset's kinds of queries.
         miou_by_size: mean IoU by size bucket of the target.
         agreement: gIoU against the untouched model's masks.
-        target_coverage: mean share of the target's area whose place a kept token of the last stage holds.
+        target_coverage: mean share of the target's area whose place a kept token of the last stage has.
         equivalent_tokens: mean over decoder layers and queries of the image tokens entering the layer.
         equivalent_tokens_ratio: the same over the number of image tokens.
-        flops: mean per query, 2 per multiply-add (convention `exact`): all that runs for a query; `compare` says what.
+        flops: mean per query, 2 per multiply-add (convention `exact`): all computations for a query; see `compare`.
         flops_ratio: to the untouched model.
         flops_by_part: the same by part: decoder, scorer, merge, strategy, mask_head.
         kv_bytes: of the KV cache after prefill, per query.
-        prefill_ms: median milliseconds of one query's prefill, the strategy's own work included; None if not measured.
+        prefill_ms: median milliseconds of one query's prefill, including the strategy's own work; None if not measured.
         prefill_speedup: the untouched model's median over this one.
-        policies: positions and the like: what has to be told with every result.
-        metrics: mean over queries of each metric that a plugin adds; None where it is defined for no query.
-        reason: why it could not run; None where it did.
+        policies: positions, query rows, padding: to be reported with every result.
+        metrics: mean over queries of each metric that a plugin adds; None if it is not defined for any query.
+        reason: why it could not run; None if it did.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -93,7 +93,7 @@ class Comparison(BaseModel):
         """One JSON object: model, dataset, split, samples, budget, environment, rows."""
         try:
             return self.model_dump_json(indent=indent)
-        except ValueError:  # text that is no Unicode, as the name of a folder may be: it can still be escaped
+        except ValueError:  # text that is not valid Unicode, such as a folder's name, can still be escaped
             return json.dumps(self.model_dump(), indent=indent, default=repr)
 
     def table(self) -> RenderableType:

@@ -1,30 +1,43 @@
-"""One sample of a dataset with what every strategy made of it: the material of overlay pictures."""
+"""One image and one query, and the mask that each strategy gave: of a dataset or of a user's own file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from tokenprune.core.budget import budget_words
+from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
+from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.validation import check_request, scenes_of
+from tokenprune.errors import InputError
+from tokenprune.evaluation import metrics
 from tokenprune.evaluation.coverage import Box
+from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.utils.arguments import whole_number
+from tokenprune.utils.images import to_rgb
+from tokenprune.utils.stopwatch import recorded
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one strategy made of a sample.
+    """The result of one strategy on a sample.
 
     Attributes:
-        label: the strategy, with options or budget where that tells it apart.
+        label: the strategy, with options or budget if several rows share its name.
         mask: bool [H, W].
-        trace: of the batch that the sample was in; None where nothing pruned.
+        trace: of the batch that the sample was in; None without a strategy.
         row: the sample's row in that batch.
         iou: against the target; None without one.
-        budget: that it ran at; None without one.
-        milliseconds: what each stage of the model took, and all of it, as `stopwatch.recorded` tells; empty where it
-            was not measured.
+        budget: of the run; None without one.
+        milliseconds: the time of each stage of the model and the total, from `stopwatch.recorded`; empty if it was not
+            measured.
     """
 
     label: str
@@ -44,7 +57,7 @@ class SampleRecord:
         id: of the scene.
         image: uint8 RGB [H, W, 3].
         query: the words.
-        target: mask [H, W], or None where it is not known.
+        target: mask [H, W], or None if it is unknown.
         box: the part of the image that the image tokens divide: (top, left, bottom, right) in pixels.
         outcomes: one per strategy.
     """
@@ -55,3 +68,62 @@ class SampleRecord:
     target: NDArray[Any] | None
     box: Box
     outcomes: list[Outcome] = field(default_factory=list)
+
+
+def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tuple[Scene, Query]:
+    """Query number `index` of a split, and its scene.
+
+    Raises:
+        UnknownNameError: no such dataset or split.
+        OptionError: a negative index or seed.
+        InputError: the split has fewer queries.
+        PluginError: the dataset failed.
+    """
+    whole_number("index", index, 0)
+    data = check_request(dataset, split, index + 1, seed)
+    pairs = ((scene, query) for scene in scenes_of(data, split, index + 1, seed) for query in scene.queries)
+    found = next(islice(pairs, index, None), None)
+    if found is None:
+        raise InputError(f"dataset {data.name!r}, split {split!r} has no query number {index}; choose a lower one")
+    return found
+
+
+def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: Strategy | None = None) -> SampleRecord:
+    """One query of a dataset, with its target."""
+    result = model.segment(scene.image, [query.text], strategy, is_sentence=[query.is_sentence])
+    mask = _first(result.masks)
+    iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
+    outcome = Outcome(_label(strategy), mask, result.trace, 0, iou)
+    box = model.grid_box(*scene.image.shape[:2])
+    return SampleRecord(scene.id, scene.image, query.text, query.mask, box, [outcome])
+
+
+def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None) -> SampleRecord:
+    """A user's own image (see `tokenprune.utils.images.to_rgb`) and query.
+
+    Raises:
+        InputError: no such file, not an image, an empty query.
+    """
+    with recorded() as milliseconds:
+        pixels = np.asarray(to_rgb(image))  # the model must see the same pixels as overlays
+        result = model.segment(pixels, [query], strategy)
+    mask = _first(result.masks)
+    box = model.grid_box(*mask.shape)
+    name = str(image) if isinstance(image, (str, Path)) else "image"
+    outcome = Outcome(_label(strategy), mask, result.trace, 0, milliseconds=milliseconds)
+    return SampleRecord(name, pixels, query, None, box, [outcome])
+
+
+def token_summary(outcome: Outcome) -> str:
+    """The run in one line: image tokens per stage, and equivalent tokens."""
+    if outcome.trace is None:
+        return f"{outcome.label}: no pruning"
+    return f"{outcome.label}: {outcome.trace.summary(outcome.row)}"
+
+
+def _label(strategy: Strategy | None) -> str:
+    return "none" if strategy is None else f"{strategy.name}{budget_words(strategy)}"
+
+
+def _first(masks: torch.Tensor) -> NDArray[np.bool_]:
+    return np.asarray(masks[0].detach().cpu().numpy(), dtype=np.bool_)

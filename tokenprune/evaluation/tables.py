@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def comparison_tables(comparison: Comparison) -> RenderableType:
-    """The main table, one by kind of query and size of target, what the columns mean, and what could not run."""
+    """The main table, the one by kind of query and size of target, their legends, and the reasons of failed rows."""
     parts: list[RenderableType] = [_main(comparison), _by_group(comparison)]
     if any(row.metrics for row in comparison.rows):
         parts.append(_of_plugins(comparison))
@@ -28,7 +28,7 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
 
 
 def as_text(renderable: RenderableType, width: int = 120) -> str:
-    """What a terminal of `width` columns would show, without colours."""
+    """The text on a terminal of `width` columns, without colours."""
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None).print(renderable)
     return stream.getvalue()
@@ -99,7 +99,7 @@ def _table(found: Comparison, title: str, groups: list[tuple[list[Column], str]]
 
 
 def _shows_budgets(found: Comparison) -> bool:
-    """Whether rows need a budget of their own: not all that could have one ran at the comparison's single one."""
+    """Whether to show a column of budgets: not all rows that take a budget ran at the same one."""
     return any(row.budget != found.budget for row in found.rows if row.budget is not None or row.options)
 
 

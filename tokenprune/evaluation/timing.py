@@ -1,4 +1,4 @@
-"""Fair timing: several contenders on the same samples, interleaved, so that drift of the machine hits all alike."""
+"""Fair timing: contenders run on the same samples, interleaved: a drift of the machine affects all equally."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def interleaved_medians(
 ) -> list[float]:
     """Median seconds of every contender over samples × rounds.
 
-    In every sample all contenders run once unmeasured, then `rounds` times in turn; each round begins with the next
-    contender, so that none always runs first. A contender's figure is the median over samples of its median over
-    rounds, so that samples of different lengths weigh the same.
+    In every sample all contenders run once without measurement, then `rounds` times in turn; each round begins with the
+    next contender, so that none always runs first. The result is the median over samples of the median over rounds:
+    samples of different lengths have the same weight.
 
     Args:
         samples: for every sample one run per contender, in the same order.
         rounds: measured runs per sample and contender.
         clock: seconds; replaced in tests.
         on_sample: called after every sample.
-        alone: opened around every run; what it waits for is not measured.
+        alone: a context for every run; the time to enter it is not measured.
     """
     contenders = len(samples[0]) if samples else 0
     found: list[list[float]] = [[] for _ in range(contenders)]

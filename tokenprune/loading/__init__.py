@@ -1,5 +1,5 @@
-"""From a name to a model: what an adapter is, where a checkpoint lies, and what its folder holds.
+"""From a name to a model: the base class of adapters, and how a checkpoint and its folder are found and checked.
 
-Goes here: what is asked before a family's own code is imported, so that nothing here imports torch. How a family's
-weights are read is its adapter's business (`adapters/`).
+Goes here: what is checked before a family's own code is imported; nothing here imports torch. A family's weights are
+loaded by its adapter (`adapters/`).
 """

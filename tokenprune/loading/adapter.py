@@ -1,4 +1,4 @@
-"""What an adapter is: the class that recognises a family's checkpoints and loads them."""
+"""The base class of adapters, which recognise a family's checkpoints and load them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ class Adapter(ABC):
     Attributes:
         model_types: `model_type`s of the live models that `bind` knows, for messages.
         merges_lora: whether `load` merges the adapter of a folder with adapter_config.json (see
-            `tokenprune.loading.lora_folders`); where it does not, such folders are refused.
+            `tokenprune.loading.lora_folders`); if not, such folders are refused.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> class MyAdapter(tp.Adapter):
+        ...     @classmethod
+        ...     def matches(cls, source, config):
+        ...         return config.get("model_type") == "my-model"
+        ...
+        ...     @classmethod
+        ...     def load(cls, source, **options):
+        ...         return MyModel.from_pretrained(source, **options)
+        >>> MyAdapter.matches("path/to/checkpoint", {"model_type": "my-model"})
+        True
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -48,9 +61,9 @@ class Adapter(ABC):
 
     @classmethod
     def bind(cls, model: Any) -> BoundModel | None:
-        """What `tokenprune.prune(model, strategy)` needs to know of a live model; None for a model of another kind.
+        """The `BoundModel` of a live model, for `tokenprune.prune(model, strategy)`; None for a model of another kind.
 
         Args:
-            model: any model object that a user has.
+            model: any model object.
         """
         return None

@@ -1,4 +1,4 @@
-"""The checkpoint that a model's name stands for, and its config.json; nothing of it is loaded."""
+"""Finds the checkpoint of a model's name, and reads its config.json; weights are not loaded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(name_or_path: str | Path) -> tuple[str, Mapping[str, Any]]:
-    """The folder or hub id that a model's name stands for, and its config.json; nothing is loaded.
+    """The folder or hub id of a model's name, and its config.json; weights are not loaded.
 
     Raises:
         OptionError: no name.
-        CheckpointError: nothing is there.
-        PluginError: a bundled model's folder is not there.
+        CheckpointError: there is no such checkpoint.
+        PluginError: a bundled model's folder does not exist.
     """
     wanted = "a bundled model's name, a checkpoint's folder, or a hub id"
     source = str(instance("name_or_path", name_or_path, (str, Path), wanted))
@@ -36,7 +36,7 @@ def find_checkpoint(name_or_path: str | Path) -> tuple[str, Mapping[str, Any]]:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a text may be the id of a repository on the hub."""
+    """Whether a text has the form of a hub repository id."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
 
 
@@ -69,7 +69,7 @@ def _read_config(source: str, bundled: list[str]) -> Mapping[str, Any]:
 
 
 def _config_of_base(source: str, folder: Path) -> Path:
-    """The config.json of the model that the adapter in a folder changes."""
+    """The config.json of the base model of a folder with an adapter (LoRA)."""
     base = base_of(folder)
     if base is None:
         raise CheckpointError(f"{source}: found no config.json in this folder, expected a checkpoint's folder")
@@ -109,7 +109,7 @@ def _download_config(source: str, bundled: list[str]) -> Path:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without what huggingface_hub logs of each try, where an error tells what became of them."""
+    """Silence huggingface_hub's log of each attempt; the error reports the result."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -125,6 +125,6 @@ def _is_adapter_on_hub(source: str) -> bool:
     try:
         with quiet_hub():
             hf_hub_download(source, ADAPTER_CONFIG)
-    except Exception:  # whatever kept config.json away
+    except Exception:  # any failure to get config.json
         return False
     return True

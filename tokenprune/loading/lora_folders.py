@@ -1,4 +1,4 @@
-"""Folders that hold an adapter (LoRA) beside or instead of whole weights: what they are changes of."""
+"""Folders with an adapter (LoRA) besides or instead of whole weights: the adapter's config and base model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MERGE = "merge it with peft: PeftModel.from_pretrained(base, folder).merge_and_u
 
 
 def adapter_config(folder: Path) -> dict[str, Any] | None:
-    """The folder's adapter_config.json; None where there is none, so that its weights are whole.
+    """The folder's adapter_config.json; None if there is none: then its weights are whole.
 
     Raises:
         CheckpointError: it is damaged.
@@ -32,9 +32,9 @@ def adapter_config(folder: Path) -> dict[str, Any] | None:
 
 
 def base_of(folder: Path) -> str | None:
-    """What the adapter in a folder changes: a local folder (its own where it names none), else a name on the hub.
+    """The base model of the adapter in a folder: a local folder (its own if it names none), else a hub id.
 
-    None where the folder holds no adapter. A relative path may start at the working directory or at the folder.
+    None if the folder has no adapter. A relative path may start at the working directory or at the folder.
 
     Raises:
         CheckpointError: adapter_config.json is damaged.

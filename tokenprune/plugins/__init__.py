@@ -1,5 +1,5 @@
-"""Plugins: the hooks that there are, what is registered through them, and whose fault it is when plugin code fails.
+"""Plugins: the hooks, the registry of what they register, and the errors that name a plugin when its code fails.
 
 Goes here: everything between an installed package and the name that users type. A new hook is specified in
-`hookspecs`; what it registers is looked up in `registry`.
+`hookspecs`; a new kind of thing to register is listed in `entries`, and `registry` looks it up.
 """

@@ -1,7 +1,7 @@
-"""Whose fault it is: what goes wrong in a plugin's code becomes an error that names the plugin.
+"""Attribution: an exception in a plugin's code becomes an error that names the plugin.
 
-Errors that tokenprune raises on purpose pass as they are, and so does memory that ran out, which callers may want to
-catch. `sys.exit` in a plugin is a failure like any other; a keyboard interrupt is the user's.
+Not converted are tokenprune's own errors, out-of-memory errors, which callers may want to catch, and keyboard
+interrupts. `sys.exit` in a plugin is a failure like any other.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ LONGEST = 300  # characters of another library's message that are shown
 
 
 def brief(error: BaseException) -> str:
-    """The error's type and its message in one line, cut where it is long."""
+    """The error's type and message in one line, shortened if it is long."""
     try:
         text = " ".join(str(error).split())
-    except Exception:  # a message that cannot be made must not hide the error
+    except Exception:  # a failing __str__ must not hide the error
         text = ""
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -30,10 +30,10 @@ def blamed(refuse: Callable[[str], PluginError]) -> Iterator[None]:
     """Run a plugin's code.
 
     Args:
-        refuse: makes the error that names the plugin from what went wrong, as `brief` says it.
+        refuse: makes the error that names the plugin, from the `brief` text of the exception.
 
     Raises:
-        PluginError: the plugin's code raised something else than a TokenPruneError.
+        PluginError: the plugin's code raised something other than a TokenPruneError.
     """
     try:
         yield
@@ -48,8 +48,8 @@ def blamed_strategy(name: str, where: str) -> Iterator[None]:
     """Run a strategy's code.
 
     Args:
-        name: of the strategy; an error about a plugin or the engine that names neither it nor a plugin is given it.
-        where: what is run, as it follows the strategy's name: ": bind()".
+        name: of the strategy; it is added to errors of plugins and the engine that name neither it nor a plugin.
+        where: what runs, as it follows the strategy's name: ": bind()".
 
     Raises:
         PluginError: as `blamed`.
@@ -61,7 +61,7 @@ def blamed_strategy(name: str, where: str) -> Iterator[None]:
 
 
 def blame_strategy(name: str, where: str, error: BaseException) -> NoReturn:
-    """Raise what `blamed_strategy` makes of an error; for code that runs too often for a context of its own."""
+    """Raise the error that `blamed_strategy` would raise; for code that runs too often for a context manager."""
     if isinstance(error, (PluginError, EngineError, UnsupportedError)):
         if getattr(error, "plugin", "") or repr(name) in str(error):
             raise error
@@ -72,5 +72,5 @@ def blame_strategy(name: str, where: str, error: BaseException) -> NoReturn:
 
 
 def _passes(error: BaseException) -> bool:
-    # by its name: that of PyTorch is not worth importing it
+    # by name: this must not import torch
     return isinstance(error, (TokenPruneError, MemoryError)) or type(error).__name__ == "OutOfMemoryError"

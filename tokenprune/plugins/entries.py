@@ -1,4 +1,4 @@
-"""What a plugin registers: entries with a lazy target, where they come from, and how they are collected."""
+"""What a plugin registers: entries with a lazily imported target, their source, and how they are collected."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Kind:
     Attributes:
         noun: in the singular.
         hook: that registers it.
-        base: "module:class" that targets are subclasses of; where empty, targets are called as they are.
-        reserved: names that tokenprune itself uses.
+        base: "module:class" that targets must subclass; if empty, targets are any callables.
+        reserved: names that tokenprune uses itself.
     """
 
     noun: str
@@ -80,19 +80,19 @@ class Entry:
 
     @property
     def distribution(self) -> str:
-        """Name of the package that brings it (or of the plugin, when it was added in process)."""
+        """Name of the package that registers it (or of the plugin, if it was added in process)."""
         return self.source.distribution
 
     @property
     def version(self) -> str:
-        """Version of that package; empty when it was added in process."""
+        """Version of that package; empty if it was added in process."""
         return self.source.version
 
     def load(self) -> Any:
         """The class or function itself.
 
         Raises:
-            PluginError: it cannot be imported, or is not of its kind; names the plugin, its package and the cause.
+            PluginError: it cannot be imported, or is of another kind; names the plugin, its package and the cause.
         """
         found = self._target()
         base = KINDS[self.kind].base
@@ -105,7 +105,7 @@ class Entry:
         """Call the target, or a method of it.
 
         Raises:
-            PluginError: it cannot be imported, or raised something that is no TokenPruneError.
+            PluginError: it cannot be imported, or raised something other than a TokenPruneError.
         """
         found = self.load()
         with self.running(method):
@@ -113,12 +113,12 @@ class Entry:
             return target(*arguments)
 
     def running(self, method: str = "") -> AbstractContextManager[None]:
-        """Run the target's code: while open, what is no TokenPruneError becomes a PluginError as in `call`."""
+        """A context for running the target's code: other errors become PluginErrors, as in `call`."""
         where = f" in {method}()" if method else ""
         return blamed(lambda found: self.refusal(f"failed{where} with {found}", "fix or uninstall it"))
 
     def refusal(self, problem: str, advice: str = "") -> PluginError:
-        """The error that says of this thing what is wrong with it."""
+        """The error about this entry."""
         what = f"{KINDS[self.kind].noun} {self.name!r} {problem}"
         return PluginError.of(self.source.plugin, self.distribution, what, advice)
 
@@ -134,7 +134,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin that was set aside because it could not be imported or registered."""
+    """A plugin that could not be imported or registered."""
 
     name: str
     distribution: str
@@ -148,12 +148,12 @@ class PluginStatus:
 
     Attributes:
         name: of the entry point, or as given to `register_plugin`.
-        distribution: the package, or the plugin's name where there is none.
+        distribution: the package, or the plugin's name if it has none.
         version: of the package.
         origin: "built-in", "installed" or "this process".
         status: "works", "broken", "collides" (a name of it is taken) or "left out" (by TOKENPRUNE_PLUGINS).
-        error: what is wrong; empty where it works.
-        hook_api: the version of the hooks that it says it was built for; empty where it does not say.
+        error: what is wrong; empty if it works.
+        hook_api: the version of the hooks that it declares; empty if it could not be loaded.
         registers: names by kind.
     """
 
@@ -168,19 +168,19 @@ class PluginStatus:
 
 
 def chosen_plugins() -> set[str] | None:
-    """What TOKENPRUNE_PLUGINS names, in lower case with "-" for "_"; None where it is not set: all are wanted."""
+    """The names in TOKENPRUNE_PLUGINS, in lower case with "-" for "_"; None if it is not set: all are loaded."""
     given = os.environ.get(LIMIT)
     return None if given is None else {_plain(name) for name in given.split(",") if name.strip()}
 
 
 def is_chosen(source: Source, chosen: set[str] | None) -> bool:
-    """Whether a plugin is to be loaded: a built-in one always, another by its own or its package's name."""
+    """Whether a plugin is loaded: built-in ones always, others by their own or their package's name."""
     wanted = chosen is None or bool(chosen & {_plain(source.plugin), _plain(source.distribution)})
     return wanted or source.distribution == OWN
 
 
 def missing(chosen: set[str] | None, sources: list[Source]) -> list[BrokenPlugin]:
-    """The names in TOKENPRUNE_PLUGINS that no installed plugin and no package of one has."""
+    """The names in TOKENPRUNE_PLUGINS that match no installed plugin and no package with plugins."""
     known = {_plain(name) for source in sources for name in (source.plugin, source.distribution)}
     others = sorted({source.distribution for source in sources if source.distribution != OWN})
     listing = f"installed packages with plugins: {', '.join(others) or 'none'}"
@@ -215,13 +215,13 @@ def _failed(source: Source, hook: str, said: str) -> PluginError:
 
 
 def not_loaded(broken: list[BrokenPlugin]) -> str:
-    """What the message about something unknown adds where plugins could not be loaded: which; else empty."""
+    """An addition to messages about unknown names: the plugins that could not be loaded; empty if there are none."""
     names = ", ".join(f"{plugin.name!r} of package {plugin.distribution!r}" for plugin in broken)
     return f"; could not be loaded: plugin {names} (tokenprune list --plugins says why)" if names else ""
 
 
 def collision(entries: list[Entry]) -> str:
-    """What is wrong with a name that several packages register."""
+    """The message about a name that several packages register."""
     noun, name = KINDS[entries[0].kind].noun, entries[0].name
     packages = [repr(entry.distribution) for entry in entries]
     number = "two" if len(packages) == 2 else str(len(packages))

@@ -2,12 +2,24 @@
 
 A plugin is a module (or any object) that implements some of these hooks with `@tokenprune.hookimpl`, named in the
 entry-point group `tokenprune` of its package. Keep that module free of heavy imports: name targets as
-"module:attribute" strings, which are imported when somebody uses them.
+"module:attribute" strings, which are imported on first use.
 
 `HOOK_API` is the semantic version of these hooks: a new hook or argument raises its second number; a hook or argument
-that goes or changes its meaning raises the first. A plugin tells what it was built for with an attribute beside its
-hooks, `tokenprune_hook_api = "1.0"`; another first number is refused, and a second number higher than this one's.
-Without the attribute it counts as built for 1.0.
+that is removed or changes its meaning raises the first. A plugin declares the version that it was built for with an
+attribute next to its hooks, `tokenprune_hook_api = "1.0"` (the default). Another first number is refused, and so is a
+higher second number.
+
+Example:
+    >>> import tokenprune as tp
+    >>> from tokenprune.plugins import registry
+    >>> class MyPlugin:
+    ...     @tp.hookimpl
+    ...     def tokenprune_register_strategies(self, register):
+    ...         register("my-method", "my_package.strategy:MyMethod", "what it does, in one line")
+    >>> registry.register_plugin(MyPlugin(), "my-plugin")
+    >>> tp.strategies()["my-method"].summary
+    'what it does, in one line'
+    >>> registry.unregister_plugin("my-plugin")
 """
 
 from __future__ import annotations
@@ -31,7 +43,7 @@ class Register(Protocol):
         """Register one thing.
 
         Args:
-            name: what users type; no white space, and only one package may register it.
+            name: what users type; without white space, and registered by one package only.
             target: "module:attribute", imported on first use, or the class or function itself.
             summary: one line for `tokenprune list`.
         """
@@ -54,7 +66,7 @@ def tokenprune_register_datasets(register: Register) -> None:
 
 @hookspec
 def tokenprune_register_models(register: Register) -> None:
-    """Register names of models that a package brings along.
+    """Register names of models that a package contains.
 
     Each target is a function without arguments that returns the checkpoint's folder (`pathlib.Path`).
     """
@@ -62,16 +74,16 @@ def tokenprune_register_models(register: Register) -> None:
 
 @hookspec
 def tokenprune_register_metrics(register: Register) -> None:
-    """Register metrics of single queries, which `compare` shows as the mean over queries.
+    """Register metrics of single queries; `compare` shows their mean over queries.
 
-    Each target is a function of a `tokenprune.evaluation.measured.Measured` that returns a number, or None where the
+    Each target is a function of a `tokenprune.evaluation.measured.Measured` that returns a number, or None if the
     metric is not defined for the query.
     """
 
 
 @hookspec
 def tokenprune_register_segmenters(register: Register) -> None:
-    """Register functions that find instances in an image, for options such as `segmenter` of `csp`.
+    """Register functions that find instances in an image, for options like `segmenter` of `csp`.
 
     Each target takes the image, uint8 [H, W, 3] (numpy), and returns masks, bool [instances, H, W].
     """
@@ -82,13 +94,13 @@ def tokenprune_register_report_sections(register: Register) -> None:
     """Register parts of what `compare --out` writes.
 
     Each target is a function of the `tokenprune.evaluation.results.Comparison` and the folder (`pathlib.Path`) that
-    returns the paths of the files that it wrote there.
+    returns the paths of the files that it wrote.
     """
 
 
 @hookspec
 def tokenprune_register_commands(register: Register) -> None:
-    """Register commands: `register("census", ...)` gives `tokenprune census`.
+    """Register commands: `register("census", ...)` adds `tokenprune census`.
 
     Each target is a `typer.Typer` app, or a function with Typer's annotations. It is imported when the command runs;
     until then `tokenprune --help` shows the summary.
@@ -106,10 +118,10 @@ def tokenprune_run_started(run: Any) -> None:
 
 @hookspec
 def tokenprune_stage_entered(run: Any, stage: Any) -> None:
-    """A stage begins and nothing is chosen yet.
+    """A stage begins; the strategy has not chosen yet.
 
     Args:
-        run: the context; `run.prefill` is the prefill, `run.state` its tokens, `run.trace` what has happened so far.
+        run: the context; `run.prefill` is the prefill, `run.state` its tokens, `run.trace` the record so far.
         stage: the `Stage` as the strategy declared it.
     """
 
@@ -120,7 +132,7 @@ def tokenprune_decision_taken(run: Any, stage: Any, decision: Any) -> None:
 
     Args:
         run: the context; `run.state` holds the tokens after the decision.
-        stage: what the trace says of the stage (`StageTrace`).
+        stage: the stage's record in the trace (`StageTrace`).
         decision: the validated `Keep`, `Restore` or `Merge` for every row of the batch.
     """
 

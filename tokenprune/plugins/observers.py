@@ -1,4 +1,4 @@
-"""The lifecycle hooks of all plugins, called for one run; `tokenprune.plugins.hookspecs` says when and with what."""
+"""Calls the lifecycle hooks of all plugins for a run; `tokenprune.plugins.hookspecs` specifies them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def notify(hook: str, *, strict: bool = False, **arguments: Any) -> None:
 
     Args:
         hook: its name.
-        strict: whether to look for writes to what observers are shown.
+        strict: whether to detect writes to the objects that observers are shown.
         arguments: of the hook.
 
     Raises:
-        PluginError: an observer raised, or wrote to what it was shown; names the first such plugin and its package,
-            once all were called.
+        PluginError: an observer raised, or modified what it was shown; names the first such plugin and its package,
+            after all were called.
     """
     manager = registry.plugin_manager()
     implementations = getattr(manager.hook, hook).get_hookimpls()
@@ -44,7 +44,7 @@ def notify(hook: str, *, strict: bool = False, **arguments: Any) -> None:
             failed = failed or (error if isinstance(error, PluginError) and error.plugin else _named(refuse, error))
         written = None if shown is None else shown.written()
         if written is not None:
-            failed = failed or refuse(f"a write to {written}, which it was only shown (work on a clone)")
+            failed = failed or refuse(f"a write to {written}, which is read-only for observers (work on a clone)")
             break
     if failed is not None:
         raise failed
@@ -57,7 +57,7 @@ def _named(refuse: Callable[[str], PluginError], error: Exception) -> PluginErro
 
 
 class _Shown:
-    """What observers see of a run and of a decision, and could write to."""
+    """The parts of a run and of a decision that observers could modify."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._prefill = getattr(arguments["run"], "prefill", None)
@@ -73,7 +73,7 @@ class _Shown:
                 self._tensors.add(f"{name}.{key}", value)
 
     def written(self) -> str | None:
-        """The name of what was written to, or None; parts of the run are put back."""
+        """The name of what was modified, or None; replaced parts of the run are restored."""
         found = self._tensors.written()
         for name, part in self._parts.items():
             if getattr(self._prefill, name) is not part:

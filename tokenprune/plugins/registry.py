@@ -1,11 +1,15 @@
-"""Names of strategies, adapters, datasets and all else that plugins register, imported on first use.
+"""Names of strategies, adapters, datasets and everything else that plugins register, imported on first use.
 
-Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The scan happens on first use and
-imports only the plugins' registration modules. A plugin that fails there is set aside with its error
-(`broken_plugins()`), and all others work. A name that two packages register belongs to neither: asking for it is an
-error that names both, all other names work. With TOKENPRUNE_PLUGINS=a,b only those plugins and the built-in ones load.
+Plugins come from the entry-point group `tokenprune` and from `register_plugin`. The first use scans them, which imports
+their registration modules only. A plugin that fails there is listed in `broken_plugins()`; all others work. A name that
+two packages register is an error when it is used. TOKENPRUNE_PLUGINS=a,b loads only those and the built-in plugins.
 
 The methods of one `Registry` are the functions of this module: `registry.plugins()`, `registry.register_plugin(…)`.
+
+Example:
+    >>> import tokenprune as tp
+    >>> tp.strategies()["fastv"].target, "lisa" in tp.adapters(), "shapes" in tp.datasets(), "lisa-tiny" in tp.models()
+    ('tokenprune_strategies.fastv:FastV', True, True, True)
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ from tokenprune.plugins.validation import api_of, check_plugin, register
 
 
 class Registry:
-    """One scan of the installed plugins, kept until `reset()`."""
+    """The installed plugins, scanned once and kept until `reset()`."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -57,10 +61,9 @@ class Registry:
         self._left_out: list[Source] = []
 
     def reset(self) -> None:
-        """Forget the scan and every plugin that was added in process; the next use scans again.
+        """Forget all plugins, those added in process included; the next use scans again.
 
-        Raises:
-            PluginError: a plugin asks for it while plugins are being loaded.
+        Raises PluginError if a plugin calls it while plugins are being loaded.
         """
         with self._lock:
             if self._scanning:
@@ -69,14 +72,14 @@ class Registry:
             self._clear()
 
     def register_plugin(self, plugin: Any, name: str) -> None:
-        """Add a plugin of this process, without a package.
+        """Add a plugin in this process, without a package.
 
         Args:
             plugin: a module or object with `@tokenprune.hookimpl` methods.
-            name: how messages and `tokenprune list` call it.
+            name: of the plugin, for messages and `tokenprune list`.
 
         Raises:
-            PluginError: it cannot be registered, or one of its names is taken; nothing of it stays registered.
+            PluginError: it cannot be registered, or one of its names is taken; then nothing of it is registered.
         """
         source = Source(plugin=name, distribution=name, version="")
         with self._lock:
@@ -96,7 +99,7 @@ class Registry:
             self._in_process.append((plugin, source))
 
     def unregister_plugin(self, name: str) -> None:
-        """Remove a plugin that `register_plugin` added.
+        """Remove a plugin that was added with `register_plugin`.
 
         Raises:
             UnknownNameError: no such plugin.
@@ -117,10 +120,7 @@ class Registry:
             return self._manager
 
     def entries(self, kind: str) -> dict[str, Entry]:
-        """All registered things of one kind, by name, in the order of their packages.
-
-        Names that two packages register are left out; `get` and `collisions` tell of them.
-        """
+        """All entries of one kind, by name, by package; names that two packages register are left out (see `get`)."""
         with self._lock:
             self._scan()
             return {name: entry for name, entry in self._entries[kind].items() if (kind, name) not in self._contested}
@@ -129,7 +129,7 @@ class Registry:
         """The entry of that name.
 
         Raises:
-            UnknownNameError: nobody registered it; the message suggests the nearest names.
+            UnknownNameError: it is not registered; the message suggests similar names.
             PluginError: two packages register the name.
         """
         known = self.entries(kind)
@@ -141,13 +141,13 @@ class Registry:
         return known[name]
 
     def collisions(self) -> list[str]:
-        """What is wrong with each name that two packages register."""
+        """A message for each name that two packages register."""
         with self._lock:
             self._scan()
             return [collision(entries) for entries in self._contested.values()]
 
     def plugins(self) -> list[PluginStatus]:
-        """Every plugin, working or not: the built-in ones, the installed ones, those of this process."""
+        """Every plugin, working or not: built-in, installed, and added in this process."""
         with self._lock:
             self._scan()
             assert self._manager is not None
@@ -183,7 +183,7 @@ class Registry:
         )
 
     def broken_plugins(self) -> list[BrokenPlugin]:
-        """Plugins that were set aside, with their errors."""
+        """Plugins that could not be loaded, with their errors."""
         with self._lock:
             self._scan()
             return list(self._broken)
@@ -207,7 +207,7 @@ class Registry:
                     self._load(point, source)
                 else:
                     self._left_out.append(source)
-        except BaseException:  # interrupted by the user: the next use scans again
+        except BaseException:  # such as an interrupt: the next use scans again
             self._clear()
             raise
         finally:
@@ -219,12 +219,14 @@ class Registry:
             if point.pattern.match(point.value) is None:
                 problem = f'its entry point is {point.value!r}, expected "module" or "module:attribute"'
                 raise PluginError.of(source.plugin, source.distribution, problem)
-            with redirect_stdout(sys.stderr):  # what a plugin prints must not come into a command's output
+            with redirect_stdout(sys.stderr):  # keep what a plugin prints out of a command's output
                 self._add(point.load(), source)
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # pytest.skip and the like are no Exceptions
-            self._broken.append(BrokenPlugin(source.plugin, source.distribution, source.version, _told(error, source)))
+        except BaseException as error:  # pytest.skip raises a BaseException
+            self._broken.append(
+                BrokenPlugin(source.plugin, source.distribution, source.version, _message(error, source))
+            )
 
     def _add(self, plugin: Any, source: Source) -> None:
         assert self._manager is not None
@@ -257,7 +259,7 @@ class Registry:
                 del self._contested[key]
 
 
-def _told(error: BaseException, source: Source) -> str:
+def _message(error: BaseException, source: Source) -> str:
     if isinstance(error, PluginError) and error.plugin:
         return str(error)
     return str(PluginError.of(source.plugin, source.distribution, f"it cannot be loaded: {brief(error)}"))
@@ -277,20 +279,20 @@ entries = _registry.entries
 
 
 def strategies() -> dict[str, Entry]:
-    """The pruning strategies that are installed: name -> description."""
+    """The pruning strategies that are installed, by name."""
     return _registry.entries("strategies")
 
 
 def adapters() -> dict[str, Entry]:
-    """The model adapters that are installed: name -> description."""
+    """The model adapters that are installed, by name."""
     return _registry.entries("adapters")
 
 
 def datasets() -> dict[str, Entry]:
-    """The datasets that are installed: name -> description."""
+    """The datasets that are installed, by name."""
     return _registry.entries("datasets")
 
 
 def models() -> dict[str, Entry]:
-    """The models that installed packages bring along: name -> description."""
+    """The models that installed packages contain, by name."""
     return _registry.entries("models")

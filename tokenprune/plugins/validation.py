@@ -1,4 +1,4 @@
-"""Whether a plugin is admitted: its hooks are ones that there are, of this version, and run when they are called."""
+"""Checks of a plugin: its hooks exist, are of a supported version, and are plain functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ API_ATTRIBUTE = "tokenprune_hook_api"
 
 
 def register(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:
-    """Put a plugin into the manager.
+    """Register a plugin with the manager.
 
     Raises:
         PluginError: it is a class, or one of its hooks takes an argument that the hook does not have.
@@ -45,7 +45,7 @@ def _needs_instance(manager: pluggy.PluginManager, kind: type, name: str) -> boo
 
 
 def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> None:
-    """Refuse a plugin that was built for other hooks.
+    """Check the version and the hooks of a registered plugin.
 
     Args:
         manager: that the plugin is registered in.
@@ -53,8 +53,8 @@ def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> 
         source: where it comes from.
 
     Raises:
-        PluginError: another major version, a higher minor one, an unknown hook, one that is no plain function, or no
-            hook at all.
+        PluginError: another major version, a higher minor one, an unknown hook, a hook that is not a plain function,
+            or no hook at all.
     """
     declared = api_of(plugin)
     version = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.\d+)?", declared)
@@ -64,7 +64,7 @@ def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> 
     major, minor = (int(part) for part in HOOK_API.split(".")[:2])
     if int(version[1]) != major or int(version[2] or 0) > minor:
         problem = f"it is built for version {declared} of the plugin hooks, this tokenprune has {HOOK_API}"
-        advice = "install a release of one of the two that fits the other"
+        advice = "install compatible releases of the two"
         raise PluginError.of(source.plugin, source.distribution, problem, advice)
     callers = manager.get_hookcallers(plugin) or []
     if not callers:
@@ -80,12 +80,12 @@ def check_plugin(manager: pluggy.PluginManager, plugin: Any, source: Source) -> 
             raise PluginError.of(source.plugin, source.distribution, f"there is no hook {caller.name}", advice)
         for implementation in caller.get_hookimpls():
             if implementation.plugin is plugin and (kind := _never_runs(implementation.function)):
-                problem = f"its hook {caller.name} is {kind}, which nobody would run; expected a plain function"
+                problem = f"its hook {caller.name} is {kind}, which would never run; expected a plain function"
                 raise PluginError.of(source.plugin, source.distribution, problem)
 
 
 def _never_runs(function: Callable[..., Any]) -> str:
-    """What a hook is that would not run when it is called; empty for a plain function."""
+    """The kind of a function that would not run when called; empty for a plain function."""
     kinds = {
         "a coroutine (async def)": inspect.iscoroutinefunction,
         "an asynchronous generator": inspect.isasyncgenfunction,
@@ -95,5 +95,5 @@ def _never_runs(function: Callable[..., Any]) -> str:
 
 
 def api_of(plugin: Any) -> str:
-    """The version of the hooks that a plugin says it was built for; "1.0" where it does not say."""
+    """The version of the hooks that a plugin declares; "1.0" by default."""
     return str(getattr(plugin, API_ATTRIBUTE, "1.0"))

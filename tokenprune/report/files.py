@@ -1,4 +1,4 @@
-"""Writing single pictures."""
+"""Writes single pictures, and checks where they go."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokenprune.utils.files import expanded, replacing
 
 
 def check_drawing(what: str) -> None:
-    """See before any work that plots and overlays can be drawn; nothing is imported.
+    """Check before any work that plots and overlays can be drawn; nothing is imported.
 
     Args:
-        what: draws them, as an error begins ("--overlay").
+        what: requires them, for the message ("--overlay").
 
     Raises:
         UnsupportedError: matplotlib is not installed.
@@ -27,11 +27,11 @@ def check_drawing(what: str) -> None:
 
 
 def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> None:
-    """See before any work that pictures can be written.
+    """Check before any work that pictures can be written.
 
     Args:
-        targets: by the option that names them.
-        inputs: files that are read, none of which may be written over.
+        targets: by option.
+        inputs: files that are read, and must not be overwritten.
 
     Raises:
         InputError: see `check_target` and `check_distinct`.
@@ -42,10 +42,10 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> N
 
 
 def check_distinct(targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path] = ()) -> None:
-    """See that no file is written twice, or is one that is read; arguments as in `check_targets`.
+    """Check that no file is written twice, or also read; arguments as in `check_targets`.
 
     Raises:
-        InputError: two of them are one file.
+        InputError: two of them are the same file.
     """
     seen = {_identity(path): "the image that is read" for path in inputs}
     for option, paths in targets.items():
@@ -57,19 +57,19 @@ def check_distinct(targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path]
 
 
 def check_target(path: Path) -> None:
-    """See before any work that a PNG can be written there.
+    """Check before any work that a PNG can be written there.
 
     Raises:
-        InputError: another suffix, a folder or something else that is no file, or a place that cannot be written.
+        InputError: another suffix, a folder or something else that is not a file, or a place that cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"output {str(path)!r}: found suffix {path.suffix!r}, expected .png")
-    target = Path(os.path.realpath(expanded(path)))  # a link is followed, as in writing
+    target = Path(os.path.realpath(expanded(path)))  # follow links, as in writing
     if target.is_dir() or not target.parent.is_dir():
         found = "a folder of that name" if target.is_dir() else f"no folder {str(path.parent)!r}"
         raise InputError(f"output {str(path)!r}: found {found}; choose another path or make the folder")
     if target.exists() and not target.is_file():
-        raise InputError(f"output {str(path)!r} is no ordinary file; choose another path")
+        raise InputError(f"output {str(path)!r} is not a regular file; choose another path")
     if not all(os.access(place, os.W_OK) for place in (target, target.parent) if place.exists()):
         raise InputError(f"output {str(path)!r} cannot be written (permission denied); choose another path")
 
@@ -78,7 +78,7 @@ def write_mask(mask: Any, path: Path) -> None:
     """A bool mask [H, W] as PNG with one 8-bit channel: 255 inside, 0 outside.
 
     Raises:
-        InputError: it cannot be written; a file that was there is as before.
+        InputError: it cannot be written; an existing file is unchanged.
     """
     from PIL import Image
 
@@ -87,10 +87,10 @@ def write_mask(mask: Any, path: Path) -> None:
 
 
 def _identity(path: Path) -> object:
-    """The same for two paths of one file, links and upper and lower case of the file system included."""
+    """Equal for two paths of one file, also with links, and with case-insensitive file systems."""
     found = expanded(path)
     try:
         known = found.stat()
-    except OSError:  # not there yet
+    except OSError:  # does not exist yet
         return os.path.normcase(os.path.realpath(found))
     return (known.st_dev, known.st_ino)

@@ -1,4 +1,4 @@
-"""Pictures of samples: what was asked, what came out, and which image tokens took part, stage by stage."""
+"""Pictures of samples: the query, the masks, and the active image tokens, stage by stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenprune.report import panels
 from tokenprune.utils.files import replacing
 
 PANEL = 2.3  # inches
-TITLE = 34  # characters of a panel's title that are as wide as the panel
+TITLE = 34  # characters of a title across a panel
 
 
 def comparison_sheet(record: SampleRecord) -> Figure:
@@ -43,7 +43,7 @@ def comparison_sheet(record: SampleRecord) -> Figure:
 
 
 def inspection_sheet(record: SampleRecord) -> Figure:
-    """One sample under one strategy: image, target, mask; tokens stage by stage; what each stage chose by."""
+    """One sample under one strategy: image, target, mask; tokens stage by stage; the scores of each stage."""
     outcome = record.outcomes[0]
     stages = _stages(outcome)
     scored = [stage for stage in stages if stage is not None and _has_scores(stage, outcome)]
@@ -62,7 +62,7 @@ def inspection_sheet(record: SampleRecord) -> Figure:
 
 
 def by_budget(record: SampleRecord) -> dict[float | None, SampleRecord]:
-    """The sample once per budget, strategies without one in each; under None where there are no two budgets."""
+    """The sample once per budget, with strategies without one in each; by None if there is at most one budget."""
     budgets = list(dict.fromkeys(o.budget for o in record.outcomes if o.budget is not None))
     if len(budgets) < 2:
         return {None: record}
@@ -73,10 +73,10 @@ def by_budget(record: SampleRecord) -> dict[float | None, SampleRecord]:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG; gives the path back.
+    """Write a figure as PNG; returns the path.
 
     Raises:
-        InputError: it cannot be written; a file that was there is as before.
+        InputError: it cannot be written; an existing file is unchanged.
     """
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, bbox_inches="tight", facecolor="white", format="png")
@@ -89,7 +89,7 @@ def file_name(text: str) -> str:
 
 
 def _stages(outcome: Outcome) -> list[StageTrace | None]:
-    """The stages to draw; None stands for the untouched start where nothing was decided before layer 0 ran."""
+    """The stages to draw; None is the unpruned start, if there is no stage at layer 0."""
     if outcome.trace is None:
         return []
     found: list[StageTrace | None] = list(outcome.trace.stages_of(outcome.row))
@@ -125,7 +125,7 @@ def _tokens(axis: Any, record: SampleRecord, outcome: Outcome, stage: StageTrace
     if stage is not None:
         height, width = record.image.shape[:2]
         places = panels.merged_places(trace, stage, row, record.box)
-        places = places.clip(0, (width - 1, height - 1))  # a grid may reach beyond the image
+        places = places.clip(0, (width - 1, height - 1))  # a grid may extend beyond the image
         axis.scatter(places[:, 0], places[:, 1], s=10, color=panels.ORANGE, edgecolors="black", linewidths=0.4)
 
 

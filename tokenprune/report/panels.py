@@ -14,9 +14,9 @@ from tokenprune.utils.masks import foreground
 
 RGB = NDArray[np.float64]  # [H, W, 3], 0 … 1
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 BLUE, ORANGE, VERMILION, GREEN = (0.0, 0.447, 0.698), (0.902, 0.624, 0.0), (0.835, 0.369, 0.0), (0.0, 0.62, 0.451)
-PARKED = (0.25, 0.41, 0.49)  # how a mid-grey place looks under the blue tint, for legends
+PARKED = (0.25, 0.41, 0.49)  # a mid-grey place under the blue tint, for legends
 
 
 def plain(image: NDArray[np.uint8]) -> RGB:
@@ -25,7 +25,7 @@ def plain(image: NDArray[np.uint8]) -> RGB:
 
 
 def with_mask(image: NDArray[np.uint8], mask: NDArray[Any], colour: tuple[float, float, float] = VERMILION) -> RGB:
-    """The image greyed down, the mask in colour with a white rim, so that it shows on any background."""
+    """The image greyed down, the mask in colour with a white rim, visible on any background."""
     inside = foreground(np.asarray(mask))
     base = grey(image) * 0.6 + 0.2
     panel = np.where(inside[..., None], 0.35 * plain(image) + 0.65 * np.asarray(colour), base)
@@ -34,7 +34,7 @@ def with_mask(image: NDArray[np.uint8], mask: NDArray[Any], colour: tuple[float,
 
 
 def with_tokens(image: NDArray[np.uint8], trace: Trace, stage: StageTrace | None, row: int, box: Box) -> RGB:
-    """The image where an active token has its place; parked places tinted blue, dropped ones dark."""
+    """The image at the places of active tokens; parked places tinted blue, dropped ones dark."""
     active = trace.exists if stage is None else stage.places()
     height, width = image.shape[:2]
     lit = cells_to_pixels(token_map(active[row].float(), trace, row) == 1.0, height, width, box)
@@ -46,7 +46,7 @@ def with_tokens(image: NDArray[np.uint8], trace: Trace, stage: StageTrace | None
 
 
 def merged_places(trace: Trace, stage: StageTrace, row: int, box: Box) -> NDArray[np.float64]:
-    """Centres (x, y) in pixels of the places whose token carries others too: float64 [n, 2]."""
+    """Centres (x, y) in pixels of the places of merged tokens: float64 [n, 2]."""
     if stage.lineage is None:
         return np.zeros((0, 2))
     carries = (stage.lineage[row].sum(-1) > 1) & stage.active[row] & (stage.origin[row] >= 0)
@@ -60,7 +60,7 @@ def merged_places(trace: Trace, stage: StageTrace, row: int, box: Box) -> NDArra
 
 
 def score_map(trace: Trace, scores: Tensor, row: int) -> NDArray[np.float32]:
-    """What a stage chose by, on the grid: float32 [rows, columns], NaN where a token had no score."""
+    """The scores of a stage, on the grid: float32 [rows, columns], NaN for tokens without a score."""
     values = token_map(scores[row], trace, row)
     return np.where(np.isfinite(values), values, np.float32("nan"))
 

@@ -17,7 +17,7 @@ METRICS = {
     "target_coverage": "share of the target covered by kept tokens",
 }
 
-# Okabe and Ito's palette; markers and line styles tell curves apart without any colour.
+# Okabe and Ito's palette; markers and line styles distinguish curves without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 STYLES = ("-", "--", "-.", ":")

@@ -16,10 +16,10 @@ OWN_FILES = ("results.json", "tradeoff-*.png", "overlay-*.png")
 
 
 def writable_folder(path: str | Path) -> Path:
-    """The folder, made if it is not there, once a file could be written in it.
+    """The folder, created if necessary, after a test that files can be written in it.
 
     Raises:
-        InputError: it cannot be made or written.
+        InputError: it cannot be created or written.
     """
     folder = expanded(path)
     try:
@@ -34,10 +34,10 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def unused_folder(path: str | Path) -> Path:
-    """The folder, as from `writable_folder`, once it is known that no other run's results are in it.
+    """The folder, as from `writable_folder`, after a check that it holds no other run's results.
 
     Raises:
-        InputError: it cannot be made or written, or it holds results.
+        InputError: it cannot be created or written, or it holds results.
     """
     folder = writable_folder(path)
     taken = next((found for pattern in OWN_FILES for found in sorted(folder.glob(pattern))), None)
@@ -50,17 +50,17 @@ def unused_folder(path: str | Path) -> Path:
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """results.json, tradeoff-*.png, one overlay-*.png for every sample that was kept and budget, and what plugins add.
+    """results.json, tradeoff-*.png, one overlay-*.png for every kept sample and budget, and the files of plugins.
 
-    results.json comes first. Nothing is written over: where the folder holds the results of another run by now, all
-    goes to a folder `run-2` (`run-3`, …) in it.
+    results.json is written first. Nothing is overwritten: if the folder holds the results of another run by now, the
+    files go to a new folder `run-2` (`run-3`, …) in it.
 
-    Gives the paths.
+    Returns the paths.
 
     Raises:
-        InputError: the folder, or a file in it, cannot be written; what was written before stays.
-        PluginError: a report section of a plugin failed; all else is written then.
-        UnsupportedError: matplotlib is not installed; nothing is written then.
+        InputError: the folder, or a file in it, cannot be written; files written before stay.
+        PluginError: a report section of a plugin failed; everything else is written.
+        UnsupportedError: matplotlib is not installed; nothing is written.
     """
     check_drawing("writing a comparison")
     from tokenprune.report.overlays import by_budget, comparison_sheet, file_name, save

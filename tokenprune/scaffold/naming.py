@@ -1,4 +1,4 @@
-"""Names of a new plugin and of what belongs to it, all from the one name that its users type."""
+"""The names in a new plugin package, all derived from the one name that users type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GOOD = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one new package.
+    """The names in a new package.
 
     Attributes:
         kind: "strategies", "adapters" or "datasets".
@@ -37,7 +37,7 @@ class Names:
 
     @property
     def distribution(self) -> str:
-        """The package as pip knows it, and its folder: "tokenprune-my-method"."""
+        """The distribution's name, and its folder: "tokenprune-my-method"."""
         return PREFIX + self.name
 
     @property
@@ -52,16 +52,16 @@ class Names:
 
     @property
     def environment(self) -> str:
-        """The environment variable that says where a dataset's files are: "MY_DATA_FOLDER"."""
+        """The environment variable with the folder of a dataset's files: "MY_DATA_FOLDER"."""
         return f"{self.identifier.upper()}_FOLDER"
 
     @property
     def camel(self) -> str:
-        """The name as a class is called: "MyMethod"."""
+        """The name as a class name: "MyMethod"."""
         return "".join(part[0].upper() + part[1:] for part in self.name.split("-"))
 
     def class_name(self, source: str) -> str:
-        """The class's name: that of an adapter ends in "Adapter", and no name is used that `source` uses already."""
+        """The class's name: for an adapter it ends in "Adapter", and it avoids names that `source` uses."""
         if self.kind == "adapters":
             return self.camel + "Adapter"
         used = keyword.iskeyword(self.camel) or hasattr(builtins, self.camel)
@@ -69,14 +69,14 @@ class Names:
 
 
 def check_name(kind: str, name: str) -> Names:
-    """The names of a new package, if `name` is good and free.
+    """The names of a new package, if `name` is valid and not taken.
 
     Args:
         kind: "strategies", "adapters" or "datasets".
         name: what the user typed.
 
     Raises:
-        InputError: not a good name, or one that an installed package has.
+        InputError: an invalid name, or one that an installed package uses.
     """
     noun = KINDS[kind].noun
     if not GOOD.fullmatch(name) or len(name) > LONGEST:
@@ -119,7 +119,7 @@ def _installed(distribution: str) -> bool:
 
 
 def _better(name: str) -> str:
-    """A good name that looks like this one."""
+    """A valid name that is similar to this one."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
     found = re.sub(r"[^a-z0-9]+", "-", spaced)[:LONGEST].strip("-")
     return found if GOOD.fullmatch(found) else "my-method"

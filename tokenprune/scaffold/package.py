@@ -69,11 +69,11 @@ LONGEST = 100  # characters of a description
 
 @dataclass(frozen=True)
 class Project:
-    """What the author chose.
+    """The author's choices.
 
     Attributes:
         names: of the package.
-        licence: an SPDX identifier that `templates/licences` has a text for, or "none".
+        licence: an SPDX identifier with a text in `templates/licences`, or "none".
         author: "" or one line, "Ada Lovelace" or "Ada Lovelace <ada@example.org>".
         description: "" or one line of at most `LONGEST` characters.
         year: of the copyright.
@@ -95,7 +95,7 @@ class Project:
             raise InputError(f"{found}, expected at most {LONGEST}, as a list shows it; put more into README.md")
 
     def files(self) -> dict[str, str]:
-        """Text of every file by its path in the package."""
+        """The text of every file, by its path in the package."""
         kind = self.names.kind
         values = self._values(_read(MAIN[kind]))
         found = {
@@ -137,10 +137,10 @@ class Project:
 
 
 def write(project: Project, into: Path) -> Path:
-    """Write the package into a new folder of its name, inside `into`; that folder.
+    """Write the package into a new folder of its name inside `into`; returns the folder.
 
     Raises:
-        InputError: the folder exists, or cannot be written; then nothing of it stays.
+        InputError: the folder exists, or cannot be written; then nothing is left behind.
     """
     texts = project.files()
     folder = into / project.names.distribution
@@ -164,7 +164,7 @@ def _filled(template: str, values: dict[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As a string of TOML and of Python."""
+    """A string literal for TOML and Python."""
     return json.dumps(text, ensure_ascii=False)
 
 

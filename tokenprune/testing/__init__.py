@@ -1,1 +1,5 @@
-"""Tools for proving a strategy or an engine right: tiny models, random schedules, the masked full-length oracle."""
+"""Tools to test a strategy, an adapter or a dataset with: conformance kits, the masked oracle, tiny models.
+
+Goes here: what the tests of a plugin import, and the pytest plugin that comes with the package. What the kits are made
+of is in `kit/`. A kit for another kind of plugin is a module `…_conformance` here.
+"""

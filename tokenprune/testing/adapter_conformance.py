@@ -1,4 +1,4 @@
-"""The conformance kit for adapters: what tokenprune promises of a model, held for a family that an adapter brings.
+"""The conformance kit for adapters: tests what tokenprune guarantees for any model on an adapter's family.
 
 from tokenprune.testing.adapter_conformance import AdapterConformance
 
@@ -32,10 +32,10 @@ from tokenprune.engine.interface.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry
-from tokenprune.testing.grid_checks import check_cells
-from tokenprune.testing.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.grid_checks import check_cells
+from tokenprune.testing.kit.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.recording import Break, Breaking
 from tokenprune.testing.oracle import masked
-from tokenprune.testing.recording import Break, Breaking
 from tokenprune.testing.scripted import Asking, Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -43,14 +43,14 @@ Inputs = dict[str, Any]
 
 
 class AdapterConformance:
-    """Subclass it, give `adapter`, `model` and `inputs`, and pytest does the rest.
+    """Subclass it and define `adapter`, `model` and `inputs`; pytest does the rest.
 
     Attributes:
         adapter: registered name.
-        prompts: how many prompts `inputs` knows: two or more, with images, of different lengths.
-        schedules: random schedules that the engine is compared with the oracle on.
-        tolerance: largest difference of outputs, absolute and relative, that rounding explains.
-        in_reading_order: whether tokens of an image stand in the prompt row by row, from left to right.
+        prompts: how many prompts `inputs` has: two or more, with images, of different lengths.
+        schedules: number of random schedules for the comparison of engine and oracle.
+        tolerance: largest absolute and relative difference of outputs by rounding.
+        in_reading_order: whether an image's tokens are in the prompt row by row, from left to right.
     """
 
     adapter: ClassVar[str] = ""
@@ -59,7 +59,7 @@ class AdapterConformance:
     tolerance: ClassVar[float] = 1e-4
     in_reading_order: ClassVar[bool] = True
 
-    # what the author gives -------------------------------------------------------------------------------------------
+    # for authors ----------------------------------------------------------------------------------------------------
 
     def model(self) -> Any:
         """A tiny model of the family in eval mode, on the CPU, in float32, with weights large enough to matter."""
@@ -74,7 +74,7 @@ class AdapterConformance:
         raise pytest.UsageError(f"{type(self).__name__}: give inputs(rows), the arguments of the model's call")
 
     def text(self) -> Inputs | None:
-        """The same for a prompt without images; None where the family cannot be asked without."""
+        """The same for a prompt without images; None if the family always needs one."""
         return None
 
     def sizes(self, row: int) -> Sequence[tuple[int, int]] | None:
@@ -82,7 +82,7 @@ class AdapterConformance:
         return None
 
     def output(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
-        """[batch, sequence, …] of one call of the model; its logits, unless a subclass says otherwise."""
+        """[batch, sequence, …] of one call of the model; its logits by default."""
         logits: Tensor = model(**inputs).logits
         return logits
 
@@ -109,11 +109,11 @@ class AdapterConformance:
         for other in (tiny_llama(), "no model at all", None):
             known = entries[self.adapter].call(other, method="bind")
             assert known is None, f"bind({type(other).__name__}) is to be None"
-        known = entries[self.adapter].call("folder", {"model_type": "of nobody"}, method="matches")
-        assert not known, "matches() knows a model_type of nobody"
+        known = entries[self.adapter].call("folder", {"model_type": "no-such-type"}, method="matches")
+        assert not known, "matches() accepts an unknown model_type"
 
     def test_image_tokens_and_cells_fit_together(self) -> None:
-        """Every prompt has image tokens, numbered by image, in cells row by row, as it has them alone."""
+        """Every prompt has image tokens, numbered by image, in cells row by row, in a batch as alone."""
         layout = self._layout(self._all)
         for row, count in enumerate(layout.counts.tolist()):
             prompt = f"prompt {row}"
@@ -129,13 +129,13 @@ class AdapterConformance:
                 assert here == there, f"{prompt}: {what} in the batch {here}, alone {there}"
 
     def test_keep_all_is_the_untouched_model(self) -> None:
-        """Where every token is kept, outputs are those of the untouched model, to the bit."""
+        """If every token is kept, outputs equal those of the untouched model, to the bit."""
         expected = self._untouched(self._all)
         found = self._pruned(self._all, self._keeping())
         assert torch.equal(found, expected), f"off by {float((found - expected).abs().max()):.2g}; see prompt_masks()"
 
     def test_nothing_stays_on_the_model(self) -> None:
-        """After a run, and after an exception in one, the model is what it was."""
+        """After a run, and after an exception in one, the model is unchanged."""
         expected, before = self._untouched(self._all), snapshot(self._model)
         self._pruned(self._all, self._script(self._layout(self._all), 0))
         self._same(before, "a run")
@@ -145,7 +145,7 @@ class AdapterConformance:
         assert torch.equal(self._untouched(self._all), expected), "afterwards the untouched model answers differently"
 
     def test_engine_equals_masked_oracle(self) -> None:
-        """Random schedules give what the full sequence with masks gives."""
+        """Random schedules give the same as the full sequence with masks."""
         layout, untouched = self._layout(self._all), self._untouched(self._all)
         seen = False
         for seed in range(self.schedules):
@@ -159,7 +159,7 @@ class AdapterConformance:
         assert seen, "dropped tokens change nothing; give the tiny model larger weights, as initializer_range=0.2"
 
     def test_batch_row_equals_row_alone(self) -> None:
-        """A prompt in a padded batch is answered as it is alone."""
+        """A prompt has the same outputs in a padded batch as alone."""
         layout = self._layout(self._all)
         for seed in range(3):
             script = self._script(layout, seed)
@@ -170,7 +170,7 @@ class AdapterConformance:
                 self._near(together[row : row + 1, -found.shape[1] :], found, what)
 
     def test_cached_decoding_equals_recomputation(self) -> None:
-        """Tokens decoded on the pruned cache are those that the whole longer sequence gives."""
+        """Tokens decoded on the pruned cache equal those of the whole longer sequence."""
         if not callable(getattr(self._model, "generate", None)):
             pytest.skip("the model has no generate()")
         inputs, start = self._all, self._all["input_ids"].shape[1]
@@ -193,7 +193,7 @@ class AdapterConformance:
             self._near(logits[:, None], expected[:, start - 1 + step, None], what)
 
     def test_prompts_without_images_run(self) -> None:
-        """A prompt of text alone is answered as without pruning, after one with images too."""
+        """A text-only prompt has the same outputs as without pruning, also after one with images."""
         text = self.text()
         if text is None:
             pytest.skip("text() gives no prompt without images")
@@ -203,7 +203,7 @@ class AdapterConformance:
             assert torch.equal(self.output(self._model, text), expected)
 
     def test_vision_side_answers_for_each_token(self) -> None:
-        """Every kind of read that is offered is answered, and tells of a prompt what it tells of it alone."""
+        """Every kind of read that is offered has a value, which for a prompt in a batch is the same as alone."""
         kinds = sorted(self._binding.offers(), key=lambda kind: kind.__name__)
         if not kinds:
             pytest.skip("nothing of the vision side is offered")
@@ -222,7 +222,7 @@ class AdapterConformance:
                 self._near(here[None].float(), there[None].float(), what)
 
     def test_every_strategy_runs_or_says_why(self) -> None:
-        """Every installed strategy that is compatible runs at a budget of a half; the others are refused beforehand."""
+        """Every installed strategy that is compatible runs at budget 0.5; the others are refused before the run."""
         ran, valid = [], self._layout(self._all).valid
         for name in registry.strategies():
             if not compatible(name, self._model):

@@ -1,4 +1,4 @@
-"""The conformance kit for datasets: what comparisons take for granted of a dataset, held for one that you bring.
+"""The conformance kit for datasets: tests what comparisons assume about any dataset.
 
 from tokenprune.testing.dataset_conformance import DatasetConformance
 
@@ -20,18 +20,18 @@ from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
 
 
 class DatasetConformance:
-    """Subclass it, give `dataset`, and pytest does the rest.
+    """Subclass it and define `dataset`; pytest does the rest.
 
     Attributes:
         dataset: registered name, or "module:Class".
-        queries: how many queries of each split are looked at.
+        queries: how many queries of each split are tested.
     """
 
     dataset: ClassVar[str] = ""
     queries: ClassVar[int] = 8
 
     def data(self) -> Dataset:
-        """The dataset, made anew."""
+        """A new instance of the dataset."""
         if not self.dataset:
             raise pytest.UsageError(f"{type(self).__name__}: give dataset, a registered name or module:Class")
         return made(self.dataset)
@@ -58,7 +58,7 @@ class DatasetConformance:
                 assert found == limit, f"split {split!r} gave {found} queries, of which there are {there}, for {limit}"
 
     def test_the_same_seed_gives_the_same(self) -> None:
-        """Two people who ask for the same queries ask the same ones."""
+        """Equal requests give equal queries."""
         for split in self.data().splits:
             first, again = self._scenes(split), self._scenes(split)
             assert [scene.id for scene in first] == [scene.id for scene in again]
@@ -73,7 +73,7 @@ class DatasetConformance:
                 assert np.array_equal(query.mask, repeated.mask), f"{query.text!r} has another mask the second time"
 
     def test_an_unknown_split_is_refused(self) -> None:
-        """With an error that a command prints as a line."""
+        """With an error that a command prints as one line."""
         with pytest.raises(TokenPruneError):
             list(self.data().scenes("no-such-split", 1, 0))
 

@@ -1,7 +1,7 @@
-"""The definition of pruning, computed the slow way: every layer on the full sequence, with masks.
+"""The definition of pruning, computed slowly: every layer on the full sequence, with masks.
 
-In layer l, positions that are not active are hidden as keys and their hidden states pass through unchanged. An engine
-that computes on shortened sequences has to give the same. Nothing here uses the engine.
+In layer l, positions that are not active are masked as keys, and their hidden states pass through unchanged. The
+engine, which computes on shortened sequences, must give the same. Nothing here uses the engine.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ def masked_full_length(
 
 @contextmanager
 def masked(decoder: Any, layout: SequenceLayout, script: Scripted) -> Iterator[None]:
-    """While open, calls without cache of any model around `decoder` compute the definition of a scripted schedule.
+    """A context in which calls without cache, of any model around `decoder`, compute the oracle of a scripted schedule.
 
-    The model makes its own masks and positions, so this holds for decoders of any kind: `masked_full_length` makes
-    them itself. Image tokens are those of `layout`, so every call has to be for the same prompts.
+    The model makes its own masks and positions, so that decoders of any kind work (`masked_full_length` makes them
+    itself). Image tokens are those of `layout`: every call must have the same prompts.
 
     Args:
         decoder: the module with the decoder layers, `decoder.layers`; a binding's `decoder`.
-        layout: of the prompts, such as `run.trace.layout` of a run.
+        layout: of the prompts, for example `run.trace.layout`.
         script: the decisions.
 
     Raises:
-        InputError: the script counts positions anew.
+        InputError: the script renumbers positions.
     """
     if any((step.positions or script.positions) == "renumber" for step in script.steps):
         raise InputError(
-            "masked() keeps the model's positions, and the script counts them anew; use masked_full_length()"
+            "masked() keeps the model's positions, but the script renumbers them; use masked_full_length()"
         )
     walk = _Masked(layout, script)
     with ExitStack() as undo:
@@ -104,7 +104,7 @@ class _Masked:
         if number == 0:
             self._present, self._after = self.layout.valid.clone(), None
             self._alive = all_active(self.layout)
-        if self._after is not None:  # what the decoder adds between layers (DeepStack) is for active positions only
+        if self._after is not None:  # additions between layers (DeepStack) apply to active positions only
             hidden = torch.where(self._ran[..., None], hidden, self._after)
         for step in self.script.steps:
             if step.layer == number:
@@ -122,17 +122,17 @@ class _Masked:
 
     def _mask(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
         length = hidden.shape[1]
-        if mask is None:  # transformers' way to say plain causal
+        if mask is None:  # transformers' form of a plain causal mask
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
         seen = self._ran[:, None, None, :]
-        itself = torch.eye(length, dtype=torch.bool, device=hidden.device)  # their output is thrown away
+        itself = torch.eye(length, dtype=torch.bool, device=hidden.device)  # their output is discarded
         if mask.dtype == torch.bool:
             return (mask & seen) | itself
         return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).masked_fill(itself, 0)
 
 
 def _window(config: Any, layer: int) -> int | None:
-    """How many positions, itself included, a position of that layer looks back on; None = all."""
+    """The sliding window of a layer in positions, the current one included; None = no window."""
     types = getattr(config, "layer_types", None)
     slides = types is None or types[layer] == "sliding_attention"
     return getattr(config, "sliding_window", None) if slides else None
@@ -150,21 +150,21 @@ def _mask(present: Tensor, window: int | None) -> Tensor:
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     if window is not None:
         causal = causal.triu(1 - window)
-    itself = torch.eye(length, dtype=torch.bool)  # hidden positions see themselves: their output is thrown away
+    itself = torch.eye(length, dtype=torch.bool)  # hidden positions see themselves: their output is discarded
     seen = (causal & present[:, None, :]) | itself
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 
 def all_active(layout: SequenceLayout) -> dict[str, Tensor]:
-    """Where `apply_step` begins: bool [batch, S] each, every image token active and none parked."""
+    """The initial state for `apply_step`: bool [batch, S] each, every image token active and none parked."""
     return {"active": layout.image_tokens.clone(), "parked": torch.zeros_like(layout.image_tokens)}
 
 
 def apply_step(step: Step, hidden: Tensor, layout: SequenceLayout, alive: dict[str, Tensor]) -> Tensor:
-    """The states [batch, S, width] once a decision is taken; `alive`, what is active and parked, is changed in place.
+    """The states [batch, S, width] after a decision; `alive` (active, parked) is changed in place.
 
     Raises:
-        InputError: a position that cannot be chosen: restored though not parked, else not active.
+        InputError: a chosen position that is not active or, for a restore, not parked.
     """
     decision = step.decision
     hidden = hidden.clone()

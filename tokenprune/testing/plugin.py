@@ -1,6 +1,6 @@
 """pytest plugin: `pytest --tokenprune-strategy NAME` runs the conformance kit on any installed strategy.
 
-pytest imports this module wherever tokenprune is installed, so that it stays free of heavy imports.
+pytest imports this module whenever tokenprune is installed: it must not have heavy imports.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tokenprune.core.option_texts import parse_options
+from tokenprune.core.by_name import parse_options
 from tokenprune.errors import TokenPruneError
 from tokenprune.plugins import registry
 
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect the kit where a strategy is named.
+    """Collect the kit if a strategy is named.
 
     Raises:
         UsageError: a strategy that is not installed, or options that are not KEY=VALUE.
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     options_of(config)
     for name in names:
         try:
-            if "+" not in name:  # several joined are looked at when they are made
+            if "+" not in name:  # compositions are checked when they are made
                 registry.get("strategies", name)
         except TokenPruneError as error:
             raise pytest.UsageError(f"--tokenprune-strategy: {error}") from error
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def options_of(config: pytest.Config) -> dict[str, Any]:
-    """The options that were given, read as the command line of tokenprune reads them."""
+    """The options, parsed as on tokenprune's command line."""
     try:
         return parse_options(config.getoption("--tokenprune-options"))
     except TokenPruneError as error:

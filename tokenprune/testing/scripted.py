@@ -1,4 +1,4 @@
-"""Scripted strategies: schedules whose decisions are fixed in advance, so that an engine can be held to an oracle."""
+"""Scripted strategies: schedules of fixed decisions, to compare the engine with the oracle."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tokenprune.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Step:
-    """One scripted decision on entering `layer`, and the position policy from there on if it is another.
+    """One scripted decision on entering `layer`, and a position policy from there on.
 
-    `rows`, bool [batch], are the batch rows that it is for where others are not decided on; for the oracle.
+    `rows`, bool [batch], are the batch rows of the decision if it is not for all; for the oracle.
     """
 
     layer: int
@@ -28,12 +28,12 @@ class Step:
     rows: Tensor | None = None
 
     def is_for(self, row: int) -> bool:
-        """Whether it is about that batch row."""
+        """Whether the decision is for that batch row."""
         return self.rows is None or bool(self.rows[row])
 
 
 class Scripted(Strategy):
-    """Answers its stages with decisions fixed in advance."""
+    """A strategy whose decisions are fixed in advance."""
 
     name = "scripted"
 
@@ -43,7 +43,7 @@ class Scripted(Strategy):
         self.positions = positions  # type: ignore[assignment]
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage a step."""
+        """One stage per step."""
         return [Stage(str(n), step.layer, positions=step.positions) for n, step in enumerate(self.steps)]
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
@@ -57,7 +57,7 @@ class Scripted(Strategy):
 
 
 class Asking(Strategy):
-    """Reads one thing, keeps every token, and a copy of the answer."""
+    """Has one read, keeps every token, and stores a copy of the read's value."""
 
     name = "asking"
 
@@ -80,7 +80,7 @@ class Asking(Strategy):
 def random_script(
     exists: Tensor, layers: int, width: int, seed: int, *, merges: bool = True, positions: str = "keep"
 ) -> Scripted:
-    """A random sequence of keep, park, restore and merge decisions that fit each other.
+    """A random valid sequence of keep, park, restore and merge decisions.
 
     Args:
         exists: bool [batch, N].

@@ -1,4 +1,4 @@
-"""The conformance kit: three lines that hold a strategy to everything that tokenprune promises of strategies.
+"""The conformance kit for strategies: three lines test what tokenprune guarantees for any strategy.
 
 from tokenprune.testing.strategy_conformance import StrategyConformance
 
@@ -31,11 +31,11 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, PluginError, TokenPruneError
 from tokenprune.plugins import registry
-from tokenprune.testing import invariants
-from tokenprune.testing.cases import Case, Row, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of
-from tokenprune.testing.synthetic_vision import synthetic_vision_of
-from tokenprune.testing.verdict import Nonconforming, NotTested, Tied, raised, report
+from tokenprune.testing.kit import invariants
+from tokenprune.testing.kit.cases import Case, Row, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of
+from tokenprune.testing.kit.synthetic_vision import synthetic_vision_of
+from tokenprune.testing.kit.verdict import Nonconforming, NotTested, Tied, raised, report
 
 Invariant = Callable[[Case, Strategy], None]
 
@@ -68,16 +68,16 @@ def cases(draw: Any, families: Iterable[str], budgets: Iterable[float | None], m
 
 
 class StrategyConformance:
-    """Subclass it, give `strategy`, and pytest does the rest.
+    """Subclass it and define `strategy`; pytest does the rest.
 
     Attributes:
         strategy: a registered name, or a function without arguments that makes the strategy. In a class body, write
             `staticmethod(...)` around a lambda or function; a strategy class can be given as it is.
         options: options for a strategy that is given by name.
         examples: examples per invariant.
-        budgets: budgets to try besides the options as they are.
-        budget_slack: equivalent tokens that a row may stay below its budget (fewer than that many); None = not
-            checked. By default 1 for strategies that leave the solving to the base class, which comes that close.
+        budgets: budgets to test in addition to the given options.
+        budget_slack: a row must be less than this many equivalent tokens below its budget; None = not checked. By
+            default 1 for strategies that do not override the base class's solver.
     """
 
     strategy: ClassVar[Any] = None
@@ -90,15 +90,15 @@ class StrategyConformance:
 
     @pytest.mark.parametrize("family", list(FAMILIES))
     def test_engine_equals_masked_oracle(self, request: pytest.FixtureRequest, family: str) -> None:
-        """On every kind of decoder, the decisions of a real run mean what the masked full-length oracle computes."""
+        """On every kind of decoder, a run equals the masked full-length oracle with the same decisions."""
         self._hold(request, invariants.equals_oracle, families=[family])
 
     def test_keep_all_is_the_baseline(self, request: pytest.FixtureRequest) -> None:
-        """With all tokens kept, the model is untouched, to the bit where positions are kept."""
+        """With all tokens kept, outputs equal the untouched model's, to the bit if positions are kept."""
         self._hold(request, invariants.keep_all_is_the_baseline, budgets=[None])
 
     def test_batch_row_equals_row_alone(self, request: pytest.FixtureRequest) -> None:
-        """A row in a batch is what it is alone."""
+        """A row gives the same in a batch as alone."""
         self._hold(request, invariants.row_equals_row_alone)
 
     def test_cached_equals_recomputed(self, request: pytest.FixtureRequest) -> None:
@@ -106,7 +106,7 @@ class StrategyConformance:
         self._hold(request, invariants.cached_equals_recomputed)
 
     def test_budget_is_met(self, request: pytest.FixtureRequest) -> None:
-        """Budgets are never exceeded, and filled where the strategy's are exact."""
+        """Budgets are never exceeded, and used up to `budget_slack`."""
         slack = self.budget_slack
         kind = type(self.made())
         own = kind.budget_ladders, kind.solve_budget
@@ -119,7 +119,7 @@ class StrategyConformance:
         self._hold(request, _monotone, budgets=sorted(self.budgets)[1:])
 
     def test_deterministic_under_a_seed(self, request: pytest.FixtureRequest) -> None:
-        """Two runs are equal, whatever the global generators hold."""
+        """Two runs are equal, independent of the state of global random generators."""
         self._hold(request, invariants.deterministic_under_a_seed)
 
     def test_order_and_positions_are_kept(self, request: pytest.FixtureRequest) -> None:
@@ -130,22 +130,22 @@ class StrategyConformance:
         """Restored tokens come back as they were parked."""
         self._hold(request, invariants.restore_restores)
 
-    def test_nothing_lent_is_written_to(self, request: pytest.FixtureRequest) -> None:
-        """Tensors that were lent are left alone."""
+    def test_inputs_are_not_modified(self, request: pytest.FixtureRequest) -> None:
+        """Tensors that the strategy is given are not modified."""
         self._hold(request, invariants.nothing_lent_is_written_to)
 
     def test_no_hook_is_left(self, request: pytest.FixtureRequest) -> None:
-        """The model is as it was, after runs and after exceptions."""
+        """The model is unchanged after runs and after exceptions."""
         self._hold(request, invariants.no_hook_is_left)
 
     def test_ledger_equals_what_entered(self, request: pytest.FixtureRequest) -> None:
-        """The ledger is what hooks on the layers count."""
+        """The ledger equals the counts of hooks on the layers."""
         self._hold(request, invariants.ledger_equals_what_entered)
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def made(self) -> Strategy:
-        """A fresh strategy."""
+        """A new instance of the strategy."""
         given = type(self).__dict__.get("strategy", self.strategy)
         given = self.__dict__.get("strategy", given)
         given = given.__func__ if isinstance(given, staticmethod) else given
@@ -171,12 +171,12 @@ class StrategyConformance:
         families: Iterable[str] = tuple(FAMILIES),
         budgets: Iterable[float | None] | None = None,
     ) -> None:
-        """Try random cases; fails with the smallest found, skips where none could be tried."""
-        __tracebackhide__ = True  # a failure tells all that there is to see
+        """Test random cases; fails with the smallest failing one, skips if none could be tested."""
+        __tracebackhide__ = True  # the failure message is complete
         found = ""
         try:
             fitting, reasons = self._fitting(families)
-        except TokenPruneError as error:  # of the strategy: it cannot be made, or its stages cannot be read
+        except TokenPruneError as error:  # the strategy cannot be made, or its stages cannot be declared
             found = raised(error)
         if found:
             self._fail(request, found)
@@ -214,10 +214,10 @@ class StrategyConformance:
                 hypothesis.reject()  # another case is drawn for it
             except Nonconforming as problem:
                 raise Nonconforming(f"{problem}\n{self._again(request, seed)}") from problem.__cause__
-            except Exception as error:  # whatever a strategy raises is told with the case
+            except Exception as error:  # any exception is reported with the case
                 failure = report(raised(error, strategy), strategy, case)
-                told = Nonconforming(f"{failure}\n{self._again(request, seed)}")
-                raise told from (None if "\nraised at\n" in str(failure) or isinstance(error, PluginError) else error)
+                failed = Nonconforming(f"{failure}\n{self._again(request, seed)}")
+                raise failed from (None if "\nraised at\n" in str(failure) or isinstance(error, PluginError) else error)
             else:
                 tried += 1
 
@@ -233,16 +233,16 @@ class StrategyConformance:
         if not tried:
             pytest.skip(f"not tested: {why[0]}" if why else "not tested: no case was drawn")
 
-    def _fail(self, request: pytest.FixtureRequest, told: str) -> NoReturn:
-        """Fail with this; what a test before failed with in the same way is not told at length again."""
+    def _fail(self, request: pytest.FixtureRequest, report: str) -> NoReturn:
+        """Fail with this report; shortened if an earlier test failed with the same first line."""
         __tracebackhide__ = True
-        line = told.splitlines()[0]
+        line = report.splitlines()[0]
         key = (request.node.parent.nodeid, repr(self.strategy), re.sub(r"\d+", "", line))
         first = _told.setdefault(key, request.node.name)
-        pytest.fail(told if first == request.node.name else f"as in {first}: {line}", pytrace=False)
+        pytest.fail(report if first == request.node.name else f"as in {first}: {line}", pytrace=False)
 
     def _fitting(self, families: Iterable[str]) -> tuple[list[str], list[str]]:
-        """The families that the strategy runs on, and why it refuses the others."""
+        """The families that the strategy runs on, and the reasons for the others."""
         fitting, reasons = [], []
         made = SyntheticBatch((Row(((2, 2),)),), "right")
         for family in families:

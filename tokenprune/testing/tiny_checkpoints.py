@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, to try things without a download: their answers mean nothing."""
+"""Tiny checkpoints with random weights, for tests without a download. Their answers are meaningless."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_tiny_llava(folder: str | Path, *, layers: int = 4, side: int = 32, see
     """A complete LLaVA checkpoint of less than a megabyte, with a processor that takes each character as a token.
 
     Args:
-        folder: that it is written to; made if it is not there.
+        folder: to write to; created if it does not exist.
         layers: of the decoder.
         side: of the pictures that the tower sees, in pixels; an image has (side / 4)² tokens.
         seed: of the weights.

@@ -1,5 +1,5 @@
-"""Helpers that know nothing of pruning: arguments, files, pictures, masks, time, threads, PyTorch's global state.
+"""Helpers independent of pruning: arguments, files, pictures, masks, time, threads, PyTorch's global state.
 
-Goes here: what would be as useful in another project. A module here imports `tokenprune.errors` and nothing else of
-tokenprune.
+Goes here: what another project could use as well. Of tokenprune, modules here import only `tokenprune.errors`. A new
+subject is a new module.
 """

@@ -1,7 +1,4 @@
-"""Writing files: each is whole or not there at all.
-
-Everything is written under a temporary name in the folder that it belongs to, and given its own name at the end.
-"""
+"""Writing files atomically: under a temporary name in the target's folder, renamed at the end."""
 
 from __future__ import annotations
 
@@ -17,28 +14,28 @@ from tokenprune.errors import InputError
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` and `~user` for home folders, as shells have it; as it is where there is no such user."""
+    """The path with `~` and `~user` expanded as in shells; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 def absent(path: str | Path) -> str:
-    """What is told of a file that is not there, as it follows what it should be: its path, what is wrong, the cure."""
+    """The message about a missing file, after the word for what it is: its path, what is wrong, what to do."""
     if is_url(path):
-        shown = re.sub(":/+", "://", str(path), count=1)  # a Path has one slash only
+        shown = re.sub(":/+", "://", str(path), count=1)  # a Path merges slashes
         return f"{shown!r} is a URL, which is not fetched; download it, and give the file"
     return f"{str(path)!r}: no such file; check the path"
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether what should be a path is an address on the web or the like."""
+    """Whether a path is really a URL."""
     return re.match(r"(https?|ftp|s3|gs|hf):/", str(path)) is not None
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write to, which becomes `path` at the end; after an error `path` is what it was before.
+    """A temporary file that becomes `path` at the end; after an error `path` is unchanged.
 
-    A link is followed, and the permissions of a file that is replaced stay.
+    Links are followed, and the permissions of a replaced file are kept.
 
     Raises:
         InputError: it cannot be written.
@@ -52,9 +49,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_first(path: Path, text: str) -> bool:
-    """Write a text file of a name that must be free; False, and nothing is written, where it is taken.
+    """Write a new text file; returns False, and writes nothing, if the file exists.
 
-    Of several processes that write one name at the same time, one is given True.
+    Of several processes that write the same file at the same time, one gets True.
 
     Raises:
         InputError: it cannot be written.
@@ -63,7 +60,7 @@ def write_first(path: Path, text: str) -> bool:
         temporary.write_text(text, encoding="utf-8")
         _to_disk(temporary)
         try:
-            os.link(temporary, target)  # unlike a rename, it never takes the place of another file
+            os.link(temporary, target)  # unlike a rename, a link never replaces a file
         except FileExistsError:
             return False
         except OSError:  # a file system without links
@@ -75,14 +72,14 @@ def write_first(path: Path, text: str) -> bool:
 
 @contextmanager
 def new_folder(path: Path, cure: str) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes `path` at the end; after an error nothing of it stays.
+    """A temporary folder that becomes `path` at the end; after an error it is removed.
 
     Args:
-        path: of the folder, which is not there yet.
-        cure: what to do where it cannot be written, for the message.
+        path: of the new folder.
+        cure: what to do if it cannot be written, for the message.
 
     Raises:
-        InputError: it cannot be written, or there is a folder of that name by now.
+        InputError: it cannot be written, or the folder exists by now.
     """
     with _writing(path, path, cure) as (temporary, target):
         temporary.mkdir(parents=True)
@@ -104,12 +101,12 @@ def _writing(target: Path, shown: str | Path, cure: str = "choose another place"
 
 
 def reason(error: OSError) -> str:
-    """What the system says is wrong."""
+    """The system's message."""
     return error.strerror or type(error).__name__
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file is stored: where space runs out late (quotas, network file systems), this says it."""
+    """Wait until a file is stored: reports late errors (quotas, network file systems)."""
     handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)

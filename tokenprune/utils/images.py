@@ -1,9 +1,8 @@
-"""What may stand for an image, turned into upright RGB: the one rule for models, overlays and datasets.
+"""Converts anything that stands for an image to upright RGB, in the same way for models, overlays and datasets.
 
-A picture that carries an EXIF orientation is turned upright, whether it comes as a path or as a PIL image; masks, image
-tokens and overlays are in the frame of the upright picture. Arrays and tensors carry no orientation and are taken as
-they are. Transparency is dropped (colours stay as stored), and of several frames the first one counts, of a PIL image
-the one that it shows (`image.seek`).
+A path or PIL image with an EXIF orientation is turned upright; masks, image tokens and overlays are in the frame of the
+upright picture. Arrays and tensors have no orientation. Transparency is dropped (colours stay as stored). Of several
+frames the first one is used, of a PIL image the current one (`image.seek`).
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
 
     Args:
         image: a path or a PIL image; a numpy array [H, W, 3 or 4] or [H, W]; a torch tensor [3, H, W], [1, H, W],
-            [H, W, 3] or [H, W]. Integers, of whatever type, are 0…255 and floating-point values 0…1. Greys of 16 bits
+            [H, W, 3] or [H, W]. Integers of any type are 0…255 and floating-point values 0…1. Greys of 16 bits
             are divided by the largest value of their file's format.
-        name: what errors call a PIL image, such as the name of the file that it came from.
+        name: of a PIL image in errors, for example its file name.
 
     Raises:
-        InputError: no such file, not an image, a damaged one, one beyond PIL's limit of pixels, a PIL image of a mode
-            whose range is not known ("F", "I"), or an array of another shape, type or range.
+        InputError: no such file, not an image, a damaged one, one that exceeds PIL's limit of pixels, a PIL image of a
+            mode whose range is unknown ("F", "I"), or an array of another shape, type or range.
     """
     if isinstance(image, (str, Path)):
         return _from_file(image)
@@ -95,7 +94,7 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    """Read a file's pixels, which PIL does not do before it must; a TIFF is turned upright by PIL itself here."""
+    """Read a file's pixels, which PIL does lazily; PIL turns a TIFF upright here."""
     filename = getattr(image, "filename", None)
     if image.format != "TIFF" or not filename:
         image.load()
@@ -111,7 +110,7 @@ def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
     """`image`, turned as the EXIF block of `source` says."""
     try:
         orientation = source.getexif().get(_ORIENTATION)
-    except Exception:  # a damaged block tells no orientation; viewers show such a picture as it is stored
+    except Exception:  # a damaged block has no orientation; viewers show such a picture as stored
         return image
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
@@ -138,7 +137,7 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
         top = 65535
     else:
         raise InputError(
-            f"{name} has the mode {image.mode!r}, which tells nothing of the value of white; give an array of floats "
+            f"{name} has the mode {image.mode!r}, which does not define the value of white; give an array of floats "
             "0…1 (the values divided by white's), or of integers 0…255"
         )
     values = np.asarray(image).astype(np.float64) / top
@@ -190,7 +189,7 @@ def _from_array(values: np.ndarray[Any, Any], what: str) -> Image.Image:
 
 def _cure(low: Any, high: Any, floating: bool) -> str:
     if not (np.isfinite(low) and np.isfinite(high)):
-        return "replace what is no finite number"
+        return "replace values that are not finite"
     if low < 0:
         return "undo what moved its values below 0, such as a normalization"
     return "divide it by the value of white" + (", such as 255" if floating else ", such as 65535, for floats 0…1")

@@ -1,9 +1,9 @@
-"""What the values of a mask mean: the one rule for targets, predictions, metrics, overlays and datasets.
+"""The meaning of mask values, for targets, predictions, metrics, overlays and datasets.
 
-A target mask is bool, or numbers of which 0 is background, 1 is foreground and 255, beside a 1, marks pixels that do
-not count, as ReasonSeg and the referring sets have it. A target of 0 and 255 alone is refused: an image file of a mask,
-whose white is 255, and an empty target with pixels that do not count look the same. A prediction has no pixels that do
-not count, so that there 0 and 255 are background and foreground. `read_mask` reads a target from an image file.
+A target mask is bool, or numbers: 0 is background, 1 is foreground and 255, together with 1, is ignored, as in
+ReasonSeg and the referring datasets. A target of only 0 and 255 is refused: a mask from an image file, whose white is
+255, and an empty target with ignored pixels look the same. A prediction has no ignored pixels: 0 and 255 are background
+and foreground. `read_mask` reads a target from an image file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def foreground(mask: Mask) -> NDArray[np.bool_]:
 
 
 def ignored(mask: Mask) -> NDArray[np.bool_]:
-    """bool, of the same shape: pixels that do not count.
+    """bool, of the same shape: ignored pixels.
 
     Raises:
         InputError: see `target_problem`.
@@ -43,10 +43,10 @@ def ignored(mask: Mask) -> NDArray[np.bool_]:
 
 
 def predicted(mask: Mask) -> NDArray[np.bool_]:
-    """bool, of the same shape: the foreground of a model's mask, of bool, 0 and 1, or 0 and 255.
+    """bool, of the same shape: the foreground of a model's mask of bool, of 0 and 1, or of 0 and 255.
 
     Raises:
-        InputError: other values, 1 and 255 together, or no numpy array.
+        InputError: other values, 1 and 255 together, or not a numpy array.
     """
     problem = _kind_problem(mask)
     if not problem and mask.dtype != np.bool_:
@@ -63,19 +63,19 @@ def read_mask(
 ) -> Mask:
     """A target mask [H, W] from an image file: grey, of 1 bit, or with a palette of greys; upright by EXIF.
 
-    A file of 0 and 255, or of 0 and 1, has its target where it is not black, and gives bool. What white means in a file
-    where 1 is the target cannot be seen in every file, so it is said for all files of a dataset.
+    A file of 0 and 255, or of 0 and 1, gives bool: its target is where it is not black. The meaning of white in a file
+    where 1 is the target does not follow from every file: `white` states it for all files of a dataset.
 
     Args:
         path: of the file.
         size: (height, width) of the image that the mask belongs to.
-        white: "target"; or "ignore" for files in which 1 is the target and 255 marks pixels that do not count: they
-            give uint8 of 0, 1 and 255. Where nothing is meant in such a file, none of its pixels counts as a target.
+        white: "target"; or "ignore" for files in which 1 is the target and 255 marks ignored pixels: these give uint8
+            of 0, 1 and 255. Such a file may have an empty target.
 
     Raises:
-        InputError: no such file, no image, colours, transparency, values in between as JPEG makes them, numbers of
-            instances, 1 beside 255 without `white="ignore"`, or another size.
-        OptionError: `white` is none of both.
+        InputError: no such file, not an image, colours, transparency, other values (from JPEG compression, or numbers
+            of instances), 1 and 255 without `white="ignore"`, or another size.
+        OptionError: another value of `white`.
     """
     if white not in ("target", "ignore"):
         raise OptionError(f"white={white!r} found, expected 'target' or 'ignore'")
@@ -105,7 +105,7 @@ def read_mask(
 
 
 def _greys(path: Path, name: str) -> NDArray[np.uint8]:
-    """The pixels of a file of greys of 8 bits, upright."""
+    """The pixels of an 8-bit greyscale file, upright."""
     from PIL import Image, ImageOps
 
     cure = "save it as a PNG of 8-bit greys: Image.fromarray(numpy.uint8(target) * 255)"
@@ -132,9 +132,9 @@ def _greys(path: Path, name: str) -> NDArray[np.uint8]:
 
 
 def target_problem(mask: object) -> str:
-    """What is wrong with a target mask and the cure, as the rest of a sentence; empty where nothing is.
+    """What is wrong with a target mask and what to do, as the rest of a sentence; empty for a valid one.
 
-    Wrong are values other than 0, 1 and 255, 255 without any 1, and what is no numpy array of numbers or bool.
+    Invalid are values other than 0, 1 and 255, 255 without any 1, and anything but a numpy array of numbers or bool.
     """
     problem = _kind_problem(mask)
     if problem or not isinstance(mask, np.ndarray) or mask.dtype == np.bool_:

@@ -1,4 +1,4 @@
-"""Tables that keep their first column at any width of the terminal, and what stands in the others whole."""
+"""Tables that are split into parts on narrow terminals: each repeats the first column, and no cell is cut."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ LEAST = 8  # columns that are left to the names in any case
 
 @dataclass(frozen=True)
 class Column:
-    """A heading and a cell for every line."""
+    """A heading and its cells."""
 
     head: str
     cells: Sequence[str]
 
     @property
     def width(self) -> int:
-        """Columns of the terminal that it needs."""
+        """The width that it needs."""
         return max(map(cell_len, (self.head, *self.cells)))
 
 
 @dataclass(frozen=True)
 class Parted:
-    """A table in as many parts as the width asks for. Every part begins with the names; no number is ever cut.
+    """A table in as many parts as the width requires. Every part begins with the names; numbers are never cut.
 
     Attributes:
-        title: above all of it; where there is one part, `justify` says where.
-        names: the first column; where it is too wide, it breaks between words.
-        beside: columns that follow the names in every part, where there is room for them.
-        tight_names: what stands in the place of the names and those where there is not.
-        groups: all other columns, with what is said below them. Where they do not fit side by side, each group begins
-            a part of its own, and is parted further where it is too wide itself.
+        title: above the table; `justify` places it if there is one part.
+        names: the first column; if it is too wide, it breaks between words.
+        beside: columns after the names in every part, if there is space.
+        tight_names: a replacement of the names and those columns if there is not.
+        groups: all other columns, each group with a caption. If they do not fit side by side, each group begins a new
+            part, and is split further if it is too wide.
     """
 
     title: str
@@ -106,5 +106,5 @@ class Parted:
 
 
 def _least(table: Table, console: Console, options: ConsoleOptions) -> int:
-    """The width below which something would be cut."""
+    """The smallest width at which nothing is cut."""
     return Measurement.get(console, options.update(width=1000), table).minimum

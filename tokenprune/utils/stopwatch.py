@@ -1,4 +1,4 @@
-"""Milliseconds of the stages of a call, for whoever asks; otherwise nothing is measured and no device is waited for."""
+"""Times of the stages of a call in milliseconds, measured only on request: otherwise no device is synchronised."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _recording: ContextVar[dict[str, float] | None] = ContextVar("stages", default=N
 
 @contextmanager
 def recorded() -> Iterator[dict[str, float]]:
-    """What the stages take that run in this thread while open, in milliseconds by name and in their order.
+    """The times of the stages that run in this thread in this context, in milliseconds, by name and in order.
 
-    `TOTAL`, once it is left, is everything: the stages, and what belongs to none.
+    `TOTAL` is the time of the whole context, set at its end.
     """
     times: dict[str, float] = {}
     token = _recording.set(times)
@@ -30,7 +30,7 @@ def recorded() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """One stage of a call; a name that comes again counts on. Stages do not hold each other."""
+    """One stage of a call; times of equal names are added. Stages are not nested."""
     times = _recording.get()
     if times is None:
         yield
@@ -40,14 +40,14 @@ def stage(name: str) -> Iterator[None]:
     times[name] = times.get(name, 0.0) + _now() - start
 
 
-def told(times: dict[str, float]) -> str:
-    """In one line: every stage, and the total."""
+def summary(times: dict[str, float]) -> str:
+    """All stages and the total in one line."""
     parts = [f"{name} {milliseconds:.1f} ms" for name, milliseconds in times.items() if name != TOTAL]
     return "; ".join(part for part in (", ".join(parts), f"{times[TOTAL]:.1f} ms in all") if part)
 
 
 def _now() -> float:
-    """Milliseconds, once every device has done what it was given: kernels run on after the call that starts them."""
+    """Milliseconds, after synchronising every device: kernels run asynchronously."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         for number in range(torch.cuda.device_count()):

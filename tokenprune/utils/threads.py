@@ -1,7 +1,7 @@
-"""How many processor threads to compute with: what was asked for, else what is allowed, else what proves faster.
+"""The number of processor threads: as requested, else as allowed, else what a probe finds faster.
 
-Nothing here changes anything but `using`, which puts the number back when it is left. The command line opens it around
-its own work; in Python it does nothing unless a number is given.
+Only `using` changes the number, and restores it at its end. The command line uses it around its own work; in Python it
+has no effect unless a number is given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ThreadChoice:
     Attributes:
         count: threads of one operation.
         chosen_by: "--threads", "threads=", the name of an environment variable, "probe: …", "allowed cores: 1", or
-            "process" where nothing was chosen.
+            "process" if nothing was chosen.
     """
 
     count: int
@@ -40,7 +40,7 @@ class ThreadChoice:
 
 
 def checked(count: int | None, name: str = "threads") -> int | None:
-    """A number of threads that a user asked for.
+    """A number of threads that a user requested.
 
     Raises:
         OptionError: not a whole number from 1 to the machine's cores.
@@ -57,10 +57,9 @@ def checked(count: int | None, name: str = "threads") -> int | None:
 
 
 def choose(asked: int | None = None) -> ThreadChoice:
-    """The number for a command: `--threads`, else OMP_NUM_THREADS or MKL_NUM_THREADS, else a short probe.
+    """The number of threads of a command: `--threads`, else OMP_NUM_THREADS or MKL_NUM_THREADS, else a short probe.
 
-    The probe compares one thread with as many as this process may use (cores that it may run on, CPU quota of its
-    container), and never takes more than those.
+    The probe compares one thread with as many as this process may use (its cores, the CPU quota of its container).
 
     Raises:
         OptionError: see `checked`.
@@ -78,14 +77,14 @@ def choose(asked: int | None = None) -> ThreadChoice:
         return ThreadChoice(1, "allowed cores: 1")
     seconds = probe((1, most))
     best = min(seconds, key=lambda count: (seconds[count], count))
-    told = ", ".join(
+    medians = ", ".join(
         f"{count} {'thread' if count == 1 else 'threads'} {1e3 * s:.2f} ms" for count, s in seconds.items()
     )
-    return ThreadChoice(best, f"probe: {told}")
+    return ThreadChoice(best, f"probe: {medians}")
 
 
 def present() -> ThreadChoice:
-    """What the process computes with now."""
+    """The current number of threads of the process."""
     import torch
 
     return ThreadChoice(torch.get_num_threads(), "process")
@@ -93,9 +92,9 @@ def present() -> ThreadChoice:
 
 @contextmanager
 def using(threads: int | ThreadChoice | None) -> Iterator[ThreadChoice]:
-    """Compute with that many threads while open, and with the former number afterwards; None changes nothing.
+    """Compute with that many threads, and restore the former number afterwards; None changes nothing.
 
-    PyTorch keeps one number for the process: work of other Python threads that begins meanwhile has it too.
+    PyTorch has one number for the process: it also applies to other Python threads meanwhile.
 
     Raises:
         OptionError: see `checked`.
@@ -117,10 +116,10 @@ def using(threads: int | ThreadChoice | None) -> Iterator[ThreadChoice]:
 
 
 def environment_setting(mkl: bool) -> str | None:
-    """The environment variable, with its value, that the user has set the number of threads with; None without one.
+    """The environment variable, with its value, that sets the number of threads; None without one.
 
     Args:
-        mkl: whether this build of PyTorch computes with MKL; elsewhere MKL_NUM_THREADS means nothing.
+        mkl: whether this build of PyTorch uses MKL; otherwise MKL_NUM_THREADS is ignored.
     """
     for name in (*(("MKL_NUM_THREADS",) if mkl else ()), "OMP_NUM_THREADS"):  # PyTorch's own order
         value = os.environ.get(name, "").strip()
@@ -135,7 +134,7 @@ def allowed_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int
 
     Args:
         cgroups: where control groups are mounted, version 1 or 2.
-        membership: file that says which groups the process is in.
+        membership: file that lists the groups of the process.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _groups(cgroups, membership) if (quota := _quota(folder)) is not None]
@@ -147,7 +146,7 @@ def probe(counts: tuple[int, ...], run: Callable[[int], float] | None = None) ->
 
     Args:
         counts: numbers to try.
-        run: does the computation with so many threads and returns its seconds; replaced in tests.
+        run: computes with that many threads and returns the seconds; replaced in tests.
     """
     run = run or _matmul_seconds
     spent = sum(run(count) for count in counts)  # threads are started, memory is touched
@@ -160,7 +159,7 @@ def probe(counts: tuple[int, ...], run: Callable[[int], float] | None = None) ->
 
 
 def _matmul_seconds(count: int) -> float:
-    """A few products of the size that a layer of a small decoder has, which threads have to meet after each."""
+    """A few matrix products of the size of a small decoder's layer; threads synchronise after each."""
     import torch
 
     with torch.inference_mode(), using(ThreadChoice(count, "probe")):
@@ -172,7 +171,7 @@ def _matmul_seconds(count: int) -> float:
 
 
 def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """Folders of the groups of this process and of all around them, which limit it as well."""
+    """Folders of the groups of this process and of their parents, which limit it as well."""
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -182,13 +181,13 @@ def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
         controllers, colon, path = rest.partition(":")
         if colon and (not controllers or "cpu" in controllers.split(",")):
             inner = Path(*(part for part in path.split("/") if part not in ("", "..")))
-            # in a container the path may be that of the host, which is not there: the mount itself is its group then
+            # in a container the path may be the host's, which does not exist: then the mount is the group
             for root in {cgroups / controllers, cgroups / "cpu"} if controllers else {cgroups}:
                 yield from (root / group for group in (inner, *inner.parents))
 
 
 def _quota(folder: Path) -> float | None:
-    """Cores' worth of time that a group may use; None where it is not limited."""
+    """The number of cores that a group may use; None without a limit."""
     try:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()

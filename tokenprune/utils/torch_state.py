@@ -1,6 +1,6 @@
-"""PyTorch's settings of the whole process, which a plugin's code must leave as they were.
+"""PyTorch's process-wide settings, which a plugin's code must not change.
 
-While another thread loads a model, which changes some of them for a time, nobody else is blamed for that.
+Loading a model changes some of them temporarily: changes while another thread loads one are not attributed to a plugin.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from tokenprune.errors import PluginError
 
-# what it is: how to ask for it, how to set it
+# name: how to get it, how to set it
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
     "the default type": (torch.get_default_dtype, torch.set_default_dtype),
@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
-OF_THE_THREAD = ("whether gradients are recorded",)  # the others are the process's
+OF_THE_THREAD = ("whether gradients are recorded",)  # the others are per process
 _LOCK = threading.Lock()
 _numbers = itertools.count(1)
 _loads: set[int] = set()
@@ -35,7 +35,7 @@ _latest = 0
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """A model is being loaded meanwhile."""
+    """A context in which a model is loaded."""
     global _latest
     with _LOCK:
         _latest = number = next(_numbers)
@@ -53,13 +53,13 @@ def _loaded_since(latest: int, loads: set[int]) -> bool:
 
 @contextmanager
 def same_settings(refuse: Callable[[str], PluginError]) -> Iterator[None]:
-    """Put PyTorch's settings back on the way out.
+    """Restore PyTorch's settings at the end.
 
     Args:
         refuse: makes the error that names the plugin from what it changed.
 
     Raises:
-        PluginError: one of them had been changed, and nothing else was raised.
+        PluginError: one of them was changed, and no other error was raised.
     """
     before, latest, loads = [ask() for ask, _ in SETTINGS.values()], _latest, set(_loads)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from stages import BUDGET, IMAGES, MODEL, QUERY, method_figure, write
 
 import tokenprune as tp
-from tokenprune.evaluation.single import run_query, sample
+from tokenprune.evaluation.samples import run_query, sample
 from tokenprune.plugins import registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "helpers"))

@@ -21,11 +21,10 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune import Shape
-from tokenprune.core.schedule import declared_ledger
+from tokenprune.core.scheduling.schedule import declared_ledger
 from tokenprune.core.stage import equivalent_tokens
 from tokenprune.engine.interface.compatibility import compatible
-from tokenprune.evaluation.samples import SampleRecord
-from tokenprune.evaluation.single import run_query, sample
+from tokenprune.evaluation.samples import SampleRecord, run_query, sample
 from tokenprune.plugins import registry
 from tokenprune.report import panels
 

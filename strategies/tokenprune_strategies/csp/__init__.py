@@ -1,1 +1,1 @@
-"""CSP: cluster, scatter, prune. Its stages, how it clusters, the instance masks it may begin with, its budget."""
+"""CSP: cluster, scatter, prune. Its stages, clustering, instance masks, and budget."""

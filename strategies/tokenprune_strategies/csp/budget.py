@@ -23,17 +23,17 @@ class Filled(NamedTuple):
 def fill(
     budget: float, shape: Shape, windows: Sequence[tuple[int, int]], fixed: tuple[int | None, int | None]
 ) -> Filled | float:
-    """The (s, p, N_c, N_p) that come closest to a budget without passing it, or the least share of N that is needed.
+    """The (s, p, N_c, N_p) that come closest to a budget without exceeding it, or the smallest possible share of N.
 
-    N_c and N_p scale together, in the proportion 4 : 1 of their defaults N/4 and N/16, up or down; what is left over
-    goes to N_p. Where they would fall below a quarter of the defaults, the window of layers that see every image token
-    loses a layer first, down to a single one.
+    N_c and N_p scale together, in the proportion 4 : 1 of their defaults N/4 and N/16, up or down; the remainder
+    goes to N_p. Before they fall below a quarter of the defaults, the window of layers that see every image token is
+    shortened, down to a single layer.
 
     Args:
         budget: equivalent tokens / N, at most.
         shape: of the run.
         windows: (s, p) to try, the longest first.
-        fixed: N_c and N_p where the user gave them.
+        fixed: N_c and N_p if the user gave them.
     """
     total, layers = shape.image_tokens, shape.layers
     room = budget * total * layers + 1e-6
@@ -54,7 +54,7 @@ def fill(
 def _sizes(
     room: float, before: int, after: int, total: int, fixed: tuple[int | None, int | None]
 ) -> tuple[int, int] | None:
-    """The most N_c and N_p with before · N_c + after · N_p <= room; None where not even one token each fits."""
+    """The most N_c and N_p with before · N_c + after · N_p <= room; None if not even one token each fits."""
     candidates = range(total, 0, -1) if fixed[0] is None else [fixed[0]]
     for few in candidates:
         kept = max(1, int(few * KEEP / REPRESENTATIVES)) if fixed[1] is None else fixed[1]

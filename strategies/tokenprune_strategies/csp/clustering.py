@@ -1,4 +1,4 @@
-"""CSP's clustering modules: N_c image tokens that stand for all in the first layers."""
+"""CSP's clustering modules: N_c image tokens that represent all in the first layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.core.allocation import apportion
 from tokenprune.core.decisions import top_index
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
-from tokenprune.core.state import as_mask
+from tokenprune.core.scheduling.state import as_mask
 from tokenprune.core.tokens import ImageTokens, Tokens
 from tokenprune_strategies.csp.instance_masks import instance_labels, segment
 from tokenprune_strategies.ops.allocation import evenly, grid_mask, random_scores
@@ -32,7 +32,7 @@ class Clusters(NamedTuple):
 
 
 def reads_of(options: CSP.Options) -> tuple[Read, ...]:
-    """What the clustering module looks at."""
+    """The reads of the clustering module."""
     if options.clustering == "cls_attention":
         return (ClsAttention(),)
     if options.clustering == "kmeans" or (options.clustering == "seg_first" and options.segmenter is None):
@@ -41,7 +41,7 @@ def reads_of(options: CSP.Options) -> tuple[Read, ...]:
 
 
 def cluster(options: CSP.Options, tokens: Tokens) -> Clusters:
-    """Choose representatives, and divide the image into regions where the clustering module has any."""
+    """Choose representatives, and divide the image into regions if the clustering module has any."""
     regions = torch.zeros_like(tokens.image)
     if options.clustering == "uniform":
         return Clusters(_strided(tokens), regions)
@@ -66,8 +66,8 @@ def cluster(options: CSP.Options, tokens: Tokens) -> Clusters:
 def nearest_representative(tokens: Tokens, clusters: Clusters) -> Tensor:
     """int64 [batch, N]: the representative of every token: the nearest on the grid, of its own region (ours).
 
-    Where the region has no representative it is the nearest one of the image, and then of the row. Tokens without a
-    grid cell are as near as their numbers are.
+    If the region has no representative, it is the nearest one of the image, else of the row. Without grid cells the
+    distance is the difference of token numbers.
 
     Args:
         tokens: gives images and grid cells.
@@ -87,7 +87,7 @@ def nearest_representative(tokens: Tokens, clusters: Clusters) -> Tensor:
 def k_means(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Labels int64 [n] and `count` token numbers int64: of each k-means cluster the token nearest to its centre.
 
-    Where features repeat so often that there are fewer clusters, evenly spaced other tokens fill up.
+    If duplicate features give fewer clusters, evenly spaced other tokens are added.
 
     Args:
         features: [n, C].
@@ -118,7 +118,7 @@ def k_means(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 def sample_instances(labels: Tensor, count: int) -> Tensor:
     """`count` token numbers, int64: from every instance by its share of tokens, at least one, evenly spaced in it.
 
-    Rounding by largest remainders, and sampling evenly in raster order, are ours. Where there are more instances than
+    Rounding by largest remainders, and sampling evenly in raster order, are ours. If there are more instances than
     `count`, the largest get a token.
 
     Args:

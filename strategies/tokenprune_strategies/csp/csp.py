@@ -91,10 +91,10 @@ class CSP(Strategy):
         return Keep.top(tokens.attention, tokens.target)
 
     def moved(self, tokens: Tokens) -> Tensor:
-        """[batch, N, width]: every token's state plus what its representative's state gained so far (ours)."""
+        """[batch, N, width]: every token's state plus the change of its representative's state so far (ours)."""
         representative = nearest_representative(tokens, tokens.memory["clusters"])
         gained = tokens.hidden - tokens.embeddings
-        # a parked token's own state is still its embedding, so that its own gain is 0
+        # a parked token's state is still its embedding: its own change is 0
         states: Tensor = tokens.hidden + gained.gather(1, representative[..., None].expand_as(gained))
         return states
 
@@ -115,7 +115,7 @@ class CSP(Strategy):
         return scatter_at, prune_at
 
     def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Options that fill the budget, see `csp.budget`; what the user set stays. Raises BudgetError, see Strategy."""
+        """Options that use the budget, see `csp.budget`; those that the user set stay. Raises BudgetError."""
         given, total = self.options.model_fields_set, shape.image_tokens
         scatter_at, prune_at = self.boundaries(shape.layers)
         later = [(s, prune_at) for s in range(scatter_at, prune_at)]

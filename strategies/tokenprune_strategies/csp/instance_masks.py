@@ -1,4 +1,4 @@
-"""Instance masks for CSP's `seg_first`, and the instance that each image token belongs to."""
+"""Instance masks for CSP's `seg_first`, and the instance of each image token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def segment(segmenter: str | Callable[[Any], Any], image: Any) -> Tensor:
     Raises:
         OptionError: the checkpoint cannot be loaded.
         PluginError: the installed segmenter failed; names its package.
-        InputError: the function gave something else than masks of this image.
+        InputError: the function gave something other than masks of this image.
     """
     if isinstance(segmenter, str):
         installed = _installed(segmenter)
@@ -73,7 +73,7 @@ def _pipeline(checkpoint: str) -> Any:
     except Exception as error:
         installed = ", ".join(registry.entries("segmenters")) or "none"
         raise OptionError(
-            f"option 'segmenter': {checkpoint!r} is no installed segmenter ({installed}) and cannot be loaded for "
+            f"option 'segmenter': {checkpoint!r} is not an installed segmenter ({installed}) and cannot be loaded for "
             f"image segmentation ({str(error).splitlines()[0]}); give the name of one, the name or folder of such a "
             "checkpoint, or a function"
         ) from error
@@ -86,7 +86,7 @@ def instance_labels(masks: Tensor, cells: Tensor) -> Tensor:
 
     Args:
         masks: bool [instances, H, W]; they may overlap, be empty, or cover nothing.
-        cells: int64 [n, 2], (row, column) of each token, −1 where it has none (background).
+        cells: int64 [n, 2], (row, column) of each token, −1 if it has none (background).
     """
     placed = (cells >= 0).all(1)
     labels = torch.zeros(len(cells), dtype=torch.int64)

@@ -9,7 +9,7 @@ from tokenprune_strategies.csp.csp import CSP
 
 
 class _Preset(CSP):
-    """CSP with a budget of its own, used where the caller gives none."""
+    """CSP with a default budget."""
 
     share: ClassVar[float]
 

@@ -1,4 +1,4 @@
-"""Choices that look at nothing: even spacing, and seeded draws."""
+"""Choices independent of content: even spacing, and seeded draws."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def grid_mask(tokens: Tokens) -> Tensor:
 
 
 def random_scores(tokens: Tokens, seed: int) -> Tensor:
-    """float32 [batch, N]: a draw from [0, 1) for every token, the same for a row alone; −inf on padding."""
+    """float32 [batch, N]: a draw from [0, 1) for every token, the same as for the row alone; −inf on padding."""
     scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
     for row, count in enumerate(tokens.counts.tolist()):
-        drawn = torch.rand(count, generator=tokens.generator(seed), dtype=torch.float32)  # whatever torch's default is
+        drawn = torch.rand(count, generator=tokens.generator(seed), dtype=torch.float32)  # not torch's default
         scores[row, :count] = drawn.to(tokens.device)
     return scores

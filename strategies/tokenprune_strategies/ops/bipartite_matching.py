@@ -7,30 +7,30 @@ from torch import Tensor
 
 
 def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float = 0.5) -> Tensor:
-    """int64 [n]: the token that each of n tokens is merged into, itself where it stays; `count` different ones.
+    """int64 [n]: the token that each of n tokens is merged into, or itself if it stays; `count` different ones.
 
-    A round sends the most similar pairs of tokens at even and odd places together, ties by the lower number; from the
-    second on merged tokens are compared by their mean.
+    A round merges the most similar pairs of tokens at even and odd places, ties by the lower number; later rounds
+    compare merged tokens by their mean.
 
     Args:
         metric: [n, C], compared by cosine similarity in float32.
         mass: float32 [n], how much each counts in a mean.
         count: tokens to be left, at least 1.
-        per_round: share of the tokens present that a round merges at most, and one at least.
+        per_round: largest share of the current tokens that a round merges; at least one.
     """
     sums, mass = metric.float() * mass[:, None], mass.clone()
     into = alive = torch.arange(len(metric), device=metric.device)
     while len(alive) > max(count, 1):
-        # A and B by turns: every token of A draws one edge, to the token of B that is most like it
+        # A and B alternate: every token of A has one edge, to the most similar token of B
         means = torch.nn.functional.normalize(sums[alive] / mass[alive, None], dim=-1)
         likeness, nearest = (means[::2] @ means[1::2].T).max(1)
-        # the best edges are merged, never more than are to go
+        # the best edges are merged, no more than needed
         most = min(len(alive) - count, max(1, int(per_round * len(alive))))
         merged = likeness.argsort(descending=True, stable=True)[:most]
         source, target = alive[::2][merged], alive[1::2][nearest[merged]]
         sums.index_add_(0, target, sums[source])
         mass.index_add_(0, target, mass[source])
-        # what was merged into a token of A in an earlier round goes on with it
+        # tokens merged into a token of A in an earlier round move with it
         moves = torch.arange(len(metric), device=metric.device)
         moves[source] = target
         into, alive = moves[into], alive[~torch.isin(alive, source)]
@@ -52,6 +52,6 @@ def merged_means(states: Tensor, mass: Tensor, into: Tensor, index: Tensor) -> T
     sums = sums.scatter_add(1, into[..., None].expand_as(sums), sums * moved[..., None])
     total = mass.scatter_add(1, into, mass * moved)
     means = (sums / total.clamp(min=1e-12)[..., None]).to(states.dtype)
-    alone = total == mass  # nothing was merged into it: its state as it is
+    alone = total == mass  # nothing was merged into it: its state is unchanged
     means = torch.where(alone[..., None], states, means)
     return means.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))

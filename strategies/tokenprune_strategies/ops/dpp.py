@@ -1,4 +1,4 @@
-"""Determinantal point processes: picks that are of high quality and unlike each other."""
+"""Determinantal point processes: picks of high quality that are dissimilar."""
 
 from __future__ import annotations
 

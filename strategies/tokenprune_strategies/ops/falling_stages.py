@@ -1,4 +1,4 @@
-"""Stages that keep less and less: where they stand in decoders of other depths, how they spend a budget (ours)."""
+"""Stages that keep fewer and fewer tokens: their layers in decoders of any depth, and their budgets (ours)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Counts = tuple[int, ...]
 
 
 def layers_of(depths: Sequence[int | float], layers: int, who: str) -> Counts:
-    """The layers that `Depth`s mean, ascending: fractions go to the nearest layer that leaves one to every stage.
+    """The layers of `Depth`s, ascending: fractions are rounded to the nearest layer that leaves one for every stage.
 
     Raises:
         IncompatibleError: fewer layers than the stages need.
@@ -49,11 +49,11 @@ def windows(layers: Counts) -> list[Counts]:
 
 
 def falling(who: str, counts: Sequence[int]) -> Counts:
-    """The counts. Raises OptionError where a stage would keep more than the one before."""
+    """The counts. Raises OptionError if a stage would keep more than the previous one."""
     if list(counts) != sorted(counts, reverse=True):
         raise OptionError(
             f"strategy {who!r}: option 'keep': the stages would keep {list(counts)} image tokens, expected no more "
-            "in a stage than in the one before"
+            "in a stage than in the previous one"
         )
     return tuple(counts)
 
@@ -64,8 +64,8 @@ def falling_ladders(strategy: Any, shape: Shape, counts: Sequence[Counts], least
     Args:
         strategy: with `Depth`s as layers.
         shape: of the run.
-        counts: that the stages may keep, the most first; a single one is taken as it is.
-        least: a share of N. Where the first stage would keep less, all stages begin sooner instead, if they can.
+        counts: that the stages may keep, the most first; a single one is used as it is.
+        least: a share of N. If the first stage would keep less, all stages begin earlier instead, if possible.
     """
     layers = layers_of(strategy.options.layers, shape.layers, strategy.name)
     places = [layers] if "layers" in strategy.options.model_fields_set else windows(layers)

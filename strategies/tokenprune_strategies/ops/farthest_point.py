@@ -1,4 +1,4 @@
-"""Farthest-first selection: rows that are as unlike each other as can be."""
+"""Farthest-first selection: rows that are as dissimilar as possible."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def farthest_first(states: Tensor, exists: Tensor, count: Tensor, *, repeats: bo
         states: [G, n, width].
         exists: bool [G, n].
         count: int64 [G], picks; at most the rows that exist.
-        repeats: whether a picked row may be picked again, where every other row is a copy of a picked one too.
+        repeats: whether a picked row may be picked again if all other rows are copies of picked ones too.
     """
     groups = torch.arange(len(states), device=states.device)
     rows = torch.nn.functional.normalize(states.float(), dim=-1)
     distance = torch.bmm(rows, rows.transpose(1, 2)).neg_().add_(1).masked_fill_(~exists[:, None], float("inf"))
     own = distance.diagonal(dim1=1, dim2=2)
-    # a token is no neighbour of itself: its own distance is hidden while the first pick is looked for
+    # a token is not its own neighbour: its own distance is masked for the first pick
     kept, most = own.clone(), int(count.max()) if count.numel() else 0
     own.fill_(float("inf"))
     reach = distance.amin(2)  # to the nearest other row, then to the nearest pick

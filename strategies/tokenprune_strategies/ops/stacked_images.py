@@ -27,7 +27,7 @@ class StackedImages:
 
     @classmethod
     def of(cls, tokens: Tokens) -> StackedImages:
-        """Those of `tokens.images()`."""
+        """From `tokens.images()`."""
         images = tokens.images()
         if not images:
             return cls(tokens.counts[:0], tokens.image[:0], tokens.counts[:0])
@@ -41,7 +41,7 @@ class StackedImages:
         return self.index >= 0
 
     def take(self, values: Tensor) -> Tensor:
-        """Values [batch, N, …] of the tokens: [G, n, …]; those of some other token on padding."""
+        """Values [batch, N, …] of the tokens: [G, n, …]; arbitrary ones on padding."""
         return values[self.rows[:, None], self.index.clamp(min=0)]
 
     def picked(self, picks: Tensor) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The tensor side of PruMerge: outliers, merging weights, and where the merged tokens go."""
+"""The tensor side of PruMerge: outliers, merging weights, and the slots of the merged tokens."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
     numbers = torch.arange(len(kept), device=kept.device)
     directions = torch.nn.functional.normalize(keys.float(), dim=-1)
     likeness = directions[kept] @ directions.T
-    likeness[numbers, kept] = float("-inf")  # a token is none of its own neighbours
+    likeness[numbers, kept] = float("-inf")  # a token is not its own neighbour
     near = likeness.topk(min(NEIGHBOURS, len(keys) - 1), dim=1).indices
     weights = torch.zeros(len(kept) + 1, len(keys), dtype=torch.float32, device=kept.device)
-    weights[:-1].scatter_(1, near, attention[near])  # x_i + Σ a_j x_j, kept and unkept neighbours alike, not normalised
+    weights[:-1].scatter_(1, near, attention[near])  # x_i + Σ a_j x_j, over kept and other neighbours, not normalised
     weights[numbers, kept] = 1
     weights[-1] = attention  # the extra token: Σ a_j x_j over those that are not kept
     weights[-1, kept] = 0
@@ -60,7 +60,7 @@ def place(image: ImageTokens, kept: Tensor, weights: Tensor, positions: Position
         free_slots = free.nonzero().flatten()
         behind = free_slots[free_slots > (kept.max() if len(kept) else -1)]
         slots = torch.cat((kept, behind[:1] if len(behind) else free_slots[-1:]))
-        origins = torch.cat((origins, origins.new_full((1,), -1)))  # it has no place of its own in the image
+        origins = torch.cat((origins, origins.new_full((1,), -1)))  # without a place in the image
     if positions == "renumber":
         slots = torch.arange(len(slots), device=slots.device)
     return MergeGroup(image.row, image.index[slots], image.index, weights, origins)

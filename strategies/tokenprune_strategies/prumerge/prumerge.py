@@ -22,12 +22,12 @@ from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share,
 class PruMerge(Strategy):
     """Keep the image tokens that [CLS] attends to most in the vision tower, and merge each one's neighbours into it.
 
-    All of it happens within each image, before the projector; how many are kept is for the image's attention to say.
+    All steps are within each image, before the projector; the image's attention determines how many are kept.
 
-    A tower without [CLS] scores by the attention that each patch receives (mean over heads and patches), and where the
-    projector does not take image tokens one by one, what is merged are the projected tokens (ours).
+    With a tower without [CLS], the score is the attention that each patch receives (mean over heads and patches); if
+    the projector does not process image tokens one by one, the projected tokens are merged (ours).
 
-    Ours: the share is taken per image (the authors: over the batch), at least one token is kept, and where nothing is
+    Ours: the share is taken per image (the authors: over the batch), at least one token is kept, and if nothing is
     dropped there is no extra token.
     """
 
@@ -54,7 +54,7 @@ class PruMerge(Strategy):
         return {"ratio": "beside keep" if self.budget is None else "beside a budget"}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage before the first layer; without `keep` only the picture tells how many tokens there will be."""
+        """One stage before the first layer; without `keep` the number of tokens depends on the image."""
         keep = self.options.keep
         number = None if keep is None else tokens_of(keep, shape.image_tokens)
         score: Read = ClsAttention(heads="joint") if shape.offers(ClsAttention) else ReceivedAttention()
@@ -78,13 +78,13 @@ class PruMerge(Strategy):
         scores = attention.float().masked_fill(~tokens.exists, float("-inf"))
         merged = Merge.from_groups(tokens, groups, scores=scores)
         if Projector not in reads:
-            return merged  # what is summed up are the tokens in the decoder
+            return merged  # the sums are over the tokens in the decoder
         # sums of the tower's features, which the projector then takes; padding may hold anything
         features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
         return replace(merged, values=tokens.project((merged.weights @ features.float()).to(features.dtype)))
 
     def selected(self, attention: Tensor, number: int | None) -> Tensor:
-        """Tokens kept of one image, int64 [k], by falling attention.
+        """Tokens kept of one image, int64 [k], by descending attention.
 
         Args:
             attention: float32 [N], of [CLS].
@@ -111,7 +111,7 @@ class PruMergePlus(PruMerge):
     name = "prumerge+"
 
     def selected(self, attention: Tensor, number: int | None) -> Tensor:
-        """Tokens kept of one image, int64 [k]: by falling attention, then the uniform ones in image order."""
+        """Tokens kept of one image, int64 [k]: by descending attention, then the uniform ones in image order."""
         order, size = attention.argsort(descending=True, stable=True), len(attention)
         if number is not None:
             count = without_extra(number, size)  # half and half, and in all the exact number (ours)

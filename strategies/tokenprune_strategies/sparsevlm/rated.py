@@ -1,4 +1,4 @@
-"""What both versions of SparseVLM share: raters, published counts, stages, budgets."""
+"""The common part of both versions of SparseVLM: raters, published counts, stages, budgets."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class RatedByText(Strategy):
         return {"table": "beside keep"} if self.options.keep is not None else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """Rating before layer 0, then the stages that prune. Raises IncompatibleError where the model is not fit."""
+        """Rating before layer 0, then the stages that prune. Raises IncompatibleError if the model is unsuitable."""
         layers, total = layers_of(self.options.layers, shape.layers, self.name), shape.image_tokens
         yield Stage("rate", 0, total, (Embeddings(), TextEmbeddings()))
         for number, (layer, cut) in enumerate(zip(layers, self.cuts(self.counts(total), total), strict=True), 1):
             yield Pruning(f"prune {number}", layer, cut.rows, self.reads(), cut=cut)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Mark the raters, then go by what they rate."""
+        """Mark the raters, then prune by their ratings."""
         if stage.name != "rate":
             return self.pruned(stage, tokens)
         tokens.mark(RATERS, raters(tokens))
@@ -75,7 +75,7 @@ class RatedByText(Strategy):
 
     @abstractmethod
     def reads(self) -> tuple[Read, ...]:
-        """What a stage that prunes looks at."""
+        """The reads of a stage that prunes."""
 
     @abstractmethod
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
@@ -88,13 +88,13 @@ class RatedByText(Strategy):
         return tuple(max(1, count * total // TOTAL) for count in self.tables[self.options.table])
 
     def cuts(self, counts: Counts, total: int) -> list[Cut]:
-        """What the stages really keep and merge."""
+        """The numbers that the stages keep and merge."""
         return cuts(counts, total, recycles=self.recycles, always=self.options.faithful)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
         """`keep` in the proportions of the table, merged tokens counted (ours).
 
-        Where the first stage would keep less than N/16, all stages move towards layer 1 by one factor.
+        If the first stage would keep less than N/16, all stages move towards layer 1 by one factor.
         """
         total, table = shape.image_tokens, self.tables[self.options.table]
         scaled = [tuple(max(1, first * count // table[0]) for count in table) for first in range(total, 0, -1)]

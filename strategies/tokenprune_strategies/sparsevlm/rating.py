@@ -13,13 +13,13 @@ RATERS = "raters"
 
 
 def raters(tokens: Tokens) -> Tensor:
-    """bool [batch, T]: the text tokens after the last image that the image tokens, on average, are most like.
+    """bool [batch, T]: the text tokens after the last image that are most similar to the image tokens on average.
 
     A softmax over these text tokens of (image embedding · text embedding), unscaled; mean over image tokens; a text
-    token rates if its mean is above the average of the means. Where none is, all text after the image rates, and where
+    token rates if its mean is above the average of the means. If none is, all text after the image rates; if
     there is none after it, all text (ours).
     """
-    # only text behind the image rates; it is compared by embeddings, before any layer
+    # only text after the image rates; embeddings are compared, before any layer
     after = tokens.text & (tokens.images_before == tokens.counts[:, None])
     likeness = tokens.embeddings.float() @ tokens.text_embeddings.float().transpose(1, 2)
     shares = likeness.masked_fill(~after[:, None], float("-inf")).softmax(2)
@@ -32,10 +32,10 @@ def raters(tokens: Tokens) -> Tensor:
 
 
 class Corrected(NamedTuple):
-    """What `corrected_attention` gives.
+    """The result of `corrected_attention`.
 
     Attributes:
-        attention: float32 [batch, heads, Q, N], 0 where there is none.
+        attention: float32 [batch, heads, Q, N], 0 if there is none.
         raters: float32 [batch], how many each row has.
     """
 
@@ -44,7 +44,7 @@ class Corrected(NamedTuple):
 
 
 def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor: float) -> Corrected:
-    """Attention without the part that positions alone make.
+    """Attention without the part that depends only on positions.
 
     Args:
         attention: float32 [batch, heads, Q, N], see `AttentionFrom`.
@@ -56,6 +56,6 @@ def corrected_attention(attention: Tensor, kernel: Tensor, active: Tensor, floor
     rows = (~missing).any(2).sum(1)
     if floor:
         kernel = torch.maximum(kernel, floor * kernel.abs().amax(2, keepdim=True))
-    # 0 / 1 where a row lacks the rater or the token, so that sums over raters and tokens pass over it
+    # 0 / 1 where a row lacks the rater or the token, so that sums over raters and tokens ignore it
     corrected = attention.masked_fill(missing[:, None], 0) / kernel.masked_fill(missing, 1)[:, None]
     return Corrected(corrected, rows.clamp(min=1).float())

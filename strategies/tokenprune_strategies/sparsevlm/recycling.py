@@ -1,4 +1,4 @@
-"""How many image tokens SparseVLM keeps and merges, and where they go."""
+"""The numbers of image tokens that SparseVLM keeps and merges, and their slots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Cut(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Image tokens that run on."""
+        """Image tokens that stay."""
         return self.kept + self.clusters
 
 
@@ -40,7 +40,7 @@ def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> 
     """The numbers of every stage.
 
     Args:
-        counts: tokens to keep, where there are as many.
+        counts: tokens to keep, if there are as many.
         total: image tokens of the row.
         recycles: whether dropped tokens are merged: of p dropped ones int(0.3 · p) + 1 =: r, into int(r / 10) + 1.
         always: whether every stage drops at least one token.
@@ -57,7 +57,7 @@ def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> 
 def recycle(
     images: Sequence[ImageTokens], hidden: Tensor, scores: Tensor, cut: Cut, positions: Positions, noise: Tensor | None
 ) -> list[MergeGroup]:
-    """The tokens of a row that run on.
+    """The tokens of a row that stay.
 
     Of each image the kept tokens in their order, then the clusters' averages, best centre first, on the image's first
     slots; under "keep" all at their own slots, clusters at their centres'. A cluster's origin is its centre.

@@ -1,7 +1,7 @@
 """SparseVLM and SparseVLM+ (Zhang et al., "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model
 Inference", https://arxiv.org/abs/2410.04417).
 
-SparseVLM+ is the second version, as the authors' code has it.
+SparseVLM+ is the second version, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ HEADS, FLOOR = 14, 0.1
 
 
 class SparseVLM(RatedByText):
-    """Text tokens that resemble the image rate the image tokens; the low ones go, some of them merged into a few.
+    """Text tokens similar to the image rate the image tokens; low-rated ones are dropped, some are merged into a few.
 
-    Mass is not conserved: a merged token has the average of its members', and tokens that are in no cluster take theirs
-    along.
+    Mass is not conserved: a merged token has the average mass of its members, and tokens in no cluster lose theirs.
 
     Ours: layers and counts as shares, so that dropping after 2, 6 and 15 of 32 layers and counts of 576 carry to other
-    models; ties are not decided by noise (`density_peaks`); where no text stands out, all of it rates; every batch row
-    and image for itself; under positions="keep" a merged token stands at its cluster's centre.
+    models; ties are not decided by noise (`density_peaks`); if no text stands out, all of it rates; batch rows and
+    images are independent; with positions="keep" a merged token is at its cluster's centre.
     """
 
     name = "sparsevlm"
@@ -64,13 +63,13 @@ class SparseVLM(RatedByText):
         return AttentionFrom(RATERS), HiddenStates()
 
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Keep the best, merge what comes next."""
+        """Keep the best, merge the next best."""
         # (1) section 3.2: attention of the raters in the layer before, mean over heads and raters
         scores: Tensor = tokens.attention
         noise = random_scores(tokens, self.options.seed) if self.options.faithful else None
         groups = []
         for row, images in enumerate(tokens.images_by_row()):
-            own = tokens.stages[row]  # rows of other sizes keep and merge other numbers
+            own = tokens.stages[row]  # the numbers differ between rows of different sizes
             assert isinstance(own, Pruning)
             drawn = None if noise is None else noise[row]
             # (2) the best stay, (3) of the p others the best 0.3 p become clusters, one for ten (see `cuts`)
@@ -79,7 +78,7 @@ class SparseVLM(RatedByText):
 
 
 class SparseVLMPlus(RatedByText):
-    """SparseVLM with scores free of what positions alone make of attention, by the better heads, nothing merged.
+    """SparseVLM with attention corrected for positions, of the better heads only, without merging.
 
     Ours: half of the heads (the authors: 14, whatever the model has), and the divisor does not fall below a tenth of
     its largest value for the rater (it goes through 0 at long distances, where scores change sign).
@@ -111,7 +110,7 @@ class SparseVLMPlus(RatedByText):
         return {**super().without_effect(), **fixed}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """See `RatedByText`. Raises IncompatibleError where the model has fewer heads than are asked for."""
+        """See `RatedByText`. Raises IncompatibleError if the model has too few heads."""
         heads = HEADS if self.options.faithful else self.options.heads
         if isinstance(heads, int) and 0 < shape.heads < heads:
             raise IncompatibleError(
@@ -121,7 +120,7 @@ class SparseVLMPlus(RatedByText):
         return super().stages(shape)
 
     def reads(self) -> tuple[Read, ...]:
-        """Attention of every rater in every head, and what positions make of it."""
+        """Attention of every rater in every head, and its part due to positions."""
         return AttentionFrom(RATERS, reduce="each", heads="each"), PositionKernel(RATERS)
 
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:

@@ -1,4 +1,4 @@
-"""The tensor side of VisionZip: dominant and contextual tokens of a crop, and where an image's new tokens go."""
+"""The tensor side of VisionZip: dominant and contextual tokens of a crop, and the slots of an image's new tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tokenprune.core.tokens import ImageTokens
 
 @dataclass(frozen=True, eq=False)
 class Zipped:
-    """What is left of a crop of n patches.
+    """The reduced form of a crop of n patches.
 
     Attributes:
         crop: the crop.
         cls: whether [CLS] is passed on.
         dominant: int64 [d], patches passed on as they are, ascending.
         targets: int64 [c], patches that others are merged into, ascending.
-        weights: float32 [c, n], what every target sums up.
+        weights: float32 [c, n], of the patches that each target sums.
     """
 
     crop: ImageTokens
@@ -34,13 +34,13 @@ class Zipped:
 
 
 def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int) -> Zipped:
-    """Reduce a crop to its quota of tokens, [CLS] included; all of them or none are taken as they are.
+    """Reduce a crop to its quota of tokens, [CLS] included; a quota of all or none leaves it unchanged.
 
     Args:
         crop: of n patches.
         attention: float32 [n], of [CLS].
         keys: float32 [n, C], mean over heads.
-        contextual: how many of the quota are merged ones, fewer than it.
+        contextual: how many of the quota are merged ones; fewer than the quota.
     """
     size, share = len(attention), crop.quota
     every = torch.arange(size, device=attention.device)
@@ -54,7 +54,7 @@ def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int
     targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual]
     weights = attention.new_zeros(contextual, size)
     if contextual:
-        # … and every other one joins the target whose key is most like its own
+        # … and every other one joins the target with the most similar key
         others = rest[~torch.isin(rest, targets)]
         joined = (normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T).argmax(1)
         weights[joined, others] = 1
@@ -64,11 +64,11 @@ def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int
 
 
 def line_up(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
-    """The new tokens of one image, from what is left of its crops; [CLS] has origin −1.
+    """The new tokens of one image, from its reduced crops; [CLS] has origin −1.
 
     Of one crop [CLS] comes first, then dominant and contextual tokens; of several crops the dominant ones come first,
     in image order, and their [CLS] between these and the contextual ones. "renumber" takes the image's first slots in
-    this order. "keep" leaves tokens at their own slots and puts [CLS] at the first ones that became free (ours).
+    this order. "keep" leaves tokens at their own slots and puts [CLS] into the first free ones (ours).
     """
     dominant = torch.cat([one.crop.index[one.dominant] for one in zipped]).sort().values
     merged = torch.cat([one.crop.index[one.targets] for one in zipped])

@@ -22,9 +22,9 @@ from tokenprune_strategies.visionzip.contextual import line_up, zip_crop
 class VisionZip(Strategy):
     """Keep [CLS] and the image tokens that it attends to most in the vision tower; merge the others into a few.
 
-    All of it happens in every crop of an image, before the projector (section 3).
+    All steps are within each crop of an image, before the projector (section 3).
 
-    Ours: a row's tokens are shared by the size of crops, and a crop that keeps all its tokens is left as it is.
+    Ours: a row's tokens are divided over crops by size, and a crop that keeps all its tokens is unchanged.
     """
 
     name = "visionzip"
@@ -43,7 +43,7 @@ class VisionZip(Strategy):
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer."""
-        # attention and keys of the last tower layer but one, whose output is what the projector takes
+        # attention and keys of the second-to-last tower layer, whose output the projector takes
         reads = (ClsAttention(-2), TowerKeys(-2, "mean"), TowerFeatures(), ClsFeatures(), Projector())
         yield Stage("zip", 0, tokens_of(self.options.keep, shape.image_tokens), (*reads, *shape.offered(Crops())))
 
@@ -71,7 +71,7 @@ class VisionZip(Strategy):
         return replace(merged, values=tokens.project(rows.to(features.dtype)))
 
     def contextual(self, shares: Sequence[int]) -> list[int]:
-        """How many tokens of each crop's share are contextual; at least one is left to [CLS]."""
+        """How many tokens of each crop's share are contextual; at least one is left for [CLS]."""
         wanted = self.options.contextual
         counts = apportion(wanted, shares) if isinstance(wanted, int) else [int(n * wanted + 0.5) for n in shares]
         return [min(count, max(0, share - 1)) for count, share in zip(counts, shares, strict=True)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenprune import api
 from tokenprune.core.reads import Read
-from tokenprune.core.requirements import TYPICAL_TOKENS, check_fit, declared_reads
+from tokenprune.core.scheduling.requirements import TYPICAL_TOKENS, check_fit, declared_reads
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.wrappers import unwrapped
@@ -78,6 +78,13 @@ class Compatibility:
         reads: names of what the strategy reads on this model, sorted.
         missing: those of them that the model does not offer.
         reason: why it cannot run, the text of the `IncompatibleError` that running it would raise; empty if it can.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> from tokenprune.testing.tiny_decoders import tiny_llama
+        >>> found = tp.compatible("cdpruner", tiny_llama(layers=4))
+        >>> found.runs, found.missing
+        (False, ('ClipImageEmbeddings', 'ClipTextEmbeddings'))
     """
 
     strategy: str
@@ -112,6 +119,11 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
         OptionError: no strategy, or no model.
         UnsupportedError: no adapter knows the model, it has no decoder to hook into, or it does not declare what it
             offers.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> bool(tp.compatible("csp", tp.load("lisa-tiny")))
+        True
     """
     chosen = api.strategy(strategy) if isinstance(strategy, str) else checked_strategy(strategy)
     declared = declaration_of(model)

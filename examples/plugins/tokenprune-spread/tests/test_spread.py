@@ -1,4 +1,4 @@
-"""The strategy `spread`: what every strategy must hold, and what only this one promises."""
+"""The strategy `spread`: the conformance kit for strategies, and tests of this one."""
 
 from __future__ import annotations
 

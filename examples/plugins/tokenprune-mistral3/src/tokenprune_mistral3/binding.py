@@ -1,7 +1,7 @@
-"""Following a live Mistral 3: where its image tokens stand, in which cells, and what its vision tower found there.
+"""Watches a live Mistral 3: the positions and cells of its image tokens, and the features of its vision tower.
 
 An image is H / 28 rows of W / 28 tokens each. After every row the prompt holds [IMG_BREAK], after the last [IMG_END]:
-ordinary text tokens. How many rows and columns each image has is told by the calls of the projector.
+ordinary text tokens. The calls of the projector show the rows and columns of each image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Mistral3Binding(BoundModel):
 
     @contextmanager
     def capture(self, reads: Collection[Read]) -> Iterator[Mistral3Watch]:
-        """Look at the calls of the model and of its projector, while the context is open."""
+        """Watch the calls of the model and of its projector while the context is open."""
         config = self._base.config
         patch, merge = config.vision_config.patch_size, config.spatial_merge_size
         watch = Mistral3Watch(self.name, config.image_token_id, patch, merge, TowerFeatures() in reads)

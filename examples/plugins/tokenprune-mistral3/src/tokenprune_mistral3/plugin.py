@@ -9,5 +9,5 @@ tokenprune_hook_api = "1.0"  # the version of tokenprune's hooks that this is bu
 
 @hookimpl
 def tokenprune_register_adapters(register: Register) -> None:
-    """One adapter; its module is imported when somebody loads or prunes a model."""
+    """One adapter; its module is imported when a model is loaded or pruned."""
     register("mistral3", "tokenprune_mistral3.adapter:Mistral3Adapter", summary="Mistral 3 vision-language models")

@@ -9,5 +9,5 @@ tokenprune_hook_api = "1.0"  # the version of tokenprune's hooks that this is bu
 
 @hookimpl
 def tokenprune_register_strategies(register: Register) -> None:
-    """One strategy; its module is imported when somebody uses it."""
+    """One strategy; its module is imported when it is used."""
     register("spread", "tokenprune_spread.strategy:Spread", summary="the image tokens that lie farthest apart")

@@ -1,4 +1,4 @@
-"""Farthest-point selection: every token that is taken is the one least like all that were taken before it."""
+"""Farthest-point selection: each token is the one least similar to all tokens taken before."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenprune import Embeddings, ScorerStrategy, StrategyOptions
 
 
 class Spread(ScorerStrategy):
-    """Keep the image tokens that lie farthest apart, by the cosine of their embeddings.
+    """Keep the image tokens that are farthest apart, by the cosine of their embeddings.
 
-    The choice is Gonzalez' greedy one for k centres (1985); the first token is the one least like the mean.
+    The selection is Gonzalez' greedy one for k centres (1985); the first token is the one least similar to the mean.
     """
 
     name = "spread"
@@ -24,7 +24,7 @@ class Spread(ScorerStrategy):
         keep: float = Field(0.25, gt=0, le=1, description="share of the image tokens that is kept")
 
     def score(self, stage, tokens):
-        """The sooner a token is taken, the higher; `tokens.target` are taken of each row."""
+        """Higher for tokens that are taken earlier; `tokens.target` are taken from each row."""
         return -taken(tokens.embeddings, tokens.active, int(tokens.target.max()))
 
 

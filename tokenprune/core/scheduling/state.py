@@ -1,4 +1,4 @@
-"""The state of every image token through a run, and how a decision changes it: pure tensors, no model."""
+"""The state of every image token during a prefill, and how a decision changes it. Tensors only, no model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 
 @dataclass(frozen=True)
 class TokenState:
-    """Where every original image token stands.
+    """The state of every original image token.
 
     Attributes:
         exists: bool [batch, N], False on the padding of rows with fewer than N tokens.
-        active: bool [batch, N], takes part in the present layer.
-        parked: bool [batch, N], waits to be restored.
+        active: bool [batch, N], takes part in the current layer.
+        parked: bool [batch, N], can be restored.
         mass: float32 [batch, N], original tokens that an active or parked token stands for; 0 once dropped or merged
             away.
         origin: int64 [batch, N], the original token whose place in the image the token has; −1 for none.
-        lineage: bool [batch, N, N], [b, k, j] = token k carries something of original token j; None = each carries
-            itself.
+        lineage: bool [batch, N, N], [b, k, j] = original token j contributes to token k; None = each token is
+            only itself.
     """
 
     exists: Tensor
@@ -34,7 +34,7 @@ class TokenState:
 
     @classmethod
     def start(cls, exists: Tensor) -> TokenState:
-        """Every existing token active, of mass 1, carrying itself."""
+        """Every existing token active, with mass 1 and no lineage."""
         numbers = torch.arange(exists.shape[1], device=exists.device).expand_as(exists)
         return cls(exists, exists.clone(), torch.zeros_like(exists), exists.float(), torch.where(exists, numbers, -1))
 
@@ -57,11 +57,11 @@ class TokenState:
         return lineage & self.alive[:, :, None]
 
     def only(self, rows: Tensor, size: int) -> TokenState:
-        """What a strategy sees that chooses for some of the rows: the others without any token.
+        """The state that a strategy sees when it chooses for some of the rows: the others have no tokens.
 
         Args:
             rows: bool [batch].
-            size: the most tokens that one of these rows has.
+            size: the largest number of tokens in one of these rows.
         """
         here = rows.to(self.exists.device)[:, None]
 
@@ -73,7 +73,7 @@ class TokenState:
         return TokenState(exists, active, parked, cut(self.mass), cut(self.origin, -1), lineage)
 
     def replaced(self, rows: Tensor, part: TokenState) -> TokenState:
-        """This state where `rows` have come to what `part` says of them; see `only`."""
+        """This state with `rows` taken from `part`; see `only`."""
         size, here = part.exists.shape[1], rows.to(self.exists.device)[:, None]
 
         def joined(values: Tensor, new: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class TokenState:
         return TokenState(**fields, lineage=lineage)
 
     def after(self, decision: Decision) -> TokenState:
-        """The state once a (validated) decision is taken."""
+        """The state after a (validated) decision."""
         chosen = as_mask(decision.index, self.exists.shape[1])
         if isinstance(decision, Restore):
             return replace(self, active=self.active | chosen, parked=self.parked & ~chosen)
@@ -112,10 +112,10 @@ class TokenState:
         mass = (weights * self.mass[:, None]).sum(2)
         parked = self.parked
         if decision.rest == "park":
-            parked = parked | (self.active & ~chosen & ~(weights != 0).any(1))  # what no other token carries
+            parked = parked | (self.active & ~chosen & ~(weights != 0).any(1))  # tokens that contribute to no other
         kept_parked = parked[:, :, None] & carried
         origin = torch.where(decision.index >= 0, decision.index, -1) if decision.origin is None else decision.origin
-        # a token that moved to another slot brings the place that it had itself
+        # a token that moves to another slot keeps its place in the image
         origin = torch.where(origin >= 0, self.origin.gather(1, origin.clamp(min=0)), -1)
         placed = torch.full_like(self.origin, -1)
         placed = spread_rows(origin[..., None], decision.index, size, base=placed[..., None]).squeeze(-1)
@@ -143,7 +143,7 @@ def spread_rows(values: Tensor, index: Tensor, size: int, base: Tensor | None = 
     """
     if base is None:
         base = values.new_zeros(len(index), size, *values.shape[2:])
-    padded = torch.cat((base, base[:, :1]), 1)  # the spare row takes what −1 points to
+    padded = torch.cat((base, base[:, :1]), 1)  # the spare row is where −1 points to
     where = torch.where(index < 0, size, index)
     where = where.reshape(*index.shape, *([1] * (values.dim() - 2))).expand(values.shape)
     return padded.scatter(1, where, values)[:, :size]

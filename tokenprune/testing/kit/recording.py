@@ -1,4 +1,4 @@
-"""Running a strategy on a case while writing down everything that happens."""
+"""Runs a strategy on a case, and records everything that happens."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tokenprune.core.tokens import Tokens
 from tokenprune.core.trace import Trace
 from tokenprune.engine import prune
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.testing.cases import Case, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.cases import Case, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.synthetic_vision import synthetic_vision_of
 from tokenprune.testing.scripted import Scripted, Step
-from tokenprune.testing.synthetic_vision import synthetic_vision_of
 
-_LENT = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
-_LENT_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")
+_WATCHED = ("exists", "active", "parked", "mass", "origin", "lineage", "counts", "target")
+_WATCHED_PLACES = ("image", "grid", "places", "text", "text_places", "images_before")
 
 
 @dataclass
 class Log:
-    """What a run did.
+    """The record of a run.
 
     Attributes:
         steps: the decisions, in order, with the position policy of their stages.
-        written: names of lent tensors that the strategy wrote to, and the stage where it was noticed.
-        entered: per layer, [batch, M, width]: the states that it was given.
-        tables: per layer, [batch, M, C]: the rotary tables that it was given.
+        written: names of tensors that the strategy modified, with the stage at which that was detected.
+        entered: per layer, [batch, M, width]: its input states.
+        tables: per layer, [batch, M, C]: its rotary tables.
         left: per layer, [batch, M, width]: its output.
-        open: whether layers are still written down; not while decoding.
+        open: whether layers are recorded; not while decoding.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -47,20 +47,20 @@ class Log:
     tables: list[Tensor] = field(default_factory=list)
     left: list[Tensor] = field(default_factory=list)
     open: bool = True
-    _lent: list[tuple[str, weakref.ref[Tensor], Tensor]] = field(default_factory=list)
+    _watched: list[tuple[str, weakref.ref[Tensor], Tensor]] = field(default_factory=list)
 
-    def lend(self, name: str, value: Any) -> None:
-        """Remember what a tensor, or a tuple of them, holds now."""
+    def watch(self, name: str, value: Any) -> None:
+        """Store the current values of a tensor, or of a tuple of tensors."""
         if isinstance(value, tuple):
             for part in value:
-                self.lend(name, part)
+                self.watch(name, part)
         elif isinstance(value, Tensor):
-            self._lent.append((name, weakref.ref(value), value.clone()))
+            self._watched.append((name, weakref.ref(value), value.clone()))
 
     def look(self, where: str) -> None:
-        """Compare everything that was lent with what it held."""
-        for name, lent, held in self._lent:
-            value = lent()  # what nobody holds any more, nobody reads any more
+        """Compare all watched tensors with their stored values."""
+        for name, reference, held in self._watched:
+            value = reference()  # None: the tensor is gone
             if value is None:
                 continue
             same = value.shape == held.shape and torch.equal(value.nan_to_num(), held.nan_to_num())
@@ -92,25 +92,25 @@ class Watched(Strategy):
         self.name, self.positions, self.budget, self.options = inner.name, inner.positions, inner.budget, inner.options
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """The strategy's."""
+        """See the strategy."""
         return self.inner.stages(shape)
 
     def bind(self, shape: Shape) -> Watched:
-        """The strategy bound, and watched."""
+        """The bound strategy, recorded."""
         return Watched(self.inner.bind(shape), self.log)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """The strategy's choice, after a look at everything that it was lent."""
+        """The strategy's choice, after a check of all watched tensors."""
         provide = tokens._provide
 
-        def lending(read: Any) -> Any:
+        def watched(read: Any) -> Any:
             value = provide(read)
-            self.log.lend(f"tokens.{read.field}", value)
+            self.log.watch(f"tokens.{read.field}", value)
             return value
 
-        tokens._provide = lending
-        for name in (*_LENT, *_LENT_PLACES):
-            self.log.lend(f"tokens.{name}", getattr(tokens, name))
+        tokens._provide = watched
+        for name in (*_WATCHED, *_WATCHED_PLACES):
+            self.log.watch(f"tokens.{name}", getattr(tokens, name))
         decision = self.inner.choose(stage, tokens)
         self.log.look(f"in stage {stage.name!r}")
         policy: Positions = stage.positions or self.inner.positions
@@ -122,27 +122,27 @@ class Watched(Strategy):
 
 
 def _without_scores(decision: Any) -> Any:
-    """A decision that holds nothing which the strategy was lent; what is no decision stays as it is."""
+    """A copy of a decision that shares no tensor with the strategy's inputs; other values are unchanged."""
     return replace(decision, scores=None) if isinstance(decision, Decision) else decision
 
 
 class Break(BaseException):
-    """Thrown into a run; no Exception, so that nothing turns it into another error."""
+    """Raised inside a run; not an Exception, so that it is not converted to another error."""
 
 
 class Breaking(Strategy):
-    """A strategy whose choice of that number raises."""
+    """A strategy whose n-th choice raises."""
 
     def __init__(self, inner: Strategy, number: int, left: list[int] | None = None) -> None:
         self.inner, self.number, self.left = inner, number, left or [number]
         self.name, self.positions, self.budget, self.options = inner.name, inner.positions, inner.budget, inner.options
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """The strategy's."""
+        """See the strategy."""
         return self.inner.stages(shape)
 
     def bind(self, shape: Shape) -> Breaking:
-        """The strategy bound, and breaking."""
+        """The bound strategy, which raises too."""
         ready = self.inner if self.budget is None else with_budget(self.inner, self.budget)
         return Breaking(ready.bind(shape), self.number, self.left)
 
@@ -155,7 +155,7 @@ class Breaking(Strategy):
 
 
 def with_budget(strategy: Strategy, budget: float | None) -> Strategy:
-    """A copy of a strategy with that budget; as it is where None."""
+    """A copy of a strategy with that budget; the strategy itself for None."""
     if budget is None:
         return strategy
     made = copy.copy(strategy)
@@ -183,9 +183,9 @@ def run(case: Case, strategy: Strategy, *, new: int = 0, seed: int = 0, noise: i
         embeds = rounded(embeds, noise)
         vision = replace(vision, answers={kind: _rounding(give, noise) for kind, give in vision.answers.items()})
     log = Log()
-    log.lend("inputs_embeds", embeds)
-    log.lend("image_tokens", prompt.layout.image_tokens)
-    log.lend("grid", prompt.grid)
+    log.watch("inputs_embeds", embeds)
+    log.watch("image_tokens", prompt.layout.image_tokens)
+    log.watch("grid", prompt.grid)
     watched = Watched(with_budget(strategy, case.budget), log)
     stack = stack_of(model)
     with ExitStack() as undo:
@@ -229,7 +229,7 @@ ROUNDING = 1e-5
 
 
 def rounded(value: Any, seed: int) -> Any:
-    """The same floats with a random error of rounding; other things, and parts of tuples, likewise as they are."""
+    """Floats with a random rounding error, also inside tuples; other values are unchanged."""
     if isinstance(value, tuple):
         return tuple(rounded(part, seed) for part in value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -244,7 +244,7 @@ def _rounding(give: Callable[[Any], Any], seed: int) -> Callable[[Any], Any]:
 
 @torch.no_grad()
 def baseline(case: Case) -> tuple[Tensor, Log]:
-    """Final states [batch, S, width] of the untouched model, and what its layers were given."""
+    """Final states [batch, S, width] of the untouched model, and the inputs of its layers."""
     made, log = SyntheticBatch(case.rows, case.padding), Log()
     stack = stack_of(model_of(case.family))
     with _logged(stack, log):
@@ -259,7 +259,7 @@ def baseline(case: Case) -> tuple[Tensor, Log]:
 
 @contextmanager
 def _logged(stack: Any, log: Log) -> Iterator[None]:
-    """Write down what the layers themselves are given and give; inside of what pruning contexts do that open later."""
+    """Record the inputs and outputs of the layers themselves, inside the wrappers of later pruning contexts."""
 
     def look(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not log.open:

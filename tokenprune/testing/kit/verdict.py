@@ -1,4 +1,4 @@
-"""How the conformance kit says that an invariant does not hold, or says nothing of a strategy."""
+"""The outcomes of an invariant in the conformance kit: it does not hold, or it does not apply."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import TokenPruneError
-from tokenprune.testing.cases import Case
-from tokenprune.testing.printing import show_case, show_schedule
+from tokenprune.testing.kit.cases import Case
+from tokenprune.testing.kit.printing import show_case, show_schedule
 
 
 class Nonconforming(AssertionError):
-    """An invariant that does not hold: what, on which case, with which schedule."""
+    """An invariant that does not hold: which one, on which case, with which schedule."""
 
 
 def report(problem: str, strategy: Strategy, case: Case, trace: Trace | None = None) -> Nonconforming:
-    """The failure, with all that a person needs to see it."""
+    """The failure, with everything needed to understand it."""
     ran = repr(strategy) if trace is None else trace.strategy
     parts = [problem, "", f"strategy  {ran}", show_case(case)]
     return Nonconforming("\n".join(parts if trace is None else [*parts, show_schedule(trace)]))
 
 
 def raised(error: BaseException, strategy: Strategy | None = None) -> str:
-    """What a run failed with, and the lines of the strategy's own package that it came through.
+    """The error of a run, with the lines of the strategy's own package in its traceback.
 
     Args:
         error: what was raised.
-        strategy: None where it could not even be made.
+        strategy: None if it could not be made.
     """
     cause: BaseException = error
     while cause.__cause__ is not None:
@@ -44,7 +44,7 @@ def raised(error: BaseException, strategy: Strategy | None = None) -> str:
 
 
 def _home(strategy: Strategy | None) -> str:
-    """The folder of the strategy's package, or its file where it is in none."""
+    """The folder of the strategy's package, or its file if it has none."""
     if strategy is None:
         return ""
     top = type(strategy).__module__.partition(".")[0]
@@ -53,8 +53,8 @@ def _home(strategy: Strategy | None) -> str:
 
 
 class NotTested(Exception):
-    """The invariant says nothing about this strategy on this case, and why."""
+    """The invariant does not apply to this strategy on this case; with the reason."""
 
 
 class Tied(NotTested):
-    """The strategy's choice hangs on a tie; another case may tell."""
+    """The strategy's choice is a tie; another case may be conclusive."""

@@ -1,4 +1,4 @@
-"""Is what a strategy answered something that can be carried out? Every refusal names the strategy and the stage."""
+"""Checks that a strategy's decision can be carried out. Every error names the strategy and the stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
-from tokenprune.core.state import TokenState, as_mask
+from tokenprune.core.scheduling.state import TokenState, as_mask
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed
 
@@ -26,18 +26,18 @@ def check_decision(
     width: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Decision:
-    """Return the decision if it is sound.
+    """The decision, if it is valid.
 
     Args:
-        decision: whatever `choose` returned.
+        decision: what `choose` returned.
         state: the tokens on entering the stage.
         who: strategy name, for messages.
         stage: stage name, for messages.
         width: hidden size that `values` must have; None = not checked.
-        dtype: type of the states that `values` and `weights` must be numbers in; None = their own.
+        dtype: in which `values` and `weights` must be finite; None = their own dtype.
 
     Raises:
-        PluginError: names strategy, stage, what was found and what was expected.
+        PluginError: the decision is not valid; names strategy, stage, what was found and what was expected.
     """
     refuse = partial(_refusal, who, stage)
     if not isinstance(decision, (Keep, Restore, Merge)):
@@ -58,10 +58,10 @@ def check_decision(
 
 
 def check_target(state: TokenState, target: Tensor, *, who: str, stage: str) -> None:
-    """Hold the state after a decision to the declared number of tokens.
+    """Check the state after a decision against the declared number of tokens.
 
     Args:
-        state: the tokens once the decision is taken.
+        state: the tokens after the decision.
         target: int64 [batch], declared active tokens, −1 where none was declared.
         who: strategy name, for messages.
         stage: stage name, for messages.
@@ -116,8 +116,10 @@ def _check_index(index: Tensor, exists: Tensor, refuse: _Refuse) -> None:
         raise refuse(f"image token {int(ordered[row, place])} twice in batch row {row}", "every token once")
     if found := _first((after >= 0) & (after < before)):
         row, place = found
-        told = f"unsorted token numbers, {int(before[row, place])} before {int(after[row, place])} in batch row {row}"
-        raise refuse(told, "ascending order (use torch.sort, Keep.top or Keep.where)")
+        found_order = (
+            f"unsorted token numbers, {int(before[row, place])} before {int(after[row, place])} in batch row {row}"
+        )
+        raise refuse(found_order, "ascending order (use torch.sort, Keep.top or Keep.where)")
 
 
 def _first(wrong: Tensor) -> list[int] | None:
@@ -138,8 +140,8 @@ def _check_floats(
             raise refuse(f"scores are {decision.scores.dtype}", "real numbers")
         if found := _first(torch.isnan(decision.scores)):
             row, token = found
-            told = f"NaN among the scores, at image token {token} of batch row {row}"
-            raise refuse(told, "numbers; −inf means never")
+            found_nan = f"NaN among the scores, at image token {token} of batch row {row}"
+            raise refuse(found_nan, "numbers; −inf means never")
     values = decision.values
     if values is not None:
         _check_tensor("values", values, device, refuse)

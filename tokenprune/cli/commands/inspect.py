@@ -73,7 +73,7 @@ def command(
     check_targets({"--out": out}, inputs=[] if image is None else [image])
     chosen = api.strategy(name, budget, **options)
 
-    from tokenprune.evaluation.single import run_query, run_single, sample, token_summary
+    from tokenprune.evaluation.samples import run_query, run_single, sample, token_summary
     from tokenprune.report.overlays import inspection_sheet, save
 
     picked = None if data is None else sample(data, split, index, seed)

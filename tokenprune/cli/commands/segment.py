@@ -1,4 +1,4 @@
-"""`tokenprune segment`: the masks of a user's own images and query."""
+"""`tokenprune segment`: masks for images and a query."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def command(
 ) -> None:
     """Segment images by a query, and write the masks as PNG.
 
-    Several images (files, a folder, a pattern) are done one by one. One that cannot be used is told, the others are
-    done, and the exit code is 1.
+    Several images (files, a folder, a pattern) are processed one by one. If one cannot be used, that is reported, the
+    others are processed, and the exit code is 1.
     """
     from tokenprune import api
     from tokenprune.cli.checks import check_model, strategy_request
@@ -68,7 +68,7 @@ def command(
     targets = found.targets({"--out": out, "--overlay": overlay})
     chosen = api.strategy(name, budget, **options)
 
-    from tokenprune.evaluation.single import run_single
+    from tokenprune.evaluation.samples import run_single
 
     failed = 0
     with using(choose(threads)), working_first() as say:
@@ -86,8 +86,8 @@ def command(
 
 
 def _written(record: SampleRecord, out: Path, overlay: Path | None = None) -> str:
-    """Write the mask, and the overlay where one is asked for; gives the lines that say so."""
-    from tokenprune.evaluation.single import token_summary
+    """Write the mask, and the overlay if it is requested; returns the lines to print."""
+    from tokenprune.evaluation.samples import token_summary
     from tokenprune.report.files import write_mask
     from tokenprune.utils import stopwatch
 
@@ -99,4 +99,4 @@ def _written(record: SampleRecord, out: Path, overlay: Path | None = None) -> st
         from tokenprune.report.overlays import inspection_sheet, save
 
         lines.append(f"wrote {save(inspection_sheet(record), overlay)}")
-    return "\n".join([*lines, token_summary(outcome), stopwatch.told(outcome.milliseconds)])
+    return "\n".join([*lines, token_summary(outcome), stopwatch.summary(outcome.milliseconds)])

@@ -1,4 +1,4 @@
-"""A synthetic vision side: reads that tiny decoders do not offer, drawn per row from the row's own seed."""
+"""A synthetic vision side: random values for reads that tiny decoders do not provide, from each row's own seed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.core import reads
 from tokenprune.core.reads import Read
-from tokenprune.core.requirements import DECODER_READS
+from tokenprune.core.scheduling.requirements import DECODER_READS
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.testing.cases import SyntheticBatch, drawn
+from tokenprune.testing.kit.cases import SyntheticBatch, drawn
 
 CHANNELS, PIXELS, TOWER_LAYERS = 8, 56, 4
 _WEIGHTS = ("cls_attention", "received_attention")
 
 
 def synthetic_vision_of(made: SyntheticBatch, width: int) -> VisionSource:
-    """A source that answers every read of the vision side that tokenprune knows.
+    """A source that provides every read of a vision side.
 
     Args:
         made: the batch; a row's answers depend on its seed and images only.

@@ -1,4 +1,4 @@
-"""`tokenprune flops`: what a strategy costs on a decoder of given sizes, without any model."""
+"""`tokenprune flops`: the cost of a strategy on a decoder of given sizes, without a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from tokenprune.cli.listing import Format
+from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import say_json
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def command(
     spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
 
-    from tokenprune.core.schedule import declared_ledger
+    from tokenprune.core.scheduling.schedule import declared_ledger
 
     chosen = make_strategy(name, budget, **options).bind(where)
     ledger = declared_ledger(chosen, where)
@@ -144,7 +144,7 @@ def _spec(shape: str | None, sizes: dict[str, Any]) -> DecoderSpec:
 
 
 class _Account:
-    """What the command shows."""
+    """The output of the command."""
 
     def __init__(
         self,

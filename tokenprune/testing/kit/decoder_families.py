@@ -1,4 +1,4 @@
-"""Tiny random decoders of the kinds that the conformance kit runs every strategy on."""
+"""Tiny random decoders of all kinds that the conformance kit runs strategies on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import (
     Qwen2VLTextModel,
 )
 
-from tokenprune.testing.cases import SyntheticBatch
+from tokenprune.testing.kit.cases import SyntheticBatch
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 LAYERS, WIDTH, HEADS = 8, 32, 4
@@ -31,7 +31,7 @@ class Family:
     """A kind of decoder.
 
     Attributes:
-        summary: what is particular, for messages.
+        summary: a description, for messages.
         make: builds the model.
         axes: whether positions have three axes (time, height, width).
     """
@@ -84,7 +84,7 @@ FAMILIES = {
 
 @cache
 def model_of(family: str) -> Any:
-    """The one tiny model of that family; strategies have to leave it as it is."""
+    """The one tiny model of that family; strategies must not change it."""
     return FAMILIES[family].make()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower, path
-from tokenprune.cli.listing import Format
+from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import NARROW_PIPE, note, notes_console, say_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def command(
     """Compare strategies on one model and one dataset: accuracy, compute, KV cache and prefill time."""
     from tokenprune.cli.checks import check_metrics, check_model, check_strategies, given, refuse_given
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.core.option_texts import parse_text, split_list
+    from tokenprune.core.by_name import parse_text, split_list
     from tokenprune.datasets.validation import check_request
     from tokenprune.evaluation.contenders import budgets_of, contenders
     from tokenprune.utils.threads import checked, choose
@@ -72,7 +72,7 @@ def command(
 
         check_drawing("--out")
         unused_folder(out)
-    contenders(chosen, budgets)  # options of strategies are known to their modules only, which need torch
+    contenders(chosen, budgets)  # checks options of strategies, whose modules import torch
 
     from tokenprune.evaluation.compare import compare
 
@@ -95,9 +95,9 @@ def command(
     timed = found.environment["timing_samples"]
     if given(context, "timing_samples") and int(timed) < timing_samples:
         note(f"prefill was timed on {timed} queries instead of {timing_samples}: on one of each image")
-    asked = model.encode(errors="surrogateescape").decode(errors="replace")  # a folder's name may be no Unicode
-    found = found.model_copy(update={"model": asked})  # as it was asked for, not the folder's name
-    try:  # first what stays, then what can fail without a loss
+    asked = model.encode(errors="surrogateescape").decode(errors="replace")  # a folder's name may be invalid Unicode
+    found = found.model_copy(update={"model": asked})  # as requested, not the folder's name
+    try:  # write the files before printing, which may fail
         if out is not None:
             _write(found, out)
     finally:
@@ -127,7 +127,7 @@ def _show(found: Comparison, output: Format, is_kept: bool) -> None:
                 console.width = NARROW_PIPE
             console.print(found.table())
     except BrokenPipeError:
-        raise  # whoever reads has read enough
+        raise  # the reader has closed the pipe
     except OSError:
         if not is_kept:
             note(found.to_json())
@@ -152,7 +152,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     tasks: dict[str, TaskID] = {}
 
     def report(what: str, done: int, total: int) -> None:
-        bar.start()  # not before there is something to show: an error on the first query is then a line of its own
+        bar.start()  # not earlier: an error on the first query is then a single line
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
         bar.update(tasks[what], completed=done, total=total)

@@ -1,4 +1,4 @@
-"""The per-layer token scheduler: walks the layers, asks the strategy at stage boundaries, keeps state and account."""
+"""The per-layer token scheduler: walks the layers, asks the strategy at every stage, keeps the state and the ledger."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import Read
-from tokenprune.core.schedule import PlannedStage, RowGroup, plan
+from tokenprune.core.scheduling.schedule import PlannedStage, RowGroup, plan
+from tokenprune.core.scheduling.state import TokenState
+from tokenprune.core.scheduling.validation import check_decision, check_target
 from tokenprune.core.stage import Positions, Shape, Stage
-from tokenprune.core.state import TokenState
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
 from tokenprune.core.trace import StageTrace, Trace
-from tokenprune.core.validation import check_decision, check_target
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 from tokenprune.plugins.readonly import LeakDetector
@@ -32,15 +32,15 @@ from tokenprune.utils.torch_state import same_settings
 class TokenScheduler(ABC):
     """Runs one strategy over one prefill, layer by layer.
 
-    Subclasses say where states live: `hidden` and `write` move the image tokens' states, `provide` answers reads.
-    They call `enter(layer)` before every layer and `finish()` after the last.
+    Subclasses hold the hidden states: `hidden` and `write` read and replace the image tokens' states, `provide` answers
+    reads. They call `enter(layer)` before every layer and `finish()` after the last.
 
     Attributes:
         strategy: bound to this run's shape.
         model: name of the model, for messages.
         layout: of the batch.
-        state: the image tokens now.
-        trace: what has happened so far.
+        state: the current state of the image tokens.
+        trace: of all stages so far.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class TokenScheduler(ABC):
         seed: int = 0,
         strict: bool = False,
     ) -> None:
-        """Raises IncompatibleError where a stage reads what this scheduler cannot provide; see also `planning.plan`."""
+        """Raises IncompatibleError if a stage requires a read that is not provided, and the errors of `plan`."""
         counts = layout.counts.tolist()
         others = (layout.valid.sum(1) - layout.counts).tolist()
         shapes = [Shape(layers, n, t, tower_layers, self.offers(), heads) for n, t in zip(counts, others, strict=True)]
         self.model, self.layout, self.layers, self.seed, self.strict = model, layout, layers, seed, strict
-        self._tell = tell or _nobody
+        self._tell = tell or _ignore
         self.strategy, self.planned = plan(strategy, shapes, model)
         self._due: dict[int, list[PlannedStage]] = {}
         for planned in self.planned:
@@ -73,10 +73,10 @@ class TokenScheduler(ABC):
         policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
         with blamed_strategy(self.strategy.name, ": __repr__()"):
-            told = repr(self.strategy)
-        self.trace = Trace(told, policies, layout, exists, ledger)
+            text = repr(self.strategy)
+        self.trace = Trace(text, policies, layout, exists, ledger)
 
-    # where states live -----------------------------------------------------------------------------------------------
+    # to implement -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def offers(self) -> frozenset[type[Read]]:
@@ -88,18 +88,18 @@ class TokenScheduler(ABC):
 
     @abstractmethod
     def hidden(self) -> Tensor:
-        """[batch, N, width]: the present (or last) state of every image token."""
+        """[batch, N, width]: the current (or last) state of every image token."""
 
     @abstractmethod
     def write(self, index: Tensor, values: Tensor) -> None:
         """Replace the states of image tokens `index` [batch, k] (−1 ignored) by `values` [batch, k, width]."""
 
     def owns(self, read: Read) -> bool:
-        """Whether a read's answer is made for the stage alone, so that nobody else has reason to keep it."""
+        """Whether the value of a read is made for the stage only, so that it should be freed after the prefill."""
         return False
 
-    def settle(self, planned: PlannedStage) -> None:  # noqa: B027 - not everyone needs it
-        """A stage's decision has been carried out."""
+    def settle(self, planned: PlannedStage) -> None:  # noqa: B027 - optional to implement
+        """Called after a stage's decision was carried out."""
 
     # the walk --------------------------------------------------------------------------------------------------------
 
@@ -112,19 +112,19 @@ class TokenScheduler(ABC):
         return {read for planned in self.due(layer) for read in planned.stage.reads}
 
     def enter(self, layer: int) -> None:
-        """Take the decisions due before `layer`."""
+        """Take the decisions of the stages that begin at `layer`."""
         for planned in self.due(layer):
             self._take(planned)
 
     def account(self, layer: int, width: int, scored_rows: int = 0, ahead: tuple[tuple[int, int], ...] = ()) -> None:
-        """Enter a layer into the ledger: `width` positions per row were computed; see `LayerEntry` for the others."""
+        """Add a layer to the ledger: `width` positions per row were computed; for the others see `LayerEntry`."""
         ledger = self.trace.ledger
         ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows, ahead))
 
     def finish(self) -> None:
-        """The last layer has run: tell observers, empty the memory."""
+        """Called after the last layer: notify observers, clear the memory."""
         self._tell("tokenprune_prefill_done")
-        self._tell = _nobody  # whoever listened holds this prefill: no cycle of references
+        self._tell = _ignore  # the listener refers to this prefill: avoid a reference cycle
         for planned in self.planned:
             planned.group.memory.clear()
         self._leaks.warn_of_kept(self.strategy)
@@ -149,14 +149,14 @@ class TokenScheduler(ABC):
         self._record(stage, group, decision)
 
     def _chosen(self, planned: PlannedStage, tokens: Tokens) -> Any:
-        """What the strategy answers; what goes wrong in its code carries its name."""
+        """The strategy's decision; errors in its code carry its name."""
         stage, strategy, name = planned.stage, planned.group.strategy, self.strategy.name
         with blamed_strategy(name, f", stage {stage.name!r}"):
             if not self.strict:
                 return strategy.choose(stage, tokens)
         who = f"strategy {name!r}, stage {stage.name!r}"
         with (
-            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; put it back before it returns")),
+            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; restore it before it returns")),
             blamed_strategy(name, f", stage {stage.name!r}"),
         ):
             answer = strategy.choose(stage, tokens)
@@ -174,8 +174,8 @@ class TokenScheduler(ABC):
         walks: dict[RowGroup, list[Positions]] = {}
         for planned in self.planned:
             walks.setdefault(planned.group, []).append(self.policy(planned.stage))
-        told = [", then ".join(kind for kind, _ in groupby(walk)) for walk in walks.values()]
-        return " or ".join(dict.fromkeys(told)) or self.strategy.positions
+        texts = [", then ".join(kind for kind, _ in groupby(walk)) for walk in walks.values()]
+        return " or ".join(dict.fromkeys(texts)) or self.strategy.positions
 
     @property
     def width(self) -> int | None:
@@ -222,7 +222,7 @@ class TokenScheduler(ABC):
         if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != text.shape:
             found = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
             raise PluginError(f"tokens.mark({name!r}) was given {found}; expected bool [batch, T] = {list(text.shape)}")
-        if not group.whole:  # what others have marked, or else any token, so that every row has one
+        if not group.whole:  # what other groups marked, or else any token: every row needs one
             others = (
                 self.layout.gather_text(self.layout.queries[name])
                 if name in self.layout.queries
@@ -257,5 +257,5 @@ class TokenScheduler(ABC):
         self._tell("tokenprune_decision_taken", stage=record, decision=decision)
 
 
-def _nobody(hook: str, **what: Any) -> None:
-    """Listens where nobody does."""
+def _ignore(hook: str, **what: Any) -> None:
+    """The listener if there is none."""

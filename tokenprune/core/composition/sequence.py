@@ -1,4 +1,4 @@
-"""Compositions: strategies that prune one after the other, each what the one before left."""
+"""Compositions: strategies that prune one after the other, each from the tokens that the previous one kept."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from tokenprune.core.budget import in_vain, too_small
+from tokenprune.core.composition.remaining_tokens import PartTokens, RemainingTokens
 from tokenprune.core.decisions import Decision
-from tokenprune.core.remaining_tokens import PartTokens, RemainingTokens
+from tokenprune.core.scheduling.validation import check_decision
 from tokenprune.core.stage import Shape, Stage, declared_stages, equivalent_tokens
 from tokenprune.core.strategy import Strategy, StrategyOptions
 from tokenprune.core.tokens import Tokens
-from tokenprune.core.validation import check_decision
 from tokenprune.errors import BudgetError, OptionError, TokenPruneError
 from tokenprune.utils.arguments import instance
 
@@ -24,24 +24,32 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def _slashed(budgets: Any) -> Any:
-    """ "0.5/0.25" -> [0.5, 0.25], for command lines, where commas part strategies; "-" leaves one out."""
+    """ "0.5/0.25" -> [0.5, 0.25], for command lines, where commas separate strategies; "-" is no budget."""
     return [None if part == "-" else part for part in budgets.split("/")] if isinstance(budgets, str) else budgets
 
 
 class Sequence(Strategy):
     """Strategies one after the other: `Sequence(a, b)`.
 
-    Every part sees the image tokens that the part before leaves, numbered anew, as if there had never been others: its
-    shares and its budget are of these tokens. Layers, and the equivalent tokens of the whole, are those of the model.
-    Parts keep their own position policies, each from its own stages on.
+    Every part sees the image tokens that the previous part kept, renumbered, as if there were no others: its shares and
+    its budget refer to these tokens. Layers, and the equivalent tokens of the composition, are those of the model. Each
+    part's position policy applies from its first stage on.
 
-    A `budget` for the whole goes to the parts that have none of their own and that a budget would change: all get the
-    same share, the largest that the whole fits with.
+    A `budget` for the composition is given to the parts that have no budget of their own and would be changed by one:
+    all get the same share, the largest that meets it.
 
     Attributes:
         name: the parts' names joined by "+".
         parts: the strategies.
         positions: "renumber" where any part renumbers.
+
+    Example:
+        >>> import tokenprune as tp
+        >>> both = tp.Sequence("uniform", tp.strategy("fastv", layer=3), budget=0.25)
+        >>> both
+        Sequence(Uniform(), FastV(layer=3), budget=0.25)
+        >>> both.name
+        'uniform+fastv'
     """
 
     name = "sequence"
@@ -51,14 +59,14 @@ class Sequence(Strategy):
         """Options of a composition."""
 
         budgets: Annotated[tuple[_Share | None, ...] | None, BeforeValidator(_slashed)] = Field(
-            None, description="a budget for each part, of the tokens that the part before leaves; None = as it is"
+            None, description="a budget for each part, of the tokens that the previous part keeps; None = no budget"
         )
         parts: tuple[dict[str, Any], ...] | None = Field(None, description="options for each part")
 
     options: Options
 
     def __init__(self, *parts: Strategy | str, budget: float | None = None, **options: Any) -> None:
-        """Raises OptionError for fewer than two parts, or options that do not fit them; errors of names and parts."""
+        """Raises OptionError for fewer than two parts or unsuitable options, and the errors of `strategy` for names."""
         found = [part for given in parts for part in _flat(given)]
         self.name = "+".join(part.name for part in found)
         if len(found) < 2:
@@ -92,15 +100,15 @@ class Sequence(Strategy):
         """The parts' stages, named "1:fastv/prune".
 
         Raises:
-            OptionError: a part begins before the one before it has finished, reads a layer that ran before that, or has
-                to know a number of tokens that only the image tells.
-            BudgetError: a part's budget cannot be met with what is left.
+            OptionError: a part begins before the previous one has ended, reads a layer that ran before that, or needs a
+                number of tokens that depends on the image.
+            BudgetError: a part's budget cannot be met with the remaining tokens.
         """
         ready = self if self.budget is None else self.bind(shape)
         return [stage for _, stages in ready.chain(shape) for stage in stages]
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """What the part says of the tokens that were left to it."""
+        """The decision of the part that the stage belongs to."""
         key = stage.name.partition("/")[0]
         part = self.parts[int(key.partition(":")[0]) - 1]
         own, *others = (replace(s, name=s.name.partition("/")[2]) for s in (stage, *tokens.stages))
@@ -115,7 +123,7 @@ class Sequence(Strategy):
         return left.whole(decision, tokens.exists.shape[1])
 
     def bind(self, shape: Shape) -> Sequence:
-        """The same with every part's budget, and the whole's, turned into options."""
+        """A copy with the budgets of every part and of the composition resolved into options."""
         if shape.image_tokens == 0:
             return self
         ready = self
@@ -124,7 +132,7 @@ class Sequence(Strategy):
         return ready._of([part for part, _ in ready.chain(shape)])
 
     def chain(self, shape: Shape) -> list[tuple[Strategy, list[Stage]]]:
-        """Every part, bound to what the parts before leave, and its stages; errors as for `stages`."""
+        """Every part, bound to the tokens that the previous parts keep, and its stages; errors as for `stages`."""
         found: list[tuple[Strategy, list[Stage]]] = []
         left: int | None = shape.image_tokens
         last = -1
@@ -145,10 +153,10 @@ class Sequence(Strategy):
         return found
 
     def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """`budgets` for the whole: the largest share that every part without a budget can have.
+        """`budgets` for the composition: the largest share that every part without a budget can have.
 
         Raises:
-            BudgetError: no such share, or no part that a budget would change.
+            BudgetError: there is no such share, or no part that a budget would change.
         """
         free = [part.budget is None and _moves(part, shape) for part in self.parts]
         room, least, best = budget * shape.image_tokens + 1e-9, float("inf"), None
@@ -161,7 +169,7 @@ class Sequence(Strategy):
             try:
                 stages = [stage for _, stages in self._budgeted(budgets).chain(shape) for stage in stages]
                 spent = equivalent_tokens(stages, shape)
-            except BudgetError as error:  # a part cannot do with so little
+            except BudgetError as error:  # too few tokens for a part
                 low, problem = step, error
                 continue
             least = min(least, spent)
@@ -176,11 +184,11 @@ class Sequence(Strategy):
         raise too_small(self, budget, shape, least)
 
     def with_options(self, **changes: Any) -> Sequence:
-        """A copy without a budget of the whole; `changes` are `budgets` and `parts`."""
+        """A copy without a budget for the composition; `changes` are `budgets` and `parts`."""
         return Sequence(*self.parts, **changes)
 
     def reseeded(self, offset: int) -> Sequence:
-        """A copy whose parts draw anew."""
+        """A copy whose parts draw new random numbers."""
         copied = self._of([part.reseeded(offset) for part in self.parts])
         copied.budget = self.budget
         return copied
@@ -206,8 +214,8 @@ class Sequence(Strategy):
             )
         if left is None and any(stage.tokens for stage in stages):
             raise OptionError(
-                f"{before} leaves a number of tokens that only the image tells, and part {number}, {part.name!r}, has "
-                f"to know it before the run; give part {number - 1} a budget or a fixed number"
+                f"{before} leaves a number of tokens that depends on the image, and part {number}, {part.name!r}, must "
+                f"know it before the run; give part {number - 1} a budget or a fixed number"
             )
         if left == 0:
             raise OptionError(
@@ -226,7 +234,7 @@ class Sequence(Strategy):
 
 def _flat(part: Strategy | str) -> tuple[Strategy, ...]:
     if isinstance(part, str):
-        from tokenprune.core.by_name import strategy  # which joins parts by this module
+        from tokenprune.core.by_name import strategy  # which imports this module
 
         part = strategy(part)
     instance("part of a Sequence", part, Strategy, "a strategy, or the name of one")

@@ -1,4 +1,4 @@
-"""Whether the image numbers and grid cells that an adapter tells of a prompt make pictures."""
+"""Checks that the image numbers and grid cells of a prompt, as an adapter gives them, form complete images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def check_cells(
     sizes: Sequence[tuple[int, int]] | None = None,
     in_reading_order: bool = True,
 ) -> None:
-    """Raise where they do not.
+    """Raise if they do not.
 
     Args:
         prompt: its name, for messages.
         numbers: image number of each image token, in the order of the prompt.
         cells: row and column of each.
-        sizes: how many rows and columns of cells each image has; None = not compared.
-        in_reading_order: whether tokens of an image stand in the prompt row by row, from left to right.
+        sizes: rows and columns of cells of each image; None = not compared.
+        in_reading_order: whether an image's tokens are in the prompt row by row, from left to right.
 
     Raises:
         AssertionError: says what was found, what was expected, and what to look at.
     """
     assert (numbers[0], min(numbers)) == (0, 0), (
-        f"{prompt}: images are to be numbered from 0; found {_short(numbers)} (−1 is for what is no image token)"
+        f"{prompt}: images must be numbered from 0; found {_short(numbers)} (−1 is for other tokens)"
     )
     assert all(b - a in (0, 1) for a, b in pairwise(numbers)), f"{prompt}: images not in order; found {_short(numbers)}"
     assert min(map(min, cells)) >= 0, (
@@ -52,5 +52,5 @@ def check_cells(
 
 
 def _short(values: Sequence[object]) -> str:
-    told = ", ".join(str(value) for value in values[:MANY])
-    return f"[{told}, … {len(values) - MANY} more]" if len(values) > MANY else f"[{told}]"
+    shown = ", ".join(str(value) for value in values[:MANY])
+    return f"[{shown}, … {len(values) - MANY} more]" if len(values) > MANY else f"[{shown}]"

@@ -1,4 +1,4 @@
-"""`tokenprune answer`: what a model without masks says about a user's own images."""
+"""`tokenprune answer`: the answer of a model in words to a question about images."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def command(
     """Ask a question about images of a model that answers in words; `segment` is for those that make masks.
 
     The answer goes to stdout, what was pruned and how long it took to stderr. Several images are asked about one by
-    one, and an answer begins with the image's path, its further lines with spaces; one that cannot be used is told, the
-    others are done, and the exit code is 1.
+    one, and an answer begins with the image's path, its further lines with spaces. If one cannot be used, that is
+    reported, the others are processed, and the exit code is 1.
     """
     from tokenprune import api
     from tokenprune.cli.checks import check_model, strategy_request
@@ -34,7 +34,7 @@ def command(
     from tokenprune.cli.printing import note
     from tokenprune.core.budget import budget_words
     from tokenprune.utils.arguments import whole_number
-    from tokenprune.utils.stopwatch import recorded, told
+    from tokenprune.utils.stopwatch import recorded, summary
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
@@ -58,12 +58,12 @@ def command(
             typer.echo(f"{image}: {_indented(said.text)}" if found.many else said.text)
             label = f"{chosen.name}{budget_words(chosen)}"
             note(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning")
-            note(told(milliseconds))
+            note(summary(milliseconds))
     if failed:
         note(f"error: {failed} of {len(found.paths)} images could not be used")
         raise typer.Exit(1)
 
 
 def _indented(text: str) -> str:
-    """The text with its lines but the first set in, so that what begins a line is an image's path."""
+    """The text with all lines but the first indented: an unindented line begins with an image's path."""
     return "\n    ".join(text.splitlines())

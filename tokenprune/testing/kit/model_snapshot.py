@@ -1,4 +1,4 @@
-"""Everything on a model that a run may touch, so that two moments can be compared."""
+"""Everything on a model that a run may change, to compare before and after."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of what is not as it was."""
+    """Names of what has changed."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]

@@ -1,4 +1,4 @@
-"""What has to hold of every strategy: each invariant takes a case and a strategy, and raises where it does not hold."""
+"""Invariants of every strategy: each function takes a case and a strategy, and raises if it does not hold."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from tokenprune.core.decisions import Restore
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.errors import PluginError, TokenPruneError
-from tokenprune.testing.cases import Case, SyntheticBatch
-from tokenprune.testing.decoder_families import FAMILIES, WIDTH, model_of, stack_of
-from tokenprune.testing.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.cases import Case, SyntheticBatch
+from tokenprune.testing.kit.decoder_families import FAMILIES, WIDTH, model_of, stack_of
+from tokenprune.testing.kit.model_snapshot import differences, snapshot
+from tokenprune.testing.kit.printing import ranges
+from tokenprune.testing.kit.recording import Break, Breaking, Run, baseline, joined, run
+from tokenprune.testing.kit.verdict import NotTested, Tied, report
 from tokenprune.testing.oracle import all_active, apply_step, masked_full_length, rotary_tables
-from tokenprune.testing.printing import ranges
-from tokenprune.testing.recording import Break, Breaking, Run, baseline, joined, run
-from tokenprune.testing.verdict import NotTested, Tied, report
 
 TOLERANCE = 1e-4
 """Largest difference of final states (of size about 1) that rounding explains."""
 
 
 def equals_oracle(case: Case, strategy: Strategy) -> None:
-    """The engine computes what the decisions mean: full-length layers with masks."""
+    """The engine equals the oracle: full-length layers with masks."""
     done = run(case, strategy)
     _close(done.output, _oracle(case, strategy, done), done, case, strategy, "the engine", "the masked oracle")
 
 
 def cached_equals_recomputed(case: Case, strategy: Strategy) -> None:
-    """Tokens decoded one by one on the pruned cache are what the whole longer sequence gives."""
+    """Tokens decoded one by one on the pruned cache equal those of the whole longer sequence."""
     case = replace(case, padding="left")
     done = run(case, strategy, new=3)
     expected = _oracle(case, strategy, done, new=3)[:, -3:]
@@ -41,9 +41,9 @@ def cached_equals_recomputed(case: Case, strategy: Strategy) -> None:
 
 
 def keep_all_is_the_baseline(case: Case, strategy: Strategy) -> None:
-    """Where nothing is pruned, everything is as in the untouched model: to the bit, unless positions are renumbered.
+    """Without pruning, everything equals the untouched model: to the bit, unless positions are renumbered.
 
-    Counting anew leaves padding out, so that sums are taken in another order.
+    Renumbering leaves padding out, which changes the order of sums.
     """
     done = run(replace(case, budget=1.0), strategy)
     for stage in done.trace.stages:
@@ -61,7 +61,7 @@ def keep_all_is_the_baseline(case: Case, strategy: Strategy) -> None:
 
 
 def row_equals_row_alone(case: Case, strategy: Strategy) -> None:
-    """A row of a batch chooses and computes what it does alone."""
+    """A row of a batch gives the same decisions and states as alone."""
     done = run(case, strategy)
     for row in range(len(case.rows)):
         alone = run(case.alone(row), strategy)
@@ -99,11 +99,11 @@ def budget_is_met(case: Case, strategy: Strategy, slack: float | None) -> None:
 
 
 def budget_is_monotone(case: Case, strategy: Strategy, less: float) -> None:
-    """A larger budget spends no less, and can be met where a smaller one can."""
+    """A larger budget spends no less, and can be met if a smaller one can."""
     done = run(replace(case, budget=less), strategy)
     try:
         more = run(case, strategy)
-    except PluginError:  # it misbehaves: no refusal
+    except PluginError:  # an error of the strategy, not a refusal
         raise
     except TokenPruneError as error:
         problem = f"budget {less:g} is met, and {case.budget:g} is refused: {error}"
@@ -120,7 +120,7 @@ def budget_is_monotone(case: Case, strategy: Strategy, less: float) -> None:
 
 
 def deterministic_under_a_seed(case: Case, strategy: Strategy) -> None:
-    """The same inputs and seeds give the same, whatever the global random generators hold."""
+    """Equal inputs and seeds give equal results, independent of the state of global random generators."""
     found = []
     for seed in (1, 2):
         state, python = torch.get_rng_state(), random.getstate()
@@ -145,7 +145,7 @@ def deterministic_under_a_seed(case: Case, strategy: Strategy) -> None:
 
 
 def order_and_positions_are_kept(case: Case, strategy: Strategy) -> None:
-    """Every layer is given its tokens in the order of the sequence, at the positions that the policy says."""
+    """Every layer gets its tokens in the order of the sequence, at the positions of the policy."""
     done = run(case, strategy)
     stack = stack_of(model_of(case.family))
     ids = FAMILIES[case.family].positions(done.made)
@@ -164,7 +164,7 @@ def order_and_positions_are_kept(case: Case, strategy: Strategy) -> None:
 
 
 def restore_restores(case: Case, strategy: Strategy) -> None:
-    """A restored token enters with the state that it was parked with, or with the one that the strategy gives it."""
+    """A restored token has the state that it had when parked, or the one that the strategy gives it."""
     done = run(case, strategy)
     if not any(isinstance(step.decision, Restore) for step in done.log.steps):
         raise NotTested("it never restores a token")
@@ -189,15 +189,15 @@ def restore_restores(case: Case, strategy: Strategy) -> None:
 
 
 def nothing_lent_is_written_to(case: Case, strategy: Strategy) -> None:
-    """Inputs, and all that `tokens` lends, hold afterwards what they held before."""
+    """Inputs and the tensors of `tokens` are not modified."""
     done = run(case, strategy)
     if done.log.written:
-        problem = f"the strategy writes to what it was lent: {', '.join(done.log.written)}; work on a clone()"
+        problem = f"the strategy modifies {', '.join(done.log.written)} in place; work on a clone()"
         raise report(problem, strategy, case, done.trace)
 
 
 def no_hook_is_left(case: Case, strategy: Strategy) -> None:
-    """The model is as it was, after a run and after a run that the strategy breaks off."""
+    """The model is unchanged, after a run and after one in which the strategy raises."""
     model = model_of(case.family)
     before, expected = snapshot(model), baseline(case)[0]
     done = run(case, strategy)
@@ -213,7 +213,7 @@ def no_hook_is_left(case: Case, strategy: Strategy) -> None:
 
 
 def ledger_equals_what_entered(case: Case, strategy: Strategy) -> None:
-    """Image tokens and widths in the ledger are what hooks on the layers count."""
+    """Image tokens and widths in the ledger equal the counts of hooks on the layers."""
     done = run(case, strategy)
     layout, ledger = done.made.layout, done.trace.ledger
     others = (layout.valid.sum(1) - layout.counts).tolist()
@@ -241,7 +241,7 @@ def ledger_equals_what_entered(case: Case, strategy: Strategy) -> None:
 
 
 def _refuse_tie(case: Case, strategy: Strategy, done: Run, where: str) -> None:
-    """Raise Tied if the choice hangs on less than rounding, so that another order of sums makes another choice."""
+    """Raise Tied if the choice depends on rounding: another order of sums may change it."""
     for noise in (None, *range(8)):
         other = run(case, strategy, noise=noise)
         if [stage.kept for stage in other.trace.stages] != [stage.kept for stage in done.trace.stages]:

@@ -1,4 +1,4 @@
-"""Whether a strategy fits a model, asked before anything runs."""
+"""Which reads a strategy requires of a model, and whether the model provides them; checked before anything runs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
 DECODER_READS: frozenset[type[Read]] = frozenset(
     (AttentionFrom, PositionKernel, HiddenStates, TextStates, LayerKeys, TextKeys, Embeddings, TextEmbeddings)
 )
-"""What the engine reads from any decoder."""
+"""The reads that the engine provides for any decoder."""
 
-TYPICAL_TOKENS = 576  # what stages are asked with where the number of image tokens is not known yet (LLaVA-1.5's)
+TYPICAL_TOKENS = 576  # assumed while the number of image tokens is unknown (LLaVA-1.5's)
 
 
 def incompatibility(
     strategy: str, model: str, reads: Iterable[Read], offers: frozenset[type[Read]]
 ) -> IncompatibleError | None:
-    """The error that tells which reads a model does not offer, or None."""
+    """The error that lists the reads that a model does not provide, or None."""
     kinds = {type(read) for read in reads if type(read) not in offers}
     if not kinds:
         return None
@@ -45,9 +45,9 @@ def incompatibility(
 
 
 def declared_reads(strategy: Strategy, shape: Shape) -> set[Read]:
-    """Everything that the stages of a strategy read on this shape.
+    """All reads of a strategy's stages on this shape.
 
-    Nothing where the strategy cannot tell for this shape; the prefill, which knows the real one, asks again.
+    Empty if the strategy cannot declare stages for this shape; the prefill, whose shape is known, checks again.
     """
     try:
         return _reads(strategy, shape)
@@ -65,17 +65,17 @@ def _reads(strategy: Strategy, shape: Shape) -> set[Read]:
 
 
 def check_fit(strategy: Strategy, model: str, shape: Shape, *, multimodal_rope: bool = False) -> set[Read]:
-    """What the strategy reads on a model of this kind.
+    """The reads that the strategy requires on a model of this kind.
 
     Args:
         strategy: bound to a shape or not.
         model: its name.
-        shape: what is known of every run on it; `readable` must be.
-        multimodal_rope: whether positions have several axes.
+        shape: what is known about every run on it; `readable` must be set.
+        multimodal_rope: whether positions have more than one axis.
 
     Raises:
-        IncompatibleError: it reads what the model does not offer, renumbers positions of several axes, or says itself
-            that the model does not fit (by raising it from `stages`: too few layers, too few heads).
+        IncompatibleError: the model does not provide a read, the strategy renumbers positions that have several axes,
+            or its `stages` raised it (too few layers, too few heads).
     """
     reads = _reads(strategy, shape)
     error = incompatibility(strategy.name, model, reads, shape.readable or frozenset())

@@ -1,4 +1,4 @@
-"""What a strategy's declared stages mean for a batch whose rows differ in shape."""
+"""The plan of a prefill: a strategy's declared stages for a batch whose rows may differ in shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import AttentionFrom
-from tokenprune.core.requirements import incompatibility
+from tokenprune.core.scheduling.requirements import incompatibility
 from tokenprune.core.stage import Shape, Stage, check_tokens, declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, PluginError
@@ -22,15 +22,15 @@ from tokenprune.plugins.attribution import blamed_strategy
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """Batch rows whose stages begin at the same layers and read the same.
+    """Batch rows whose stages begin at the same layers and have the same reads.
 
     A strategy chooses for one group at a time, as if the other rows had no image tokens.
 
     Attributes:
-        strategy: bound to the group's row with most image tokens.
+        strategy: bound to the shape of the group's row with most image tokens.
         rows: bool [batch].
         size: image tokens of that row.
-        memory: what the strategy carries from stage to stage.
+        memory: what the strategy passes from stage to stage.
     """
 
     strategy: Strategy
@@ -40,7 +40,7 @@ class RowGroup:
 
     @cached_property
     def whole(self) -> bool:
-        """Whether the group is the batch."""
+        """Whether the group is the whole batch."""
         return bool(self.rows.all())
 
 
@@ -52,7 +52,7 @@ class PlannedStage:
         stage: as declared for the group's row with most image tokens.
         target: int64 [batch], −1 where a row's stage declares no number, 0 or −1 outside the group.
         own: the stage as declared for each batch row.
-        group: the rows that it is for.
+        group: the rows that the stage is for.
     """
 
     stage: Stage
@@ -62,9 +62,9 @@ class PlannedStage:
 
 
 def plan(strategy: Strategy, shapes: list[Shape], model: str = "") -> tuple[Strategy, list[PlannedStage]]:
-    """Bind the strategy to the batch's shapes and line up the rows' stages.
+    """Bind the strategy to the batch's shapes and align the rows' stages.
 
-    Rows whose stages begin at different layers, as budgets may want it for rows of different sizes, form groups.
+    Rows whose stages begin at different layers, which a budget can cause for rows of different sizes, form groups.
 
     Args:
         strategy: with a budget or without.
@@ -74,7 +74,7 @@ def plan(strategy: Strategy, shapes: list[Shape], model: str = "") -> tuple[Stra
     Returns the strategy bound to the row with most image tokens, and the stages of all groups in the order of layers.
 
     Raises:
-        PluginError: stages out of order or out of the model.
+        PluginError: stages that are not in ascending order, or at layers that the model does not have.
         BudgetError: a budget that cannot be met on one of the shapes.
         IncompatibleError: a stage reads what the model does not provide.
     """
@@ -82,24 +82,24 @@ def plan(strategy: Strategy, shapes: list[Shape], model: str = "") -> tuple[Stra
     widest = max(shapes, key=lambda shape: shape.image_tokens)
     leader, stages = bound[widest]
     if widest.image_tokens == 0:
-        return leader, []  # a prompt of text alone leaves nothing to choose from
-    alike: dict[Any, set[int]] = {_walk(stages): set()}
+        return leader, []  # no image tokens in the prompt
+    groups: dict[Any, set[int]] = {_walk(stages): set()}
     for row, shape in enumerate(shapes):
-        # a row without image tokens has no budget to meet, and follows the widest
-        alike.setdefault(_walk(bound[shape][1] if shape.image_tokens else stages), set()).add(row)
-    found = [planned for rows in alike.values() for planned in _grouped(rows, shapes, bound)]
-    return leader, sorted(found, key=lambda planned: planned.stage.layer)  # stable: of one row, in its own order
+        # a row without image tokens has no budget to meet: it joins the widest
+        groups.setdefault(_walk(bound[shape][1] if shape.image_tokens else stages), set()).add(row)
+    found = [planned for rows in groups.values() for planned in _grouped(rows, shapes, bound)]
+    return leader, sorted(found, key=lambda planned: planned.stage.layer)  # stable: stages of one row keep their order
 
 
 def _walk(stages: list[Stage]) -> tuple[Any, ...]:
-    """What the stages of rows that are chosen for together have in common."""
+    """What the stages of all rows of a group have in common."""
     return tuple((stage.name, stage.layer, stage.reads, stage.positions) for stage in stages)
 
 
 def _grouped(
     rows: set[int], shapes: list[Shape], bound: dict[Shape, tuple[Strategy, list[Stage]]]
 ) -> Iterator[PlannedStage]:
-    """The stages of a group of rows, which differ in numbers of tokens alone."""
+    """The stages of a group of rows, which differ only in their numbers of tokens."""
     widest = max((shapes[row] for row in rows), key=lambda shape: shape.image_tokens)
     strategy, stages = bound[widest]
     group = RowGroup(strategy, torch.tensor([row in rows for row in range(len(shapes))]), widest.image_tokens)
@@ -113,7 +113,7 @@ def _grouped(
 
 @dataclass
 class _Known:
-    """What a strategy was bound to, by shape; void once one of its attributes is another object."""
+    """The bound copies of a strategy, by shape; invalid once one of the strategy's attributes was replaced."""
 
     strategy: weakref.ref[Strategy]
     attributes: dict[str, Any]
@@ -121,7 +121,7 @@ class _Known:
 
 
 _KNOWN: dict[int, _Known] = {}  # by id: an author's class may have equality without a hash
-_SHAPES = 256  # that are remembered of each strategy
+_SHAPES = 256  # cached per strategy
 
 
 def _bound(strategy: Strategy, shape: Shape) -> Strategy:
@@ -134,9 +134,9 @@ def _bound(strategy: Strategy, shape: Shape) -> Strategy:
     bound = known.bound.get(shape)
     if bound is None:
         bound = strategy.bind(shape)
-        if bound is strategy:  # nothing to remember, and it would keep itself alive
+        if bound is strategy:  # caching it would keep it alive
             return bound
-        while len(known.bound) >= _SHAPES:  # the oldest go
+        while len(known.bound) >= _SHAPES:  # remove the oldest
             known.bound.pop(next(iter(known.bound)), None)
         known.bound[shape] = bound
     return bound
@@ -151,7 +151,7 @@ def _ready(strategy: Strategy, shape: Shape, model: str) -> tuple[Strategy, list
     try:
         with blamed_strategy(strategy.name, ": bind()"):
             ready = _bound(strategy, shape)
-    except BudgetError:  # where stages lie outside the model, that is the reason to tell
+    except BudgetError:  # stages outside the model are the better error
         _check_layers(strategy, declared_stages(strategy, shape), shape)
         raise
     if not isinstance(ready, Strategy):
@@ -193,7 +193,7 @@ def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
     """The ledger of one row of this shape.
 
     Raises:
-        BudgetError: a stage whose number of tokens only the content can tell.
+        BudgetError: a stage whose number of tokens depends on the image.
     """
     _, planned = plan(strategy, [shape])
     ledger = Ledger((shape.image_tokens,), (shape.text_tokens,))

@@ -1,16 +1,16 @@
-"""A case and what a strategy did with it, as text that a person can read."""
+"""A case and the strategy's decisions on it, as readable text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from tokenprune.core.trace import Trace
-from tokenprune.testing.cases import Case, Row
-from tokenprune.testing.decoder_families import FAMILIES, LAYERS
+from tokenprune.testing.kit.cases import Case, Row
+from tokenprune.testing.kit.decoder_families import FAMILIES, LAYERS
 
 
 def show_case(case: Case) -> str:
-    """Model and layout: what stands in each row, in order of the sequence."""
+    """The model, and the content of each row in order."""
     family = FAMILIES[case.family]
     lengths = [_length(row) for row in case.rows]
     lines = [f"model     {case.family}: {family.summary}, {LAYERS} layers", "layout    positions of each row, in order"]
@@ -23,7 +23,7 @@ def show_case(case: Case) -> str:
 
 
 def show_schedule(trace: Trace) -> str:
-    """The stages: where they begin, and the numbers of the image tokens that are active from there on."""
+    """The stages: their layers, and the numbers of the image tokens that are active from there on."""
     lines = ["schedule  image tokens active from each stage on"]
     counts = trace.ledger.image_tokens
     for stage in trace.stages:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tokenprune.plugins.entries import PluginStatus
 
-NARROW = 72  # columns of a terminal below which a table has two columns
+NARROW = 72  # terminal width below which a table has two columns
 
 
 class Format(str, Enum):
@@ -69,8 +69,8 @@ def command(
     for kind, entries in kinds.items():
         for e in entries.values():
             noun, package = KINDS[kind].noun, f"{e.distribution} {e.version}".rstrip()
-            told = f"{noun} of {package}: {e.summary}" if e.summary else f"{noun} of {package}"
-            cells = (e.name, told) if is_narrow else (noun, e.name, package, e.summary)
+            text = f"{noun} of {package}: {e.summary}" if e.summary else f"{noun} of {package}"
+            cells = (e.name, text) if is_narrow else (noun, e.name, package, e.summary)
             table.add_row(*map(escape, cells))
         if entries:
             table.add_section()
@@ -111,13 +111,13 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
         table.add_row(escape(plugin.name), *([", ".join(filter(None, cells))] if is_narrow else cells))
     console.print(table)
     for plugin in plugins:
-        if plugin.error:  # under the table, where all of it can be read
+        if plugin.error:  # below the table, in full
             colour = colours.get(plugin.status, "red")
             console.print(f"[{colour}]{plugin.status}[/{colour}]: {escape(plugin.error)}", highlight=False)
 
 
 def _keep_whole(column: Column, names: list[str], console: Console) -> None:
-    """Let a column of names have what they need, but for what leaves nothing to the others."""
+    """Make a column as wide as its names, as far as the others still have space."""
     column.min_width = min(max(map(len, names), default=1), max(console.width - 24, 8))
 
 

@@ -13,7 +13,7 @@ from tokenprune.cli.arguments import path
 app = typer.Typer(no_args_is_help=True, help="Write a new plugin package that installs and passes its own tests.")
 
 WHAT = {
-    "strategies": "src/{module}/strategy.py: options, stages, choose",
+    "strategies": "src/{module}/strategy.py: options, reads, score",
     "adapters": "src/{module}/adapter.py: which checkpoints, which decoder, where the image tokens stand",
     "datasets": "src/{module}/dataset.py: where the files are, how queries are read",
 }
@@ -25,7 +25,7 @@ THEN = {
 
 
 class Licence(str, Enum):
-    """Licences that a text is there for."""
+    """Licences with a text in the templates."""
 
     apache = "Apache-2.0"
     mit = "MIT"

@@ -1,4 +1,4 @@
-"""The tokens that earlier parts of a composition left, as if there had never been others."""
+"""The tokens that earlier parts of a composition kept, presented as if there were no others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from tokenprune.core.decisions import Decision, Merge
 from tokenprune.core.layout import true_positions
 from tokenprune.core.reads import Read
+from tokenprune.core.scheduling.state import TokenState, spread_rows
 from tokenprune.core.stage import Stage
-from tokenprune.core.state import TokenState, spread_rows
 from tokenprune.core.tokens import Tokens
 
 
@@ -23,9 +23,9 @@ class RemainingTokens:
     """The image tokens that were active when a part began, numbered 0 … n−1 in sequence order.
 
     Attributes:
-        index: int64 [batch, n], their numbers in the whole, −1 where a row has fewer.
+        index: int64 [batch, n], their numbers among all image tokens, −1 where a row has fewer.
         origin: int64 [batch, n], the original token whose place each has, −1 for none.
-        carried: bool [batch, n, N], original tokens that each carries something of; None = each itself.
+        carried: bool [batch, n, N], the original tokens that contribute to each; None = each only itself.
     """
 
     index: Tensor
@@ -45,22 +45,22 @@ class RemainingTokens:
         return self.index >= 0
 
     def state(self, tokens: Tokens) -> TokenState:
-        """Where the tokens left stand now."""
+        """The current state of the remaining tokens."""
         size = tokens.exists.shape[1]
         numbers = torch.arange(self.index.shape[1], device=self.index.device).expand_as(self.index)
         mine = self.exists & (self.origin >= 0)
         known = torch.full((len(self.index), size + 1), -1, dtype=torch.int64, device=self.index.device)
         known.scatter_(1, torch.where(mine, self.origin, size), numbers)
-        known[:, size] = -1  # what has no place of its own
+        known[:, size] = -1  # tokens without a place of their own
         origin = _take(tokens.origin, self.index, 1, -1)
         active, parked, mass = (_take(values, self.index, 1) for values in (tokens.active, tokens.parked, tokens.mass))
         return TokenState(self.exists, active, parked, mass, known.gather(1, torch.where(origin < 0, size, origin)))
 
     def read(self, tokens: Tokens, read: Read) -> Any:
-        """What a read of the whole says of the tokens left.
+        """The value of a read for the remaining tokens.
 
-        Of a token that stands at another one's place, that is what it says of that one; of one without a place, the
-        mean over the tokens that it carries, or over its image if it carries none, as a [CLS] (ours).
+        A token that was moved to another token's place has that token's value. A token without a place has the mean
+        over the tokens that contribute to it, or over its image if there are none, as for a [CLS] (ours).
         """
         value = tokens.read(read)
         if read.axis is None:
@@ -81,7 +81,7 @@ class RemainingTokens:
         return taken.movedim(1, read.axis)
 
     def whole(self, decision: Decision, size: int) -> Decision:
-        """A decision about the tokens left, in the numbers of all `size` tokens."""
+        """A decision about the remaining tokens, with the numbers that they have among all `size` tokens."""
         scores = decision.scores
         if scores is not None:
             base = scores.new_full((len(scores), size), float("-inf"))
@@ -97,7 +97,7 @@ class RemainingTokens:
 
 
 class PartTokens(Tokens):
-    """What a part of a composition chooses from: the tokens left, numbered anew, of a sequence without the others."""
+    """The view of a part of a composition: the remaining tokens, renumbered, of a sequence without the others."""
 
     def __init__(
         self, whole: Tokens, left: RemainingTokens, stage: Stage, stages: Sequence[Stage], memory: dict[str, Any]
@@ -125,26 +125,26 @@ class PartTokens(Tokens):
 
     @cached_property
     def grid(self) -> Tensor:
-        """See `Tokens`: of the place that a token has."""
+        """See `Tokens`: the cell of each token's place."""
         return _take(self._whole.grid, self._left.origin, 1, -1)
 
     @cached_property
     def places(self) -> Tensor:
-        """See `Tokens`: among the text and the tokens left."""
+        """See `Tokens`: counted over text and remaining tokens."""
         index = self._left.index
         text_before = _take(self._whole.places, index, 1) - index
         return torch.where(index < 0, -1, text_before + torch.arange(index.shape[1], device=index.device))
 
     @cached_property
     def images_before(self) -> Tensor:
-        """See `Tokens`: among the tokens left."""
+        """See `Tokens`: counted over remaining tokens."""
         before = self._whole.images_before
         ascending = torch.where(self._left.exists, self._left.index, self._whole.exists.shape[1])
         return torch.where(self.text, torch.searchsorted(ascending, before.clamp(min=0)), before)
 
     @cached_property
     def text_places(self) -> Tensor:
-        """See `Tokens`: among the text and the tokens left."""
+        """See `Tokens`: counted over text and remaining tokens."""
         whole = self._whole
         return torch.where(self.text, whole.text_places - whole.images_before + self.images_before, whole.text_places)
 

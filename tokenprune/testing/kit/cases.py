@@ -1,4 +1,4 @@
-"""Batches for the conformance kit: images, text and padding, drawn from plain numbers that a person can read."""
+"""Batches for the conformance kit: images, text and padding, drawn from a few readable numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Row:
     Attributes:
         images: (height, width) of each image's grid.
         before, after: text tokens at the two ends.
-        seed: of everything that is drawn for the row, so that it is the same in any batch.
+        seed: of everything drawn for the row, which is the same in any batch.
     """
 
     images: tuple[tuple[int, int], ...]
@@ -29,10 +29,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What one example of an invariant runs on.
+    """The input of one example of an invariant.
 
     Attributes:
-        family: key in `tokenprune.testing.decoder_families.FAMILIES`.
+        family: key in `tokenprune.testing.kit.decoder_families.FAMILIES`.
         rows: of the batch.
         padding: side of the padding, "left" or "right".
         budget: of the strategy; None = its options as they are.
@@ -52,15 +52,15 @@ class SyntheticBatch:
     """The tensors of a batch.
 
     Attributes:
-        rows: what it was made of.
-        layout: where what stands.
+        rows: that it was made of.
+        layout: of the batch.
         grid: int64 [batch, S, 2], as `tokenprune.prune` takes it.
         positions: int64 [batch, S], as a model counts them.
         positions_3d: int64 [3, batch, S], as Qwen2-VL counts them: images in two dimensions.
     """
 
     def __init__(self, rows: tuple[Row, ...], padding: str, *, new: int = 0) -> None:
-        """`new` text tokens follow every row, behind the padding (they are decoded later)."""
+        """`new` text tokens follow every row, after the padding (they are decoded later)."""
         self.rows, self.padding, self.new = rows, padding, new
         parts = [_cells(row) for row in rows]
         length = max(len(cells) for cells in parts)
@@ -82,7 +82,7 @@ class SyntheticBatch:
 
     @property
     def mask(self) -> Tensor | None:
-        """int64 [batch, S], 0 on padding; None where there is none."""
+        """int64 [batch, S], 0 on padding; None if there is none."""
         return None if bool(self.layout.valid.all()) else self.layout.valid.long()
 
     @cached_property
@@ -106,7 +106,7 @@ class SyntheticBatch:
         return found
 
     def embeds(self, width: int) -> Tensor:
-        """float32 [batch, S, width]: what enters the decoder, zeros on padding."""
+        """float32 [batch, S, width]: the decoder's input, zeros on padding."""
         result = torch.zeros(*self.layout.valid.shape, width)
         for row, (cells, start) in enumerate(zip(map(_cells, self.rows), self.starts, strict=True)):
             seed = self.rows[row].seed
@@ -124,7 +124,7 @@ def drawn(what: str, seed: int, *shape: int) -> Tensor:
 
 
 def _cells(row: Row) -> list[tuple[int, int, int] | None]:
-    """What stands at each position of a row: (image, grid row, grid column), or None for text."""
+    """Each position of a row: (image, grid row, grid column), or None for text."""
     found: list[tuple[int, int, int] | None] = [None] * row.before
     for number, (height, width) in enumerate(row.images):
         found += [None] if number else []

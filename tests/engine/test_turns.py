@@ -256,14 +256,16 @@ def test_a_context_is_refused_or_waits_while_the_model_segments(model: FakeModel
 
 def test_a_context_of_a_thread_that_has_ended_is_told_at_once(model: FakeModel) -> None:
     pruned = opened(model)
-    stack, leave = ExitStack(), threading.Event()
+    stack, entered, leave = ExitStack(), threading.Event(), threading.Event()
 
     def open_and_leave() -> None:
         stack.enter_context(raw(model, Front(keep=0.1)))
+        entered.set()
         leave.wait(PATIENCE)
 
     thread = threading.Thread(target=open_and_leave, name="gone")
     thread.start()
+    assert entered.wait(PATIENCE)
     patient = started(partial(opened, model, wait=True))  # since before it ends
     until_waiting(model.decoder)
     leave.set()

@@ -64,7 +64,7 @@ def cell(found: tp.Compatibility, reasons: dict[str, int]) -> str:
 def reason(found: tp.Compatibility) -> str:
     """The reason without the names of strategy and model."""
     if found.missing:
-        return f"It reads {', '.join(f'`{read}`' for read in found.missing)}, which the model does not offer."
+        return f"Requires {', '.join(f'`{read}`' for read in found.missing)}, which the model does not provide."
     text = found.reason.removeprefix(f"strategy {found.strategy!r} is incompatible with model {found.model!r}: ")
     return f"{text[:1].upper()}{text[1:]}."
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.options import Amount, tokens_of
-from tokenprune_strategies.ops.allocation import grid_mask, random_scores
+from tokenprune_strategies.ops.even_and_random import grid_mask, random_scores
 
 
 class NoPruning(Strategy):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenprune import AttentionFrom, ScorerStrategy, Stage, StrategyOptions, Tokens
 from tokenprune.core.options import KEPT, QUERY, QUERY_REDUCE, Amount, QueryReduce
-from tokenprune_strategies.ops.allocation import random_scores
+from tokenprune_strategies.ops.even_and_random import random_scores
 
 
 class FastV(ScorerStrategy):

@@ -15,7 +15,7 @@ import tokenprune
 from tokenprune import Keep, Shape, Stage, Strategy, StrategyOptions
 from tokenprune.core.budget import equivalent_tokens_with
 from tokenprune.core.options import Amount, tokens_of
-from tokenprune.core.scheduling.schedule import plan
+from tokenprune.core.scheduling.plan import plan
 from tokenprune.core.trace import Trace
 from tokenprune.errors import BudgetError, OptionError, PluginError
 from tokenprune.testing.tiny_decoders import tiny_llama

@@ -15,7 +15,7 @@ from tokenprune.core.by_name import names_in
 from tokenprune.core.composition.sequence import Sequence
 from tokenprune.core.decisions import Keep, Merge
 from tokenprune.core.reads import Embeddings, HiddenStates, TowerFeatures
-from tokenprune.core.scheduling.schedule import declared_ledger
+from tokenprune.core.scheduling.plan import declared_ledger
 from tokenprune.core.stage import Shape, Stage, equivalent_tokens
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune

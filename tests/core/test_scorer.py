@@ -13,7 +13,7 @@ from strategy_bench import Bench
 from torch import Tensor
 
 import tokenprune as tp
-from tokenprune.core.allocation import apportion
+from tokenprune.core.apportion import apportion
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.errors import OptionError, PluginError
 

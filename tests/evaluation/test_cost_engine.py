@@ -14,7 +14,7 @@ import tokenprune
 from tokenprune.core.decisions import Decision, Keep, Merge
 from tokenprune.core.ledger import Ledger
 from tokenprune.core.reads import AttentionFrom, HiddenStates, Read
-from tokenprune.core.scheduling.schedule import declared_ledger
+from tokenprune.core.scheduling.plan import declared_ledger
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens

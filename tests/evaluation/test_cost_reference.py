@@ -9,7 +9,7 @@ import pytest
 import tokenprune
 from tokenprune.core.decisions import Keep
 from tokenprune.core.ledger import Ledger
-from tokenprune.core.scheduling.schedule import declared_ledger
+from tokenprune.core.scheduling.plan import declared_ledger
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 import tokenprune as tp
 from tokenprune import AttentionFrom, HiddenStates, Keep, Restore, Shape, Stage, Strategy, StrategyOptions
 from tokenprune.cli.app import main
-from tokenprune.core.scheduling.schedule import plan
+from tokenprune.core.scheduling.plan import plan
 from tokenprune.errors import BudgetError, CheckpointError, PluginError, UnknownNameError, UnsupportedError
 from tokenprune.plugins import registry
 from tokenprune.testing.tiny_decoders import tiny_llama

@@ -95,7 +95,7 @@ def test_fastv_in_a_package_of_its_own(tmp_path: Path) -> None:
     (package.parent / "pyproject.toml").write_text(PYPROJECT)
     (package / "__init__.py").write_text("")
     (package / "plugin.py").write_text(PLUGIN)
-    for module, copy in (("fastv", "quick"), ("ops/allocation", "allocation")):
+    for module, copy in (("fastv", "quick"), ("ops/even_and_random", "even_and_random")):
         text = (own / f"{module}.py").read_text(encoding="utf-8").replace("tokenprune_strategies.ops.", "elsewhere.")
         (package / f"{copy}.py").write_text(text.replace('name = "fastv"', 'name = "quick"'), encoding="utf-8")
         assert "tokenprune_strategies" not in (package / f"{copy}.py").read_text(encoding="utf-8")

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from strategy_bench import Bench
 
 import tokenprune
-from tokenprune.core.allocation import apportion
+from tokenprune.core.apportion import apportion
 from tokenprune.core.options import tokens_of
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, OptionError
 from tokenprune_strategies.baselines import Blind, NoPruning, Random, Uniform
 from tokenprune_strategies.fastv import FastV
-from tokenprune_strategies.ops.allocation import even_cells, evenly
+from tokenprune_strategies.ops.even_and_random import even_cells, evenly
 
 QUICK = settings(max_examples=40, deadline=None)
 IMAGES = st.lists(st.integers(1, 40), min_size=1, max_size=3)

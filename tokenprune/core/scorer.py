@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tokenprune.core.allocation import top_by_image
+from tokenprune.core.apportion import top_by_image
 from tokenprune.core.decisions import Decision, Keep
 from tokenprune.core.options import layer_of, tokens_of
 from tokenprune.core.reads import Read

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokenprune.core.allocation import apportion
+from tokenprune.core.apportion import apportion
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Crops, Read
 from tokenprune.core.scheduling.state import TokenState

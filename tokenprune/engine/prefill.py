@@ -20,7 +20,7 @@ from tokenprune.core.reads import (
     TextKeys,
     TextStates,
 )
-from tokenprune.core.scheduling.schedule import PlannedStage
+from tokenprune.core.scheduling.plan import PlannedStage
 from tokenprune.core.scheduling.scheduler import TokenScheduler
 from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.strategy import Strategy

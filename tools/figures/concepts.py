@@ -21,7 +21,7 @@ from torch import Tensor
 import tokenprune as tp
 from tokenprune import Shape
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.scheduling.schedule import declared_ledger
+from tokenprune.core.scheduling.plan import declared_ledger
 from tokenprune.core.trace import Trace
 from tokenprune.testing.tiny_decoders import tiny_llama
 

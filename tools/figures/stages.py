@@ -21,7 +21,7 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune import Shape
-from tokenprune.core.scheduling.schedule import declared_ledger
+from tokenprune.core.scheduling.plan import declared_ledger
 from tokenprune.core.stage import equivalent_tokens
 from tokenprune.engine.interface.compatibility import compatible
 from tokenprune.evaluation.samples import SampleRecord, run_query, sample

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenprune.core.allocation import apportion
+from tokenprune.core.apportion import apportion
 from tokenprune.core.decisions import top_index
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
 from tokenprune.core.scheduling.state import as_mask
 from tokenprune.core.tokens import ImageTokens, Tokens
 from tokenprune_strategies.csp.instance_masks import instance_labels, segment
-from tokenprune_strategies.ops.allocation import evenly, grid_mask, random_scores
+from tokenprune_strategies.ops.even_and_random import evenly, grid_mask, random_scores
 
 if TYPE_CHECKING:
     from tokenprune_strategies.csp.csp import CSP

@@ -14,8 +14,8 @@ from tokenprune.core.budget import too_small
 from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
 from tokenprune.errors import OptionError
-from tokenprune_strategies.csp.budget import KEEP, REPRESENTATIVES, fill
 from tokenprune_strategies.csp.clustering import Clustering, cluster, nearest_representative, reads_of
+from tokenprune_strategies.csp.fill import KEEP, REPRESENTATIVES, fill
 
 
 class CSP(Strategy):
@@ -115,7 +115,7 @@ class CSP(Strategy):
         return scatter_at, prune_at
 
     def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Options that use the budget, see `csp.budget`; those that the user set stay. Raises BudgetError."""
+        """Options that use the budget, see `csp.fill`; those that the user set stay. Raises BudgetError."""
         given, total = self.options.model_fields_set, shape.image_tokens
         scatter_at, prune_at = self.boundaries(shape.layers)
         later = [(s, prune_at) for s in range(scatter_at, prune_at)]

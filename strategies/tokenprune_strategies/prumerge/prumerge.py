@@ -15,7 +15,7 @@ from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions,
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune.core.stage import Positions
-from tokenprune_strategies.ops.allocation import evenly
+from tokenprune_strategies.ops.even_and_random import evenly
 from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place, without_extra
 
 

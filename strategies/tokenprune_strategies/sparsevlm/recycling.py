@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenprune.core.allocation import apportion
+from tokenprune.core.apportion import apportion
 from tokenprune.core.decisions import MergeGroup
 from tokenprune.core.stage import Positions, Stage
 from tokenprune.core.tokens import ImageTokens

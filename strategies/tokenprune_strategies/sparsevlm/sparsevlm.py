@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune import AttentionFrom, Decision, HiddenStates, Keep, Merge, PositionKernel, Read, Shape, Stage, Tokens
-from tokenprune.core.allocation import top_by_image
+from tokenprune.core.apportion import top_by_image
 from tokenprune.core.options import Amount, tokens_of
 from tokenprune.core.stage import Positions
 from tokenprune.errors import IncompatibleError
-from tokenprune_strategies.ops.allocation import random_scores
+from tokenprune_strategies.ops.even_and_random import random_scores
 from tokenprune_strategies.ops.falling_stages import Counts
 from tokenprune_strategies.sparsevlm.rated import RatedByText
 from tokenprune_strategies.sparsevlm.rating import RATERS, corrected_attention

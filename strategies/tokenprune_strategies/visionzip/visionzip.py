@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
-from tokenprune.core.allocation import apportion
+from tokenprune.core.apportion import apportion
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, TowerFeatures, TowerKeys
 from tokenprune.core.stage import Positions

@@ -93,7 +93,7 @@ def command(
     spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
 
-    from tokenprune.core.scheduling.schedule import declared_ledger
+    from tokenprune.core.scheduling.plan import declared_ledger
 
     chosen = make_strategy(name, budget, **options).bind(where)
     ledger = declared_ledger(chosen, where)

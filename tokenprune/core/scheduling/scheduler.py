@@ -16,7 +16,7 @@ from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.reads import Read
-from tokenprune.core.scheduling.schedule import PlannedStage, RowGroup, plan
+from tokenprune.core.scheduling.plan import PlannedStage, RowGroup, plan
 from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.scheduling.validation import check_decision, check_target
 from tokenprune.core.stage import Positions, Shape, Stage

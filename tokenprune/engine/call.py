@@ -30,7 +30,7 @@ class Call:
         deepstack: what the decoder would add between its layers in a prefill.
         cache: that its layers fill.
         thread: that called.
-        asking: a strategy, an observer or an adapter is at work.
+        in_plugin_code: a strategy, an observer or an adapter is at work.
         attentions: attention weights are asked for.
         prefill: where it is one.
         cached: of a prefill, what the cache is to carry of it.
@@ -44,7 +44,7 @@ class Call:
     deepstack: DeepStack | None = None
     cache: Any = None
     thread: int = field(default_factory=threading.get_ident)
-    asking: bool = False
+    in_plugin_code: bool = False
     attentions: bool = False
     prefill: Prefill | None = None
     cached: CachedPrefill | None = None

@@ -150,15 +150,15 @@ class PruningRun:
         if self._capture.missed() or (self._generations is not None and self._generations.missed()):
             return original(*args, **kwargs)
         with self._turn:
-            args, kwargs = self._enter(args, kwargs)
+            args, kwargs = self._enter_forward(args, kwargs)
             try:
                 output = original(*args, **kwargs)
                 check_all_ran(self._call, self.decoder, self.never_prunes)
                 return output
             finally:
-                self._leave()
+                self._leave_forward()
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._call is not None:
             raise reentered()
         kwargs = dict(kwargs)
@@ -170,7 +170,7 @@ class PruningRun:
         self._call = Call(inputs, held, deepstack, attentions=asks_attentions(inputs, self.decoder.module))
         return args, kwargs
 
-    def _leave(self) -> None:
+    def _leave_forward(self) -> None:
         call, self._call = self._call, None
         assert call is not None
         call.taps.close()
@@ -189,34 +189,34 @@ class PruningRun:
         if call is None or call.thread != threading.get_ident():
             self._check_seen()
             return original(*args, **kwargs)
-        args, kwargs = self._before(call, number, args, kwargs)
-        read = call.prefill is not None and number in call.prefill.taps
-        # what reads attention cannot be compiled, and would leave pieces of the layer, each with graphs of its own
-        output = original(*args, **kwargs) if read else compiled(number, original, *args, **kwargs)
-        return self._after(call, number, output)
+        args, kwargs = self._before_layer(call, number, args, kwargs)
+        is_tapped = call.prefill is not None and number in call.prefill.taps
+        # a tapped attention breaks torch.compile's graph, so that each piece of the layer would be compiled on its own
+        output = original(*args, **kwargs) if is_tapped else compiled(number, original, *args, **kwargs)
+        return self._after_layer(call, number, output)
 
-    def _before(
+    def _before_layer(
         self, call: Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to run a layer with, in place of those that the decoder gave it."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if call.asking:
+        if call.in_plugin_code:
             raise reentered()
         if number != call.ran or (number == 0 and not call.held):
             check_due(call, self.decoder, number)
-        call.asking = True  # plugins run from here: strategies, observers, an adapter's capture
+        call.in_plugin_code = True  # plugins run from here: strategies, observers, an adapter's capture
         try:
             if number == 0:
-                self._begin(call, hidden, kwargs.get("past_key_values"))
+                self._begin_prefill(call, hidden, kwargs.get("past_key_values"))
             if call.prefill is not None:
                 hidden = call.prefill.before_layer(number, hidden, kwargs)
         finally:
-            call.asking = False
+            call.in_plugin_code = False
         call.fit_cache(number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def _after(self, call: Call, number: int, output: Any) -> Any:
+    def _after_layer(self, call: Call, number: int, output: Any) -> Any:
         """The output of a layer to give to the decoder, in place of its own."""
         call.ran += 1
         last = number == len(self.decoder.layers) - 1
@@ -225,23 +225,23 @@ class PruningRun:
         if call.prefill is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        call.asking = True
+        call.in_plugin_code = True
         try:
             first = call.prefill.after_layer(number, hidden, full=not last and watched(self.decoder, number))
         finally:
-            call.asking = False
+            call.in_plugin_code = False
         if last:
             call.filled()
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     # prefill ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self, call: Call, hidden: Tensor, cache: Any) -> None:
+    def _begin_prefill(self, call: Call, hidden: Tensor, cache: Any) -> None:
         check_runs(hidden)
         call.cache = cache
         now = None if self._generations is None else self._generations.now()
         if call.held:
-            self._continue(call, hidden)
+            self._continue_cached(call, hidden)
             if now is not None:
                 now.begun = True
             return
@@ -271,7 +271,7 @@ class PruningRun:
 
     # decoding --------------------------------------------------------------------------------------------------------
 
-    def _continue(self, call: Call, hidden: Tensor) -> None:
+    def _continue_cached(self, call: Call, hidden: Tensor) -> None:
         known = CachedPrefill.of(call.cache)
         if known is None and self.never_prunes():
             return  # nothing was pruned before, and nothing would be

@@ -202,3 +202,62 @@ def test_the_trace_tells_of_the_prompt_where_a_later_turn_has_a_second_stream() 
         ids = torch.cat((output.sequences, torch.tensor([[30, 31]])), 1)
         model.generate(ids, past_key_values=output.past_key_values, guidance_scale=1.5, **options)
         assert run.trace is trace
+
+
+# calls that go past what intercepts them -----------------------------------------------------------------------------
+
+
+def saved(model: Any) -> Any:
+    """`model.generate` as it was before the context."""
+    return model.generate
+
+
+def of_the_class(model: Any) -> Any:
+    """The class's function."""
+    return lambda *args, **kwargs: type(model).generate(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize("call", [saved, of_the_class])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_generate_that_goes_past_the_attribute_is_pruned(model: Any, call: Any, cached: bool) -> None:
+    options = {
+        "max_new_tokens": 4,
+        "use_cache": cached,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        **PLAIN,
+    }
+    generate = call(model)
+    with torch.no_grad():
+        with tp.prune(model, EverySecond(), image_tokens=IMAGE):
+            expected = model.generate(IDS, **options)
+        with tp.prune(model, EverySecond(), image_tokens=IMAGE) as run:
+            found = generate(IDS, **options)
+        assert run.trace.stages
+        assert not torch.equal(torch.stack(found.logits), torch.stack(model.generate(IDS, **options).logits))
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_a_forward_that_goes_past_the_attribute_is_pruned(model: Any) -> None:
+    forward = model.forward
+    with torch.no_grad(), tp.prune(model, EverySecond(), image_tokens=IMAGE) as run:
+        expected = model(IDS).logits
+        assert torch.equal(forward(IDS).logits, expected)
+        assert torch.equal(type(model).forward(model, IDS).logits, expected)
+    assert run.trace.stages
+
+
+def test_a_model_whose_own_generate_opens_the_context_is_pruned(model: Any) -> None:
+    class Pruning(type(model)):  # type: ignore[misc]
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            with tp.prune(self, EverySecond(), image_tokens=IMAGE) as self.run:
+                return super().generate(*args, **kwargs)
+
+    options = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True, **PLAIN}
+    with torch.no_grad():
+        with tp.prune(model, EverySecond(), image_tokens=IMAGE):
+            expected = model.generate(IDS, **options)
+        model.__class__ = Pruning
+        found = model.generate(IDS, **options)
+    assert model.run.trace.stages
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))

@@ -79,6 +79,20 @@ def test_writing_to_what_is_lent_is_named_and_the_model_is_as_before(model, name
         assert run(model, tp.strategy("fastv")).trace.stages
 
 
+@pytest.mark.parametrize("name", ["active", "exists", "mass", "origin", "target"])
+def test_without_strict_mode_a_write_does_not_reach_the_prefill(model, name):
+    def kept(act):
+        with torch.no_grad(), tp.prune(model, strategy(act), image_tokens=IMAGE) as opened:
+            logits = model(IDS).logits
+        trace = opened.trace
+        return logits, [trace.active(layer) for layer in range(4)], trace.stages[0].mass, trace.stages[0].origin
+
+    (expected, *states), (found, *others) = kept(lambda self, tokens: None), kept(WRITES[name])
+    assert torch.equal(found, expected)
+    for state, other in zip(states[0] + states[1:], others[0] + others[1:], strict=True):
+        assert torch.equal(state, other)
+
+
 def test_a_part_of_a_composition_is_held_to_it_too(model):
     def halve(self, tokens):
         tokens.attention.mul_(0.5)

@@ -102,8 +102,10 @@ class Tokens:
         stages: Sequence[Stage] = (),
         strict: bool = False,
     ) -> None:
-        self.exists, self.active, self.parked, self.mass = state.exists, state.active, state.parked, state.mass
-        self.origin, self.lineage = state.origin, state.lineage
+        # copies, which are small: a strategy that modifies one in place must not change the state of the prefill
+        self.exists, self.active, self.parked = state.exists.clone(), state.active.clone(), state.parked.clone()
+        self.mass, self.origin, target = state.mass.clone(), state.origin.clone(), target.clone()
+        self.lineage = state.lineage
         self.counts = self.exists.sum(1)
         self.target, self.memory, self.mark, self.stages = target, memory, mark, stages
         self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide

@@ -22,6 +22,7 @@ from tokenprune.core.reads import (
     TowerValues,
 )
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture
 from tokenprune.errors import InputError, UnsupportedError
@@ -118,6 +119,7 @@ class BoundTransformersModel(BoundModel):
             undo.enter_context(shadowed(self.base, "forward", following.forward))
             for modality, method in METHODS.items():
                 undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))
+            following.before = CallsBefore(self.base, "forward")
             yield following
 
     def project(self, features: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tokenprune.core.reads import (
     Projector,
     Read,
 )
-from tokenprune.engine.calls.under_way import under_way
+from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
@@ -53,6 +53,7 @@ class TransformersCapture(VisionCapture):
         self.bound = bound
         self._tower = TowerRecording(bound, [read for read in reads if type(read) in bound.offers()])
         self._now = _Now()
+        self.before: CallsBefore | None = None  # calls of the model that are not of this context
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the model's forward."""
@@ -156,8 +157,8 @@ class TransformersCapture(VisionCapture):
         return PromptMasks(now.tokens, queries, grid, number, now.mask)
 
     def missed(self) -> bool:
-        """See `VisionCapture.missed`: whether the model's forward is on the stack, but was not seen to begin."""
-        return not self._now.inside and under_way(self.bound.base, "forward")
+        """See `VisionCapture.missed`: whether the model's forward on the stack began before the context was open."""
+        return not self._now.inside and self.before is not None and self.before.under_way()
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture.padding`."""

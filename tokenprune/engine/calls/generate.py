@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.under_way import under_way
+from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
@@ -60,6 +60,7 @@ class Generations:
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         self._model, self._decoder = model, decoder
         self._open = False
+        self._before: CallsBefore | None = None
 
     @contextmanager
     def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
@@ -77,7 +78,8 @@ class Generations:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Calls that begin while this is open belong to the context: all of their prefills are intercepted."""
-        self._open = True
+        self._open = True  # first: a call that begins from here on is seen
+        self._before = CallsBefore(self._model, "generate")
         try:
             yield
         finally:
@@ -88,8 +90,8 @@ class Generations:
         return generation(self._model)
 
     def missed(self) -> bool:
-        """Asked when the decoder is called: whether that is in a `generate` that was not seen to begin."""
-        return self.now() is None and under_way(self._model, "generate")
+        """Asked when the decoder is called: whether that is in a `generate` that began before the context was open."""
+        return self.now() is None and self._before is not None and self._before.under_way()
 
     def _generate(self, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -11,15 +14,41 @@ from torch import Tensor
 from torch.utils import checkpoint
 
 
-def under_way(thing: Any, name: str) -> bool:
-    """Whether this thread is in a call of `thing.name(...)`."""
-    frame = inspect.currentframe()  # not a list of them, which would hold itself and so all that callers hold
-    while frame is not None:
+class CallsBefore:
+    """The calls of a method that were under way when this was made, in any thread.
+
+    Frames are known by their ids, since a frame that is kept keeps all that it refers to. An id may come again once its
+    call is over: only a call that goes past what intercepts it, in a thread that had one under way, could be mistaken.
+
+    Args:
+        thing: whose method it is.
+        name: of the method.
+    """
+
+    def __init__(self, thing: Any, name: str) -> None:
+        self._thing, self._name = thing, name
+        self._frames: dict[int, set[int]] = {}
+        for thread, frame in sys._current_frames().items():
+            found = {id(call) for call in _calls(frame, thing, name)}
+            if found:
+                self._frames[thread] = found
+
+    def under_way(self) -> bool:
+        """Whether the innermost call of the method on this thread's stack is one of them."""
+        known = self._frames.get(threading.get_ident())
+        if known is None:  # as nearly always: no stack is walked
+            return False
+        innermost = next(_calls(inspect.currentframe(), self._thing, self._name), None)
+        return innermost is not None and id(innermost) in known
+
+
+def _calls(frame: FrameType | None, thing: Any, name: str) -> Iterator[FrameType]:
+    """The calls of `thing.name(...)` on a stack, innermost first."""
+    while frame is not None:  # not a list of frames, which would hold itself and so all that callers hold
         # the name first, since asking for a frame's variables copies them
         if frame.f_code.co_name == name and frame.f_locals.get("self") is thing:
-            return True
+            yield frame
         frame = frame.f_back
-    return False
 
 
 def checkpointed() -> bool:

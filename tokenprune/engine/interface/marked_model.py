@@ -15,7 +15,7 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Read
 from tokenprune.engine.calls.generate import generation
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.under_way import under_way
+from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
@@ -52,6 +52,7 @@ class MarkedModel(BoundModel, VisionCapture):
         self.name, self.decoder = type(model).__name__, model
         self._marks = _OfPrompt(image_tokens, grid=grid, image_number=image_number)
         self._now = _Now()
+        self._before: CallsBefore | None = None
         self._vision = vision or VisionSource()
         self.tower_layers = self._vision.layers
 
@@ -63,6 +64,7 @@ class MarkedModel(BoundModel, VisionCapture):
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
         """Look at the model's attention mask, which its decoder may be given in another form."""
         with shadowed(self.decoder, "forward", self._forward):
+            self._before = CallsBefore(self.decoder, "forward")
             yield self
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +100,8 @@ class MarkedModel(BoundModel, VisionCapture):
         )
 
     def missed(self) -> bool:
-        """See `VisionCapture`: whether the model's forward is on the stack, but was not seen to begin."""
-        return not self._now.inside and under_way(self.decoder, "forward")
+        """See `VisionCapture`: whether the model's forward on the stack began before the context was open."""
+        return not self._now.inside and self._before is not None and self._before.under_way()
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture`."""

@@ -81,13 +81,13 @@ def ladders(strategy: Strategy, shape: Shape) -> Iterator[Ladder]:
     Raises:
         PluginError: `budget_option` is not the name of an option that takes shares.
     """
-    option, given, total = strategy.budget_option, strategy.options.model_fields_set, shape.image_tokens
+    option, total = strategy.budget_option, shape.image_tokens
     if option is None:  # nothing moves: the budget is met as it is, or not at all
         yield [{}]
         return
     whole = _takes_whole_numbers(strategy, option)
     amounts: Sequence[Any] = range(total, 0, -1) if whole else [tokens / total for tokens in range(total, -1, -1)]
-    if option in given and getattr(strategy.options, option) is not None:
+    if _set_by_user(strategy, option):
         amounts = [getattr(strategy.options, option)]
     for layer in _layers(strategy, shape):
         yield [{**layer, option: amount} for amount in amounts]
@@ -133,14 +133,18 @@ def budget_words(strategy: Strategy) -> str:
     """
     if strategy.budget is None:
         return ""
-    moved = strategy.budget_option or ""
-    fixed = moved in strategy.options.model_fields_set and getattr(strategy.options, moved) is not None
+    fixed = _set_by_user(strategy, strategy.budget_option or "")
     return f" {'at most' if fixed else 'at'} {strategy.budget:g}"
 
 
 def in_vain(strategy: Strategy) -> BudgetError:
     """The error for a budget that would not change the strategy."""
     return BudgetError(f"strategy {strategy.name!r} has nothing that a budget could move; leave budget= out")
+
+
+def _set_by_user(strategy: Strategy, option: str) -> bool:
+    """True if the user gave the option a value; None, with which a budget may move it, is none."""
+    return option in strategy.options.model_fields_set and getattr(strategy.options, option) is not None
 
 
 def _layers(strategy: Strategy, shape: Shape) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -151,15 +152,16 @@ class TokenScheduler(ABC):
     def _chosen(self, planned: PlannedStage, tokens: Tokens) -> Any:
         """The strategy's decision; errors in its code carry its name."""
         stage, strategy, name = planned.stage, planned.group.strategy, self.strategy.name
-        with blamed_strategy(name, f", stage {stage.name!r}"):
-            if not self.strict:
-                return strategy.choose(stage, tokens)
         who = f"strategy {name!r}, stage {stage.name!r}"
-        with (
-            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; restore it before it returns")),
-            blamed_strategy(name, f", stage {stage.name!r}"),
-        ):
+        checks = (
+            same_settings(lambda changed: PluginError(f"{who}: choose() {changed}; restore it before it returns"))
+            if self.strict
+            else nullcontext()
+        )
+        with checks, blamed_strategy(name, f", stage {stage.name!r}"):
             answer = strategy.choose(stage, tokens)
+        if not self.strict:
+            return answer
         tokens.check_unwritten(name)
         for read, value in tokens.given().items():
             if self.owns(read):

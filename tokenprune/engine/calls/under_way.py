@@ -44,21 +44,25 @@ class CallsBefore:
 
 def _calls(frame: FrameType | None, thing: Any, name: str) -> Iterator[FrameType]:
     """The calls of `thing.name(...)` on a stack, innermost first."""
-    while frame is not None:  # not a list of frames, which would hold itself and so all that callers hold
+    for call in _stack(frame):
         # the name first, since asking for a frame's variables copies them
-        if frame.f_code.co_name == name and frame.f_locals.get("self") is thing:
-            yield frame
-        frame = frame.f_back
+        if call.f_code.co_name == name and call.f_locals.get("self") is thing:
+            yield call
 
 
 def checkpointed() -> bool:
     """Whether this thread is in a function that `torch.utils.checkpoint` will run again in a backward pass."""
-    frame = inspect.currentframe()
+    return any(
+        frame.f_code.co_filename == checkpoint.__file__ and _runs_again(frame)
+        for frame in _stack(inspect.currentframe())
+    )
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frame and those below it, innermost first; no list, which would hold itself and so all that callers hold."""
     while frame is not None:
-        if frame.f_code.co_filename == checkpoint.__file__ and _runs_again(frame):
-            return True
+        yield frame
         frame = frame.f_back
-    return False
 
 
 def _runs_again(frame: FrameType) -> bool:

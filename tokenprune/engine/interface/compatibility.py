@@ -127,11 +127,12 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
     """
     chosen = api.strategy(strategy) if isinstance(strategy, str) else checked_strategy(strategy)
     declared = declaration_of(model)
-    shape = shape_on(declared)
+    decoder = find_decoder(declared.decoder)
+    shape = shape_on(declared, decoder)
     wanted = declared_reads(chosen, shape)
     reads, missing = (tuple(sorted({str(read) for read in some})) for some in (wanted, _not_in(shape, wanted)))
     try:
-        check_on(chosen, declared)
+        check_on(chosen, declared, decoder)
     except IncompatibleError as error:
         return Compatibility(chosen.name, declared.name, reads, missing, str(error))
     return Compatibility(chosen.name, declared.name, reads)

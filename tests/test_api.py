@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_segmentation import FakeModel
 from vlm_families import FAMILIES
 
 import tokenprune as tp
@@ -194,8 +195,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "tokenprune.load() gives",
     ),
     "a model of masks": (
-        lambda: opened(tp.load("lisa-tiny")),
-        "LisaModel is pruned by its own methods; call segment(image, query, strategy=…) on it, or hand its decoder to "
+        lambda: opened(FakeModel()),
+        "FakeModel is pruned by its own methods; call segment(image, query, strategy=…) on it, or hand its decoder to "
         "tokenprune.prune(), with image_tokens=",
     ),
     "a strategy's name": (

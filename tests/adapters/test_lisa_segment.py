@@ -306,7 +306,7 @@ def test_generation_under_a_strategy(model: LisaModel, image: np.ndarray[Any, An
 
 def test_an_open_context_is_not_nested(model: LisaModel, image: np.ndarray[Any, Any]) -> None:
     inputs = model.build_inputs(image, QUERIES)
-    with model.pruned(inputs, tp.strategy("none")), pytest.raises(UnsupportedError, match="do not nest"):
+    with model.pruned(tp.strategy("none")), pytest.raises(UnsupportedError, match="do not nest"):
         model.run_decoder(inputs, tp.strategy("none"))
 
 

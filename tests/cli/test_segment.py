@@ -172,7 +172,7 @@ def test_what_is_wrong_for_every_image_is_told_once(run: Runner, album: dict[str
 
 def test_milliseconds_are_told(run: Runner, picture: Path, tmp_path: Path) -> None:
     words = ("segment", picture, "thing", "--out", tmp_path / "m.png", "--model")
-    stages = ("preprocess", "vision tower", "mask encoder", "prefill", "mask decoder")
+    stages = ("pruning context", "preprocess", "vision tower", "mask encoder", "prefill", "mask decoder")
     told = re.escape(", ".join(f"{stage} # ms" for stage in stages) + "; # ms in all").replace(r"\#", r"([\d.]+)")
     found = re.search(rf"^{told}$", run(*words, "lisa-tiny").out, re.MULTILINE)
     assert found is not None

@@ -20,7 +20,7 @@ from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_comp
 from tokenprune.engine.calls.turns import decoder_in, open_context
 from tokenprune.engine.calls.wrappers import unwrapped, whole_module
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.engine.interface.bound_model import BoundModel, bound_model_of
 from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.engine.interface.marked_model import MarkedModel
 from tokenprune.engine.interface.vision_source import VisionSource
@@ -102,7 +102,7 @@ def open_run(model: nn.Module) -> PruningRun | None:
 
 @_entered
 def prune(
-    model: nn.Module,
+    model: nn.Module | BoundModel,
     strategy: Strategy,
     *,
     image_tokens: Tensor | None = None,
@@ -119,8 +119,9 @@ def prune(
     """Prune image tokens in every prefill of `model` while the context is open.
 
     Args:
-        model: a vision-language model that an installed adapter knows, which finds its image tokens itself; or, with
-            `image_tokens`, a transformers decoder or any model that has exactly one inside. Wrappers around it are
+        model: a vision-language model that an installed adapter knows, which finds its image tokens itself; a
+            segmentation model that `tokenprune.load` gave, whose `segment` is then pruned; or, with `image_tokens`, a
+            transformers decoder or any model that has exactly one inside. Wrappers around it are
             looked through (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines of transformers).
         strategy: what to prune; see `tokenprune.strategy`.
         image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input. They are for
@@ -173,9 +174,10 @@ def prune(
     instance("strict", strict, bool, "True or False")
     named = _query_rows(query, queries)
     _check_marks(image_tokens, grid=grid, image_number=image_number, vision=vision)
-    model = unwrapped(model)
+    given = unwrapped(model)
+    model = given.decoder if isinstance(given, BoundModel) else given
     bound = (
-        bound_model_of(model) if image_tokens is None else MarkedModel(model, image_tokens, grid, image_number, vision)
+        bound_model_of(given) if image_tokens is None else MarkedModel(model, image_tokens, grid, image_number, vision)
     )
     decoder = find_decoder(bound.decoder)
     reads = check_on(strategy, bound, decoder)

@@ -86,14 +86,14 @@ class PixelLMModel(Segmenter):
         """What the visible cells show."""
         return picture(encoded.prepared.pixels, encoded.tower.visible)
 
-    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
+    def image_cells(self, inputs: SegmenterInputs) -> tuple[Tensor, Tensor]:
         """The grid cells, which the holes would hide, and that all image tokens of a row are of one image."""
         sequence = inputs.sequence
         places = sequence.token_ids == IMAGE_ID  # padded cells too
         number = places.cumsum(1) - 1
         cells = torch.stack((number // GRID, number % GRID), -1)
         shown = sequence.image_tokens
-        return {"grid": cells.masked_fill(~shown[..., None], -1), "image_number": torch.where(shown, 0, -1)}
+        return cells.masked_fill(~shown[..., None], -1), torch.where(shown, 0, -1)
 
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """What the visible cells divide: (top, left, bottom, right) in pixels of the image; the last cells may reach

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.core.reads import Read
-from tokenprune.core.strategy import Strategy, checked_strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine import PruningRun, VisionSource, model_turn, open_run, prune
-from tokenprune.engine.interface.compatibility import check_on
+from tokenprune.engine import (
+    BoundModel,
+    PromptMasks,
+    PruningRun,
+    VisionCapture,
+    VisionSource,
+    model_turn,
+    open_run,
+    prune,
+)
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import instance, whole_number
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
-from tokenprune_adapters.llava.vision import count_layers, offers, vision_source
+from tokenprune_adapters.llava.vision import offers, vision_source
+from tokenprune_adapters.segmentation.capture import SegmenterCapture, decoding
 from tokenprune_adapters.segmentation.data import Answered, Encoded, SegmenterInputs
 from tokenprune_adapters.segmentation.generation import Generated, generate
 from tokenprune_adapters.segmentation.prompts import Prompts
 
 
-class DecoderRuns(Prompts):
+class DecoderRuns(Prompts, BoundModel):
     """The methods of a segmentation model that run its decoder, and its answers to the reads of strategies."""
 
     name: str
@@ -38,18 +47,9 @@ class DecoderRuns(Prompts):
         """Kinds of reads that `vision_source` answers for any image."""
         return offers(self.clip_space)
 
-    @property
-    def tower_layers(self) -> int:
-        """Layers of the vision tower."""
-        return count_layers(self.tower)
-
     @abstractmethod
     def picture(self, encoded: Any) -> Tensor:
         """The part of an image that the image tokens show, see `tokenprune.core.reads.Pixels`."""
-
-    def prune_options(self, inputs: SegmenterInputs) -> dict[str, Any]:
-        """More arguments of `tokenprune.prune`, such as `grid`."""
-        return {}
 
     # runs -------------------------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ class DecoderRuns(Prompts):
             OptionError: no strategy.
         """
         instance("inputs", inputs, SegmenterInputs, "what build_inputs(image, queries) gives", InputError)
-        with stage("prefill"), self.pruned(inputs, strategy) as run:
+        with self.pruned(strategy) as run, decoding(self, inputs), stage("prefill"):
             states: Tensor = self.decoder.model(
                 inputs_embeds=inputs.sequence.inputs_embeds,
                 attention_mask=inputs.sequence.attention_mask,
@@ -80,7 +80,7 @@ class DecoderRuns(Prompts):
         """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
         instance("inputs", inputs, SegmenterInputs, "what inputs_of(…, continues=True) gives", InputError)
         whole_number("max_new_tokens", max_new_tokens, 1)
-        with stage("generation"), self.pruned(inputs, strategy) as run:
+        with self.pruned(strategy) as run, decoding(self, inputs), stage("generation"):
             generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
         return generated, None if run is None else run.trace
 
@@ -107,32 +107,31 @@ class DecoderRuns(Prompts):
         return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
 
     @contextmanager
-    def pruned(self, inputs: SegmenterInputs, strategy: Strategy | None) -> Iterator[PruningRun | None]:
+    def pruned(self, strategy: Strategy | None) -> Iterator[PruningRun | None]:
         """The turn in which the decoder runs under a strategy; gives the run: that of a context around it without
         a strategy, or None."""
-        if strategy is None:
-            with model_turn(self.decoder):
-                yield open_run(self.decoder)
-            return
-        check_on(checked_strategy(strategy), self)
+        with model_turn(self.decoder.model), ExitStack() as stack:
+            if strategy is not None:
+                with stage("pruning context"):
+                    stack.enter_context(prune(self, strategy))
+            yield open_run(self.decoder.model)
+
+    @contextmanager
+    def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
+        """See `tokenprune.engine.BoundModel.capture`; nothing is followed, since the model runs its decoder itself."""
+        yield SegmenterCapture(self)
+
+    def prompt_masks(self, inputs: SegmenterInputs) -> PromptMasks:
+        """Where image tokens and query rows stand in an input of the decoder."""
         sequence = inputs.sequence
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
             queries["seg"] = sequence.seg
-        source = self.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts)
-        options = self.prune_options(inputs)
-        with (
-            model_turn(self.decoder),
-            prune(
-                self.decoder,
-                strategy,
-                image_tokens=sequence.image_tokens,
-                queries=queries,
-                vision=source,
-                **options,
-            ) as run,
-        ):
-            yield run
+        return PromptMasks(sequence.image_tokens, queries, *self.image_cells(inputs))
+
+    def image_cells(self, inputs: SegmenterInputs) -> tuple[Tensor | None, Tensor | None]:
+        """`grid` and `image_number` of `PromptMasks`; None = one square image a row, row by row."""
+        return None, None
 
     def vision_source(
         self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from tokenprune.core.strategy import Strategy, checked_strategy
+from tokenprune.core.strategy import Strategy
 from tokenprune.engine import model_turn
-from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
@@ -21,6 +20,7 @@ from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, splice
+from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
@@ -34,7 +34,7 @@ def in_turn(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def safe(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
-        with model_turn(self.decoder):
+        with model_turn(self.decoder.model):
             return method(self, *args, **kwargs)
 
     return safe  # type: ignore[return-value]
@@ -77,6 +77,7 @@ class Segmenter(DecoderRuns, nn.Module):
         super().__init__()
         self.decoder = decoder
         self.tower = tower
+        self.tower_layers = count_layers(tower)
         self.projector = projector
         self.mask_projection = mask_projection
         self.select_layer = select_layer
@@ -158,14 +159,12 @@ class Segmenter(DecoderRuns, nn.Module):
             IncompatibleError: the strategy is incompatible with the model; raised before anything runs.
         """
         whole_number("max_new_tokens", max_new_tokens, 1)
-        if strategy is not None:
-            check_on(checked_strategy(strategy), self)
         texts = self.prompts(query, answer, prompt, is_sentence)
         queries = None if query is None else as_list(query, "query")
-        with model_turn(self.decoder):
+        with self.pruned(strategy):  # opened first: what is incompatible is refused before a tower runs
             encoded = self.encode_image(image)
             inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
-            answered = self.answer(inputs, strategy, max_new_tokens if answer == "generate" else None)
+            answered = self.answer(inputs, max_new_tokens=max_new_tokens if answer == "generate" else None)
             said = self.texts(inputs, answered, answer)
             single = isinstance(prompt if query is None else query, str)
             return self.masks_of(answered, inputs, text=said[0] if single else said)

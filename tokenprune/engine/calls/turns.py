@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.engine.interface.bound_model import BoundModel, bound_model_of
 from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
 from tokenprune.utils.arguments import one_of, shown
 
@@ -156,6 +156,10 @@ def model_turn(model: nn.Module) -> Iterator[None]:
 
 def decoder_in(model: nn.Module) -> nn.Module:
     """The module that `tokenprune.prune` hooks into; the model itself if it has none: its calls may take turns too."""
+    if model in _QUEUES:  # found before
+        return model
+    if isinstance(model, BoundModel):
+        model = model.decoder
     try:
         return find_decoder(model).module
     except UnsupportedError:  # several, of which an adapter knows the right one

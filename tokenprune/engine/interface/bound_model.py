@@ -53,7 +53,7 @@ class VisionCapture(ABC):
 
 
 class BoundModel(ABC):
-    """A live model, wrapped by the adapter of its family; made by `Adapter.bind`.
+    """A live model, wrapped by the adapter of its family; made by `Adapter.bind`. Or a model of an adapter's own.
 
     Attributes:
         name: of the model, for messages.
@@ -95,6 +95,8 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 def bound_model_of(model: Any) -> BoundModel:
     """A live model as the first installed adapter that knows it binds it; failures name the adapter.
 
+    A model of an adapter's own that is a `BoundModel` itself is given back.
+
     Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
     installed alone. Those after the first that knows the model are not imported.
 
@@ -106,6 +108,8 @@ def bound_model_of(model: Any) -> BoundModel:
     """
     from tokenprune.engine.interface.guarded import Guarded
 
+    if isinstance(model, BoundModel):
+        return model
     asked: dict[str, Any] = {}
     for name, entry in registry.adapters().items():
         asked[name] = entry.load()

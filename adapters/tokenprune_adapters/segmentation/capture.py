@@ -1,0 +1,77 @@
+"""What a pruning context asks of a segmentation model, answered from the input that the model gives to its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import Read
+from tokenprune.engine import PromptMasks, VisionCapture
+from tokenprune.errors import InputError
+from tokenprune_adapters.segmentation.data import SegmenterInputs
+
+if TYPE_CHECKING:
+    from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
+
+# Of this thread: others may call the decoder at the same time, with what is not this model's prompt.
+_DECODED: ContextVar[tuple[DecoderRuns, SegmenterInputs] | None] = ContextVar("decoded", default=None)
+
+
+@contextmanager
+def decoding(model: DecoderRuns, inputs: SegmenterInputs) -> Iterator[None]:
+    """While open, the decoder of a model is called with these inputs, in this thread."""
+    token = _DECODED.set((model, inputs))
+    try:
+        yield
+    finally:
+        _DECODED.reset(token)
+
+
+class SegmenterCapture(VisionCapture):
+    """Answers for the prompts that a segmentation model is decoding."""
+
+    def __init__(self, model: DecoderRuns) -> None:
+        self._model = model
+
+    def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
+        """See `VisionCapture.prompt_masks`.
+
+        Raises:
+            InputError: the decoder was called by something else than the model's own methods.
+        """
+        masks = self._model.prompt_masks(self._inputs())
+        return _WholePrompt(**{**vars(masks), "queries": {**masks.queries, **queries}})
+
+    def provide(self, read: Read) -> Any:
+        """See `VisionCapture.provide`."""
+        inputs = self._inputs()
+        return self._model.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts).provide(read)
+
+    def _inputs(self) -> SegmenterInputs:
+        decoded = _DECODED.get()
+        if decoded is None or decoded[0] is not self._model:
+            raise InputError(
+                f"{self._model.name}: its decoder was called directly, and where the image tokens stand is known in "
+                "the model's own methods alone; call segment(image, query), or give the decoder to tokenprune.prune(), "
+                "with image_tokens="
+            )
+        return decoded[1]
+
+
+class _WholePrompt(PromptMasks):
+    """Masks of a prompt that the decoder runs on as it is."""
+
+    def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
+        """See `PromptMasks.layout`. Raises InputError where something else than the prompt comes to the layers."""
+        if hidden.shape[:2] != self.image_tokens.shape:
+            raise InputError(
+                f"the decoder's layers were given {list(hidden.shape[:2])} positions for a prompt of "
+                f"{list(self.image_tokens.shape)}, so image tokens may stand elsewhere; take away what changes the "
+                "decoder's input"
+            )
+        return super().layout(hidden, attention_mask)

@@ -38,6 +38,7 @@ from tokenprune.core.stage import Stage as Stage
 from tokenprune.core.strategy import Strategy as Strategy
 from tokenprune.core.strategy import StrategyOptions as StrategyOptions
 from tokenprune.core.tokens import Tokens as Tokens
+from tokenprune.datasets.by_name import dataset as dataset
 from tokenprune.engine import prune as prune
 from tokenprune.engine.interface.compatibility import Compatibility as Compatibility
 from tokenprune.engine.interface.compatibility import compatible as compatible

@@ -107,6 +107,10 @@ class BusyError(UnsupportedError):
     """Another thread is using the model, and the caller does not want to wait."""
 
 
+class DataWarning(UserWarning):
+    """Files of a dataset that are missing or damaged, and left out as its options allow."""
+
+
 class PruningWarning(UserWarning):
     """A correct result without pruning, for example of an image in a later turn of a conversation."""
 

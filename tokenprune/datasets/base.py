@@ -19,12 +19,17 @@ class Query:
     one of the dataset's kinds. `mask` is [H, W] at the size of the scene's image: bool, or numbers where 0 is
     background, 1 is foreground and 255, together with 1, is ignored (`tokenprune.utils.masks`). Masks of only 0 and 255
     are refused: use `mask == 255` if 255 is the foreground.
+
+    `id` names the query in its dataset, where it has a name (REFER's `sent_id`, ReasonSeg's file stem). `targets` are
+    the masks of the single objects, bool [H, W] each, where a query asks for several; `mask` is then their union.
     """
 
     text: str
     kind: str
     mask: NDArray[np.bool_]
     is_sentence: bool = False
+    id: str = ""
+    targets: tuple[NDArray[np.bool_], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

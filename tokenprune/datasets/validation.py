@@ -9,32 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from tokenprune.datasets import by_name
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.datasets.by_path import dataset_at, refuse_dotted
 from tokenprune.errors import PluginError, PluginWarning, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed
 from tokenprune.utils.arguments import instance, shown, unicode_problem, whole_number
 from tokenprune.utils.masks import target_problem
-
-
-def made(name: str) -> Dataset:
-    """The dataset of that name, or of the class at "module:Class" (see `tokenprune.datasets.by_path`).
-
-    Raises:
-        UnknownNameError: no such dataset.
-        PluginError: it cannot be imported or instantiated.
-    """
-    by_path = ":" in name and name not in registry.datasets()
-    if not by_path and name not in registry.datasets():
-        refuse_dotted(name)
-    entry = None if by_path else registry.get("datasets", name)
-    data: Dataset = dataset_at(name) if entry is None else entry.call()
-    splits = getattr(data, "splits", None)
-    if not isinstance(splits, (tuple, list)) or not all(isinstance(split, str) for split in splits):
-        problem = f"has splits {splits!r}, expected a tuple of names such as ('val',)"
-        raise PluginError(f"dataset {name!r} {problem}") if entry is None else entry.refusal(problem)
-    return data
 
 
 def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> Dataset:
@@ -49,7 +30,7 @@ def check_request(dataset: Dataset | str, split: str, limit: int, seed: int) -> 
     whole_number("seed", seed, 0)
     instance("dataset", dataset, (str, Dataset), "a dataset, or the name of one, such as 'shapes'")
     instance("split", split, str, "the name of a split, such as 'val'")
-    data = made(dataset) if isinstance(dataset, str) else dataset
+    data = by_name.dataset(dataset) if isinstance(dataset, str) else dataset
     if split not in data.splits:
         error = UnknownNameError.among(f"split of dataset {data.name!r}", split, data.splits)
         raise UnknownNameError(f"{error}; give one of them as split= (--split)")

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.datasets.validation import made, scenes_of
+from tokenprune.datasets.by_name import dataset as by_name
+from tokenprune.datasets.validation import scenes_of
 from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
 
 
@@ -34,7 +35,7 @@ class DatasetConformance:
         """A new instance of the dataset."""
         if not self.dataset:
             raise pytest.UsageError(f"{type(self).__name__}: give dataset, a registered name or module:Class")
-        return made(self.dataset)
+        return by_name(self.dataset)
 
     def test_every_split_has_sound_scenes(self) -> None:
         """Images and masks have the shapes and types that comparisons read; a query has words."""

@@ -1,0 +1,192 @@
+"""What datasets that are read from files share: names, options, limits, and files that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tokenprune as tp
+from tokenprune.datasets.by_name import split_path
+from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
+from tokenprune.datasets.files.segmentation import drawn, summed
+from tokenprune.datasets.validation import check_request
+from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
+from tokenprune.plugins import registry
+from tokenprune.plugins.hookspecs import hookimpl
+
+
+def left_half(height: int, width: int) -> Target:
+    mask = np.zeros((height, width), dtype=np.bool_)
+    mask[:, : width // 2] = True
+    return Target(mask)
+
+
+class Halves(FileDataset):
+    """NAME.png, two queries each."""
+
+    name, splits, kinds, layout = "halves", ("val",), ("half",), "NAME.png"
+
+    class Options(FileOptions):
+        size: int = 0
+
+    options: Options
+
+    def listed(self, split: str) -> Sequence[ListedScene]:
+        size = (self.options.size,) * 2 if self.options.size else None
+        return [
+            ListedScene(
+                str(number),
+                self.path / f"{number}.png",
+                tuple(ListedQuery(f"{number}-{side}", f"the {side} half", "half", left_half) for side in "ab"),
+                size,
+            )
+            for number in range(15)
+        ]
+
+
+class Plugin:
+    @hookimpl
+    def tokenprune_register_datasets(self, register: Any) -> None:
+        register("halves", Halves)
+        register("others", Halves)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Any:
+    registry.register_plugin(Plugin(), "halves-of-images")
+    yield
+    registry.unregister_plugin("halves-of-images")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in range(15):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def test_by_name_and_path(folder: Path) -> None:
+    data = tp.dataset(f"others:{folder}")
+    assert (data.name, data.splits) == ("others", ("val",))
+    scenes = list(data.scenes("val"))
+    assert [scene.id for scene in scenes] == [str(number) for number in range(15)]
+    assert [query.id for query in scenes[3].queries] == ["3-a", "3-b"]
+    assert scenes[3].image[0, 0].tolist() == [3, 0, 0]
+    assert scenes[0].queries[0].mask.sum() == 24
+    assert tp.dataset(f"halves:{folder}").name == "halves"
+
+
+def test_a_limit_counts_queries(folder: Path) -> None:
+    scenes = list(tp.dataset(f"halves:{folder}").scenes("val", limit=5))
+    assert [len(scene.queries) for scene in scenes] == [2, 2, 1]
+
+
+def test_options_by_text_and_by_name(folder: Path) -> None:
+    assert tp.dataset(f"halves:{folder},size=8").options.size == 8  # type: ignore[attr-defined]
+    assert tp.dataset(f"halves:{folder}", size=8).options.size == 8  # type: ignore[attr-defined]
+    assert split_path("/a,b/c,size=8,missing=skip") == ("/a,b/c", ["size=8", "missing=skip"])
+
+
+def test_missing_images_are_told_once(folder: Path) -> None:
+    for number in range(2, 14):
+        (folder / f"{number}.png").unlink()
+    said = "12 of 15 images, of 24 queries, are missing: "
+    with pytest.raises(InputError, match=said) as told:
+        list(tp.dataset(f"halves:{folder}").scenes("val"))
+    assert str(told.value).count(".png") == 10
+    assert "… and 2 more; complete the folder, or leave them out with the option missing=skip" in str(told.value)
+    with pytest.warns(DataWarning, match=said) as warned:
+        scenes = list(tp.dataset(f"halves:{folder},missing=skip").scenes("val", limit=5))
+    assert [(scene.id, len(scene.queries)) for scene in scenes] == [("0", 2), ("1", 2), ("14", 1)]
+    assert len(warned) == 1
+
+
+def test_nothing_left_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="15 of 15 images"):
+        list(tp.dataset(f"halves:{tmp_path},missing=skip").scenes("val"))
+
+
+def test_images_of_another_size_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"is 8×6, but its annotations are made for 9×9; use the images that belong"):
+        next(iter(tp.dataset(f"halves:{folder}", size=9).scenes("val")))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("halves", {}, OptionError, "dataset 'halves' is read from files: give their place, as in halves:/data/halves"),
+        ("shapes:/data", {}, OptionError, "dataset 'shapes' takes no path and no options, found path '/data'"),
+        ("shapes", {"size": 3}, OptionError, "takes no path and no options, found options size; give its name alone"),
+        ("halves:/no/where", {}, InputError, "nothing is at '/no/where'; check the path; expected NAME.png"),
+        ("halves:HERE", {"sise": 3}, OptionError, r"dataset 'halves': .*'sise'.*size"),
+        ("halves:HERE,size=3", {"size": 3}, OptionError, "option 'size' is given twice"),
+        ("halves:HERE,missing=no", {}, OptionError, "missing"),
+        ("halvs:HERE", {}, UnknownNameError, "halvs"),
+        ("my_module:Data", {"size": 3}, OptionError, "takes no options, found size"),
+    ],
+)
+def test_mistakes(folder: Path, name: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tp.dataset(name.replace("HERE", str(folder)), **options)
+
+
+def test_the_command_line_takes_it(folder: Path) -> None:
+    assert check_request(f"halves:{folder}", "val", 3, 0).name == "halves"
+
+
+# COCO's segmentations ------------------------------------------------------------------------------------------------
+
+
+def test_polygons_are_united_and_summed() -> None:
+    pytest.importorskip("pycocotools")
+    first, second = [1, 1, 5, 1, 5, 5, 1, 5], [3, 3, 9, 3, 9, 7, 3, 7]
+    expected = np.zeros((10, 12), dtype=int)
+    expected[1:5, 1:5] += 1
+    expected[3:7, 3:9] += 1
+    assert np.array_equal(summed([first, second], 10, 12), expected)
+    assert np.array_equal(drawn([first, second], 10, 12), expected > 0)
+    assert not drawn([], 10, 12).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_run_lengths_are_those_of_the_mask(seed: int) -> None:
+    coder = pytest.importorskip("pycocotools.mask")
+    mask = np.random.default_rng(seed).random((7, 9)) < 0.4
+    flat = mask.flatten(order="F")  # column by column; the first run is of background
+    counts, value, run = [], False, 0
+    for pixel in flat:
+        if pixel == value:
+            run += 1
+        else:
+            counts.append(run)
+            value, run = pixel, 1
+    counts.append(run)
+    plain = {"size": [7, 9], "counts": counts}
+    packed = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
+    text = {"size": [7, 9], "counts": packed["counts"].decode()}
+    for form in (plain, packed, text, [plain], [text, packed]):
+        assert np.array_equal(drawn(form, 7, 9), mask)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (5, "segmentation of type int found, expected polygons or run lengths"),
+        ([[1, 2, 3, 4]], "expected x, y of at least three points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "expected x, y of at least three points"),
+        ([[1, 2, 3, float("nan"), 5, 6]], "expected x, y of at least three points"),
+        ([["a", "b"]], "cannot be drawn"),
+        ({"size": [3, 3], "counts": [9]}, r"run lengths for \[3, 3\] found, expected \[10, 12\]"),
+        ({"counts": [9]}, "cannot be drawn"),
+        ({"size": [10, 12], "counts": [-4, "x"]}, "cannot be drawn"),
+    ],
+)
+def test_odd_segmentations_are_refused(segmentation: Any, message: str) -> None:
+    pytest.importorskip("pycocotools")
+    with pytest.raises(InputError, match=message):
+        drawn(segmentation, 10, 12)

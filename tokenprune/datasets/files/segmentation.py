@@ -1,0 +1,79 @@
+"""COCO's segmentations: polygons and run lengths, drawn by pycocotools as the field does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenprune.errors import InputError
+
+NEEDED = 6  # numbers of a polygon: pycocotools takes one of four for a box
+
+
+def drawn(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """bool [height, width]: the union of the parts of an annotation.
+
+    Args:
+        segmentation: polygons, a list of [x, y, x, y, …]; run lengths, {"size": [H, W], "counts": …}, compressed or
+            not; or a list of such.
+        height, width: of the image, in pixels.
+
+    Raises:
+        InputError: of another form; a polygon of fewer than three points, or of numbers that are not finite; run
+            lengths for another size; or pycocotools is not installed.
+    """
+    return summed(segmentation, height, width) > 0
+
+
+def summed(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """uint8 [height, width]: how many parts of an annotation cover each pixel; errors as for `drawn`."""
+    total = np.zeros((height, width), dtype=np.uint8)
+    for part in parts_of(segmentation):
+        total += part_drawn(part, height, width)
+    return total
+
+
+def parts_of(segmentation: Any) -> list[Any]:
+    """The parts of an annotation, polygons or run lengths. Raises InputError for another form."""
+    if isinstance(segmentation, Mapping):
+        return [segmentation]
+    if isinstance(segmentation, (list, tuple)):
+        return list(segmentation)
+    raise InputError(f"segmentation of type {type(segmentation).__name__} found, expected polygons or run lengths")
+
+
+def part_drawn(part: Any, height: int, width: int) -> NDArray[np.bool_]:
+    """bool [height, width] of one polygon or one mask of run lengths; errors as for `drawn`."""
+    coder = _coder()
+    try:
+        if isinstance(part, Mapping):
+            size, counts = list(part["size"]), part["counts"]
+            if size != [height, width]:
+                raise InputError(f"run lengths for {size} found, expected {[height, width]}, the image's size")
+            runs = part if isinstance(counts, (str, bytes)) else coder.frPyObjects(part, height, width)
+        else:
+            points = np.asarray(part, dtype=np.float64)
+            if points.ndim != 1 or len(points) < NEEDED or len(points) % 2 or not np.isfinite(points).all():
+                raise InputError(f"polygon {str(part)[:60]} found, expected x, y of at least three points")
+            (runs,) = coder.frPyObjects([points.tolist()], height, width)
+        found: NDArray[np.uint8] = coder.decode(runs)
+    except InputError:
+        raise
+    except Exception as error:  # what pycocotools raises on damaged run lengths differs
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise InputError(f"segmentation {str(part)[:60]} cannot be drawn ({why})") from error
+    return found.astype(np.bool_)
+
+
+def _coder() -> Any:
+    try:
+        from pycocotools import mask
+    except ImportError:
+        raise InputError(
+            "pycocotools, which draws COCO's masks, is not installed; install the extra: pip install "
+            '"tokenprune-vlm[data]"'
+        ) from None
+    return mask

@@ -125,7 +125,7 @@ class FileDataset(Dataset):
             InputError: files are missing (unless `missing="skip"`), an image or annotation cannot be read, or their
                 sizes differ.
         """
-        for scene in self._to_read(split, limit):
+        for scene in self.selected(split, limit):
             yield self.read(scene)
 
     def read(self, scene: ListedScene) -> Scene:
@@ -153,8 +153,12 @@ class FileDataset(Dataset):
         """The scenes of a split whose image file is not there."""
         return [scene for scene in self.listed(split) if not scene.image.is_file()]
 
-    def _to_read(self, split: str, limit: int | None) -> list[ListedScene]:
-        """The scenes with the first `limit` queries, those without image left out; the last scene is cut."""
+    def selected(self, split: str, limit: int | None) -> list[ListedScene]:
+        """The scenes with the first `limit` queries, those without image left out; the last scene is cut.
+
+        Raises:
+            InputError: images are missing, see `missing`.
+        """
         scenes = self.listed(split)
         absent = {id(scene): scene for scene in scenes if not scene.image.is_file()}
         if absent:

@@ -186,7 +186,7 @@ def _python2(value: Any, memo: list[int]) -> bytes:
     if isinstance(value, float):
         return b"G" + struct.pack(">d", value)
     if isinstance(value, str) and not value.isascii():  # unicode
-        text = value.encode()
+        text = value.encode(errors="surrogatepass")
         return kept(b"X" + struct.pack("<I", len(text)) + text)
     if isinstance(value, (str, bytes)):  # str
         text = value.encode() if isinstance(value, str) else value

@@ -18,7 +18,7 @@ from typing import Any
 from tokenprune.datasets.files.json_file import read_json
 from tokenprune.datasets.files.refer.unpickler import read_pickle
 from tokenprune.errors import InputError
-from tokenprune.utils.arguments import shown
+from tokenprune.utils.arguments import shown, unicode_problem
 
 SPLITS = ("train", "val", "test", "testA", "testB", "testC")  # the usual order; others follow
 NO_TARGET = -1
@@ -143,6 +143,9 @@ def _ref(value: Any, where: str, several: bool) -> Part:
     else:
         ref |= _fields(value, {"ann_id": (int, str)}, where)
     ref["sentences"] = [_fields(one, {"sent_id": (int, str), "sent": str}, where) for one in ref["sentences"]]
+    for one in ref["sentences"]:
+        if problem := unicode_problem(one["sent"]):
+            raise InputError(f"{where}: sentence {one['sent'][:60]!a} {problem}")
     return ref
 
 

@@ -9,6 +9,7 @@ from tokenprune.errors import InputError
 from tokenprune.utils.files import expanded
 
 INSTANCES = "instances.json"
+NAMES = ("refcoco", "refcoco+", "refcocog", "refclef", "grefcoco")
 
 
 def folder_of(path: Path, name: str, lists: Sequence[str]) -> Path:
@@ -20,10 +21,13 @@ def folder_of(path: Path, name: str, lists: Sequence[str]) -> Path:
         lists: names that its list of references may have: "refs(unc).p".
 
     Raises:
-        InputError: neither holds a list or instances.json.
+        InputError: neither holds a list or instances.json, or the folder is that of another dataset.
     """
     for folder in (path / name, path):
         if any((folder / file).is_file() for file in (*lists, INSTANCES)):
+            held = folder.absolute().name
+            if held in NAMES and held != name:
+                raise InputError(f"dataset {name!r}: {str(folder)!r} is the folder of {held!r}; name that dataset")
             return folder
     wanted = " or ".join(repr(file) for file in lists)
     raise InputError(

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from tokenprune.plugins.hookspecs import Register, hookimpl
 
+REFER = {
+    "refcoco": ("RefCOCO", "phrases for objects in pictures of COCO; refcoco:PATH"),
+    "refcoco+": ("RefCOCOPlus", "as refcoco, without words for locations; refcoco+:PATH"),
+    "refcocog": ("RefCOCOg", "longer phrases for objects in pictures of COCO; refcocog:PATH"),
+    "refclef": ("RefCLEF", "phrases for regions of SAIAPR TC-12 (ReferItGame); refclef:PATH"),
+    "grefcoco": ("GRefCOCO", "phrases for one object, several or none (gRefCOCO); grefcoco:PATH"),
+}
+
 
 @hookimpl
 def tokenprune_register_datasets(register: Register) -> None:
-    """Datasets that need no files."""
+    """Datasets that need no files, and those that are read from the user's: their name is followed by a path."""
     register(
         "shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds"
     )
+    for name, (kind, summary) in REFER.items():
+        register(name, f"tokenprune.datasets.files.refer.dataset:{kind}", summary=summary)

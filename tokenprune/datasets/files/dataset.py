@@ -74,7 +74,9 @@ class FileOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     missing: Literal["refuse", "skip"] = Field(
-        "refuse", description="Missing image files: refuse the dataset, or skip their queries with a warning."
+        "refuse",
+        description="Missing image files and unusable annotations: refuse the dataset, or skip their queries with a "
+        "warning.",
     )
 
 
@@ -130,17 +132,39 @@ class FileDataset(Dataset):
 
     def read(self, scene: ListedScene) -> Scene:
         """Open the image of a scene, and draw its targets. Raises InputError as `scenes` does."""
-        from tokenprune.utils.images import to_rgb  # imports torch, which listing does without
-
-        image = np.asarray(to_rgb(scene.image))
+        image = self._image(scene)
         height, width = image.shape[:2]
-        if scene.size not in (None, (height, width)):
-            wanted = "×".join(str(side) for side in reversed(scene.size or ()))
-            raise InputError(
-                f"dataset {self.name!r}: image {str(scene.image)!r} is {width}×{height}, but its annotations are made "
-                f"for {wanted}; use the images that belong to the annotations, in their original size"
-            )
         return Scene(scene.id, image, [self._drawn(scene, query, height, width) for query in scene.queries])
+
+    def _image(self, scene: ListedScene) -> NDArray[np.uint8]:
+        """The image in the frame that the annotations are made for: upright, unless only the stored image fits them.
+
+        Pictures with an EXIF orientation may be annotated as they are stored, or upright. A turn by 90° shows in the
+        size. Where both would fit, the upright image is taken, as OpenCV reads it, with a DataWarning.
+        """
+        from tokenprune.utils.images import exif_orientation, to_rgb  # import torch, which listing does without
+
+        image = to_rgb(scene.image)
+        if scene.size is None:
+            return np.asarray(image)
+        wanted, turned = scene.size[::-1], exif_orientation(scene.image)
+        stored = to_rgb(scene.image, upright=False) if turned != 1 else image
+        if image.size == wanted:
+            if turned != 1 and stored.size == wanted:
+                warnings.warn(
+                    f"dataset {self.name!r}: image {str(scene.image)!r} has the EXIF orientation {turned}, and its "
+                    "annotations may be for the upright or the stored image; they are taken to be for the upright one",
+                    DataWarning,
+                    stacklevel=4,
+                )
+            return np.asarray(image)
+        if stored.size == wanted:
+            return np.asarray(stored)
+        exif = f" (stored as {_size(stored.size)}, with the EXIF orientation {turned})" if turned != 1 else ""
+        raise InputError(
+            f"dataset {self.name!r}: image {str(scene.image)!r} is {_size(image.size)}{exif}, but its annotations are "
+            f"made for {_size(wanted)}; use the images that belong to the annotations, in their original size"
+        )
 
     def _drawn(self, scene: ListedScene, query: ListedQuery, height: int, width: int) -> Query:
         try:
@@ -183,6 +207,10 @@ class FileDataset(Dataset):
 
     def _expected(self) -> str:
         return f"; expected {self.layout}" if self.layout else ""
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
 
 
 def listing(names: Sequence[str]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -39,6 +39,10 @@ class Scene:
     id: str
     image: NDArray[np.uint8]
     queries: list[Query]
+
+    def only(self, queries: Sequence[int]) -> Scene:
+        """The scene with some of its queries, by their numbers."""
+        return replace(self, queries=[self.queries[number] for number in queries])
 
 
 class Dataset(ABC):

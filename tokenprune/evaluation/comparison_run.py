@@ -18,7 +18,7 @@ from tokenprune.evaluation.accumulator import Accumulator, Untouched
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.evaluation.protocol import TurnTaking
 from tokenprune.evaluation.samples import Outcome, SampleRecord
-from tokenprune.evaluation.scene_run import SceneResult, SceneRun, batch_rows, masks_of
+from tokenprune.evaluation.scene_run import SceneResult, SceneRun, masks_of
 from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry
@@ -155,6 +155,6 @@ class ComparisonRun:
             record = SampleRecord(scene.id, scene.image, query.text, query.mask, found.box)
             for key, result in found.results.items():
                 contender, iou = self.contenders[key], found.records[key][number].iou
-                mask, row = masks_of(result)[number], batch_rows(result)[number]
+                mask, row = masks_of(result)[number], result.row_index[number]
                 record.outcomes.append(Outcome(contender.label, mask, result.trace, row, iou, contender.budget))
             self.records.append(record)

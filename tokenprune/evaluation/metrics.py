@@ -67,6 +67,38 @@ def ciou(overlaps: Sequence[tuple[int, int]]) -> float:
     return sum(pair[0] for pair in pairs) / union if union else 1.0
 
 
+def predicted_pixels(prediction: Mask, target: Mask) -> int:
+    """Pixels of the prediction, without those that the target ignores; errors as for `overlap`."""
+    inside, counted = predicted(prediction), ~ignored(target)
+    return int((inside & counted).sum())
+
+
+def precision_at(ious: Sequence[float], threshold: float) -> float:
+    """P@X: the share of expressions whose IoU is at least the threshold. Raises InputError for no expression."""
+    values: list[float] = listed(ious)
+    if not values:
+        raise InputError("P@X of no expressions is not defined; give at least one")
+    return sum(value >= threshold for value in values) / len(values)
+
+
+def target_accuracy(has_target: Sequence[bool], is_empty: Sequence[bool]) -> tuple[float | None, float | None]:
+    """N-acc and T-acc of generalised referring: the share of queries without a target that are answered with an empty
+    mask, and of those with one that are answered with a mask that is not empty; None where there is no such query.
+
+    Args:
+        has_target: of each query.
+        is_empty: whether its predicted mask is.
+    """
+    both = _together("has_target and is_empty", has_target, is_empty)
+    without = [empty for target, empty in both if not target]
+    with_one = [not empty for target, empty in both if target]
+    return _share(without), _share(with_one)
+
+
+def _share(flags: list[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None
+
+
 def size_of(target: Mask) -> str | None:
     """The size bucket of a target by its share of the image's pixels; None for an empty target; errors as `overlap`."""
     wanted = foreground(target)

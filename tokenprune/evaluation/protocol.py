@@ -119,12 +119,14 @@ class TurnTaking:
     """A segmentation model whose calls take turns with those of other threads, even if the model itself does not.
 
     Args:
-        model: the model; see `SegmentationModel` for the methods.
+        model: the model; see `SegmentationModel` for the methods. Its attribute `one_conversation`, if it has one, says
+            whether several forced queries are turns of one conversation.
     """
 
     def __init__(self, model: SegmentationModel) -> None:
         self._model = model
         self.name, self.decoder = model.name, model.decoder
+        self.one_conversation = bool(getattr(model, "one_conversation", False))
 
     def encode_image(self, image: Any) -> Any:
         """See `SegmentationModel`."""

@@ -27,7 +27,8 @@ class Record:
         kind: of the query.
         size: bucket of the target; None for an empty one.
         overlap: pixels in the intersection and the union with the target.
-        agreement: the same with the mask of the untouched model.
+        predicted: pixels of the mask, without ignored ones.
+        agreement: overlap with the mask of the untouched model.
         coverage: share of the target's area whose place a kept token of the last stage has; None for an empty target.
         cost: tokens, FLOPs and bytes.
         layers: image tokens entering each decoder layer.
@@ -35,6 +36,7 @@ class Record:
         metrics: those that plugins add.
         mask: bool [H, W], the contender's.
         stages: name, layer, kind and kept image tokens of each stage.
+        matched: the mean IoU of several masks that were matched to single targets, in place of that of the overlap.
     """
 
     scene: int
@@ -43,6 +45,7 @@ class Record:
     kind: str
     size: str | None
     overlap: tuple[int, int]
+    predicted: int
     agreement: tuple[int, int]
     coverage: float | None
     cost: QueryCost
@@ -51,11 +54,12 @@ class Record:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     mask: NDArray[np.bool_] | None = None
     stages: tuple[dict[str, Any], ...] = ()
+    matched: float | None = None
 
     @property
     def iou(self) -> float:
         """See `metrics.expression_iou`."""
-        return expression_iou(*self.overlap)
+        return expression_iou(*self.overlap) if self.matched is None else self.matched
 
 
 def stages_of(trace: Trace, row: int) -> tuple[dict[str, Any], ...]:

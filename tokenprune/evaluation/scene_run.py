@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
@@ -19,33 +21,54 @@ from tokenprune.evaluation.accounting import QueryCost, query_cost, row_ledger
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.evaluation.coverage import Box, target_coverage
 from tokenprune.evaluation.measured import Measured, measure
-from tokenprune.evaluation.protocol import SegmentationResult, TurnTaking
-from tokenprune.evaluation.protocols import protocol_of
+from tokenprune.evaluation.protocol import TurnTaking
+from tokenprune.evaluation.protocols import Answers, protocol_of
 from tokenprune.evaluation.records import Record, stages_of
 from tokenprune.plugins.entries import Entry
+from tokenprune.utils.mask_matching import match_masks
 from tokenprune.utils.stopwatch import TOTAL, recorded
 
 T = TypeVar("T")
+Bits = NDArray[np.bool_]
 Attempt = Callable[[int, Callable[[], T]], T | None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SceneResult:
     """What the contenders gave on one scene.
 
     Attributes:
         box: the part of the image that the image tokens divide.
         encoded: what `encode_image` returned.
-        results: by contender, those that could run.
+        results: by contender, those that could run; of the last call of the model, where a scene takes several.
         records: by contender, one for each query.
         untouched: the cost of each query without pruning.
     """
 
     box: Box
     encoded: Any
-    results: dict[int, SegmentationResult]
-    records: dict[int, list[Record]]
-    untouched: list[QueryCost]
+    results: dict[int, Answers] = field(default_factory=dict)
+    records: dict[int, list[Record]] = field(default_factory=dict)
+    untouched: list[QueryCost] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Queries of a scene that are asked in one call of the model.
+
+    Attributes:
+        number: of the scene.
+        queries: their numbers in it.
+        names: of them as samples.
+        scene: with these queries alone.
+        encoding: milliseconds of encoding the image, by step.
+    """
+
+    number: int
+    queries: list[int]
+    names: list[str]
+    scene: Scene
+    encoding: dict[str, float]
 
 
 @dataclass
@@ -72,6 +95,10 @@ class SceneRun:
         self.spec = DecoderSpec.from_config(self.model.decoder.config)
         self.element_bytes = next(self.model.decoder.parameters()).element_size()
 
+    def asked(self, number: int, queries: int) -> list[int]:
+        """Which queries of a scene the protocol asks."""
+        return protocol_of(self.protocol).asked(queries, number, self.seed)
+
     def run(self, scene: Scene, number: int, contenders: dict[int, Contender], attempt: Attempt[Any]) -> SceneResult:
         """Run contenders on the queries of one scene; the image is encoded once.
 
@@ -83,75 +110,76 @@ class SceneRun:
         """
         with recorded() as encoding:
             encoded = self.model.encode_image(scene.image)
-        reference: SegmentationResult | None = None
-        results: dict[int, SegmentationResult] = {}
+        found = SceneResult(self.model.grid_box(*scene.image.shape[:2]), encoded)
+        names, asked = sample_names(scene), self.asked(number, len(scene.queries))
+        for queries in protocol_of(self.protocol).batches(asked, self.model):
+            batch = Batch(number, queries, [names[query] for query in queries], scene.only(queries), encoding)
+            self._run_batch(batch, contenders, attempt, found)
+        return found
+
+    def segment(self, encoded: Any, scene: Scene, strategy: Strategy | None) -> Answers:
+        """The answers to all queries of a scene."""
+        return protocol_of(self.protocol).answers(self.model, encoded, scene, strategy)
+
+    def _run_batch(
+        self, batch: Batch, contenders: dict[int, Contender], attempt: Attempt[Any], found: SceneResult
+    ) -> None:
+        reference: Answers | None = None
+        results: dict[int, Answers] = {}
         times: dict[int, dict[str, float]] = {}
         for key, contender in contenders.items():
-            strategy = contender.strategy.reseeded(number + self.seed)
+            strategy = contender.strategy.reseeded(batch.number + self.seed)
             with recorded() as taken:
-                result = attempt(key, partial(self.segment, encoded, scene, strategy))
+                result = attempt(key, partial(self.segment, found.encoded, batch.scene, strategy))
             if result is None:
                 continue
             results[key] = result
-            times[key] = {**encoding, **taken, TOTAL: encoding[TOTAL] + taken[TOTAL]}
+            times[key] = {**batch.encoding, **taken, TOTAL: batch.encoding[TOTAL] + taken[TOTAL]}
             if reference is None and result.trace is not None and not result.trace.stages:
                 reference = result  # without a decision the model is untouched
-        box = self.model.grid_box(*scene.image.shape[:2])
         if not results:
-            return SceneResult(box, encoded, {}, {}, [])
-        full = masks_of(reference or self.segment(encoded, scene, None))
-        names = sample_names(scene)
-        records: dict[int, list[Record]] = {}
+            return
+        full = masks_of(reference or self.segment(found.encoded, batch.scene, None))
         for key, result in results.items():
-            trace, rows = result.trace, batch_rows(result)
-            assert trace is not None
-            records[key] = [
-                self._record(number, names, query, mask, full, trace, rows, times[key], box, scene, contenders[key])
-                for query, mask in enumerate(masks_of(result))
-            ]
+            made = self._records(batch, result, full, times[key], contenders[key].label, found.box)
+            found.records.setdefault(key, []).extend(made)
+        found.results.update(results)
         first = next(iter(results.values()))
         assert first.trace is not None
-        rows = batch_rows(first)
-        untouched = [self._cost(first.trace, row, rows.count(row), unpruned=True) for row in rows]
-        return SceneResult(box, encoded, results, records, untouched)
+        rows = first.row_index
+        found.untouched.extend(self._cost(first.trace, row, rows.count(row), unpruned=True) for row in rows)
 
-    def segment(self, encoded: Any, scene: Scene, strategy: Strategy | None) -> SegmentationResult:
-        """The masks of all queries of a scene."""
-        return protocol_of(self.protocol)(self.model, encoded, scene, strategy)
-
-    def _record(
-        self,
-        number: int,
-        names: list[str],
-        query: int,
-        mask: NDArray[np.bool_],
-        full: list[NDArray[np.bool_]],
-        trace: Trace,
-        rows: list[int],
-        times: dict[str, float],
-        box: Box,
-        scene: Scene,
-        contender: Contender,
-    ) -> Record:
-        asked: Query = scene.queries[query]
-        wanted, row = np.asarray(asked.mask), rows[query]
-        given = Measured(mask, wanted, full[query], asked, trace, row, contender.label) if self.added else None
-        return Record(
-            scene=number,
-            query=query,
-            sample=names[query],
-            kind=asked.kind,
-            size=metrics.size_of(wanted),
-            overlap=metrics.overlap(mask, wanted),
-            agreement=metrics.overlap(mask, full[query]),
-            coverage=target_coverage(wanted, trace, row, box),
-            cost=self._cost(trace, row, rows.count(row)),
-            layers=tuple(entry.image[row] for entry in trace.ledger.entries),
-            milliseconds={step: value / len(scene.queries) for step, value in times.items()},
-            metrics={metric.name: measure(metric, given) for metric in self.added} if given else {},
-            mask=mask if self.keep_masks else None,
-            stages=stages_of(trace, row) if self.keep_masks else (),
-        )
+    def _records(
+        self, batch: Batch, result: Answers, full: list[Bits], times: dict[str, float], label: str, box: Box
+    ) -> list[Record]:
+        trace, rows, found = result.trace, result.row_index, []
+        assert trace is not None
+        for place, (query, mask) in enumerate(zip(batch.scene.queries, masks_of(result), strict=True)):
+            wanted, row = np.asarray(query.mask), rows[place]
+            overlap, matched = metrics.overlap(mask, wanted), None
+            if result.logits:
+                overlap, matched = matched_overlap(result.logits[place], targets_of(query))
+            given = Measured(mask, wanted, full[place], query, trace, row, label) if self.added else None
+            record = Record(
+                scene=batch.number,
+                query=batch.queries[place],
+                sample=batch.names[place],
+                kind=query.kind,
+                size=metrics.size_of(wanted),
+                overlap=overlap,
+                predicted=metrics.predicted_pixels(mask, wanted),
+                agreement=metrics.overlap(mask, full[place]),
+                coverage=target_coverage(wanted, trace, row, box),
+                cost=self._cost(trace, row, rows.count(row)),
+                layers=tuple(entry.image[row] for entry in trace.ledger.entries),
+                milliseconds={step: value / len(batch.queries) for step, value in times.items()},
+                metrics={metric.name: measure(metric, given) for metric in self.added} if given else {},
+                mask=mask if self.keep_masks else None,
+                stages=stages_of(trace, row) if self.keep_masks else (),
+                matched=matched,
+            )
+            found.append(record)
+        return found
 
     def _cost(self, trace: Trace, row: int, sharing: int, unpruned: bool = False) -> QueryCost:
         ledger = row_ledger(trace.ledger, row)
@@ -163,11 +191,35 @@ def sample_names(scene: Scene) -> list[str]:
     return [query.id or f"{scene.id}#{number}" for number, query in enumerate(scene.queries)]
 
 
-def batch_rows(result: SegmentationResult) -> list[int]:
-    """The batch row of the trace for each mask of a forced answer: `row_index`, or by default the mask's own number."""
-    return list(getattr(result, "row_index", ())) or list(range(len(result.masks)))
+def targets_of(query: Query) -> list[NDArray[np.bool_]]:
+    """The single targets of a query: its own, or its whole target."""
+    return list(query.targets) or [np.asarray(query.mask, dtype=np.bool_)]
 
 
-def masks_of(result: SegmentationResult) -> list[NDArray[np.bool_]]:
+def matched_overlap(logits: Tensor, targets: list[NDArray[np.bool_]]) -> tuple[tuple[int, int], float]:
+    """Intersection and union over all masks and targets matched one to one, and their mean IoU, as in PixelLM's
+    evaluation: what has no partner meets an empty mask, and counts 0 in the mean.
+
+    Args:
+        logits: float [n, H, W].
+        targets: bool [H, W] each.
+    """
+    wanted = [target for target in targets if target.any()]
+    height, width = targets[0].shape
+    masks = (logits > 0).cpu().numpy()
+    stacked = torch.from_numpy(np.stack(wanted)) if wanted else torch.zeros(0, height, width, dtype=torch.bool)
+    pairs = match_masks(logits, stacked.to(logits.device)) if len(masks) and wanted else []
+    overlaps = [metrics.overlap(masks[mask], wanted[target]) for mask, target in pairs]
+    lonely = [masks[mask] for mask in range(len(masks)) if mask not in {pair[0] for pair in pairs}]
+    missed = [wanted[target] for target in range(len(wanted)) if target not in {pair[1] for pair in pairs}]
+    empty = sum(int(mask.sum()) for mask in [*lonely, *missed])
+    both = (sum(pair[0] for pair in overlaps), sum(pair[1] for pair in overlaps) + empty)
+    number = max(len(masks), len(wanted))
+    if not number:
+        return both, 1.0  # no target, and none predicted
+    return both, sum(metrics.expression_iou(*pair) for pair in overlaps) / number
+
+
+def masks_of(result: Answers) -> list[NDArray[np.bool_]]:
     """The masks as arrays, bool [H, W] each."""
     return list(result.masks.detach().cpu().numpy())

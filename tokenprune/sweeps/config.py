@@ -12,7 +12,7 @@ from tokenprune.datasets.base import Dataset
 from tokenprune.datasets.by_name import dataset, split_path
 from tokenprune.errors import InputError, OptionError, TokenPruneError, UnknownNameError
 from tokenprune.evaluation.contenders import Contender, contenders
-from tokenprune.evaluation.protocols import Protocol
+from tokenprune.evaluation.protocols import ProtocolName
 from tokenprune.loading.checkpoints import find_checkpoint
 from tokenprune.loading.device_names import check_device, check_dtype
 from tokenprune.utils.files import absent, expanded, reason
@@ -62,7 +62,7 @@ class DatasetEntry(BaseModel):
         name: of the dataset, with or without its path ("reasonseg", "reasonseg:/data/ReasonSeg", "my_data:MyData").
         path: where it is read from.
         split: of the dataset.
-        protocol: how a query is asked and its mask found; see `Protocol`.
+        protocol: how a query is asked and its mask found; see `evaluation.protocols`.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -70,7 +70,7 @@ class DatasetEntry(BaseModel):
     name: str
     path: str | None = None
     split: str = "val"
-    protocol: Protocol = "forced"
+    protocol: ProtocolName = "forced"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COLUMNS = """
     c.model, c.dataset, c.split, c.protocol, c.strategy, c.label, c.given, c.options, c.budget, c.seed,
     r.sample, r.scene, r.query, r.scene_name, r.text, r.kind, r.size,
-    r.intersection, r."union", r.iou, r.agreement_intersection, r.agreement_union, r.coverage,
+    r.intersection, r."union", r.predicted, r.iou, r.agreement_intersection, r.agreement_union, r.coverage,
     r.image_tokens, r.equivalent_tokens, r.layers, r.flops, r.flops_by_part, r.kv_bytes, r.milliseconds, r.metrics,
     r.scene_digest, r.environment, r.configuration
 """

@@ -133,9 +133,12 @@ def _run_group(
     total = queries_of(worker.data, group.dataset.split, limit)
     behind = 0  # queries of scenes that need no run
 
+    def lacks(hashed: str, number: int, queries: int) -> bool:
+        return done[hashed].get(number, 0) < len(worker.asked(number, queries))
+
     def wanted(number: int, queries: int) -> bool:
         nonlocal behind
-        missing = number % shard[1] == shard[0] - 1 and any(done[one].get(number, 0) < queries for one in done)
+        missing = number % shard[1] == shard[0] - 1 and any(lacks(one, number, queries) for one in done)
         behind += 0 if missing else queries
         return missing
 
@@ -144,8 +147,8 @@ def _run_group(
         if not env:
             env = _check_environment(store, worker, group, known, accept_changes)
         queries = len(scene.queries)
-        pending = [one for one in group.configurations if done[one.hash].get(number, 0) < queries]
-        pending = [one for one in pending if one.hash not in worker.failed]
+        left = [one for one in group.configurations if one.hash not in worker.failed]
+        pending = [one for one in left if lacks(one.hash, number, queries)]
         found = worker.run(number, scene, pending)
         _check_data(group, known, found)
         with store.transaction():

@@ -39,7 +39,7 @@ CREATE TABLE records (
     configuration TEXT NOT NULL REFERENCES configurations (hash), scene INTEGER NOT NULL, query INTEGER NOT NULL,
     sample TEXT NOT NULL, scene_name TEXT NOT NULL, scene_digest TEXT NOT NULL, text TEXT NOT NULL, kind TEXT NOT NULL,
     size TEXT, height INTEGER NOT NULL, width INTEGER NOT NULL,
-    intersection INTEGER NOT NULL, "union" INTEGER NOT NULL, iou REAL NOT NULL,
+    intersection INTEGER NOT NULL, "union" INTEGER NOT NULL, predicted INTEGER NOT NULL, iou REAL NOT NULL,
     agreement_intersection INTEGER NOT NULL, agreement_union INTEGER NOT NULL, coverage REAL,
     image_tokens INTEGER NOT NULL, equivalent_tokens REAL NOT NULL, layers TEXT NOT NULL,
     flops REAL NOT NULL, flops_by_part TEXT NOT NULL, kv_bytes REAL NOT NULL, milliseconds TEXT NOT NULL,
@@ -122,7 +122,7 @@ class Store:
 
     def add_records(self, rows: Iterable[Sequence[Any]]) -> None:
         """Store records, as `row_of` gives them; those that are there are replaced."""
-        self._connection.executemany(f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * 28)})", rows)
+        self._connection.executemany(f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * 29)})", rows)
 
 
 def row_of(
@@ -152,6 +152,7 @@ def row_of(
         record.size,
         *size,
         *record.overlap,
+        record.predicted,
         record.iou,
         *record.agreement,
         record.coverage,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.evaluation.metrics import precision_at, target_accuracy
 from tokenprune.evaluation.statistics import (
     Difference,
     Estimate,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 TOGETHER = ["model", "dataset", "split", "protocol"]
 PAIRED = ["seed", "scene", "query"]
 REFERENCE = "none"
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Line:
         flops, flops_ratio: mean, and its share of the untouched model's; None where that was not run.
         kv_bytes: mean.
         difference: of the IoUs from the untouched model's on the same queries; None for itself, or without it.
+        precision: P@X by threshold.
+        no_target_accuracy, target_accuracy: N-acc and T-acc; None without queries of that kind.
     """
 
     model: str
@@ -55,6 +59,9 @@ class Line:
     flops_ratio: float | None
     kv_bytes: float
     difference: Difference | None = None
+    precision: dict[float, float] = field(default_factory=dict)
+    no_target_accuracy: float | None = None
+    target_accuracy: float | None = None
 
 
 def summarised(table: pd.DataFrame, reference: str = REFERENCE) -> list[Line]:
@@ -96,6 +103,8 @@ def _line(where: dict[str, Any], label: str, part: pd.DataFrame, base: pd.DataFr
         digests = [digest.partition(":")[0] for digest in both.scene_digest_x]
         difference = paired_difference(both.iou_x.tolist(), both.iou_y.tolist(), digests) if len(both) else None
     first, budget = part.iloc[0], part.budget.iloc[0]
+    has_target = [area is not None for area in part["size"].where(part["size"].notna(), None)]
+    without, within = target_accuracy(has_target, (part.predicted == 0).tolist())
     tokens = float(part.equivalent_tokens.mean())
     flops = float(part.flops.mean())
     return Line(
@@ -112,6 +121,9 @@ def _line(where: dict[str, Any], label: str, part: pd.DataFrame, base: pd.DataFr
         flops_ratio=None if base is None else flops / float(base.flops.mean()),
         kv_bytes=float(part.kv_bytes.mean()),
         difference=difference,
+        precision={threshold: precision_at(part.iou.tolist(), threshold) for threshold in THRESHOLDS},
+        no_target_accuracy=without,
+        target_accuracy=within,
     )
 
 

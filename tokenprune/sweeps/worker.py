@@ -18,6 +18,7 @@ from tokenprune.evaluation import environment
 from tokenprune.evaluation.accounting import choice_flops, head_flops
 from tokenprune.evaluation.measured import metrics_of
 from tokenprune.evaluation.protocol import TurnTaking, check_model
+from tokenprune.evaluation.protocols import protocol_of
 from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun
 from tokenprune.plugins.attribution import brief
@@ -78,6 +79,11 @@ class Worker:
         if found is None:
             raise InputError(f"dataset {self.data.name!r}, split {self.group.dataset.split!r} has no query")
         return found[1]
+
+    def asked(self, number: int, queries: int) -> list[int]:
+        """Which queries of a scene the protocol asks."""
+        protocol = protocol_of(self.group.dataset.protocol)
+        return protocol.asked(queries, number, self.group.seed * SEED_STEP)
 
     @property
     def model(self) -> Any:

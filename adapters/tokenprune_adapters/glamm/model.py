@@ -35,6 +35,9 @@ class GlammModel(SamSegmenter):
         self.template_seed = template_seed
         self.left_out = tuple(left_out)
 
+    one_conversation = True
+    """Several forced queries are turns of one conversation."""
+
     @torch.inference_mode()
     def segment(
         self,

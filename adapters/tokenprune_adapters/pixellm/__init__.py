@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tokenprune.utils.mask_matching import match_masks
 from tokenprune_adapters.pixellm.adapter import PixelLMAdapter
-from tokenprune_adapters.pixellm.matching import mask_scores, match_masks
 from tokenprune_adapters.pixellm.model import PixelLMModel
+from tokenprune_adapters.pixellm.scores import mask_scores
 from tokenprune_adapters.segmentation.data import Segmentation
 
 __all__ = ["PixelLMAdapter", "PixelLMModel", "Segmentation", "mask_scores", "match_masks"]

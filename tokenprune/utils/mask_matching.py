@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,8 +26,6 @@ def match_masks(mask_logits: Tensor, targets: Tensor) -> list[tuple[int, int]]:
     Raises:
         InputError: shapes that do not fit, logits that are not finite, or targets of other values than 0 and 1.
     """
-    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped,unused-ignore]
-
     if mask_logits.dim() != 3 or targets.dim() != 3 or mask_logits.shape[1:] != targets.shape[1:]:
         raise InputError(
             f"masks of shape {list(mask_logits.shape)} and targets of shape {list(targets.shape)} cannot be matched; "
@@ -41,16 +40,6 @@ def match_masks(mask_logits: Tensor, targets: Tensor) -> list[tuple[int, int]]:
     cost = _cross_entropy(logits, wanted) + _dice(logits.sigmoid(), wanted)
     masks, partners = linear_sum_assignment(cost.cpu().numpy())
     return list(zip(masks.tolist(), partners.tolist(), strict=True))
-
-
-def mask_scores(mask_logits: Tensor) -> Tensor:
-    """How sure the model is of each mask: the mean sigmoid over the mask's own pixels, [n]; 0 for an empty mask.
-
-    Args:
-        mask_logits: float [n, H, W].
-    """
-    inside = mask_logits > 0
-    return (mask_logits.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

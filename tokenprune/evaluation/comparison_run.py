@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from tokenprune.core.stage import Shape
@@ -90,7 +89,7 @@ class ComparisonRun:
                 reference = result  # without a decision the model is untouched
         if reference is None:
             reference = self._segment(image, scene, None)
-        wanted = [np.asarray(query.mask) for query in scene.queries]
+        wanted = [query.mask for query in scene.queries]
         full = _masks(reference)
         for tally, result in results:
             trace = result.trace

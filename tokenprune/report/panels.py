@@ -26,7 +26,7 @@ def plain(image: NDArray[np.uint8]) -> RGB:
 
 def with_mask(image: NDArray[np.uint8], mask: NDArray[Any], colour: tuple[float, float, float] = VERMILION) -> RGB:
     """The image greyed down, the mask in colour with a white rim, visible on any background."""
-    inside = foreground(np.asarray(mask))
+    inside = foreground(mask)
     base = grey(image) * 0.6 + 0.2
     panel = np.where(inside[..., None], 0.35 * plain(image) + 0.65 * np.asarray(colour), base)
     panel[_rim(inside)] = 1.0

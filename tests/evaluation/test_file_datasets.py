@@ -123,7 +123,7 @@ def test_images_of_another_size_are_refused(folder: Path) -> None:
         ("shapes:/data", {}, OptionError, "dataset 'shapes' takes no path and no options, found path '/data'"),
         ("shapes", {"size": 3}, OptionError, "takes no path and no options, found options size; give its name alone"),
         ("halves:/no/where", {}, InputError, "nothing is at '/no/where'; check the path; expected NAME.png"),
-        ("halves:HERE", {"sise": 3}, OptionError, r"dataset 'halves': .*'sise'.*size"),
+        ("halves:HERE", {"sizes": 3}, OptionError, r"dataset 'halves': .*'sizes'.*size"),
         ("halves:HERE,size=3", {"size": 3}, OptionError, "option 'size' is given twice"),
         ("halves:HERE,missing=no", {}, OptionError, "missing"),
         ("halvs:HERE", {}, UnknownNameError, "halvs"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.errors import DataWarning, InputError, OptionError
+from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
 from tokenprune.utils.files import expanded
 from tokenprune.utils.masks import Mask
 
@@ -58,14 +58,23 @@ class ListedScene:
     Attributes:
         id: see `Scene`.
         image: its file.
-        queries: about it, at least one.
+        queries: about it, at least one; none if there is a problem or a file is missing.
         size: (height, width) that the annotations are made for; None = that of the image.
+        needs: other files that it is read from, such as masks.
+        problem: what is wrong with its annotations, if they cannot be read: which file and place, what was found, what
+            was expected. `image` may then be the file with the annotations.
     """
 
     id: str
     image: Path
-    queries: tuple[ListedQuery, ...]
+    queries: tuple[ListedQuery, ...] = ()
     size: tuple[int, int] | None = None
+    needs: tuple[Path, ...] = ()
+    problem: str = ""
+
+    def missing(self) -> list[Path]:
+        """Its files that are not there."""
+        return [path for path in dict.fromkeys((self.image, *self.needs)) if not path.is_file()]
 
 
 class FileOptions(BaseModel):
@@ -74,7 +83,7 @@ class FileOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     missing: Literal["refuse", "skip"] = Field(
-        "refuse", description="Missing image files: refuse the dataset, or skip their queries with a warning."
+        "refuse", description="Missing images and masks: refuse the dataset, or skip their queries with a warning."
     )
 
 
@@ -112,59 +121,73 @@ class FileDataset(Dataset):
 
     @abstractmethod
     def listed(self, split: str) -> Sequence[ListedScene]:
-        """The scenes of a split, in order, without opening an image.
+        """The scenes of one of `splits`, in order, without opening an image.
 
         Raises:
-            InputError: the files of the split are missing or damaged.
+            InputError: the files of the split are missing or damaged as a whole. What is wrong with a single scene is
+                its `problem`, so that all can be listed.
         """
 
     def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
         """See `Dataset.scenes`: in the order of the files, so `seed` changes nothing.
 
         Raises:
-            InputError: files are missing (unless `missing="skip"`), an image or annotation cannot be read, or their
-                sizes differ.
+            UnknownNameError: no such split.
+            InputError: annotations cannot be read, files are missing (unless `missing="skip"`), an image cannot be
+                read, a target cannot be drawn, or their sizes differ.
         """
+        if split not in self.splits:
+            raise UnknownNameError.among(f"split of dataset {self.name!r}", split, self.splits)
         for scene in self._to_read(split, limit):
             yield self.read(scene)
 
     def read(self, scene: ListedScene) -> Scene:
         """Open the image of a scene, and draw its targets. Raises InputError as `scenes` does."""
+        image = self.opened(scene)
+        height, width = image.shape[:2]
+        if problem := self.size_problem(scene, height, width):
+            raise InputError(problem)
+        return Scene(scene.id, image, [self.drawn(scene, query, height, width) for query in scene.queries])
+
+    def opened(self, scene: ListedScene) -> NDArray[np.uint8]:
+        """The image of a scene, uint8 RGB [H, W, 3], upright. Raises InputError if it cannot be read."""
         from tokenprune.utils.images import to_rgb  # imports torch, which listing does without
 
-        image = np.asarray(to_rgb(scene.image))
-        height, width = image.shape[:2]
-        if scene.size not in (None, (height, width)):
-            wanted = "×".join(str(side) for side in reversed(scene.size or ()))
-            raise InputError(
-                f"dataset {self.name!r}: image {str(scene.image)!r} is {width}×{height}, but its annotations are made "
-                f"for {wanted}; use the images that belong to the annotations, in their original size"
-            )
-        return Scene(scene.id, image, [self._drawn(scene, query, height, width) for query in scene.queries])
+        try:
+            return np.asarray(to_rgb(scene.image))
+        except InputError as error:
+            raise InputError(f"dataset {self.name!r}: {error}") from error
 
-    def _drawn(self, scene: ListedScene, query: ListedQuery, height: int, width: int) -> Query:
+    def size_problem(self, scene: ListedScene, height: int, width: int) -> str:
+        """The error about an image of another size than its annotations; empty if they fit."""
+        if scene.size in (None, (height, width)):
+            return ""
+        wanted = "×".join(str(side) for side in reversed(scene.size or ()))
+        return (
+            f"dataset {self.name!r}: image {str(scene.image)!r} is {width}×{height}, but its annotations are made "
+            f"for {wanted}; use the images that belong to the annotations, in their original size"
+        )
+
+    def drawn(self, scene: ListedScene, query: ListedQuery, height: int, width: int) -> Query:
+        """A query with its target, for an image of this size. Raises InputError if it cannot be drawn."""
         try:
             target = query.draw(height, width)
         except InputError as error:
             raise InputError(f"dataset {self.name!r}, image {scene.id!r}, query {query.id!r}: {error}") from error
         return Query(query.text, query.kind, target.mask, query.is_sentence, query.id, target.targets)
 
-    def missing_images(self, split: str) -> list[ListedScene]:
-        """The scenes of a split whose image file is not there."""
-        return [scene for scene in self.listed(split) if not scene.image.is_file()]
-
     def _to_read(self, split: str, limit: int | None) -> list[ListedScene]:
-        """The scenes with the first `limit` queries, those without image left out; the last scene is cut."""
+        """The scenes with the first `limit` queries, those with missing files left out; the last scene is cut."""
         scenes = self.listed(split)
-        absent = {id(scene): scene for scene in scenes if not scene.image.is_file()}
+        if problems := [scene.problem for scene in scenes if scene.problem]:
+            more = f" (the first of {len(problems)} such problems: tokenprune data check)" if len(problems) > 1 else ""
+            raise InputError(f"dataset {self.name!r}, split {split!r}: {problems[0]}{more}")
+        absent = {id(scene): (scene, files) for scene in scenes if (files := scene.missing())}
         if absent:
-            queries = sum(len(scene.queries) for scene in absent.values())
-            found = (
-                f"dataset {self.name!r}, split {split!r}: {len(absent)} of {len(scenes)} images, of {queries} queries, "
-                f"are missing: {listing([str(scene.image) for scene in absent.values()])}"
-            )
+            found = f"dataset {self.name!r}, split {split!r}: {_told(list(absent.values()), len(scenes))}"
             if self.options.missing == "refuse" or len(absent) == len(scenes):
-                raise InputError(f"{found}; complete the folder, or leave them out with the option missing=skip")
+                named = ", give its place with the option images" if "images" in self.Options.model_fields else ""
+                raise InputError(f"{found}; complete the folder{named}, or leave them out with the option missing=skip")
             warnings.warn(f"{found}; their queries are left out", DataWarning, stacklevel=3)
         found_scenes, left = [], limit
         for scene in scenes:
@@ -179,6 +202,20 @@ class FileDataset(Dataset):
 
     def _expected(self) -> str:
         return f"; expected {self.layout}" if self.layout else ""
+
+
+def _told(absent: list[tuple[ListedScene, list[Path]]], total: int) -> str:
+    """Which files of which of `total` scenes are missing: images, then others."""
+    parts = []
+    images = [scene for scene, files in absent if scene.image in files]
+    if images:
+        queries = sum(len(scene.queries) for scene in images)
+        files = listing([str(scene.image) for scene in images])
+        parts.append(f"{len(images)} of {total} images, of {queries} queries, are missing: {files}")
+    others = [str(file) for scene, files in absent for file in files if file != scene.image]
+    if others:
+        parts.append(f"{len(others)} masks or annotations are missing: {listing(others)}")
+    return "; ".join(parts)
 
 
 def listing(names: Sequence[str]) -> str:

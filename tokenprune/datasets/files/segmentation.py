@@ -68,6 +68,11 @@ def part_drawn(part: Any, height: int, width: int) -> NDArray[np.bool_]:
     return found.astype(np.bool_)
 
 
+def check_installed() -> None:
+    """Check, before anything is read, that masks can be drawn. Raises InputError if pycocotools is not installed."""
+    _coder()
+
+
 def _coder() -> Any:
     try:
         from pycocotools import mask

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.commands import answer, compare, flops, inspect, listing, new, segment
+from tokenprune.cli.commands import answer, compare, data, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
 from tokenprune.cli.printing import note, printable
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
@@ -50,6 +50,7 @@ app.command("segment")(segment.command)
 app.command("answer")(answer.command)
 app.command("inspect")(inspect.command)
 app.command("flops")(flops.command)
+app.add_typer(data.app, name="data")
 app.add_typer(new.app, name="new")
 
 

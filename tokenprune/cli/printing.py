@@ -98,6 +98,28 @@ def notes_console() -> Console:
     return Console(file=_Forgiving(), stderr=True)  # type: ignore[arg-type]
 
 
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows a bar on stderr for (what, number done, number in all)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=notes_console())
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        bar.start()  # not earlier: an error on the first query is then a single line
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bar.stop()
+
+
 class _Forgiving:
     """stderr, ignoring failures to write."""
 

@@ -35,7 +35,7 @@ class Kind:
     reserved: frozenset[str] = frozenset()
 
 
-COMMANDS = frozenset({"list", "compare", "segment", "answer", "inspect", "flops", "new"})  # tokenprune's own
+COMMANDS = frozenset({"list", "compare", "segment", "answer", "inspect", "flops", "data", "new"})  # tokenprune's own
 KINDS = {
     "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.core.strategy:Strategy"),
     "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.loading.adapter:Adapter"),

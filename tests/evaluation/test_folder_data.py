@@ -133,7 +133,7 @@ GOOD = json.dumps({"image": "images/a.jpg", "mask": "masks/left.png", "query": "
         (GOOD + "\n\n[1]", r"line 3: \[1\] found, expected an object with image, mask and query"),
         (GOOD.replace('"left"', "5"), "line 1: query is 5, expected text"),
         (GOOD.replace('"masks/left.png"', "null"), "line 1: mask is None, expected text"),
-        (GOOD.replace("query", "querys"), "line 1: no column query; found 'image', 'mask', 'querys'"),
+        (GOOD.replace("query", "text"), "line 1: no column query; found 'image', 'mask', 'text'"),
         (
             GOOD + "\n" + GOOD.replace("}", ', "split": "test"}'),
             "line 2 has 'split', unlike the first row; give it in all",

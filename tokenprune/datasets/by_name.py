@@ -33,7 +33,7 @@ def dataset(name: str, **options: Any) -> Dataset:
     Example:
         >>> import tokenprune as tp
         >>> tp.dataset("shapes").splits
-        ('train', 'val', 'test')
+        ('train', 'val', 'test', 'heldout')
     """
     instance("dataset", name, str, "the name of a dataset, such as 'shapes'")
     known = registry.datasets()

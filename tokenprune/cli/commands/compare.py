@@ -20,7 +20,7 @@ STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 def command(
     context: typer.Context,
     model: ModelName = "lisa-tiny",
-    dataset: Annotated[str, typer.Option(help="Name of a dataset, or module:Class.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a dataset, name:PATH, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     strategies: Annotated[
         str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")

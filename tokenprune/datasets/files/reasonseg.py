@@ -115,11 +115,16 @@ class ReasonSeg(FileDataset):
 
 def target_of(shapes: Sequence[Shape], height: int, width: int, *, is_faithful: bool) -> Target:
     """The target that shapes make; see `ReasonSeg`. Raises InputError for a shape that has no area."""
-    areas = [_drawn(shape, height, width, is_faithful) for shape in shapes]
+
+    def draw(shape: Shape) -> NDArray[np.bool_]:
+        return _drawn(shape, height, width, is_faithful)
+
     target, ignored = np.zeros((2, height, width), dtype=np.bool_)
-    for number in np.argsort([area.sum() for area in areas], kind="stable")[::-1]:  # of equals the last first, as LISA
-        target[areas[number]] = not shapes[number].is_ignored
-        ignored[areas[number]] = shapes[number].is_ignored
+    sizes = [draw(shape).sum() for shape in shapes] if len(shapes) > 1 else [0] * len(shapes)
+    for number in np.argsort(sizes, kind="stable")[::-1]:  # of equal ones the last is drawn first, as in LISA
+        area = draw(shapes[number])  # anew: all at once would need an image of memory each
+        target[area] = not shapes[number].is_ignored
+        ignored[area] = shapes[number].is_ignored
     return Target(with_ignored(target, ignored))
 
 

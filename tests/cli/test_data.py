@@ -172,6 +172,16 @@ def test_pixels_that_do_not_count_are_drawn_in_orange(run: Runner, tmp_path: Pat
     assert not has_orange(0)
 
 
+def test_what_is_left_out_is_told_in_one_line(run: Runner, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    place = files.reasonseg(tmp_path)
+    (place / "val" / "a-plain.jpg").unlink()
+    ran = run("data", "show", f"reasonseg:{place},missing=skip", "--out", tmp_path / "query.png")
+    assert ran.code == 0
+    (line,) = ran.err.splitlines()
+    assert line.startswith("warning: dataset 'reasonseg', split 'val': 1 of 6 images, of 1 queries, are missing: ")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -173,6 +173,7 @@ def of(change: Any) -> Any:
         (of({"category_id": None}), {}, "annotation 7 has no 'category_id'"),
         (of({"iscrowd": 5}), {}, "annotation 7 has 'iscrowd' 5, expected 0 or 1"),
         (of({"id": None}), {}, "annotation 0 has no 'id'"),
+        (of({"id": [1]}), {}, r"annotation 0 has 'id' \[1\], expected a whole number or text"),
         (of({}) * 2, {}, r"annotation 7 is there 2 times; .*\(the first of 2 such problems: tokenprune data check\)"),
         (of({"caption": ["a", 3]}), {}, "annotation 7, its 'caption' is 3, expected words"),
         (

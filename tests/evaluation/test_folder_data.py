@@ -159,6 +159,12 @@ def test_missing_files_are_told_before_anything_is_read(tmp_path: Path) -> None:
         assert [scene.id for scene in scenes(tmp_path, missing="skip")] == ["images/b.png"]
 
 
+def test_a_line_break_in_a_path_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"missing: '.*ima\\nges/a\.jpg'") as told:
+        scenes(written(tmp_path, f'{HEAD}"ima\nges/a.jpg",masks/left.png,left\n'))
+    assert "\n" not in str(told.value)
+
+
 def test_a_mask_of_another_size(tmp_path: Path) -> None:
     folder(tmp_path)
     Image.new("L", (4, 5)).save(tmp_path / "masks" / "left.png")

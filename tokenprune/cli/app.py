@@ -13,7 +13,7 @@ import typer
 
 from tokenprune.cli.commands import answer, compare, data, flops, inspect, listing, new, segment
 from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
-from tokenprune.cli.printing import note, printable
+from tokenprune.cli.printing import note, printable, short_warnings
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
 app = typer.Typer(
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
-        with printable():
+        with printable(), short_warnings():
             arguments = [argument for argument in given if argument != "--debug"]
             sys.exit(app(args=arguments, prog_name="tokenprune", standalone_mode=False))
     except typer.Abort:

@@ -79,7 +79,8 @@ class Coco(FileDataset):
         asked: dict[Any, dict[str, Asked]] = {image: {} for image in self._images}
         problems: list[str] = []
         field = self._field
-        taken = Counter(one.get("id") if isinstance(one, dict) else None for one in self._annotations)
+        ids = (one.get("id") for one in self._annotations if isinstance(one, dict))
+        taken = Counter(id for id in ids if isinstance(id, (int, str)))
         for number, annotation in enumerate(self._annotations):
             where = f"{str(self.path)!r}, annotation {number}"
             try:

@@ -221,4 +221,4 @@ def _told(absent: list[tuple[ListedScene, list[Path]]], total: int) -> str:
 def listing(names: Sequence[str]) -> str:
     """The first ten, and how many more there are."""
     more = f", … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:SHOWN]) + more

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from tokenprune.datasets.files.annotation_files import item, json_of, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
-from tokenprune.datasets.files.segmentation import check_installed, part_drawn
+from tokenprune.datasets.files.segmentation import FARTHEST, check_installed, part_drawn
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown
 from tokenprune.utils.masks import with_ignored
@@ -152,7 +152,7 @@ def _shape(found: Any, where: str) -> Shape | None:
         raise InputError(f"{where} ({label!r}) has no points; remove the shape, or draw it")
     for point in points:
         is_pair = isinstance(point, (list, tuple)) and len(point) == 2
-        if not is_pair or not all(type(value) in (int, float) and abs(value) < 2**30 for value in point):
+        if not is_pair or not all(type(value) in (int, float) and abs(value) <= FARTHEST for value in point):
             raise InputError(f"{where} ({label!r}) has the point {shown(point)}, expected [x, y] in pixels")
     return Shape(tuple((float(x), float(y)) for x, y in points), "ignore" in label)
 

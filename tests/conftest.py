@@ -30,6 +30,21 @@ def golden() -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("coco")`: folder of those photographs, or a skip that says where it was looked for."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("TOKENPRUNE_DATA", default))
+
+    def folder(name: str) -> Path:
+        found = root / name
+        if not found.is_dir():
+            pytest.skip(f"no photographs at {found}; set TOKENPRUNE_DATA to the folder that holds {name!r}")
+        return found
+
+    return folder
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as `golden` what uses the fixture, directly or through another one."""

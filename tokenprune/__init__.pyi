@@ -50,6 +50,8 @@ from tokenprune.plugins.registry import adapters as adapters
 from tokenprune.plugins.registry import datasets as datasets
 from tokenprune.plugins.registry import models as models
 from tokenprune.plugins.registry import strategies as strategies
+from tokenprune.sweeps.results import read_results as read_results
+from tokenprune.sweeps.run import sweep as sweep
 
 __version__: str
 __all__: list[str]

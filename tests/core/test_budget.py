@@ -132,3 +132,21 @@ def test_a_stage_of_more_tokens_than_there_are_is_the_reason_told(budget: float 
 
     with pytest.raises(PluginError, match=r"'many', stage 'most': declares 256 tokens of 64; expected 0 … 64"):
         plan(Many(budget=budget), [Shape(layers=4, image_tokens=64)])
+
+
+class Unknown(Late):
+    """Does not say how many tokens it keeps."""
+
+    name = "unknown"
+
+    def stages(self, shape: Shape) -> Iterator[Stage]:
+        yield Stage("prune", self.options.layer)
+
+
+def test_a_stage_without_a_number_of_tokens_is_the_reason_told() -> None:
+    with pytest.raises(BudgetError) as told:
+        Unknown(budget=0.5).bind(Shape(4, 16, 0))
+    assert str(told.value) == (
+        "strategy 'unknown' cannot meet budget 0.5: stage 'prune' keeps a number of tokens that depends on the image; "
+        "use fixed numbers for budgets"
+    )

@@ -205,7 +205,8 @@ def test_damaged_annotations_are_refused(
         ('{"images": [{"id": 1}], "annotations": []}', "image 0 has no 'file_name'"),
         ('{"images": [], "annotations": []}', "so there is no query"),
         ('{"images": [\n', "line 2: not JSON"),
-        ("[" * 100_000, "not annotations"),
+        ("[" * 100_000, r"not annotations \(nested too deeply\)"),
+        ("[" + "1" * 5000 + "]", "not annotations"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenprune.datasets.validation import check_request
 from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.hookspecs import hookimpl
+from tokenprune.utils.images import to_rgb
 
 
 def left_half(height: int, width: int) -> Target:
@@ -49,11 +51,33 @@ class Halves(FileDataset):
         ]
 
 
+class Cornered(FileDataset):
+    """image.jpg, 60 × 40 as its annotations say; the target is the left upper quarter."""
+
+    name, splits, kinds, layout = "cornered", ("val",), ("corner",), "image.jpg"
+
+    class Options(FileOptions):
+        annotated: tuple[int, int] = (40, 60)
+
+    options: Options
+
+    def listed(self, split: str) -> Sequence[ListedScene]:
+        def corner(height: int, width: int) -> Target:
+            mask = np.zeros((height, width), dtype=np.bool_)
+            mask[: height // 2, : width // 2] = True
+            return Target(mask)
+
+        height, width = self.options.annotated
+        query = ListedQuery("0", "the bright corner", "corner", corner)
+        return [ListedScene("0", self.path / "image.jpg", (query,), (height, width))]
+
+
 class Plugin:
     @hookimpl
     def tokenprune_register_datasets(self, register: Any) -> None:
         register("halves", Halves)
         register("others", Halves)
+        register("cornered", Cornered)
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +138,46 @@ def test_nothing_left_is_refused(tmp_path: Path) -> None:
 def test_images_of_another_size_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"is 8×6, but its annotations are made for 9×9; use the images that belong"):
         next(iter(tp.dataset(f"halves:{folder}", size=9).scenes("val")))
+
+
+def write_turned(folder: Path, orientation: int, size: tuple[int, int] = (60, 40)) -> None:
+    """image.jpg, bright in the left upper quarter as stored."""
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    pixels[: size[1] // 2, : size[0] // 2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(folder / "image.jpg", exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_in_the_frame_of_the_annotations(tmp_path: Path, orientation: int) -> None:
+    """Stored as annotated: a turn by 90° would not fit, so the image stays as stored; else it is turned upright."""
+    write_turned(tmp_path, orientation)
+    data = tp.dataset(f"cornered:{tmp_path}")
+    if orientation in (2, 3, 4):
+        with pytest.warns(DataWarning, match=f"has the EXIF orientation {orientation}, and its annotations may be for"):
+            (scene,) = data.scenes("val")
+        assert np.array_equal(scene.image, np.asarray(to_rgb(tmp_path / "image.jpg")))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (scene,) = data.scenes("val")
+    assert scene.image.shape[:2] == (40, 60)
+    assert np.array_equal(scene.image.mean(axis=2) > 128, scene.queries[0].mask)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_images_annotated_upright_are_turned(tmp_path: Path, orientation: int) -> None:
+    write_turned(tmp_path, orientation, (40, 60))
+    (scene,) = tp.dataset(f"cornered:{tmp_path}").scenes("val")
+    assert np.array_equal(scene.image, np.asarray(to_rgb(tmp_path / "image.jpg")))
+    assert scene.image.shape[:2] == (40, 60)
+
+
+def test_the_orientation_is_named_where_no_frame_fits(tmp_path: Path) -> None:
+    write_turned(tmp_path, 6)
+    with pytest.raises(InputError, match=r"is 40×60 \(stored as 60×40, with the EXIF orientation 6\), but its annot"):
+        next(iter(tp.dataset(f"cornered:{tmp_path},annotated=[30,60]").scenes("val")))
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,11 @@ def solve(strategy: Strategy, budget: float, shape: Shape) -> dict[str, Any]:
             by_user = len(ladder) == 1
             return ladder[found] if by_user else _topped_up(strategy, ladder[found], shape, room)
         least, setting = min(least, *spent), ladder[0]
-    if least == inf:
-        declared_stages(strategy.with_options(**setting), shape)  # raises the error of the options that the user set
+    if least == inf:  # the options that the user set are not possible, or stages declare no number of tokens
+        try:
+            equivalent_tokens(declared_stages(strategy.with_options(**setting), shape), shape)
+        except BudgetError as error:
+            raise BudgetError(f"strategy {strategy.name!r} cannot meet budget {budget:g}: {error}") from error
     elif least > shape.image_tokens:
         check_tokens(strategy, declared_stages(strategy.with_options(**setting), shape), shape)
     raise too_small(strategy, budget, shape, least)

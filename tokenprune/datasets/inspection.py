@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 from tokenprune.datasets.base import Dataset, Query
 from tokenprune.datasets.files.dataset import FileDataset, ListedScene
 from tokenprune.datasets.validation import scenes_of
-from tokenprune.errors import InputError, PluginError, TokenPruneError
+from tokenprune.errors import DataWarning, InputError, PluginError, TokenPruneError
 from tokenprune.plugins.attribution import blamed
 from tokenprune.utils.masks import foreground, ignored, target_problem
 
@@ -66,6 +68,7 @@ class Inspection:
         ignored_pixels: the number of these pixels, in all targets.
         forms: number of images by form, see `FORMS`.
         problems: all that were found.
+        warnings: what a run would warn of, such as annotations that may be for an image as it is stored.
     """
 
     split: str
@@ -79,6 +82,7 @@ class Inspection:
     ignored_pixels: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def count(self, kind: str) -> int:
         """The number of problems of a kind."""
@@ -113,7 +117,10 @@ def inspected(
     found = Inspection(split)
     walk = _walk_files if isinstance(data, FileDataset) else _walk_scenes
     try:
-        with blamed(lambda said: PluginError(f"dataset {data.name!r} ({type(data).__name__}) failed with {said}")):
+        with (
+            blamed(lambda said: PluginError(f"dataset {data.name!r} ({type(data).__name__}) failed with {said}")),
+            _warnings_into(found.warnings),
+        ):
             walk(data, found, limit, seed, progress or (lambda what, done, total: None))
     except TokenPruneError as error:
         found.problems.append(Problem("split", "", _line(error)))
@@ -146,8 +153,30 @@ def forms_of(path: Path) -> list[str]:
     return [form for form in FORMS if held[form]]
 
 
+@contextmanager
+def _warnings_into(found: list[str]) -> Iterator[None]:
+    """Collect DataWarnings, each once, except about what is left out: that is counted."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        try:
+            yield
+        finally:
+            said = [warning for warning in caught if issubclass(warning.category, DataWarning)]
+            found += dict.fromkeys(_line(warning.message) for warning in said)
+    for warning in caught:
+        if warning not in said:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
 def _walk_files(data: Any, found: Inspection, limit: int | None, seed: int, progress: Progress) -> None:
-    scenes = data.listed(found.split)
+    found.problems += [Problem("annotation", "", _line(message)) for message in data.unusable(found.split)]
+    if found.problems:
+        data = copy(data)
+        data.options = data.options.model_copy(update={"missing": "skip"})  # they are in the list
+    with warnings.catch_warnings():
+        if found.problems:
+            warnings.simplefilter("ignore", DataWarning)
+        scenes = data.listed(found.split)
     seen: set[Path] = set()
     for number, scene in enumerate(scenes):
         left = None if limit is None else limit - found.queries
@@ -183,7 +212,7 @@ def _check(data: FileDataset, scene: ListedScene, listed: Any, found: Inspection
     except InputError as error:
         return add("image", error)
     height, width = image.shape[:2]
-    if problem := data.size_problem(scene, height, width):
+    if problem := data.size_problem(scene, image):
         return add("size", problem)
     for query in listed:
         if missing:

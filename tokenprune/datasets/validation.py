@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from tokenprune.datasets import by_name
 from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.files.dataset import FileDataset
 from tokenprune.errors import PluginError, PluginWarning, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import blamed
@@ -53,15 +56,8 @@ def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: boo
         PluginError: `scenes` takes other arguments, raised an unexpected exception, or gave invalid scenes.
     """
 
-    def refuse(problem: str) -> PluginError:
-        entry = registry.datasets().get(data.name)
-        if entry is not None and entry.load() is type(data):
-            return entry.refusal(problem, "fix or uninstall it")
-        return PluginError(f"dataset {data.name!r} ({type(data).__name__}) {problem}")
-
-    def failing(found: str) -> PluginError:
-        return refuse(f"failed in scenes() with {found}")
-
+    refuse = partial(_refusal, data)
+    failing = partial(_failed, data)
     kinds = getattr(data, "kinds", None)
     if not isinstance(kinds, (tuple, list)) or not all(isinstance(kind, str) for kind in kinds):
         raise refuse(f"has kinds {kinds!r}, expected a tuple of the kinds of its queries, such as ('phrase',)")
@@ -90,6 +86,50 @@ def scenes_of(data: Dataset, split: str, limit: int, seed: int, *, any_kind: boo
             return
         left -= len(scene.queries)
         yield scene
+
+
+def numbered_scenes(
+    data: Dataset, split: str, limit: int | None, seed: int, wanted: Callable[[int, int], bool]
+) -> Iterator[tuple[int, Scene]]:
+    """Some scenes of a split with their numbers, checked as `scenes_of` does.
+
+    Args:
+        data: the dataset; of one that is read from files, only the wanted scenes are read.
+        split: of it.
+        limit: number of queries; None = all.
+        seed: of it.
+        wanted: from the number of a scene and of its queries to whether it is wanted.
+
+    Raises:
+        PluginError: as `scenes_of`.
+        InputError: files of the dataset are missing or damaged.
+    """
+    if not isinstance(data, FileDataset):
+        for number, scene in enumerate(scenes_of(data, split, sys.maxsize if limit is None else limit, seed)):
+            if wanted(number, len(scene.queries)):
+                yield number, scene
+        return
+    with blamed(partial(_failed, data)):
+        listed = data.selected(split, limit)
+    for number, one in enumerate(listed):
+        if wanted(number, len(one.queries)):
+            with blamed(partial(_failed, data)):
+                scene = data.read(one)
+            problem = _problem(scene, data.kinds)
+            if problem:
+                raise _refusal(data, f"gave scene {one.id!r}, {problem}")
+            yield number, scene
+
+
+def _refusal(data: Dataset, problem: str) -> PluginError:
+    entry = registry.datasets().get(data.name)
+    if entry is not None and entry.load() is type(data):
+        return entry.refusal(problem, "fix or uninstall it")
+    return PluginError(f"dataset {data.name!r} ({type(data).__name__}) {problem}")
+
+
+def _failed(data: Dataset, found: str) -> PluginError:
+    return _refusal(data, f"failed in scenes() with {found}")
 
 
 def _other_arguments(data: Dataset) -> str | None:

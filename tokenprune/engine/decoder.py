@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.core.reads import PositionKernel, Read
-from tokenprune.core.scheduling.requirements import DECODER_READS
+from tokenprune.core.scheduling.requirements import DECODER_READS, TYPICAL_TOKENS
+from tokenprune.core.stage import Shape
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.utils.arguments import shown
@@ -74,6 +75,15 @@ class Decoder:
     def offers(self) -> frozenset[type[Read]]:
         """Kinds of reads that the engine can answer of it."""
         return DECODER_READS - {PositionKernel} if self.multimodal_rope else DECODER_READS
+
+    def typical_shape(self, vision: frozenset[type[Read]], tower_layers: int) -> Shape:
+        """The shape of a run with a typical number of image tokens.
+
+        Args:
+            vision: kinds of reads that the vision side answers.
+            tower_layers: layers of the vision tower.
+        """
+        return Shape(len(self.layers), TYPICAL_TOKENS, 0, tower_layers, self.offers | vision, self.heads)
 
     def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer; `rotary` makes them instead."""

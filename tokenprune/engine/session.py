@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.scheduling.requirements import TYPICAL_TOKENS
 from tokenprune.core.scheduling.state import TokenState
-from tokenprune.core.stage import Shape, declared_stages
+from tokenprune.core.stage import declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
@@ -286,9 +285,7 @@ class PruningRun:
 
     def never_prunes(self) -> bool:
         """True if the strategy leaves models like this one as they are, as "none" does."""
-        decoder, vision = self.decoder, self._vision
-        readable = decoder.offers | frozenset(vision.answers)
-        shape = Shape(len(decoder.layers), TYPICAL_TOKENS, 0, vision.layers, readable, decoder.heads)
+        shape = self.decoder.typical_shape(frozenset(self._vision.answers), self._vision.layers)
         try:
             return not declared_stages(self.strategy, shape)
         except TokenPruneError:

@@ -109,21 +109,21 @@ def compare(
     with torch.no_grad(), using(threads) as chosen:
         for scene in scenes_of(data, split, limit, seed):
             run.evaluate(scene)
-            report("accuracy", len(run.kinds), limit)
-        if not run.kinds:
+            report("accuracy", run.queries, limit)
+        if not run.queries:
             raise InputError(f"dataset {data.name!r}, split {split!r}: no query found; choose another split")
-        if len(run.kinds) < limit:
-            report("accuracy", len(run.kinds), len(run.kinds))
+        if run.queries < limit:
+            report("accuracy", run.queries, run.queries)
         run.count_own_work()
         run.time(timing_rounds, lambda done: report("prefill time", done, len(run.timed)))
     comparison = Comparison(
         model=name,
         dataset=data.name,
         split=split,
-        samples=len(run.kinds),
+        samples=run.queries,
         budget=budgets[0] if len(budgets) == 1 else budgets,
         environment={**environment.describe(loaded.decoder, chosen), "seed": seed, "timing_samples": len(run.timed)},
-        rows=[tally.row(kinds=run.kinds, sizes=run.sizes, untouched=run.untouched) for tally in run.tallies],
+        rows=[tally.row(run.untouched) for tally in run.tallies],
     )
     comparison._records.extend(run.records)
     return comparison

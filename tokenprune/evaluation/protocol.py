@@ -5,6 +5,7 @@ Adapters return such objects; there is no base class to inherit from.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -147,10 +148,15 @@ class TurnTaking:
         strategy: Strategy | None = None,
         *,
         is_sentence: bool | Sequence[bool] | None = None,
+        **options: Any,
     ) -> SegmentationResult:
-        """See `SegmentationModel`."""
+        """See `SegmentationModel`; further options are the model's own."""
         with model_turn(self.decoder):
-            return self._model.segment(image, query, strategy=strategy, is_sentence=is_sentence)
+            return self._model.segment(image, query, strategy=strategy, is_sentence=is_sentence, **options)
+
+    def takes(self, option: str) -> bool:
+        """Whether the model's `segment` has this option."""
+        return option in inspect.signature(self._model.segment).parameters
 
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """See `SegmentationModel`."""

@@ -35,7 +35,8 @@ class Kind:
     reserved: frozenset[str] = frozenset()
 
 
-COMMANDS = frozenset({"list", "compare", "segment", "answer", "inspect", "flops", "data", "new"})  # tokenprune's own
+# tokenprune's own
+COMMANDS = frozenset({"list", "compare", "sweep", "merge", "segment", "answer", "inspect", "flops", "data", "new"})
 KINDS = {
     "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.core.strategy:Strategy"),
     "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.loading.adapter:Adapter"),

@@ -3,7 +3,7 @@
 from tokenprune.testing.dataset_conformance import DatasetConformance
 
 class TestMyData(DatasetConformance):
-    dataset = "my-data"  # or "my_module:MyData"
+    dataset = "my-data"  # or "my-data:PATH", or "my_module:MyData"
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DatasetConformance:
     """Subclass it and define `dataset`; pytest does the rest.
 
     Attributes:
-        dataset: registered name, or "module:Class".
+        dataset: registered name, with a path if it is read from files ("name:PATH"), or "module:Class".
         queries: how many queries of each split are tested.
     """
 

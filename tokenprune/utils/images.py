@@ -24,7 +24,7 @@ _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of t
 _SIXTEEN_BIT_FILES = ("PNG", "PPM")  # whose greys of 16 bits PIL may give the mode "I"
 
 
-def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
+def to_rgb(image: ImageInput, *, name: str = "PIL image", upright: bool = True) -> Image.Image:
     """The image as PIL RGB, upright.
 
     Args:
@@ -32,15 +32,17 @@ def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
             [H, W, 3] or [H, W]. Integers of any type are 0…255 and floating-point values 0…1. Greys of 16 bits
             are divided by the largest value of their file's format.
         name: of a PIL image in errors, for example its file name.
+        upright: False leaves a file or PIL image as it is stored, without regard to its EXIF orientation (except TIFF,
+            which PIL itself turns).
 
     Raises:
         InputError: no such file, not an image, a damaged one, one that exceeds PIL's limit of pixels, a PIL image of a
             mode whose range is unknown ("F", "I"), or an array of another shape, type or range.
     """
     if isinstance(image, (str, Path)):
-        return _from_file(image)
+        return _from_file(image, upright)
     if isinstance(image, Image.Image):
-        return _from_pil(image, name)
+        return _from_pil(image, name, upright)
     if isinstance(image, torch.Tensor):
         return _from_tensor(image).convert("RGB")
     if isinstance(image, np.ndarray):
@@ -50,12 +52,22 @@ def to_rgb(image: ImageInput, *, name: str = "PIL image") -> Image.Image:
     )
 
 
-def _from_file(given: str | Path) -> Image.Image:
+def exif_orientation(path: str | Path) -> int:
+    """The EXIF orientation of an image file, 1 to 8; 1, upright, if it has none or cannot be read."""
+    try:
+        with Image.open(expanded(path)) as opened:
+            found = opened.getexif().get(_ORIENTATION)
+    except Exception:  # `to_rgb` says what is wrong with the file
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _from_file(given: str | Path, upright: bool) -> Image.Image:
     path = expanded(given)
     name = f"image {str(path)!r}"
     try:
         with Image.open(path) as opened:
-            return _from_pil(opened, name)
+            return _from_pil(opened, name, upright)
     except InputError:
         raise
     except FileNotFoundError:
@@ -73,7 +85,7 @@ def _from_file(given: str | Path) -> Image.Image:
         raise InputError(f"{name} cannot be read ({_brief(error)}); give an intact image file") from error
 
 
-def _from_pil(image: Image.Image, name: str) -> Image.Image:
+def _from_pil(image: Image.Image, name: str, upright: bool) -> Image.Image:
     if min(image.size) < 1:
         raise InputError(f"{name} has the size {image.size[0]}×{image.size[1]}, expected at least one pixel")
     try:
@@ -84,7 +96,7 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
     try:
         if "transparency" in grey.info and grey.mode == "P":
             grey = grey.convert("RGBA")  # the same colours; straight to RGB, PIL warns
-        found = _upright(image, grey).convert("RGB")
+        found = (_upright(image, grey) if upright else grey).convert("RGB")
         found.info = {}  # above all the orientation, which must not turn it again
         return found
     except Exception as error:

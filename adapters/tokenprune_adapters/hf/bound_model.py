@@ -22,7 +22,6 @@ from tokenprune.core.reads import (
     TowerValues,
 )
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture
 from tokenprune.errors import InputError, UnsupportedError
@@ -119,7 +118,7 @@ class BoundTransformersModel(BoundModel):
             undo.enter_context(shadowed(self.base, "forward", following.forward))
             for modality, method in METHODS.items():
                 undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))
-            following.before = CallsBefore(self.base, "forward")
+            following.before.note()
             yield following
 
     def project(self, features: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class TransformersCapture(VisionCapture):
         self.bound = bound
         self._tower = TowerRecording(bound, [read for read in reads if type(read) in bound.offers()])
         self._now = _Now()
-        self.before: CallsBefore | None = None  # calls of the model that are not of this context
+        self.before = CallsBefore(bound.base, "forward")  # calls of the model that are not of this context
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the model's forward."""
@@ -158,7 +158,7 @@ class TransformersCapture(VisionCapture):
 
     def missed(self) -> bool:
         """See `VisionCapture.missed`: whether the model's forward on the stack began before the context was open."""
-        return not self._now.inside and self.before is not None and self.before.under_way()
+        return not self._now.inside and self.before.under_way()
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture.padding`."""

@@ -128,6 +128,8 @@ def _print(name: str, found: list[Inspection]) -> None:
         if len(one.problems) > SHOWN:
             more = f"{len(one.problems) - SHOWN} more problems; --format json has all"
             console.print(f"[red]{escape(one.split)}[/red]: {more}", highlight=False)
+        for warning in one.warnings:
+            console.print(f"[yellow]warning[/yellow]: {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def _sections(found: list[Inspection]) -> Iterator[list[tuple[str, list[int]]]]:

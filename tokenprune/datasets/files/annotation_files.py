@@ -50,8 +50,9 @@ def parsed(text: str, where: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         found = f"{where}, line {line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno})"
         raise InputError(f"{found}; repair the line, or get the file again") from error
-    except RecursionError as error:
-        raise InputError(f"{where}: not annotations (nested too deeply); get the file again") from error
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{where}: not annotations ({why}); get the file again") from error
 
 
 def words(value: Any, what: str) -> str:

@@ -83,7 +83,9 @@ class FileOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     missing: Literal["refuse", "skip"] = Field(
-        "refuse", description="Missing images and masks: refuse the dataset, or skip their queries with a warning."
+        "refuse",
+        description="Missing images and masks, and unusable annotations: refuse the dataset, or skip their queries "
+        "with a warning.",
     )
 
 
@@ -136,36 +138,58 @@ class FileDataset(Dataset):
             InputError: annotations cannot be read, files are missing (unless `missing="skip"`), an image cannot be
                 read, a target cannot be drawn, or their sizes differ.
         """
-        if split not in self.splits:
-            raise UnknownNameError.among(f"split of dataset {self.name!r}", split, self.splits)
-        for scene in self._to_read(split, limit):
+        for scene in self.selected(split, limit):
             yield self.read(scene)
 
     def read(self, scene: ListedScene) -> Scene:
         """Open the image of a scene, and draw its targets. Raises InputError as `scenes` does."""
         image = self.opened(scene)
-        height, width = image.shape[:2]
-        if problem := self.size_problem(scene, height, width):
+        if problem := self.size_problem(scene, image):
             raise InputError(problem)
-        return Scene(scene.id, image, [self.drawn(scene, query, height, width) for query in scene.queries])
+        return Scene(scene.id, image, [self.drawn(scene, query, *image.shape[:2]) for query in scene.queries])
 
     def opened(self, scene: ListedScene) -> NDArray[np.uint8]:
-        """The image of a scene, uint8 RGB [H, W, 3], upright. Raises InputError if it cannot be read."""
-        from tokenprune.utils.images import to_rgb  # imports torch, which listing does without
+        """The image, uint8 RGB [H, W, 3], in the frame of the annotations: upright, unless only the stored one fits.
+
+        Pictures with an EXIF orientation may be annotated as they are stored, or upright. A turn by 90° shows in the
+        size. Where both would fit, the upright image is taken, as OpenCV reads it, with a DataWarning. Where neither
+        fits, there is a `size_problem`.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        from tokenprune.utils.images import exif_orientation, to_rgb  # import torch, which listing does without
 
         try:
-            return np.asarray(to_rgb(scene.image))
+            image, turned = to_rgb(scene.image), exif_orientation(scene.image)
+            if scene.size is None or turned == 1:
+                return np.asarray(image)
+            stored, wanted = to_rgb(scene.image, upright=False), scene.size[::-1]
         except InputError as error:
             raise InputError(f"dataset {self.name!r}: {error}") from error
+        if image.size == wanted == stored.size:
+            warnings.warn(
+                f"dataset {self.name!r}: image {str(scene.image)!r} has the EXIF orientation {turned}, and its "
+                "annotations may be for the upright or the stored image; they are taken to be for the upright one",
+                DataWarning,
+                stacklevel=4,
+            )
+        return np.asarray(stored if image.size != wanted == stored.size else image)
 
-    def size_problem(self, scene: ListedScene, height: int, width: int) -> str:
-        """The error about an image of another size than its annotations; empty if they fit."""
-        if scene.size in (None, (height, width)):
+    def size_problem(self, scene: ListedScene, image: NDArray[np.uint8]) -> str:
+        """The error about an opened image of another size than its annotations; empty if they fit."""
+        if scene.size in (None, image.shape[:2]):
             return ""
-        wanted = "×".join(str(side) for side in reversed(scene.size or ()))
+        from tokenprune.utils.images import exif_orientation, to_rgb
+
+        turned, exif = exif_orientation(scene.image), ""
+        if turned != 1:
+            stored = to_rgb(scene.image, upright=False).size
+            exif = f" (stored as {_size(stored)}, with the EXIF orientation {turned})"
+        found, wanted = (_size(size[1::-1]) for size in (image.shape, scene.size or ()))
         return (
-            f"dataset {self.name!r}: image {str(scene.image)!r} is {width}×{height}, but its annotations are made "
-            f"for {wanted}; use the images that belong to the annotations, in their original size"
+            f"dataset {self.name!r}: image {str(scene.image)!r} is {found}{exif}, but its annotations are made for "
+            f"{wanted}; use the images that belong to the annotations, in their original size"
         )
 
     def drawn(self, scene: ListedScene, query: ListedQuery, height: int, width: int) -> Query:
@@ -176,22 +200,34 @@ class FileDataset(Dataset):
             raise InputError(f"dataset {self.name!r}, image {scene.id!r}, query {query.id!r}: {error}") from error
         return Query(query.text, query.kind, target.mask, query.is_sentence, query.id, target.targets)
 
-    def _to_read(self, split: str, limit: int | None) -> list[ListedScene]:
-        """The scenes with the first `limit` queries, those with missing files left out; the last scene is cut."""
+    def unusable(self, split: str) -> list[str]:
+        """What is wrong with references that belong to no scene of `listed`, each in one line.
+
+        With `missing="refuse"`, `listed` raises InputError if there are any. By default there are none: an image whose
+        annotations cannot be used is a scene with a `problem`.
+        """
+        return []
+
+    def selected(self, split: str, limit: int | None) -> list[ListedScene]:
+        """The scenes with the first `limit` queries, those that cannot be used left out; the last scene is cut.
+
+        Raises:
+            UnknownNameError: no such split.
+            InputError: annotations cannot be used, or files are missing, see `missing`.
+        """
+        if split not in self.splits:
+            raise UnknownNameError.among(f"split of dataset {self.name!r}", split, self.splits)
         scenes = self.listed(split)
-        if problems := [scene.problem for scene in scenes if scene.problem]:
-            more = f" (the first of {len(problems)} such problems: tokenprune data check)" if len(problems) > 1 else ""
-            raise InputError(f"dataset {self.name!r}, split {split!r}: {problems[0]}{more}")
-        absent = {id(scene): (scene, files) for scene in scenes if (files := scene.missing())}
-        if absent:
-            found = f"dataset {self.name!r}, split {split!r}: {_told(list(absent.values()), len(scenes))}"
-            if self.options.missing == "refuse" or len(absent) == len(scenes):
+        useless = {id(scene): (scene, scene.missing()) for scene in scenes if scene.problem or scene.missing()}
+        if useless:
+            found = f"dataset {self.name!r}, split {split!r}: {_told(list(useless.values()), len(scenes))}"
+            if self.options.missing == "refuse" or len(useless) == len(scenes):
                 named = ", give its place with the option images" if "images" in self.Options.model_fields else ""
                 raise InputError(f"{found}; complete the folder{named}, or leave them out with the option missing=skip")
             warnings.warn(f"{found}; their queries are left out", DataWarning, stacklevel=3)
         found_scenes, left = [], limit
         for scene in scenes:
-            if id(scene) in absent:
+            if id(scene) in useless:
                 continue
             if left is not None and left <= 0:
                 break
@@ -204,18 +240,27 @@ class FileDataset(Dataset):
         return f"; expected {self.layout}" if self.layout else ""
 
 
-def _told(absent: list[tuple[ListedScene, list[Path]]], total: int) -> str:
-    """Which files of which of `total` scenes are missing: images, then others."""
+def _told(useless: list[tuple[ListedScene, list[Path]]], total: int) -> str:
+    """What is wrong with which of `total` scenes: annotations, then images, then other files."""
     parts = []
+    problems = [scene.problem for scene, _ in useless if scene.problem]
+    if problems:
+        more = f" (the first of {len(problems)} such problems: tokenprune data check)" if len(problems) > 1 else ""
+        parts.append(problems[0] + more)
+    absent = [(scene, files) for scene, files in useless if not scene.problem]
     images = [scene for scene, files in absent if scene.image in files]
     if images:
         queries = sum(len(scene.queries) for scene in images)
-        files = listing([str(scene.image) for scene in images])
-        parts.append(f"{len(images)} of {total} images, of {queries} queries, are missing: {files}")
+        names = listing([str(scene.image) for scene in images])
+        parts.append(f"{len(images)} of {total} images, of {queries} queries, are missing: {names}")
     others = [str(file) for scene, files in absent for file in files if file != scene.image]
     if others:
         parts.append(f"{len(others)} masks or annotations are missing: {listing(others)}")
     return "; ".join(parts)
+
+
+def _size(size: Sequence[int]) -> str:
+    return f"{size[0]}×{size[1]}"
 
 
 def listing(names: Sequence[str]) -> str:

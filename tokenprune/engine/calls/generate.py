@@ -60,7 +60,7 @@ class Generations:
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         self._model, self._decoder = model, decoder
         self._open = False
-        self._before: CallsBefore | None = None
+        self._before = CallsBefore(model, "generate")
 
     @contextmanager
     def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Generations:
     def open(self) -> Iterator[None]:
         """Calls that begin while this is open belong to the context: all of their prefills are intercepted."""
         self._open = True  # first: a call that begins from here on is seen
-        self._before = CallsBefore(self._model, "generate")
+        self._before.note()
         try:
             yield
         finally:
@@ -91,7 +91,7 @@ class Generations:
 
     def missed(self) -> bool:
         """Asked when the decoder is called: whether that is in a `generate` that began before the context was open."""
-        return self.now() is None and self._before is not None and self._before.under_way()
+        return self.now() is None and self._before.under_way()
 
     def _generate(self, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:

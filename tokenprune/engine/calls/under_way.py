@@ -15,7 +15,7 @@ from torch.utils import checkpoint
 
 
 class CallsBefore:
-    """The calls of a method that were under way when this was made, in any thread.
+    """The calls of a method that were under way when `note` was called, in any thread; none until then.
 
     Frames are known by their ids, since a frame that is kept keeps all that it refers to. An id may come again once its
     call is over: only a call that goes past what intercepts it, in a thread that had one under way, could be mistaken.
@@ -28,8 +28,11 @@ class CallsBefore:
     def __init__(self, thing: Any, name: str) -> None:
         self._thing, self._name = thing, name
         self._frames: dict[int, set[int]] = {}
+
+    def note(self) -> None:
+        """Note the calls that are under way now."""
         for thread, frame in sys._current_frames().items():
-            found = {id(call) for call in _calls(frame, thing, name)}
+            found = {id(call) for call in _calls(frame, self._thing, self._name)}
             if found:
                 self._frames[thread] = found
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenprune import api
 from tokenprune.core.reads import Read
-from tokenprune.core.scheduling.requirements import TYPICAL_TOKENS, check_fit, declared_reads
+from tokenprune.core.scheduling.requirements import check_fit, declared_reads
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.wrappers import unwrapped
@@ -52,9 +52,7 @@ def shape_on(model: Declared, decoder: Decoder | None = None) -> Shape:
     Raises:
         UnsupportedError: the model has no decoder to hook into.
     """
-    decoder = decoder or find_decoder(model.decoder)
-    offers = decoder.offers | model.offers()
-    return Shape(len(decoder.layers), TYPICAL_TOKENS, 0, model.tower_layers, offers, decoder.heads)
+    return (decoder or find_decoder(model.decoder)).typical_shape(model.offers(), model.tower_layers)
 
 
 def check_on(strategy: Strategy, model: Declared, decoder: Decoder | None = None) -> set[Read]:

@@ -52,7 +52,7 @@ class MarkedModel(BoundModel, VisionCapture):
         self.name, self.decoder = type(model).__name__, model
         self._marks = _OfPrompt(image_tokens, grid=grid, image_number=image_number)
         self._now = _Now()
-        self._before: CallsBefore | None = None
+        self._before = CallsBefore(model, "forward")
         self._vision = vision or VisionSource()
         self.tower_layers = self._vision.layers
 
@@ -64,7 +64,7 @@ class MarkedModel(BoundModel, VisionCapture):
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
         """Look at the model's attention mask, which its decoder may be given in another form."""
         with shadowed(self.decoder, "forward", self._forward):
-            self._before = CallsBefore(self.decoder, "forward")
+            self._before.note()
             yield self
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ class MarkedModel(BoundModel, VisionCapture):
 
     def missed(self) -> bool:
         """See `VisionCapture`: whether the model's forward on the stack began before the context was open."""
-        return not self._now.inside and self._before is not None and self._before.under_way()
+        return not self._now.inside and self._before.under_way()
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture`."""

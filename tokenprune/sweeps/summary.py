@@ -1,0 +1,148 @@
+"""A sweep in numbers: gIoU and cIoU with intervals, and differences from the untouched model on the same queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.evaluation.statistics import (
+    Difference,
+    Estimate,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import RenderableType
+
+TOGETHER = ["model", "dataset", "split", "protocol"]
+PAIRED = ["seed", "scene", "query"]
+REFERENCE = "none"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One strategy at one budget, over all seeds.
+
+    Attributes:
+        model, dataset, split, protocol: what it ran on.
+        label: the strategy with its options and budget.
+        strategy, budget: of it.
+        queries: how many.
+        giou, ciou: with intervals.
+        equivalent_tokens, tokens_ratio: mean, and its share of the image tokens.
+        flops, flops_ratio: mean, and its share of the untouched model's; None where that was not run.
+        kv_bytes: mean.
+        difference: of the IoUs from the untouched model's on the same queries; None for itself, or without it.
+    """
+
+    model: str
+    dataset: str
+    split: str
+    protocol: str
+    label: str
+    strategy: str
+    budget: float | None
+    queries: int
+    giou: Estimate
+    ciou: Estimate
+    equivalent_tokens: float
+    tokens_ratio: float
+    flops: float
+    flops_ratio: float | None
+    kv_bytes: float
+    difference: Difference | None = None
+
+
+def summarised(table: pd.DataFrame, reference: str = REFERENCE) -> list[Line]:
+    """A line for each strategy and budget of a table of `tokenprune.read_results`, in its order.
+
+    Args:
+        table: with at least one row.
+        reference: label of the strategy that others are compared with.
+    """
+    lines: list[Line] = []
+    for where, group in table.groupby(TOGETHER, sort=False, dropna=False):
+        parts = dict(iter(group.groupby("label", sort=False)))
+        base = parts.get(reference)
+        lines.extend(
+            _line(dict(zip(TOGETHER, where, strict=True)), str(label), part, base) for label, part in parts.items()
+        )
+    return lines
+
+
+def scenes_of(part: pd.DataFrame) -> list[str]:
+    """What tells scenes apart in a bootstrap: the digest of the image, equal for all seeds of the same picture."""
+    return [digest.partition(":")[0] for digest in part.scene_digest]
+
+
+def differences(table: pd.DataFrame, first: str, second: str) -> Difference | None:
+    """The paired difference of two strategies, by their labels, on the queries that both ran on; None without any."""
+    both = table[table.label == first].merge(table[table.label == second], on=[*TOGETHER, *PAIRED])
+    if both.empty:
+        return None
+    scenes = [digest.partition(":")[0] for digest in both.scene_digest_x]
+    return paired_difference(both.iou_x.tolist(), both.iou_y.tolist(), scenes)
+
+
+def _line(where: dict[str, Any], label: str, part: pd.DataFrame, base: pd.DataFrame | None) -> Line:
+    scenes = scenes_of(part)
+    difference = None
+    if base is not None and base is not part:
+        both = part.merge(base, on=PAIRED)
+        digests = [digest.partition(":")[0] for digest in both.scene_digest_x]
+        difference = paired_difference(both.iou_x.tolist(), both.iou_y.tolist(), digests) if len(both) else None
+    first, budget = part.iloc[0], part.budget.iloc[0]
+    tokens = float(part.equivalent_tokens.mean())
+    flops = float(part.flops.mean())
+    return Line(
+        **where,
+        label=label,
+        strategy=str(first.strategy),
+        budget=None if budget != budget else float(budget),
+        queries=len(part),
+        giou=mean_interval(part.iou.tolist(), scenes),
+        ciou=ratio_interval(part.intersection.tolist(), part["union"].tolist(), scenes),
+        equivalent_tokens=tokens,
+        tokens_ratio=tokens / max(float(part.image_tokens.mean()), 1.0),
+        flops=flops,
+        flops_ratio=None if base is None else flops / float(base.flops.mean()),
+        kv_bytes=float(part.kv_bytes.mean()),
+        difference=difference,
+    )
+
+
+def verdict(difference: Difference | None) -> str:
+    """A paired difference in words: "−0.042 [−0.060, −0.025]", or "no difference shown"."""
+    if difference is None:
+        return "–"
+    if not difference.shown:
+        return "no difference shown"
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def summary_table(lines: Sequence[Line]) -> RenderableType:
+    """The lines as Rich tables, one for each model and dataset."""
+    from rich.console import Group
+    from rich.table import Table
+
+    tables: dict[tuple[str, ...], Table] = {}
+    for line in lines:
+        where = (line.model, line.dataset, line.split, line.protocol)
+        if where not in tables:
+            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {line.queries} queries"
+            tables[where] = Table(title=title, title_justify="left")
+            for heading in ("strategy", "gIoU [95 %]", "cIoU [95 %]", "tokens", "FLOPs", f"gIoU against {REFERENCE}"):
+                tables[where].add_column(heading, no_wrap=heading == "strategy")
+        flops = "–" if line.flops_ratio is None else f"{line.flops_ratio:.2f}"
+        tables[where].add_row(
+            line.label,
+            *(f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (line.giou, line.ciou)),
+            f"{line.equivalent_tokens:.1f} ({line.tokens_ratio:.0%})",
+            flops,
+            verdict(line.difference),
+        )
+    return Group(*tables.values())

@@ -1,0 +1,162 @@
+"""Runs scenes of one group: the part of a sweep that holds a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tokenprune import api
+from tokenprune.core.stage import Shape
+from tokenprune.datasets.base import Dataset, Scene
+from tokenprune.datasets.validation import numbered_scenes
+from tokenprune.errors import InputError, TokenPruneError
+from tokenprune.evaluation import environment
+from tokenprune.evaluation.accounting import choice_flops, head_flops
+from tokenprune.evaluation.measured import metrics_of
+from tokenprune.evaluation.protocol import TurnTaking, check_model
+from tokenprune.evaluation.records import Record
+from tokenprune.evaluation.scene_run import SceneRun
+from tokenprune.plugins.attribution import brief
+from tokenprune.sweeps import fingerprint
+from tokenprune.sweeps.plan import SEED_STEP, Configuration, Group, digest
+
+
+@dataclass
+class SceneRecords:
+    """What a worker gives back for one scene; plain data that can be sent to another process.
+
+    Attributes:
+        number, name, digest: of the scene.
+        texts: of its queries.
+        size: (height, width) of the image.
+        records: by the hash of the configuration.
+        options: that strategies ran with, where this is known for the first time.
+        policies: of strategies, likewise.
+        reasons: why configurations could not run.
+    """
+
+    number: int
+    name: str
+    digest: str
+    texts: list[str]
+    size: tuple[int, int]
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    policies: dict[str, dict[str, str]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class Worker:
+    """Runs the configurations of one group on scenes, with a model that is loaded when the first scene comes.
+
+    Args:
+        group: what to run.
+        limit: queries of the dataset; None = all.
+        keep_masks: whether records hold masks and stages.
+    """
+
+    def __init__(self, group: Group, limit: int | None = None, *, keep_masks: bool = True) -> None:
+        self.group, self.limit, self._keep_masks = group, limit, keep_masks
+        self.data: Dataset = group.dataset.make()
+        self._loaded: Any = None
+        self._measured: tuple[Any, dict[str, float]] | None = None
+        self._own: dict[str, dict[str, float]] = {}  # FLOPs of a strategy's matmuls and of the mask head
+        self._options: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+
+    def scenes(self, wanted: Callable[[int, int], bool]) -> Iterator[tuple[int, Scene]]:
+        """See `numbered_scenes`."""
+        return numbered_scenes(self.data, self.group.dataset.split, self.limit, self.group.seed, wanted)
+
+    def first(self) -> Scene:
+        """The first scene of the split. Raises InputError if there is none."""
+        found = next(iter(self.scenes(lambda number, queries: number == 0)), None)
+        if found is None:
+            raise InputError(f"dataset {self.data.name!r}, split {self.group.dataset.split!r} has no query")
+        return found[1]
+
+    @property
+    def model(self) -> Any:
+        """The model, loaded on first use."""
+        if self._loaded is None:
+            entry = self.group.model
+            self._loaded = check_model(api.load(entry.source, **entry.options))
+            self._runner = SceneRun(
+                TurnTaking(self._loaded),
+                protocol=self.group.dataset.protocol,
+                added=metrics_of(None),
+                keep_masks=self._keep_masks,
+                seed=self.group.seed * SEED_STEP,
+            )
+        return self._loaded
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, machine, code and weights, as stored beside the records."""
+        strategies = [one.contender.strategy for one in self.group.configurations]
+        digests = {"code": fingerprint.of_code(strategies), "weights": fingerprint.of_weights(self.model)}
+        return {**environment.describe(self.model.decoder), **digests}
+
+    @torch.no_grad()
+    def run(self, number: int, scene: Scene, configurations: list[Configuration]) -> SceneRecords:
+        """Run configurations on one scene. What cannot run is given back with the reason, and not tried again."""
+        _ = self.model
+        size = (int(scene.image.shape[0]), int(scene.image.shape[1]))
+        texts = [query.text for query in scene.queries]
+        found = SceneRecords(number, scene.id, fingerprint.of_scene(scene), texts, size)
+        ready = {}
+        for key, one in enumerate(configurations):
+            if one.hash not in self.failed:
+                self._attempt(one, partial(self._prepare, one))
+            if one.hash not in self.failed:
+                ready[key] = one
+        contenders = {key: one.contender for key, one in ready.items()}
+        result = self._runner.run(scene, number, contenders, lambda key, run: self._attempt(ready[key], run))
+        for key, one in ready.items():
+            if key in result.records:
+                found.records[one.hash] = [self._with_own(one, record) for record in result.records[key]]
+                found.options[one.hash] = self._options[one.hash]
+                trace = result.results[key].trace
+                found.policies[one.hash] = {} if trace is None else dict(trace.policies)
+        found.reasons = {one.hash: self.failed[one.hash] for one in configurations if one.hash in self.failed}
+        return found
+
+    def _attempt(self, one: Configuration, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except InputError:
+            raise
+        except (TokenPruneError, torch.OutOfMemoryError) as error:
+            self.failed[one.hash] = str(error) if isinstance(error, TokenPruneError) else brief(error)
+            return None
+
+    def _prepare(self, one: Configuration) -> None:
+        """Measure what the ledger does not count, always on the first query, so that every run stores the same."""
+        if one.hash in self._own:
+            return
+        if self._measured is None:
+            scene = self.first()
+            query = scene.queries[0]
+            encoded = self.model.encode_image(scene.image)
+            inputs = self.model.build_inputs(encoded, [query.text], is_sentence=[query.is_sentence])
+            head = head_flops(self.model, encoded, query.text, query.is_sentence)
+            self._measured = inputs, {"mask_head": float(head)} if head else {}
+        inputs, own = self._measured
+        _, trace = self.model.run_decoder(inputs, one.contender.strategy)
+        shape = Shape(self._runner.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
+        bound = one.contender.strategy.bind(shape)
+        chosen = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
+        self._own[one.hash] = {**own, "strategy": float(chosen)} if chosen else own
+        self._options[one.hash] = bound.options.model_dump(mode="json", fallback=repr)
+
+    def _with_own(self, one: Configuration, record: Record) -> Record:
+        flops = {**record.cost.flops, **self._own[one.hash]}
+        return replace(record, cost=replace(record.cost, flops=flops))
+
+
+def environment_hash(value: dict[str, Any]) -> str:
+    """Of an environment as `Worker.environment` describes it."""
+    return digest(value)

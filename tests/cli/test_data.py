@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cli_fixtures import Runner, assert_one_line, run
 from PIL import Image
+from refer_files import ref, write_refer
 
 __all__ = ["run"]  # the fixture
 
@@ -118,6 +119,44 @@ def test_sizes_that_differ_and_damaged_splits(run: Runner, tmp_path: Path) -> No
     code, found = checked(run, f"coco:{file}")
     assert (code, found["val"]["problem_counts"]["split"]) == (1, 1)
     assert "line 1: not JSON" in found["val"]["problems"][0]["message"]
+
+
+def test_references_that_cannot_be_used_are_listed_one_by_one(run: Runner, tmp_path: Path) -> None:
+    asked = [ref(0, 101, "val", "fine", " "), ref(1, 102, "val", "as well")]
+    asked += [ref(number, 900 + number, "val", "gone", image_id=7) for number in range(2, 14)]
+    root = write_refer(tmp_path, references=asked)
+    code, found = checked(run, f"refcoco:{root}")
+    assert (code, found["val"]["queries"], found["val"]["problem_counts"]["annotation"]) == (1, 2, 13)
+    assert found["val"]["problems"][-1]["message"] == "refs whose annotation is not in instances.json: ref 13"
+    assert found["val"]["warnings"] == []
+    code, found = checked(run, f"refcoco:{write_refer(tmp_path / 'whole')}")
+    assert (code, {split: one["problems"] for split, one in found.items() if one["problems"]}) == (0, {})
+
+
+def test_images_that_may_be_annotated_as_they_are_stored_are_told(run: Runner, tmp_path: Path) -> None:
+    file, exif = files.coco(tmp_path), Image.Exif()
+    exif[files.EXIF_ORIENTATION] = 3
+    picture = tmp_path / "images" / f"{3:012d}.jpg"
+    with Image.open(picture) as opened:
+        opened.save(picture, exif=exif)
+    code, found = checked(run, f"coco:{file}")
+    assert (code, found["val"]["images"]["turned by EXIF"]) == (0, 1)
+    (said,) = found["val"]["warnings"]
+    assert "has the EXIF orientation 3, and its annotations may be for the upright or the stored image" in said
+    assert said in " ".join(run("data", "check", f"coco:{file}").out.split())
+
+
+def test_a_late_query_is_shown_without_reading_the_ones_before(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    place = files.reasonseg(tmp_path)
+    (place / "val" / "a-plain.jpg").write_bytes(b"damaged")
+    words = ("data", "show", f"reasonseg:{place},texts=all", "--out", tmp_path / "query.png")
+    ran = run(*words, "--index", 6)
+    assert ran.code == 0
+    assert ran.out.endswith(": 'the thing that holds water'\n")
+    assert_one_line(run(*words, "--index", 1), "a-plain.jpg")
 
 
 def test_a_limit_counts_queries(run: Runner, tmp_path: Path) -> None:

@@ -281,8 +281,9 @@ def test_a_wrong_command_would_be_found() -> None:
 
 
 def option_table(name: str) -> str:
-    """The table of a strategy's options, from the fields themselves."""
-    kind: Any = registry.get("strategies", name).load()
+    """The table of the options of a strategy, or of "datasets/NAME", from the fields themselves."""
+    group, _, name = name.rpartition("/")
+    kind: Any = registry.get(group or "strategies", name).load()
     rows = ["| option | default | meaning |", "| --- | --- | --- |"]
     for option, about in kind.Options.model_fields.items():
         meaning = str(about.description).replace("|", r"\|")
@@ -316,6 +317,13 @@ def test_every_builtin_strategy_has_a_page() -> None:
     for name, entry in registry.strategies().items():
         if entry.distribution == "tokenprune-vlm":
             assert f"`{name}`" in documented, f"no page under docs/methods names {name!r}"
+
+
+def test_every_builtin_dataset_is_on_the_page_of_datasets() -> None:
+    page = source(ROOT / "docs" / "datasets.md")
+    for name, entry in registry.datasets().items():
+        if entry.distribution == "tokenprune-vlm":
+            assert re.search(rf"^\|[^|]*`{re.escape(name)}`", page, re.MULTILINE), f"no row of a table names {name!r}"
 
 
 def test_the_table_of_families_is_what_the_adapter_knows() -> None:

@@ -247,6 +247,12 @@ def test_run_lengths_are_those_of_the_mask(seed: int) -> None:
         ([["a", "b"]], "cannot be drawn"),
         ({"size": [3, 3], "counts": [9]}, r"run lengths for \[3, 3\] found, expected \[10, 12\]"),
         ({"counts": [9]}, "cannot be drawn"),
+        ({"size": [10, 12], "counts": [5, 5]}, "run lengths of 10 pixels found, expected 120, those of the image"),
+        ({"size": [10, 12], "counts": [10**9]}, "run lengths of 1000000000 pixels found, expected 120"),
+        ({"size": [10, 12], "counts": [130, -10]}, "run lengths of 120 pixels found"),
+        ({"size": [10, 12], "counts": ""}, "run lengths of 0 pixels found, expected 120"),
+        ({"size": [10, 12], "counts": "zzzz"}, "run lengths of .* pixels found, expected 120"),
+        ([[0, 0, 1e9, 3, 5, 5]], r"has the coordinate 1e\+09, expected pixels of the image"),
         ({"size": [10, 12], "counts": [-4, "x"]}, "cannot be drawn"),
     ],
 )

@@ -336,9 +336,9 @@ def changed(**fields: Any) -> bytes:
         ("instances.json", b"[]", "has no list 'images'; expected images and annotations in COCO's form"),
         ("instances.json", b'{"images": [{"id": 5}], "annotations": []}', "images 0: 'file_name' is missing"),
         ("instances.json", b'{"images": [], "annotations": [[]]}', r"annotations 0 is \[\], expected an object"),
-        ("instances.json", b'{"images": [', "instances.json' cannot be read as JSON"),
-        ("instances.json", b'{"images": "\xff"', "instances.json' cannot be read as JSON"),
-        ("instances.json", b"[" * 200000, "instances.json' cannot be read as JSON"),
+        ("instances.json", b'{"images": [', "instances.json', line 1: not JSON"),
+        ("instances.json", b'{"images": "\xff"', "instances.json', line 1: no text in utf-8"),
+        ("instances.json", b"[" * 200000, "instances.json': not annotations"),
     ],
 )
 def test_files_of_another_form_are_refused(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from tokenprune.evaluation import metrics
 from tokenprune.evaluation.compare import compare
 from tokenprune.evaluation.samples import run_query
 from tokenprune.report.panels import with_mask
-from tokenprune.utils.masks import foreground, ignored, predicted, read_mask
+from tokenprune.utils.masks import LabelMask, foreground, ignored, predicted, read_mask, with_ignored
 from tokenprune_adapters.pixellm import match_masks
 
 SHAPE = (4, 6)
@@ -134,6 +135,39 @@ def test_a_data_set_is_refused_with_its_name_and_the_cure(change: Callable[[Any]
         run_query(FakeModel(), scene, scene.queries[0])
 
 
+@given(BOOLS, BOOLS, BOOLS)
+def test_a_target_may_be_ignored_as_a_whole(mask: Any, target: Any, void: Any) -> None:
+    labels = with_ignored(target, void)
+    assert foreground(labels).tolist() == (target & ~void).tolist()
+    assert ignored(labels).tolist() == void.tolist()
+    assert metrics.overlap(mask, labels) == ((mask & target & ~void).sum(), ((mask | target) & ~void).sum())
+    assert {type(foreground(labels)), type(ignored(labels))} == {np.ndarray}
+
+
+def test_only_the_labels_themselves_may_be_0_and_255() -> None:
+    labels = with_ignored(np.zeros(SHAPE, bool), np.eye(*SHAPE, dtype=bool))
+    assert type(labels) is LabelMask
+    for same in (labels, labels.view(), labels.copy(), labels[:2], pickle.loads(pickle.dumps(labels))):
+        assert ignored(same).any()
+    for other in (np.asarray(labels), labels + 0, (labels == 255) * np.uint8(255), np.where(labels, labels, 0)):
+        assert type(other) is np.ndarray
+        with pytest.raises(InputError, match=r"255 and no 1, .*does not count, tokenprune\.utils\.masks\.with_ignored"):
+            ignored(other)
+    for number in (labels.max(), labels.sum()):
+        assert np.ndim(number) == 0
+    labels[0, 5] = 7
+    with pytest.raises(InputError, match="has the values 7"):
+        ignored(labels)
+
+
+def test_a_comparison_leaves_out_a_target_that_is_ignored_as_a_whole() -> None:
+    void = Stored(lambda mask: with_ignored(np.asarray(mask), np.ones_like(mask)))
+    assert scores(void) == [(1.0, 1.0)] * 2
+    scene = next(iter(void.scenes("val", 1, 0)))
+    record = run_query(FakeModel(), scene, scene.queries[0])
+    assert record.outcomes[0].iou == 1.0
+
+
 def test_targets_to_match_are_zero_and_one() -> None:
     targets = torch.zeros(2, *SHAPE, dtype=torch.uint8)
     targets[0, 1:], targets[1, :1] = 1, 1
@@ -175,7 +209,8 @@ def test_white_is_the_target_unless_told(tmp_path: Path, pattern: Any, mode: str
     path = saved(tmp_path, np.uint8(pattern) * 255, mode=mode)
     assert read_mask(path).tolist() == pattern.tolist()
     nothing = read_mask(path, white="ignore")
-    assert (nothing.dtype, bool(nothing.any())) == (bool, False)
+    assert not foreground(nothing).any()
+    assert ignored(nothing).tolist() == pattern.tolist()
 
 
 def test_pixels_that_do_not_count(tmp_path: Path) -> None:

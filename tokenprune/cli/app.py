@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.commands import answer, compare, flops, inspect, listing, merge, new, segment, sweep
+from tokenprune.cli.commands import answer, compare, data, flops, inspect, listing, merge, new, segment, sweep
 from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
-from tokenprune.cli.printing import note, printable
+from tokenprune.cli.printing import note, printable, short_warnings
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ app.command("segment")(segment.command)
 app.command("answer")(answer.command)
 app.command("inspect")(inspect.command)
 app.command("flops")(flops.command)
+app.add_typer(data.app, name="data")
 app.add_typer(new.app, name="new")
 
 
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     try:
-        with printable():
+        with printable(), short_warnings():
             arguments = [argument for argument in given if argument != "--debug"]
             sys.exit(app(args=arguments, prog_name="tokenprune", standalone_mode=False))
     except typer.Abort:

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tokenprune.errors import InputError
+from tokenprune.errors import DataWarning, InputError, PluginWarning, PruningWarning
 from tokenprune.utils.files import reason
 
 if TYPE_CHECKING:
@@ -52,6 +53,24 @@ def printable() -> Iterator[None]:
             raise
         _silence()
         raise InputError(f"standard output cannot be written ({reason(error)}); send it elsewhere") from error
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Print tokenprune's own warnings as one line on stderr, without a line of its source."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **others: Any) -> None:
+        if issubclass(category, (DataWarning, PluginWarning, PruningWarning)):
+            note(f"warning: {' '.join(str(message).split())}")
+        else:
+            shown(message, category, *rest, **others)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
 
 
 def is_of_output(error: Exception) -> bool:
@@ -96,6 +115,28 @@ def notes_console() -> Console:
     from rich.console import Console
 
     return Console(file=_Forgiving(), stderr=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows a bar on stderr for (what, number done, number in all)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=notes_console())
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        bar.start()  # not earlier: an error on the first query is then a single line
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bar.stop()
 
 
 class _Forgiving:

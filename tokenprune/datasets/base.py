@@ -17,8 +17,8 @@ class Query:
 
     `text` is a phrase (it fits "What is {} in this image?") or, with `is_sentence`, a sentence of its own. `kind` is
     one of the dataset's kinds. `mask` is [H, W] at the size of the scene's image: bool, or numbers where 0 is
-    background, 1 is foreground and 255, together with 1, is ignored (`tokenprune.utils.masks`). Masks of only 0 and 255
-    are refused: use `mask == 255` if 255 is the foreground.
+    background, 1 is foreground and 255, together with 1, is ignored (`tokenprune.utils.masks`). Plain arrays of only 0
+    and 255 are refused: use `mask == 255` if 255 is the foreground, `with_ignored(target, ignored)` if it is ignored.
 
     `id` names the query in its dataset, where it has a name (REFER's `sent_id`, ReasonSeg's file stem). `targets` are
     the masks of the single objects, bool [H, W] each, where a query asks for several; `mask` is then their union.

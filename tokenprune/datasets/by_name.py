@@ -9,7 +9,7 @@ from tokenprune.core.by_name import parse_options
 from tokenprune.datasets.base import Dataset
 from tokenprune.datasets.by_path import dataset_at, refuse_dotted
 from tokenprune.datasets.files.dataset import FileDataset
-from tokenprune.errors import OptionError, PluginError
+from tokenprune.errors import OptionError, PluginError, UnknownNameError, nearest
 from tokenprune.plugins import registry
 from tokenprune.utils.arguments import instance
 
@@ -43,6 +43,8 @@ def dataset(name: str, **options: Any) -> Dataset:
     if colon and head not in known:
         if options:
             raise OptionError(f"dataset {name!r} takes no options, found {', '.join(options)}; leave them out")
+        if not (rest.isidentifier() or head.endswith(".py")) and nearest(head, known):  # a path, not a class
+            raise UnknownNameError.among("dataset", head, known)
         return _with_splits(dataset_at(name), name)
     if head not in known:
         refuse_dotted(head)

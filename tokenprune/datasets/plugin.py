@@ -19,5 +19,10 @@ def tokenprune_register_datasets(register: Register) -> None:
     register(
         "shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds"
     )
+    files = "tokenprune.datasets.files"
+    register("reasonseg", f"{files}.reasonseg:ReasonSeg", summary="reasoning segmentation, of LISA; reasonseg:PATH")
+    register("muse", f"{files}.muse:Muse", summary="questions with several targets, of PixelLM; muse:PATH")
+    register("coco", f"{files}.coco:Coco", summary="COCO's format, queries by category or text; coco:FILE")
+    register("folder", f"{files}.folder:Folder", summary="your images and masks, with queries.csv; folder:PATH")
     for name, (kind, summary) in REFER.items():
-        register(name, f"tokenprune.datasets.files.refer.dataset:{kind}", summary=summary)
+        register(name, f"{files}.refer.dataset:{kind}", summary=summary)

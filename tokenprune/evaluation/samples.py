@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tokenprune.core.budget import budget_words
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.datasets.validation import check_request, scenes_of
+from tokenprune.datasets.validation import check_request, numbered_scenes
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.coverage import Box
@@ -81,11 +80,16 @@ def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tup
     """
     whole_number("index", index, 0)
     data = check_request(dataset, split, index + 1, seed)
-    pairs = ((scene, query) for scene in scenes_of(data, split, index + 1, seed) for query in scene.queries)
-    found = next(islice(pairs, index, None), None)
-    if found is None:
-        raise InputError(f"dataset {data.name!r}, split {split!r} has no query number {index}; choose a lower one")
-    return found
+    passed = 0
+
+    def has_it(number: int, queries: int) -> bool:
+        nonlocal passed
+        passed += queries
+        return passed > index
+
+    for _, scene in numbered_scenes(data, split, index + 1, seed, has_it):
+        return scene, scene.queries[-1]  # the limit cuts the scene behind it
+    raise InputError(f"dataset {data.name!r}, split {split!r} has no query number {index}; choose a lower one")
 
 
 def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: Strategy | None = None) -> SampleRecord:

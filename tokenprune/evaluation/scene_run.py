@@ -26,6 +26,7 @@ from tokenprune.evaluation.protocols import Answers, protocol_of
 from tokenprune.evaluation.records import Record, stages_of
 from tokenprune.plugins.entries import Entry
 from tokenprune.utils.mask_matching import match_masks
+from tokenprune.utils.masks import foreground
 from tokenprune.utils.stopwatch import TOTAL, recorded
 
 T = TypeVar("T")
@@ -155,7 +156,7 @@ class SceneRun:
         trace, rows, found = result.trace, result.row_index, []
         assert trace is not None
         for place, (query, mask) in enumerate(zip(batch.scene.queries, masks_of(result), strict=True)):
-            wanted, row = np.asarray(query.mask), rows[place]
+            wanted, row = query.mask, rows[place]
             overlap, matched = metrics.overlap(mask, wanted), None
             if result.logits:
                 overlap, matched = matched_overlap(result.logits[place], targets_of(query))
@@ -193,7 +194,7 @@ def sample_names(scene: Scene) -> list[str]:
 
 def targets_of(query: Query) -> list[NDArray[np.bool_]]:
     """The single targets of a query: its own, or its whole target."""
-    return list(query.targets) or [np.asarray(query.mask, dtype=np.bool_)]
+    return list(query.targets) or [foreground(query.mask)]
 
 
 def matched_overlap(logits: Tensor, targets: list[NDArray[np.bool_]]) -> tuple[tuple[int, int], float]:

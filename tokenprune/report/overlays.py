@@ -14,12 +14,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from tokenprune.core.trace import StageTrace, Trace
+from tokenprune.datasets.base import Query, Scene
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.report import panels
 from tokenprune.utils.files import replacing
+from tokenprune.utils.masks import foreground, ignored
 
 PANEL = 2.3  # inches
 TITLE = 34  # characters of a title across a panel
+MOST_OBJECTS = 8  # of a query that are drawn one by one
 
 
 def comparison_sheet(record: SampleRecord) -> Figure:
@@ -58,6 +61,27 @@ def inspection_sheet(record: SampleRecord) -> Figure:
         if stage is not None and stage in scored and outcome.trace is not None:
             _scores(figure, axes[2, column], record, outcome.trace, stage, outcome.row)
     _legend(figure, stages)
+    return figure
+
+
+def query_sheet(scene: Scene, query: Query) -> Figure:
+    """One query of a dataset: the image, its target with ignored pixels, and each of several objects."""
+    objects = query.targets[:MOST_OBJECTS]
+    figure, axes = _grid(1 + -(-len(objects) // 2), 2, f"“{query.text}”")
+    height, width = scene.image.shape[:2]
+    _show(axes[0, 0], panels.plain(scene.image), textwrap.fill(f"{scene.id}, {width}×{height}", TITLE))
+    share = float(foreground(query.mask).mean())
+    _show(axes[0, 1], panels.with_target(scene.image, query.mask), f"target, {share:.1%}" if share else "no target")
+    for number, target in enumerate(objects):
+        _show(
+            axes[1 + number // 2, number % 2], panels.with_mask(scene.image, target, panels.GREEN), f"object {number}"
+        )
+    handles = [Patch(color=panels.GREEN, label="target")]
+    if ignored(query.mask).any():
+        handles.append(Patch(color=panels.ORANGE, label="does not count"))
+    if len(query.targets) > len(objects):
+        handles.append(Patch(color="white", label=f"{len(query.targets)} objects in all"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.evaluation.coverage import Box, cells_to_pixels, token_map
-from tokenprune.utils.masks import foreground
+from tokenprune.utils.masks import foreground, ignored
 
 RGB = NDArray[np.float64]  # [H, W, 3], 0 … 1
 
@@ -26,11 +26,18 @@ def plain(image: NDArray[np.uint8]) -> RGB:
 
 def with_mask(image: NDArray[np.uint8], mask: NDArray[Any], colour: tuple[float, float, float] = VERMILION) -> RGB:
     """The image greyed down, the mask in colour with a white rim, visible on any background."""
-    inside = foreground(np.asarray(mask))
+    inside = foreground(mask)
     base = grey(image) * 0.6 + 0.2
     panel = np.where(inside[..., None], 0.35 * plain(image) + 0.65 * np.asarray(colour), base)
     panel[_rim(inside)] = 1.0
     return panel
+
+
+def with_target(image: NDArray[np.uint8], target: NDArray[Any]) -> RGB:
+    """As `with_mask` in green; ignored pixels in orange."""
+    panel = with_mask(image, target, GREEN)
+    void = ignored(target)[..., None]
+    return np.where(void, 0.5 * panel + 0.5 * np.asarray(ORANGE), panel)
 
 
 def with_tokens(image: NDArray[np.uint8], trace: Trace, stage: StageTrace | None, row: int, box: Box) -> RGB:

@@ -1,9 +1,10 @@
 """The meaning of mask values, for targets, predictions, metrics, overlays and datasets.
 
 A target mask is bool, or numbers: 0 is background, 1 is foreground and 255, together with 1, is ignored, as in
-ReasonSeg and the referring datasets. A target of only 0 and 255 is refused: a mask from an image file, whose white is
-255, and an empty target with ignored pixels look the same. A prediction has no ignored pixels: 0 and 255 are background
-and foreground. `read_mask` reads a target from an image file.
+ReasonSeg and the referring datasets. A plain array of only 0 and 255 is refused as a target: a mask from an image file,
+whose white is 255, and an empty target with ignored pixels look the same. `with_ignored` makes the second one, which is
+accepted. A prediction has no ignored pixels: 0 and 255 are background and foreground. `read_mask` reads a target from
+an image file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,32 @@ Mask = NDArray[Any]
 _MEANING = f"expected bool, or 0 for background, 1 for foreground and {IGNORE} for pixels that do not count"
 
 
+class LabelMask(np.ndarray[Any, np.dtype[np.uint8]]):
+    """uint8 [H, W] in which 255 is always ignored: 0 is background, 1 foreground, and there may be no 1.
+
+    `with_ignored` makes it. What is computed from it is a plain array, of which 0 and 255 alone are refused as before.
+    """
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        """The result of a computation, as a plain array: its values have another meaning."""
+        plain = np.asarray(array)
+        return plain if plain.ndim else plain[()]
+
+
+def with_ignored(target: NDArray[np.bool_], ignored: NDArray[np.bool_]) -> Mask:
+    """A target mask [H, W] with ignored pixels: a `LabelMask`, or bool if no pixel is ignored.
+
+    Args:
+        target: bool [H, W].
+        ignored: bool [H, W]; pixels in both are ignored.
+    """
+    if not ignored.any():
+        return target
+    values = target.astype(np.uint8)
+    values[ignored] = IGNORE
+    return values.view(LabelMask)
+
+
 def foreground(mask: Mask) -> NDArray[np.bool_]:
     """bool, of the same shape: neither background nor ignored.
 
@@ -29,7 +56,7 @@ def foreground(mask: Mask) -> NDArray[np.bool_]:
         InputError: see `target_problem`.
     """
     _check(mask)
-    return mask if mask.dtype == np.bool_ else mask == 1
+    return mask if mask.dtype == np.bool_ else np.asarray(mask == 1)
 
 
 def ignored(mask: Mask) -> NDArray[np.bool_]:
@@ -39,7 +66,7 @@ def ignored(mask: Mask) -> NDArray[np.bool_]:
         InputError: see `target_problem`.
     """
     _check(mask)
-    return np.zeros(mask.shape, dtype=np.bool_) if mask.dtype == np.bool_ else mask == IGNORE
+    return np.zeros(mask.shape, dtype=np.bool_) if mask.dtype == np.bool_ else np.asarray(mask == IGNORE)
 
 
 def predicted(mask: Mask) -> NDArray[np.bool_]:
@@ -69,8 +96,8 @@ def read_mask(
     Args:
         path: of the file.
         size: (height, width) of the image that the mask belongs to.
-        white: "target"; or "ignore" for files in which 1 is the target and 255 marks ignored pixels: these give uint8
-            of 0, 1 and 255. Such a file may have an empty target.
+        white: "target"; or "ignore" for files in which 1 is the target and 255 marks ignored pixels, as in a
+            `LabelMask`. Such a file may have an empty target.
 
     Raises:
         InputError: no such file, not an image, colours, transparency, other values (from JPEG compression, or numbers
@@ -94,7 +121,7 @@ def read_mask(
     ones = values == 1
     marked = bool((values == IGNORE).any())
     if white == "ignore":
-        return values if marked and ones.any() else ones
+        return with_ignored(ones, values == IGNORE)
     if marked and ones.any():
         raise InputError(
             f"{name} has 1 and {IGNORE}; where {IGNORE} marks pixels that do not count, read all masks of the dataset "
@@ -134,7 +161,8 @@ def _greys(path: Path, name: str) -> NDArray[np.uint8]:
 def target_problem(mask: object) -> str:
     """What is wrong with a target mask and what to do, as the rest of a sentence; empty for a valid one.
 
-    Invalid are values other than 0, 1 and 255, 255 without any 1, and anything but a numpy array of numbers or bool.
+    Invalid are values other than 0, 1 and 255, 255 without any 1 unless in a `LabelMask`, and anything but a numpy
+    array of numbers or bool.
     """
     problem = _kind_problem(mask)
     if problem or not isinstance(mask, np.ndarray) or mask.dtype == np.bool_:
@@ -142,10 +170,10 @@ def target_problem(mask: object) -> str:
     ones, marked = mask == 1, mask == IGNORE
     if not ((mask == 0) | ones | marked).all():
         return f"{_shown(mask)}, {_MEANING}; give bool, such as labels == 2"
-    if marked.any() and not ones.any():
+    if marked.any() and not ones.any() and not isinstance(mask, LabelMask):
         return (
             f"has {IGNORE} and no 1, so that {IGNORE} may mean foreground or pixels that do not count; where it is the "
-            f"foreground, give bool: mask == {IGNORE}; where nothing is meant, replace {IGNORE} by 0"
+            f"foreground, give bool: mask == {IGNORE}; where it does not count, tokenprune.utils.masks.with_ignored"
         )
     return ""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -11,7 +9,7 @@ import typer
 
 from tokenprune.cli.arguments import Device, Dtype, ModelName, Threads, VisionTower, path
 from tokenprune.cli.commands.listing import Format
-from tokenprune.cli.printing import NARROW_PIPE, note, notes_console, say_json
+from tokenprune.cli.printing import NARROW_PIPE, note, progress, say_json
 
 if TYPE_CHECKING:
     from tokenprune.evaluation.results import Comparison
@@ -22,7 +20,7 @@ STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 def command(
     context: typer.Context,
     model: ModelName = "lisa-tiny",
-    dataset: Annotated[str, typer.Option(help="Name of a dataset, or module:Class.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a dataset, name:PATH, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     strategies: Annotated[
         str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")
@@ -77,7 +75,7 @@ def command(
     from tokenprune.evaluation.compare import compare
 
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
-    with _progress() as report:
+    with progress() as report:
         found = compare(
             loaded,
             data,
@@ -141,24 +139,3 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise BudgetError(f"budget: {text!r} found, expected numbers in (0, 1] separated by commas") from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=notes_console())
-    tasks: dict[str, TaskID] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        bar.start()  # not earlier: an error on the first query is then a single line
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        if tasks:
-            bar.stop()

@@ -35,7 +35,7 @@ def command(
     strategy: StrategyName = "csp",
     option: OptionTexts = None,
     budget: Budget = None,
-    dataset: Annotated[str, typer.Option(help="Name of a dataset, or module:Class.")] = "shapes",
+    dataset: Annotated[str, typer.Option(help="Name of a dataset, name:PATH, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
     index: Annotated[int, typer.Option(help="Number of the query in the split, from 0.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the dataset.")] = 0,

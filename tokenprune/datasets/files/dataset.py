@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.errors import DataWarning, InputError, OptionError
+from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
 from tokenprune.utils.files import expanded
 from tokenprune.utils.masks import Mask
 
@@ -58,14 +58,23 @@ class ListedScene:
     Attributes:
         id: see `Scene`.
         image: its file.
-        queries: about it, at least one.
+        queries: about it, at least one; none if there is a problem or a file is missing.
         size: (height, width) that the annotations are made for; None = that of the image.
+        needs: other files that it is read from, such as masks.
+        problem: what is wrong with its annotations, if they cannot be read: which file and place, what was found, what
+            was expected. `image` may then be the file with the annotations.
     """
 
     id: str
     image: Path
-    queries: tuple[ListedQuery, ...]
+    queries: tuple[ListedQuery, ...] = ()
     size: tuple[int, int] | None = None
+    needs: tuple[Path, ...] = ()
+    problem: str = ""
+
+    def missing(self) -> list[Path]:
+        """Its files that are not there."""
+        return [path for path in dict.fromkeys((self.image, *self.needs)) if not path.is_file()]
 
 
 class FileOptions(BaseModel):
@@ -75,8 +84,8 @@ class FileOptions(BaseModel):
 
     missing: Literal["refuse", "skip"] = Field(
         "refuse",
-        description="Missing image files and unusable annotations: refuse the dataset, or skip their queries with a "
-        "warning.",
+        description="Missing images and masks, and unusable annotations: refuse the dataset, or skip their queries "
+        "with a warning.",
     )
 
 
@@ -114,89 +123,111 @@ class FileDataset(Dataset):
 
     @abstractmethod
     def listed(self, split: str) -> Sequence[ListedScene]:
-        """The scenes of a split, in order, without opening an image.
+        """The scenes of one of `splits`, in order, without opening an image.
 
         Raises:
-            InputError: the files of the split are missing or damaged.
+            InputError: the files of the split are missing or damaged as a whole. What is wrong with a single scene is
+                its `problem`, so that all can be listed.
         """
 
     def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
         """See `Dataset.scenes`: in the order of the files, so `seed` changes nothing.
 
         Raises:
-            InputError: files are missing (unless `missing="skip"`), an image or annotation cannot be read, or their
-                sizes differ.
+            UnknownNameError: no such split.
+            InputError: annotations cannot be read, files are missing (unless `missing="skip"`), an image cannot be
+                read, a target cannot be drawn, or their sizes differ.
         """
         for scene in self.selected(split, limit):
             yield self.read(scene)
 
     def read(self, scene: ListedScene) -> Scene:
         """Open the image of a scene, and draw its targets. Raises InputError as `scenes` does."""
-        image = self._image(scene)
-        height, width = image.shape[:2]
-        return Scene(scene.id, image, [self._drawn(scene, query, height, width) for query in scene.queries])
+        image = self.opened(scene)
+        if problem := self.size_problem(scene, image):
+            raise InputError(problem)
+        return Scene(scene.id, image, [self.drawn(scene, query, *image.shape[:2]) for query in scene.queries])
 
-    def _image(self, scene: ListedScene) -> NDArray[np.uint8]:
-        """The image in the frame that the annotations are made for: upright, unless only the stored image fits them.
+    def opened(self, scene: ListedScene) -> NDArray[np.uint8]:
+        """The image, uint8 RGB [H, W, 3], in the frame of the annotations: upright, unless only the stored one fits.
 
         Pictures with an EXIF orientation may be annotated as they are stored, or upright. A turn by 90° shows in the
-        size. Where both would fit, the upright image is taken, as OpenCV reads it, with a DataWarning.
+        size. Where both would fit, the upright image is taken, as OpenCV reads it, with a DataWarning. Where neither
+        fits, there is a `size_problem`.
+
+        Raises:
+            InputError: the image cannot be read.
         """
         from tokenprune.utils.images import exif_orientation, to_rgb  # import torch, which listing does without
 
-        image = to_rgb(scene.image)
-        if scene.size is None:
-            return np.asarray(image)
-        wanted, turned = scene.size[::-1], exif_orientation(scene.image)
-        stored = to_rgb(scene.image, upright=False) if turned != 1 else image
-        if image.size == wanted:
-            if turned != 1 and stored.size == wanted:
-                warnings.warn(
-                    f"dataset {self.name!r}: image {str(scene.image)!r} has the EXIF orientation {turned}, and its "
-                    "annotations may be for the upright or the stored image; they are taken to be for the upright one",
-                    DataWarning,
-                    stacklevel=4,
-                )
-            return np.asarray(image)
-        if stored.size == wanted:
-            return np.asarray(stored)
-        exif = f" (stored as {_size(stored.size)}, with the EXIF orientation {turned})" if turned != 1 else ""
-        raise InputError(
-            f"dataset {self.name!r}: image {str(scene.image)!r} is {_size(image.size)}{exif}, but its annotations are "
-            f"made for {_size(wanted)}; use the images that belong to the annotations, in their original size"
+        try:
+            image, turned = to_rgb(scene.image), exif_orientation(scene.image)
+            if scene.size is None or turned == 1:
+                return np.asarray(image)
+            stored, wanted = to_rgb(scene.image, upright=False), scene.size[::-1]
+        except InputError as error:
+            raise InputError(f"dataset {self.name!r}: {error}") from error
+        if image.size == wanted == stored.size:
+            warnings.warn(
+                f"dataset {self.name!r}: image {str(scene.image)!r} has the EXIF orientation {turned}, and its "
+                "annotations may be for the upright or the stored image; they are taken to be for the upright one",
+                DataWarning,
+                stacklevel=4,
+            )
+        return np.asarray(stored if image.size != wanted == stored.size else image)
+
+    def size_problem(self, scene: ListedScene, image: NDArray[np.uint8]) -> str:
+        """The error about an opened image of another size than its annotations; empty if they fit."""
+        if scene.size in (None, image.shape[:2]):
+            return ""
+        from tokenprune.utils.images import exif_orientation, to_rgb
+
+        turned, exif = exif_orientation(scene.image), ""
+        if turned != 1:
+            stored = to_rgb(scene.image, upright=False).size
+            exif = f" (stored as {_size(stored)}, with the EXIF orientation {turned})"
+        found, wanted = (_size(size[1::-1]) for size in (image.shape, scene.size or ()))
+        return (
+            f"dataset {self.name!r}: image {str(scene.image)!r} is {found}{exif}, but its annotations are made for "
+            f"{wanted}; use the images that belong to the annotations, in their original size"
         )
 
-    def _drawn(self, scene: ListedScene, query: ListedQuery, height: int, width: int) -> Query:
+    def drawn(self, scene: ListedScene, query: ListedQuery, height: int, width: int) -> Query:
+        """A query with its target, for an image of this size. Raises InputError if it cannot be drawn."""
         try:
             target = query.draw(height, width)
         except InputError as error:
             raise InputError(f"dataset {self.name!r}, image {scene.id!r}, query {query.id!r}: {error}") from error
         return Query(query.text, query.kind, target.mask, query.is_sentence, query.id, target.targets)
 
-    def missing_images(self, split: str) -> list[ListedScene]:
-        """The scenes of a split whose image file is not there."""
-        return [scene for scene in self.listed(split) if not scene.image.is_file()]
+    def unusable(self, split: str) -> list[str]:
+        """What is wrong with references that belong to no scene of `listed`, each in one line.
+
+        With `missing="refuse"`, `listed` raises InputError if there are any. By default there are none: an image whose
+        annotations cannot be used is a scene with a `problem`.
+        """
+        return []
 
     def selected(self, split: str, limit: int | None) -> list[ListedScene]:
-        """The scenes with the first `limit` queries, those without image left out; the last scene is cut.
+        """The scenes with the first `limit` queries, those that cannot be used left out; the last scene is cut.
 
         Raises:
-            InputError: images are missing, see `missing`.
+            UnknownNameError: no such split.
+            InputError: annotations cannot be used, or files are missing, see `missing`.
         """
+        if split not in self.splits:
+            raise UnknownNameError.among(f"split of dataset {self.name!r}", split, self.splits)
         scenes = self.listed(split)
-        absent = {id(scene): scene for scene in scenes if not scene.image.is_file()}
-        if absent:
-            queries = sum(len(scene.queries) for scene in absent.values())
-            found = (
-                f"dataset {self.name!r}, split {split!r}: {len(absent)} of {len(scenes)} images, of {queries} queries, "
-                f"are missing: {listing([str(scene.image) for scene in absent.values()])}"
-            )
-            if self.options.missing == "refuse" or len(absent) == len(scenes):
-                raise InputError(f"{found}; complete the folder, or leave them out with the option missing=skip")
+        useless = {id(scene): (scene, scene.missing()) for scene in scenes if scene.problem or scene.missing()}
+        if useless:
+            found = f"dataset {self.name!r}, split {split!r}: {_told(list(useless.values()), len(scenes))}"
+            if self.options.missing == "refuse" or len(useless) == len(scenes):
+                named = ", give its place with the option images" if "images" in self.Options.model_fields else ""
+                raise InputError(f"{found}; complete the folder{named}, or leave them out with the option missing=skip")
             warnings.warn(f"{found}; their queries are left out", DataWarning, stacklevel=3)
         found_scenes, left = [], limit
         for scene in scenes:
-            if id(scene) in absent:
+            if id(scene) in useless:
                 continue
             if left is not None and left <= 0:
                 break
@@ -209,11 +240,30 @@ class FileDataset(Dataset):
         return f"; expected {self.layout}" if self.layout else ""
 
 
-def _size(size: tuple[int, int]) -> str:
+def _told(useless: list[tuple[ListedScene, list[Path]]], total: int) -> str:
+    """What is wrong with which of `total` scenes: annotations, then images, then other files."""
+    parts = []
+    problems = [scene.problem for scene, _ in useless if scene.problem]
+    if problems:
+        more = f" (the first of {len(problems)} such problems: tokenprune data check)" if len(problems) > 1 else ""
+        parts.append(problems[0] + more)
+    absent = [(scene, files) for scene, files in useless if not scene.problem]
+    images = [scene for scene, files in absent if scene.image in files]
+    if images:
+        queries = sum(len(scene.queries) for scene in images)
+        names = listing([str(scene.image) for scene in images])
+        parts.append(f"{len(images)} of {total} images, of {queries} queries, are missing: {names}")
+    others = [str(file) for scene, files in absent for file in files if file != scene.image]
+    if others:
+        parts.append(f"{len(others)} masks or annotations are missing: {listing(others)}")
+    return "; ".join(parts)
+
+
+def _size(size: Sequence[int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
 def listing(names: Sequence[str]) -> str:
     """The first ten, and how many more there are."""
     more = f", … and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:SHOWN]) + more

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenprune.errors import InputError
 
 NEEDED = 6  # numbers of a polygon: pycocotools takes one of four for a box
+FARTHEST = 100_000  # pixels: pycocotools' memory grows with the length of a polygon's sides
 
 
 def drawn(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -53,11 +54,15 @@ def part_drawn(part: Any, height: int, width: int) -> NDArray[np.bool_]:
             size, counts = list(part["size"]), part["counts"]
             if size != [height, width]:
                 raise InputError(f"run lengths for {size} found, expected {[height, width]}, the image's size")
+            _check_runs(counts, height * width)
             runs = part if isinstance(counts, (str, bytes)) else coder.frPyObjects(part, height, width)
         else:
             points = np.asarray(part, dtype=np.float64)
             if points.ndim != 1 or len(points) < NEEDED or len(points) % 2 or not np.isfinite(points).all():
                 raise InputError(f"polygon {str(part)[:60]} found, expected x, y of at least three points")
+            if np.abs(points).max() > FARTHEST:
+                far = f"{points[np.abs(points).argmax()]:g}"
+                raise InputError(f"polygon {str(part)[:60]} has the coordinate {far}, expected pixels of the image")
             (runs,) = coder.frPyObjects([points.tolist()], height, width)
         found: NDArray[np.uint8] = coder.decode(runs)
     except InputError:
@@ -66,6 +71,38 @@ def part_drawn(part: Any, height: int, width: int) -> NDArray[np.bool_]:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise InputError(f"segmentation {str(part)[:60]} cannot be drawn ({why})") from error
     return found.astype(np.bool_)
+
+
+def _check_runs(counts: Any, pixels: int) -> None:
+    """Refuse run lengths that are not those of all pixels: pycocotools decodes the rest from unset memory."""
+    lengths = _unpacked(counts) if isinstance(counts, (str, bytes)) else [int(count) for count in counts]
+    if min(lengths, default=0) < 0 or sum(lengths) != pixels:
+        raise InputError(f"run lengths of {sum(lengths)} pixels found, expected {pixels}, those of the image")
+
+
+def _unpacked(text: str | bytes) -> list[int]:
+    """COCO's compressed run lengths: five bits a character, lowest first; from the fourth on, added to the second last.
+
+    Of a character minus 48, the bit 32 says that another one follows, and 16, in the last one, that it is negative.
+    """
+    found: list[int] = []
+    value = shift = 0
+    for character in text.encode("latin-1") if isinstance(text, str) else text:
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        found.append(value + found[-2] if len(found) > 2 else value)
+        value = shift = 0
+    return found
+
+
+def check_installed() -> None:
+    """Check, before anything is read, that masks can be drawn. Raises InputError if pycocotools is not installed."""
+    _coder()
 
 
 def _coder() -> Any:

@@ -85,6 +85,16 @@ class Refer(FileDataset):
             UnknownNameError: no such split.
             InputError: files are missing or damaged, or references cannot be used, unless `missing="skip"`.
         """
+        scenes, problems = self._usable(split)
+        self._tell(split, problems, bool(scenes))
+        return scenes
+
+    def unusable(self, split: str) -> list[str]:
+        """See `FileDataset.unusable`."""
+        return [f"{kind}: {item}" for kind, item, _ in self._usable(split)[1]]
+
+    def _usable(self, split: str) -> tuple[list[ListedScene], list[Any]]:
+        """The scenes with what can be used, and the problems of what cannot."""
         if split not in self.splits:
             raise UnknownNameError.among(f"split of dataset {self.name!r}", split, self.splits)
         if split not in self._parts:
@@ -93,8 +103,7 @@ class Refer(FileDataset):
         images = images_of(self._folder, self.name, self.options.images, self.images_at)
         problems = [*part["problems"]]
         scenes = [scene for entry in part["scenes"] if (scene := self._scene(entry, images, problems)).queries]
-        self._tell(split, problems, bool(scenes))
-        return scenes
+        return scenes, problems
 
     def _scene(self, entry: Any, images: Path, problems: list[Any]) -> ListedScene:
         queries = []

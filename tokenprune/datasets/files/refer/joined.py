@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenprune.datasets.files.json_file import read_json
+from tokenprune.datasets.files.annotation_files import json_of
 from tokenprune.datasets.files.refer.unpickler import read_pickle
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown, unicode_problem
@@ -126,7 +126,7 @@ def _name_queries(scenes: list[Part]) -> None:
 
 
 def _checked_refs(file: Path, several: bool) -> list[Part]:
-    found = read_json(file) if file.suffix == ".json" else read_pickle(file)
+    found = json_of(file) if file.suffix == ".json" else read_pickle(file)
     if not isinstance(found, list) or not found:
         raise InputError(f"{str(file)!r} holds {shown(found)}, expected a list of references; give an intact file")
     return [_ref(value, f"{str(file)!r}, reference {number}", several) for number, value in enumerate(found)]
@@ -151,7 +151,7 @@ def _ref(value: Any, where: str, several: bool) -> Part:
 
 def _instances(file: Path) -> tuple[dict[Any, Part], dict[Any, Part]]:
     """Images and annotations by id."""
-    found = read_json(file)
+    found = json_of(file)
     images = {
         one["id"]: {"id": one["id"], "file": one["file_name"], "size": [one["height"], one["width"]]}
         for one in _entries(found, "images", {"id": (int, str), "file_name": str, "height": int, "width": int}, file)

@@ -1,0 +1,236 @@
+"""COCO's format: categories or texts as queries, crowds that do not count, masks as pycocotools draws them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dataset_files as files
+import numpy as np
+import pytest
+from dataset_files import CROWD, LEFT, RIGHT, SMALL, coco, coco_annotation, filled, polygon, runs
+
+import tokenprune as tp
+from tokenprune.datasets.base import Query, Scene
+from tokenprune.errors import InputError, OptionError, TokenPruneError
+from tokenprune.testing.dataset_conformance import DatasetConformance
+from tokenprune.utils.masks import foreground, ignored
+
+pytest.importorskip("pycocotools")
+
+
+class TestConformance(DatasetConformance):
+    @pytest.fixture(autouse=True)
+    def _written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(type(self), "dataset", f"coco:{coco(tmp_path)}")
+
+
+def scenes(file: Path, **options: Any) -> list[Scene]:
+    data = tp.dataset(f"coco:{file}", **options)
+    return list(data.scenes(data.splits[0]))
+
+
+def by_id(found: list[Scene]) -> dict[str, Query]:
+    return {query.id: query for scene in found for query in scene.queries}
+
+
+def test_categories_are_queries(tmp_path: Path) -> None:
+    found = scenes(coco(tmp_path))
+    assert [scene.id for scene in found] == ["1", "3"]  # image 2 has a crowd alone
+    queries = by_id(found)
+    assert {id: (query.text, query.kind) for id, query in queries.items()} == {
+        "1-18": ("dog", "category"),
+        "1-17": ("cat", "category"),
+        "3-17": ("cat", "category"),
+    }
+    dogs = filled(LEFT, (12, 3, 14, 12), RIGHT)
+    assert np.array_equal(foreground(queries["1-18"].mask), dogs)
+    assert np.array_equal(ignored(queries["1-18"].mask), filled(CROWD) & ~dogs)
+    assert [target.sum() for target in queries["1-18"].targets] == [filled(LEFT).sum() + 18, filled(RIGHT).sum()]
+    assert np.array_equal(queries["1-17"].mask, filled((0, 20, 9, 30)))
+    assert queries["1-17"].targets == ()
+
+
+def test_masks_are_those_of_the_reference_implementation(tmp_path: Path) -> None:
+    from pycocotools.coco import COCO
+
+    rng = np.random.default_rng(1)
+    annotations = []
+    for number in range(30):
+        points = rng.uniform(-3, 45, (int(rng.integers(3, 9)), 2)).round(2)
+        parts = [points.ravel().tolist(), polygon((1, 1, 4, 9))] if number % 3 else runs(rng.random((30, 40)) < 0.4)
+        annotations.append(coco_annotation(100 + number, 1 + number % 3, 17, parts, caption=f"thing {number}"))
+    file = coco(tmp_path, annotations)
+    reference = COCO(str(file))
+    queries = by_id(scenes(file))
+    assert len(queries) == 30
+    for id, query in queries.items():
+        assert np.array_equal(query.mask, reference.annToMask(reference.anns[int(id)]) > 0)
+
+
+def texts(**fields: Any) -> list[dict[str, Any]]:
+    return [
+        coco_annotation(1, 1, 17, [polygon(LEFT)], **{key: value[0] for key, value in fields.items()}),
+        coco_annotation(2, 1, 18, [polygon(RIGHT)], **{key: value[1] for key, value in fields.items()}),
+    ]
+
+
+@pytest.mark.parametrize("field", ["query", "caption", "ref"])
+def test_texts_are_queries(tmp_path: Path, field: str) -> None:
+    queries = by_id(scenes(coco(tmp_path, texts(**{field: ["left ", "right"]}))))
+    assert [(id, query.text, query.kind, query.is_sentence) for id, query in queries.items()] == [
+        ("1", "left", "text", False),
+        ("2", "right", "text", False),
+    ]
+    assert np.array_equal(queries["2"].mask, filled(RIGHT))
+
+
+def test_several_texts_and_sentences(tmp_path: Path) -> None:
+    annotations = texts(queries=[["the left", "both"], ["both"]], is_sentence=[True, True])
+    queries = by_id(scenes(coco(tmp_path, annotations)))
+    assert {id: query.text for id, query in queries.items()} == {"1#1": "the left", "1#2": "both"}
+    assert np.array_equal(queries["1#2"].mask, filled(LEFT, RIGHT))
+    assert len(queries["1#2"].targets) == 2
+    assert all(query.is_sentence for query in queries.values())
+
+
+def test_a_crowd_with_the_text_does_not_count(tmp_path: Path) -> None:
+    annotations = texts(ref=["dogs", "cats"])
+    annotations.append(coco_annotation(3, 1, 17, runs(filled(CROWD)), iscrowd=1, ref="dogs"))
+    annotations.append(coco_annotation(4, 1, 17, runs(filled(SMALL)), iscrowd=1))
+    queries = by_id(scenes(coco(tmp_path, annotations)))
+    assert np.array_equal(ignored(queries["1"].mask), filled(CROWD))
+    assert not ignored(queries["2"].mask).any()
+
+
+def test_which_texts_can_be_chosen(tmp_path: Path) -> None:
+    file = coco(tmp_path, texts(caption=["a", "b"], note=["c", "d"]))
+    assert [query.text for query in by_id(scenes(file, field="note")).values()] == ["c", "d"]
+    assert [query.text for query in by_id(scenes(file, queries="category")).values()] == ["cat", "dog"]
+    some = coco(tmp_path, texts(caption=["a", ""]), "some.json")
+    with pytest.raises(
+        InputError, match=r"1 of 2 annotations have no 'caption'; .*queries=text, or .*queries=category"
+    ):
+        scenes(some)
+    assert list(by_id(scenes(some, queries="text"))) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "split"),
+    [
+        ("instances_val2017.json", {}, "val"),
+        ("instances_train2017.json", {}, "train"),
+        ("my-test.json", {}, "test"),
+        ("dogs.json", {}, "val"),
+        ("train_and_val.json", {}, "val"),
+        ("dogs.json", {"split": "minival"}, "minival"),
+    ],
+)
+def test_the_split_is_that_of_the_name(tmp_path: Path, name: str, options: dict[str, Any], split: str) -> None:
+    assert tp.dataset(f"coco:{coco(tmp_path, name=name)}", **options).splits == (split,)
+
+
+@pytest.mark.parametrize("place", ["", "images", "../images", "../val2017", "elsewhere"])
+def test_images_are_looked_for_near_the_file(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "annotations"
+    file = coco(folder, name="instances_val2017.json")
+    images = folder / "images"
+    target = (folder / place).resolve()
+    if target != images:
+        target.mkdir(parents=True, exist_ok=True)
+        for image in images.iterdir():
+            image.rename(target / image.name)
+    if place == "elsewhere":
+        with pytest.raises(InputError, match=r"2 of 2 images, .*give its place with the option images, or leave"):
+            scenes(file)
+        assert len(list(tp.dataset(f"coco:{file},images={target}").scenes("val"))) == 2
+    else:
+        assert len(scenes(file)) == 2
+
+
+def test_an_image_of_another_size(tmp_path: Path) -> None:
+    file = coco(tmp_path)
+    files.image(tmp_path / "images" / f"{3:012d}.jpg", width=20)
+    with pytest.raises(InputError, match="is 20×30, but its annotations are made for 40×30"):
+        scenes(file)
+
+
+def of(change: Any) -> Any:
+    """An annotation with this change, None for a field that is removed."""
+    whole = {**coco_annotation(7, 1, 18, [polygon(LEFT)]), **change}
+    return [{key: value for key, value in whole.items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    ("annotations", "options", "message"),
+    [
+        (of({"segmentation": [[1, 2, 3, 4]]}), {}, "'1', query '1-18': annotation 7: polygon .*at least three points"),
+        (of({"segmentation": []}), {}, "annotation 7 has no 'segmentation'; boxes and captions alone give no target"),
+        (of({"segmentation": {"size": [3, 3], "counts": [9]}}), {}, "annotation 7: run lengths for"),
+        (of({"image_id": 99}), {}, "annotation 7 is about image 99, which is not among the images"),
+        (of({"category_id": 99}), {}, "annotation 7 is of category 99, which is not among the categories"),
+        (of({"category_id": None}), {}, "annotation 7 has no 'category_id'"),
+        (of({"iscrowd": 5}), {}, "annotation 7 has 'iscrowd' 5, expected 0 or 1"),
+        (of({"id": None}), {}, "annotation 0 has no 'id'"),
+        (of({"id": [1]}), {}, r"annotation 0 has 'id' \[1\], expected a whole number or text"),
+        (of({}) * 2, {}, r"annotation 7 is there 2 times; .*\(the first of 2 such problems: tokenprune data check\)"),
+        (of({"caption": ["a", 3]}), {}, "annotation 7, its 'caption' is 3, expected words"),
+        (
+            of({"caption": "a", "ref": "b"}),
+            {},
+            "annotations have 'caption' and 'ref'; choose one with the option field",
+        ),
+        (of({}), {"queries": "text"}, "no annotation of .* has text in 'query' or 'queries' or 'caption'"),
+        (of({}), {"field": "words"}, "no annotation of .* has text in 'words'"),
+        (of({}), {"field": "words", "queries": "category"}, "field has no effect with queries=category"),
+        (of({"iscrowd": 1}), {}, "no annotation of .* has a category and is no crowd, so there is no query"),
+        (of({}), {"images": "/no/where"}, "images '/no/where' is not a folder; check the option"),
+        ([3], {}, "annotation 0 is 3, expected an object with 'id'"),
+    ],
+)
+def test_damaged_annotations_are_refused(
+    tmp_path: Path, annotations: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as told:
+        scenes(coco(tmp_path, annotations), **options)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"is \[\], expected an object with 'images'"),
+        ('{"images": []}', "has no 'annotations'; found 'images'"),
+        ('{"images": [{"id": 1}], "annotations": []}', "image 0 has no 'file_name'"),
+        ('{"images": [], "annotations": []}', "so there is no query"),
+        ('{"images": [\n', "line 2: not JSON"),
+        ("[" * 100_000, r"not annotations \(nested too deeply\)"),
+        ("[" + "1" * 5000 + "]", "not annotations"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(InputError, match=message) as told:
+        scenes(tmp_path / "x.json")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [({"queries": "all"}, OptionError, "queries"), ({"fields": "x"}, OptionError, "did you mean 'field'")],
+)
+def test_mistakes(tmp_path: Path, options: dict[str, Any], error: type[TokenPruneError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        scenes(coco(tmp_path), **options)
+    with pytest.raises(InputError, match="is a folder, expected a JSON file with images, annotations"):
+        scenes(tmp_path)
+
+
+def test_a_second_image_of_the_same_id(tmp_path: Path) -> None:
+    file = coco(tmp_path)
+    found = json.loads(file.read_text())
+    found["images"].append(found["images"][0])
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match="image 3 has the id 1 of another image"):
+        scenes(file)

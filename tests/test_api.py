@@ -290,7 +290,7 @@ IGNORED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", IGNORED)
 def test_what_would_be_ignored_without_marks_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name}= is given without image_tokens="):
+    with pytest.raises(InputError, match=f"^{name}= was passed without image_tokens="):
         opened(FAMILIES["llava"].build(), **{name: IGNORED[name]})
 
 

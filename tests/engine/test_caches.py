@@ -23,7 +23,7 @@ from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import VisionCapture
 from tokenprune.engine.interface.prompt_masks import PromptMasks
-from tokenprune.engine.session import PruningRun
+from tokenprune.engine.run import PruningRun
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripted import Scripted, Step, random_script

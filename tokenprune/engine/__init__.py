@@ -14,7 +14,7 @@ from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, a
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.pruning import open_run, prune
-from tokenprune.engine.session import PruningRun
+from tokenprune.engine.run import PruningRun
 
 __all__ = [
     "BoundModel",

@@ -1,4 +1,4 @@
-"""The pruning context: carries a strategy through a decoder's prefills and cached decoding."""
+"""`PruningRun`, the object that a pruning context gives: it applies the strategy in prefills and cached decoding."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ from tokenprune.plugins.observers import notify
 
 
 class PruningRun:
-    """A pruning context, open on a model: the result of `with tokenprune.prune(...) as run`.
+    """The run of a pruning context: what `with tokenprune.prune(...) as run` gives.
 
-    Every forward without cached tokens is a prefill of its own, and a cache belongs to the prefill that filled it; so
-    conversations may be continued in turn. Forwards of other threads take turns.
+    Each forward without cached tokens is a new prefill. A KV cache belongs to the prefill that filled it, so several
+    conversations can be continued alternately. Forwards of different threads run one at a time.
     """
 
     def __init__(
@@ -84,23 +84,25 @@ class PruningRun:
 
     @property
     def trace(self) -> Trace:
-        """The trace of the latest prefill. Where one call of `generate` makes several, those of text alone do not
-        count: so it is that of the prompt, not of the second stream that guidance needs.
+        """The trace of the latest prefill.
+
+        If one call of `generate` makes several prefills, those without image tokens are skipped, such as the second
+        stream of `guidance_scale`.
 
         Raises:
-            EngineError: none has run yet.
+            EngineError: no prefill has run yet.
         """
         return self._known().trace
 
     @property
     def prefill(self) -> Prefill | None:
-        """The prefill under way, as observers see it, or else the latest one that counts; None before the first."""
+        """The current prefill or, between calls, the latest one, as for `trace`; None before the first."""
         call = self._call
         return self._latest if call is None or call.prefill is None else call.prefill
 
     @property
     def layout(self) -> SequenceLayout:
-        """Places of image tokens, text and padding in that prefill; EngineError if none has run."""
+        """Positions of image tokens, text and padding in that prefill; EngineError if none has run."""
         return self._known().layout
 
     @property
@@ -129,7 +131,7 @@ class PruningRun:
     def attached(self) -> Iterator[None]:
         """Intercept the calls of the decoder and its layers while open."""
         with ExitStack() as undo:
-            undo.callback(setattr, self._lease, "open", False)  # undone last: caches are refused from then on
+            undo.callback(setattr, self._lease, "open", False)  # undone last; from then on caches are refused
             self._look = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
                 look = partial(self._layer_forward, number)
@@ -140,9 +142,9 @@ class PruningRun:
                 with self._turn:
                     undo.__exit__(type(error), error, error.__traceback__)
                 raise
-            with self._turn:  # a forward of another thread comes to its end as it began
+            with self._turn:  # wait for the forward of another thread
                 undo.close()
-                if self._call is not None:  # of this thread: a hook of the model closes the context
+                if self._call is not None:  # a hook of the model closes the context during a forward of this thread
                     raise closed_inside()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

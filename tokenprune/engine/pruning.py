@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.continuous_batching import no_continuous_batching
 from tokenprune.engine.calls.generate import Generations
-from tokenprune.engine.calls.interception import concerning
-from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
+from tokenprune.engine.calls.interception import intercepting
+from tokenprune.engine.calls.torch_compile import (
+    hooks_on,
+    refuse_skipped_hooks,
+    translate_compile_errors,
+    uncompiled_forward,
+)
 from tokenprune.engine.calls.turns import decoder_in, open_context
-from tokenprune.engine.calls.wrappers import unwrapped, whole_module
+from tokenprune.engine.calls.wrappers import outermost_module, unwrapped
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import BoundModel, bound_model_of
 from tokenprune.engine.interface.compatibility import check_on
@@ -97,7 +102,7 @@ def open_run(model: nn.Module) -> PruningRun | None:
         model: the decoder, or any model that `prune` takes.
     """
     runs = _OPEN.get(decoder_in(model), {})
-    return next((run for run, concerns in runs.items() if concerns()), None)
+    return next((run for run, applies in runs.items() if applies()), None)
 
 
 @_entered
@@ -119,10 +124,10 @@ def prune(
     """Prune image tokens in every prefill of `model` while the context is open.
 
     Args:
-        model: a vision-language model that an installed adapter supports, which locates the image tokens; a
-            segmentation model from `tokenprune.load`, whose `segment` is then pruned; or, with `image_tokens`, a
-            transformers decoder or any model that contains exactly one. Wrappers are unwrapped (`peft.PeftModel`,
-            `DataParallel`, `DistributedDataParallel`, pipelines of transformers).
+        model: a vision-language model that an installed adapter supports; a segmentation model from `tokenprune.load`,
+            whose `segment` is then pruned; or, with `image_tokens`, a transformers decoder or any model that contains
+            exactly one. Wrappers are unwrapped (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines
+            of transformers).
         strategy: how to prune; see `tokenprune.strategy`.
         image_tokens: bool [batch, sequence], the image tokens in the decoder's input. They apply to prompts of this
             shape: rows may be repeated for returned sequences and beams, and be followed by generated tokens. A second
@@ -180,14 +185,14 @@ def prune(
     decoder = find_decoder(bound.decoder)
     reads = check_on(strategy, bound, decoder)
     with ExitStack() as stack:
-        stack.enter_context(told_by_name())
-        concerns = stack.enter_context(open_context(decoder.module, wait, threads))
-        whole = whole_module(model, decoder.module)
+        stack.enter_context(translate_compile_errors())
+        applies = stack.enter_context(open_context(decoder.module, wait, threads))
+        whole = outermost_module(model, decoder.module)
         hooks = hooks_on(whole)
-        stack.enter_context(not_compiled(whole))
-        with concerning(concerns):
+        stack.enter_context(uncompiled_forward(whole))
+        with intercepting(applies):
             capture = stack.enter_context(bound.capture(reads))
-        stack.enter_context(hooks_seen(whole, hooks, bound.source or bound.name))
+        stack.enter_context(refuse_skipped_hooks(whole, hooks, bound.source or bound.name))
         answers = dict.fromkeys(bound.offers(), capture.provide)
         source = VisionSource(answers, bound.tower_layers, bound.source)
         generations = Generations(whole, decoder.module)
@@ -201,12 +206,12 @@ def prune(
             seed=seed,
             strict=strict,
         )
-        with concerning(concerns):
+        with intercepting(applies):
             stack.enter_context(no_continuous_batching(whole))
-            stack.enter_context(generations.followed(lambda: not run.never_prunes()))
+            stack.enter_context(generations.intercepted(lambda: not run.never_prunes()))
             stack.enter_context(run.attached())
             stack.enter_context(generations.open())
-        _OPEN.setdefault(decoder.module, {})[run] = concerns
+        _OPEN.setdefault(decoder.module, {})[run] = applies
         stack.callback(_OPEN[decoder.module].pop, run)
         try:
             run.tell("tokenprune_run_started")

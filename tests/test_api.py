@@ -182,22 +182,22 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a model's name": (
         lambda: opened("llava"),
-        "model='llava' found, expected a model: a torch.nn.Module, or what tokenprune.load() gives, as in "
+        "model='llava' found, expected a torch.nn.Module or the result of tokenprune.load(), such as "
         "tokenprune.load('llava')",
     ),
     "no model": (
         lambda: opened(None),
-        "model=None found, expected a model: a torch.nn.Module, or what tokenprune.load() gives",
+        "model=None found, expected a torch.nn.Module or the result of tokenprune.load()",
     ),
     "a model's class": (
         lambda: opened(torch.nn.Linear),
-        "model=<class 'torch.nn.modules.linear.Linear'> found, expected a model: a torch.nn.Module, or what "
-        "tokenprune.load() gives",
+        "model=<class 'torch.nn.modules.linear.Linear'> found, expected a torch.nn.Module or the result of "
+        "tokenprune.load()",
     ),
     "a model of masks": (
         lambda: opened(FakeModel()),
-        "FakeModel is pruned by its own methods; call segment(image, query, strategy=…) on it, or hand its decoder to "
-        "tokenprune.prune(), with image_tokens=",
+        "FakeModel is pruned through its own methods; call its segment(image, query, strategy=…), or pass its decoder "
+        "to tokenprune.prune(), with image_tokens=",
     ),
     "a strategy's name": (
         lambda: opened(tiny_llama(), strategy="csp"),
@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no model to tell of": (
         lambda: tp.compatible("fastv", None),
-        "model=None found, expected a model: a torch.nn.Module, or what tokenprune.load() gives",
+        "model=None found, expected a torch.nn.Module or the result of tokenprune.load()",
     ),
     "a query row of numpy": (
         lambda: opened(tiny_llama(), image_tokens=MARKS, query=np.zeros((1, 80))),
@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no inputs": (
         lambda: tp.load("lisa-tiny").run_decoder(5, tp.strategy("fastv")),
-        "inputs=5 found, expected what build_inputs(image, queries) gives",
+        "inputs=5 found, expected the result of build_inputs(image, queries)",
     ),
     "no number of tokens": (
         lambda: tp.load("lisa-tiny").segment(PICTURE, "red", answer="generate", max_new_tokens="5"),
@@ -290,7 +290,7 @@ IGNORED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", IGNORED)
 def test_what_would_be_ignored_without_marks_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=f"^{name}= is given without image_tokens="):
+    with pytest.raises(InputError, match=f"^{name}= was passed without image_tokens="):
         opened(FAMILIES["llava"].build(), **{name: IGNORED[name]})
 
 

@@ -1,5 +1,5 @@
-"""Model adapters: one folder for each model family, what several share beside them, and the bundled models.
+"""Model adapters: a folder for each model family, folders with shared code, and the bundled models.
 
-A new family is a folder here (see the extension guide), and a line in `plugin.py`. An adapter imports `tokenprune.core`
+A new family is a folder here (see the extension guide) and a line in `plugin.py`. An adapter imports `tokenprune.core`
 and the layers below it, `engine`, `api` and `loading`.
 """

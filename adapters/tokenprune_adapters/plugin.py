@@ -1,4 +1,4 @@
-"""Registers the built-in adapters and bundled models; imports none of them."""
+"""Registers the built-in adapters and bundled models, without importing them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from tokenprune.plugins.hookspecs import Register, hookimpl
 
 @hookimpl
 def tokenprune_register_adapters(register: Register) -> None:
-    """One adapter per model family, and one for all of transformers' own."""
+    """One adapter for each family, and one for the vision-language models of transformers."""
     own = "tokenprune_adapters.hf:TransformersAdapter"
-    register("transformers", own, summary="transformers' own models: LLaVA, Qwen-VL, InternVL, SmolVLM, Gemma 3, …")
+    register("transformers", own, summary="models of transformers: LLaVA, Qwen-VL, InternVL, SmolVLM, Gemma 3, …")
     register("lisa", "tokenprune_adapters.lisa:LisaAdapter", summary="LISA checkpoints in their original format")
     register("glamm", "tokenprune_adapters.glamm:GlammAdapter", summary="GLaMM checkpoints in their original format")
     pixellm = "tokenprune_adapters.pixellm:PixelLMAdapter"
@@ -18,5 +18,5 @@ def tokenprune_register_adapters(register: Register) -> None:
 
 @hookimpl
 def tokenprune_register_models(register: Register) -> None:
-    """Checkpoints that are part of this package."""
-    register("lisa-tiny", "tokenprune_adapters.bundled:lisa_tiny", summary="a tiny LISA trained on the dataset shapes")
+    """Checkpoints that are included in this package."""
+    register("lisa-tiny", "tokenprune_adapters.bundled:lisa_tiny", summary="a tiny LISA, trained on the dataset shapes")

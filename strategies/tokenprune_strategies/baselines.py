@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
-from tokenprune.core.options import Amount, tokens_of
+from tokenprune.core.options import KEPT, Amount, tokens_of
 from tokenprune_strategies.ops.even_and_random import grid_mask, random_scores
 
 
 class NoPruning(Strategy):
-    """The untouched model: without stages, every layer runs on every image token."""
+    """No pruning: without stages, every layer runs on every image token."""
 
     name = "none"
 
@@ -21,12 +21,12 @@ class NoPruning(Strategy):
         return ()
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Keep everything (never called: there is no stage)."""
+        """Keep everything (never called, since there are no stages)."""
         return Keep.where(tokens.active)
 
 
 class Blind(Strategy):
-    """No image token enters the decoder: what the words alone allow, the lower bound of any comparison."""
+    """No image token enters the decoder, so the model sees only the text: the lower bound of a comparison."""
 
     name = "blind"
 
@@ -40,14 +40,14 @@ class Blind(Strategy):
 
 
 class FixedShare(Strategy):
-    """Base of the baselines that choose `keep` tokens before the first layer."""
+    """Base of the baselines that keep `keep` tokens before the first layer."""
 
     budget_option = "keep"
 
     class Options(StrategyOptions):
-        """Options of a baseline that keeps a share."""
+        """Options of these baselines."""
 
-        keep: Amount = Field(0.25, description="image tokens kept: an int counts them, a float is a share")
+        keep: Amount = Field(0.25, description=KEPT)
 
     options: Options
 
@@ -57,14 +57,14 @@ class FixedShare(Strategy):
 
 
 class Random(FixedShare):
-    """Random image tokens; every set of that size is equally likely."""
+    """Random image tokens; every subset of that size is equally likely."""
 
     name = "random"
 
     class Options(FixedShare.Options):
         """Options of `random`."""
 
-        seed: int = Field(0, description="seed of the draw; every batch row draws the same as it would alone")
+        seed: int = Field(0, description="random seed; the draw of a batch row does not depend on other rows")
 
     options: Options
 
@@ -74,7 +74,7 @@ class Random(FixedShare):
 
 
 class Uniform(FixedShare):
-    """Image tokens spread evenly over the grid: evenly spaced grid rows, evenly spaced cells in each (ours)."""
+    """Image tokens spaced evenly over the grid: evenly spaced rows, evenly spaced cells in each (ours)."""
 
     name = "uniform"
 

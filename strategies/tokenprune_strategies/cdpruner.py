@@ -21,10 +21,10 @@ class CDPruner(Strategy):
     """Keep the image tokens that are most diverse, given the question, before the first decoder layer.
 
     A determinantal point process (section 3) whose kernel is the similarity of image tokens, weighted by relevance on
-    both sides. Tokens *less* like the text weigh more, as in the authors' code.
+    both sides. Tokens *less* similar to the text weigh more, as in the authors' code.
 
-    Ours: batch rows are independent; when the kernel's rank is exhausted, the rest is picked by relevance (the authors'
-    code then repeats tokens, and keeps fewer).
+    Ours: batch rows are independent; if the kernel's rank is exhausted, the other tokens are picked by relevance (the
+    authors' code then repeats tokens, and so keeps fewer).
     """
 
     name = "cdpruner"
@@ -46,7 +46,7 @@ class CDPruner(Strategy):
         yield Stage("select", 0, tokens_of(self.options.keep, shape.image_tokens), reads)
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Pick in every crop, all crops of the batch at once."""
+        """Pick tokens of each crop, all crops of the batch at once."""
         texts, exists = tokens.clip_text_embeddings
         # (1) relevance q, scaled over the whole row: crops of an image are scaled together, but pruned separately
         scores = relevance(tokens.clip_image_embeddings, texts, exists, tokens.active)
@@ -64,11 +64,11 @@ def relevance(images: Tensor, texts: Tensor, exists: Tensor, active: Tensor) -> 
         images: float32 [batch, N, P].
         texts: float32 [batch, M, P], the segments of the question.
         exists: bool [batch, M], which texts exist.
-        active: bool [batch, N], which tokens count.
+        active: bool [batch, N], the tokens to choose from.
     """
     likeness = normalize(images, dim=-1) @ normalize(texts, dim=-1).transpose(1, 2)
     values = -(likeness * exists[:, None]).sum(2) / exists.sum(1, keepdim=True)  # mean over segments
     low = values.masked_fill(~active, float("inf")).amin(1, keepdim=True)
     high = values.masked_fill(~active, float("-inf")).amax(1, keepdim=True)
-    # 1e-6 as in the authors' code, which keeps every relevance above 0; the clamp is ours: all may be equal
+    # 1e-6 as in the authors' code, to keep every relevance above 0; the clamp, for equal values, is ours
     return ((values - low + 1e-6) / (high - low).clamp(min=1e-6)).masked_fill(~active, 0)

@@ -20,10 +20,10 @@ from tokenprune.errors import BudgetError
 class DART(Strategy):
     """Keep the image tokens that are least similar to a few pivots: duplicates are dropped, important or not.
 
-    Pivots are the tokens, of image and text, whose keys have the largest norm (section 4). Positions are kept.
+    Pivots are the image and text tokens whose keys have the largest norm (section 4). Positions are kept.
 
-    Ours: the pivots choose in the order of their norm, those of the image first; `keep` counts all image tokens that
-    stay, and if it does not divide evenly the first pivots keep one more; batch rows and images are independent.
+    Ours: the pivots choose in the order of their norm, those of the image first; `keep` includes the image pivots, and
+    if it does not divide evenly the first pivots keep one more; batch rows and images are independent.
     """
 
     name = "dart"
@@ -35,12 +35,12 @@ class DART(Strategy):
 
         layer: int = Field(2, ge=1, description="K, the first layer without the dropped tokens")
         keep: Amount = Field(0.222, description=KEPT)
-        image_pivots: int = Field(4, ge=1, description="pivots among the image tokens of every image")
+        image_pivots: int = Field(4, ge=1, description="pivots among the tokens of each image")
         text_pivots: int = Field(4, ge=0, description="pivots among the text tokens after the image")
         faithful: bool = Field(
             False,
-            description="as the authors' code: image pivots come on top of `keep`, all pivots keep the same number, in "
-            "the order of a Python set of their places",
+            description="as in the authors' code: `keep` does not include image pivots, all pivots keep the same "
+            "number, in the iteration order of a Python set of their positions",
         )
 
     options: Options
@@ -52,14 +52,14 @@ class DART(Strategy):
         yield Stage("prune", layer, self.kept(tokens_of(self.options.keep, shape.image_tokens), shape), reads)
 
     def kept(self, keep: int, shape: Shape) -> int:
-        """Image tokens left of a row. Raises BudgetError for fewer than the image pivots."""
+        """Image tokens that remain in a row. Raises BudgetError if they are fewer than the image pivots."""
         pivots, total = min(self.options.image_pivots, shape.image_tokens), shape.image_tokens
         if self.options.faithful:
             chosen = pivots + self.options.text_pivots
             return pivots + chosen * (min(keep, total - pivots) // chosen)
         if keep < pivots:
             raise BudgetError(
-                f"strategy 'dart' keeps its {pivots} image pivots at least; found keep={keep} of {total} image tokens; "
+                f"strategy 'dart' keeps at least its {pivots} image pivots; found keep={keep} of {total} image tokens; "
                 "raise 'keep' or the budget, or lower 'image_pivots'"
             )
         return keep
@@ -76,19 +76,19 @@ class DART(Strategy):
             pivots = index[_largest(norms[row, index], min(self.options.image_pivots, image.quota))]
             text = (tokens.text[row] & (tokens.images_before[row] > index[-1])).nonzero().flatten()
             text = text[_largest(text_norms[row, text], self.options.text_pivots)]
-            # (2) cosine similarity of states after the decoder's final norm, of every pivot to every image token
+            # (2) cosine similarity of each pivot and each image token, of states after the decoder's final norm
             likeness = torch.cat((states[row, pivots], text_states[row, text])) @ states[row, index].T
             if self.options.faithful:  # the authors' pivots choose in CPython's iteration order of a set
                 places = torch.cat((tokens.places[row, pivots], tokens.text_places[row, text])).tolist()
                 likeness = likeness[[places.index(place) for place in set(places)]]
-            # (3) the image pivots stay, and the tokens that each pivot keeps
+            # (3) keep the image pivots, and the least similar tokens of each pivot
             chosen[row, index[_least_like(likeness, torch.isin(index, pivots), image.quota)]] = True
         return Keep.where(chosen)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
         """The largest `keep` that meets the budget; if it is less than the pivots, `layer` moves down to 1 (ours).
 
-        If it still is, fewer image tokens are pivots.
+        If it is still less, there are fewer image pivots.
         """
         total, given = shape.image_tokens, "image_pivots" in self.options.model_fields_set
         most = min(self.options.image_pivots, total)
@@ -105,7 +105,7 @@ def _largest(norms: Tensor, count: int) -> Tensor:
 
 
 def _least_like(likeness: Tensor, taken: Tensor, count: int) -> Tensor:
-    """bool [n]: the tokens in `taken` and, up to `count`, those that the pivots keep in turn.
+    """bool [n]: the tokens in `taken` and those that the pivots keep one after the other, `count` in total.
 
     Args:
         likeness: float [pivots, n], cosine similarity.
@@ -114,7 +114,7 @@ def _least_like(likeness: Tensor, taken: Tensor, count: int) -> Tensor:
     """
     each, more = divmod(count - int(taken.sum()), max(1, len(likeness)))
     for turn, similar in enumerate(likeness):
-        # taken tokens sort last: every pivot keeps the least similar of those left
+        # taken tokens sort last: each pivot keeps the least similar of the remaining ones
         order = similar.masked_fill(taken, float("inf")).argsort(stable=True)
         taken = taken.scatter(0, order[: each + (turn < more)], True)
     return taken

@@ -20,11 +20,11 @@ from tokenprune_strategies.ops.stacked_images import StackedImages
 class DivPrune(Strategy):
     """Keep the image tokens that are most dissimilar, before the first decoder layer.
 
-    A max-min diversity problem, solved greedily on 1 − cosine similarity of the tokens as they enter the decoder. No
-    text, no attention.
+    A max-min diversity problem, solved greedily on 1 − cosine similarity of the tokens as they enter the decoder. Uses
+    neither text nor attention.
 
     Ours: batch rows and images are independent (the authors' code uses row 0's choice for all), and no token is picked
-    twice, which the authors' code does if rows are exact copies (`faithful`).
+    twice, as the authors' code does if rows are exact copies (`faithful`).
     """
 
     name = "divprune"
@@ -35,7 +35,7 @@ class DivPrune(Strategy):
 
         keep: Amount = Field(0.098, description=KEPT)
         faithful: bool = Field(
-            False, description="pick copies again as the authors' code does, so that one token may enter several times"
+            False, description="as in the authors' code: with duplicate tokens, one token may be picked several times"
         )
         positions: Positions = Field("renumber", description=COMPACT)
 
@@ -46,8 +46,8 @@ class DivPrune(Strategy):
         super().__init__(budget=budget, **options)
         if self.options.faithful and self.positions == "keep":
             raise OptionError(
-                "strategy 'divprune': options 'faithful' and positions='keep' found, but a token that enters twice has "
-                "no second position; use one of them"
+                "strategy 'divprune': options 'faithful' and positions='keep' found, but a token that is picked twice "
+                "has only one position; use one of them"
             )
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
@@ -58,9 +58,9 @@ class DivPrune(Strategy):
         yield Stage("select", 0, tokens_of(keep, total), (HiddenStates(),))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Pick farthest-first in every image."""
+        """Pick farthest-first in each image."""
         images = StackedImages.of(tokens)
-        # the first pick is the token farthest from its nearest neighbour; each next one is that with the largest
+        # the first pick is the token farthest from its nearest neighbour; each next one is the token with the largest
         # distance to its nearest pick (max-min)
         picks = farthest_first(images.take(tokens.hidden), images.exists, images.quotas, repeats=self.options.faithful)
         if not self.options.faithful:
@@ -70,7 +70,7 @@ class DivPrune(Strategy):
 
 
 def copies(row: int, image: Tensor, picked: Tensor) -> MergeGroup:
-    """Tokens of an image, int64 [n], in image order at its first slots; one that was picked twice appears twice."""
+    """Picked tokens of an image in image order, at its first slots; a token that was picked twice appears twice."""
     origin = picked.sort().values
-    each = (origin[:, None] == image).float()  # a new token is made of one only
+    each = (origin[:, None] == image).float()  # each new token consists of one
     return MergeGroup(row, image[: len(origin)], image, each, origin)

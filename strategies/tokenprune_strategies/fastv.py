@@ -11,7 +11,7 @@ from tokenprune_strategies.ops.even_and_random import random_scores
 
 
 class FastV(ScorerStrategy):
-    """Layers before K run in full; from K on, only the image tokens that the query row attended to most, in place.
+    """Layers before K run in full; from K on, only the image tokens that the query row attended to most.
 
     Ours: batch rows are independent (authors: row 0 for all), and any query row can be used (authors: the last)."""
 
@@ -23,12 +23,12 @@ class FastV(ScorerStrategy):
         keep: Amount = Field(0.5, description=KEPT)
         query: str = Field("mask_query", description=QUERY)
         query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
-        seed: int = Field(0, description="seed of the draw where layer = 0")
+        seed: int = Field(0, description="random seed if layer = 0")
 
     options: Options
 
     def without_effect(self) -> dict[str, str]:
-        drawn = dict.fromkeys(("query", "query_reduce"), "with layer=0, where the draw is random")
+        drawn = dict.fromkeys(("query", "query_reduce"), "with layer=0, where tokens are random")
         return {"seed": "unless layer=0"} if self.options.layer else drawn
 
     @property
@@ -36,5 +36,5 @@ class FastV(ScorerStrategy):
         return (AttentionFrom(self.options.query, self.options.query_reduce),) if self.options.layer else ()
 
     def score(self, stage: Stage, tokens: Tokens) -> Tensor:
-        # layer K−1, softmax over all keys, mean over heads; at K = 0 the authors draw at random
+        # attention of layer K−1, softmax over all keys, mean over heads; for K = 0 random, as in the authors' code
         return tokens.attention if stage.layer else random_scores(tokens, self.options.seed)

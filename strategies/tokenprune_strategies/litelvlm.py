@@ -25,7 +25,7 @@ from tokenprune import (
     StrategyOptions,
     Tokens,
 )
-from tokenprune.core.options import COMPACT, WORDING, Amount, Wording, tokens_of
+from tokenprune.core.options import COMPACT, KEPT, WORDING, Amount, Wording, tokens_of
 from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, ClsQuery, TowerKeys, TowerValues
 from tokenprune.core.stage import Positions
 
@@ -33,10 +33,10 @@ from tokenprune.core.stage import Positions
 class LiteLVLM(Strategy):
     """Keep the image tokens *least* similar to the question in CLIP's space, and context tokens, before the decoder.
 
-    Of K tokens each of M questions takes the ⌊K/M⌋ least similar; the rest are the tokens that matter most to [CLS]
-    (context). With one question there are no context tokens.
+    Of K tokens, each of M questions selects the ⌊K/M⌋ least similar; the rest are the tokens with the largest
+    contribution to [CLS] (context). With one question there are no context tokens.
 
-    Ours: batch rows are independent, each with its own questions; several crops of a row share K by size.
+    Ours: batch rows are independent, each with its own questions; crops of a row share K in proportion to their size.
     """
 
     name = "litelvlm"
@@ -45,10 +45,10 @@ class LiteLVLM(Strategy):
     class Options(StrategyOptions):
         """Options of LiteLVLM."""
 
-        keep: Amount = Field(0.334, description="K, image tokens kept: an int counts them, a float is a share")
+        keep: Amount = Field(0.334, description=f"K, {KEPT}")
         wording: Wording = Field("question", description=WORDING)
         order: Literal["chosen", "image"] = Field(
-            "chosen", description="chosen: context tokens first, as the authors do; image: all in image order"
+            "chosen", description="chosen (context tokens first, as in the authors' code) or image (image order)"
         )
         positions: Positions = Field("renumber", description=COMPACT)
 
@@ -65,9 +65,9 @@ class LiteLVLM(Strategy):
         yield Stage("select", 0, tokens_of(self.options.keep, shape.image_tokens), (*reads, *shape.offered(Crops())))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Select in every crop."""
+        """Select tokens of each crop."""
         texts, exists = tokens.clip_text_embeddings
-        similar = tokens.clip_image_embeddings @ texts.transpose(1, 2)  # as the authors': not normalised
+        similar = tokens.clip_image_embeddings @ texts.transpose(1, 2)  # not normalised, as in the authors' code
         scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
         mask, groups = torch.zeros_like(tokens.exists), []
         for row, crops in enumerate(tokens.images_by_row()):
@@ -79,35 +79,35 @@ class LiteLVLM(Strategy):
                 slots.append(crop.index[: crop.quota])
             order = torch.cat(chosen)
             mask[row, order] = True
-            # the decoder gets them in this order: the k-th takes the k-th slot of the row, in any crop
+            # the decoder receives them in this order: the k-th at the k-th slot of the row, whatever its crop
             each = torch.eye(len(order), dtype=torch.float32, device=tokens.device)
             groups.append(MergeGroup(row, torch.cat(slots).sort().values, order, each, order))
         if self.positions == "keep" or self.options.order == "image":
             return Keep.where(mask, scores=scores)
         moved = Merge.from_groups(tokens, groups, scores=scores)
         assert moved.origin is not None
-        # gathered, not summed by the weights: a token that only moves keeps its state to the last bit
+        # gathered rather than summed by weights, so that the states are bit-identical
         where = moved.origin.clamp(min=0)[..., None].expand(-1, -1, tokens.hidden.shape[-1])
         return replace(moved, values=tokens.hidden.gather(1, where))
 
 
 def context_scores(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """float32 [n]: weight that [CLS] gives to each patch, times the length of its value; all arguments [n, C].
+    """float32 [n]: attention of [CLS] to each patch times the norm of its value; all arguments [n, C].
 
-    Of the tower's last layer, all heads as one vector.
+    In the tower's last layer, with all heads concatenated.
     """
     likeness = (normalize(query, dim=-1) * normalize(keys, dim=-1)).sum(-1)
-    # over patches alone; cosines divided by √C are so small that the softmax is almost flat, and the length decides
+    # only over patches; cosines divided by √C are so small that the softmax is almost flat, and the norm decides
     weights: Tensor = (likeness * keys.shape[-1] ** -0.5).softmax(0) * values.norm(dim=-1)
     return weights
 
 
 def select(similar: Tensor, context: Tensor, count: int) -> Tensor:
-    """Patches kept of an image, int64 [count]: context patches by descending score, then the dissimilar ones ascending.
+    """The K patches to keep, int64 [count]: context patches by descending score, then dissimilar ones in image order.
 
     Args:
-        similar: [n, M], to each of M texts.
-        context: [n].
+        similar: [n, M], similarity to each of M texts.
+        context: [n], context scores.
         count: K.
     """
     chosen = torch.zeros_like(context, dtype=torch.bool)

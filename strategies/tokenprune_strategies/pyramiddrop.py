@@ -11,16 +11,16 @@ from torch import Tensor
 
 from tokenprune import AttentionFrom, ScorerStrategy, Shape, Stage, StrategyOptions, Tokens
 from tokenprune.core.budget import Ladder
-from tokenprune.core.options import QUERY, QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
+from tokenprune.core.options import COMPACT, QUERY, QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.stage import Positions
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.falling_stages import falling, falling_ladders, layers_of
 
 
 class PyramidDrop(ScorerStrategy):
-    """Keep fewer image tokens at each of several layers: those that the query row will attend to most.
+    """Keep fewer image tokens at each of several layers: those that the query row attends to most in the next layer.
 
-    Ours: layers as fractions of the depth, to transfer the published 8, 16, 24 of 32 to other models; batch rows and
+    Ours: layers are fractions of the depth, to apply the published 8, 16, 24 of 32 to other models; batch rows and
     images are independent (the authors prune the first image of a row).
     """
 
@@ -31,16 +31,16 @@ class PyramidDrop(ScorerStrategy):
         """Options of PyramidDrop."""
 
         layers: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
-            (0.25, 0.5, 0.75), description="first layer of each stage: an int is a layer, a float a share of the depth"
+            (0.25, 0.5, 0.75), description="first layer of each stage: layer (int) or share of the depth (float)"
         )
         keep: tuple[Amount, ...] = Field(
-            (0.5, 0.25, 0.125), description="image tokens kept at each stage: numbers, or shares of the original ones"
+            (0.5, 0.25, 0.125), description="image tokens to keep at each stage: number (int) or share of N (float)"
         )
         query: str = Field("mask_query", description=QUERY)
         query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
-        positions: Positions = Field("renumber", description="renumber: renumbered at every stage, as the authors do")
+        positions: Positions = Field("renumber", description=COMPACT)
         faithful: bool = Field(
-            False, description="as the authors' code: the last row is the query, shares of N are cut off as floats"
+            False, description="as in the authors' code: the query is the last row, shares of N are truncated as floats"
         )
 
     options: Options
@@ -51,12 +51,12 @@ class PyramidDrop(ScorerStrategy):
         if len(self.options.layers) != len(self.options.keep):
             raise OptionError(
                 f"strategy {self.name!r}: options 'layers' and 'keep': found {len(self.options.layers)} and "
-                f"{len(self.options.keep)} values, expected one of each for every stage"
+                f"{len(self.options.keep)} values, expected one of each per stage"
             )
 
     def without_effect(self) -> Mapping[str, str]:
         """See `Strategy.without_effect`."""
-        faithful = dict.fromkeys(("query", "query_reduce"), "where faithful: the last row is the query")
+        faithful = dict.fromkeys(("query", "query_reduce"), "with faithful=True, where the query is the last row")
         return faithful if self.options.faithful else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
@@ -74,15 +74,15 @@ class PyramidDrop(ScorerStrategy):
         return attention
 
     def counts(self, total: int) -> tuple[int, ...]:
-        """Tokens that each stage keeps, as shares of the original `total`."""
-        cut = self.options.faithful  # the authors' int(N · ratio) makes 28 of 50 · 0.58
+        """Number of tokens that each stage keeps, of the original `total`."""
+        cut = self.options.faithful  # the authors' int(N · ratio) gives 28 for 50 · 0.58
         kept = [int(total * n) if cut and isinstance(n, float) else tokens_of(n, total) for n in self.options.keep]
         return falling(self.name, kept)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
-        """Shares f, f², f³, … of N (the published ones: f = 1/2), f by the budget (ours).
+        """Shares f, f², f³, … of N (published: f = 1/2), with f from the budget (ours).
 
-        If f would fall below 1/4, all stages move towards layer 1 by one factor.
+        If f would be below 1/4, the layers of all stages are scaled down towards layer 1 instead.
         """
         total, steps = shape.image_tokens, range(1, len(self.options.layers) + 1)
         powers = [tuple(max(1, int(total * (n / total) ** k + 1e-6)) for k in steps) for n in range(total, 0, -1)]

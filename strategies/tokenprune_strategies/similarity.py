@@ -1,4 +1,4 @@
-"""A simple, strong reference (ours): keep dissimilar tokens, by the states of a decoder layer."""
+"""A simple, strong reference (ours): keep tokens with dissimilar states in a decoder layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from tokenprune_strategies.ops.stacked_images import StackedImages
 class Similarity(Strategy):
     """Keep the image tokens whose hidden states are most dissimilar on entering a layer (ours).
 
-    Farthest-first on 1 − cosine similarity, the selection that DivPrune (https://arxiv.org/abs/2503.02175) makes on
-    the projector's output; here the tokens have been through the decoder's first layers. Images are
-    independent, positions are kept.
+    Farthest-first on 1 − cosine similarity, as DivPrune (https://arxiv.org/abs/2503.02175) on the projector's output,
+    but after the decoder's first layers. Images are independent, positions are kept.
     """
 
     name = "similarity"
@@ -33,12 +32,12 @@ class Similarity(Strategy):
     options: Options
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage. Raises OptionError where the model has no such layer."""
+        """One stage. Raises OptionError if the model has no such layer."""
         layer = layer_of(self.options.layer, shape.layers, self.name)
         yield Stage("select", layer, tokens_of(self.options.keep, shape.image_tokens), (HiddenStates(),))
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Pick farthest-first in every image."""
+        """Pick farthest-first in each image."""
         images = StackedImages.of(tokens)
         picks = farthest_first(images.take(tokens.hidden), images.exists, images.quotas)
         return Keep.where(images.mask(picks, tokens))

@@ -26,14 +26,14 @@ def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class ToMe(Strategy):
-    """Merge the most similar image tokens; averages are weighted by the number of tokens that each stands for.
+    """Merge the most similar image tokens; averages are weighted by the number of original tokens in each.
 
-    ToMe does one round of bipartite matching in every layer of a vision transformer. Here (ours) rounds
-    are repeated on entering decoder layers, or between tower and projector, until the stage's number of tokens is left;
-    each of `layers` removes the same number.
+    ToMe does one round of bipartite matching in every layer of a vision transformer. Here (ours) rounds are repeated on
+    entering decoder layers, or between tower and projector, until the stage's number of tokens is reached; each of
+    `layers` removes the same number.
 
-    Ours: the merged token takes B's place and position, images are merged independently (unless fewer tokens are left
-    than there are images), and attention is unchanged (ToMe adds the logarithm of the sizes to it).
+    Ours: the merged token takes B's slot and position, images are merged independently (unless fewer tokens than images
+    remain), and attention is unchanged (ToMe adds the logarithm of the sizes to it).
     """
 
     name = "tome"
@@ -43,19 +43,19 @@ class ToMe(Strategy):
         """Options of `tome`."""
 
         where: Literal["decoder", "tower"] = Field(
-            "decoder", description="decoder: the states between layers; tower: its features, before the projector"
+            "decoder", description="decoder (states between layers) or tower (features before the projector)"
         )
         layers: Annotated[tuple[int, ...], AfterValidator(_ascending)] = Field(
-            (2,), description="decoder: layers that begin with a merge"
+            (2,), description="with where=decoder: the layers that begin with a merge"
         )
-        keep: Amount = Field(0.5, description="image tokens left after the last merge: an int or a share")
+        keep: Amount = Field(0.5, description="image tokens after the last merge: number (int) or share (float)")
         match: Literal["keys", "states"] = Field(
-            "keys", description="what is compared: keys, of the layer before or the tower's last, or states"
+            "keys", description="compared vectors: keys (of the previous or the tower's last layer) or states"
         )
         per_round: float = Field(
-            0.25, gt=0, le=0.5, description="share of the tokens that a round may merge, at most; 0.5 = all of A"
+            0.25, gt=0, le=0.5, description="largest share of the tokens that a round merges; 0.5 = all of A"
         )
-        positions: Positions = Field("keep", description="keep: a merged token stays at its place; renumber: compact")
+        positions: Positions = Field("keep", description="position policy of merged tokens: keep or renumber")
 
     options: Options
 
@@ -69,7 +69,7 @@ class ToMe(Strategy):
         return {"layers": "with where=tower"} if self.options.where == "tower" else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """One stage per merge. Raises OptionError where the model has no such layer, or no keys before it."""
+        """One stage per merge. Raises OptionError if the model has no such layer, or no layer with keys before it."""
         total, keep = shape.image_tokens, tokens_of(self.options.keep, shape.image_tokens)
         keys, layers = self.options.match == "keys", self.options.layers
         if self.options.where == "tower":
@@ -90,19 +90,19 @@ class ToMe(Strategy):
         tower = self.options.where == "tower"
         states = tokens.features if tower else tokens.hidden
         metric = states if self.options.match == "states" else tokens.keys if tower else tokens.layer_keys
-        into = torch.arange(states.shape[1], device=tokens.device).repeat(len(states), 1)  # each stays, at first
+        into = torch.arange(states.shape[1], device=tokens.device).repeat(len(states), 1)  # initially, none is merged
         for row, images in enumerate(tokens.images_by_row(least=1)):
             parts = [(image.index, image.quota) for image in images]
             target = sum(share for _, share in parts)
-            if images and target < len(images):  # fewer tokens than images: images merge with each other
+            if images and target < len(images):  # fewer tokens than images: merge across images
                 parts = [(torch.cat([index for index, _ in parts]), target)]
             for index, share in parts:
                 merged = bipartite_merge(metric[row, index], tokens.mass[row, index], share, self.options.per_round)
                 into[row, index] = index[merged]
-        # kept are the targets of merges, themselves included; −1 marks tokens that take no part
+        # keep the targets of merges, which include unmerged tokens; −1 = inactive
         index = true_positions(as_mask(torch.where(tokens.active, into, -1), into.shape[1]))
         values = merged_means(states, tokens.mass.masked_fill(~tokens.active, 0), into, index)
-        weights = (into[:, None] == index[..., None]) & tokens.active[:, None]  # one target each: conserves mass
+        weights = (into[:, None] == index[..., None]) & tokens.active[:, None]  # one target each, so mass is conserved
         if tower:
             values = tokens.project(values)
         return Merge(index, values=values, weights=weights.float(), conserves_mass=True)

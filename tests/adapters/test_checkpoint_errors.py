@@ -130,7 +130,7 @@ def test_truncated_file(tmp_path: Path, files: str, share: float) -> None:
 def test_shard_that_is_not_there(tmp_path: Path) -> None:
     write_lisa(tmp_path, shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    assert "names model-00002-of-00003.safetensors, which is not there" in refusal_of(tmp_path)
+    assert "names model-00002-of-00003.safetensors, which is missing" in refusal_of(tmp_path)
 
 
 def test_index_that_promises_a_tensor_that_no_shard_has(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_index_that_promises_a_tensor_that_no_shard_has(tmp_path: Path) -> None:
 
 def test_folder_without_weights(tmp_path: Path) -> None:
     (write_lisa(tmp_path) / "model.safetensors").unlink()
-    assert "holds no weights" in refusal_of(tmp_path)
+    assert "contains no weights" in refusal_of(tmp_path)
 
 
 def test_no_such_folder() -> None:
@@ -154,7 +154,7 @@ def test_no_such_folder() -> None:
 
 def test_tokenizer_without_seg(tmp_path: Path) -> None:
     message = refusal_of(write_lisa(tmp_path, added={"<im_start>": 641, "<im_end>": 642}))
-    assert "does not know [SEG]" in message
+    assert "lacks [SEG]" in message
 
 
 def test_tokenizer_larger_than_the_vocabulary(tmp_path: Path) -> None:
@@ -202,8 +202,8 @@ def test_config_without_a_tower(tmp_path: Path) -> None:
 
 def test_tower_of_another_width(tmp_path: Path) -> None:
     message = refusal_of(write_lisa(tmp_path, edit=replaced("model.mm_projector.weight", 32, 20)))
-    assert "features 16 wide" in message
-    assert "reads 20" in message
+    assert "features of width 16" in message
+    assert "takes 20" in message
 
 
 def test_tower_of_another_kind(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path, files: str, number: 
     (tmp_path / f"{files}.index.json").unlink()
     gone = f"{files.split('.')[0]}-0000{number}-of-00003.{files.split('.')[1]}"
     (tmp_path / gone).unlink()
-    with pytest.raises(CheckpointError, match=f"shards without an index, and {gone} is not there; fetch that file"):
+    with pytest.raises(CheckpointError, match=f"shards without an index, and {gone} is missing; fetch that file"):
         tp.load(tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_shards_that_do_not_fit_together(tmp_path: Path) -> None:
     both = {"model.norm.weight": torch.ones(WIDTH), "lm_head.weight": torch.ones(643, WIDTH)}
     for number in (1, 2):
         save_file(both, tmp_path / f"model-0000{number}-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"both model-00001-of-00002.* and model-00002-of-00002.* hold"):
+    with pytest.raises(CheckpointError, match=r"both model-00001-of-00002.* and model-00002-of-00002.* contain"):
         tp.load(tmp_path)
 
 
@@ -120,8 +120,8 @@ def test_projectors_of_llava_1_5(tmp_path: Path, family: str, widths: Any, depth
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("linear", "says mm_projector_type 'linear', but the weights hold a projector of 2 linear layers"),
-        ("mlp3x_gelu", "says mm_projector_type 'mlp3x_gelu', but the weights hold a projector of 2 linear layers"),
+        ("linear", "says mm_projector_type 'linear', but the weights contain a projector of 2 linear layers"),
+        ("mlp3x_gelu", "says mm_projector_type 'mlp3x_gelu', but the weights contain a projector of 2 linear layers"),
         ("identity", "says mm_projector_type 'identity', expected 'linear' or 'mlp2x_gelu'"),
         ("mlp2x_silu", "says mm_projector_type 'mlp2x_silu', expected 'linear'"),
         ("resampler", "says mm_projector_type 'resampler', expected 'linear'"),
@@ -176,7 +176,7 @@ def test_towers_of_336_pixels(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", WRITERS)
 @pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit", "quantization_config"])
 def test_options_of_quantisation_are_refused_by_name(tmp_path: Path, family: str, option: str) -> None:
-    with pytest.raises(OptionError, match=rf"^{option}= was given, but .* loaded in floating point only; save memory"):
+    with pytest.raises(OptionError, match=rf"^{option}= is not supported: .* in floating point only; save memory"):
         tp.load(WRITERS[family](tmp_path), **{option: True})
 
 
@@ -184,12 +184,14 @@ def test_options_of_quantisation_are_refused_by_name(tmp_path: Path, family: str
 def test_quantised_weights_are_refused_by_name(tmp_path: Path, family: str) -> None:
     write = WRITERS[family]
     told = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    with pytest.raises(CheckpointError, match=r"quantised weights .*says quantization_config 'bitsandbytes'"):
+    with pytest.raises(
+        CheckpointError, match=r"quantised weights \(quantization_config 'bitsandbytes' in config.json\)"
+    ):
         tp.load(write(tmp_path / "1", config=told))
     name = "model.layers.0.mlp.up_proj.weight"
     for number, mark in enumerate((f"{name}.absmax", f"{name}.quant_state.bitsandbytes__nf4", name[:-6] + "SCB")):
         folder = write(tmp_path / f"2{number}", edit=lambda state, mark=mark: state.update({mark: torch.ones(3)}))
-        with pytest.raises(CheckpointError, match=rf"quantised weights \(there is {mark}\)"):
+        with pytest.raises(CheckpointError, match=rf"quantised weights \(the tensor {mark}\)"):
             tp.load(folder)
     folder = write(tmp_path / "3", edit=lambda state: state.update({name: state[name].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=f"{name} is stored as int8, expected floating-point numbers"):

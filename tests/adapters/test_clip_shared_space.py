@@ -283,7 +283,7 @@ def test_damaged_parts_are_named(tmp_path: Path) -> None:
 def test_texts_that_nobody_told_are_missed(models: dict[str, Any]) -> None:
     lisa = models["lisa"]
     source = lisa.vision_source(lisa.encode_image(IMAGE), 1)
-    with pytest.raises(InputError, match="expected the texts to be told"):
+    with pytest.raises(InputError, match="expected texts= to be passed"):
         source.provide(ClipTextEmbeddings())
     source = lisa.vision_source(lisa.encode_image(IMAGE), 1, {"query": [["a"]]})
     with pytest.raises(InputError, match=r"wording='question'.*expected one of query"):

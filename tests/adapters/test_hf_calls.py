@@ -228,7 +228,7 @@ def test_a_model_that_assists_itself_is_refused_by_that_name(name):
     with (
         torch.no_grad(),
         tokenprune.prune(model, EverySecond()),
-        pytest.raises(UnsupportedError, match="assistant_model found under"),
+        pytest.raises(UnsupportedError, match="assistant_model is not supported under"),
     ):
         model.generate(**inputs, **GREEDY, assistant_model=model)
 

@@ -40,7 +40,7 @@ def test_placeholders_that_do_not_match_the_images(name, call):
     ids = inputs["input_ids"].clone()
     ids[1, (ids[1] == IMAGE).nonzero()[0]] = TEXT.start
     run = model.generate if call == "generate" else model
-    words = f"holds {total - 1} image tokens", f"give {total} features", "processor", type(model.model).__name__
+    words = f"has {total - 1} image tokens", f"have {total} features", "processor", type(model.model).__name__
     with torch.no_grad(), fails(InputError, *words), tokenprune.prune(model, Half()):
         run(**{**inputs, "input_ids": ids}, **({"max_new_tokens": 2} if call == "generate" else {}))
 

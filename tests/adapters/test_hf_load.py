@@ -296,8 +296,8 @@ def test_lisa_whose_model_type_is_llava_too_stays_with_its_adapter(tmp_path: Pat
 @pytest.mark.parametrize(
     ("image", "prompt", "message"),
     [
-        ("photo", "", "expected words about the image"),
-        ("photo", "  \n", "expected words about the image"),
+        ("photo", "", "expected a text about the image"),
+        ("photo", "  \n", "expected a text about the image"),
         ("photo", None, "prompt None found"),
         ("nowhere.png", QUESTION, "no such file"),
         (7, QUESTION, "image is a int"),
@@ -401,7 +401,7 @@ def test_a_loaded_model_is_two_lines(models: Models) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_a_prompt_beyond_the_models_context_is_refused(models: Models, name: str) -> None:
-    with pytest.raises(InputError, match=r"the prompt takes \d+ positions, .*made for 512"):
+    with pytest.raises(InputError, match=r"the prompt has \d+ positions, .*maximum is 512"):
         models(name).answer(picture(), "What is it? " * 200)
 
 

@@ -130,7 +130,7 @@ def test_matches_by_architecture() -> None:
 
 
 def test_mask_decoder_heads_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="7 attention heads do not fit"):
+    with pytest.raises(CheckpointError, match="attention of width 16, cannot have 7 heads"):
         tp.load(write_lisa(tmp_path, config={"sam_mask_decoder_heads": 7}))
 
 

@@ -153,7 +153,7 @@ def test_files_that_are_no_images(model: LisaModel, image: np.ndarray[Any, Any],
         ({"query": "<image> of a cat"}, "contains <image>"),
         ({}, "neither of query and prompt"),
         ({"query": "the cat", "prompt": "<image> [SEG]"}, "both of query and prompt"),
-        ({"prompt": "no picture [SEG]"}, "0 times <image>"),
+        ({"prompt": "no picture [SEG]"}, "contains <image> 0 times, expected it once"),
         ({"prompt": "<image> and no mask"}, r"no \[SEG\]"),
         ({"query": ["a", "b"], "is_sentence": [True]}, "1 values for 2 queries"),
     ],
@@ -415,5 +415,5 @@ def test_a_prompt_beyond_the_models_context_is_refused(
     monkeypatch.setattr(model.decoder.config, "max_position_embeddings", length)
     model.segment(image, QUERIES[0])
     for answer in ("forced", "generate"):
-        with pytest.raises(InputError, match=rf"the prompt takes \d+ positions, .*made for {length} .*shorten"):
+        with pytest.raises(InputError, match=rf"the prompt has \d+ positions, .*maximum is {length} .*shorten"):
             model.segment(image, QUERIES[0] + " cat" * 20, answer=answer)  # type: ignore[arg-type]

@@ -99,7 +99,7 @@ def test_keys_and_joint_attention_equal_the_projections(tower_run: TowerRun, eag
 def test_a_layer_is_computed_once(folder: Path, pixels: torch.Tensor) -> None:
     run = run_tower(load_tower(folder, torch.float32), pixels)
     assert run.seen(-1) is run.seen(2)
-    with pytest.raises(InputError, match="tower layer 3 was asked for, but the vision tower has 3 layers"):
+    with pytest.raises(InputError, match="tower layer 3 was requested, but the vision tower has 3 layers"):
         run.seen(3)
     with pytest.raises(InputError, match="tower layer -4"):
         run.seen(-4)

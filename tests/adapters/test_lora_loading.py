@@ -208,22 +208,22 @@ def without(name: str) -> State:
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        (None, {"peft_type": "IA3"}, "an adapter of kind 'IA3', expected LORA; merge it with peft"),
-        (None, {"use_dora": True}, "says use_dora=True, which is not covered here; merge it with peft"),
-        (None, {"lora_bias": True}, "says lora_bias=True, which is not covered"),
-        (None, {"fan_in_fan_out": True}, "says fan_in_fan_out=True, which is not covered"),
-        (None, {"layer_replication": [[0, 2]]}, r"says layer_replication=\[\[0, 2\]\], which is not covered"),
-        (None, {"trainable_token_indices": [3]}, "says trainable_token_indices"),
-        (None, {"some_later_setting": 1}, "says some_later_setting=1, which is not covered"),
-        (None, {"init_lora_weights": "pissa_niter_4"}, "says init_lora_weights='pissa_niter_4', which is not"),
-        (None, {"revision": "abc"}, "says revision='abc', which is not covered"),
+        (None, {"peft_type": "IA3"}, "an adapter of type 'IA3', expected LORA; merge it with peft"),
+        (None, {"use_dora": True}, "has use_dora=True, which is not supported; merge it with peft"),
+        (None, {"lora_bias": True}, "has lora_bias=True, which is not supported"),
+        (None, {"fan_in_fan_out": True}, "has fan_in_fan_out=True, which is not supported"),
+        (None, {"layer_replication": [[0, 2]]}, r"has layer_replication=\[\[0, 2\]\], which is not supported"),
+        (None, {"trainable_token_indices": [3]}, "has trainable_token_indices"),
+        (None, {"some_later_setting": 1}, "has some_later_setting=1, which is not supported"),
+        (None, {"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights='pissa_niter_4', which is not"),
+        (None, {"revision": "abc"}, "has revision='abc', which is not supported"),
         (None, {"lora_alpha": None}, "lora_alpha is None, expected a number above 0"),
         (None, {"alpha_pattern": {"*": 2}}, r"alpha_pattern has '\*': 2, expected a regular expression and a number"),
         (None, {"rank_pattern": {"q_proj": "3"}}, "rank_pattern has 'q_proj': '3', expected a regular"),
         (factors("model.vision_tower.q_proj", 4, 4), {}, r"changes the vision tower \(model.vision_tower.q_proj\)"),
         (None, {"r": 5}, f"says rank 5 for {QUERY}, whose factors are"),
         (without(f"{UP}.lora_B.weight"), {}, f"has only the factor A of {UP}"),
-        ({}, {}, "holds no LoRA factors"),
+        ({}, {}, "contains no LoRA factors"),
         (
             factors("model.layers.9.self_attn.q_proj", 32, 32),
             {},
@@ -342,13 +342,13 @@ def test_peft_merges_into_transformers_models(tmp_path: Path) -> None:
     assert model.name == "adapter"
     assert model.answer(torch.zeros(3, 20, 20), "What?", tp.strategy("fastv", budget=0.6)).trace is not None
     other = {f"{PREFIX}{LLAVA}.lora_A.weight": tensors[f"{PREFIX}{LLAVA}.lora_A.weight"]}
-    with pytest.raises(CheckpointError, match=r"is of another model: 1 tensors do not fit, such as .*lora_B"):
+    with pytest.raises(CheckpointError, match=r"is for another model: 1 tensors do not match, such as .*lora_B"):
         tp.load(write_adapter(tmp_path / "other", base, other, **config))
     spare = {**tensors, **factors("model.elsewhere.v_proj", *shape)}
-    with pytest.raises(CheckpointError, match=r"is of another model: 2 tensors do not fit, such as .*elsewhere"):
+    with pytest.raises(CheckpointError, match=r"is for another model: 2 tensors do not match, such as .*elsewhere"):
         tp.load(write_adapter(tmp_path / "spare", base, spare, **config))
     shutil.copytree(base, tmp_path / "both")
-    with pytest.raises(CheckpointError, match="names no base model besides itself; put the adapter into a folder of"):
+    with pytest.raises(CheckpointError, match="names no other base model; move the adapter to a separate folder"):
         tp.load(write_adapter(tmp_path / "both", None, tensors, **config))
     with pytest.raises(CheckpointError, match="cannot be merged"):
         tp.load(write_adapter(tmp_path / "wide", base, factors(LLAVA, 7, 7), **config))
@@ -362,7 +362,7 @@ def test_transformers_models_without_peft_or_base(tmp_path: Path, monkeypatch: p
         folder = tmp_path / f"adapter-{named is None}"
         if named is None:
             shutil.copytree(base, folder)
-        with pytest.raises(UnsupportedError, match="needs the package peft; install it"):
+        with pytest.raises(UnsupportedError, match="requires the package peft; install it"):
             tp.load(write_adapter(folder, named, factors(LLAVA, 32, 32)))
 
 
@@ -373,5 +373,5 @@ def test_lora_tensors_among_transformers_weights(tmp_path: Path) -> None:
     name = next(name for name in state if name.endswith("layers.1.self_attn.v_proj.weight"))
     state[name.replace("weight", "lora_A.default.weight")] = drawn(3, 32)
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="holds unmerged LoRA tensors among its weights"):
+    with pytest.raises(CheckpointError, match="contains unmerged LoRA tensors among its weights"):
         tp.load(tmp_path)

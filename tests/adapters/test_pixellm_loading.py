@@ -123,8 +123,8 @@ def _three_levels(state: State) -> None:
         ({"edit": _three_levels}, "3 levels and 2 transformers, expected 2 of each"),
         ({"config": {"sam_mask_decoder_heads": 7}}, "7 attention heads do not fit the pixel decoder"),
         ({"config": {"resize_vision_tower_size": 63}}, "patches of 2 pixels, which do not divide the 63 pixels"),
-        ({"added": {"[SEG]": 640, "<im_start>": 646, "<im_end>": 647}}, r"does not know \[SEG0\], \[SEG1\]"),
-        ({"added": {name: i for name, i in ADDED.items() if name != "[SEG5]"}}, r"does not know \[SEG5\]"),
+        ({"added": {"[SEG]": 640, "<im_start>": 646, "<im_end>": 647}}, r"lacks \[SEG0\], \[SEG1\]"),
+        ({"added": {name: i for name, i in ADDED.items() if name != "[SEG5]"}}, r"lacks \[SEG5\]"),
         ({"tower": tower_model(layers=9)}, "9 layers, but PixelLM reads the hidden states number -11"),
     ],
     ids=["pe1", "missing", "unexpected", "shape", "levels", "heads", "square", "no codebook", "five tokens", "shallow"],
@@ -138,7 +138,7 @@ def test_a_tower_of_another_width(tmp_path: Path) -> None:
     def wider(state: State) -> None:
         state["model.mm_projector.0.weight"] = torch.zeros(64, 24)
 
-    with pytest.raises(CheckpointError, match=r"features 16 wide, but the projector .* reads 24"):
+    with pytest.raises(CheckpointError, match=r"features of width 16, but the projector .* takes 24"):
         tp.load(write_pixellm(tmp_path, edit=wider))
 
 

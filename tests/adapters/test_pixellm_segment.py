@@ -278,7 +278,7 @@ def test_a_mask_for_each_complete_codebook(model: PixelLMModel) -> None:
     assert codebook(model, f"{whole} and {whole}.") == 2
     assert codebook(model, f"[SEG0] [SEG1] {whole}") == 1
     assert codebook(model, f"{whole} [SEG0] [SEG1]") == 1
-    with pytest.raises(InputError, match=r"holds no \[SEG0\] \[SEG1\]"):
+    with pytest.raises(InputError, match=r"contains no \[SEG0\] \[SEG1\]"):
         codebook(model, "[SEG0] [SEG1] [SEG2] [SEG4] [SEG3] [SEG5]")
     with pytest.raises(InputError, match=r"contains \[SEG3\]"):
         model.segment(picture("square"), "the [SEG3]")

@@ -83,7 +83,7 @@ def test_what_lengthens_the_prompt_is_refused(model: Any) -> None:
 
     hook = model.decoder.model.register_forward_pre_hook(lengthened, with_kwargs=True)
     try:
-        with pytest.raises(InputError, match=r"layers were given \[1, \d+\] positions for a prompt of \[1, \d+\]"):
+        with pytest.raises(InputError, match=r"layers received \[1, \d+\] positions for a prompt of \[1, \d+\]"):
             model.segment(IMAGES[0], "the cat", tp.strategy("fastv", budget=0.7))
     finally:
         hook.remove()

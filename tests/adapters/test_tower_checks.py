@@ -163,14 +163,14 @@ def test_pixellms_trained_otherwise_are_refused(tmp_path: Path, name: str) -> No
         ({"size": {"shortest_edge": 20}}, "makes pictures of 32×32 (cropped from less) pixels"),
         ({"do_center_crop": False}, "makes pictures of various pixels"),
         ({"do_center_crop": False, "size": {"height": 48, "width": 48}}, "makes pictures of 48×48 pixels"),
-        ({"do_normalize": False}, "says do_normalize false"),
-        ({"do_rescale": False}, "says do_rescale false"),
-        ({"do_resize": False}, "says do_resize false"),
-        ({"rescale_factor": 1.0}, "says rescale_factor 1.0, expected 1/255"),
+        ({"do_normalize": False}, "sets do_normalize to false, but the tower was trained with that step"),
+        ({"do_rescale": False}, "sets do_rescale to false, but the tower was trained with that step"),
+        ({"do_resize": False}, "sets do_resize to false, but the tower was trained with that step"),
+        ({"rescale_factor": 1.0}, "sets rescale_factor to 1.0, expected 1/255"),
         ({"image_std": [0.2, 0, 0.2]}, "says image_std [0.2, 0, 0.2], expected three numbers"),
         ({"image_mean": [0.5]}, "says image_mean [0.5], expected three numbers"),
-        ({"image_processor_type": "SiglipImageProcessor"}, "is of a SiglipImageProcessor, expected CLIP's"),
-        ({"size": {"depth": 3}}, "describes no image processor of CLIP"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "is for SiglipImageProcessor, expected CLIP's"),
+        ({"size": {"depth": 3}}, "describes no CLIP image processor"),
     ],
 )
 def test_a_preprocessor_of_another_tower(tmp_path: Path, family: str, changes: Any, message: str) -> None:
@@ -227,5 +227,5 @@ def test_processors_of_transformers_models(tmp_path: Path, name: str, changes: A
     assert tp.load(folder).inputs(picture, "What?") is not None
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(CheckpointError, match=f"its processor makes {message} the model's vision tower takes"):
+    with pytest.raises(CheckpointError, match=f"its processor makes {message} the model's vision tower expects"):
         tp.load(folder).answer(picture, "What?")

@@ -152,7 +152,7 @@ def test_every_known_device_and_format_is_torchs_own() -> None:
 def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(OptionError, match=r"'cuda:2' asked for, but torch finds 'cuda:0' … 'cuda:1' here"):
+    with pytest.raises(OptionError, match=r"'cuda:2' requested, but torch finds only 'cuda:0' … 'cuda:1'; use"):
         tp.load("lisa-tiny", device="cuda:2")
 
 

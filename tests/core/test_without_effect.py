@@ -93,7 +93,7 @@ def test_parts_of_a_composition_are_held_to_it_too() -> None:
 
 
 def test_a_ratio_in_a_comparison_is_never_replaced_by_the_budget() -> None:
-    with pytest.raises(OptionError, match="'ratio' has no effect beside a budget"):
+    with pytest.raises(OptionError, match="'ratio' has no effect with a budget"):
         contenders(["prumerge:ratio=0.125"], 0.35)
     (found,) = contenders(["prumerge:ratio=0.125,budget=none"], 0.35)
     assert found.strategy.budget is None

@@ -154,7 +154,7 @@ def test_tap_leaves_the_config_as_it_was_and_does_not_stack():
     with tap({module: lambda seen: None}):
         assert module.config is not before
         assert model.config._attn_implementation == "sdpa"
-        with pytest.raises(UnsupportedError, match="another run"), tap({module: lambda seen: None}):
+        with pytest.raises(UnsupportedError, match="is already tapped"), tap({module: lambda seen: None}):
             pass
     assert module.config is before
     assert "_tokenprune_tap" not in module.__dict__

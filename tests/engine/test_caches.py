@@ -23,7 +23,7 @@ from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import VisionCapture
 from tokenprune.engine.interface.prompt_masks import PromptMasks
-from tokenprune.engine.session import PruningRun
+from tokenprune.engine.run import PruningRun
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripted import Scripted, Step, random_script
@@ -209,7 +209,7 @@ def test_a_cache_from_elsewhere_is_refused_inside(model, image):
     with torch.no_grad():
         cache = model(IDS, use_cache=True).past_key_values
         with prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
-            with pytest.raises(UnsupportedError, match="already holds tokens from outside this pruning context"):
+            with pytest.raises(UnsupportedError, match="already contains tokens from outside this pruning context"):
                 model(IDS[:, :1], past_key_values=cache)
             other = model(IDS, use_cache=True).past_key_values
         with (
@@ -240,9 +240,9 @@ def test_a_pickled_cache_is_refused_inside_and_outside(model, image):
     with torch.no_grad():
         with prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
             cache = pickle.loads(pickle.dumps(model(IDS, use_cache=True).past_key_values))
-            with pytest.raises(UnsupportedError, match="then pickled and read back, by which it left its context"):
+            with pytest.raises(UnsupportedError, match="then pickled and loaded, which detached it from its context"):
                 model(IDS[:, :1], past_key_values=cache)
-        with pytest.raises(UnsupportedError, match="then pickled and read back, by which it left its context"):
+        with pytest.raises(UnsupportedError, match="then pickled and loaded, which detached it from its context"):
             model(IDS[:, :1], past_key_values=cache)
 
 
@@ -294,7 +294,7 @@ def test_layers_that_disagree_are_refused(model, image):
     with torch.no_grad(), prune(model, Scripted([Step(1, HALF)]), image_tokens=image):
         cache = model(IDS, use_cache=True).past_key_values
         cache.layers[0].keys, cache.layers[0].values = (part[..., :9, :] for part in (cache.layers[0].keys,) * 2)
-        with pytest.raises(UnsupportedError, match=r"layers of the KV cache hold 9, 12 tokens"):
+        with pytest.raises(UnsupportedError, match=r"layers of the KV cache have 9, 12 tokens"):
             model(IDS[:, :1], past_key_values=cache)
 
 
@@ -305,11 +305,11 @@ def test_a_prefill_cannot_be_cut_in_any_layer(kind, image, layer):
     with torch.no_grad(), prune(model, Scripted([Step(layer, HALF)]), image_tokens=image):
         cache = model(IDS, use_cache=True).past_key_values
         expected = model(IDS[:, :2], past_key_values=copy.deepcopy(cache)).logits
-        with pytest.raises(UnsupportedError, match="cut to 10 of 12 tokens"):
+        with pytest.raises(UnsupportedError, match="cannot crop the KV cache to 10 of 12 tokens"):
             cache.crop(-2)
         assert {layer.get_seq_length() for layer in cache.layers} == {12}
         assert torch.equal(model(IDS[:, :2], past_key_values=cache).logits, expected)
-        with pytest.raises(UnsupportedError, match="cut to 11 of 14 tokens"):
+        with pytest.raises(UnsupportedError, match="cannot crop the KV cache to 11 of 14 tokens"):
             cache.crop(-3)
         cache.crop(-2)
         assert torch.equal(model(IDS[:, :2], past_key_values=cache).logits, expected)
@@ -354,7 +354,7 @@ def test_an_emptied_cache_is_a_new_one_outside_too(kind, image):
             assert (got - expected).abs().max() < 2e-5
         with (
             prune(model, Scripted([Step(1, HALF)]), image_tokens=image),
-            pytest.raises(UnsupportedError, match="already holds tokens from outside this pruning context"),
+            pytest.raises(UnsupportedError, match="already contains tokens from outside this pruning context"),
         ):
             model(IDS[:, :1], past_key_values=cache)
 
@@ -385,7 +385,7 @@ def test_assisted_decoding_is_refused_where_anything_is_pruned(model, image, how
         expected = model.generate(IDS[:1], **settings, **extra)
         with (
             prune(model, EverySecond(), image_tokens=image[:1]),
-            pytest.raises(UnsupportedError, match=f"{name} found under"),
+            pytest.raises(UnsupportedError, match=f"{name} is not supported under"),
         ):
             model.generate(IDS[:1], **settings, **extra)
         if how != "assistant_model":

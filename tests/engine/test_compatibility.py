@@ -188,7 +188,7 @@ def test_a_loaded_model_answers_as_the_model_inside() -> None:
 def test_what_cannot_be_told() -> None:
     with pytest.raises(UnknownNameError):
         tp.compatible("fastvv", row(PLAIN).model)
-    with pytest.raises(UnsupportedError, match=r"FakeModel does not tell .* offers\(\)"):
+    with pytest.raises(UnsupportedError, match=r"FakeModel does not declare .* offers\(\)"):
         tp.compatible("fastv", FakeModel())
     with pytest.raises(UnsupportedError, match="expected exactly one decoder"):
         tp.compatible("fastv", torch.nn.Linear(2, 2))

@@ -311,9 +311,9 @@ REFUSED = {
     "layers": (lambda m: layers_in_place(m, backend="eager", fullgraph=True)[0], "fullgraph=True"),
     "attention": (lambda m: attention_in_place(m, backend="eager", fullgraph=True)[0], "fullgraph=True"),
     "fail_on_recompile": (compiled_once, "the stance 'fail_on_recompile'"),
-    "export": (exported(False), "torch.export found"),
-    "strict export": (exported(True), "strict torch.export found"),
-    "torch.jit.trace": (traced, "torch.jit.trace found"),
+    "export": (exported(False), "torch.export is not supported under"),
+    "strict export": (exported(True), "strict torch.export are not supported under"),
+    "torch.jit.trace": (traced, "torch.jit.trace is not supported under"),
     "FakeTensor": (faked, "FakeTensor"),
 }
 
@@ -418,7 +418,9 @@ def test_hooks_of_an_adapter_that_compiled_code_may_not_call_are_refused(hooked,
     called, target = route(model, backend="eager")
     called(ids_of(), use_cache=False)
     with (
-        pytest.raises(UnsupportedError, match="'hooked' of package 'mine' follows LlamaForCausalLM by forward hooks"),
+        pytest.raises(
+            UnsupportedError, match="'hooked' of package 'mine' observes LlamaForCausalLM with forward hooks"
+        ),
         tokenprune.prune(target, Half()),
     ):
         called(ids_of(), use_cache=False)

@@ -33,7 +33,7 @@ def test_layers_of_other_kinds_are_refused_before_anything_runs(attribute: str, 
     model = tiny_llama()
     setattr(model.config, attribute, value)
     image_tokens = torch.zeros(1, 8, dtype=torch.bool)
-    told = f"LlamaModel has layers of the kind {named}; pruning is defined for decoders whose layers all attend"
+    told = f"LlamaModel has layers of type {named}; only decoders whose layers are all self-attention are supported"
     with pytest.raises(UnsupportedError, match=told), tp.prune(model, tp.strategy("fastv"), image_tokens=image_tokens):
         pass
     with pytest.raises(UnsupportedError, match=told):
@@ -47,10 +47,10 @@ def test_what_a_stack_of_layers_lacks_is_named() -> None:
             self.config = LlamaConfig()
             self.layers, self.rotary_emb = nn.ModuleList([nn.Identity()]), nn.Identity()
 
-    told = r"found none \(Stack has no norm\); .* or name it in the adapter's BoundModel"
+    told = r"found none \(Stack has no norm\); .* or set it in the adapter's BoundModel"
     with pytest.raises(UnsupportedError, match=told):
         find_decoder(nn.Sequential(Stack()))
-    with pytest.raises(UnsupportedError, match="found none; hand"):
+    with pytest.raises(UnsupportedError, match="found none; pass"):
         find_decoder(nn.Linear(2, 2))
 
 

@@ -270,7 +270,7 @@ def test_a_context_of_a_thread_that_has_ended_is_told_at_once(model: FakeModel) 
     until_waiting(model.decoder)
     leave.set()
     thread.join(PATIENCE)
-    with pytest.raises(BusyError, match=r"thread 'gone', which has ended without closing its pruning context; leave"):
+    with pytest.raises(BusyError, match=r"thread 'gone', which has ended without closing its pruning context; close"):
         patient.result(PATIENCE)
     for wait in (False, True, PATIENCE):
         with pytest.raises(BusyError, match="thread 'gone', which has ended"):

@@ -71,7 +71,7 @@ def test_listings_keep_every_name(
     wanted = {"strategies", "adapters", "fakes"} if "--plugins" in command else set(registry.strategies())
     assert wanted <= first
     if "--plugins" not in command:
-        assert re.sub(r"\s+", "", "the image tokens that the query row attends to after an early layer") in re.sub(
+        assert re.sub(r"\s+", "", "the image tokens that the query row attends to most in an early layer") in re.sub(
             r"\s+", "", ran.out
         )
 

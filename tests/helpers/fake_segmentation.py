@@ -86,7 +86,7 @@ class FakeModel(nn.Module):
         """Image tokens, then one token per word; right-padded."""
         texts = [queries] if isinstance(queries, str) else list(queries)
         if not all(text.strip() for text in texts):
-            raise InputError("query is empty; say in words what to segment")
+            raise InputError("query is empty; describe what to segment")
         words = [[sum(map(ord, word)) % 64 for word in text.split()] for text in texts]
         length = max(map(len, words))
         ids = torch.tensor([row + [0] * (length - len(row)) for row in words])

@@ -62,7 +62,7 @@ def test_an_adapter_that_binds_junk_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Bad, "answer", "a model")
     with (
         pytest.raises(
-            PluginError, match=r"adapter 'bad' answers bind\(\) with 'a model', expected a BoundModel or None"
+            PluginError, match=r"adapter 'bad' returned 'a model' from bind\(\), expected a BoundModel or None"
         ),
         tp.prune(tiny_llama(), tp.strategy("uniform")),
     ):

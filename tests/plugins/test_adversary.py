@@ -113,8 +113,11 @@ class Evil(Exception):
         ),
         (lambda: sys.exit(3), "raised SystemExit: 3"),
         (raising(Evil()), "raised Evil"),
-        (lambda: MODEL(IDS), "the model was called while it waits"),
-        (lambda: MODEL.model.layers[3](torch.zeros(2, 12, 32)), "the model was called while it waits"),
+        (lambda: MODEL(IDS), "the model was called from a strategy, an observer or an adapter"),
+        (
+            lambda: MODEL.model.layers[3](torch.zeros(2, 12, 32)),
+            "the model was called from a strategy, an observer or an adapter",
+        ),
         (lambda: torch.set_default_dtype(torch.float64), "choose() changed the default type for the whole process"),
         (lambda: torch.set_grad_enabled(True), "changed whether gradients are recorded"),
     ],
@@ -241,20 +244,20 @@ KEY = KeyError("pixels")
     ("parts", "message"),
     [
         ({"offers": raising(KEY)}, r"failed in offers\(\) with KeyError"),
-        ({"offers": lambda _: {"features"}}, r"answers offers\(\) with {'features'}, expected kinds of reads"),
+        ({"offers": lambda _: {"features"}}, r"returned {'features'} from offers\(\), expected kinds of reads"),
         ({"capture": watching(before=raising(KEY))}, r"failed in capture\(\) with KeyError"),
         ({"capture": watching(after=raising(KEY))}, r"failed in capture\(\) with KeyError"),
         ({"capture": lambda self, reads: (yield self)}, r"failed in capture\(\) with (AttributeError|TypeError)"),
         (
             {"capture": lambda *_: contextlib.nullcontext(3)},
-            r"gives 3 in capture\(\), expected a tokenprune.engine.VisionCapture",
+            r"yielded 3 from capture\(\), expected a tokenprune.engine.VisionCapture",
         ),
         ({"prompt_masks": raising(KEY)}, r"failed in prompt_masks\(\) with KeyError"),
         (
             {"prompt_masks": lambda *_: IMAGE},
-            r"answers prompt_masks\(\) with Tensor, expected tokenprune.engine.PromptMasks",
+            r"returned Tensor from prompt_masks\(\), expected tokenprune.engine.PromptMasks",
         ),
-        ({"prompt_masks": lambda *_: MODEL(IDS)}, r"failed in prompt_masks\(\): the model was called while it waits"),
+        ({"prompt_masks": lambda *_: MODEL(IDS)}, r"failed in prompt_masks\(\): the model was called from a strategy"),
         (
             {"prompt_masks": lambda *_: PromptMasks(INDEX + 2, {})},
             r"image_tokens: found \[2, 3\] int64 on cpu, expected bool",
@@ -266,7 +269,7 @@ KEY = KeyError("pixels")
         ),
         (
             {"prompt_masks": lambda *_: PromptMasks(IMAGE.repeat(1, 2), {})},
-            r"image_tokens: a mask of shape \[2, 24\] was given for",
+            r"image_tokens: the mask of shape \[2, 24\] does not match a forward of",
         ),
         ({"provide": raising(KEY)}, r"failed in provide\(\) with KeyError"),
         ({"provide": lambda *_: torch.ones(2, 5, 8)}, r"the answer to TowerFeatures has shape \[2, 5, 8\]"),

@@ -250,7 +250,10 @@ def run(body: Callable[[], Any] = lambda: None) -> list[list[int]]:
         (lambda run, decision: decision.index.zero_(), "a write to decision.index"),
         (lambda run, decision: setattr(run.prefill, "state", None), "a write to run.prefill.state"),
         (lambda run, decision: run.trace.stages.clear(), "a write to run.trace.stages"),
-        (lambda run, decision: MODEL(IDS), "PluginError: the model was called while it waits"),
+        (
+            lambda run, decision: MODEL(IDS),
+            "PluginError: the model was called from a strategy, an observer or an adapter",
+        ),
         (lambda run, decision: sys.exit(1), "SystemExit: 1"),
         (lambda run, decision: (_ for _ in ()).throw(InputError("mine")), "InputError: mine"),
     ],

@@ -123,7 +123,7 @@ def test_copies_are_left_out_unless_the_reference_is_followed() -> None:
     assert len(set(picks[0].tolist())) < 8
     assert again.stages[0].origin[0, :8].tolist() == picks[0].sort().values.tolist()
     assert again.ledger.equivalent_tokens == 8
-    with pytest.raises(OptionError, match="no second position"):
+    with pytest.raises(OptionError, match="a token that is picked twice has only one position"):
         DivPrune(faithful=True, positions="keep")
 
 

@@ -286,7 +286,7 @@ def test_the_divisor_is_held_above_zero_unless_faithful() -> None:
 def test_heads_that_a_model_does_not_have_are_refused() -> None:
     assert list(SparseVLMPlus().stages(Shape(32, 576, heads=4)))
     for options, heads in (({"faithful": True}, 14), ({"heads": 6}, 6)):
-        with pytest.raises(IncompatibleError, match=rf"by {heads} attention heads, and the model has 4"):
+        with pytest.raises(IncompatibleError, match=rf"requires {heads} attention heads, and the model has 4"):
             list(SparseVLMPlus(**options).stages(Shape(32, 576, heads=4)))
 
 

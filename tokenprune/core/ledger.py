@@ -1,4 +1,4 @@
-"""The account of a run: how many tokens entered every decoder layer, and what scoring them cost.
+"""The account of a prefill: how many tokens entered each decoder layer, and what scoring them cost.
 
 It does not import torch, which `tokenprune flops` can do without until a strategy is loaded.
 """

@@ -53,10 +53,10 @@ def layer_of(layer: int, layers: int, who: str, *, least: int = 0) -> int:
     return layer
 
 
-QUERY = 'query row whose attention counts: "mask_query", "last", "seg", …'
+QUERY = 'query row whose attention is used: "mask_query", "last", "seg", …'
 QueryReduce = Literal["mean", "max"]
 """How attention from several query rows of a batch row becomes one score: the rule that all strategies share (ours)."""
-QUERY_REDUCE = "how several query rows of a batch row, one for each mask, count together: mean or max over them"
+QUERY_REDUCE = "mean or max over several query rows of a batch row (one for each mask)"
 
 
 def tokens_of(amount: int | float, total: int) -> int:
@@ -71,9 +71,9 @@ def portion(share: float, total: int) -> int:
 
 Wording = Literal["question", "query"]
 """See `tokenprune.core.reads.ClipTextEmbeddings`."""
-WORDING = "the text that counts: question, the whole one that the model is asked; query, the user's own words"
+WORDING = "text compared with the image: question (the whole question to the model) or query (the user's words)"
 
-COMPACT = "renumber: compact, as the authors do; keep: kept tokens stay at their own places"
-"""What the option `positions` of methods before the decoder means."""
-KEPT = "image tokens kept: an int counts them, a float is a share"
-"""What the option `keep` of most methods means."""
+COMPACT = "position policy: renumber (as in the authors' code) or keep (original positions)"
+"""Description of the option `positions` of methods whose authors renumber."""
+KEPT = "image tokens to keep: number (int) or share (float)"
+"""Description of the option `keep` of most methods."""

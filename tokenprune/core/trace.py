@@ -1,4 +1,4 @@
-"""The record of a run, stage by stage."""
+"""The record of a prefill, stage by stage."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The engine: runs a strategy on a transformers decoder by intercepting its calls, and leaves nothing behind.
 
-Goes here: what carries the decisions of `core/` out on hidden states, masks, positions and caches. What an adapter
-fills in is in `interface/`, what PyTorch and transformers do around a call in `calls/`. The names below are what
-adapters and plugins import.
+Belongs here: code that applies the decisions of `core/` to hidden states, masks, positions and caches. The classes that
+adapters implement are in `interface/`, the interception of calls in `calls/`. Adapters and plugins import the names
+below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, a
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.pruning import open_run, prune
-from tokenprune.engine.session import PruningRun
+from tokenprune.engine.run import PruningRun
 
 __all__ = [
     "BoundModel",

@@ -1,9 +1,9 @@
-"""The attention tap: reads queries, keys and single attention rows out of any attention layer, without eager attention.
+"""The attention tap: reads queries, keys and single attention rows of any attention layer, without eager attention.
 
 A tapped module gets a private copy of its config that names an attention function registered with
-`transformers.AttentionInterface`; that function calls the module's own implementation for the output and then shows
-queries and keys to a callback. Masks are made by the model from its own, untouched config. A tap belongs to the thread
-that put it on: calls of other threads are not shown, and may have taps of their own.
+`transformers.AttentionInterface`. That function computes the output with the module's own implementation, then passes
+queries and keys to a callback. The model still creates masks from its own config. A tap applies only to calls of the
+thread that installed it; other threads may install their own.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class AttentionCall:
         query: [batch, heads, Q, head size], after rotary embedding.
         key: [batch, key heads, K, head size], after rotary embedding, cached keys included.
         value: [batch, key heads, K, head size].
-        mask: what the layer's implementation was given, or None.
+        mask: the mask passed to the layer's implementation, or None.
         scaling: factor on query · key.
-        causal: whether None means causal.
+        causal: whether the attention is causal without a mask.
         softcap: tanh cap on the logits, or None.
     """
 
@@ -54,7 +54,7 @@ class AttentionCall:
         """Attention weights of single query rows: float32 [batch, heads, R, K], a softmax over all visible keys.
 
         Args:
-            rows: int64 [batch, R], positions on the query axis; negative ones give rows of no meaning.
+            rows: int64 [batch, R], positions on the query axis; rows for negative ones are undefined.
         """
         query, key = self.query, self.key
         batch, heads, length, size = query.shape
@@ -73,14 +73,14 @@ class AttentionCall:
         mask = self.mask
         if mask is None or mask.dim() == 2:
             if self.causal and length > 1:
-                # the last query stands at the last key: cached keys come before the first query
+                # the last query aligns with the last key: cached keys come before the first query
                 steps = torch.arange(keys, device=logits.device)
                 unseen = steps > (rows + keys - length)[..., None]
                 logits = logits.masked_fill(unseen[:, None], float("-inf"))
             if mask is not None:
                 logits = logits.masked_fill(~mask[:, None, None, :keys].bool(), float("-inf"))
             return logits
-        # cut as transformers' own attention functions do: a mask may be made for more keys than there are
+        # as transformers' own attention functions do: a mask may cover more keys than there are
         mask = mask.expand(len(rows), *mask.shape[1:])[..., :keys]
         mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
         return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
@@ -94,7 +94,7 @@ class _Tap:
 
 @dataclass(frozen=True)
 class _Taps:
-    """Of one module, by thread; and the config that the module has without them."""
+    """Taps of one module by thread, and the module's original config."""
 
     config: Any
     by_thread: dict[int, _Tap] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def _tapped_attention(
 ) -> Any:
     taps: _Taps | None = module.__dict__.get(_TAP)
     tap = None if taps is None else taps.by_thread.get(threading.get_ident())
-    if tap is None:  # another thread's; it may have been taken off since this call saw it
+    if tap is None:  # the module is tapped by another thread, or its tap was removed during this call
         inner = _implementation(module, module.config if taps is None else taps.config)
         return inner(module, query, key, value, attention_mask, **kwargs)
     output = tap.inner(module, query, key, value, attention_mask, **kwargs)
@@ -130,7 +130,7 @@ def _show(
     causal = kwargs.get("is_causal")
     if kwargs.get("s_aux") is not None:
         raise UnsupportedError(
-            f"attention of {type(module).__name__} has sink logits, which the attention tap does not read"
+            f"attention of {type(module).__name__} has sink logits, which the attention tap does not support"
         )
     seen = AttentionCall(
         query.detach(),
@@ -152,14 +152,14 @@ AttentionInterface.register(_NAME, _tapped_attention)
 def tap(
     modules: Mapping[nn.Module, Callable[[AttentionCall], None]], instead: Callable[..., Any] | None = None
 ) -> Iterator[None]:
-    """Show every call of these attention modules to its callback while the context is open.
+    """Pass every call of these attention modules to its callback while the context is open.
 
     Args:
         modules: attention modules and their callbacks.
-        instead: runs in place of the attention itself, where only queries and keys are wanted.
+        instead: replaces the attention function, if only queries and keys are needed.
 
     Raises:
-        UnsupportedError: a module that does not go through transformers' attention interface, or is tapped already.
+        UnsupportedError: a module does not use transformers' attention interface, or is already tapped.
     """
     with ExitStack() as undo:
         for module, show in modules.items():
@@ -181,11 +181,13 @@ def _install(
         taps: _Taps = module.__dict__.get(_TAP) or _Taps(module.config)
         before = taps.by_thread.get(thread)
         if before is not None and instead is None:
-            raise UnsupportedError(f"{type(module).__name__} is being read by another run; one run per model at a time")
+            raise UnsupportedError(
+                f"{type(module).__name__} is already tapped; one pruning context per model at a time"
+            )
         taps.by_thread[thread] = _Tap(instead or _implementation(module, taps.config), show)
         if _TAP not in module.__dict__:
             module.__dict__[_TAP] = taps
-            # a copy for this module alone: the model makes its masks from the config that it shares with all layers
+            # a copy for this module only: the model creates masks from the config that all layers share
             private = copy.copy(taps.config)
             private._attn_implementation_internal = _NAME
             module.config = private

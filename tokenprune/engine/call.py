@@ -1,4 +1,4 @@
-"""One call of a decoder under a pruning context: its state, and the calls that are refused."""
+"""One call of a decoder under a pruning context: its state, and checks that refuse unsupported calls."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.engine.calls.under_way import checkpointed
+from tokenprune.engine.calls.call_stack import in_checkpoint
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.kv_cache import CachedPrefill, check_cache, shorten_layer, take_over
+from tokenprune.engine.kv_cache import CachedPrefill, check_cache, shorten_layer, unify_layers
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
 
 @dataclass
 class Call:
-    """One forward of the decoder: a prefill, or a step on a cache that a prefill of this context filled, or neither.
+    """One forward of the decoder: a prefill, a step on the cache of an earlier prefill of this context, or neither.
 
     Attributes:
         inputs: the decoder's arguments by name.
-        held: tokens per row in the cache that it was called with.
-        deepstack: what the decoder would add between its layers in a prefill.
-        cache: that its layers fill.
-        thread: that called.
-        in_plugin_code: a strategy, an observer or an adapter is at work.
-        attentions: attention weights are asked for.
-        prefill: where it is one.
-        cached: of a prefill, what the cache is to carry of it.
-        step: where it continues a prefill's cache.
-        ran: layers that have run.
-        taps: on layers that a prefill reads.
+        held: tokens per row in the KV cache before the call.
+        deepstack: features that the decoder would add between its layers in a prefill.
+        cache: the KV cache that the layers fill.
+        thread: the calling thread.
+        in_plugin_code: whether a strategy, an observer or an adapter is running.
+        attentions: whether attention weights are requested.
+        prefill: the prefill, if it is one.
+        cached: the record of the prefill that the cache will carry.
+        step: the step, if it continues a prefill's cache.
+        ran: number of layers that have run.
+        taps: attention taps of the prefill.
     """
 
     inputs: dict[str, Any]
@@ -53,54 +53,54 @@ class Call:
     taps: ExitStack = field(default_factory=ExitStack)
 
     def check_prunable(self, prefill: Prefill) -> None:
-        """Refuse a prefill with stages that cannot be pruned right. Raises UnsupportedError."""
+        """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""
         refuse_checkpoints(prefill.decoder, prefill.strategy.name)
         if self.cache is not None:
             check_cache(self.cache)
         refuse_packed(self.inputs, prefill.layout.valid)
 
     def fit_cache(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Before a layer that runs on fewer tokens than the sequence has: have its part of the cache hold no more, or
-        fit its arguments to what that holds.
+        """Before a layer that runs on fewer tokens than the sequence has: shorten its part of the cache in a prefill,
+        or its arguments in a decoding step.
 
         Args:
-            number: of the layer.
-            hidden: what enters it.
+            number: the layer's number.
+            hidden: the layer's input.
             kwargs: its keyword arguments, changed in place.
 
         Raises:
-            UnsupportedError: attention weights are asked for.
+            UnsupportedError: attention weights are requested.
         """
         if self.prefill is not None and self.cached is not None:
             frame = self.prefill.frames[number]
             if frame is not None:
                 if self.attentions:
-                    raise _attentions_asked()
+                    raise _attentions_unsupported()
                 if self.cache is not None:
                     shorten_layer(self.cache, number, frame, self.prefill.lengths[number], self.cached)
         elif self.step is not None:
             own = self.step.expect(self.cache, number)
             if own is not None:
                 if self.attentions:
-                    raise _attentions_asked()
+                    raise _attentions_unsupported()
                 self.step.shorten(own, number, hidden, kwargs)
 
     def filled(self) -> None:
-        """The last layer of a prefill has run: make the cache's layers of one kind, and note whose it is."""
+        """After the last layer of a prefill: convert the cache's layers to one kind, and mark it with the prefill."""
         assert self.prefill is not None
         assert self.cached is not None
         if self.cache is None:
             return
         if any(frame is not None for frame in self.prefill.frames):
-            take_over(self.cache, self.prefill.layout.valid, self.cached)
+            unify_layers(self.cache, self.prefill.layout.valid, self.cached)
         self.cached.sign(self.cache)
 
 
-def watched(decoder: Decoder, number: int) -> bool:
-    """True if other code sees the states between a layer and the next one, as `output_hidden_states=True` does.
+def is_observed(decoder: Decoder, number: int) -> bool:
+    """True if other code observes the states between a layer and the next one, as `output_hidden_states=True` does.
 
-    By hooks of any kind, of either layer or of all modules, or, in older releases of transformers, by a forward of its
-    own. Asked again at each layer, since hooks may come and go while the model runs.
+    It may use hooks of any kind, on either layer or on all modules, or, in older releases of transformers, replace
+    `forward`. Checked at each layer, since hooks may be added and removed while the model runs.
     """
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
@@ -114,15 +114,17 @@ def watched(decoder: Decoder, number: int) -> bool:
     return False
 
 
-def check_due(call: Call, decoder: Decoder, number: int) -> None:
-    """Raise EngineError if this layer does not run in its turn; the error names what was changed."""
+def check_order(call: Call, decoder: Decoder, number: int) -> None:
+    """Raise EngineError if a layer runs out of order; the error names what was changed."""
     decoder.check_layers()
     if number != call.ran:
-        raise decoder.changed(f"layer {number} runs where the turn of layer {call.ran} is, whose forward was not seen")
+        raise decoder.changed(
+            f"layer {number} was called instead of layer {call.ran}, whose forward was not intercepted"
+        )
 
 
 def check_all_ran(call: Call | None, decoder: Decoder, never_prunes: Callable[[], bool]) -> None:
-    """Raise EngineError if not every layer ran, though something is pruned; the error names what was changed."""
+    """Raise EngineError if the strategy prunes and not every layer ran; the error names what was changed."""
     if call is None or call.ran == len(decoder.layers):
         return
     if not never_prunes():
@@ -130,52 +132,52 @@ def check_all_ran(call: Call | None, decoder: Decoder, never_prunes: Callable[[]
         raise decoder.changed(f"its forward ended after {call.ran} of {len(decoder.layers)} layers")
 
 
-def closed_inside() -> EngineError:
+def closed_in_forward() -> EngineError:
     return EngineError(
-        "the context of tokenprune.prune() was closed in the middle of a forward of the model, which cannot be "
-        "finished unpruned; close it once the model has returned"
+        "the context of tokenprune.prune() was closed during a forward of the model, which cannot finish unpruned; "
+        "close it after the model has returned"
     )
 
 
 def refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
-    """Refuse several prompts in one row, which attend to themselves alone."""
+    """Refuse rows that contain several prompts, each of which attends only to itself."""
     ids = inputs.get("position_ids")
     packed = any(inputs.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
     if isinstance(ids, Tensor) and ids.dim() > 1 and ids.shape[-1] == valid.shape[1]:
         axes = ids.reshape(-1, *ids.shape[-2:]).to(valid.device)  # of M-RoPE: time, height, width, or text before them
         both = valid[:, 1:] & valid[:, :-1]
         restarts = (axes[0, :, 1:] < axes[0, :, :-1]) & both
-        if len(axes) == 3:  # text behind a video may stand before its last frames, but not before the row's first token
+        if len(axes) == 3:  # text after a video may have a position before its last frames, but not before the prompt
             first = axes.masked_fill(~valid, axes.max() + 1).amin(-1, keepdim=True)
             restarts = restarts & (axes[:, :, 1:] <= first).all(0)
         packed = packed or bool(restarts.any())
     if packed:
         raise UnsupportedError(
-            "several prompts packed into one row found (position ids that restart, or cu_seq_lens), which cannot be "
-            "pruned as one; give them as the rows of a batch, with an attention_mask"
+            "prompts packed into one row (position ids that restart, or cu_seq_lens) are not supported under "
+            "tokenprune.prune(); pass them as rows of a batch, with an attention_mask"
         )
 
 
 def refuse_checkpoints(decoder: Decoder, strategy: str) -> None:
-    """Refuse that layers run again in the backward pass."""
+    """Refuse gradient checkpointing, which runs layers again in the backward pass."""
     if decoder.checkpoints:
         raise UnsupportedError(
             f"strategy {strategy!r}: gradient checkpointing runs layers again in the backward pass, "
-            "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
+            "which is not supported under tokenprune.prune(); disable it: model.gradient_checkpointing_disable()"
         )
-    if checkpointed():
+    if in_checkpoint():
         raise UnsupportedError(
-            f"strategy {strategy!r}: torch.utils.checkpoint found around the model, which is run again in the backward "
-            "pass, when nothing may prune it; call the model without it"
+            f"strategy {strategy!r}: torch.utils.checkpoint around the model would run it again, unpruned, in the "
+            "backward pass; call the model without it"
         )
 
 
-def asks_attentions(inputs: dict[str, Any], decoder: Any) -> bool:
-    """True if the caller asks for attention weights."""
+def requests_attentions(inputs: dict[str, Any], decoder: Any) -> bool:
+    """True if the caller requests attention weights."""
     return bool(inputs.get("output_attentions", getattr(decoder.config, "output_attentions", False)))
 
 
-def _attentions_asked() -> UnsupportedError:
+def _attentions_unsupported() -> UnsupportedError:
     return UnsupportedError(
         "output_attentions=True is not supported under tokenprune.prune(): pruned layers attend to fewer "
         "tokens than the sequence has; call the model without it, or let a strategy read "
@@ -183,8 +185,8 @@ def _attentions_asked() -> UnsupportedError:
     )
 
 
-def reentered() -> PluginError:
+def reentry() -> PluginError:
     return PluginError(
-        "the model was called while it waits for a strategy, an observer or an adapter; declare what a stage reads "
-        "(tokenprune.core.reads), and call the model after the run"
+        "the model was called from a strategy, an observer or an adapter during a forward; declare what a stage reads "
+        "(tokenprune.core.reads), or call the model after the forward"
     )

@@ -1,4 +1,4 @@
-"""Finding the parts of a transformers decoder that the engine hooks into."""
+"""Finding a transformers decoder in a model, and the parts of it that the engine intercepts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Decoder:
     Attributes:
         module: the module whose forward runs the layers.
         layers: the decoder layers, in order.
-        called: what the decoder calls for them: the same, or what `torch.compile` made of them.
-        rotary: makes (cos, sin) from (states, position ids), in some decoders for each type of layer.
+        called: the modules that the decoder calls for them: the same, or wrappers of `torch.compile`.
+        rotary: computes (cos, sin) from (states, position ids), in some decoders for each type of layer.
     """
 
     module: nn.Module
@@ -33,27 +33,27 @@ class Decoder:
     rotary: nn.Module
 
     def attention(self, layer: int) -> nn.Module:
-        """The attention module of a layer. Raises UnsupportedError if the layer has none that can be read."""
+        """The attention module of a layer. Raises UnsupportedError if it has none that can be tapped."""
         for child in self.layers[layer].children():
             attention: nn.Module = uncompiled(child)
             if hasattr(attention, "config") and hasattr(attention, "layer_idx"):
                 return attention
         raise UnsupportedError(
-            f"layer {layer} of {type(self.module).__name__} has no attention module of transformers' kind; its "
-            "attention cannot be read"
+            f"layer {layer} of {type(self.module).__name__} has no attention module of transformers; its attention "
+            "cannot be read"
         )
 
     def check_layers(self) -> None:
-        """Raise EngineError if the layers are not those that were found; the error names what changed."""
+        """Raise EngineError if the model's layers were replaced; the error names what changed."""
         layers: Any = self.module.layers
         if len(layers) != len(self.layers):
             raise self.changed(f"{len(layers)} layers found, expected {len(self.layers)}")
         for number, (found, called, layer) in enumerate(zip(layers, self.called, self.layers, strict=True)):
             if found is not called and uncompiled(found) is not layer:
-                raise self.changed(f"layer {number} is another module than before")
+                raise self.changed(f"layer {number} was replaced by another module")
 
     def changed(self, what: str) -> EngineError:
-        """The error for layers that are not run as they were found."""
+        """The error for a decoder that was changed while a context is open."""
         return EngineError(
             f"{type(self.module).__name__} was changed while tokenprune.prune() is open: {what}; change the model "
             "before the context is opened, or after it is closed"
@@ -61,7 +61,7 @@ class Decoder:
 
     @property
     def heads(self) -> int:
-        """Attention heads of a layer, 0 where the configuration does not say."""
+        """Number of attention heads of a layer, 0 if the configuration does not say."""
         return int(getattr(self.module.config, "num_attention_heads", 0) or 0)
 
     @property
@@ -73,7 +73,7 @@ class Decoder:
 
     @property
     def offers(self) -> frozenset[type[Read]]:
-        """Kinds of reads that the engine can answer of it."""
+        """The kinds of reads that the engine provides for this decoder."""
         return DECODER_READS - {PositionKernel} if self.multimodal_rope else DECODER_READS
 
     def typical_shape(self, vision: frozenset[type[Read]], tower_layers: int) -> Shape:
@@ -86,7 +86,7 @@ class Decoder:
         return Shape(len(self.layers), TYPICAL_TOKENS, 0, tower_layers, self.offers | vision, self.heads)
 
     def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer; `rotary` makes them instead."""
+        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer, from `rotary` if given."""
         rotary = rotary or self.rotary
         types: Any = getattr(self.module.config, "layer_types", None)
         typed = "layer_type" in inspect.signature(rotary.forward).parameters
@@ -95,17 +95,17 @@ class Decoder:
         return cos, sin
 
     def check_mask(self, mask: Any) -> None:
-        """Refuse a mask that cannot be cut down. Raises UnsupportedError, naming the attention implementation."""
+        """Raise UnsupportedError for a mask that cannot be shortened; names the attention implementation."""
         if mask is not None and not isinstance(mask, Tensor):
             raise UnsupportedError(
-                f"attention implementation {self.attention_name!r} takes its masks as {type(mask).__name__}, which "
-                "cannot be cut down to the tokens left; load the model with attn_implementation='sdpa', or call "
+                f"attention implementation {self.attention_name!r} takes masks of type {type(mask).__name__}, which "
+                "cannot be shortened to the remaining tokens; load the model with attn_implementation='sdpa', or call "
                 "model.set_attn_implementation('sdpa')"
             )
 
     @property
     def checkpoints(self) -> bool:
-        """True if layers run again in the backward pass."""
+        """True if gradient checkpointing is enabled."""
         for part in (self.module, *self.layers):
             if part.training and getattr(part, "gradient_checkpointing", False):
                 return True
@@ -113,7 +113,7 @@ class Decoder:
 
     @property
     def attention_name(self) -> str:
-        """Name of the attention implementation that the model runs with."""
+        """Name of the model's attention implementation."""
         config: Any = self.module.config
         return str(config._attn_implementation or "eager")
 
@@ -122,14 +122,14 @@ def find_decoder(model: nn.Module) -> Decoder:
     """The decoder of a model: the one submodule with `layers`, `rotary_emb` and `norm`.
 
     Raises:
-        UnsupportedError: no module, none inside, or several, or one whose layers are not all of self-attention.
+        UnsupportedError: not a module, no decoder or several inside, or layers that are not self-attention.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedError(f"{shown(model)} is no torch.nn.Module, which a model to prune has to be or to hold")
+        raise UnsupportedError(f"{shown(model)} is not a torch.nn.Module; expected a model")
     found = [
         module
         for module in modules_of(model)
-        if isinstance(module._modules.get("layers"), nn.ModuleList)  # quick, since every prefill asks
+        if isinstance(module._modules.get("layers"), nn.ModuleList)  # fast, since this runs over all modules
         and isinstance(getattr(module, "rotary_emb", None), nn.Module)
         and hasattr(module, "norm")
     ]
@@ -138,15 +138,15 @@ def find_decoder(model: nn.Module) -> Decoder:
         near = "" if found else _near(model)
         raise UnsupportedError(
             f"{type(model).__name__}: expected exactly one decoder (a module with layers, rotary_emb and norm), "
-            f"found {names}{near}; hand the decoder itself to tokenprune.prune(), or name it in the adapter's "
+            f"found {names}{near}; pass the decoder itself to tokenprune.prune(), or set it in the adapter's "
             "BoundModel"
         )
     module = found[0]
     other = _other_layers(module)
     if other:
         raise UnsupportedError(
-            f"{type(module).__name__} has layers of the kind {', '.join(other)}; pruning is defined for decoders whose "
-            "layers all attend to the sequence itself"
+            f"{type(module).__name__} has layers of type {', '.join(other)}; only decoders whose layers are all "
+            "self-attention are supported"
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
@@ -154,7 +154,7 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 
 def _near(model: nn.Module) -> str:
-    """The modules with layers, and the parts that they lack to be decoders."""
+    """The modules with layers, and the attributes that they lack to be decoders."""
     lacking = []
     for module in modules_of(model):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
@@ -164,7 +164,7 @@ def _near(model: nn.Module) -> str:
 
 
 def _other_layers(module: nn.Module) -> list[str]:
-    """The kinds of layers that are not self-attention over the sequence, as the configuration lists them."""
+    """The types of layers in the configuration that are not self-attention over the sequence."""
     config: Any = getattr(module, "config", None)
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if getattr(config, "cross_attention_layers", None):

@@ -1,4 +1,4 @@
-"""Answers of the decoder to the reads of stages: attention, keys and position kernels, on the frame of a layer."""
+"""Reads of the decoder: attention, keys and position kernels, on the shortened sequence (frame) of a layer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tokenprune.errors import EngineError, UnsupportedError
 def from_layer(
     read: Read, seen: AttentionCall, layout: SequenceLayout, frame: GatheredSequence | None, active: Tensor
 ) -> Tensor:
-    """The answer to a read from what a layer's attention computed with.
+    """The value of a read, from the queries and keys of a layer's attention.
 
     Args:
         read: AttentionFrom, LayerKeys or TextKeys.
         seen: queries and keys of the layer.
-        layout: of the batch.
+        layout: layout of the batch.
         frame: the shortened sequence that the layer ran on; None = the full one.
         active: bool [batch, N], the tokens that took part.
 
     Raises:
-        EngineError: an unknown way to reduce, or a query row that was pruned.
+        EngineError: a query row was pruned.
     """
     if isinstance(read, (LayerKeys, TextKeys)):
         averaged = isinstance(read, LayerKeys) and read.heads == "mean"
@@ -47,9 +47,9 @@ def from_layer(
     where = places(layout.slots, frame)
     index = where.clamp(min=0).to(weights.device)
     index = index.reshape(len(index), *[1] * (weights.dim() - 2), -1).expand(*weights.shape[:-1], -1)
-    # −inf, so that a token that did not take part loses every comparison of scores
+    # −inf, so that a token that did not take part is never chosen by score
     hidden = ~active | (where < 0)
-    taken = weights.gather(-1, index).to(where.device)  # −1 reads column 0, and is hidden next
+    taken = weights.gather(-1, index).to(where.device)  # −1 gathers column 0, masked next
     taken = taken.masked_fill(hidden.reshape(len(index), *[1] * (taken.dim() - 2), -1), float("-inf"))
     return taken.transpose(1, 2) if read.heads == "each" and read.reduce == "each" else taken
 
@@ -64,18 +64,18 @@ def position_kernel(
     """float32 [batch, Q, N], see `PositionKernel`.
 
     Args:
-        read: which query rows.
-        tables: cos and sin at the present positions, [batch or 1, M, D].
-        scaling: of the attention.
-        layout: of the batch.
-        frame: the present frame.
+        read: the read, which names the query row.
+        tables: cos and sin at the current positions, [batch or 1, M, D].
+        scaling: factor on query · key.
+        layout: layout of the batch.
+        frame: the current shortened sequence; None = the full one.
     """
     rows = _query_places(read.query, layout.query_rows(read.query), frame)
     tokens = places(layout.slots, frame)
     kernel = torch.zeros(*rows.shape, tokens.shape[1], device=tokens.device)
     for table in tables:
         if table.dim() != 3:
-            raise UnsupportedError("PositionKernel is not defined for a rotary embedding of several axes")
+            raise UnsupportedError("PositionKernel is not defined for rotary embeddings with several axes")
         # cos a · cos b + sin a · sin b = cos (a − b), summed over channels
         full = table.float().expand(len(rows), -1, -1)
         kernel += (_at(full, rows) @ _at(full, tokens).transpose(1, 2)).to(kernel.device)
@@ -83,13 +83,13 @@ def position_kernel(
 
 
 def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> AttentionCall:
-    """Queries and keys that a layer would compute from these states, by its own norm, projections and rotation.
+    """Queries and keys that a layer would compute from these states, with its own norm, projections and rotation.
 
-    Values and the output are not computed, where their projections have the usual names.
+    Values and output are not computed if their projections have the usual names.
 
     Args:
         decoder: the decoder.
-        layer: its number.
+        layer: the layer's number.
         hidden: [batch, M, width], states entering the layer.
         kwargs: the layer's keyword arguments for these states.
 
@@ -108,7 +108,7 @@ def look_ahead(decoder: Decoder, layer: int, hidden: Tensor, kwargs: dict[str, A
     with ExitStack() as undo:
         undo.enter_context(torch.no_grad())
         undo.enter_context(tap({attention: found.append}, instead=_nothing))
-        # values and output are not read, so that their projections need not be computed
+        # values and output are not used: skip their projections
         for name in ("v_proj", "o_proj"):
             projection = getattr(attention, name, None)
             if projection is not None:
@@ -124,14 +124,14 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def places(positions: Tensor, frame: GatheredSequence | None) -> Tensor:
-    """Places of full-sequence positions in a frame, −1 where they are not in it."""
+    """Indices of full-sequence positions in a frame, −1 if they are not in it."""
     return positions if frame is None else frame.places(positions)
 
 
 def _query_places(name: str, positions: Tensor, frame: GatheredSequence | None) -> Tensor:
     rows = places(positions, frame)
     if bool(((positions >= 0) & (rows < 0)).any()):
-        raise EngineError(f"query row {name!r} is an image token that was pruned; mark a text position")
+        raise EngineError(f"query row {name!r} is an image token that was pruned; mark a text position instead")
     return rows
 
 
@@ -143,19 +143,19 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:
-    """[batch, Q, …, K] over the query rows that are real: [batch, …, K]; "each" keeps them, the others as zeros."""
+    """Reduce [batch, Q, …, K] over real query rows to [batch, …, K]; "each" keeps Q, with zeros in the other rows."""
     real = real.to(weights.device).reshape(*real.shape, *[1] * (weights.dim() - 2))
-    weights = weights.masked_fill(~real, 0)  # where padding stands in for them they may be no numbers
+    weights = weights.masked_fill(~real, 0)  # rows of padding may contain NaN
     if how == "max":
         return weights.masked_fill(~real, float("-inf")).amax(1)
     return weights if how == "each" else weights.sum(1) / real.sum(1)
 
 
 def _no_rows(project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
-    """Run a projection on no rows."""
+    """Replaces a projection whose output is not needed: run it on no rows."""
     return project(states[:, :0], *args)
 
 
 def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Stands in for an attention function whose output is not needed."""
+    """Replaces an attention function whose output is not needed."""
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None

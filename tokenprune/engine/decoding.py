@@ -1,4 +1,4 @@
-"""A step on a cache that a prefill has filled: tokens that are decoded, or a later turn of a conversation."""
+"""A step on a cache that a prefill has filled: decoded tokens, or a later turn of a conversation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class CachedStep:
     """One call of the decoder that continues a pruned prefill.
 
     Args:
-        decoder: that is called.
+        decoder: the decoder.
         cached: the prefill.
-        new: tokens per row of the step.
+        new: tokens per row in this step.
         past: tokens per row decoded before it.
-        mask: of the step, two-dimensional, 0 on padding; None = there is none.
+        mask: two-dimensional attention mask of the step, 0 on padding; None = no padding.
     """
 
     def __init__(self, decoder: Decoder, cached: CachedPrefill, new: int, past: int, mask: Tensor | None) -> None:
@@ -32,8 +32,8 @@ class CachedStep:
         self._turn: LaterTurn | None = None
 
     def count_images(self, images: Tensor) -> None:
-        """Note the image tokens of a later turn, bool [batch, new]; warn that they are not pruned."""
-        # The seam for pruning later turns: here a turn's image tokens are known, and the frames of what came before.
+        """Record the image tokens of a later turn, bool [batch, new]; warn that they are not pruned."""
+        # Pruning of later turns would start here, where their image tokens and the earlier frames are known.
         counts = images.sum(1).tolist()
         real = [self._new] * len(images) if self._mask is None else self._mask[:, -self._new :].sum(1).tolist()
         warnings.warn(
@@ -45,7 +45,7 @@ class CachedStep:
         self._turn = LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
 
     def expect(self, cache: Any, number: int) -> PrunedCacheLayer | None:
-        """Let a layer append to its part of the cache; that part, where it lacks tokens."""
+        """Allow a layer to append to its part of the cache; returns that part if it lacks pruned tokens."""
         own = cache.layers[number] if number < len(cache.layers) else None
         if not isinstance(own, PrunedCacheLayer):
             return None
@@ -53,16 +53,16 @@ class CachedStep:
         return None if own.frame is None else own
 
     def shorten(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Fit a layer's arguments to a cache that lacks tokens; `kwargs` is changed in place.
+        """Adapt a layer's arguments to a cache that lacks pruned tokens; `kwargs` is changed in place.
 
         Args:
-            own: the layer's part of the cache, as `expect` gave it.
-            number: of the layer.
-            hidden: [batch, new, width], what enters it.
+            own: the layer's part of the cache, from `expect`.
+            number: the layer's number.
+            hidden: [batch, new, width], the layer's input.
             kwargs: its keyword arguments, made for the full sequence.
         """
         assert own.frame is not None
-        # the model's mask counts pruned tokens as keys, which the cache does not hold
+        # the model's mask counts pruned tokens as keys, but the cache does not contain them
         flash = "flash" in self._decoder.attention_name
         mask = kwargs.get("attention_mask")
         kwargs["attention_mask"] = own.frame.decode_mask(mask, self._new, self._past, two_d=flash)
@@ -72,6 +72,6 @@ class CachedStep:
             renumber_step(self._decoder, number, hidden, kwargs, own.renumbered, self._since)
 
     def finish(self) -> None:
-        """The last layer has run: a turn with images counts now, not where the call failed before."""
+        """After the last layer: record a turn with images, which a call that failed earlier does not."""
         if self._turn is not None:
             self._cached.ledger.later_turns.append(self._turn)

@@ -1,4 +1,4 @@
-"""The shortened sequence that the layers of a stage run on, and the way between it and the full one. Pure tensors."""
+"""The shortened sequence that the layers of a stage run on, and conversions from and to the full sequence."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokenprune.core.scheduling.state import as_mask, spread_rows
 
 @dataclass(frozen=True)
 class GatheredSequence:
-    """Which positions of the full sequence a shortened one holds, in order.
+    """The positions of the full sequence that a shortened one (a *frame*) contains, in order.
 
-    Rows with fewer tokens than the longest are filled up at the *end* with copies of their last token; fillers are
-    hidden as keys and never written back.
+    Rows shorter than the longest are filled at the *end* with copies of their last token; fillers are masked as keys
+    and never written back.
 
     Attributes:
         index: int64 [batch, M], full-sequence positions.
@@ -33,12 +33,12 @@ class GatheredSequence:
     def of(cls, present: Tensor) -> GatheredSequence:
         """The frame of bool [batch, S] `present`; every row must hold at least one position."""
         positions = true_positions(present)
-        # fillers repeat a real position, so that what is gathered there is a number, and come last, out of causal sight
+        # fillers repeat a real position, to gather finite numbers, and come last, where causal attention hides them
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
 
     def rows(self, rows: Tensor) -> GatheredSequence:
-        """The frame of other batch rows: int64 [new batch], which of this one's each of them is."""
+        """The frame of a new batch whose rows are int64 [new batch] of this one's."""
         rows = rows.to(self.index.device)
         return GatheredSequence(self.index[rows], self.filled[rows], self.length)
 
@@ -59,7 +59,7 @@ class GatheredSequence:
 
     @cached_property
     def absent(self) -> Tensor:
-        """int64 [batch, S − least real tokens]: positions that are not in the frame, −1 where a row has fewer."""
+        """int64 [batch, S − fewest real tokens]: positions that are not in the frame, −1 if a row has fewer."""
         present = as_mask(torch.where(self.filled, self.index, -1), self.length)
         return true_positions(~present)
 
@@ -68,13 +68,13 @@ class GatheredSequence:
         return _take(full, self.index)
 
     def split(self, full: Tensor) -> tuple[Tensor, Tensor]:
-        """[batch, S, width] -> the frame's [batch, M, width], and what is not in it."""
-        # −1 takes position 0 instead, which `join` leaves out again
+        """[batch, S, width] -> the frame's [batch, M, width], and the states of the absent positions."""
+        # −1 gathers position 0, which `join` ignores
         return self.gather(full), _take(full, self.absent.clamp(min=0))
 
     def join(self, short: Tensor, rest: Tensor) -> Tensor:
-        """Undo `split`: [batch, S, width]. Fillers are left out."""
-        # a filler's states are those of no token: they must not overwrite the position that it repeats
+        """Undo `split`: [batch, S, width]. Fillers are ignored."""
+        # a filler must not overwrite the position that it repeats
         index = torch.where(self.filled, self.index, -1).to(short.device)
         base = spread_rows(rest.to(short), self.absent.to(short.device), self.length)
         return spread_rows(short, index, self.length, base=base)
@@ -82,7 +82,7 @@ class GatheredSequence:
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
         index = self.index.to(table.device)
-        # tables may have one row for the whole batch, but each row keeps positions of its own
+        # tables may have one row for the whole batch, but each row keeps other positions
         table = table.expand(*table.shape[:-3], len(index), *table.shape[-2:])
         where = index[..., None].expand(*table.shape[:-2], self.width, table.shape[-1])
         return table.gather(-2, where)
@@ -92,8 +92,8 @@ class GatheredSequence:
         return self.prefill_table(ids[..., None]).squeeze(-1)
 
     def places(self, positions: Tensor) -> Tensor:
-        """Places of full-sequence positions [batch, n] in the frame; −1 where they do not (or where −1 is given)."""
-        # one column more than there are positions: fillers and −1 are sent there, and find −1
+        """Indices in the frame of full-sequence positions [batch, n]; −1 if they are not in it, or are −1."""
+        # an extra column for fillers and −1
         table = torch.full((len(self.index), self.length + 1), -1, dtype=torch.int64, device=self.index.device)
         steps = torch.arange(self.width, device=self.index.device).expand_as(self.index)
         table.scatter_(1, torch.where(self.filled, self.index, self.length), torch.where(self.filled, steps, -1))
@@ -102,12 +102,12 @@ class GatheredSequence:
     def prefill_mask(self, mask: Tensor) -> Tensor:
         """The model's mask for the full sequence, cut down to this frame.
 
-        A 2-D mask is [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = see) or additive. Where the
-        model has none (plain causal), none is needed: order is kept and fillers come last, so causality hides them.
+        A 2-D mask is [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = visible) or additive. Without
+        a mask (plain causal attention) none is needed: the order is kept, and causality hides fillers at the end.
         """
         index = self.index.to(mask.device)
         if mask.dim() == 2:
-            # a filler copies the 1 of a real token, and is padding all the same
+            # a filler copies the 1 of a real token, but is padding
             return mask.gather(1, index) * self.filled.to(mask.device, mask.dtype)
         mask = mask.expand(len(index), *mask.shape[1:])
         rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
@@ -117,19 +117,19 @@ class GatheredSequence:
         """The mask for `new` query tokens over this frame's keys and the tokens decoded since.
 
         Args:
-            mask: the model's, over the true length: None, [batch, T], or [batch or 1, heads or 1, new, T].
+            mask: the model's mask over the true length: None, [batch, T], or [batch or 1, heads or 1, new, T].
             new: query tokens of this step.
             past: tokens decoded in earlier steps, so that T = S + past + new.
-            two_d: whether the attention implementation wants 2-D masks.
+            two_d: whether the attention implementation takes 2-D masks.
         """
         device = self.index.device if mask is None else mask.device
-        # the cache holds this frame, fillers included, and behind it every token decoded since
+        # the cache holds this frame, fillers included, followed by the tokens decoded since
         since = torch.arange(self.length, self.length + past + new, device=device).expand(len(self.index), -1)
         index = torch.cat((self.index.to(device), since), 1)
         filled = torch.cat((self.filled.to(device), torch.ones_like(since, dtype=torch.bool)), 1)
         if mask is None:
             if not self.ragged and new == 1:
-                return None  # one query that sees every key needs no mask
+                return None  # a single query attends to every key
             if two_d:
                 return filled
             # the last `new` columns are the queries themselves; each sees the keys up to its own
@@ -144,7 +144,7 @@ class GatheredSequence:
     def _columns(mask: Tensor, index: Tensor, filled: Tensor) -> Tensor:
         index, filled = index.to(mask.device), filled.to(mask.device)
         cut = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        # the least number rather than −inf, of which a row without any visible key would make NaN
+        # the smallest finite number, since −inf would give NaN in a row without visible keys
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return cut.masked_fill(~filled[:, None, None], hidden)
 

@@ -1,4 +1,4 @@
-"""KV caches that hold fewer tokens than the sequence has, and know what was left out and by which context."""
+"""KV caches that contain fewer tokens than the sequence, and record which were pruned and by which context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARK = "_tokenprune_prefill"
 
 @dataclass
 class Lease:
-    """State of a pruning context: open or closed. Copies of a cache share it; a pickled one comes back as closed."""
+    """Whether a pruning context is open. Copies of a cache share it; an unpickled one is closed."""
 
     open: bool = True
     pickled: bool = False
@@ -31,62 +31,62 @@ class Lease:
 
 
 class CachedPrefill:
-    """The prefill that filled a cache; carried by the cache, and by every copy of it.
+    """The prefill that filled a cache; stored on the cache and its copies.
 
     Args:
-        lease: of the context.
+        lease: state of the context.
         length: S, positions of a row, padding included.
-        ledger: of the prefill.
+        ledger: ledger of the prefill.
     """
 
     def __init__(self, lease: Lease, length: int, ledger: Ledger) -> None:
         self.lease, self.length, self.ledger = lease, length, ledger
 
     def __deepcopy__(self, memo: Any) -> CachedPrefill:
-        return self  # a copied cache is of the same prefill
+        return self  # a copied cache belongs to the same prefill
 
     def sign(self, cache: Any) -> None:
-        """Note on a cache that this prefill filled it."""
+        """Store on a cache that this prefill filled it."""
         setattr(cache, _MARK, self)
 
     @staticmethod
     def of(cache: Any) -> CachedPrefill | None:
-        """The one that filled a cache; None where it was filled without pruning, also after it was emptied."""
+        """The prefill that filled a cache; None if it was filled without pruning or has been emptied since."""
         known: CachedPrefill | None = getattr(cache, _MARK, None)
         layers = [own for own in getattr(cache, "layers", ()) if isinstance(own, PrunedCacheLayer)]
         return known if all(own.prefill is known for own in layers) else None
 
     def refusal(self) -> UnsupportedError:
-        """Why a call that is not pruned, or one of another context, may not continue its cache."""
+        """The error for a call that is not pruned, or is pruned by another context, and continues this cache."""
         if self.lease.open:
             return UnsupportedError(
                 "this KV cache was filled under tokenprune.prune(), but the call that continues it is not pruned: it "
-                "is of another model, or in a thread that the context is not for; continue with calls that are pruned"
+                "uses another model, or runs in a thread that the context does not cover; continue with pruned calls"
             )
         if self.lease.pickled:
             return UnsupportedError(
-                "this KV cache was filled under tokenprune.prune(), then pickled and read back, by which it left its "
-                "context; continue a copy.deepcopy() of it inside the context instead"
+                "this KV cache was filled under tokenprune.prune(), then pickled and loaded, which detached it from "
+                "its context; use copy.deepcopy() and continue inside the context instead"
             )
         return UnsupportedError(
-            "this KV cache, or the one that it was copied from, was filled under tokenprune.prune(), whose "
-            "context is closed; continue generating inside the context"
+            "this KV cache, or its original, was filled under tokenprune.prune(), whose context is closed; continue "
+            "generating inside the context"
         )
 
 
 class PrunedCacheLayer(DynamicLayer):
-    """A dynamic layer whose `get_seq_length` counts pruned tokens too, so that next positions and masks stay right.
+    """A dynamic layer whose `get_seq_length` includes pruned tokens, so that later positions and masks stay correct.
 
-    All layers of a cache are of this kind once any of them lacks tokens, so that each refuses what one has to refuse,
-    before anything is changed. An emptied one is a plain dynamic layer.
+    If any layer of a cache lacks tokens, all are of this class, so that the first one refuses an unsupported call
+    before anything is changed. An emptied layer behaves like a `DynamicLayer`.
 
     Args:
-        frame: the positions of the prefill that it holds; None = all.
-        renumbered: int64 [batch], how many positions a row had when they were renumbered; None = never.
-        prefill: the one that fills it; None once it is emptied.
+        frame: the positions of the prefill that it contains; None = all.
+        renumbered: int64 [batch], the number of positions in each row when they were renumbered; None = they were not.
+        prefill: the prefill that fills it; None once it is emptied.
 
     Attributes:
-        expected: whether the pruned model is about to update it.
+        expected: whether an update by the pruned model is expected.
     """
 
     def __init__(self, frame: GatheredSequence | None, renumbered: Tensor | None, prefill: CachedPrefill) -> None:
@@ -97,11 +97,11 @@ class PrunedCacheLayer(DynamicLayer):
 
     @property
     def absent(self) -> int:
-        """Positions of the sequence that it does not hold."""
+        """Number of positions of the sequence that it does not contain."""
         return 0 if self.frame is None else self.frame.length - self.frame.width
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append; refused where it is not a pruned call that does so, since only its run knows which keys a row has."""
+        """Append; refused outside a pruned call, which alone knows which keys each row has."""
         if self.prefill is not None:
             if not (self.expected and self.prefill.lease.open):
                 raise self.prefill.refusal()
@@ -111,37 +111,37 @@ class PrunedCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Empty it."""
         super().reset()
-        if not super().get_seq_length():  # older releases of transformers fill it with zeros
+        if not super().get_seq_length():  # older releases of transformers keep the length and set zeros
             self.frame = self.renumbered = self.prefill = None
 
     def get_seq_length(self) -> int:
-        """The true sequence length: what the layer holds and what was pruned."""
+        """The true sequence length: tokens in the layer plus pruned tokens."""
         held = super().get_seq_length()
-        # transformers counts the next position and the width of its masks from this
+        # transformers derives the next position and the width of its masks from this
         return held + self.absent if held else 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows in another order (beam search)."""
+        """Reorder rows (beam search)."""
         super().reorder_cache(beam_idx)
         self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row several times."""
+        """Repeat every row."""
         super().batch_repeat_interleave(repeats)
         if self.frame is not None:
-            # which row is whose matters for masks: each row has its own fillers
+            # the frame must follow, since each row has its own fillers, which masks hide
             self._take(torch.arange(len(self.frame.index)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
+        """Keep only these rows."""
         super().batch_select_indices(indices)
         self._take(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back tokens decoded since the prefill.
+        """Remove tokens decoded since the prefill.
 
         Args:
-            tokens_to_remove: how many, negative; older releases of transformers give the length that stays, positive.
+            tokens_to_remove: their number, negative; older transformers pass the remaining length, positive.
 
         Raises:
             UnsupportedError: some of them belong to the prefill.
@@ -153,11 +153,11 @@ class PrunedCacheLayer(DynamicLayer):
         left = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
         if length and left < self.prefill.length:
             raise UnsupportedError(
-                f"the KV cache is to be cut to {left} of {length} tokens, and {self.prefill.length} of them are of a "
-                "prefill under tokenprune.prune(); only tokens decoded since can be taken back: start with "
-                "an empty cache"
+                f"cannot crop the KV cache to {left} of {length} tokens: {self.prefill.length} of them belong to a "
+                "prefill under tokenprune.prune(), and only tokens decoded since can be removed; start with an empty "
+                "cache"
             )
-        if left < length:  # not by the base class, whose older releases take the true length for the one that is held
+        if left < length:  # not by the base class, which in older releases uses the true length
             assert self.keys is not None
             assert self.values is not None
             held = left - self.absent
@@ -171,10 +171,10 @@ class PrunedCacheLayer(DynamicLayer):
 
 
 def held_tokens(cache: Any) -> int:
-    """Tokens per row that a cache holds, those that were pruned included; 0 where there is none.
+    """Tokens per row in a cache, including pruned ones; 0 without a cache.
 
     Raises:
-        UnsupportedError: the layers disagree, so some of them were changed, or a call failed before its end.
+        UnsupportedError: the layers have different lengths, since some were modified or a call failed.
     """
     if cache is None:
         return 0
@@ -182,11 +182,11 @@ def held_tokens(cache: Any) -> int:
     lengths = set()
     for own in getattr(cache, "layers", ()):
         lengths.add(int(own.get_seq_length()))
-    lengths.discard(0)  # a layer that shares another's keys and values holds none
+    lengths.discard(0)  # a layer that shares keys and values of another is empty
     if len(lengths) > 1:
         raise UnsupportedError(
-            f"the layers of the KV cache hold {', '.join(map(str, sorted(lengths)))} tokens, expected the same number "
-            "in all; some were changed by hand, or by a call that failed: start with an empty cache"
+            f"the layers of the KV cache have {', '.join(map(str, sorted(lengths)))} tokens, expected the same number "
+            "in all; some were modified, or a call failed: start with an empty cache"
         )
     return held
 
@@ -200,24 +200,24 @@ def check_cache(cache: Any) -> None:
     """Refuse a cache that the engine cannot prune.
 
     Raises:
-        UnsupportedError: a cache of another kind.
+        UnsupportedError: the cache is not a `DynamicCache`.
     """
     if not isinstance(cache, Cache) or any(type(own) not in _REPLACEABLE for own in cache.layers):
         kinds = sorted({type(own).__name__ for own in getattr(cache, "layers", [])}) or [type(cache).__name__]
         raise UnsupportedError(
-            f"KV cache of kind {', '.join(kinds)} found under tokenprune.prune(), expected a DynamicCache"
+            f"KV cache of type {', '.join(kinds)} is not supported under tokenprune.prune(), expected a DynamicCache"
         )
 
 
 def clear(cache: Cache) -> None:
-    """Make an empty cache one that knows of no prefill, whatever it held before."""
+    """Remove all traces of an earlier prefill from an empty cache."""
     cache.__dict__.pop(_MARK, None)
     for number, own in enumerate(cache.layers):
         if isinstance(own, PrunedCacheLayer):
             cache.layers[number] = DynamicLayer()
 
 
-def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
+def check_same_context(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
     """Refuse a filled cache that does not belong to the open context.
 
     Raises:
@@ -225,8 +225,8 @@ def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
     """
     if known is None:
         raise UnsupportedError(
-            "the KV cache already holds tokens from outside this pruning context, so nothing in it was pruned; start "
-            "with an empty cache inside the context"
+            "the KV cache already contains tokens from outside this pruning context, which were not pruned; start with "
+            "an empty cache inside the context"
         )
     if known.lease is not lease:
         if known.lease.pickled:
@@ -242,29 +242,29 @@ def check_known(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
 def shorten_layer(
     cache: Cache, number: int, frame: GatheredSequence, renumbered: Tensor | None, prefill: CachedPrefill
 ) -> None:
-    """Make layer `number` of a cache, still empty there, one that will hold a frame of the sequence only."""
+    """Replace the still empty layer `number` of a cache by one for a shortened sequence."""
     layer = PrunedCacheLayer(frame, renumbered, prefill)
     layer.expected = True
-    # a slice, since a cache without a config makes its layers one by one
+    # a slice, since a cache without a config creates its layers one by one
     cache.layers[number : number + 1] = [layer]
 
 
-def expect_nothing(cache: Any) -> None:
-    """The call that was to update a cache is over, whether it came so far or not."""
+def end_update(cache: Any) -> None:
+    """Expect no further updates of a cache after a call, which may have failed before it updated all layers."""
     for own in getattr(cache, "layers", ()):
         if isinstance(own, PrunedCacheLayer):
             own.expected = False
 
 
-def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
-    """Once a prefill has filled a cache, some of whose layers lack tokens: make the others layers of the same kind.
+def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
+    """Convert the other layers of a filled cache, some of whose layers lack tokens, to `PrunedCacheLayer`.
 
-    Those of sliding windows are given masks of the true length then, as those of pruned layers are.
+    Sliding-window layers then receive masks of the true length, as pruned layers do.
 
     Args:
-        cache: filled by a prefill.
-        valid: bool [batch, S], the prefill's.
-        prefill: the one that filled it.
+        cache: the cache, filled by a prefill.
+        valid: bool [batch, S], False on padding.
+        prefill: the prefill that filled it.
     """
     layers: list[Any] = cache.layers
     for number, own in enumerate(layers):
@@ -272,12 +272,12 @@ def take_over(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
             continue
         keys, values, frame = own.keys, own.values, None
         if isinstance(own, DynamicSlidingWindowLayer):
-            # it holds the last positions only, the same in all rows: to masks, as if those before had been pruned
+            # it contains only the last positions, the same in all rows, as if the earlier ones had been pruned
             last = torch.zeros_like(valid)
             last[:, valid.shape[1] - keys.shape[-2] :] = True
             frame = GatheredSequence.of(last)
         layer = PrunedCacheLayer(frame, None, prefill)
-        # not by lazy_initialization(), which takes other arguments in older releases of transformers
+        # lazy_initialization() has another signature in older releases of transformers
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer.keys, layer.values = keys, values
         layers[number] = layer

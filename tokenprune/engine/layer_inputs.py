@@ -1,4 +1,4 @@
-"""The arguments of a layer, cut down to the remaining tokens: its mask, rotary tables and position ids."""
+"""A layer's arguments for the remaining tokens: mask, rotary tables and position ids."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.gathered import GatheredSequence
-from tokenprune.engine.positions import new_or_kept, new_tables, tables_of
+from tokenprune.engine.positions import new_tables, tables_of, where_renumbered
 
 
 class LayerInputs:
-    """Shortens the keyword arguments of a prefill's layers, and renumbers positions where a stage asks for it.
+    """Shortens the keyword arguments of a prefill's layers, and renumbers positions.
 
     Args:
-        decoder: whose layers they are.
+        decoder: the decoder.
 
     Attributes:
-        length: int64 [batch], how many positions there were when they were renumbered, −1 in rows where they were not;
-            None = in no row.
+        length: int64 [batch], the number of positions when they were renumbered, −1 in rows that were not renumbered;
+            None = no row was.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -31,42 +31,42 @@ class LayerInputs:
         self._cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
 
     def renumber(self, rows: Tensor, present: Tensor) -> None:
-        """Number the positions of some rows from 0, without those that are gone.
+        """Renumber the positions of some rows from 0, without the pruned ones.
 
         Args:
-            rows: bool [batch].
-            present: bool [batch, S], positions that are still there.
+            rows: bool [batch], the rows to renumber.
+            present: bool [batch, S], positions that are not pruned.
         """
         before = present.new_full((len(rows),), -1, dtype=torch.int64) if self.length is None else self.length
-        # a position that is gone shares the number before it; clamped, since nothing may stand before the first one
+        # a pruned position gets the number of the one before it, or 0 if there is none
         ids = (present.long().cumsum(1) - 1).clamp(min=0)
         self._ids = torch.where(rows[:, None], ids, 0 if self._ids is None else self._ids)
         self.length = torch.where(rows, present.sum(1), before)
 
     def shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence) -> None:
-        """Cut the arguments down to a frame; `kwargs` is changed in place.
+        """Shorten the arguments to a frame; `kwargs` is changed in place.
 
         Args:
             layer: decoder layer.
             kwargs: the layer's keyword arguments, made for the full sequence.
-            hidden: [batch, M, width], for type and device.
-            frame: that the layer runs on.
+            hidden: [batch, M, width], for dtype and device.
+            frame: the shortened sequence that the layer runs on.
 
         Raises:
-            UnsupportedError: arguments of a kind that cannot be cut down.
+            UnsupportedError: a mask or position embeddings of an unsupported kind.
         """
         mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
-        if frame is not self._frame:  # what was cut for an earlier stage is needed no more
+        if frame is not self._frame:  # a new stage
             self._frame, self._cuts = frame, {}
-        # the layers of a stage are given the same tensors, so that one cut serves them all
+        # all layers of a stage receive the same tensors, so each is shortened once
         key = id(mask), *map(id, tables), id(ids)
         if key not in self._cuts:
-            # with the originals, so that no other tensor is given their ids meanwhile
+            # keep the originals alive, so that their ids are not reused
             self._cuts[key] = (mask, tables, ids), self._cut(layer, hidden, frame, mask, tables, ids)
         kwargs.update(self._cuts[key][1])
 
     def forget(self) -> None:
-        """The last layer has run: let go of masks and tables."""
+        """Release masks and tables after the last layer."""
         self._frame, self._cuts = None, {}
 
     def _cut(
@@ -84,8 +84,8 @@ class LayerInputs:
         if self._ids is not None and self.length is not None:
             new = frame.prefill_ids(self._ids).to(hidden.device)
             renumbered = new_tables(self.decoder, layer, hidden, new)
-            cut = tuple([new_or_kept(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
-            short = new if short is None else new_or_kept(self.length, new, short)
+            cut = tuple([where_renumbered(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
+            short = new if short is None else where_renumbered(self.length, new, short)
         return {
             "attention_mask": None if mask is None else frame.prefill_mask(mask),
             "position_embeddings": cut,

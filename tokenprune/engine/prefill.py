@@ -29,21 +29,21 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoder_reads import from_layer, look_ahead, position_kernel
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.gathered import GatheredSequence
-from tokenprune.engine.interface.vision_source import VisionSource, lined_up
+from tokenprune.engine.interface.vision_source import VisionSource, check_aligned
 from tokenprune.engine.layer_inputs import LayerInputs
-from tokenprune.engine.positions import first_tables, moved_back, tables_of
+from tokenprune.engine.positions import first_tables, shifted_tables, tables_of
 from tokenprune.errors import EngineError, InputError
 
 
 class Prefill(TokenScheduler):
-    """Holds the full-length states of a prefill and the frame that the present layer runs on.
+    """Holds the full-length states of a prefill, and the shortened sequence (frame) that the current layer runs on.
 
     Attributes:
         frames: per layer, the frame that it ran on; None = the full sequence.
-        lengths: per layer, int64 [batch], how many positions there were when they were renumbered, −1 in rows where
-            they were not; None = in no row.
-        full: [batch, S, width], the last known state of every position; there only while a stage is entered.
-        taps: per layer, the reads that it answers: those of the stage that begins after it.
+        lengths: per layer, int64 [batch], the number of positions when they were renumbered, −1 in rows that were
+            not renumbered; None = no row was.
+        full: [batch, S, width], the last state of every position; available only while a stage is entered.
+        taps: per layer, the reads that its attention answers, for the stage that begins after it.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class Prefill(TokenScheduler):
         self._inputs = LayerInputs(decoder)
         self.full: Tensor
         self._frame: GatheredSequence | None = None
-        self._rest: Tensor | None = None
-        self._shown = False
+        self._absent_states: Tensor | None = None
+        self._returned_full = False
         self.deepstack: DeepStack | None = None
         self._embeddings: dict[type[Read], Tensor] = {}
-        self._told: dict[Read, Tensor] = {}
+        self._answers: dict[Read, Tensor] = {}
         self._entering: tuple[int, dict[str, Any]] | None = None
         self._computed_ahead: list[tuple[int, int]] = []
 
     # the methods that TokenScheduler calls ---------------------------------------------------------------------------
 
     def offers(self) -> frozenset[type[Read]]:
-        """The decoder's own reads, and what the vision side offers."""
+        """The reads that the decoder and the vision side provide."""
         return self.decoder.offers | frozenset(self.vision.answers)
 
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""
         if read.looks_back:
-            return self._told[read]
+            return self._answers[read]
         if isinstance(read, (Embeddings, TextEmbeddings)) and type(read) in self._embeddings:
             return self._embeddings[type(read)]
         if isinstance(read, Embeddings):  # a stage before the first layer
@@ -107,15 +107,15 @@ class Prefill(TokenScheduler):
             text = self.layout.gather_text(self.full.to(self.layout.slots.device))
             return self._normed(text, read.normed)
         if isinstance(read, (AttentionFrom, PositionKernel)):
-            return self._ahead(read)
-        return lined_up(self.vision.provide(read), read, self.state.exists.shape, self.vision.source or self.model)
+            return self._compute_ahead(read)
+        return check_aligned(self.vision.provide(read), read, self.state.exists.shape, self.vision.source or self.model)
 
     def owns(self, read: Read) -> bool:
-        """True for answers of the decoder; those of the vision side may serve several prefills."""
+        """True for reads of the decoder; answers of the vision side may be shared by several prefills."""
         return type(read) not in self.vision.answers
 
     def hidden(self) -> Tensor:
-        """[batch, N, width], on the layout's device, whichever device the layers have come to."""
+        """[batch, N, width], on the layout's device, whichever device the current layer is on."""
         return self.layout.gather_slots(self.full.to(self.layout.slots.device))
 
     @property
@@ -129,39 +129,39 @@ class Prefill(TokenScheduler):
         return self.full.dtype
 
     def write(self, index: Tensor, values: Tensor) -> None:
-        """See `TokenScheduler.write`; out of place, so that gradients and the caller's tensors are left alone."""
-        # numbers of image tokens to positions of the sequence; −1 stays, and is written nowhere
+        """See `TokenScheduler.write`; out of place, to preserve gradients and the caller's tensors."""
+        # from image-token numbers to sequence positions; −1 is not written
         positions = torch.where(index < 0, -1, self.layout.slots.gather(1, index.clamp(min=0)))
         full = self.full
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
     def settle(self, planned: PlannedStage) -> None:
-        """Renumber positions where the stage asks for it; see `TokenScheduler.settle`."""
+        """Renumber positions if the stage's policy says so; see `TokenScheduler.settle`."""
         if self.policy(planned.stage) == "renumber":
             self._inputs.renumber(planned.group.rows.to(self.layout.valid.device), self._present())
 
     # the layers ------------------------------------------------------------------------------------------------------
 
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Turn a layer's input into what it runs on; `kwargs` is changed in place. Returns the hidden states to use.
+        """Prune a layer's input: returns the hidden states to use, and changes `kwargs` in place.
 
         Args:
             layer: decoder layer.
-            hidden: [batch, S, width] for layer 0, else what the layer before gave, on its frame.
+            hidden: [batch, S, width] for layer 0, else the output of the layer before, on its frame.
             kwargs: the layer's keyword arguments, made for the full sequence.
         """
         if layer == 0:
-            if self.planned:  # before anything runs, not where the first token goes
+            if self.planned:  # now, rather than when the first token is pruned
                 self.decoder.check_mask(kwargs.get("attention_mask"))
             self.full = hidden
-            self._remember(TextEmbeddings)
+            self._keep_embeddings(TextEmbeddings)
             if 0 not in self._due:
-                self._remember(Embeddings)
-        elif self._shown:
-            hidden = self._taken_back(layer, hidden)
+                self._keep_embeddings(Embeddings)
+        elif self._returned_full:
+            hidden = self._gather_again(layer, hidden)
         if layer in self._due:
-            hidden = self._entered(layer, kwargs)
-        self.full = hidden.new_empty(0, *hidden.shape[1:])  # the layers have the states: hold no second copy
+            hidden = self._enter_stage(layer, kwargs)
+        self.full = hidden.new_empty(0, *hidden.shape[1:])  # free the second copy of the states
         self.frames.append(self._frame)
         self.lengths.append(self._inputs.length)
         reads = self.taps.get(layer)
@@ -169,70 +169,74 @@ class Prefill(TokenScheduler):
         first = first_tables(tables_of(kwargs), self.layout.valid) if keys else None
         if self._frame is not None:
             self._inputs.shorten(layer, kwargs, hidden, self._frame)
-        if first is not None:  # attention goes by distances alone, a key does not: read it as that of the row alone
-            moved = moved_back(tables_of(kwargs), first, self._inputs.length)
+        if first is not None:  # padding shifts positions, which attention ignores but keys do not: undo the shift
+            moved = shifted_tables(tables_of(kwargs), first, self._inputs.length)
             seen = look_ahead(self.decoder, layer, hidden, {**kwargs, "position_embeddings": moved})
             self._computed_ahead.append((hidden.shape[1], 0))
-            self.see(layer, seen, keys)
+            self.record_attention(layer, seen, keys)
         self.account(layer, hidden.shape[1], self._scored(reads) if reads else 0, tuple(self._computed_ahead))
         self._computed_ahead.clear()
         return hidden
 
-    def _entered(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
-        """Take a layer's decisions on the states in `full`; what it runs on after them."""
+    def _enter_stage(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
+        """Apply the decisions of a stage to the states in `full`; returns the input of its first layer."""
         self._entering = layer, kwargs
         self.enter(layer)
         self._entering = None
         if layer == 0:
-            self._remember(Embeddings)
-        self._told.clear()
+            self._keep_embeddings(Embeddings)
+        self._answers.clear()
         self._frame = self._next_frame()
-        hidden, self._rest = (self.full, None) if self._frame is None else self._frame.split(self.full)
+        hidden, self._absent_states = (self.full, None) if self._frame is None else self._frame.split(self.full)
         return hidden
 
     def _scored(self, reads: Sequence[Read]) -> int:
-        """Query rows whose attention these reads take."""
+        """Number of query rows whose attention these reads require."""
         rows = [read.query for read in reads if isinstance(read, AttentionFrom)]
         return sum(self.layout.query_rows(query).shape[1] for query in rows)
 
     def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
-        """The states to give to the next layer.
+        """The states to pass to the next layer.
 
-        After the last layer, and where others look at it, that is the full-length output [batch, S, width]; dropped
-        positions hold their last state. Else it is what the next layer runs on; before a stage an empty tensor, since
-        the states are in `full` then, and the model would hold a second copy. Only the decoder sees those.
+        After the last layer, or if `full`, the full-length output [batch, S, width], in which dropped positions have
+        their last state. Otherwise the next layer's input; before a stage an empty tensor, since the states are in
+        `full` and the model would keep a second copy alive.
 
         Args:
             layer: the decoder layer that has run.
             hidden: its output.
-            full: whether others look at what this returns.
+            full: whether other code observes the result.
         """
         last = layer == self.layers - 1
-        self._shown = full and not last
-        if self._shown:
-            return self._whole(hidden)
+        self._returned_full = full and not last
+        if self._returned_full:
+            return self._full_length(hidden)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer, hidden, self._frame)
         if not last and layer + 1 not in self._due:
             return hidden
-        self.full = self._whole(hidden)
-        self._rest = None
-        return self._finished() if last else hidden.new_empty(len(hidden), 0, hidden.shape[-1])
+        self.full = self._full_length(hidden)
+        self._absent_states = None
+        return self._finish_states() if last else hidden.new_empty(len(hidden), 0, hidden.shape[-1])
 
-    def _whole(self, hidden: Tensor) -> Tensor:
-        """[batch, S, width] of states on the present frame."""
-        return hidden if self._frame is None or self._rest is None else self._frame.join(hidden, self._rest)
+    def _full_length(self, hidden: Tensor) -> Tensor:
+        """[batch, S, width] of states on the current frame."""
+        return (
+            hidden
+            if self._frame is None or self._absent_states is None
+            else self._frame.join(hidden, self._absent_states)
+        )
 
-    def _taken_back(self, layer: int, whole: Tensor) -> Tensor:
-        """States that were shown at full length, on the present frame again; at full length before a stage."""
-        hidden, self._rest = (whole, None) if self._frame is None else self._frame.split(whole)
+    def _gather_again(self, layer: int, whole: Tensor) -> Tensor:
+        """Undo `after_layer(full=True)`: states on the current frame, or at full length before a stage."""
+        hidden, self._absent_states = (whole, None) if self._frame is None else self._frame.split(whole)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer - 1, hidden, self._frame)
         if layer in self._due:
-            self.full = hidden = self._whole(hidden)
+            self.full = hidden = self._full_length(hidden)
         return hidden
 
-    def _finished(self) -> Tensor:
+    def _finish_states(self) -> Tensor:
         full = self.full
         del self.full
         self._embeddings.clear()
@@ -241,18 +245,18 @@ class Prefill(TokenScheduler):
         self.finish()
         return full
 
-    def see(self, layer: int, seen: AttentionCall, reads: Sequence[Read] | None = None) -> None:
-        """Callback of the attention tap in `layer`: answer its reads, or these."""
-        for read in reads or [read for read in self.taps[layer] if read not in self._told]:
+    def record_attention(self, layer: int, seen: AttentionCall, reads: Sequence[Read] | None = None) -> None:
+        """Callback of the attention tap in `layer`: store the answers to its reads, or to `reads`."""
+        for read in reads or [read for read in self.taps[layer] if read not in self._answers]:
             try:
-                self._told[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
+                self._answers[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
             except (InputError, EngineError) as error:
                 raise type(error)(f"strategy {self.strategy.name!r}: {error}") from error
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _ahead(self, read: AttentionFrom | PositionKernel) -> Tensor:
-        """The answer of the layer that a stage begins with, computed ahead on the states that enter it."""
+    def _compute_ahead(self, read: AttentionFrom | PositionKernel) -> Tensor:
+        """The answer of the stage's first layer, computed ahead of it on the states that enter it."""
         assert self._entering is not None
         layer, kwargs = self._entering[0], dict(self._entering[1])
         frame = self._next_frame()
@@ -272,15 +276,15 @@ class Prefill(TokenScheduler):
 
     def _next_frame(self) -> GatheredSequence | None:
         if torch.equal(self.state.active, self.state.exists) and self._inputs.length is None:
-            return None  # nothing is gone and nothing renumbered: the model's own masks and tables will do
+            return None  # nothing was pruned or renumbered: use the model's own masks and tables
         present = self._present()
         if not bool(present.any(1).all()):
             raise EngineError(
-                f"strategy {self.strategy.name!r} left a batch row without any token; rows need at least one text token"
+                f"strategy {self.strategy.name!r} left a batch row without tokens; rows need at least one text token"
             )
         return GatheredSequence.of(present)
 
-    def _remember(self, kind: type[Read]) -> None:
+    def _keep_embeddings(self, kind: type[Read]) -> None:
         if any(isinstance(read, kind) for planned in self.planned for read in planned.stage.reads):
             self._embeddings[kind] = self.hidden() if kind is Embeddings else self.provide(TextStates())
 

@@ -1,4 +1,4 @@
-"""`prune`: the context in which a model runs pruned."""
+"""`prune`: opens a pruning context on a model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from torch import Tensor, nn
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.continuous_batching import no_continuous_batching
 from tokenprune.engine.calls.generate import Generations
-from tokenprune.engine.calls.interception import concerning
-from tokenprune.engine.calls.torch_compile import hooks_on, hooks_seen, not_compiled, told_by_name
+from tokenprune.engine.calls.interception import intercepting
+from tokenprune.engine.calls.torch_compile import (
+    hooks_on,
+    refuse_skipped_hooks,
+    translate_compile_errors,
+    uncompiled_forward,
+)
 from tokenprune.engine.calls.turns import decoder_in, open_context
-from tokenprune.engine.calls.wrappers import unwrapped, whole_module
+from tokenprune.engine.calls.wrappers import outermost_module, unwrapped
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import BoundModel, bound_model_of
 from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.engine.interface.marked_model import MarkedModel
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.engine.session import PruningRun
+from tokenprune.engine.run import PruningRun
 from tokenprune.errors import InputError, PluginError, PluginWarning, PruningWarning, UnsupportedError
 from tokenprune.utils.arguments import instance, shown, whole_number
 
@@ -33,11 +38,11 @@ _OPEN: WeakKeyDictionary[nn.Module, dict[PruningRun, Callable[[], bool]]] = Weak
 
 
 class _NotEnteredError(UnsupportedError, AttributeError):
-    """Something of a run was asked for that there is not yet."""
+    """An attribute of the run was used before the context was entered."""
 
 
 class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
-    """The result of `prune`: a context to enter with `with`, once; or a decorator, which opens one in every call."""
+    """The result of `prune`: a context manager, entered once, or a decorator that opens a context in each call."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[PruningRun]]) -> None:
         self._make, self._context, self._used = make, make(), False
@@ -45,7 +50,7 @@ class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
     def __enter__(self) -> PruningRun:
         if self._used:
             raise UnsupportedError(
-                "this tokenprune.prune(...) has been entered before, and a context opens once; call prune() again"
+                "this tokenprune.prune(...) was already entered; a context opens once, so call prune() again"
             )
         self._used = True
         return self._context.__enter__()
@@ -56,7 +61,7 @@ class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
         return self._context.__exit__(kind, error, traceback)
 
     def __call__(self, function: Any) -> Any:
-        """The function, run in a context of its own each time."""
+        """Decorate a function: each call runs in a new context."""
         self._used = True
         return super().__call__(function)
 
@@ -65,7 +70,7 @@ class Pruning(ContextDecorator, AbstractContextManager[PruningRun]):
 
     def __getattr__(self, name: str) -> Any:
         raise _NotEnteredError(
-            f"tokenprune.prune(...) has no {name!r}: it is a context, which prunes once entered; write "
+            f"tokenprune.prune(...) has no {name!r}: it is a context manager; write "
             "`with tokenprune.prune(...) as run:` and use run"
         )
 
@@ -89,15 +94,15 @@ def _entered(function: Callable[_P, Iterator[PruningRun]]) -> Callable[_P, Pruni
 
 
 def open_run(model: nn.Module) -> PruningRun | None:
-    """The run of the context that this thread's calls of a model are pruned by; None where they are not.
+    """The run of the open context that prunes this thread's calls of a model; None if they are not pruned.
 
-    For models whose own methods call the decoder: what they give may have been pruned by their caller's context.
+    For models whose own methods call the decoder: their caller may have opened a context around the method.
 
     Args:
         model: the decoder, or any model that `prune` takes.
     """
     runs = _OPEN.get(decoder_in(model), {})
-    return next((run for run, concerns in runs.items() if concerns()), None)
+    return next((run for run, applies in runs.items() if applies()), None)
 
 
 @_entered
@@ -119,44 +124,42 @@ def prune(
     """Prune image tokens in every prefill of `model` while the context is open.
 
     Args:
-        model: a vision-language model that an installed adapter knows, which finds its image tokens itself; a
-            segmentation model that `tokenprune.load` gave, whose `segment` is then pruned; or, with `image_tokens`, a
-            transformers decoder or any model that has exactly one inside. Wrappers around it are
-            looked through (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines of transformers).
-        strategy: what to prune; see `tokenprune.strategy`.
-        image_tokens: bool [batch, sequence], where the image tokens stand in the decoder's input. They are for
-            prompts of this shape: each row may be repeated for returned sequences and beams, and have generated tokens
-            behind it. A second stream of `generate` (`guidance_scale`) is text alone; other prompts are refused.
-        query: the query row for attention scores where none is marked: "last" (the default) or bool [batch, sequence].
+        model: a vision-language model that an installed adapter supports; a segmentation model from `tokenprune.load`,
+            whose `segment` is then pruned; or, with `image_tokens`, a transformers decoder or any model that contains
+            exactly one. Wrappers are unwrapped (`peft.PeftModel`, `DataParallel`, `DistributedDataParallel`, pipelines
+            of transformers).
+        strategy: how to prune; see `tokenprune.strategy`.
+        image_tokens: bool [batch, sequence], the image tokens in the decoder's input. They apply to prompts of this
+            shape: rows may be repeated for returned sequences and beams, and be followed by generated tokens. A second
+            stream of `generate` (`guidance_scale`) counts as text only; other prompts are refused.
+        query: the query row for attention scores if none is marked: "last" (the default) or bool [batch, sequence].
         queries: named query rows, bool [batch, sequence] each ("mask_query", "seg", …).
-        grid: int64 [batch, sequence, 2], grid cells of the image tokens; by default square images row by row.
-        image_number: int64 [batch, sequence]; by default every run of image tokens is one image.
-        vision: what strategies may read from the vision side.
+        grid: int64 [batch, sequence, 2], grid cells of the image tokens; by default square images in row-major order.
+        image_number: int64 [batch, sequence]; by default consecutive image tokens form one image.
+        vision: the reads of the vision side.
         seed: added to the seeds of strategies that draw random numbers.
-        wait: where another thread has a context open on the model, or is in the middle of `segment` or `answer`: False
-            refuses, True waits until it is done (for ever, if it waits for this thread itself), a number waits so many
-            seconds.
-        threads: whose calls of the model are pruned. "any": those of all threads, one at a time, as where `generate`
-            streams from a worker thread. "own": those of this thread. What is not pruned runs as if there were no
-            context; so do `segment` and `answer` in other threads always.
-        strict: whether to police plugins, for their authors: tensors of `Tokens` that a strategy modifies in place or
-            keeps after the prefill, settings of PyTorch that it changes, what observers write to the run. The
-            conformance kits do so always.
+        wait: if another thread has a context open on the model, or is running `segment` or `answer`: False raises
+            BusyError, True waits (for ever, if that thread waits for this one), a number is a timeout in seconds.
+        threads: whose calls of the model are pruned. "any": those of all threads, one at a time, for example if
+            `generate` streams from a worker thread. "own": those of this thread. Other calls run unpruned, as
+            `segment` and `answer` in other threads always do.
+        strict: check plugins more closely, for their authors: tensors of `Tokens` that a strategy modifies in place or
+            keeps after the prefill, global settings of PyTorch that it changes, and observers that modify the run. The
+            conformance kits always do so.
 
     Yields:
-        The run; `run.trace` reports what the latest prefill did.
+        The run; `run.trace` describes the latest prefill.
 
     Raises:
-        InputError: masks that do not fit, or none given for a plain decoder; `grid`, `image_number` or `vision` without
-            the `image_tokens` that they belong to.
-        OptionError: no model, no strategy; a seed that is no whole number, or another argument of another kind.
-        IncompatibleError: the strategy reads something that the model does not offer.
-        BusyError: another thread uses the model, and `wait` is over, or that thread has ended with its context open.
-        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or a context of this thread is
+        InputError: masks of the wrong shape or type, or none for a plain decoder; `grid`, `image_number` or `vision`
+            without `image_tokens`.
+        OptionError: `model`, `strategy`, `seed` or another argument is of the wrong type.
+        IncompatibleError: the strategy requires a read that the model does not provide.
+        BusyError: another thread still uses the model after `wait`, or ended with its context open.
+        UnsupportedError: no adapter supports the model, it contains no decoder, or this thread already has a context
             open on it.
-        EngineError: the model was changed in a way that switches pruning off, or the context is closed in
-            the middle of a forward.
-        PluginError: an adapter, the strategy or an observer misbehaves; names it.
+        EngineError: the model was changed so that pruning would be bypassed, or the context is closed during a forward.
+        PluginError: an adapter, the strategy or an observer fails; the error names it.
 
     Example:
         >>> import torch, tokenprune as tp
@@ -182,14 +185,14 @@ def prune(
     decoder = find_decoder(bound.decoder)
     reads = check_on(strategy, bound, decoder)
     with ExitStack() as stack:
-        stack.enter_context(told_by_name())
-        concerns = stack.enter_context(open_context(decoder.module, wait, threads))
-        whole = whole_module(model, decoder.module)
+        stack.enter_context(translate_compile_errors())
+        applies = stack.enter_context(open_context(decoder.module, wait, threads))
+        whole = outermost_module(model, decoder.module)
         hooks = hooks_on(whole)
-        stack.enter_context(not_compiled(whole))
-        with concerning(concerns):
+        stack.enter_context(uncompiled_forward(whole))
+        with intercepting(applies):
             capture = stack.enter_context(bound.capture(reads))
-        stack.enter_context(hooks_seen(whole, hooks, bound.source or bound.name))
+        stack.enter_context(refuse_skipped_hooks(whole, hooks, bound.source or bound.name))
         answers = dict.fromkeys(bound.offers(), capture.provide)
         source = VisionSource(answers, bound.tower_layers, bound.source)
         generations = Generations(whole, decoder.module)
@@ -203,12 +206,12 @@ def prune(
             seed=seed,
             strict=strict,
         )
-        with concerning(concerns):
+        with intercepting(applies):
             stack.enter_context(no_continuous_batching(whole))
-            stack.enter_context(generations.followed(lambda: not run.never_prunes()))
+            stack.enter_context(generations.intercepted(lambda: not run.never_prunes()))
             stack.enter_context(run.attached())
             stack.enter_context(generations.open())
-        _OPEN.setdefault(decoder.module, {})[run] = concerns
+        _OPEN.setdefault(decoder.module, {})[run] = applies
         stack.callback(_OPEN[decoder.module].pop, run)
         try:
             run.tell("tokenprune_run_started")
@@ -216,14 +219,14 @@ def prune(
         except BaseException:
             try:
                 run.tell("tokenprune_run_finished")
-            except PluginError as wrong:  # the error on its way is the one to raise
+            except PluginError as wrong:  # raise the error of the caller's code, not this one
                 warnings.warn(str(wrong), PluginWarning, stacklevel=4)
             raise
         run.tell("tokenprune_run_finished")
 
 
 def _query_rows(query: str | Tensor | None, queries: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The query rows that the caller names, by name. Raises InputError for what are none."""
+    """The caller's query rows by name. Raises InputError if a row is not a mask, or a name not a string."""
     rows = "masks by name, bool [batch, sequence] each"
     named: dict[str, Tensor] = dict(instance("queries", {} if queries is None else queries, Mapping, rows, InputError))
     for name, mask in named.items():
@@ -236,17 +239,17 @@ def _query_rows(query: str | Tensor | None, queries: Mapping[str, Tensor] | None
     return named
 
 
-def _check_marks(image_tokens: Tensor | None, **beside: object) -> None:
-    """Raise InputError for marks of another kind, or for what would be ignored where the model marks its own."""
+def _check_marks(image_tokens: Tensor | None, **dependent: object) -> None:
+    """Raise InputError for arguments of the wrong type, or for those that have no effect without `image_tokens`."""
     kinds = {"grid": Tensor, "image_number": Tensor, "vision": VisionSource}
     expected = {"vision": "a tokenprune.engine.VisionSource"}
     instance("image_tokens", image_tokens, (NoneType, Tensor), "a bool [batch, sequence] mask", InputError)
-    for name, value in beside.items():
+    for name, value in dependent.items():
         if value is None:
             continue
         if image_tokens is None:
             raise InputError(
-                f"{name}= is given without image_tokens=, beside which alone it has an effect; give both, or leave it "
-                "out where the model's adapter finds the image tokens"
+                f"{name}= was passed without image_tokens=, and has no effect without it; pass both, or neither if the "
+                "model's adapter finds the image tokens"
             )
         instance(name, value, kinds[name], expected.get(name, "an int64 tensor [batch, sequence, …]"), InputError)

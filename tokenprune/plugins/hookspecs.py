@@ -121,7 +121,7 @@ def tokenprune_stage_entered(run: Any, stage: Any) -> None:
     """A stage begins; the strategy has not chosen yet.
 
     Args:
-        run: the context; `run.prefill` is the prefill, `run.state` its tokens, `run.trace` the record so far.
+        run: the run; `run.prefill` is the prefill, `run.state` its tokens, `run.trace` the record so far.
         stage: the `Stage` as the strategy declared it.
     """
 
@@ -131,7 +131,7 @@ def tokenprune_decision_taken(run: Any, stage: Any, decision: Any) -> None:
     """A stage's decision was checked and carried out.
 
     Args:
-        run: the context; `run.state` holds the tokens after the decision.
+        run: the run; `run.state` holds the tokens after the decision.
         stage: the stage's record in the trace (`StageTrace`).
         decision: the validated `Keep`, `Restore` or `Merge` for every row of the batch.
     """

@@ -27,8 +27,8 @@ from tokenprune.core.reads import Read
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import BoundModel, prune
 from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.interface.checked_model import CheckedBoundModel
 from tokenprune.engine.interface.compatibility import compatible
-from tokenprune.engine.interface.guarded import Guarded
 from tokenprune.errors import BudgetError
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.plugins import registry
@@ -250,7 +250,7 @@ class AdapterConformance:
         entry = registry.get("adapters", self.adapter)
         binding = entry.call(self._model, method="bind")
         assert isinstance(binding, BoundModel), f"bind() of {self.adapter!r} answers {binding!r}, expected a BoundModel"
-        binding = Guarded(binding, entry)
+        binding = CheckedBoundModel(binding, entry)
         stack = find_decoder(binding.decoder)
         self._binding, self._decoder, self._depth = binding, stack.module, len(stack.layers)
 

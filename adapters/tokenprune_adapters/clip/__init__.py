@@ -1,1 +1,1 @@
-"""CLIP's vision tower: reading it, checking it against a checkpoint, and what strategies read of it."""
+"""CLIP's vision tower: loading it, checking that it matches a checkpoint, and the reads that it provides."""

@@ -1,4 +1,4 @@
-"""The space that CLIP's image and text embeddings share: what a vision tower's whole CLIP model adds to the tower."""
+"""CLIP's shared space of image and text embeddings, for vision towers whose folder contains the whole CLIP model."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _CONFIG_FIELDS = (
 
 
 class ClipSpace:
-    """Both projections and the text tower of a CLIP model, in float32, read when first used.
+    """Both projections and the text tower of a CLIP model, in float32, loaded on first use.
 
     Args:
-        folder: a whole CLIP model with its tokenizer.
+        folder: folder of a whole CLIP model with its tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,8 +48,8 @@ class ClipSpace:
 
     @classmethod
     def find(cls, folder: Path) -> ClipSpace | None:
-        """The space of the model in a folder, or None where the folder holds less than a whole CLIP model, such as the
-        vision tower alone. No weight is read."""
+        """The space of the model in a folder; None if the folder contains only part of a CLIP model, such as the vision
+        tower. Reads no weights."""
         if "text_config" not in read_json(folder / "config.json"):
             return None
         names = Checkpoint(folder).names()
@@ -61,7 +61,7 @@ class ClipSpace:
         """Patch rows of the tower in CLIP's space: float32 [B, P, C] to [B, P, D].
 
         Args:
-            tower: the vision model, whose post layer norm is taken.
+            tower: the vision model, whose post layer norm is applied.
             states: [B, P, C].
         """
         inner: Any = getattr(tower, "vision_model", tower)  # nested in some releases of transformers
@@ -74,17 +74,17 @@ class ClipSpace:
         Args:
             texts: one or more.
             cut: "truncate" or "segments", see `tokenprune.core.reads.ClipTextEmbeddings`.
-            device: where the text tower is to run.
+            device: device of the text tower.
 
         Raises:
-            CheckpointError: the text tower or the tokenizer cannot be read.
+            CheckpointError: the text tower or the tokenizer cannot be loaded.
         """
         tower: Any = self.text_tower
         tower.to(device=device)
         return torch.cat([self.embed_ids(*self.cut_ids(text, cut)) for text in texts])
 
     def cut_ids(self, text: str, cut: str) -> tuple[Tensor, Tensor]:
-        """Ids of one text in pieces of CLIP's context length and their mask: int64 [M, n] each; see `embed_texts`."""
+        """Ids of a text in pieces of CLIP's context length, and their mask: int64 [M, n] each; see `embed_texts`."""
         length: int = self.text_tower.config.max_position_embeddings
         if cut == "truncate":
             pieces = [self._tokenizer(text, truncation=True, max_length=length)["input_ids"]]
@@ -97,21 +97,21 @@ class ClipSpace:
 
     @torch.no_grad()
     def embed_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """float32 [M, D] of ids and mask, int64 [M, n]."""
+        """Embeddings float32 [M, D] of ids and mask, int64 [M, n]."""
         tower: Any = self.text_tower
         embeddings: Tensor = tower(input_ids=ids.to(tower.device), attention_mask=mask.to(tower.device)).text_embeds
         return embeddings
 
     @cached_property
     def text_tower(self) -> CLIPTextModelWithProjection:
-        """CLIP's text tower with projection. Raises CheckpointError where it cannot be read."""
+        """CLIP's text tower with projection. Raises CheckpointError if it cannot be loaded."""
         config = read_json(self.folder / "config.json")
         values = {**config["text_config"], **{name: config[name] for name in ("projection_dim",) if name in config}}
         sizes = {name: values[name] for name in _CONFIG_FIELDS if values.get(name) is not None}
         try:
             with torch.device("meta"):
                 tower: CLIPTextModelWithProjection = CLIPTextModelWithProjection._from_config(CLIPTextConfig(**sizes))
-        except Exception as error:  # what a config class raises on bad values is its own business and changes
+        except Exception as error:  # the exceptions of config classes differ between releases
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{self.folder}/config.json describes no CLIP text model: {reason}") from error
         fill_clip(tower, Checkpoint(self.folder), {name: name for name in tower.state_dict()}, torch.float32, _NOT_TEXT)
@@ -124,9 +124,9 @@ class ClipSpace:
     @cached_property
     def _tokenizer(self) -> Any:
         try:
-            # Older releases read tokenizer.json by this name alone; newer ones have one class by both names.
+            # Older releases read tokenizer.json only with this class; newer ones have one class under both names.
             return getattr(transformers, "CLIPTokenizerFast").from_pretrained(self.folder)  # noqa: B009 - typed in none
-        except Exception as error:  # what transformers raises here is its own business and changes
+        except Exception as error:  # the exceptions of transformers differ between releases
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{self.folder}: CLIP's tokenizer cannot be loaded ({type(error).__name__}: {reason}); fetch "

@@ -27,11 +27,11 @@ def find_tower(folder: Path, config: dict[str, Any], vision_tower: str | Path | 
     Args:
         folder: the checkpoint.
         config: its config.json, which names the tower.
-        vision_tower: folder or hub id that the caller asked for; else the folder `vision_tower` in the checkpoint;
-            else the name in `config`, as a path or a hub id.
+        vision_tower: folder or hub id from the caller; by default the folder `vision_tower` in the checkpoint, else
+            the name in `config`, as a path or a hub id.
 
     Raises:
-        CheckpointError: none of them can be had.
+        CheckpointError: no tower was found.
     """
     if vision_tower is not None:
         return resolve_folder(vision_tower, "vision tower", ADVICE)
@@ -40,16 +40,16 @@ def find_tower(folder: Path, config: dict[str, Any], vision_tower: str | Path | 
     name = config.get("mm_vision_tower") or config.get("vision_tower")
     if not name:
         raise CheckpointError(f"{folder}/config.json names no vision tower; {ADVICE}")
-    return resolve_folder(str(name), "vision tower", f"{folder} does not hold it, so {ADVICE}")
+    return resolve_folder(str(name), "vision tower", f"{folder} does not contain it, so {ADVICE}")
 
 
 def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None = None) -> CLIPVisionModel:
     """A CLIP vision model, on the CPU.
 
     Args:
-        folder: a CLIP vision model, or a whole CLIP model of which only the vision part is read.
-        dtype: of the weights.
-        attn_implementation: as in transformers; its own default if None.
+        folder: a CLIP vision model, or a whole CLIP model, of which only the vision part is read.
+        dtype: dtype of the weights.
+        attn_implementation: as in transformers; None = its default.
 
     Raises:
         CheckpointError: not a CLIP model, or tensors are missing, unexpected or mis-shaped.
@@ -64,11 +64,11 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
     try:
         with torch.device("meta"):
             tower: CLIPVisionModel = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
-    except Exception as error:  # what a config class raises on bad values is its own business and changes
+    except Exception as error:  # the exceptions of config classes differ between releases
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}/config.json describes no CLIP vision model: {reason}; {ADVICE}") from error
     checkpoint = Checkpoint(folder)
-    # Some releases of transformers keep the tower one level down, and so do the files.
+    # Some releases of transformers nest the tower one level deeper, and so do their files.
     flat = {name.removeprefix("vision_model."): name for name in checkpoint.names()}
     names = {
         target: flat.get(target.removeprefix("vision_model."), target.removeprefix("vision_model."))
@@ -81,13 +81,13 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
 def fill_clip(
     tower: Any, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype, others: tuple[str, ...]
 ) -> None:
-    """Read the weights of a CLIP tower that is on the meta device, number its positions, and put it in eval mode.
+    """Load the weights of a CLIP tower on the meta device, set its position ids, and put it in eval mode.
 
     Args:
-        tower: of images or of texts.
-        checkpoint: its own, or that of a whole CLIP model.
-        names: its tensors' names to those in the checkpoint.
-        dtype: of the weights.
+        tower: the vision tower or the text tower.
+        checkpoint: its checkpoint, or that of a whole CLIP model.
+        names: from its tensors' names to those in the checkpoint.
+        dtype: dtype of the weights.
         others: prefixes of the tensors that belong to the rest of the CLIP model.
 
     Raises:
@@ -118,7 +118,7 @@ class ClipPixels:
     """The image processor of a tower: PIL-based, so that pixels equal those that the models were trained on.
 
     Args:
-        folder: holds `preprocessor_config.json`; without it CLIP's own constants at the tower's image size are taken.
+        folder: contains `preprocessor_config.json`; without it CLIP's constants at the tower's image size are used.
         tower: the vision model.
 
     Raises:
@@ -133,21 +133,21 @@ class ClipPixels:
         )
 
     def check(self, checkpoint: Path, openai: bool) -> None:
-        """Compare the processor with the tower, and with what a checkpoint says of it.
+        """Check that the processor matches the tower and the checkpoint.
 
         Args:
-            checkpoint: a folder that may hold a `preprocessor_config.json` of its own.
-            openai: whether the checkpoint was trained with one of OpenAI's towers, whose colours are known.
+            checkpoint: a folder that may contain another `preprocessor_config.json`.
+            openai: whether the checkpoint was trained with one of OpenAI's towers, whose mean and std are known.
 
         Raises:
-            CheckpointError: it makes pictures of another size, takes steps away, or scales colours in another way.
+            CheckpointError: it has another image size, omits a step, or normalises differently.
         """
         found = self._processor
         for step in ("do_resize", "do_rescale", "do_normalize"):
             if not getattr(found, step):
-                self._refuse(f"says {step} false, but the tower was trained on pictures that went through that step")
+                self._refuse(f"sets {step} to false, but the tower was trained with that step")
         if not math.isclose(found.rescale_factor, 1 / 255, rel_tol=1e-3):
-            self._refuse(f"says rescale_factor {found.rescale_factor}, expected 1/255")
+            self._refuse(f"sets rescale_factor to {found.rescale_factor}, expected 1/255")
         own = _processor(checkpoint) if checkpoint != self.folder else None
         if _side(found) != f"{self.square}×{self.square}":
             self._refuse(f"makes pictures of {_side(found)} pixels, but the tower takes {self.square}×{self.square}")
@@ -173,13 +173,13 @@ class ClipPixels:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels float32 [1, 3, H, W] of an RGB image."""
-        # Said explicitly, since older releases take a picture of one or three rows for one with its channels first.
+        # Explicit, since older releases mistake an image with one or three rows for one with channels first.
         given = {"images": image, "input_data_format": "channels_last", "return_tensors": "pt"}
         pixels: Tensor = self._processor(**given)["pixel_values"]
         return pixels
 
     def picture(self, pixels: Tensor) -> Tensor:
-        """The picture that pixels float32 [B, 3, H, W] were made of, resized and cropped: uint8 [B, H, W, 3]."""
+        """The resized and cropped image of pixels float32 [B, 3, H, W]: uint8 [B, H, W, 3]."""
         mean = torch.tensor(self._processor.image_mean).view(3, 1, 1)
         std = torch.tensor(self._processor.image_std).view(3, 1, 1)
         values: Tensor = (pixels.float().cpu() * std + mean) / self._processor.rescale_factor
@@ -205,25 +205,25 @@ class ClipPixels:
 
 
 def _processor(folder: Path) -> Any:
-    """The image processor that a folder describes; None where it describes none."""
+    """The image processor that a folder describes; None if it describes none."""
     file = folder / PREPROCESSOR
     options = read_json(file) if file.is_file() else {}
     for name in ("image_processor_type", "feature_extractor_type"):
         kind = str(options.pop(name, "CLIP"))
         if not kind.startswith("CLIP"):
-            raise CheckpointError(f"{file} is of a {kind}, expected CLIP's; use the file that belongs to the tower")
+            raise CheckpointError(f"{file} is for {kind}, expected CLIP's; use the file that belongs to the tower")
     options.pop("processor_class", None)
     if not options:
         return None
     try:
         return processor_class()(**options)
-    except Exception as error:  # what a processor raises on bad values is its own business and changes
+    except Exception as error:  # the exceptions of processors differ between releases
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{file} describes no image processor of CLIP: {reason}; fetch the file again") from error
+        raise CheckpointError(f"{file} describes no CLIP image processor: {reason}; fetch the file again") from error
 
 
 def _side(processor: Any) -> str:
-    """Width and height of what comes out, in words where they depend on the picture."""
+    """Width and height of the processed image, as text; "various" if they depend on the image."""
     size, crop = processor.size, processor.crop_size
     height, width = (int(size.get(name) or size.get("shortest_edge") or 0) for name in ("height", "width"))
     if processor.do_center_crop:
@@ -236,8 +236,8 @@ def _side(processor: Any) -> str:
 
 
 def processor_class() -> Any:
-    """The PIL-based image processor of CLIP, by the name that the installed release of transformers gives it."""
+    """The PIL-based image processor of CLIP, whatever its name in the installed release of transformers."""
     import transformers
 
-    # Older releases call the PIL-based processor by the name that newer ones give to the torchvision-based one.
+    # In newer releases CLIPImageProcessor is the processor based on torchvision.
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the vision tower that it was trained with, compared with the tower that is to be used."""
+"""Checks that a vision tower is the one that a checkpoint was trained with."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tokenprune.errors import CheckpointError
 from tokenprune_adapters.common.checkpoint import Checkpoint
 
 COPY = "model.vision_tower."
-"""What the names of the tower's tensors begin with where a checkpoint holds a copy of them."""
-CURE = "pass vision_tower= the folder of the tower that the checkpoint was trained with"
+"""Prefix of the tower's tensors in checkpoints that contain a copy of them."""
+ADVICE = "pass vision_tower= the folder of the tower that the checkpoint was trained with"
 
 _NAME = re.compile(r"patch(\d+)(?:-(\d+))?$")
 _OPENAI = re.compile(r"clip-vit-(base|large)-patch\d+(?:-\d+)?$")
 _OPENAI_SIZES = {"base": (768, 12), "large": (1024, 24)}  # width, layers
-_OPENAI_SQUARE = 224  # pixels, where the name does not say
+_OPENAI_SQUARE = 224  # pixels, if the name does not say
 _SAME = 0.02  # allowed relative difference of a copy in reduced precision
 
 
 def tower_name(config: dict[str, Any]) -> str:
-    """The name of the tower in config.json, without what is before it; empty where there is none."""
+    """The last part of the tower's name in config.json; empty without one."""
     name = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
     return PurePosixPath(name.replace("\\", "/")).name
 
@@ -38,40 +38,40 @@ def is_openai(config: dict[str, Any]) -> bool:
 def check_tower(
     checkpoint: Checkpoint, config: dict[str, Any], tower: nn.Module, folder: Path, resized: int | None = None
 ) -> None:
-    """Hold a tower against the checkpoint's config.json, the tower's name there, and a copy of it among the tensors.
+    """Compare a tower with the checkpoint's config.json, the tower's name in it, and the checkpoint's copy, if any.
 
     Args:
-        checkpoint: of the whole model.
+        checkpoint: the checkpoint of the whole model.
         config: its config.json.
-        tower: the CLIP vision model, as it is stored.
-        folder: of the tower, for messages.
-        resized: side in pixels that the family resizes the tower to, as the checkpoint's copy may have been.
+        tower: the CLIP vision model, as stored.
+        folder: folder of the tower, for messages.
+        resized: image size in pixels to which the family, and so perhaps the checkpoint's copy, resizes the tower.
 
     Raises:
-        CheckpointError: they disagree, or config.json asks for features that the tower does not have.
+        CheckpointError: they differ, or config.json selects features that the tower does not have.
     """
     found: Any = tower.config
-    for what, wanted, actual, source in [*_told(config, found), *_copied(checkpoint, tower, resized)]:
+    for what, wanted, actual, source in [*_from_config(config, found), *_from_copy(checkpoint, tower, resized)]:
         if wanted != actual:
-            raise CheckpointError(f"vision tower {folder} has {actual} {what}, but {source} says {wanted}; {CURE}")
+            raise CheckpointError(f"vision tower {folder} has {actual} {what}, but {source} says {wanted}; {ADVICE}")
     layer = int(config.get("mm_vision_select_layer", -2))
     layers = found.num_hidden_layers
     if not -layers - 1 <= layer <= layers:
         raise CheckpointError(
             f"vision tower {folder} has {layers} layers, but {checkpoint.folder}/config.json says "
-            f"mm_vision_select_layer {layer}; {CURE}"
+            f"mm_vision_select_layer {layer}; {ADVICE}"
         )
     feature = config.get("mm_vision_select_feature") or "patch"
     if feature != "patch":
         raise CheckpointError(
             f"{checkpoint.folder}/config.json says mm_vision_select_feature {feature!r}, expected 'patch'; models that "
-            "take [CLS] for an image token are not supported"
+            "use [CLS] as an image token are not supported"
         )
     _refuse_other_weights(checkpoint, tower, folder)
 
 
-def _told(config: dict[str, Any], found: Any) -> Iterator[tuple[str, int, int, str]]:
-    """What config.json says: (of what, how many, how many the tower has, where it is said)."""
+def _from_config(config: dict[str, Any], found: Any) -> Iterator[tuple[str, int, int, str]]:
+    """The values in config.json: (name of the value, expected, the tower's, source)."""
     width = config.get("mm_hidden_size")
     if width is not None:
         yield "features per patch", int(width), found.hidden_size, "config.json's mm_hidden_size"
@@ -89,8 +89,8 @@ def _told(config: dict[str, Any], found: Any) -> Iterator[tuple[str, int, int, s
             yield "layers", layers, found.num_hidden_layers, source
 
 
-def _copied(checkpoint: Checkpoint, tower: nn.Module, resized: int | None) -> Iterator[tuple[str, int, int, str]]:
-    """What a copy of the tower among the checkpoint's tensors says, as in `_told`."""
+def _from_copy(checkpoint: Checkpoint, tower: nn.Module, resized: int | None) -> Iterator[tuple[str, int, int, str]]:
+    """The values in the checkpoint's copy of the tower, as in `_from_config`."""
     copy = _copy(checkpoint)
     own = {_flat(name): tensor for name, tensor in tower.state_dict().items()}
     source = f"the copy of the tower in {checkpoint.folder}"
@@ -108,7 +108,7 @@ def _copied(checkpoint: Checkpoint, tower: nn.Module, resized: int | None) -> It
 
 
 def _refuse_other_weights(checkpoint: Checkpoint, tower: nn.Module, folder: Path) -> None:
-    """A copy of the tower whose [CLS] embedding is another one is of another tower, or was trained on."""
+    """Refuse a tower whose [CLS] embedding differs from the checkpoint's copy."""
     copy = _copy(checkpoint)
     for name, tensor in tower.state_dict().items():
         if _flat(name) != "embeddings.class_embedding" or _flat(name) not in copy:
@@ -117,12 +117,12 @@ def _refuse_other_weights(checkpoint: Checkpoint, tower: nn.Module, folder: Path
         if not torch.allclose(mine, theirs, rtol=_SAME, atol=_SAME * float(theirs.abs().max())):
             raise CheckpointError(
                 f"vision tower {folder} has other weights than the copy of the tower in {checkpoint.folder}: it is "
-                f"another tower, or the checkpoint's was trained further; {CURE}"
+                f"another tower, or the copy was trained further; {ADVICE}"
             )
 
 
 def _copy(checkpoint: Checkpoint) -> dict[str, str]:
-    """The copy's tensors by their plain names."""
+    """The names of the copy's tensors, by their names in the tower."""
     return {_flat(name): name for name in checkpoint.names() if name.startswith(COPY)}
 
 

@@ -1,4 +1,4 @@
-"""What strategies read of a tower layer, computed from the queries, keys and values that its attention saw."""
+"""Reads of a tower layer, computed from the queries, keys and values of its attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tokenprune.engine.attention_tap import AttentionCall
 
-ROWS_AT_ONCE = 256  # bounds memory: attention rows that are held at one time
+ROWS_AT_ONCE = 256  # attention rows computed at a time, to limit memory
 
 
 def cls_attention(seen: AttentionCall, heads: str = "mean") -> Tensor:
@@ -26,7 +26,7 @@ def cls_attention(seen: AttentionCall, heads: str = "mean") -> Tensor:
 
 
 def received_attention(seen: AttentionCall) -> Tensor:
-    """float32 [images, P]: what each position receives of the others' attention, mean over heads and positions."""
+    """float32 [images, P]: attention that each position receives, mean over heads and query positions."""
     images, _, length, _ = seen.query.shape
     total = torch.zeros(images, seen.key.shape[2], device=seen.query.device)
     for start in range(0, length, ROWS_AT_ONCE):

@@ -1,1 +1,1 @@
-"""What every checkpoint needs, whatever the family: files and shards, storage formats, options, LoRA, tokenizers."""
+"""Loading code that is independent of the family: files and shards, storage formats, options, LoRA, tokenizers."""

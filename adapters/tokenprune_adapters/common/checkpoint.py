@@ -1,4 +1,4 @@
-"""Reading checkpoint folders: sharded or not, .bin or safetensors, one tensor at a time."""
+"""Reading of checkpoint folders, sharded or not, .bin or safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def resolve_folder(name_or_path: str | Path, what: str = "checkpoint", advice: s
     """The local folder of a checkpoint: the path itself, or a download of the hub repository of that name.
 
     Raises:
-        CheckpointError: no such folder, and the hub does not have it or cannot be reached. `advice` ends the message.
+        CheckpointError: no such folder, and the hub lacks it or cannot be reached. The message ends with `advice`.
     """
     path = expanded(name_or_path)
     if path.is_dir():
         return path
     hint = advice or "give the path of a local folder"
     if path.exists():
-        raise CheckpointError(f"{what} {str(path)!r} is a file, expected the folder that holds it; {hint}")
+        raise CheckpointError(f"{what} {str(path)!r} is a file, expected the folder that contains it; {hint}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name_or_path)):
         raise CheckpointError(f"{what} {str(name_or_path)!r}: no such folder; {hint}")
     try:
         with quiet_hub():
             return _download(str(name_or_path))
-    except Exception as error:  # the hub client raises many kinds, offline, not found and no access among them
+    except Exception as error:  # the hub client raises many types: offline, not found, no access, …
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(
             f"{what} {str(name_or_path)!r}: no such folder, and it could not be fetched from the hub ({reason}); {hint}"
@@ -54,11 +54,11 @@ def resolve_folder(name_or_path: str | Path, what: str = "checkpoint", advice: s
 def _download(name: str) -> Path:
     import huggingface_hub
 
-    # Many repositories hold the same weights twice; an index or a single file at the top says which ones to take.
+    # Many repositories contain the weights in both formats; safetensors at the top level are preferred.
     small = Path(huggingface_hub.snapshot_download(name, allow_patterns=SMALL_FILES))
     try:
         listed = huggingface_hub.list_repo_files(name)
-    except Exception:  # offline: whatever has been fetched before is what there is
+    except Exception:  # offline: use what was downloaded before
         return small
     safe = any(
         file.startswith("model") and file.endswith((".safetensors", ".safetensors.index.json")) for file in listed
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds something else than an object.
+        CheckpointError: the file is missing or damaged, or does not contain an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -80,24 +80,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the file again") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, expected an object; fetch the file again")
+        raise CheckpointError(f"{path} contains a JSON {type(found).__name__}, expected an object; fetch it again")
     return found
 
 
 class Checkpoint:
-    """The tensors of a folder by name, read when asked for.
+    """The tensors of a folder by name, read on demand.
 
-    Files are opened when the first of their tensors is read. `.bin` files are read with `weights_only=True`,
-    memory-mapped where their format allows it.
+    A file is opened when the first of its tensors is read. `.bin` files are read with `weights_only=True`,
+    memory-mapped if their format allows it.
 
     Args:
-        folder: where the files are.
-        files: the file to read is the first of these that is there. By default a checkpoint's own names, with their
-            index or, where all of them are there, without.
+        folder: folder of the files.
+        files: candidate file names, of which the first that exists is read. By default the standard names, with an
+            index or, if no shard is missing, without.
 
     Raises:
-        CheckpointError: at construction, if the folder holds no weight file, a shard is not there or two hold one
-            tensor; when reading, if a file is damaged or lacks a tensor that its index promises.
+        CheckpointError: at construction, if the folder contains no weight file, a shard is missing or two contain the
+            same tensor; when reading, if a file is damaged or lacks a tensor that its index lists.
     """
 
     def __init__(self, folder: Path, files: Sequence[str] = ()) -> None:
@@ -113,7 +113,7 @@ class Checkpoint:
         return list(self._files)
 
     def shape(self, name: str, dims: int | None = None) -> tuple[int, ...]:
-        """The shape of a tensor, which must have `dims` dimensions if given; read without the tensor's values."""
+        """The shape of a tensor, which must have `dims` dimensions if given; does not read its values."""
         file = self._file_of(name)
         reader = self._reader(file)
         with _damage_named(self.folder / file):
@@ -123,7 +123,7 @@ class Checkpoint:
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as it is stored."""
+        """The tensor as stored."""
         file = self._file_of(name)
         reader = self._reader(file)
         with _damage_named(self.folder / file):
@@ -150,7 +150,7 @@ class Checkpoint:
         found = tensors_of_shards(self.folder, lambda file: self._reader(file).keys())
         if not found:
             raise CheckpointError(
-                f"{self.folder} holds no weights; expected one of {', '.join(SINGLE_FILES + INDEX_FILES)} in it"
+                f"{self.folder} contains no weights; expected one of {', '.join(SINGLE_FILES + INDEX_FILES)} in it"
             )
         return found
 
@@ -160,8 +160,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / index} has no 'weight_map'; fetch the file again")
         for file in sorted(set(files.values())):
             if not (self.folder / file).is_file():
-                raise CheckpointError(f"{self.folder / index} names {file}, which is not there; fetch that file too")
-        # A shard may hold tensors that the index does not list; they count, so that nothing is dropped unseen.
+                raise CheckpointError(f"{self.folder / index} names {file}, which is missing; fetch that file too")
+        # Include tensors that the index does not list, so that none is silently ignored.
         found = dict(files)
         for file in sorted(set(files.values())):
             for name in self._reader(file).keys():  # noqa: SIM118  a safetensors reader is no mapping
@@ -181,7 +181,7 @@ class Checkpoint:
                 others = [name for name, value in reader.items() if not isinstance(value, Tensor)]
                 if others:
                     raise CheckpointError(
-                        f"{path} holds {others[0]!r}, which is no tensor; expected a plain state dict"
+                        f"{path} contains {others[0]!r}, which is not a tensor; expected a plain state dict"
                     )
         return self._open[file]
 
@@ -199,7 +199,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 
 
 class _damage_named:
-    """Turns whatever a reader raises into a CheckpointError that names the file."""
+    """Converts exceptions of a reader into a CheckpointError that names the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -221,9 +221,9 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Part(Generic[ModuleT]):
-    """A module built on the meta device, and the checkpoint's name for each of its parameters.
+    """A module on the meta device, and the name in the checkpoint of each of its parameters.
 
-    Several parameters may have one name: they become copies of one tensor.
+    Parameters with the same name become copies of one tensor.
     """
 
     module: ModuleT
@@ -236,20 +236,19 @@ def load_parts(
     dtype: torch.dtype,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Fill modules from a checkpoint, without a second copy of the weights.
+    """Load modules from a checkpoint, without a second copy of the weights.
 
-    Everything is checked before the first tensor is read: each parameter has its tensor, of the right shape, and each
-    tensor of the checkpoint is used or ignored.
+    Everything is checked before the first tensor is read: each parameter must have a tensor of its shape, and each
+    tensor of the checkpoint must be used or ignored.
 
     Args:
-        checkpoint: where the tensors are.
+        checkpoint: the checkpoint.
         parts: modules on the meta device; their parameters are replaced.
-        dtype: what floating-point tensors are converted to.
-        ignore: whether a name of the checkpoint may be left over.
+        dtype: dtype that floating-point tensors are converted to.
+        ignore: whether a tensor of that name may be unused.
 
     Raises:
-        CheckpointError: tensors are missing, of another shape, or left over; up to three are named, and all are
-            counted.
+        CheckpointError: tensors are missing, mis-shaped or unexpected; the message names up to three and counts all.
     """
     expected = {
         source: tuple(tensor.shape)
@@ -279,7 +278,7 @@ def _read(checkpoint: Checkpoint, name: str, kind: Tensor, dtype: torch.dtype) -
     if kind.is_floating_point() != found.is_floating_point():
         raise CheckpointError(
             f"{checkpoint.folder}: {name} is stored as {str(found.dtype).removeprefix('torch.')}, expected "
-            "floating-point numbers; if it is quantised, take the checkpoint that it was made from"
+            "floating-point numbers; if it is quantised, use the checkpoint that it was made from"
         )
     return found.to(dtype) if found.is_floating_point() else found
 
@@ -287,7 +286,7 @@ def _read(checkpoint: Checkpoint, name: str, kind: Tensor, dtype: torch.dtype) -
 _MEANING = {
     "missing": "the checkpoint is incomplete",
     "unexpected": "the checkpoint is of another model family or version",
-    "mis-shaped": "config.json and weights do not belong together",
+    "mis-shaped": "config.json does not match the weights",
 }
 
 

@@ -1,4 +1,4 @@
-"""Options of `tokenprune.load` that adapters share, checked."""
+"""Options of `tokenprune.load` that adapters share, and their checks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ KINDS = {name: getattr(torch, name) for name in DTYPES}
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What `tokenprune.load` takes for a segmentation checkpoint. A family with more options adds fields.
+    """Options of `tokenprune.load` for a segmentation checkpoint. A family with more options adds fields.
 
     Args:
-        vision_tower: folder or hub id of the CLIP model, which released checkpoints do not hold. By default the folder
-            `vision_tower` in the checkpoint, else the name in its config.json.
-        dtype: of all weights; by default float32 on a CPU and the stored type elsewhere.
-        device: where everything goes; the CPU by default.
-        device_map: spread the decoder over devices (needs accelerate); the rest goes where its embedding table is.
+        vision_tower: folder or hub id of the CLIP model, which released checkpoints do not contain. By default the
+            folder `vision_tower` in the checkpoint, else the name in its config.json.
+        dtype: dtype of all weights; by default float32 on a CPU and the stored dtype elsewhere.
+        device: device of all parts; the CPU by default.
+        device_map: distributes the decoder over devices (needs accelerate); the other parts are placed with its
+            embedding table.
         attn_implementation: of decoder and tower, as in transformers.
     """
 
@@ -39,14 +40,14 @@ class LoadOptions:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises OptionError for what is of another kind than it has to be; see `torch_device` and `torch_dtype`."""
-        check_texts(device_map=self.device_map, attn_implementation=self.attn_implementation)
+        """Raises OptionError for values of the wrong type; see also `torch_device` and `torch_dtype`."""
+        check_strings(device_map=self.device_map, attn_implementation=self.attn_implementation)
         tower = self.vision_tower
         instance("vision_tower", tower, (NoneType, str, Path), "the folder or hub id of the tower")
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], family: str) -> None:
-    """Raises OptionError for a load option that a family of models does not have."""
+    """Raises OptionError for a load option that a family does not have."""
     for name in given:
         if name not in known:
             if name in QUANTISED:
@@ -63,43 +64,43 @@ def _quantised(name: str, known: Collection[str], family: str) -> str:
             f"quantization_config=transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes"
         )
     return (
-        f"{name}= was given, but {family} models are loaded in floating point only; save memory with "
+        f"{name}= is not supported: {family} models are loaded in floating point only; save memory with "
         "dtype='bfloat16' or device_map='auto'"
     )
 
 
-def check_texts(**given: object) -> None:
-    """Raises OptionError for a load option that is no text; a device map may be a dict, and None always leaves it."""
+def check_strings(**given: object) -> None:
+    """Raises OptionError for a load option that is not a string or None; a device map may also be a dict."""
     for name, value in given.items():
         if name == "device_map":
-            instance(name, value, (NoneType, str, dict), "'auto' or a dict from names of modules to devices")
+            instance(name, value, (NoneType, str, dict), "'auto' or a dict from module names to devices")
         else:
-            instance(name, value, (NoneType, str), "a text, as in transformers")
+            instance(name, value, (NoneType, str), "a string, as in transformers")
 
 
-def one_place(device: object, device_map: object) -> None:
-    """Raises OptionError where both are given."""
+def check_one_placement(device: object, device_map: object) -> None:
+    """Raises OptionError if both are given."""
     if device is not None and device_map is not None:
-        raise OptionError("both device= and device_map= are given; give one of them")
+        raise OptionError("both device= and device_map= are given; pass one of them")
 
 
 def torch_device(device: torch.device | str | None) -> torch.device:
-    """The device that is meant, the CPU by default. Raises OptionError for one that is not there."""
+    """A device from its name, the CPU by default. Raises OptionError for one that does not exist."""
     instance("device", device, (NoneType, str, torch.device), "'cpu', 'cuda', 'cuda:1' or a torch.device")
     try:
         found = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise unknown_device(str(device)) from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device {str(found)!r} asked for, but torch finds no CUDA device here; use device='cpu'")
+        raise OptionError(f"device {str(found)!r} requested, but torch finds no CUDA device; use device='cpu'")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         there = f"'cuda:0' … 'cuda:{torch.cuda.device_count() - 1}'"
-        raise OptionError(f"device {str(found)!r} asked for, but torch finds {there} here; use one of them")
+        raise OptionError(f"device {str(found)!r} requested, but torch finds only {there}; use one of them")
     return found
 
 
 def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The type that is meant, None for none. Raises OptionError for one that weights cannot have."""
+    """A dtype from its name; None stays None. Raises OptionError for a dtype that weights cannot have."""
     if dtype is None:
         return None
     found = KINDS.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
@@ -109,6 +110,6 @@ def torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def shown_name(source: str | Path) -> str:
-    """How reports call a model: the folder's name, of a hub id the part after the slash."""
+    """The model's name in reports: the folder's name, or the part of a hub id after the slash."""
     path = expanded(source)
     return path.resolve().name if path.is_dir() else path.name

@@ -1,4 +1,4 @@
-"""Checkpoints with an unmerged LoRA adapter, read as if it were merged: W + scale · B · A (Hu et al., 2106.09685)."""
+"""Checkpoints with an unmerged LoRA adapter, merged while reading: W + scale · B · A (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tokenprune_adapters.common.checkpoint import Checkpoint
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_FILES = ("non_lora_trainables.bin",)
-"""What LLaVA's and its relatives' training writes beside the adapter: whole tensors that were trained as well."""
+"""Files of other trained tensors that LLaVA's training code writes with the adapter."""
 
-_SAFE_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's own weights
-_FOLLOWED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_type")
-_OF_TRAINING = (
+_SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights
+_SUPPORTED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "peft_type")
+_TRAINING_ONLY = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode", "runtime_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
@@ -30,19 +30,19 @@ _FACTOR = re.compile(
 
 
 class MergedCheckpoint(Checkpoint):
-    """A checkpoint with the adapter of a folder merged into each tensor as it is read.
+    """A checkpoint with an adapter that is merged into each tensor when it is read.
 
-    Sums and products are in float32, and the result has the base tensor's type. Whole tensors of the adapter (trained
-    biases, `modules_to_save`, `non_lora_trainables.bin`) take the place of the base's.
+    Merging is computed in float32, and the result has the base tensor's dtype. Whole tensors of the adapter (trained
+    biases, `modules_to_save`, `non_lora_trainables.bin`) replace those of the base.
 
     Args:
-        base: folder of the weights that the adapter changes; may be the adapter's own.
-        folder: holds adapter_config.json and adapter_model.safetensors or .bin.
+        base: folder of the base weights; may be the adapter's folder.
+        folder: contains adapter_config.json and adapter_model.safetensors or .bin.
         config: the adapter_config.json.
 
     Raises:
-        CheckpointError: also where the adapter is of another kind than LoRA, uses what is not covered here, or changes
-            what the base does not have.
+        CheckpointError: also if the adapter is not a LoRA adapter, uses unsupported settings, or changes tensors that
+            the base does not have.
     """
 
     def __init__(self, base: Path, folder: Path, config: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ class MergedCheckpoint(Checkpoint):
         self.adapter, self.config = folder, config
         self._whole: dict[str, tuple[Checkpoint, str]] = {}
         self._factors: dict[str, dict[str, tuple[Checkpoint, str]]] = {}
-        self._tables: set[str] = set()  # embedding tables among the modules that have factors
+        self._tables: set[str] = set()  # embedding tables among the modules with factors
         trained = [file for file in TRAINED_FILES if (folder / file).is_file()]
         for files in ([trained] if trained else []) + [list(ADAPTER_FILES)]:
             self._sort(Checkpoint(folder, files))
@@ -80,14 +80,14 @@ class MergedCheckpoint(Checkpoint):
             return found
         left, right = (self._factor(module, side) for side in "BA")
         change = self.scale(module, right.shape[0]) * (left @ right)
-        if module in self._tables:  # whose factors are stored the other way round
+        if module in self._tables:  # their factors are stored transposed
             change = change.T
         if change.shape != found.shape or not found.is_floating_point():
             raise self._error(f"changes {module} by {list(change.shape)}, which is {list(found.shape)} in the base")
         return (found.float() + change).to(found.dtype)
 
     def scale(self, module: str, rank: int) -> float:
-        """What B · A is multiplied by: alpha / rank, or with `use_rslora` alpha / √rank."""
+        """The factor on B · A: alpha / rank, or with `use_rslora` alpha / √rank."""
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
@@ -105,16 +105,16 @@ class MergedCheckpoint(Checkpoint):
                 if factor["row"]:
                     self._tables.add(factor["module"])
             elif "lora_" in name:
-                raise self._error(f"holds {stored}, which is not covered here")
+                raise self._error(f"contains {stored}, which is not supported")
             else:
                 self._whole[name] = (tensors, stored)
 
     def _check(self) -> None:
         if not self._factors:
-            raise self._error("holds no LoRA factors")
+            raise self._error("contains no LoRA factors")
         tower = [name for name in (*self._factors, *self._whole) if name.startswith(COPY)]
         if tower:
-            raise self._error(f"changes the vision tower ({tower[0]}), which is read from a folder of its own")
+            raise self._error(f"changes the vision tower ({tower[0]}), which is loaded from a separate folder")
         for module, sides in self._factors.items():
             if set(sides) != {"A", "B"}:
                 raise self._error(f"has only the factor {next(iter(sides))} of {module}")
@@ -123,7 +123,7 @@ class MergedCheckpoint(Checkpoint):
             shapes = {side: checkpoint.shape(stored) for side, (checkpoint, stored) in sides.items()}
             rank = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
             if any(len(shape) != 2 for shape in shapes.values()):
-                raise self._error(f"changes {module}, which is no linear layer")
+                raise self._error(f"changes {module}, which is not a linear layer")
             if shapes["A"][0] != rank or shapes["B"][1] != rank:
                 raise self._error(f"says rank {rank} for {module}, whose factors are {list(shapes.values())}")
 
@@ -132,9 +132,11 @@ class MergedCheckpoint(Checkpoint):
 
 
 def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
-    """Raise CheckpointError for an adapter that is no LoRA, or one with settings that merging would have to know."""
+    """Raise CheckpointError for an adapter that is not LoRA, or has settings that merging does not support."""
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} holds an adapter of kind {config.get('peft_type')!r}, expected LORA; {MERGE}")
+        raise CheckpointError(
+            f"{folder} contains an adapter of type {config.get('peft_type')!r}, expected LORA; {MERGE}"
+        )
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
             raise CheckpointError(
@@ -147,13 +149,13 @@ def refuse_other_kinds(folder: Path, config: dict[str, Any]) -> None:
                     f"{folder}/{ADAPTER_CONFIG}: {name} has {pattern!r}: {value!r}, expected a regular expression "
                     "and a number above 0"
                 )
-    unknown = [name for name, value in config.items() if value and name not in (*_FOLLOWED, *_OF_TRAINING)]
+    unknown = [name for name, value in config.items() if value and name not in (*_SUPPORTED, *_TRAINING_ONLY)]
     unknown = [name for name in unknown if (name, config[name]) != ("revision", "main")]
-    if config.get("init_lora_weights", True) not in _SAFE_STARTS:
+    if config.get("init_lora_weights", True) not in _SUPPORTED_INITS:
         unknown.append("init_lora_weights")
     if unknown:
-        told = ", ".join(f"{name}={config[name]!r}" for name in unknown)[:200]
-        raise CheckpointError(f"{folder}/{ADAPTER_CONFIG} says {told}, which is not covered here; {MERGE}")
+        settings = ", ".join(f"{name}={config[name]!r}" for name in unknown)[:200]
+        raise CheckpointError(f"{folder}/{ADAPTER_CONFIG} has {settings}, which is not supported; {MERGE}")
 
 
 def _is_pattern(text: str) -> bool:
@@ -165,11 +167,11 @@ def _is_pattern(text: str) -> bool:
 
 
 def plain_name(stored: str) -> str:
-    """A tensor's name without what peft wraps around it."""
+    """A tensor's name without the prefixes of peft."""
     name = stored.removeprefix("base_model.model.").removeprefix("base_model.")
     return re.sub(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)", "", name)
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends in, as peft looks it up."""
+    """The value of the first pattern that matches the end of a module's name, as in peft."""
     return next((v for pattern, v in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), default)

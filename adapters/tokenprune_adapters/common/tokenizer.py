@@ -1,9 +1,8 @@
 """LLaMA's sentencepiece tokenizer with added tokens, with the ids that the LLaVA-1 generation was trained on.
 
-Those models were trained with the slow tokenizer of transformers 4.31, whose added tokens swallow the white space on
-both sides and whose text after an added token starts a new word. Newer tokenizers give other ids for the same files,
-which moves the position that a mask is read from. This one runs sentencepiece itself, and so keeps the ids under any
-transformers.
+Those models were trained with the slow tokenizer of transformers 4.31, whose added tokens strip the white space on both
+sides, and where text after an added token starts a new word. Newer tokenizers produce other ids from the same files,
+which shifts the mask query. This one runs sentencepiece directly, so its ids do not depend on the release.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ class LlamaSlowTokenizer:
         try:
             self._pieces.Load(str(model_file))
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{model_file} is no sentencepiece model ({error}); fetch the file again") from error
+            raise CheckpointError(f"{model_file} is not a sentencepiece model ({error}); fetch it again") from error
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         self.unk_id: int = self._pieces.unk_id()
         self.pad_id: int = self.unk_id
-        # Written control tokens stand for their ids too, but keep the white space around them.
+        # Control tokens in a text become their ids too, but keep the white space around them.
         control = {self._pieces.IdToPiece(i): i for i in (self.unk_id, self.bos_id, self.eos_id) if i >= 0}
         self.added = {token: i for token, i in added.items() if token not in control}
         self._special = {**control, **self.added}
@@ -68,7 +67,7 @@ class LlamaSlowTokenizer:
             bos: start with the beginning-of-sequence id.
 
         Raises:
-            InputError: a text that is no proper Unicode, which sentencepiece cannot take.
+            InputError: a text that is not valid Unicode.
         """
         problem = unicode_problem(text)
         if problem:
@@ -83,11 +82,11 @@ class LlamaSlowTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
-        """Text of ids; added tokens are set off by spaces.
+        """Text of ids; added tokens are surrounded by spaces.
 
         Args:
-            ids: ids as `encode` gives them.
-            skip_control: leave out <s>, </s> and <unk>.
+            ids: ids as from `encode`.
+            skip_control: omit <s>, </s> and <unk>.
         """
         parts: list[str] = []
         run: list[int] = []
@@ -103,7 +102,7 @@ class LlamaSlowTokenizer:
         return " ".join(part.strip() for part in parts if part.strip())
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The piece of each id as the vocabulary has it ("▁" marks the start of a word)."""
+        """The vocabulary's piece of each id ("▁" marks the start of a word)."""
         return [self._names[i] if i in self._names else str(self._pieces.IdToPiece(i)) for i in ids]
 
 
@@ -111,9 +110,9 @@ def load_tokenizer(folder: Path, required: Iterable[str] = (), rows: int | None 
     """The tokenizer of a checkpoint folder.
 
     Args:
-        folder: holds `tokenizer.model` and, for the added tokens, `added_tokens.json` or the `added_tokens_decoder` of
-            `tokenizer_config.json`.
-        required: added tokens without which the model cannot be used.
+        folder: contains `tokenizer.model` and, for the added tokens, `added_tokens.json` or the `added_tokens_decoder`
+            of `tokenizer_config.json`.
+        required: added tokens that the model needs.
         rows: number of rows of the embedding table.
 
     Raises:
@@ -126,7 +125,7 @@ def load_tokenizer(folder: Path, required: Iterable[str] = (), rows: int | None 
     missing = [token for token in required if tokenizer.token_id(token) is None]
     if missing:
         raise CheckpointError(
-            f"the tokenizer of {folder} does not know {', '.join(missing)} (added tokens: "
+            f"the tokenizer of {folder} lacks {', '.join(missing)} (added tokens: "
             f"{', '.join(tokenizer.added) or 'none'}); use the tokenizer files that belong to the checkpoint"
         )
     if rows is not None and len(tokenizer) > rows:

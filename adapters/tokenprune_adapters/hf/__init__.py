@@ -1,4 +1,4 @@
-"""Transformers' own vision-language models, through one adapter that reads what it needs from their configuration."""
+"""The vision-language models of transformers, through one adapter that reads their configuration."""
 
 from __future__ import annotations
 

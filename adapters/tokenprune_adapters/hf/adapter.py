@@ -1,4 +1,4 @@
-"""Recognising, loading and following transformers' own vision-language models."""
+"""The adapter for vision-language models of transformers: recognises, loads and binds them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokenprune.loading.lora_folders import MERGE
 from tokenprune.utils.files import expanded
 from tokenprune_adapters.common.checkpoint import INDEX_FILES, SINGLE_FILES
 from tokenprune_adapters.common.load_options import (
-    check_texts,
-    one_place,
+    check_one_placement,
+    check_strings,
     refuse_unknown,
     shown_name,
     torch_device,
@@ -31,18 +31,18 @@ from tokenprune_adapters.hf.processor import has_processor
 
 OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "revision", "quantization_config")
 OLDEST = (5, 0)
-"""The oldest release of transformers whose models are known here; before it they are built otherwise inside."""
+"""The oldest supported release of transformers; in earlier ones the models are structured differently."""
 
 
 class TransformersAdapter(Adapter):
-    """LLaVA, Qwen-VL, InternVL, SmolVLM, PaliGemma, Gemma 3 and their relatives, as transformers has them."""
+    """LLaVA, Qwen-VL, InternVL, SmolVLM, PaliGemma, Gemma 3 and related models, as implemented in transformers."""
 
     model_types = tuple(FAMILIES)
     merges_lora = True
 
     @classmethod
     def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
-        """Whether config.json is that of a known family, saved by transformers."""
+        """Whether config.json belongs to a known family and was saved by transformers."""
         names = config.get("architectures") or ()
         return config.get("model_type") in FAMILIES and any(
             str(name).endswith("ForConditionalGeneration") for name in names
@@ -50,10 +50,10 @@ class TransformersAdapter(Adapter):
 
     @classmethod
     def bind(cls, model: Any) -> BoundTransformersModel | None:
-        """A live model of a known family, with its language-modelling head or without.
+        """Bind a live model of a known family, with or without its language-modelling head.
 
         Raises:
-            UnsupportedError: a release of transformers older than `OLDEST`, or a model without a part of its family.
+            UnsupportedError: transformers is older than `OLDEST`, or the model lacks a part that its family has.
         """
         base = getattr(model, "base_model", None)
         kind = getattr(getattr(base, "config", None), "model_type", None)
@@ -68,21 +68,21 @@ class TransformersAdapter(Adapter):
 
         Args:
             source: folder or hub id.
-            options: `dtype` (the stored one by default; float32 on a CPU), `device`, `device_map`,
+            options: `dtype` (by default the stored one; float32 on a CPU), `device`, `device_map`,
                 `attn_implementation`, `revision`, `quantization_config`: as in transformers.
 
-        The adapter of a folder with adapter_config.json is merged into its base by peft, which has to be installed.
+        If the folder contains adapter_config.json, peft merges its adapter into the base; peft must be installed.
 
         Raises:
-            CheckpointError: weights are missing, damaged or mis-shaped, or an adapter is not one of its base.
-            OptionError: an option that does not exist, or both device= and device_map=.
-            UnsupportedError: a release of transformers older than `OLDEST`, or a package that is not installed.
+            CheckpointError: weights are missing, damaged or mis-shaped, or an adapter does not match its base.
+            OptionError: an unknown option, or both device= and device_map=.
+            UnsupportedError: transformers is older than `OLDEST`, or a package is not installed.
         """
         _refuse_old_releases(source)
         refuse_unknown(options, OPTIONS, "transformers")
-        check_texts(**{name: options.get(name) for name in ("device_map", "attn_implementation", "revision")})
+        check_strings(**{name: options.get(name) for name in ("device_map", "attn_implementation", "revision")})
         device, device_map = options.pop("device", None), options.get("device_map")
-        one_place(device, device_map)
+        check_one_placement(device, device_map)
         place = torch_device(device)
         quantised = options.get("quantization_config") is not None
         if quantised and device is not None:  # such models cannot be moved later
@@ -93,14 +93,14 @@ class TransformersAdapter(Adapter):
         model = _read(base or source, dtype=dtype, **options)
         if base is not None:
             model = merging.merged(model, source)
-        if device_map is None and not getattr(model, "is_quantized", False):  # which has its place already
+        if device_map is None and not getattr(model, "is_quantized", False):  # quantised models are placed already
             model.to(place)
         processor = base if base is not None and not has_processor(expanded(source)) else source
         return VisionLanguageModel(model.eval(), processor, shown_name(source), options.get("revision"))
 
 
 def _read(source: str, **options: Any) -> Any:
-    """The model of a folder or hub id, with all of its weights."""
+    """Load the model of a folder or hub id; all of its weights must be present."""
     folder = expanded(source)
     if (
         folder.is_dir()
@@ -108,21 +108,21 @@ def _read(source: str, **options: Any) -> Any:
         and not any((folder / file).is_file() for file in INDEX_FILES + SINGLE_FILES)
     ):
         raise CheckpointError(
-            f"{source} has shards without an index, which transformers needs; fetch {' or '.join(INDEX_FILES)} too"
+            f"{source} has shards without an index, which transformers requires; fetch {' or '.join(INDEX_FILES)} too"
         )
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **options)
     except ImportError as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(f"{source} needs a package that is not installed, install it ({reason})") from error
-    except Exception as error:  # what transformers raises on a bad checkpoint is its own business and changes
+    except Exception as error:  # the exceptions of transformers differ between releases
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{source} cannot be loaded ({type(error).__name__}: {reason})") from error
     model, report = loaded
     factors = sorted(str(name) for name in report["unexpected_keys"] if ".lora_" in str(name))
     if factors:
         raise CheckpointError(
-            f"{source} holds unmerged LoRA tensors among its weights ({len(factors)}, such as {factors[0]}); {MERGE}"
+            f"{source} contains unmerged LoRA tensors among its weights ({len(factors)}, such as {factors[0]}); {MERGE}"
         )
     missing = sorted(str(name) for name in report["missing_keys"])
     if missing:
@@ -136,6 +136,6 @@ def _refuse_old_releases(name: str) -> None:
     found, oldest = transformers.__version__, ".".join(map(str, OLDEST))
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         raise UnsupportedError(
-            f"{name}: transformers {found} found, but its own vision-language models are known from {oldest} on; "
+            f"{name}: transformers {found} found, but its vision-language models are supported from {oldest} on; "
             "upgrade transformers, or mark the image tokens yourself: prune(model, strategy, image_tokens=…)"
         )

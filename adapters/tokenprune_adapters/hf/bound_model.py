@@ -1,4 +1,4 @@
-"""A live vision-language model of transformers: its parts, and what can be read of its tower."""
+"""A live vision-language model of transformers: its parts, and the reads of its tower."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class BoundTransformersModel(BoundModel):
     """A vision-language model of transformers.
 
     Args:
-        model: with its language-modelling head or without.
-        family: what is special about it.
+        model: the model, with or without its language-modelling head.
+        family: the properties of its family.
 
     Raises:
         UnsupportedError: the model lacks a part that its family has.
@@ -52,7 +52,7 @@ class BoundTransformersModel(BoundModel):
             raise UnsupportedError(f"{self.name} has no language model inside, expected one ({family.title})")
         self.decoder = decoder
         inner = getattr(tower, "vision_model", tower)  # nested in older releases of transformers
-        self.blocks = [uncompiled(block) for block in _follow(inner, family.blocks, self.name)]
+        self.blocks = [uncompiled(block) for block in _submodule(inner, family.blocks, self.name)]
         self.tower_layers = len(self.blocks)
         config = base.config
         cuts = getattr(config, "vision_feature_select_strategy", "full") == "default"
@@ -65,19 +65,19 @@ class BoundTransformersModel(BoundModel):
         }
 
     def part(self, path: str) -> Any:
-        """A module inside the model. Raises UnsupportedError if it is not there."""
-        return _follow(self.base, path, self.name)
+        """A submodule by its path. Raises UnsupportedError if it does not exist."""
+        return _submodule(self.base, path, self.name)
 
     def tower_attention(self, layer: int) -> nn.Module:
         """The attention module of a tower layer, negative ones from the end.
 
         Raises:
             InputError: the tower has no such layer.
-            UnsupportedError: the layer has no attention module of a known name.
+            UnsupportedError: the layer has no attention module with a known name.
         """
         total = self.tower_layers
         if not -total <= layer < total:
-            raise InputError(f"tower layer {layer} was asked for, but the vision tower has {total} layers")
+            raise InputError(f"tower layer {layer} was requested, but the vision tower has {total} layers")
         block = self.blocks[layer]
         for child in ATTENTION:
             attention = uncompiled(getattr(block, child, None))
@@ -87,7 +87,7 @@ class BoundTransformersModel(BoundModel):
         raise UnsupportedError(f"{self.name}: {kind} has none of {', '.join(ATTENTION)}, so it cannot be read")
 
     def offers(self) -> frozenset[type[Read]]:
-        """Everything of the tower; [CLS] where it has one, the projector where it works token by token."""
+        """All reads of the tower; those of [CLS] if it has one; the projector if it works token by token."""
         extra = {
             ClsAttention: self.has_cls,
             ClsQuery: self.has_cls,
@@ -99,10 +99,10 @@ class BoundTransformersModel(BoundModel):
         return frozenset((*always, *(kind for kind, has in extra.items() if has)))
 
     def selected_blocks(self, inputs: Mapping[str, Any]) -> list[int]:
-        """The tower's layers whose output the projector is given, −1 standing for what enters the first.
+        """The tower layers whose output the projector receives; −1 = the input of the first layer.
 
         Args:
-            inputs: the arguments of the call that makes image features, by name.
+            inputs: the arguments of `get_image_features`, by name.
         """
         layers = inputs.get("vision_feature_layer")
         layers = self.base.config.vision_feature_layer if layers is None else layers
@@ -111,22 +111,22 @@ class BoundTransformersModel(BoundModel):
 
     @contextmanager
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
-        """See `BoundModel.capture`. The methods that make image features are intercepted on this one object."""
-        following = TransformersCapture(self, reads)
+        """See `BoundModel.capture`. The methods that compute image features are intercepted on this object only."""
+        capture = TransformersCapture(self, reads)
         with ExitStack() as undo:
-            undo.enter_context(Conversations(self.model).kept_apart(restored=False))
-            undo.enter_context(shadowed(self.base, "forward", following.forward))
+            undo.enter_context(Conversations(self.model).separated(restored=False))
+            undo.enter_context(shadowed(self.base, "forward", capture.forward))
             for modality, method in METHODS.items():
-                undo.enter_context(shadowed(self.base, method, partial(following.encode, modality)))
-            following.before.note()
-            yield following
+                undo.enter_context(shadowed(self.base, method, partial(capture.encode, modality)))
+            capture.before.record()
+            yield capture
 
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
         return self.family.images.project(self.part(self.family.images.projector), features)
 
 
-def _follow(thing: Any, path: str, name: str) -> Any:
+def _submodule(thing: Any, path: str, name: str) -> Any:
     for step in path.split("."):
         if getattr(thing, step, None) is None:
             raise UnsupportedError(f"{name} has no {path}, which models of its family have; it cannot be pruned")

@@ -1,8 +1,7 @@
-"""What some models keep of their latest conversation on themselves, kept with each conversation instead.
+"""State of the latest conversation that some models store on themselves, stored with each conversation instead.
 
-Qwen-VL's families note on the model by how much the positions of a prompt with images fall short of its length
-(`rope_deltas`), for the steps that follow. A second conversation, in turn or in another thread, would put its own
-there.
+The Qwen-VL families store on the model the difference between positions and length of a prompt with images
+(`rope_deltas`), for the decoding steps. A second conversation, alternating or in another thread, would overwrite it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ _LOCK = threading.Lock()
 
 
 class Conversations:
-    """Those that one model has in one context, each known by its cache, and until it has one by its thread.
+    """The conversations with one model in one context, each identified by its cache or, before it has one, its thread.
 
     Args:
-        model: with its language-modelling head, whose `generate` reads the state too, or without.
+        model: the model, with or without its language-modelling head, whose `generate` uses the state too.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,28 +37,28 @@ class Conversations:
             self._lock = _LOCKS.setdefault(self._base, threading.RLock())
 
     @contextmanager
-    def kept_apart(self, restored: bool = True) -> Iterator[None]:
-        """Look on meanwhile.
+    def separated(self, restored: bool = True) -> Iterator[None]:
+        """Keep the conversations' states separate while open.
 
         Args:
-            restored: whether the model's state afterwards is what it was before; else it is that of this thread's
-                latest conversation, as without pruning.
+            restored: whether the model's earlier state is restored at the end; else it is that of this thread's latest
+                conversation, as without pruning.
         """
         if not hasattr(self._base, STATE):
             yield
             return
         before = getattr(self._base, STATE)
         with ExitStack() as undo:
-            undo.callback(self._leave, before, restored)
-            undo.enter_context(shadowed(self._base, "forward", self._around))
+            undo.callback(self._restore, before, restored)
+            undo.enter_context(shadowed(self._base, "forward", self._with_state))
             for method in _METHODS:
-                undo.enter_context(shadowed(self._model, method, self._around))
+                undo.enter_context(shadowed(self._model, method, self._with_state))
             yield
 
-    def _leave(self, before: Any, restored: bool) -> None:
+    def _restore(self, before: Any, restored: bool) -> None:
         setattr(self._base, STATE, before if restored else getattr(self._now, "state", before))
 
-    def _around(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _with_state(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache = _cache_in(original, args, kwargs)
         with self._lock:
             if hasattr(cache, _MARK):
@@ -75,7 +74,7 @@ class Conversations:
 
 
 def _cache_in(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache among a call's arguments, by name or by place, or among those that it is to prepare."""
+    """The cache among a call's arguments, or in a dict among them."""
     given = {**(inspect.signature(method).bind_partial(*args).arguments if args else {}), **kwargs}
     found = (some[NAME] for some in (given, *given.values()) if isinstance(some, dict) and NAME in some)
     return next(found, None)

@@ -1,4 +1,4 @@
-"""Towers that run on a batch of crops: their number, and the first row of each, [CLS]."""
+"""Towers that run on a batch of crops: the number of crops, and the [CLS] state of each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokenprune.engine import shadowed
 
 
 class CropStates:
-    """What layers of a tower that runs on crops give, and how many crops there are.
+    """Outputs of layers of a tower that runs on crops, and the number of crops.
 
     Args:
-        layers: numbers of the layers whose states are wanted.
+        layers: numbers of the layers whose states are recorded.
     """
 
     def __init__(self, layers: Collection[int]) -> None:
@@ -44,7 +44,7 @@ class CropStates:
             undo.enter_context(shadowed(blocks[layer], "forward", partial(note, kept)))
 
     def cls_features(self, cut: int) -> Tensor:
-        """[crops, patches, C]: the first row of every crop, for each of its patches; several layers side by side."""
+        """[crops, patches, C]: the [CLS] state of each crop, for each of its patches; several layers concatenated."""
         rows = torch.cat([torch.cat([state[:, :1] for state in states]) for states in self.states.values()], -1)
         return rows.expand(-1, self.shapes[0][1] - cut, -1)
 

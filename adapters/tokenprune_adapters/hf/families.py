@@ -1,4 +1,4 @@
-"""The vision-language models of transformers that are known, by their `model_type`."""
+"""The supported vision-language models of transformers, by their `model_type`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, No
 
 @dataclass(frozen=True)
 class Family:
-    """What differs from family to family.
+    """The properties of a family.
 
     Attributes:
-        title: as people call it.
-        images: how its images are arranged.
-        videos: how its videos are, None where it has none.
+        title: its name in messages.
+        images: arrangement of its images.
+        videos: arrangement of its videos; None = not supported.
         tower: path from the model to the vision tower.
         blocks: path from the tower to its layers.
-        projects_patches: whether the projector takes rows of the tower's states as they are, one for a token.
+        projects_patches: whether the projector takes single rows of the tower's states, one for each token.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Which picture and which grid cell every placeholder of a vision-language model's prompt stands for."""
+"""The image and grid cell of each placeholder in a vision-language model's prompt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Cells:
     """T placeholders in the order of the prompt.
 
     Attributes:
-        image: int64 [T], number of the picture; a crop or a frame counts as one.
-        grid: int64 [T, 2], (row, column), −1 where there is none.
-        separator: bool [T], tokens that end a line of a picture and show no part of it; to pruning, text (ours).
+        image: int64 [T], number of the image; a crop or a frame counts as one.
+        grid: int64 [T, 2], (row, column), −1 for separators and images without a grid.
+        separator: bool [T], tokens that end a line of an image and show no part of it; pruning treats them as text
+            (ours).
     """
 
     image: Tensor
@@ -33,7 +34,7 @@ class Cells:
 
     @classmethod
     def square(cls, count: int) -> Cells:
-        """One picture of `count` tokens; cells row by row if that is a square number."""
+        """One image of `count` tokens; cells in row-major order if that is a square number."""
         side = round(count**0.5)
         if side * side == count:
             return cls.lines(side, side)
@@ -41,9 +42,9 @@ class Cells:
 
     @classmethod
     def lines(cls, rows: int, columns: int, *, separated: bool = False) -> Cells:
-        """One picture row by row, with a separator at the end of each row or without."""
+        """One image in row-major order, with or without a separator at the end of each row."""
         cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns + separated)).reshape(-1, 2)
-        separator = cells[:, 1] == columns  # one column more than the picture has
+        separator = cells[:, 1] == columns
         grid = torch.where(separator[:, None], -1, cells)
         return cls(torch.zeros(len(cells), dtype=torch.int64), grid, separator)
 
@@ -54,7 +55,7 @@ class Cells:
 
     @classmethod
     def joined(cls, parts: Sequence[Cells]) -> Cells:
-        """Pictures one after the other, renumbered."""
+        """Concatenated images, renumbered."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return cls.empty()

@@ -1,4 +1,4 @@
-"""An unmerged adapter (LoRA or any other that peft merges) of one of transformers' models."""
+"""Merging of adapters (LoRA or any other that peft can merge) into models of transformers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tokenprune.utils.files import expanded
 
 
 def base_source(source: str) -> str | None:
-    """What to load before the adapter in a folder; None where the folder holds no adapter.
+    """The base model of the adapter in a folder; None if the folder contains no adapter.
 
     Raises:
-        CheckpointError: adapter_config.json is damaged, or names the folder itself or nothing.
+        CheckpointError: adapter_config.json is damaged, or does not name another folder.
         UnsupportedError: peft is not installed.
     """
     folder = expanded(source)
@@ -26,13 +26,13 @@ def base_source(source: str) -> str | None:
         import peft  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
-            f"{source} holds an unmerged adapter ({ADAPTER_CONFIG}), and merging it into {base} needs the package "
-            "peft; install it, or merge the adapter elsewhere and load the result"
+            f"{source} contains an unmerged adapter ({ADAPTER_CONFIG}), and merging it into {base} requires the "
+            "package peft; install it, or merge the adapter elsewhere and load the result"
         ) from error
     if Path(base) == folder or Path(base).resolve() == folder.resolve():
         raise CheckpointError(
-            f"{source} holds an adapter and names no base model besides itself; put the adapter into a folder of its "
-            f"own, and the base's folder or name into base_model_name_or_path in its {ADAPTER_CONFIG}"
+            f"{source} contains an adapter but names no other base model; move the adapter to a separate folder, and "
+            f"set base_model_name_or_path in its {ADAPTER_CONFIG} to the base's folder or hub id"
         )
     return base
 
@@ -41,7 +41,7 @@ def merged(model: Any, source: str) -> Any:
     """The model with the adapter of a folder merged into its weights.
 
     Raises:
-        CheckpointError: the adapter is damaged, of another model, or cannot be merged.
+        CheckpointError: the adapter is damaged, belongs to another model, or cannot be merged.
     """
     import peft
 
@@ -49,19 +49,19 @@ def merged(model: Any, source: str) -> Any:
         config = peft.PeftConfig.from_pretrained(source)
         config.inference_mode = True
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what does not fit is reported below
+            warnings.simplefilter("ignore")  # keys that do not match are reported below
             wrapped = peft.get_peft_model(model, config)
             report = wrapped.load_adapter(source, "default")
         left = [*report.missing_keys, *report.unexpected_keys]
         if left:
             raise CheckpointError(
-                f"the adapter in {source} is of another model: {len(left)} tensors do not fit, such as {left[0]}; "
+                f"the adapter in {source} is for another model: {len(left)} tensors do not match, such as {left[0]}; "
                 f"correct base_model_name_or_path in its {ADAPTER_CONFIG}"
             )
         return wrapped.merge_and_unload()
     except CheckpointError:
         raise
-    except Exception as error:  # what peft raises on a bad adapter is its own business and changes
+    except Exception as error:  # the exceptions of peft differ between releases
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"the adapter in {source} cannot be merged ({type(error).__name__}: {reason}); correct it, or {MERGE}"

@@ -1,4 +1,4 @@
-"""A loaded vision-language model with its processor: an image and words in, words out."""
+"""A loaded vision-language model with its processor: image and text in, text out."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ GREEDY: dict[str, Any] = {
         )
     ),
 }
-"""What a checkpoint's generation_config must not change: one answer for each prompt, as ids, found greedily."""
+"""Arguments of `generate` that override a checkpoint's generation_config: one greedy answer for each prompt, as ids."""
 
 
 @dataclass(frozen=True, repr=False)
 class Answer:
-    """What the model said.
+    """An answer of the model.
 
     Attributes:
-        text: the new text.
-        trace: what the strategy, or a context around the call, did in the prefill; None without any. Answers of one
+        text: the generated text.
+        trace: trace of the prefill, if it was pruned by a strategy or a surrounding context; else None. Answers of a
             batch share it.
         row: the answer's batch row in the trace.
     """
@@ -74,22 +74,22 @@ class Answer:
 
 
 class VisionLanguageModel:
-    """A model of transformers and its processor, as `tokenprune.load` gives them.
+    """A model of transformers and its processor, as `tokenprune.load` returns them.
 
     `inputs` and `answer` may be called from any thread; calls take turns.
 
     Args:
-        model: the model with its language-modelling head; `tokenprune.prune` takes it, or this object.
-        source: folder or hub id that the processor is read from when it is first needed.
-        name: shown in reports.
-        revision: of a hub id.
+        model: the model with its language-modelling head; `tokenprune.prune` accepts it or this object.
+        source: folder or hub id of the processor, which is loaded on first use.
+        name: name in reports.
+        revision: revision of a hub id.
     """
 
     def __init__(self, model: Any, source: str, name: str, revision: str | None = None) -> None:
         self.model, self.source, self.name, self.revision = model, source, name, revision
 
     def __repr__(self) -> str:
-        """What it is, and what to call."""
+        """The model, its device, and the methods to call."""
         return (
             f"{type(self).__name__} {self.name!r}: {type(self.model).__name__} on {self.model.device}\n"
             "  .answer(image, prompt, strategy), .inputs(image, prompt), .model, .processor"
@@ -102,27 +102,26 @@ class VisionLanguageModel:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor that belongs to the model; without torchvision it takes no videos.
+        """The model's processor; without torchvision it does not support videos.
 
         Raises:
-            CheckpointError: the folder holds none, or one that needs a package that is not installed.
+            CheckpointError: the folder contains none, or it requires a package that is not installed.
         """
         return load_processor(self.source, self.model.config, self.revision)
 
     def inputs(self, image: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str]) -> Any:
-        """What the model is called with, on its device: one batch row for a prompt, one for each of a list of prompts.
+        """The model's inputs on its device, with one batch row for each prompt.
 
         Args:
-            image: one, or several for one prompt: paths, PIL images, arrays or tensors. With a list of prompts an image
-                (or a list of images) for each, or a single image for all.
-            prompt: the user's words, put into the chat template; or a text that holds the model's own image
-                placeholder, taken as it is. A list of a single prompt is asked of every image. Rows are padded on the
-                left.
+            image: one, or several for one prompt: paths, PIL images, arrays or tensors. With a list of prompts, an
+                image (or a list of images) for each, or a single image for all.
+            prompt: text that is inserted into the chat template, or that contains the model's image placeholder and is
+                used unchanged. A list with a single prompt applies to every image. Rows are padded on the left.
 
         Raises:
-            InputError: something that is no image, an empty prompt, or one with placeholders for more or fewer images;
-                not as many prompts as images; a prompt longer than the model's context.
-            UnsupportedError: several prompts, and a tokenizer that has no token to pad with.
+            InputError: not an image; an empty prompt; a number of placeholders or prompts that differs from the number
+                of images; a prompt longer than the model's context.
+            UnsupportedError: several prompts, and a tokenizer without a padding token.
         """
         rows = [self._row(*row) for row in _rows(image, prompt)]
         texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
@@ -130,9 +129,9 @@ class VisionLanguageModel:
         options = {"return_tensors": "pt", **padding, **self._special(texts)}
         processor = self.processor
         try:
-            with model_turn(self.model):  # fast tokenizers serve one thread at a time
+            with model_turn(self.model):  # fast tokenizers are not thread-safe
                 made = processor(text=texts, images=images, **options)
-        except Exception as error:  # what a processor raises on odd sizes differs from family to family
+        except Exception as error:  # the exceptions of processors differ between families
             sizes = ", ".join(f"{one.size[0]}×{one.size[1]}" for pictures in images for one in pictures)
             reason = " ".join(str(error).split())[:200]
             raise InputError(
@@ -141,7 +140,7 @@ class VisionLanguageModel:
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
-        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # a picture takes fewer positions there
+        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # an image has fewer positions there
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
             check_length(config, ids.shape[1])
@@ -163,33 +162,33 @@ class VisionLanguageModel:
         strategy: Strategy | None = None,
         max_new_tokens: int = 64,
     ) -> Answer | list[Answer]:
-        """Greedy answer to a prompt about one image or several; to a list of prompts a list of answers, in one batch.
+        """Greedy answer to a prompt about one or several images; for a list of prompts, a list of answers in one batch.
 
-        The likeliest token is taken at every step, whatever way of searching the checkpoint's generation_config.json
-        asks for; what it says of single tokens (where an answer ends, which ones are never said, penalties) holds.
+        Decoding is greedy whatever the checkpoint's generation_config.json says; its settings for single tokens (end of
+        sequence, suppressed tokens, penalties) apply.
 
         Args:
-            image: the image or images; see `inputs` for them, for prompts, and for the errors.
-            prompt: the user's words; a list of them is answered as each would be alone.
-            strategy: a `tokenprune.Strategy`; None leaves the model as it is: untouched, or pruned by a context that
-                this thread has open.
-            max_new_tokens: limit of an answer.
+            image: the image or images; see `inputs` for images, prompts and errors.
+            prompt: a text, or a list of texts, each of which gets the same answer as alone.
+            strategy: a `tokenprune.Strategy`; None runs the model unpruned, or pruned by a context that this thread has
+                open.
+            max_new_tokens: maximum length of an answer.
 
         Raises:
-            IncompatibleError: the strategy reads what the model does not offer.
-            OptionError: no new tokens allowed, or no strategy.
+            IncompatibleError: the strategy requires a read that the model does not provide.
+            OptionError: `max_new_tokens` is below 1, or `strategy` is not a strategy.
         """
         limit = whole_number("max_new_tokens", max_new_tokens, 1)
         if strategy is not None:
             checked_strategy(strategy)
-        with model_turn(self.model), Conversations(self.model).kept_apart():
-            _ = self.processor  # read from its folder when first needed, which is no work on the image
+        with model_turn(self.model), Conversations(self.model).separated():
+            _ = self.processor  # loaded on first use, which must not be measured as preprocessing
             with stage("preprocess"):
                 inputs = self.inputs(image, prompt)
             with stage("generation"), self._pruned(strategy) as run:
                 ids = self.model.generate(**inputs, max_new_tokens=limit, **self._greedy())
             trace = None if run is None else run.trace
-            texts = [self._said(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+            texts = [self._answer_text(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
         return answers[0] if isinstance(prompt, str) else answers
 
@@ -197,19 +196,19 @@ class VisionLanguageModel:
         return nullcontext(open_run(self.model)) if strategy is None else prune(self.model, strategy)
 
     def _greedy(self) -> dict[str, Any]:
-        """Arguments of `generate`, as far as this release of transformers has them."""
+        """Arguments of `generate` that the installed release of transformers has."""
         return {name: value for name, value in GREEDY.items() if hasattr(self.model.generation_config, name)}
 
-    def _said(self, ids: list[int]) -> str:
+    def _answer_text(self, ids: list[int]) -> str:
         ends = self.model.generation_config.eos_token_id
         stops = {ends} if isinstance(ends, int) else set(ends or ())
-        end = next((place for place, token in enumerate(ids, 1) if token in stops), len(ids))  # then padding
+        end = next((place for place, token in enumerate(ids, 1) if token in stops), len(ids))  # padding follows
         return str(self.processor.decode(ids[:end], skip_special_tokens=True))
 
     def _row(self, image: Any, prompt: Any) -> tuple[str, list[Image]]:
         """The text of one prompt, and its images."""
         if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"prompt {shown(prompt)} found, expected words about the image")
+            raise InputError(f"prompt {shown(prompt)} found, expected a text about the image")
         problem = unicode_problem(prompt)
         if problem:
             raise InputError(f"prompt {prompt[:60]!a} {problem}")
@@ -223,10 +222,10 @@ class VisionLanguageModel:
                 f"the prompt has {written} placeholders {placeholder}, but there are {len(images)} images; write as "
                 "many, or none"
             )
-        return prompt if written else self._asked(len(images), prompt), images
+        return prompt if written else self._chat_prompt(len(images), prompt), images
 
     def _special(self, texts: list[str]) -> dict[str, bool]:
-        """Not to add the first token once more, as some templates write it themselves."""
+        """Do not add the first token a second time if the template already contains it."""
         begin = self.processor.tokenizer.bos_token
         begun = [bool(begin) and text.startswith(begin) for text in texts]
         if any(begun) and not all(begun):
@@ -238,15 +237,15 @@ class VisionLanguageModel:
     def _padding(self) -> dict[str, Any]:
         if self.processor.tokenizer.pad_token is None:
             raise UnsupportedError(
-                f"{self.name}: several prompts were given, but its tokenizer has no padding token; ask one by one, or "
-                "set model.processor.tokenizer.pad_token"
+                f"{self.name}: its tokenizer has no padding token, which several prompts require; pass one prompt at a "
+                "time, or set model.processor.tokenizer.pad_token"
             )
         return {"padding": True, "padding_side": "left"}
 
     def _placeholder(self) -> str:
         return str(getattr(self.processor, "image_token", None) or "<image>")
 
-    def _asked(self, images: int, prompt: str) -> str:
+    def _chat_prompt(self, images: int, prompt: str) -> str:
         if getattr(self.processor, "chat_template", None):
             content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
             turns = [{"role": "user", "content": content}]
@@ -255,14 +254,14 @@ class VisionLanguageModel:
 
 
 def _rows(image: Any, prompt: str | Sequence[str]) -> list[tuple[Any, Any]]:
-    """Image or images, and prompt, of every batch row."""
+    """The image or images and the prompt of each batch row."""
     if not isinstance(prompt, (list, tuple)):
         return [(image, prompt)]
     images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompt)
     prompts = list(prompt) * len(images) if len(prompt) == 1 else list(prompt)
     if not prompts or len(prompts) != len(images):
         raise InputError(
-            f"{len(images)} images and {len(prompt)} prompts found; give a prompt for each image, a list of one for "
-            "all, or one image for all prompts (several images of one prompt are a list of their own)"
+            f"{len(images)} images and {len(prompt)} prompts found; pass a prompt for each image, a list of one for "
+            "all, or one image for all prompts (several images of one prompt form a nested list)"
         )
     return list(zip(images, prompts, strict=True))

@@ -1,4 +1,4 @@
-"""The processor that belongs to a checkpoint, also where torchvision is not installed."""
+"""Loading of a checkpoint's processor, also without torchvision."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 
 
 def has_processor(folder: Path) -> bool:
-    """Whether a folder holds all that a processor is read from."""
+    """Whether a folder contains all files of a processor."""
     return any((folder / file).is_file() for file in PROCESSOR_FILES[:2]) and (folder / PROCESSOR_FILES[2]).is_file()
 
 
 def load_processor(source: str, config: Any, revision: str | None = None) -> Any:
     """The processor of a checkpoint.
 
-    Transformers makes the processors of models that take videos only where torchvision is installed (and num2words, for
-    SmolVLM). Elsewhere their part for videos is left out, and they take images as before (ours).
+    In transformers, processors of models with videos require torchvision (and num2words, for SmolVLM). Without these
+    packages the video processor is omitted, and images work as before (ours).
 
     Args:
         source: folder or hub id.
         config: the model's configuration.
-        revision: of a hub id.
+        revision: revision of a hub id.
 
     Raises:
-        CheckpointError: the folder holds none, one that needs a package that is not installed, or one whose pictures
-            the model's tower does not take.
+        CheckpointError: the folder contains no processor, or one that requires a package that is not installed, or that
+            does not match the model's vision tower.
     """
     found = _load(source, config, revision)
     for what, wanted, actual in _sizes(found, getattr(config, "vision_config", None)):
         if wanted != actual:
             raise CheckpointError(
-                f"{source}: its processor makes {what} {actual}, but the model's vision tower takes {wanted}; use the "
-                "preprocessor_config.json that belongs to the model"
+                f"{source}: its processor makes {what} {actual}, but the model's vision tower expects {wanted}; use "
+                "the preprocessor_config.json that belongs to the model"
             )
     return found
 
@@ -59,16 +59,16 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
             if kind is None or (is_torchvision_available() and find_spec("num2words")):
                 raise
             return kind.from_pretrained(source, **options)
-    except Exception as error:  # what transformers raises here is its own business and changes
+    except Exception as error:  # the exceptions of transformers differ between releases
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{source}: its processor cannot be loaded ({type(error).__name__}: {reason}); fetch the processor's "
-            "files, or install what they need"
+            "files, or install the packages that it requires"
         ) from error
 
 
 def _sizes(processor: Any, vision: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What processor and vision tower both say: (what, the tower's, the processor's)."""
+    """Sizes in the configurations of both vision tower and processor: (name, the tower's, the processor's)."""
     images: Any = processor.image_processor
     for what, name, other in (
         ("patches with a side of", "patch_size", "patch_size"),
@@ -87,7 +87,7 @@ def _sizes(processor: Any, vision: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _side(value: Any) -> Any:
-    """A number of pixels or patches, where both sides have the same; else the sides."""
+    """The side in pixels or patches if both are equal; else both sides."""
     if hasattr(value, "get"):
         value = (value.get("height"), value.get("width"))
     if isinstance(value, (list, tuple)):
@@ -96,11 +96,11 @@ def _side(value: Any) -> Any:
 
 
 def _without_videos(kind: Any) -> Any:
-    """A class that does what `kind` does for images and text; None where `kind` has no part for videos."""
+    """A processor class like `kind` without its video processor; None if `kind` has none."""
     parts: list[str] = getattr(kind, "get_attributes", list)()
     if VIDEO not in parts:
         return None
-    if kind.__name__ == "SmolVLMProcessor":  # to images it does what Idefics3's does; it needs num2words for videos
+    if kind.__name__ == "SmolVLMProcessor":  # equal to Idefics3's for images; requires num2words for videos
         return Idefics3Processor
     rest = [part for part in parts if part != VIDEO]
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: rest), "__doc__": kind.__doc__})

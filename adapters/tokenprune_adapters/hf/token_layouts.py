@@ -1,4 +1,4 @@
-"""How the patches of a vision tower become image tokens, in the ways that transformers' models know."""
+"""How patches of a vision tower become image tokens, in the models of transformers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tokenprune_adapters.hf.grid_cells import Cells
 
 
 class Arrangement:
-    """Squares: the tower runs on a batch of square crops, and a crop's patches become tokens row by row.
+    """The default: the tower runs on a batch of square crops, whose patches become tokens in row-major order.
 
-    Neighbouring patches may be pooled k × k. One instance serves one call of the model's `get_image_features` or
-    `get_video_features`; subclasses say what differs.
+    Patches may be pooled k × k. There is one instance for each call of the model's `get_image_features` or
+    `get_video_features`; subclasses override what differs.
 
     Args:
         base: the model without its language-modelling head.
         inputs: the call's arguments, by name.
-        cut: leading positions of the tower's output that are no patches and are cut off ([CLS]).
+        cut: number of leading positions of the tower's output that are not patches and are removed ([CLS]).
     """
 
     projector: ClassVar[str] = "multi_modal_projector"
-    """Path from `base` to what turns features into image tokens."""
+    """Path from `base` to the projector."""
     projects: ClassVar[bool] = True
     """Whether the projector works token by token."""
 
@@ -37,28 +37,28 @@ class Arrangement:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Open around the call, to note what else must be known."""
+        """Opened around the call, to record further data."""
         yield
 
     def tokens(self, returned: int) -> int:
-        """How many image tokens the call makes, given how many features it returned."""
+        """Number of image tokens of the call, given the number of features that it returned."""
         return returned
 
     def cells(self, tokens: int, crops: int) -> Cells:
-        """Where the image tokens belong, once the call is done.
+        """Images and grid cells of the image tokens, after the call.
 
         Args:
-            tokens: image tokens made.
-            crops: crops that the projector was given.
+            tokens: number of image tokens.
+            crops: number of crops in the projector's input.
         """
         return Cells.joined([Cells.square(tokens // crops)] * crops)
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
-        """From patches to image tokens: mean of the patches that make up a token.
+        """From patches to image tokens: mean over the patches of a token.
 
         Args:
-            values: of each call of the tower's attention, [crops, patches, D].
-            tokens: image tokens made.
+            values: [crops, patches, D] for each call of the tower's attention.
+            tokens: number of image tokens.
 
         Returns:
             [tokens, D].
@@ -73,7 +73,7 @@ class Arrangement:
         return crops.flatten(0, 1)
 
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
-        """What the projector was given, by image token: [tokens, C]."""
+        """The projector's input for each image token: [tokens, C]."""
         rows = sum(part.shape[:-1].numel() for part in given)
         return torch.cat([part.flatten(0, -2) for part in given]) if rows == tokens else self.pool(given, tokens)
 
@@ -85,7 +85,7 @@ class Arrangement:
 
 
 class Shuffled(Arrangement):
-    """Idefics3's connector: pixel shuffle, then a projection of its own."""
+    """Idefics3's connector: pixel shuffle, then a projection."""
 
     projector = "connector.modality_projection"
 
@@ -95,18 +95,18 @@ class NormedPool(Arrangement):
 
     @classmethod
     def project(cls, projector: Any, features: Tensor) -> Tensor:
-        """[B, k, C] to [B, k, width], what the module does after pooling."""
+        """[B, k, C] to [B, k, width]: the steps of the module after pooling."""
         normed: Tensor = projector.mm_soft_emb_norm(features)
         projected: Tensor = normed @ projector.mm_input_projection_weight
         return projected.to(features.dtype)
 
 
 class Tiled(Arrangement):
-    """LLaVA-NeXT's anyres: the whole picture, then its tiles put together, unpadded, a separator ending each line.
+    """LLaVA-NeXT's anyres: the whole image, then its tiles joined and unpadded, with a separator after each line.
 
-    The whole picture and the tiles count as two pictures, since both have a grid of their own (ours). Values are packed
-    by the model's own code. Where LLaVA-OneVision shrinks large pictures, it does so behind the projector: features are
-    shrunk in the same way, and their projection is close to the image tokens but not equal.
+    The whole image and the joined tiles count as two images, since they have different grids (ours). Values are packed
+    by the model's own code. LLaVA-OneVision shrinks large images after the projector: features are shrunk in the same
+    way, and their projection is close to the image tokens but not equal.
     """
 
     def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
@@ -116,7 +116,7 @@ class Tiled(Arrangement):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Note how many crops each picture has, and how they are packed."""
+        """Record the number of crops of each image, and how they are packed."""
 
         def note(original: Callable[..., Any], image_features: Any, *args: Any, **kwargs: Any) -> Any:
             self._crops = [len(crops) for crops in image_features]
@@ -127,7 +127,7 @@ class Tiled(Arrangement):
             yield
 
     def cells(self, tokens: int, crops: int) -> Cells:
-        """The lines follow from the separators, which are packed as zeros among ones."""
+        """Lines are found from the separators, which are packed as zeros among ones."""
         side = self.base.config.vision_config.image_size // self.base.config.vision_config.patch_size
         flags = self._pack([torch.ones(n, side * side, 1) for n in self._crops])
         return Cells.joined([_tiled(flag.flatten() == 0, n, side) for flag, n in zip(flags, self._crops, strict=True)])
@@ -137,51 +137,51 @@ class Tiled(Arrangement):
         return torch.cat(self._pack(list(torch.split(torch.cat(list(values)), self._crops))))
 
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
-        """What the projector was given, packed as the image tokens are."""
+        """The projector's input, packed like the image tokens."""
         return self.pool(given, tokens)
 
 
 class Frames(Arrangement):
-    """LLaVA-OneVision's videos: every frame is shrunk by the model's own pooling, one separator ends a video."""
+    """LLaVA-OneVision's videos: frames are shrunk by the model's own pooling, and a separator ends each video."""
 
     def tokens(self, returned: int) -> int:
-        """With the separators, which older releases of transformers add to what the call returned."""
+        """Includes the separators, which older releases of transformers add after the call."""
         videos, frames = self._pixels().shape[:2]
         vision = self.base.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
         return int(videos * (frames * side**2 + 1))
 
     def cells(self, tokens: int, crops: int) -> Cells:
-        """A frame is a picture."""
+        """Each frame is an image."""
         videos, frames = self._pixels().shape[:2]
         one = [Cells.square((tokens // videos - 1) // frames)] * frames
         return Cells.joined([*one, Cells.lone_separator()] * videos)
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
-        """Pooled as the model pools; separators get zeros."""
+        """Pooled with the model's own pooling; separators get zeros."""
         pooled: Tensor = self.base.apply_pooling(torch.cat(list(values)))
         videos = self._pixels().shape[0]
         lines = pooled.reshape(videos, -1, pooled.shape[-1])
         return functional.pad(lines, (0, 0, 0, 1)).flatten(0, 1)
 
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
-        """What the projector was given, pooled as the image tokens are."""
+        """The projector's input, pooled like the image tokens."""
         return self.pool(given, tokens)
 
     def _pixels(self) -> Tensor:
-        """[videos, frames, 3, height, width]; older releases of transformers name the argument as that of images."""
+        """[videos, frames, 3, height, width]; in older releases of transformers the argument is `pixel_values`."""
         name = "pixel_values_videos" if "pixel_values_videos" in self.inputs else "pixel_values"
         pixels: Tensor = self.inputs[name]
         return pixels
 
 
 class Merged(Arrangement):
-    """Qwen2-VL: pictures of any size in one packed sequence; m × m patches, which follow each other, become a token."""
+    """Qwen2-VL: images of any size in one packed sequence; m × m consecutive patches become a token."""
 
     projector = "visual.merger"
 
     def cells(self, tokens: int, crops: int) -> Cells:
-        """A frame of a video is a picture."""
+        """Each frame of a video is an image."""
         return Cells.joined([Cells.lines(rows, columns) for rows, columns in self._frames()])
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
@@ -190,7 +190,7 @@ class Merged(Arrangement):
         return self._in_order(patches.reshape(tokens, -1, patches.shape[-1]).mean(1))
 
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
-        """The patches of a token side by side: [tokens, m · m · C]."""
+        """The patches of a token concatenated: [tokens, m · m · C]."""
         return self._in_order(torch.cat(list(given)).reshape(tokens, -1))
 
     def _frames(self) -> list[tuple[int, int]]:
@@ -204,7 +204,7 @@ class Merged(Arrangement):
 
     @classmethod
     def project(cls, projector: Any, features: Tensor) -> Tensor:
-        """The merger takes patches, m · m of them for a token."""
+        """Project with the merger, whose input is m · m patches for each token."""
         batch, count, width = features.shape
         norm = next(module for module in projector.modules() if getattr(module, "weight", features).dim() == 1)
         projected: Tensor = projector(features.reshape(batch * count * width // len(norm.weight), -1))
@@ -212,7 +212,7 @@ class Merged(Arrangement):
 
 
 class Windowed(Merged):
-    """Qwen2.5-VL: the tower works on the tokens window by window, and undoes that after the merger."""
+    """Qwen2.5-VL: the tower orders the tokens by windows, and restores their order after the merger."""
 
     def _in_order(self, tokens: Tensor) -> Tensor:
         visual = self.base.visual

@@ -1,4 +1,4 @@
-"""What strategies read of a vision tower of transformers, kept while the model itself runs it."""
+"""Reads of a vision tower of transformers, recorded while the model runs it."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ LAYERED = (ClsAttention, ClsQuery, ReceivedAttention, TowerKeys, TowerValues)
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one call of the tower gave.
+    """The result of one call of the tower.
 
     Attributes:
-        cells: of the tokens.
+        cells: images and grid cells of the T tokens.
         values: per read, [T, …].
     """
 
@@ -49,33 +49,33 @@ class Encoded:
 
 
 class TowerRecording:
-    """Keeps what some reads need of each call of the tower.
+    """Records the data of reads in each call of the tower.
 
     Args:
         bound: the model.
-        reads: that it offers.
+        reads: reads that it provides.
 
     Raises:
-        InputError: a read of a layer that the tower has not.
-        UnsupportedError: a layer that cannot be read.
+        InputError: a read names a layer that the tower does not have.
+        UnsupportedError: a layer has no known attention module.
     """
 
     def __init__(self, bound: BoundTransformersModel, reads: Sequence[Read]) -> None:
         self.bound, self.reads = bound, reads
-        self._shows({read: [] for read in reads})  # refuses layers that are not there
+        self._callbacks({read: [] for read in reads})  # raises for layers that do not exist
 
     def encode(
         self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Encoded]:
-        """Run the tower and the projector: what the model's method gives, and what was kept of the call.
+        """Run the tower and the projector; returns the output of the model's method and the recorded data.
 
         Args:
             modality: "image" or "video".
-            original: the model's method that makes features of it.
+            original: the model's method that computes its features.
             args, kwargs: its arguments.
 
         Raises:
-            UnsupportedError: the family has no such images.
+            UnsupportedError: the modality is not supported for this family.
         """
         bound = self.bound
         kind = bound.family.images if modality == "image" else bound.family.videos
@@ -101,7 +101,7 @@ class TowerRecording:
             undo.enter_context(arrangement.recording())
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
                 crops.attach(bound.blocks, undo)
-            undo.enter_context(tap(self._shows(seen)))
+            undo.enter_context(tap(self._callbacks(seen)))
             output = original(*args, **kwargs)
         features = getattr(output, "pooler_output", output)
         parts = [features] if isinstance(features, Tensor) else features
@@ -117,17 +117,17 @@ class TowerRecording:
                 values[read] = arrangement.pool([crops.numbers(bound.cut)], tokens).round().long()
         return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
 
-    def _shows(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
+    def _callbacks(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
         wanted: dict[nn.Module, list[Any]] = {}
         for read in seen:
             if isinstance(read, LAYERED):
                 wanted.setdefault(self.bound.tower_attention(read.layer), []).append(read)
 
-        def show(reads: list[Any], found: AttentionCall) -> None:
+        def record(reads: list[Any], found: AttentionCall) -> None:
             for read in reads:
                 seen[read].append(self._value(read, found))
 
-        return {module: partial(show, some) for module, some in wanted.items()}
+        return {module: partial(record, some) for module, some in wanted.items()}
 
     def _value(self, read: Read, seen: AttentionCall) -> Tensor:
         """[crops, patches, D] of one call of a tower layer."""

@@ -1,1 +1,1 @@
-"""LLaVA's way of putting images into a decoder: prompt, projector, tower features, the decoder's weights."""
+"""Code for LLaVA-like models: prompt, projector, reads of the tower, the decoder's weights."""

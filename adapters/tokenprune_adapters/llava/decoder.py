@@ -39,18 +39,18 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 def build_llama(
     checkpoint: Checkpoint, config: dict[str, Any], attn_implementation: str | None = None
 ) -> Part[LlamaForCausalLM]:
-    """A decoder on the meta device and the names to fill it from.
+    """A decoder on the meta device, and the names of its tensors in the checkpoint.
 
-    The configuration is taken field by field, because the checkpoints call their model type "llava", which transformers
+    Configuration fields are copied one by one, because the checkpoints have the model type "llava", which transformers
     resolves to an unrelated class. The vocabulary size is the number of rows of the embedding table.
 
     Raises:
-        CheckpointError: config.json lacks a size, or its sizes do not fit together.
+        CheckpointError: config.json lacks a size, or its sizes are inconsistent.
     """
     missing = [name for name in _REQUIRED if config.get(name) is None]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json has no {', '.join(missing)}, which a LLaMA decoder needs; "
+            f"{checkpoint.folder}/config.json has no {', '.join(missing)}, which a LLaMA decoder requires; "
             "use the config.json that belongs to the checkpoint"
         )
     values = {name: config[name] for name in _FIELDS if config.get(name) is not None}
@@ -60,7 +60,7 @@ def build_llama(
         llama_config = LlamaConfig(vocab_size=rows, **values)
         with torch.device("meta"):
             decoder = LlamaForCausalLM._from_config(llama_config, **extra)
-    except Exception as error:  # what a config class raises on bad values is its own business and changes
+    except Exception as error:  # the exceptions of config classes differ between releases
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint.folder}/config.json describes no LLaMA decoder: {reason}") from error
     names = {name: name for name in decoder.state_dict()}
@@ -70,35 +70,35 @@ def build_llama(
 
 
 def finish_llama(decoder: LlamaForCausalLM) -> None:
-    """Compute what checkpoints do not hold, in float32: the rotary tables. Call it once the weights are there."""
+    """Compute the rotary tables in float32, which checkpoints do not contain. Call it after the weights are loaded."""
     decoder.model.rotary_emb = type(decoder.model.rotary_emb)(config=decoder.config)
     decoder.tie_weights()
 
 
 def is_rotary_table(name: str) -> bool:
-    """Whether a tensor is a rotary table: those of old checkpoints are of reduced precision, so they are recomputed."""
+    """Whether a tensor is a rotary table; in old checkpoints they have reduced precision, so they are recomputed."""
     return name.endswith("rotary_emb.inv_freq")
 
 
 def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.device:
-    """Spread a decoder over devices with accelerate.
+    """Distribute a decoder over devices with accelerate.
 
     Args:
-        decoder: on the CPU.
-        device_map: a strategy name of accelerate ("auto", "balanced", "sequential"), a device, or a module-to-device
-            mapping.
+        decoder: the decoder, on the CPU.
+        device_map: a strategy name of accelerate ("auto", "balanced", "sequential"), a device, or a dict from module
+            names to devices.
 
     Returns:
-        The device of the embedding table, where everything that is not the decoder should live.
+        The device of the embedding table, on which the other parts of the model should be placed.
 
     Raises:
         UnsupportedError: accelerate is not installed.
-        OptionError: a map that accelerate cannot follow.
+        OptionError: accelerate does not accept the map.
     """
     try:
         import accelerate
     except ImportError as error:
-        raise UnsupportedError("device_map= needs the package accelerate; install it, or use device=") from error
+        raise UnsupportedError("device_map= requires the package accelerate; install it, or use device=") from error
     if not isinstance(device_map, str):
         places = device_map
     elif device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -115,10 +115,10 @@ def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        problem = f"accelerate cannot follow it ({brief(error)})"
+        problem = f"accelerate does not accept it ({brief(error)})"
         raise OptionError(
-            f"device_map={shown(device_map)} found, but {problem}; give 'auto', or name devices"
+            f"device_map={shown(device_map)} found, but {problem}; use 'auto', or name devices"
         ) from error
     table: Any = decoder.model.embed_tokens
     home: torch.device = table.weight.device
-    return torch.device("cpu") if home.type == "meta" else home  # offloaded weights are shown as meta
+    return torch.device("cpu") if home.type == "meta" else home  # offloaded weights are on the meta device

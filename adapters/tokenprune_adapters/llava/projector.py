@@ -1,4 +1,4 @@
-"""LLaVA's projector from the tower to the decoder: one linear layer, or several with GELU between them."""
+"""LLaVA's projector from tower to decoder: one linear layer, or several with GELU in between."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ PROJECTOR = "model.mm_projector."
 
 
 class ProjectorPlan:
-    """The projector that a checkpoint's tensors describe, before the decoder's width is known.
+    """The structure of a checkpoint's projector, found from its tensors before the decoder's width is known.
 
     Args:
-        checkpoint: holds its tensors under `prefix`.
-        config: config.json; its `mm_projector_type`, where it has one, must be `linear` or `mlp…x_gelu` and say the
-            same as the tensors.
-        prefix: what the tensors' names begin with.
+        checkpoint: contains its tensors under `prefix`.
+        config: config.json; its `mm_projector_type`, if any, must be `linear` or `mlp…x_gelu` and match the tensors.
+        prefix: prefix of the tensors' names.
 
     Attributes:
         reads: width of the tower's features.
         depth: number of linear layers.
 
     Raises:
-        CheckpointError: tensors of another kind of projector, or of another one than config.json says.
+        CheckpointError: the projector is of another type, or config.json does not match the tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: dict[str, Any], prefix: str = PROJECTOR) -> None:
         names = [name.removeprefix(prefix) for name in checkpoint.names() if name.startswith(prefix)]
         places = [int(found[1]) for name in names if (found := re.fullmatch(r"(\d+)\.weight", name))]
-        # With GELU between them, linear layers have the even places of their nn.Sequential.
+        # With GELU in between, linear layers have even indices in their nn.Sequential.
         places = list(range(0, max(places, default=-1) + 1, 2))
         self.prefix, self.depth = prefix, len(places) or 1
         kind = str(config.get("mm_projector_type") or "")
-        told = _depth_of(kind)
-        if kind and told is None:
+        depth = _depth_of(kind)
+        if kind and depth is None:
             raise CheckpointError(
                 f"{checkpoint.folder}/config.json says mm_projector_type {kind!r}, expected 'linear' or 'mlp2x_gelu' "
                 "(any number of layers); other projectors are not supported"
             )
-        if told is not None and told != self.depth and names:
+        if depth is not None and depth != self.depth and names:
             layers = "1 linear layer" if self.depth == 1 else f"{self.depth} linear layers"
             raise CheckpointError(
-                f"{checkpoint.folder}/config.json says mm_projector_type {kind!r}, but the weights hold a projector of "
-                f"{layers}; use the config.json that belongs to them"
+                f"{checkpoint.folder}/config.json says mm_projector_type {kind!r}, but the weights contain a projector "
+                f"of {layers}; use the config.json that belongs to them"
             )
         self._shapes = [checkpoint.shape(f"{prefix}{place}.weight", dims=2) for place in places]
         single = checkpoint.shape(f"{prefix}weight", dims=2) if not places else self._shapes[0]
         self.reads = single[1]
 
     def part(self, width: int) -> Part[Any]:
-        """The module on the meta device, to a decoder of this width, and the names to fill it from."""
+        """The module on the meta device, for a decoder of this width, and the names of its tensors."""
         with torch.device("meta"):
             if not self._shapes:
                 module: nn.Module = nn.Linear(self.reads, width)

@@ -23,26 +23,26 @@ SYSTEM = (
 
 
 def conversation(question: str, answer: str | None = None) -> str:
-    """One turn in the template `llava_v1`; without an answer the prompt ends where the model is to go on."""
+    """One turn in the template `llava_v1`; without an answer, the model continues the prompt."""
     return dialogue([(question, answer)])
 
 
 def dialogue(turns: Sequence[tuple[str, str | None]]) -> str:
-    """Turns of question and answer in the template `llava_v1`; without the last answer the model is to go on there."""
+    """Turns of question and answer in the template `llava_v1`; without the last answer, the model continues it."""
     said = (f"USER: {ask} ASSISTANT:" + ("" if reply is None else f" {reply}</s>") for ask, reply in turns)
     return f"{SYSTEM} {''.join(said)}"
 
 
 def questions(prompt: str) -> list[str]:
-    """What the user says in each turn of a whole prompt, without the image's place and marks; a prompt without turns
-    is taken as one."""
+    """The user's text in each turn of a whole prompt, without image placeholder and markers; a prompt without turns is
+    one turn."""
     turns = re.findall(r"USER:(.*?)(?:ASSISTANT:|$)", prompt, re.DOTALL) or [prompt]
     mark = re.compile(f"(?:{re.escape(IM_START)})?{re.escape(IMAGE_PLACEHOLDER)}(?:{re.escape(IM_END)})?")
     return [mark.sub("", turn).strip() for turn in turns]
 
 
 def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt, `IMAGE_ID` where the image goes. The pieces around the image are tokenized on their own.
+    """Ids of a prompt, with `IMAGE_ID` for the image. The texts before and after the image are tokenized separately.
 
     Raises:
         InputError: not exactly one `<image>`.
@@ -50,7 +50,7 @@ def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
     pieces = prompt.split(IMAGE_PLACEHOLDER)
     if len(pieces) != 2:
         raise InputError(
-            f"the prompt has {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, expected it once, where the image goes: "
+            f"the prompt contains {IMAGE_PLACEHOLDER} {len(pieces) - 1} times, expected it once, for the image: "
             f"{prompt[:80]!r}"
         )
     before, after = pieces
@@ -59,16 +59,16 @@ def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
 
 @dataclass(frozen=True)
 class DecoderInputs:
-    """What a decoder prefill gets, and which position is what. B prompts, S positions.
+    """The inputs of a decoder prefill, and the roles of its positions. B prompts, S positions.
 
     Args:
         inputs_embeds: [B, S, H].
-        attention_mask: int64 [B, S], 0 at padding.
-        token_ids: int64 [B, S], `IMAGE_ID` at every image token, the padding id at padding.
+        attention_mask: int64 [B, S], 0 on padding.
+        token_ids: int64 [B, S], `IMAGE_ID` on every image token, the padding id on padding.
         image_tokens: bool [B, S].
         seg: bool [B, S], positions of [SEG] tokens.
         mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding.
-        positions: int64 [B, S], 0 at the first token of a row; None where they are arange, the decoder's own choice.
+        positions: int64 [B, S], 0 at the first token of a row; None = arange, the decoder's default.
     """
 
     inputs_embeds: Tensor
@@ -92,15 +92,15 @@ def splice(
     """Decoder inputs of several prompts about one image.
 
     Args:
-        prompts: ids of each prompt with `IMAGE_ID` once.
+        prompts: ids of each prompt, with `IMAGE_ID` once.
         image_embeddings: [1, N, H] of the image, the same for all prompts.
         embed_tokens: the decoder's embedding table.
-        seg_ids: ids that ask for a mask.
-        continues: the prompts are to be continued: padding goes to the left, and the mask query is their last
+        seg_ids: ids of the mask tokens.
+        continues: whether the model continues the prompts: then padding is on the left, and the mask query is the last
             position, the first that could predict a [SEG].
-        pad_id: id whose embedding fills the padding (it is masked).
-        image_valid: bool [1, N], False for image tokens that are masked. They keep their place and position, and count
-            as padding, not as image tokens.
+        pad_id: id whose embedding fills the (masked) padding.
+        image_valid: bool [1, N], False for image tokens that are masked. They keep their position, and count as
+            padding, not as image tokens.
     """
     count = image_embeddings.shape[1]
     device = image_embeddings.device
@@ -114,7 +114,7 @@ def splice(
     attention_mask = pad_sequence(lengths, batch_first=True, padding_value=0, padding_side=padding)
     image_tokens = token_ids == IMAGE_ID
     text = embed_tokens(token_ids.masked_fill(image_tokens, pad_id))
-    # Every row holds N image tokens, so that one scatter places the same N embeddings, in order, in each.
+    # Every row has N image tokens, so one scatter writes the same N embeddings, in order, to each row.
     rows = image_embeddings.to(text.dtype).expand(len(expanded), -1, -1)
     inputs_embeds = text.masked_scatter(image_tokens[..., None], rows)
     seg = torch.isin(token_ids, torch.tensor(list(seg_ids), device=device)) & attention_mask.bool()

@@ -1,4 +1,4 @@
-"""What a CLIP tower and a projector offer to strategies: features, [CLS], keys, values, pixels, CLIP's shared space."""
+"""The reads of a CLIP tower and a projector: features, [CLS], keys, values, pixels, CLIP's shared space."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tokenprune_adapters.clip.shared_space import ClipSpace
 
 
 class TowerReads(Protocol):
-    """What `vision_source` needs of a tower's run on one image; N image tokens. See `tokenprune.core.reads`."""
+    """The result of a tower on one image, for `vision_source`; N image tokens. See `tokenprune.core.reads`."""
 
     @property
     def tower(self) -> nn.Module:
@@ -46,15 +46,14 @@ class TowerReads(Protocol):
 
     @property
     def features(self) -> Tensor:
-        """[1, N, C], what the projector reads."""
+        """[1, N, C], the projector's input."""
 
     @property
     def cls_features(self) -> Tensor:
-        """[1, 1, C], the [CLS] row of the same states."""
+        """[1, 1, C], [CLS] of the same states."""
 
     def each_patch(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """A function from patch rows [1, P, C] to float32 [1, P, D], applied to the states that features are taken
-        from: [1, N, D]."""
+        """Apply a function, [1, P, C] to float32 [1, P, D], to the patch states of the features: [1, N, D]."""
 
     def cls_attention(self, layer: int, heads: str = "mean") -> Tensor:
         """float32 [1, N]."""
@@ -74,16 +73,15 @@ class TowerReads(Protocol):
 
 @dataclass(frozen=True)
 class TowerRun:
-    """One image in the tower, kept so that strategies can ask for more than the features.
+    """The hidden states of one image in the tower, from which all reads of the tower are computed.
 
-    Queries and keys of a layer are computed when first asked for, by that layer's own attention on the states that it
-    had, and then remembered.
+    Queries and keys of a layer are computed on first use, by that layer's attention on its input states, and cached.
 
     Args:
         tower: the CLIP vision model.
         states: its hidden states, [1, 1 + N, C] each, [CLS] first; `states[i]` enters layer i.
-        select_layer: index into `states` of what the projector reads.
-        mask: what its layers add to attention logits, [1, 1, 1 + N, 1 + N]; None where every patch is seen.
+        select_layer: index into `states` of the projector's input.
+        mask: additive attention mask of its layers, [1, 1, 1 + N, 1 + N]; None = every patch is visible.
     """
 
     tower: nn.Module
@@ -99,20 +97,20 @@ class TowerRun:
 
     @property
     def features(self) -> Tensor:
-        """[1, N, C], what the projector reads."""
+        """[1, N, C], the projector's input."""
         return self.states[self.select_layer][:, 1:]
 
     @property
     def cls_features(self) -> Tensor:
-        """[1, 1, C], the [CLS] row of the same states."""
+        """[1, 1, C], [CLS] of the same states."""
         return self.states[self.select_layer][:, :1]
 
     def each_patch(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """The function of the features: every patch is an image token."""
+        """See `TowerReads.each_patch`; every patch is an image token."""
         return function(self.features)
 
     def seen(self, layer: int) -> AttentionCall:
-        """What the attention of a layer computes with.
+        """Queries, keys and values of a layer's attention.
 
         Args:
             layer: 0-based, or negative from the end.
@@ -122,14 +120,14 @@ class TowerRun:
         """
         number = layer + self.layers if layer < 0 else layer
         if not 0 <= number < self.layers:
-            raise InputError(f"tower layer {layer} was asked for, but the vision tower has {self.layers} layers")
+            raise InputError(f"tower layer {layer} was requested, but the vision tower has {self.layers} layers")
         if number not in self._seen:
             block = _blocks(self.tower)[number]
 
-            def keep(seen: AttentionCall) -> None:
+            def store(seen: AttentionCall) -> None:
                 self._seen[number] = seen
 
-            with torch.no_grad(), tap({block.self_attn: keep}):
+            with torch.no_grad(), tap({block.self_attn: store}):
                 block.self_attn(block.layer_norm1(self.states[number]), attention_mask=self.mask)
         return self._seen[number]
 
@@ -160,8 +158,8 @@ def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2, mask: Te
     Args:
         tower: the CLIP vision model.
         pixels: [1, 3, H, W].
-        select_layer: index into the hidden states, number 0 being the embeddings, of what the projector reads. [CLS]
-            is left out.
+        select_layer: index into the hidden states, of which 0 are the embeddings, of the projector's input, without
+            [CLS].
         mask: see `TowerRun`.
     """
     weight = next(tower.parameters())
@@ -179,23 +177,23 @@ def vision_source(
     clip_space: ClipSpace | None = None,
     texts: Mapping[str, Sequence[Sequence[str]]] | None = None,
 ) -> VisionSource:
-    """The answers to everything that strategies may read from the vision side.
+    """All reads of the vision side.
 
     Args:
-        run: the tower's run on the one image that all batch rows are about.
+        run: the tower's result on the image that all batch rows share.
         projector: [B, k, C] to [B, k, H].
-        pixels: gives the picture as the tower's grid divides it, uint8 [1, h, w, 3].
+        pixels: returns the image that the tower's grid covers, uint8 [1, h, w, 3].
         rows: number of batch rows.
-        clip_space: of the tower's whole CLIP model, where there is one.
-        texts: by wording (see `tokenprune.core.reads.ClipTextEmbeddings`), the texts that each batch row asks.
+        clip_space: the shared space of the tower's whole CLIP model, if available.
+        texts: by wording (see `tokenprune.core.reads.ClipTextEmbeddings`), the texts of each batch row.
     """
-    shown = _Shown(run, projector, pixels, rows, clip_space, texts or {})
+    inputs = _VisionInputs(run, projector, pixels, rows, clip_space, texts or {})
     answers = _ANSWERS if clip_space is None else {**_ANSWERS, **_IN_CLIP_SPACE}
-    return VisionSource({kind: partial(answer, shown) for kind, answer in answers.items()}, run.layers)
+    return VisionSource({kind: partial(answer, inputs) for kind, answer in answers.items()}, run.layers)
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _VisionInputs:
     """The arguments of `vision_source`."""
 
     run: TowerReads
@@ -209,7 +207,7 @@ class _Shown:
         return value.expand(self.rows, *value.shape[1:])
 
     def for_tokens(self, value: Tensor) -> Tensor:
-        """[1, 1, C] of the one crop, for every token of every row."""
+        """Expand [1, 1, C] of the only crop to every token of every row."""
         return value.expand(self.rows, self.run.features.shape[1], -1)
 
     def crops(self) -> Tensor:
@@ -224,7 +222,7 @@ class _Shown:
         assert self.clip_space is not None
         texts = self.texts.get(read.wording)
         if texts is None:
-            known = f"one of {', '.join(self.texts)}" if self.texts else "the texts to be told to vision_source"
+            known = f"one of {', '.join(self.texts)}" if self.texts else "texts= to be passed to vision_source"
             raise InputError(f"ClipTextEmbeddings(wording={read.wording!r}) found, expected {known}")
         device = self.run.features.device
         known_texts = {text for row in texts for text in row}
@@ -234,32 +232,32 @@ class _Shown:
         return pad_sequence(rows, batch_first=True), pad_sequence(exist, batch_first=True)
 
 
-_ANSWERS: dict[type[Read], Callable[[_Shown, Any], Any]] = {
-    TowerFeatures: lambda shown, read: shown.for_rows(shown.run.features),
-    ClsAttention: lambda shown, read: shown.for_rows(shown.run.cls_attention(read.layer, read.heads)),
-    ReceivedAttention: lambda shown, read: shown.for_rows(shown.run.received_attention(read.layer)),
-    ClsFeatures: lambda shown, read: shown.for_tokens(shown.run.cls_features),
-    ClsQuery: lambda shown, read: shown.for_tokens(shown.run.cls_query(read.layer)),
-    Crops: lambda shown, read: shown.crops(),
-    TowerKeys: lambda shown, read: shown.for_rows(shown.run.keys(read.layer, read.heads)),
-    TowerValues: lambda shown, read: shown.for_rows(shown.run.values(read.layer)),
-    Projector: lambda shown, read: shown.projector,
-    Pixels: lambda shown, read: shown.for_rows(shown.pixels()),
+_ANSWERS: dict[type[Read], Callable[[_VisionInputs, Any], Any]] = {
+    TowerFeatures: lambda inputs, read: inputs.for_rows(inputs.run.features),
+    ClsAttention: lambda inputs, read: inputs.for_rows(inputs.run.cls_attention(read.layer, read.heads)),
+    ReceivedAttention: lambda inputs, read: inputs.for_rows(inputs.run.received_attention(read.layer)),
+    ClsFeatures: lambda inputs, read: inputs.for_tokens(inputs.run.cls_features),
+    ClsQuery: lambda inputs, read: inputs.for_tokens(inputs.run.cls_query(read.layer)),
+    Crops: lambda inputs, read: inputs.crops(),
+    TowerKeys: lambda inputs, read: inputs.for_rows(inputs.run.keys(read.layer, read.heads)),
+    TowerValues: lambda inputs, read: inputs.for_rows(inputs.run.values(read.layer)),
+    Projector: lambda inputs, read: inputs.projector,
+    Pixels: lambda inputs, read: inputs.for_rows(inputs.pixels()),
 }
 
-_IN_CLIP_SPACE: dict[type[Read], Callable[[_Shown, Any], Any]] = {
-    ClipImageEmbeddings: lambda shown, read: shown.image_embeddings(),
-    ClipTextEmbeddings: lambda shown, read: shown.text_embeddings(read),
+_IN_CLIP_SPACE: dict[type[Read], Callable[[_VisionInputs, Any], Any]] = {
+    ClipImageEmbeddings: lambda inputs, read: inputs.image_embeddings(),
+    ClipTextEmbeddings: lambda inputs, read: inputs.text_embeddings(read),
 }
 
 
 def offers(clip_space: ClipSpace | None) -> frozenset[type[Read]]:
-    """Kinds of reads that `vision_source` answers."""
+    """The kinds of reads that `vision_source` provides."""
     return frozenset(_ANSWERS) if clip_space is None else frozenset((*_ANSWERS, *_IN_CLIP_SPACE))
 
 
 def count_layers(tower: nn.Module) -> int:
-    """Layers of a CLIP tower: `VisionSource.layers`, known before an image is."""
+    """Number of layers of a CLIP tower (`VisionSource.layers`), known without an image."""
     return len(_blocks(tower))
 
 

@@ -1,4 +1,4 @@
-"""What models that answer with masks share: queries, prompts, generation, loading, SAM's mask decoder.
+"""Shared code of models that answer with masks: queries, prompts, generation, loading, SAM's mask decoder.
 
-Goes here: what LISA, GLaMM and PixelLM have in common. What one family does is in its own folder.
+Belongs here: code that LISA, GLaMM and PixelLM have in common. Code of a single family is in its folder.
 """

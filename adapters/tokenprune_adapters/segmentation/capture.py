@@ -1,4 +1,4 @@
-"""What a pruning context asks of a segmentation model, answered from the input that the model gives to its decoder."""
+"""The `VisionCapture` of segmentation models, based on the input that the model passes to its decoder."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tokenprune_adapters.segmentation.data import SegmenterInputs
 if TYPE_CHECKING:
     from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
 
-# Of this thread: others may call the decoder at the same time, with what is not this model's prompt.
+# Per thread: other threads may call the same decoder at the same time with other inputs.
 _DECODED: ContextVar[tuple[DecoderRuns, SegmenterInputs] | None] = ContextVar("decoded", default=None)
 
 
 @contextmanager
 def decoding(model: DecoderRuns, inputs: SegmenterInputs) -> Iterator[None]:
-    """While open, the decoder of a model is called with these inputs, in this thread."""
+    """Opened around calls of the model's decoder with these inputs, in this thread."""
     token = _DECODED.set((model, inputs))
     try:
         yield
@@ -33,7 +33,7 @@ def decoding(model: DecoderRuns, inputs: SegmenterInputs) -> Iterator[None]:
 
 
 class SegmenterCapture(VisionCapture):
-    """Answers for the prompts that a segmentation model is decoding."""
+    """Image tokens and reads of the prompts that a segmentation model is currently decoding."""
 
     def __init__(self, model: DecoderRuns) -> None:
         self._model = model
@@ -42,7 +42,7 @@ class SegmenterCapture(VisionCapture):
         """See `VisionCapture.prompt_masks`.
 
         Raises:
-            InputError: the decoder was called by something else than the model's own methods.
+            InputError: the decoder was not called by the model's own methods.
         """
         masks = self._model.prompt_masks(self._inputs())
         return _WholePrompt(**{**vars(masks), "queries": {**masks.queries, **queries}})
@@ -56,22 +56,21 @@ class SegmenterCapture(VisionCapture):
         decoded = _DECODED.get()
         if decoded is None or decoded[0] is not self._model:
             raise InputError(
-                f"{self._model.name}: its decoder was called directly, and where the image tokens stand is known in "
-                "the model's own methods alone; call segment(image, query), or give the decoder to tokenprune.prune(), "
-                "with image_tokens="
+                f"{self._model.name}: its decoder was called directly, but only the model's own methods know the image "
+                "tokens; call segment(image, query), or pass the decoder to tokenprune.prune(), with image_tokens="
             )
         return decoded[1]
 
 
 class _WholePrompt(PromptMasks):
-    """Masks of a prompt that the decoder runs on as it is."""
+    """Masks of a prompt that must reach the decoder layers unchanged."""
 
     def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
-        """See `PromptMasks.layout`. Raises InputError where something else than the prompt comes to the layers."""
+        """See `PromptMasks.layout`. Raises InputError if the layers' input has another shape than the prompt."""
         if hidden.shape[:2] != self.image_tokens.shape:
             raise InputError(
-                f"the decoder's layers were given {list(hidden.shape[:2])} positions for a prompt of "
-                f"{list(self.image_tokens.shape)}, so image tokens may stand elsewhere; take away what changes the "
-                "decoder's input"
+                f"the decoder's layers received {list(hidden.shape[:2])} positions for a prompt of "
+                f"{list(self.image_tokens.shape)}, so the image tokens may be elsewhere; remove the code that changes "
+                "the decoder's input"
             )
         return super().layout(hidden, attention_mask)

@@ -1,4 +1,4 @@
-"""What segmentation models take in and give back, as plain data."""
+"""Inputs and results of segmentation models, as plain data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tokenprune_adapters.llava.prompt import DecoderInputs
 from tokenprune_adapters.llava.vision import TowerReads, TowerRun
 from tokenprune_adapters.segmentation.sam_masks import MaskSizes
 
-SHOWN = 3  # masks, texts and batch rows that printing a result shows
-WIDTH = 80  # characters of a text that it shows
+SHOWN = 3  # masks, texts and batch rows in the repr of a result
+WIDTH = 80  # characters of a text in it
 
 
 class Prepared(Protocol):
@@ -22,37 +22,37 @@ class Prepared(Protocol):
 
     @property
     def sizes(self) -> MaskSizes:
-        """How masks get back to the image."""
+        """Sizes for resizing masks to the image."""
 
 
 class Encoded(Protocol):
-    """An image as far as it depends on nothing else. N image tokens, H decoder width."""
+    """An image after the towers, independent of queries. N image tokens, H decoder width."""
 
     @property
     def prepared(self) -> Prepared:
-        """What went in."""
+        """The image in pixels."""
 
     @property
     def tower(self) -> TowerReads:
-        """The tower's run."""
+        """The tower's result."""
 
     @property
     def image_embeddings(self) -> Tensor:
-        """[1, N, H]: what the decoder gets."""
+        """[1, N, H]: the decoder's image tokens."""
 
     @property
     def image_valid(self) -> Tensor | None:
-        """bool [1, N], False where an image token shows padding only and is masked; None where all count."""
+        """bool [1, N], False for image tokens that show only padding and are masked; None = none are masked."""
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as a CLIP tower and SAM's encoder want it.
+    """The inputs of a CLIP tower and SAM's encoder for one image.
 
     Args:
         clip_pixels: float32 [1, 3, h, w].
         sam_pixels: float32 [1, 3, square, square].
-        sizes: how masks get back to the image.
+        sizes: sizes for resizing masks to the image.
     """
 
     clip_pixels: Tensor
@@ -65,11 +65,11 @@ class EncodedImage:
     """An image after a CLIP tower and SAM's encoder. N image tokens, C tower width, H decoder width.
 
     Args:
-        prepared: what went in.
-        tower: the tower's run; `tower.features` are [1, N, C], before the projector.
-        image_embeddings: [1, N, H], after the projector: what the decoder gets.
+        prepared: the image in pixels.
+        tower: the tower's result; `tower.features` are [1, N, C], before the projector.
+        image_embeddings: [1, N, H], after the projector: the decoder's image tokens.
         sam_embedding: [1, channels, grid, grid].
-        image_valid: None: every image token counts.
+        image_valid: None = no image token is masked.
     """
 
     prepared: PreparedImage
@@ -85,9 +85,9 @@ class SegmenterInputs:
 
     Args:
         prompts: the whole texts.
-        encoded: the image, as the model's `encode_image` gave it.
-        sequence: what the decoder gets.
-        texts: what each prompt asks, by wording: "question" and "query", see `ClipTextEmbeddings`.
+        encoded: the image, from the model's `encode_image`.
+        sequence: the decoder's inputs.
+        texts: texts of each prompt by wording: "question" and "query", see `ClipTextEmbeddings`.
     """
 
     prompts: list[str]
@@ -98,14 +98,14 @@ class SegmenterInputs:
 
 @dataclass(frozen=True)
 class Answered:
-    """What the decoder said about B prompts, and the states that n masks are made from.
+    """The decoder's answers to B prompts, and the states from which n masks are computed.
 
     Args:
-        states: [n · g, H], final-norm states of the mask queries, the g of a mask in a row.
+        states: [n · g, H], final-norm states of the mask queries, of which g consecutive ones form a mask.
         rows: batch row of each mask.
         places: for each mask, index in `said[row]` of its first mask token.
-        said: B rows of ids: the whole given sequence (image tokens expanded), or the generated answer.
-        trace: what the strategy, or a context around the call, did; None without any.
+        said: B rows of ids: the whole forced sequence (image tokens expanded), or the generated answer.
+        trace: trace of the prefill, if it was pruned by a strategy or a surrounding context; else None.
     """
 
     states: Tensor
@@ -117,20 +117,18 @@ class Answered:
 
 @dataclass(frozen=True, repr=False)
 class Segmentation:
-    """Masks for the queries about one image: one per [SEG], in order of the queries. n masks, the image is W×H.
+    """Masks for the queries about one image: one per [SEG], in the order of the queries. n masks, image of H×W pixels.
 
     Args:
         masks: bool [n, H, W].
-        mask_logits: float32 [n, H, W]; a mask is where they are above 0.
-        low_res_logits: [n, h, w], what the mask decoder gives, over its padded square input.
-        iou_predictions: [n], SAM's own estimate of each mask's quality, which these models do not train; empty for a
-            mask decoder without one.
-        text: the answer, a string for a single query or prompt, else one for each. Given answers are returned as they
-            are.
-        query_index: for each mask the query that it belongs to. With generated answers a query may get no mask, or
-            several.
-        trace: what the strategy, or a context around the call, did, see `tokenprune.prune`; None without any.
-        row_index: for each mask the batch row of `trace` that it was made in.
+        mask_logits: float32 [n, H, W]; a pixel is in the mask if its logit is above 0.
+        low_res_logits: [n, h, w], output of the mask decoder, over its padded square input.
+        iou_predictions: [n], SAM's estimate of each mask's quality, which these models do not train; empty for a mask
+            decoder without it.
+        text: the answer: a string for a single query or prompt, else a list. Forced answers are included unchanged.
+        query_index: the query of each mask. With generated answers, a query may have no mask or several.
+        trace: trace of the prefill, if it was pruned by a strategy or a surrounding context; else None.
+        row_index: the batch row of each mask in `trace`.
     """
 
     masks: Tensor
@@ -143,11 +141,11 @@ class Segmentation:
     row_index: list[int] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """How many masks of which size, the text, the tokens, and where they are: a few lines, no tensors."""
+        """Number and size of the masks, the text and the tokens, in a few lines without tensors."""
         return "\n  ".join((f"{type(self).__name__}:", *self.lines()))
 
     def lines(self) -> list[str]:
-        """What `print` shows, line by line."""
+        """The lines of the repr."""
         shares = ", ".join(f"{float(mask.float().mean()):.1%}" for mask in self.masks[:SHOWN])
         covering = f", covering {shares}{', …' if len(self.masks) > SHOWN else ''} of the image" if shares else ""
         rows = sorted(set(self.row_index)) or [0]
@@ -163,7 +161,7 @@ class Segmentation:
 
 
 def short(texts: str | list[str]) -> str:
-    """A text, or the first of several, each cut to what a line holds."""
+    """A text, or the first ones of several, each truncated to a line."""
     if isinstance(texts, str):
         return repr(texts if len(texts) <= WIDTH else f"{texts[: WIDTH - 1]}…")
     more = ", …" if len(texts) > SHOWN else ""

@@ -1,4 +1,4 @@
-"""The decoder side of a segmentation model: from its input to the states that masks are made of, pruned or not."""
+"""The decoder side of a segmentation model: from its input to the states for the masks, pruned or not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tokenprune_adapters.segmentation.prompts import Prompts
 
 
 class DecoderRuns(Prompts, BoundModel):
-    """The methods of a segmentation model that run its decoder, and its answers to the reads of strategies."""
+    """The methods of a segmentation model that run its decoder, and its implementation of `BoundModel`."""
 
     name: str
     decoder: LlamaForCausalLM
@@ -44,27 +44,27 @@ class DecoderRuns(Prompts, BoundModel):
     clip_space: ClipSpace | None
 
     def offers(self) -> frozenset[type[Read]]:
-        """Kinds of reads that `vision_source` answers for any image."""
+        """The kinds of reads that `vision_source` provides for any image."""
         return offers(self.clip_space)
 
     @abstractmethod
     def picture(self, encoded: Any) -> Tensor:
-        """The part of an image that the image tokens show, see `tokenprune.core.reads.Pixels`."""
+        """The part of an image that the image tokens cover, see `tokenprune.core.reads.Pixels`."""
 
     # runs -------------------------------------------------------------------------------------------------------------
 
     def run_decoder(self, inputs: SegmenterInputs, strategy: Strategy | None = None) -> tuple[Tensor, Trace | None]:
-        """One prefill without a cache: final-norm states [rows, S, H], and what the strategy did.
+        """One prefill without a cache: final-norm states [rows, S, H], and the trace.
 
         Args:
-            inputs: as `build_inputs` gives them.
+            inputs: from `build_inputs`.
             strategy: as in `segment`.
 
         Raises:
-            InputError: inputs that are something else.
-            OptionError: no strategy.
+            InputError: `inputs` is of the wrong type.
+            OptionError: `strategy` is not a strategy.
         """
-        instance("inputs", inputs, SegmenterInputs, "what build_inputs(image, queries) gives", InputError)
+        instance("inputs", inputs, SegmenterInputs, "the result of build_inputs(image, queries)", InputError)
         with self.pruned(strategy) as run, decoding(self, inputs), stage("prefill"):
             states: Tensor = self.decoder.model(
                 inputs_embeds=inputs.sequence.inputs_embeds,
@@ -77,8 +77,8 @@ class DecoderRuns(Prompts, BoundModel):
     def run_generation(
         self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
     ) -> tuple[Generated, Trace | None]:
-        """Greedy answers to prompts that continue, and what the strategy did in their prefill."""
-        instance("inputs", inputs, SegmenterInputs, "what inputs_of(…, continues=True) gives", InputError)
+        """Greedy answers to prompts that the model continues, and the trace of their prefill."""
+        instance("inputs", inputs, SegmenterInputs, "the result of inputs_of(…, continues=True)", InputError)
         whole_number("max_new_tokens", max_new_tokens, 1)
         with self.pruned(strategy) as run, decoding(self, inputs), stage("generation"):
             generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
@@ -87,12 +87,12 @@ class DecoderRuns(Prompts, BoundModel):
     def answer(
         self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int | None = None
     ) -> Answered:
-        """The states that masks are made from: those before given mask tokens, or those that predicted said ones.
+        """The states for the masks: those before forced mask tokens, or those that predicted generated ones.
 
         Args:
             inputs: the prompts.
             strategy: as in `segment`.
-            max_new_tokens: None takes the prompts' own answers; else prompts are continued by at most so many tokens.
+            max_new_tokens: maximum length of a generated answer; None = the answers are in the prompts.
         """
         if max_new_tokens is None:
             states, trace = self.run_decoder(inputs, strategy)
@@ -108,8 +108,8 @@ class DecoderRuns(Prompts, BoundModel):
 
     @contextmanager
     def pruned(self, strategy: Strategy | None) -> Iterator[PruningRun | None]:
-        """The turn in which the decoder runs under a strategy; gives the run: that of a context around it without
-        a strategy, or None."""
+        """A turn in which the decoder runs under a strategy. Yields the run; without a strategy that of a surrounding
+        context, or None."""
         with model_turn(self.decoder.model), ExitStack() as stack:
             if strategy is not None:
                 with stage("pruning context"):
@@ -118,11 +118,11 @@ class DecoderRuns(Prompts, BoundModel):
 
     @contextmanager
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
-        """See `tokenprune.engine.BoundModel.capture`; nothing is followed, since the model runs its decoder itself."""
+        """See `tokenprune.engine.BoundModel.capture`. Nothing is intercepted, since the model runs its own decoder."""
         yield SegmenterCapture(self)
 
     def prompt_masks(self, inputs: SegmenterInputs) -> PromptMasks:
-        """Where image tokens and query rows stand in an input of the decoder."""
+        """Image tokens and query rows of a decoder input."""
         sequence = inputs.sequence
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
@@ -130,14 +130,14 @@ class DecoderRuns(Prompts, BoundModel):
         return PromptMasks(sequence.image_tokens, queries, *self.image_cells(inputs))
 
     def image_cells(self, inputs: SegmenterInputs) -> tuple[Tensor | None, Tensor | None]:
-        """`grid` and `image_number` of `PromptMasks`; None = one square image a row, row by row."""
+        """`grid` and `image_number` of `PromptMasks`; None = one square image per batch row, in row-major order."""
         return None, None
 
     def vision_source(
         self, encoded: Encoded, rows: int, texts: Mapping[str, Sequence[Sequence[str]]] | None = None
     ) -> VisionSource:
-        """What strategies may read of an encoded image: the tower, the projector, the picture, and CLIP's space where
-        there is one. Aligned with `rows` batch rows; `texts` as in `llava_vision.vision_source`."""
+        """All reads of an encoded image, for `rows` batch rows: the tower, the projector, the image and, if available,
+        CLIP's space. `texts` as in `llava.vision.vision_source`."""
         return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
 
     def _end_ids(self) -> set[int]:

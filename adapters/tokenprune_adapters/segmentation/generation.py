@@ -1,4 +1,4 @@
-"""Greedy generation that keeps the states: the mask comes from the state that predicted [SEG]."""
+"""Greedy generation that keeps the states, since masks are computed from the states that predicted [SEG]."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Generated:
     states: Tensor
 
     def where(self, token: int) -> tuple[list[int], list[int]]:
-        """Prompt numbers and steps at which a token was said, prompt by prompt."""
+        """Prompt numbers and steps at which a token was generated, prompt by prompt."""
         found = [(row, step) for row, ids in enumerate(self.ids) for step, new in enumerate(ids) if new == token]
         return [row for row, _ in found], [step for _, step in found]
 
@@ -33,17 +33,17 @@ class Generated:
 def generate(
     decoder: LlamaForCausalLM, inputs: DecoderInputs, max_new_tokens: int, eos_ids: Collection[int]
 ) -> Generated:
-    """Continue left-padded prompts greedily, with a KV cache, until every one has ended.
+    """Continue left-padded prompts greedily, with a KV cache, until all have ended.
 
     Args:
         decoder: the language model.
         inputs: prompts, padded on the left.
-        max_new_tokens: at most so many steps.
+        max_new_tokens: maximum number of steps.
         eos_ids: ids that end an answer.
     """
     mask = inputs.attention_mask
     positions = inputs.positions
-    assert positions is not None  # `splice` gives them for prompts that continue
+    assert positions is not None  # `splice` sets them if `continues`
     embeds, cache = inputs.inputs_embeds, None
     ended = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
     ends = torch.tensor(sorted(eos_ids), device=mask.device)

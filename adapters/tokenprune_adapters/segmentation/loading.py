@@ -1,4 +1,4 @@
-"""Loading segmentation checkpoints: what all families share, from checking the options to placing the parts."""
+"""Loading of segmentation checkpoints: the steps that all families share, from checking options to placing parts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tokenprune.loading.adapter import Adapter
 from tokenprune.loading.lora_folders import ADAPTER_CONFIG, adapter_config, base_of
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.clip.tower import find_tower, load_tower
-from tokenprune_adapters.clip.tower_checks import COPY, CURE, check_tower
+from tokenprune_adapters.clip.tower_checks import ADVICE, COPY, check_tower
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
 from tokenprune_adapters.common.load_options import (
     LoadOptions,
-    one_place,
+    check_one_placement,
     refuse_unknown,
     shown_name,
     torch_device,
@@ -42,21 +42,21 @@ OptionsT = TypeVar("OptionsT", bound=LoadOptions)
 
 
 class SegmenterAdapter(Adapter):
-    """Base of the adapters of segmentation families: a family names itself and builds its model."""
+    """Base of the adapters of segmentation families; a family sets its name and builds its model."""
 
     merges_lora = True
     family: ClassVar[str]
-    """How messages call it; config.json's `architectures` begin with it (in upper or lower case)."""
+    """Its name in messages; config.json's `architectures` begin with it (ignoring case)."""
 
     prefix: ClassVar[str]
-    """What the names of some tensors begin with in every checkpoint of the family."""
+    """Prefix of some tensors' names in every checkpoint of the family."""
     options: ClassVar[type[LoadOptions]] = LoadOptions
-    """The load options; a class of the family's own checks what it adds."""
+    """The load options; a family may use a subclass, which checks its additional fields."""
 
     @classmethod
     @abstractmethod
     def build(cls, opened: Opened[Any]) -> Segmenter:
-        """The model, filled from a checkpoint; its parts may be anywhere and in training mode.
+        """Build and load the model; its parts may be on any device and in training mode.
 
         Raises:
             CheckpointError: as in `load`.
@@ -69,17 +69,17 @@ class SegmenterAdapter(Adapter):
 
     @classmethod
     def load(cls, source: str, **options: Any) -> Any:
-        """Read a checkpoint in its original format onto transformers' own modules.
+        """Load a checkpoint in its original format into modules of transformers.
 
         Args:
-            source: folder or hub id. Weights may be sharded or not, .bin or safetensors, with a LoRA adapter merged or
-                not (see `tokenprune_adapters.common.lora`).
-            options: see `LoadOptions`, or the family's own.
+            source: folder or hub id. Weights may be sharded or not, .bin or safetensors, with a LoRA adapter that is
+                merged or not (see `tokenprune_adapters.common.lora`).
+            options: see `LoadOptions`, or the family's subclass.
 
         Raises:
             CheckpointError: a file or tensor is missing, damaged, unexpected or mis-shaped, the tokenizer or the tower
-                does not belong to it, or it is of another family.
-            OptionError: an option that does not exist, an unknown dtype or device, or both device= and device_map=.
+                does not match, or the checkpoint belongs to another family.
+            OptionError: an unknown option, dtype or device, or both device= and device_map=.
         """
         refuse_unknown(options, [field.name for field in fields(cls.options)], cls.family)
         opened = open_checkpoint(source, cls.options(**options))
@@ -89,17 +89,17 @@ class SegmenterAdapter(Adapter):
 
 @dataclass(frozen=True)
 class Opened(Generic[OptionsT]):
-    """A checkpoint about to be loaded.
+    """A checkpoint that is being loaded.
 
     Args:
-        source: what the caller asked for.
-        options: the load options as they were given.
-        folder: where it is; of an unmerged adapter, where its base is.
+        source: folder or hub id from the caller.
+        options: the load options.
+        folder: its folder; with an unmerged adapter, the folder of the base.
         config: its config.json.
         checkpoint: its tensors.
-        device: where everything goes, unless `options.device_map` says it.
-        dtype: of all weights.
-        adapter: folder of an adapter that is merged into the weights; its files other than weights are used first.
+        device: device of all parts, unless `options.device_map` is set.
+        dtype: dtype of all weights.
+        adapter: folder of an adapter that is merged into the weights; its other files take precedence over the base's.
     """
 
     source: str | Path
@@ -112,7 +112,7 @@ class Opened(Generic[OptionsT]):
     adapter: Path | None = None
 
     def home(self, name: str) -> Path:
-        """The folder that a file or folder of that name is taken from."""
+        """The folder that contains a file or folder of that name: the adapter's, else the base's."""
         own = self.adapter is not None and (self.adapter / name).exists()
         return self.adapter if own and self.adapter is not None else self.folder
 
@@ -122,7 +122,7 @@ class Opened(Generic[OptionsT]):
         return bool(self.config.get("mm_use_im_start_end", False))
 
     def tokenizer(self, seg_tokens: Sequence[str]) -> LlamaSlowTokenizer:
-        """The tokenizer. Raises CheckpointError where it lacks a mask token or does not fit the embedding table."""
+        """The tokenizer. Raises CheckpointError if it lacks a mask token or does not match the embedding table."""
         return load_tokenizer(
             self.home("tokenizer.model"),
             required=[*seg_tokens, *([IM_START, IM_END] if self.mark_image else [])],
@@ -130,31 +130,31 @@ class Opened(Generic[OptionsT]):
         )
 
     def projector(self) -> ProjectorPlan:
-        """What the projector is. Raises CheckpointError where it is of another kind, or not what config.json says."""
+        """The projector's structure. Raises CheckpointError if it is unsupported or config.json does not match."""
         return ProjectorPlan(self.checkpoint, self.config)
 
     def tower(self, reads: int, resized: int | None = None) -> tuple[CLIPVisionModel, Path]:
-        """The CLIP tower and its folder; see `find_tower` for where it is looked for.
+        """The CLIP tower and its folder; see `find_tower`.
 
         Args:
-            reads: width of the features that the projector reads.
+            reads: width of the projector's input.
             resized: see `check_tower`.
 
         Raises:
-            CheckpointError: none found, damaged, of another width, or not the one that the checkpoint names.
+            CheckpointError: the tower is missing or damaged, has another width, or is not the checkpoint's.
         """
         folder = find_tower(self.home("vision_tower"), self.config, self.options.vision_tower)
         tower = load_tower(folder, self.dtype, self.options.attn_implementation)
         if reads != tower.config.hidden_size:
             raise CheckpointError(
-                f"vision tower {folder} has features {tower.config.hidden_size} wide, but the projector of "
-                f"{self.folder} reads {reads}; {CURE}"
+                f"vision tower {folder} has features of width {tower.config.hidden_size}, but the projector of "
+                f"{self.folder} takes {reads}; {ADVICE}"
             )
         check_tower(self.checkpoint, self.config, tower, folder, resized)
         return tower, folder
 
     def about(self, tower_folder: Path) -> dict[str, Any]:
-        """The arguments of every family's model that are no modules."""
+        """The arguments of a model's constructor, other than modules, that all families share."""
         return {
             "select_layer": int(self.config.get("mm_vision_select_layer", -2)),
             "mark_image": self.mark_image,
@@ -167,31 +167,31 @@ class Opened(Generic[OptionsT]):
         parts: Callable[[int], Sequence[Part[Any]]],
         ignore: Callable[[str], bool] = lambda name: False,
     ) -> list[Any]:
-        """Read all weights but the tower's.
+        """Load all weights except the tower's.
 
         Args:
             parts: from the decoder's width to the family's own modules.
-            ignore: names that may be left over, besides rotary tables and a copy of the tower.
+            ignore: whether a tensor of that name may be unused, besides rotary tables and a copy of the tower.
 
         Returns:
             The decoder, then the modules of `parts`.
 
         Raises:
-            CheckpointError: tensors are missing, left over or mis-shaped, or config.json describes no decoder.
+            CheckpointError: tensors are missing, unexpected or mis-shaped, or config.json describes no decoder.
         """
         llama = build_llama(self.checkpoint, self.config, self.options.attn_implementation)
         own = parts(llama.module.config.hidden_size)
 
-        def may_be_left_over(name: str) -> bool:
-            # A tower inside the checkpoint is a copy of the one that config.json names, which is what the authors load.
+        def may_be_unused(name: str) -> bool:
+            # A tower in the checkpoint is a copy; like the authors' code, load the one that config.json names.
             return is_rotary_table(name) or name.startswith(COPY) or ignore(name)
 
-        load_parts(self.checkpoint, [llama, *own], self.dtype, ignore=may_be_left_over)
+        load_parts(self.checkpoint, [llama, *own], self.dtype, ignore=may_be_unused)
         finish_llama(llama.module)
         return [llama.module, *(part.module for part in own)]
 
     def placed(self, model: Segmenter) -> Segmenter:
-        """The model in eval mode, on its device or spread over several."""
+        """The model in eval mode, on its device or distributed over several."""
         model.eval()
         if self.options.device_map is None:
             return model.to(device=self.device)
@@ -203,17 +203,17 @@ class Opened(Generic[OptionsT]):
 
 
 def open_checkpoint(source: str | Path, options: OptionsT) -> Opened[OptionsT]:
-    """Check the options and look into a checkpoint's folder; no weight is read but for its type.
+    """Check the options and open a checkpoint's folder, without loading weights.
 
     Args:
         source: folder or hub id.
-        options: as the caller gave them.
+        options: the caller's load options.
 
     Raises:
         CheckpointError: a file is missing or damaged.
         OptionError: an unknown dtype or device, or both device= and device_map=.
     """
-    one_place(options.device, options.device_map)
+    check_one_placement(options.device, options.device_map)
     target, kind = torch_device(options.device), torch_dtype(options.dtype)
     folder, adapter = resolve_folder(source), None
     lora = adapter_config(folder)
@@ -233,7 +233,7 @@ def open_checkpoint(source: str | Path, options: OptionsT) -> Opened[OptionsT]:
 
 
 def _base(adapter: Path) -> Path:
-    """The folder of the model that the adapter in a folder changes."""
+    """The folder of an adapter's base model."""
     base = base_of(adapter)
     assert base is not None
     advice = f"it is the base that {adapter / ADAPTER_CONFIG} names; put it there, or correct base_model_name_or_path"
@@ -241,7 +241,7 @@ def _base(adapter: Path) -> Path:
 
 
 def refuse_other_families(opened: Opened[Any], family: str, prefix: str) -> None:
-    """Raise CheckpointError where no tensor's name starts with `prefix`, which every checkpoint of the family has."""
+    """Raise CheckpointError if no tensor's name starts with `prefix`, as in every checkpoint of the family."""
     if any(name.startswith(prefix) for name in opened.checkpoint.names()):
         return
     config = opened.config
@@ -253,12 +253,12 @@ def refuse_other_families(opened: Opened[Any], family: str, prefix: str) -> None
 
 
 def mlp(prefix: str, inputs: int, hidden: int, outputs: int, activation: nn.Module) -> Part[nn.Sequential]:
-    """Linear, activation, linear, to be filled from `prefix`0.… and `prefix`2.…"""
+    """Linear, activation, linear; their tensors are under `prefix`0. and `prefix`2."""
     with torch.device("meta"):
         module = nn.Sequential(nn.Linear(inputs, hidden), activation, nn.Linear(hidden, outputs))
     return under(prefix, module)
 
 
 def under(prefix: str, module: Any) -> Part[Any]:
-    """A module whose tensors have their own names in the checkpoint, behind a prefix."""
+    """A module whose tensors have the same names in the checkpoint, after a prefix."""
     return Part(module, {name: prefix + name for name in module.state_dict()})

@@ -1,4 +1,4 @@
-"""The prompts of segmentation models: made of queries or given whole, and where mask tokens stand in them."""
+"""The prompts of segmentation models, built from queries or passed whole, and the mask tokens in them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tokenprune_adapters.segmentation.queries import (
 
 
 class Prompts:
-    """The prompt side of a segmentation model. What is said here is LISA's; a family says what it has otherwise."""
+    """The prompt side of a segmentation model. The defaults are LISA's; other families override them."""
 
     seg_tokens: ClassVar[tuple[str, ...]] = ("[SEG]",)
-    """The tokens that, said in this order, ask for one mask; each is a mask query of its own."""
+    """The tokens that, in this order, request one mask; each has its own mask query."""
     forced_answer: ClassVar[str] = "[SEG]."
-    """The answer that asks for the mask of a query."""
+    """The answer that requests the mask of a query."""
     tokenizer: LlamaSlowTokenizer
     mark_image: bool
     """Whether prompts have <im_start> and <im_end> around the image."""
 
     @property
     def seg_ids(self) -> list[int]:
-        """Ids of `seg_tokens`; the loader refuses a tokenizer without them."""
+        """Ids of `seg_tokens`; the loader ensures that the tokenizer has them."""
         return [found for token in self.seg_tokens if (found := self.tokenizer.token_id(token)) is not None]
 
     def special_tokens(self) -> Sequence[str]:
@@ -40,14 +40,14 @@ class Prompts:
         return self.seg_tokens
 
     def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
-        """Whole prompts for checked queries, one for each, in LISA's templates; arguments as in `Segmenter.segment`."""
+        """A whole prompt for each checked query, in LISA's templates; arguments as in `Segmenter.segment`."""
         both = zip(queries, sentences, strict=True)
         if answer == "forced":
             return [forced_prompt(text, flag, self.mark_image, self.forced_answer) for text, flag in both]
         return [open_prompt(text, flag, self.mark_image) for text, flag in both]
 
     def question(self, text: str) -> str:
-        """The question alone, of what the user says in a turn of a prompt, without <image> and its marks."""
+        """The question in the user's text of a turn, which has no <image> and markers."""
         return text
 
     def prompts(
@@ -57,7 +57,7 @@ class Prompts:
         prompt: str | Sequence[str] | None = None,
         is_sentence: bool | Sequence[bool] | None = None,
     ) -> list[str]:
-        """The whole prompts for queries, or the given ones once checked.
+        """The whole prompts for queries, or the checked `prompt`.
 
         Arguments and errors as in `Segmenter.segment`.
         """
@@ -72,22 +72,22 @@ class Prompts:
         return self.ask(queries, sentence_flags(queries, is_sentence), answer)
 
     def wordings(self, prompts: Sequence[str], queries: Sequence[str] | None = None) -> dict[str, list[list[str]]]:
-        """What each prompt asks, by wording, see `segmentation.SegmenterInputs.texts`.
+        """The texts of each prompt by wording, see `segmentation.SegmenterInputs.texts`.
 
         Args:
             prompts: complete texts.
-            queries: what the user asked, where the prompts were made of it.
+            queries: the queries, if the prompts were built from them.
         """
         asked = [[self.question(text) for text in questions(prompt)] for prompt in prompts]
         if queries is None:
             return {"question": asked, "query": asked}
         stripped = [text.strip() for text in queries]
-        # a row for each, or all of them in one conversation
+        # one row for each query, or all queries in one conversation
         rows = [[text] for text in stripped] if len(prompts) == len(stripped) else [stripped]
         return {"question": asked, "query": rows}
 
     def mask_places(self, ids: Sequence[int]) -> list[int]:
-        """Where the mask tokens of a mask begin in a sequence of ids."""
+        """Indices in a sequence of ids at which the tokens of a mask begin."""
         wanted = self.seg_ids
         group = len(wanted)
         return [place for place in range(len(ids) - group + 1) if list(ids[place : place + group]) == wanted]
@@ -100,7 +100,5 @@ class Prompts:
             ids = prompt_ids(self.tokenizer, text)
             if answer == "forced" and not self.mask_places(ids):
                 wanted = " ".join(self.seg_tokens)
-                raise InputError(
-                    f"the prompt holds no {wanted}; put one where a mask is wanted, or use answer='generate'"
-                )
+                raise InputError(f"the prompt contains no {wanted}; insert one for each mask, or use answer='generate'")
         return texts

@@ -1,4 +1,4 @@
-"""Queries of segmentation models: what may be asked, and the templates that LISA introduced."""
+"""Queries of segmentation models: their checks, and LISA's templates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SENTENCE = "{} Please output segmentation mask."
 
 
 def as_list(value: Any, what: str) -> list[Any]:
-    """One text or a list of them, as a list; the texts themselves are not looked at.
+    """One text or a list of texts, as a list; the texts are not checked.
 
     Raises:
         InputError: neither a string nor a sequence, or an empty one.
@@ -33,26 +33,26 @@ def checked_query(query: object, special: Sequence[str]) -> str:
     """The query without white space around it.
 
     Args:
-        query: what the user asked.
-        special: tokens of the model that have a meaning of their own in its prompts, [SEG] above all.
+        query: the user's query.
+        special: tokens with a special meaning in the model's prompts, such as [SEG].
 
     Raises:
-        InputError: not a string, no proper Unicode, empty, or with such a token in it.
+        InputError: not a string, not valid Unicode, empty, or with a special token in it.
     """
     problem = text_problem(query)
     if problem:
         raise InputError(f"query {problem}")
     text = str(query).strip()
     if not text:
-        raise InputError("query is empty; say in words what to segment")
+        raise InputError("query is empty; describe what to segment")
     for token in (IMAGE_PLACEHOLDER, IM_START, IM_END, *special, "</s>", "<s>"):
         if token in text:
-            raise InputError(f"query {text[:60]!r} contains {token}; give such a text as prompt=, complete")
+            raise InputError(f"query {text[:60]!r} contains {token}; pass a complete prompt as prompt= instead")
     return text
 
 
 def text_problem(text: object) -> str:
-    """What keeps something from being a text that a tokenizer takes, after its name; empty where nothing does."""
+    """The problem with a text, to be appended to its name in a message; empty if it can be tokenized."""
     if not isinstance(text, str):
         return f"is a {type(text).__name__}, expected a string"
     problem = unicode_problem(text)
@@ -60,55 +60,55 @@ def text_problem(text: object) -> str:
 
 
 def is_sentence(query: str) -> bool:
-    """Whether a query is taken for a sentence: it ends in "." or "?" (ours; LISA's datasets say it for each query)."""
+    """Whether a query counts as a sentence: it ends in "." or "?" (ours; LISA's datasets label each query)."""
     return query.endswith((".", "?"))
 
 
 def sentence_flags(queries: Sequence[str], given: bool | Sequence[bool] | None) -> list[bool]:
-    """Which queries are sentences: as `given`, once or for each, else by `is_sentence`.
+    """Which queries are sentences: from `given`, one flag or one for each query, else by `is_sentence`.
 
     Raises:
-        InputError: something else than flags, or not as many as queries.
+        InputError: not flags, or not as many as queries.
     """
     if given is None:
         return [is_sentence(text) for text in queries]
     flags = [given] * len(queries) if isinstance(given, bool) else listed(given)
     if not all(isinstance(flag, (bool, np.bool_)) for flag in flags):
-        raise InputError(f"is_sentence={shown(given)} found, expected True or False, once or for each query")
+        raise InputError(f"is_sentence={shown(given)} found, expected True or False, or a list with one for each query")
     if len(flags) != len(queries):
-        raise InputError(f"is_sentence has {len(flags)} values for {len(queries)} queries; give one for each")
+        raise InputError(f"is_sentence has {len(flags)} values for {len(queries)} queries; pass one for each")
     return flags
 
 
 def forced_prompt(query: str, sentence: bool, mark_image: bool, answer: str) -> str:
-    """The prompt of LISA's evaluation, with the answer that asks for the mask.
+    """The prompt of LISA's evaluation, with the answer that requests the mask.
 
     Args:
         query: a phrase ("the red car") or a sentence ("Which of these can fly?").
-        sentence: which of both it is.
-        mark_image: put <im_start> and <im_end> around the image.
-        answer: "[SEG]." and the like.
+        sentence: whether it is a sentence.
+        mark_image: whether to put <im_start> and <im_end> around the image.
+        answer: the answer, such as "[SEG].".
     """
     question = (SENTENCE if sentence else PHRASE).format(query)
     return conversation(f"{image_mark(mark_image)}\n {question}", answer)
 
 
 def open_prompt(query: str, sentence: bool, mark_image: bool) -> str:
-    """The prompt of free use, for the model to answer.
+    """The prompt for a generated answer.
 
-    A sentence is asked as it is, as LISA's chat does; a phrase goes into the template of the evaluation (ours).
+    A sentence is used unchanged, as in LISA's chat; a phrase is inserted into the template of the evaluation (ours).
     """
     question = query if sentence else PHRASE.format(query)
     return conversation(f"{image_mark(mark_image)}\n{question}")
 
 
 def image_mark(mark: bool) -> str:
-    """What stands for the image in a prompt, within <im_start> and <im_end> or bare."""
+    """The image placeholder of a prompt, with or without <im_start> and <im_end>."""
     return f"{IM_START}{IMAGE_PLACEHOLDER}{IM_END}" if mark else IMAGE_PLACEHOLDER
 
 
 def given_answer(prompt: str, default: str) -> str:
-    """The last answer in a whole prompt; `default` where no ASSISTANT speaks in it."""
+    """The last answer in a whole prompt; `default` if it contains no "ASSISTANT:"."""
     if "ASSISTANT:" not in prompt:
         return default
     return prompt.rsplit("ASSISTANT:", 1)[1].removesuffix("</s>").strip()

@@ -1,4 +1,4 @@
-"""Loading what LISA and GLaMM have in common: a LLaMA decoder, a CLIP tower, and SAM inside the checkpoint."""
+"""Loading of the parts that LISA and GLaMM share: a LLaMA decoder, a CLIP tower, and SAM in the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def sam_segmenter_parts(
     sam_prefix: str,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
-    """The arguments of a `SamSegmenter` but its tokenizer, filled from a checkpoint.
+    """The arguments of a `SamSegmenter` except its tokenizer, loaded from a checkpoint.
 
     Args:
         opened: the checkpoint.
-        sam_prefix: what the names of SAM's tensors begin with.
+        sam_prefix: prefix of the names of SAM's tensors.
         ignore: as in `Opened.fill`.
 
     Raises:

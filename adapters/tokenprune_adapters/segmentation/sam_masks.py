@@ -1,4 +1,4 @@
-"""SAM around its weights: an image into its encoder, prompt embeddings into masks, masks to the size of the image."""
+"""SAM's preprocessing and postprocessing: images to encoder inputs, prompt embeddings to masks of the image's size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import SamModel
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
-MASKS_AT_ONCE = 16  # bounds memory: the mask decoder holds one copy of the image embedding per mask
+MASKS_AT_ONCE = 16  # limits memory: the mask decoder copies the image embedding for each mask
 
 
 @dataclass(frozen=True)
 class MaskSizes:
-    """How a mask gets from the encoder's square back to the image.
+    """Sizes for resizing a mask from the encoder's square to the image.
 
     Args:
         original: (height, width) of the image.
@@ -38,10 +38,10 @@ def resized_size(height: int, width: int, square: int) -> tuple[int, int]:
 
 
 def preprocess(image: Image.Image, square: int) -> tuple[Tensor, MaskSizes]:
-    """An RGB image as SAM's encoder wants it (Kirillov et al., 2023).
+    """The encoder input of an RGB image (Kirillov et al., 2023).
 
-    The longest side becomes `square` pixels (PIL, bilinear), values are normalised, and only then the right and
-    bottom are padded with zeros.
+    The longest side is resized to `square` pixels (PIL, bilinear), values are normalised, then the right and bottom
+    are padded with zeros.
 
     Returns:
         Pixels float32 [1, 3, square, square], and the sizes to undo it.
@@ -64,7 +64,7 @@ def embed_image(sam: SamModel, pixels: Tensor) -> Tensor:
 
 
 def low_res_logits(sam: SamModel, image_embedding: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """One mask per prompt embedding, which takes the place of SAM's point and box embeddings.
+    """One mask for each prompt embedding, which replaces SAM's point and box embeddings.
 
     Args:
         sam: the model.
@@ -97,7 +97,8 @@ def low_res_logits(sam: SamModel, image_embedding: Tensor, prompts: Tensor) -> t
 def to_original_size(logits: Tensor, sizes: MaskSizes) -> Tensor:
     """Mask logits float32 [n, H, W] at the image's size, from low-resolution logits [n, h, w].
 
-    Bilinear to the encoder's square, crop of the padding, bilinear to the image. A mask is where the result is above 0.
+    Resized (bilinear) to the encoder's square, cropped to remove the padding, resized (bilinear) to the image. A pixel
+    is in the mask if its logit is above 0.
     """
     square = (sizes.square, sizes.square)
     if not len(logits):

@@ -1,4 +1,4 @@
-"""Segmentation models with a CLIP tower for the decoder and SAM for the masks: LISA, GLaMM."""
+"""Segmentation models with a CLIP tower for the decoder and SAM for the masks: LISA and GLaMM."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
 
 
 class SamSegmenter(Segmenter):
-    """A model that shows the image to CLIP and, a second time, to SAM.
+    """A model that encodes the image with CLIP for its decoder and with SAM for its masks.
 
     Args:
-        sam: its encoder sees the image a second time, its mask decoder draws the masks.
+        sam: encodes the image a second time and decodes the masks.
         clip_pixels: the tower's image processor.
         parts: see `Segmenter`.
     """
@@ -43,7 +43,7 @@ class SamSegmenter(Segmenter):
 
     @in_turn
     def encode_image(self, image: ImageInput | PreparedImage | EncodedImage) -> EncodedImage:
-        """Tower features, image tokens and SAM's image embedding. What is encoded already is returned as it is.
+        """Tower features, image tokens and SAM's image embedding. An encoded image is returned unchanged.
 
         Raises:
             InputError: not an image.
@@ -60,11 +60,11 @@ class SamSegmenter(Segmenter):
         return EncodedImage(prepared, tower, image_embeddings, sam_embedding)
 
     def picture(self, encoded: EncodedImage) -> Tensor:
-        """What the tower sees."""
+        """The resized and cropped image in the tower's input."""
         return self.clip_pixels.picture(encoded.prepared.clip_pixels)
 
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """The part of an image that the image tokens show: (top, left, bottom, right) in its own pixels.
+        """The part of an image that the image tokens cover: (top, left, bottom, right) in pixels of the image.
 
         Args:
             height, width: of the image.

@@ -1,4 +1,4 @@
-"""SAM checkpoints in their original naming, onto transformers' SAM, with every size read from the weights."""
+"""SAM checkpoints with original tensor names, loaded into transformers' SAM; all sizes are read from the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEnc
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part
 
-MASK_DECODER_EPS = 1e-5  # what the original's two-way blocks use; transformers' default is 1e-6
+MASK_DECODER_EPS = 1e-5  # as in the original's two-way blocks; transformers' default is 1e-6
 ENCODER_EPS = 1e-6
 MASK_DECODER_HEADS = 8
 
@@ -46,10 +46,10 @@ _HEAD_LAYER = re.compile(
 
 
 def original_name(name: str, iou_head_depth: int = 3) -> str:
-    """The name that a tensor of transformers' SamModel has in SAM's own checkpoints.
+    """The name in SAM's own checkpoints of a tensor of transformers' SamModel.
 
     Args:
-        name: "vision_encoder.layers.0.layer_norm1.weight" and the like.
+        name: the name in SamModel, such as "vision_encoder.layers.0.layer_norm1.weight".
         iou_head_depth: number of layers of the mask decoder's IoU head; its other heads always have 3.
     """
 
@@ -67,12 +67,13 @@ def original_name(name: str, iou_head_depth: int = 3) -> str:
 
 
 def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | None = None) -> Part[SamModel]:
-    """A SAM model on the meta device, of the sizes of a checkpoint, and the names to fill it from.
+    """A SAM model on the meta device, with the sizes of a checkpoint, and the names of its tensors.
 
     Args:
-        checkpoint: where the weights are.
-        prefix: what stands before SAM's own names ("model.visual_model.").
-        mask_decoder_heads: attention heads of the mask decoder, which no shape shows; SAM's 8 by default.
+        checkpoint: the checkpoint.
+        prefix: prefix of SAM's tensor names ("model.visual_model.").
+        mask_decoder_heads: number of attention heads of the mask decoder, which does not follow from shapes; by default
+            SAM's 8.
 
     Raises:
         CheckpointError: a tensor that a size is read from is missing, or the shapes contradict each other.
@@ -81,8 +82,8 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
     inner = checkpoint.shape(prefix + "mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", dims=2)[0]
     if not isinstance(heads, int) or heads < 1 or inner % heads:
         raise CheckpointError(
-            f"{checkpoint.folder}: {heads!r} attention heads do not fit SAM's mask decoder, whose attention is {inner} "
-            "wide; set 'sam_mask_decoder_heads' in config.json to what the model was trained with"
+            f"{checkpoint.folder}: SAM's mask decoder, with attention of width {inner}, cannot have {heads!r} heads; "
+            "set 'sam_mask_decoder_heads' in config.json to the number that the model was trained with"
         )
     config = sam_config(checkpoint, prefix, heads)
     decoder: Any = config.mask_decoder_config
@@ -94,7 +95,7 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
 
 def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> SamConfig:
     """The configuration, read from the shapes of a checkpoint."""
-    sizes = _Sizes(checkpoint, prefix)
+    sizes = _Shapes(checkpoint, prefix)
     vision = _vision_config(sizes)
     decoder = _mask_decoder_config(sizes, mask_decoder_heads)
     mask_channels = sizes.of("prompt_encoder.mask_downscaling.3.weight", 4)[0]
@@ -113,7 +114,7 @@ def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> 
     )
 
 
-class _Sizes:
+class _Shapes:
     """Shapes of one SAM inside a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
@@ -134,7 +135,7 @@ class _Sizes:
         return CheckpointError(f"{self.checkpoint.folder}: SAM under {self.prefix!r}: {problem}")
 
 
-def _vision_config(sizes: _Sizes) -> dict[str, Any]:
+def _vision_config(sizes: _Shapes) -> dict[str, Any]:
     width, channels, patch = sizes.of("image_encoder.patch_embed.proj.weight", 4)[:3]
     grid = sizes.of("image_encoder.pos_embed", 4)[1]
     depth = sizes.count("image_encoder.blocks.")
@@ -146,10 +147,10 @@ def _vision_config(sizes: _Sizes) -> dict[str, Any]:
     windows = {span for span in spans if span != grid}
     if len(windows) > 1:
         raise sizes.refuse(
-            f"attention windows of {sorted(windows)} patches; one size besides the full {grid} is expected"
+            f"attention windows of {sorted(windows)} patches found, expected one size besides the full {grid}"
         )
     if width % head_size:
-        raise sizes.refuse(f"width {width} is no multiple of the head size {head_size} that rel_pos_h tells")
+        raise sizes.refuse(f"width {width} is not a multiple of the head size {head_size} of rel_pos_h")
     return {
         "hidden_size": width,
         "output_channels": sizes.of("image_encoder.neck.0.weight", 4)[0],
@@ -167,7 +168,7 @@ def _vision_config(sizes: _Sizes) -> dict[str, Any]:
     }
 
 
-def _mask_decoder_config(sizes: _Sizes, heads: int) -> dict[str, Any]:
+def _mask_decoder_config(sizes: _Shapes, heads: int) -> dict[str, Any]:
     masks, width = sizes.of("mask_decoder.mask_tokens.weight", 2)
     inner = sizes.of("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
     return {

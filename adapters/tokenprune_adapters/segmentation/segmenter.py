@@ -1,4 +1,4 @@
-"""The base of segmentation models made of LLaMA, a vision tower, and a mask head that the decoder's states prompt."""
+"""The base of segmentation models: a LLaMA decoder, a vision tower, and a mask head prompted by decoder states."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def in_turn(method: _Method) -> _Method:
-    """A model's method that runs in a turn of its thread, see `tokenprune.engine.model_turn`."""
+    """Decorate a model's method to run within a turn, see `tokenprune.engine.model_turn`."""
 
     @functools.wraps(method)
     def safe(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
@@ -41,24 +41,25 @@ def in_turn(method: _Method) -> _Method:
 
 
 class Segmenter(DecoderRuns, nn.Module):
-    """A loaded model. `segment` does everything; the other methods are its steps, and let gradients through.
+    """A loaded model. `segment` runs all steps; the other methods are single steps, which preserve gradients.
 
-    Both may be called from any thread; calls that run a tower or the decoder take turns.
+    All may be called from any thread; calls that run a tower or the decoder take turns.
 
-    A family says what its prompts are where they are not LISA's (`Prompts`), how an image is encoded (`encode_image`),
-    what of it the tower shows (`picture`, `grid_box`), and how states become masks (`low_res_logits`).
+    A family overrides prompts that differ from LISA's (`Prompts`), and implements the encoding of an image
+    (`encode_image`), the part of it that the tower covers (`picture`, `grid_box`), and masks from states
+    (`low_res_logits`).
 
     Args:
         decoder: the language model.
         tower: CLIP, whose patch features become the image tokens.
         projector: from the tower's width to the decoder's.
-        mask_projection: from a mask query's final state to what prompts the mask head.
-        select_layer: index of the tower's hidden states that the projector reads.
-        tokenizer: text to ids.
+        mask_projection: from a mask query's final state to a prompt of the mask head.
+        select_layer: index of the tower's hidden states that enter the projector.
+        tokenizer: the tokenizer.
         mark_image: whether prompts have <im_start> and <im_end> around the image.
-        name: shown in reports.
-        clip_space: of the tower's whole CLIP model, for strategies that compare image and text; None where the tower's
-            folder holds less.
+        name: name in reports.
+        clip_space: shared space of the tower's whole CLIP model, for strategies that compare image and text; None if
+            the tower's folder does not contain the whole model.
     """
 
     def __init__(
@@ -87,19 +88,19 @@ class Segmenter(DecoderRuns, nn.Module):
         self.clip_space = clip_space
 
     def __repr__(self) -> str:
-        """What it is, and what to call, without its modules."""
+        """The model, its size and device, and the methods to call, without its modules."""
         config, device = self.decoder.config, next(self.decoder.parameters()).device
         return (
             f"{type(self).__name__} {self.name!r}: a decoder of {config.num_hidden_layers} layers on {device}, masks\n"
             "  .segment(image, query, strategy), .encode_image(image), .decoder, .tower"
         )
 
-    # what a family says ----------------------------------------------------------------------------------------------
+    # implemented by families-----------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode_image(self, image: Any) -> Any:
-        """Everything that depends on the image alone; what is encoded already is returned as it is. The result has
-        what `segmentation.Encoded` says.
+        """Compute everything that depends only on the image; an encoded image is returned unchanged. The result
+        implements `segmentation.Encoded`.
 
         Raises:
             InputError: not an image.
@@ -107,19 +108,19 @@ class Segmenter(DecoderRuns, nn.Module):
 
     @abstractmethod
     def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
-        """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n · g, H], the g of a mask
-        in a row."""
+        """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n · g, H], of which g
+        consecutive ones form a mask."""
 
     @abstractmethod
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """The part of an image that the image tokens show: (top, left, bottom, right) in its own pixels.
+        """The part of an image that the image tokens cover: (top, left, bottom, right) in pixels of the image.
 
         Args:
             height, width: of the image.
         """
 
     def to_original_size(self, low_res: Tensor, encoded: Encoded) -> Tensor:
-        """Mask logits float32 [n, H, W] at the image's size, of those over SAM's padded square."""
+        """Mask logits float32 [n, H, W] at the image's size, from logits over SAM's padded square."""
         return sam_masks.to_original_size(low_res, encoded.prepared.sizes)
 
     # the steps -------------------------------------------------------------------------------------------------------
@@ -135,33 +136,32 @@ class Segmenter(DecoderRuns, nn.Module):
         max_new_tokens: int = 64,
         is_sentence: bool | Sequence[bool] | None = None,
     ) -> Segmentation:
-        """Masks for one query, or several, about one image. The towers run once.
+        """Masks for one or several queries about one image. The towers run once.
 
         Args:
-            image: a path, PIL image, numpy array or tensor; or what `encode_image` gave, to spare the towers another
-                run.
-            query: a phrase or sentence; the words go into the family's templates, white space around them is dropped.
-                For figures comparable with those of referring datasets, lowercase it, as their evaluation does.
-            strategy: a `tokenprune.Strategy`; None leaves the decoder as it is: untouched, or pruned by a context that
-                this thread has open.
-            answer: "forced" gives an answer that holds the mask tokens and takes one pass, as the families' evaluation
-                does. "generate" lets the model answer; it makes a mask each time that the model says them.
-            prompt: instead of a query, a whole prompt that is taken as it is, with <image> once. Forced, it must hold
-                its mask tokens, and each makes a mask; with "generate" the model goes on from its end.
-            max_new_tokens: limit of a generated answer.
-            is_sentence: whether each query is a sentence, which LISA's datasets ask in another template than a
+            image: a path, PIL image, numpy array or tensor; or the result of `encode_image`, to reuse it.
+            query: a phrase or sentence, stripped and inserted into the family's templates. To compare with published
+                results on referring datasets, lowercase it, as their evaluation does.
+            strategy: a `tokenprune.Strategy`; None runs the decoder unpruned, or pruned by a context that this thread
+                has open.
+            answer: "forced" appends an answer with the mask tokens and needs one forward, as the families' evaluation
+                does. "generate" lets the model answer, with a mask for each occurrence of the mask tokens.
+            prompt: instead of a query, a whole prompt that is used unchanged, with <image> once. If forced, it must
+                contain mask tokens, each of which gives a mask; with "generate" the model continues it.
+            max_new_tokens: maximum length of a generated answer.
+            is_sentence: whether each query is a sentence, for which LISA's datasets use another template than for a
                 phrase. By default a query is one if it ends in "." or "?" (ours).
 
         Raises:
-            InputError: something that is no image, an empty query, neither or both of query and prompt, a prompt
-                without <image> or, forced, without mask tokens; a prompt longer than the model's context.
-            OptionError: an unknown `answer`, no new tokens allowed, or no strategy.
+            InputError: not an image; an empty query; neither or both of query and prompt; a prompt without <image> or,
+                if forced, without mask tokens; a prompt longer than the model's context.
+            OptionError: an unknown `answer`, `max_new_tokens` below 1, or `strategy` is not a strategy.
             IncompatibleError: the strategy is incompatible with the model; raised before anything runs.
         """
         whole_number("max_new_tokens", max_new_tokens, 1)
         texts = self.prompts(query, answer, prompt, is_sentence)
         queries = None if query is None else as_list(query, "query")
-        with self.pruned(strategy):  # opened first: what is incompatible is refused before a tower runs
+        with self.pruned(strategy):  # first, so that incompatible strategies are refused before a tower runs
             encoded = self.encode_image(image)
             inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
             answered = self.answer(inputs, max_new_tokens=max_new_tokens if answer == "generate" else None)
@@ -184,8 +184,8 @@ class Segmenter(DecoderRuns, nn.Module):
         Args:
             prompts: complete texts, with <image> once.
             encoded: the image.
-            continues: the model is to go on from the end of the prompts.
-            queries: what the user asked, where the prompts were made of it.
+            continues: whether the model continues the prompts.
+            queries: the queries, if the prompts were built from them.
         """
         sequence = splice(
             [prompt_ids(self.tokenizer, text) for text in prompts],
@@ -200,13 +200,13 @@ class Segmenter(DecoderRuns, nn.Module):
         return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
 
     def texts(self, inputs: SegmenterInputs, answered: Answered, answer: str) -> list[str]:
-        """The answer of each prompt, given or generated."""
+        """The answer of each prompt, forced or generated."""
         if answer == "forced":
             return [given_answer(text, self.forced_answer) for text in inputs.prompts]
         return [self.tokenizer.decode(ids) for ids in answered.said]
 
     def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> Segmentation:
-        """Masks from the states that were picked for them."""
+        """Masks from the states of their mask queries."""
         with stage("mask decoder"):
             low_res, scores = self.low_res_logits(answered.states, inputs.encoded)
             logits = self.to_original_size(low_res, inputs.encoded)

@@ -1,1 +1,1 @@
-"""CSP: cluster, scatter, prune. Its stages, clustering, instance masks, and budget."""
+"""CSP (cluster, scatter, prune): stages, clustering, instance masks and budgets."""

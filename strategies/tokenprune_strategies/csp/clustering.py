@@ -1,4 +1,4 @@
-"""CSP's clustering modules: N_c image tokens that represent all in the first layers."""
+"""CSP's clustering modules: they choose N_c image tokens that represent all others in the first layers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from tokenprune_strategies.csp.csp import CSP
 
 Clustering = Literal["uniform", "grid", "random", "cls_attention", "seg_first", "kmeans"]
-"""uniform: token i · floor(N / N_c); random: seeded; cls_attention: most attended by [CLS] in the tower; seg_first:
-per instance, by its area; and, ours, grid: even rows and columns; kmeans: nearest to the centres of tower features."""
+"""uniform: tokens i · floor(N / N_c); random; cls_attention: those that [CLS] attends to most in the tower; seg_first:
+from each instance, in proportion to its area; and, ours, grid: evenly spaced rows and columns; kmeans: those nearest to
+the cluster centres of tower features."""
 
 
 class Clusters(NamedTuple):
-    """Representatives, bool [batch, N], and regions, int64 [batch, N]: tokens of one region share representatives."""
+    """Representatives, bool [batch, N], and the region of each token, int64 [batch, N]."""
 
     representatives: Tensor
     regions: Tensor
@@ -41,7 +42,7 @@ def reads_of(options: CSP.Options) -> tuple[Read, ...]:
 
 
 def cluster(options: CSP.Options, tokens: Tokens) -> Clusters:
-    """Choose representatives, and divide the image into regions if the clustering module has any."""
+    """Choose representatives, and divide the image into regions if the clustering module does so."""
     regions = torch.zeros_like(tokens.image)
     if options.clustering == "uniform":
         return Clusters(_strided(tokens), regions)
@@ -64,13 +65,13 @@ def cluster(options: CSP.Options, tokens: Tokens) -> Clusters:
 
 
 def nearest_representative(tokens: Tokens, clusters: Clusters) -> Tensor:
-    """int64 [batch, N]: the representative of every token: the nearest on the grid, of its own region (ours).
+    """int64 [batch, N]: the representative of each token, the nearest on the grid in its region (ours).
 
-    If the region has no representative, it is the nearest one of the image, else of the row. Without grid cells the
+    If the region has no representative, it is the nearest one in the image, else in the row. Without grid cells, the
     distance is the difference of token numbers.
 
     Args:
-        tokens: gives images and grid cells.
+        tokens: images and grid cells.
         clusters: representatives and regions.
     """
     chosen, regions = clusters
@@ -78,21 +79,21 @@ def nearest_representative(tokens: Tokens, clusters: Clusters) -> Tensor:
     placed = (tokens.grid >= 0).all(2)
     cells = torch.where(placed[..., None], tokens.grid, torch.stack((numbers, numbers * 0), 2)).double()
     distance = torch.cdist(cells, cells)
-    far = 2 * distance.max() + 1  # another region is farther than any cell, another image than any region of its own
+    far = 2 * distance.max() + 1  # other regions are farther than any cell, other images than any region
     other_image = tokens.image[:, :, None] != tokens.image[:, None, :]
     distance = distance + far * ((regions[:, :, None] != regions[:, None, :]) + 2 * other_image.double())
     return distance.masked_fill(~chosen[:, None, :], float("inf")).argmin(2)
 
 
 def k_means(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Labels int64 [n] and `count` token numbers int64: of each k-means cluster the token nearest to its centre.
+    """K-means labels int64 [n], and `count` token numbers int64: the token nearest to each cluster's centre.
 
-    If duplicate features give fewer clusters, evenly spaced other tokens are added.
+    If duplicate features result in fewer clusters, evenly spaced other tokens are added.
 
     Args:
         features: [n, C].
-        count: clusters.
-        seed: of the first centres.
+        count: number of clusters.
+        seed: random seed of the initial centres.
     """
     from sklearn.cluster import KMeans  # type: ignore[import-untyped,unused-ignore]
     from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped,unused-ignore]
@@ -116,13 +117,13 @@ def k_means(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_instances(labels: Tensor, count: int) -> Tensor:
-    """`count` token numbers, int64: from every instance by its share of tokens, at least one, evenly spaced in it.
+    """`count` token numbers, int64: from each instance in proportion to its tokens, at least one, evenly spaced.
 
-    Rounding by largest remainders, and sampling evenly in raster order, are ours. If there are more instances than
-    `count`, the largest get a token.
+    Rounding by largest remainders, and even spacing in raster order, are ours. If there are more instances than
+    `count`, only the largest get a token.
 
     Args:
-        labels: int64 [n], the instance of every token.
+        labels: int64 [n], the instance of each token.
         count: tokens to pick.
     """
     members = [(labels == label).nonzero().flatten() for label in sorted(set(labels.tolist()))]
@@ -143,7 +144,7 @@ def _top(scores: Tensor, tokens: Tokens) -> Tensor:
 
 
 def _instances(options: CSP.Options, tokens: Tokens, image: ImageTokens) -> Tensor:
-    """int64 [n]: the instance of every token of an image."""
+    """int64 [n]: the instance of each token of an image."""
     if options.segmenter is None:
         features = tokens.features[image.row, image.index]
         return k_means(features, min(options.regions, len(image)), options.seed)[0]

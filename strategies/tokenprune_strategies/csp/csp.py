@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune import Decision, Keep, Restore, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.budget import too_small
-from tokenprune.core.options import QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
+from tokenprune.core.options import QUERY, QUERY_REDUCE, Amount, Depth, QueryReduce, tokens_of
 from tokenprune.core.reads import AttentionFrom, Embeddings, HiddenStates
 from tokenprune.errors import OptionError
 from tokenprune_strategies.csp.clustering import Clustering, cluster, nearest_representative, reads_of
@@ -19,10 +19,10 @@ from tokenprune_strategies.csp.fill import KEEP, REPRESENTATIVES, fill
 
 
 class CSP(Strategy):
-    """Coarse reasoning over N_c representative tokens, fine reasoning over all N, then only the N_p attended ones.
+    """Coarse reasoning over N_c representative tokens, fine reasoning over all N, then only the N_p most attended ones.
 
-    Training-free. Boundaries and sizes are ours, as fractions of depth and of N; so
-    are the modes `grid` and `kmeans` of clustering, the re-entry rule `delta`, and that positions are kept.
+    Training-free. Ours: boundaries and sizes, as fractions of depth and N; the clusterings `grid` and `kmeans`; the
+    re-entry rule `delta`; and that positions are kept.
     """
 
     name = "csp"
@@ -31,23 +31,25 @@ class CSP(Strategy):
         """Options of CSP."""
 
         clustering: Clustering = Field("grid", description="how representatives are chosen, see `clustering`")
-        representatives: Amount = Field(REPRESENTATIVES, description="N_c: an int counts tokens, a float is a share")
-        keep: Amount = Field(KEEP, description="N_p: an int counts tokens, a float is a share")
-        scatter_at: Depth = Field(0.25, description="s, a layer (int) or a fraction of the depth (float)")
-        prune_at: Depth = Field(0.5, description="p, a layer (int) or a fraction of the depth (float)")
+        representatives: Amount = Field(REPRESENTATIVES, description="N_c, number (int) or share (float) of tokens")
+        keep: Amount = Field(KEEP, description="N_p, number (int) or share (float) of tokens")
+        scatter_at: Depth = Field(0.25, description="s, layer (int) or share of the depth (float)")
+        prune_at: Depth = Field(0.5, description="p, layer (int) or share of the depth (float)")
         reentry: Literal["projected", "delta"] = Field(
-            "projected", description="state of a token that re-enters: as parked, or moved as its representative was"
+            "projected",
+            description="state of restored tokens: projected (as parked) or delta (plus the change of the "
+            "representative's state)",
         )
-        query: str = Field("mask_query", description='query row whose attention counts: "mask_query", "seg", "last", …')
+        query: str = Field("mask_query", description=QUERY)
         query_reduce: QueryReduce = Field("mean", description=QUERY_REDUCE)
-        seed: int = Field(0, description="seed of random and kmeans clustering and of the regions")
+        seed: int = Field(0, description="random seed of random and kmeans clustering, and of regions")
         segmenter: str | Callable[[Any], Any] | None = Field(
             None,
-            description="seg_first: name of an installed segmenter, image-segmentation checkpoint, or function from "
+            description="for seg_first: an installed segmenter, an image-segmentation checkpoint, or a function from "
             "uint8 [H, W, 3] to bool [n, H, W]",
         )
         regions: int = Field(
-            8, ge=1, description="seg_first without a segmenter: regions of the tower's features per image"
+            8, ge=1, description="for seg_first without a segmenter: regions of tower features per image"
         )
 
         @field_serializer("segmenter")
@@ -64,13 +66,13 @@ class CSP(Strategy):
         if not segments:
             found["segmenter"] = f"with clustering={kind}, only with seg_first"
         if not regions:
-            found["regions"] = "but with clustering=seg_first and without a segmenter"
+            found["regions"] = "except with clustering=seg_first and without a segmenter"
         if not regions and kind not in ("random", "kmeans"):
-            found["seed"] = f"with clustering={kind}, which draws nothing"
+            found["seed"] = f"with clustering={kind}, which is not random"
         return found
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
-        """Cluster at layer 0, scatter at s, prune at p. Raises OptionError where the model is not deep enough."""
+        """Cluster at layer 0, scatter at s, prune at p. Raises OptionError if the model is not deep enough."""
         scatter_at, prune_at = self.boundaries(shape.layers)
         total = shape.image_tokens
         states = (HiddenStates(), Embeddings()) if self.options.reentry == "delta" else ()
@@ -94,7 +96,7 @@ class CSP(Strategy):
         """[batch, N, width]: every token's state plus the change of its representative's state so far (ours)."""
         representative = nearest_representative(tokens, tokens.memory["clusters"])
         gained = tokens.hidden - tokens.embeddings
-        # a parked token's state is still its embedding: its own change is 0
+        # a parked token's state is still its embedding, so its own change is 0
         states: Tensor = tokens.hidden + gained.gather(1, representative[..., None].expand_as(gained))
         return states
 
@@ -115,7 +117,7 @@ class CSP(Strategy):
         return scatter_at, prune_at
 
     def solve_budget(self, budget: float, shape: Shape) -> dict[str, Any]:
-        """Options that use the budget, see `csp.fill`; those that the user set stay. Raises BudgetError."""
+        """Options that use the budget, see `csp.fill`; the user's options are not changed. Raises BudgetError."""
         given, total = self.options.model_fields_set, shape.image_tokens
         scatter_at, prune_at = self.boundaries(shape.layers)
         later = [(s, prune_at) for s in range(scatter_at, prune_at)]

@@ -1,4 +1,4 @@
-"""How CSP spends a budget (ours)."""
+"""CSP's budget solver (ours)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fill(
 
     Args:
         budget: equivalent tokens / N, at most.
-        shape: of the run.
+        shape: the shape.
         windows: (s, p) to try, the longest first.
         fixed: N_c and N_p if the user gave them.
     """
@@ -54,7 +54,7 @@ def fill(
 def _sizes(
     room: float, before: int, after: int, total: int, fixed: tuple[int | None, int | None]
 ) -> tuple[int, int] | None:
-    """The most N_c and N_p with before · N_c + after · N_p <= room; None if not even one token each fits."""
+    """The largest N_c and N_p with before · N_c + after · N_p <= room; None if not even one token each fits."""
     candidates = range(total, 0, -1) if fixed[0] is None else [fixed[0]]
     for few in candidates:
         kept = max(1, int(few * KEEP / REPRESENTATIVES)) if fixed[1] is None else fixed[1]

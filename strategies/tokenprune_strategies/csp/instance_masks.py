@@ -28,7 +28,7 @@ def segment(segmenter: str | Callable[[Any], Any], image: Any) -> Tensor:
     Raises:
         OptionError: the checkpoint cannot be loaded.
         PluginError: the installed segmenter failed; names its package.
-        InputError: the function gave something other than masks of this image.
+        InputError: the function did not return masks of this image.
     """
     if isinstance(segmenter, str):
         installed = _installed(segmenter)
@@ -74,15 +74,15 @@ def _pipeline(checkpoint: str) -> Any:
         installed = ", ".join(registry.entries("segmenters")) or "none"
         raise OptionError(
             f"option 'segmenter': {checkpoint!r} is not an installed segmenter ({installed}) and cannot be loaded for "
-            f"image segmentation ({str(error).splitlines()[0]}); give the name of one, the name or folder of such a "
-            "checkpoint, or a function"
+            f"image segmentation ({str(error).splitlines()[0]}); pass an installed segmenter, the name or folder of "
+            "such a checkpoint, or a function"
         ) from error
 
 
 def instance_labels(masks: Tensor, cells: Tensor) -> Tensor:
-    """The instance of every token, int64 [n]; 0 is the background, one more instance (ours).
+    """The instance of each token, int64 [n]; the background, 0, counts as an instance (ours).
 
-    A token belongs to the mask that covers most of its cell, if that is at least half of it (ours).
+    A token belongs to the mask that covers most of its cell, if it covers at least half of it (ours).
 
     Args:
         masks: bool [instances, H, W]; they may overlap, be empty, or cover nothing.

@@ -1,4 +1,4 @@
-"""CSP at the two savings that its paper reports."""
+"""CSP with the two budgets that its paper reports."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class _Preset(CSP):
         super().__init__(budget=self.share if budget is None else budget, **options)
 
     def with_options(self, **changes: Any) -> Strategy:
-        """A copy without a budget whose options differ by `changes`."""
+        """A copy with changed options and without a budget."""
         copy = super().with_options(**changes)
         copy.budget = None
         return copy
 
 
 class CSP65(_Preset):
-    """CSP at 65 % fewer equivalent image tokens."""
+    """CSP with 65 % fewer equivalent tokens."""
 
     name, share = "csp-65", 0.35
 
 
 class CSP70(_Preset):
-    """CSP at 70 % fewer equivalent image tokens."""
+    """CSP with 70 % fewer equivalent tokens."""
 
     name, share = "csp-70", 0.30

@@ -1,4 +1,4 @@
-"""Operations that several methods share, each from the paper that its docstring names: pure tensor functions.
+"""Operations that several methods share: pure tensor functions.
 
-Goes here: an operation that a second method needs. An operation of one paper stays in that paper's file.
+Belongs here: an operation that a second method needs. Operations of a single method stay in its file.
 """

@@ -7,24 +7,24 @@ from torch import Tensor
 
 
 def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float = 0.5) -> Tensor:
-    """int64 [n]: the token that each of n tokens is merged into, or itself if it stays; `count` different ones.
+    """int64 [n]: the token that each of n tokens is merged into, or itself if it is not; `count` different ones.
 
-    A round merges the most similar pairs of tokens at even and odd places, ties by the lower number; later rounds
-    compare merged tokens by their mean.
+    A round merges the most similar pairs of tokens with even and odd indices, ties by the lower number; later rounds
+    compare the means of merged tokens.
 
     Args:
         metric: [n, C], compared by cosine similarity in float32.
-        mass: float32 [n], how much each counts in a mean.
-        count: tokens to be left, at least 1.
-        per_round: largest share of the current tokens that a round merges; at least one.
+        mass: float32 [n], weight of each token in a mean.
+        count: number of tokens to reach, at least 1.
+        per_round: largest share of the current tokens that a round merges; at least one is merged.
     """
     sums, mass = metric.float() * mass[:, None], mass.clone()
     into = alive = torch.arange(len(metric), device=metric.device)
     while len(alive) > max(count, 1):
-        # A and B alternate: every token of A has one edge, to the most similar token of B
+        # A and B alternate: each token of A has one edge, to the most similar token of B
         means = torch.nn.functional.normalize(sums[alive] / mass[alive, None], dim=-1)
         likeness, nearest = (means[::2] @ means[1::2].T).max(1)
-        # the best edges are merged, no more than needed
+        # merge the best edges, no more than needed
         most = min(len(alive) - count, max(1, int(per_round * len(alive))))
         merged = likeness.argsort(descending=True, stable=True)[:most]
         source, target = alive[::2][merged], alive[1::2][nearest[merged]]
@@ -38,11 +38,11 @@ def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float =
 
 
 def merged_means(states: Tensor, mass: Tensor, into: Tensor, index: Tensor) -> Tensor:
-    """[batch, k, width] in the states' own precision: the mean, by mass, of all that was merged into each of `index`.
+    """[batch, k, width] in the states' dtype: for each of `index`, the mass-weighted mean of all tokens merged into it.
 
     Args:
         states: [batch, N, width].
-        mass: float32 [batch, N], 0 for tokens that do not count.
+        mass: float32 [batch, N], 0 for tokens to ignore.
         into: int64 [batch, N], the token that each is merged into.
         index: int64 [batch, k], −1 as padding.
     """

@@ -1,4 +1,4 @@
-"""Clustering by density peaks with nearest neighbours, as SparseVLM clusters the image tokens that it merges."""
+"""Clustering by density peaks with nearest neighbours, which SparseVLM applies to the image tokens that it merges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NOISE = 1e-6
 
 
 class Peaks(NamedTuple):
-    """Centres, int64 [count], row numbers, the best first; and the cluster of every row, int64 [n]."""
+    """Row numbers of the centres, int64 [count], the best first; and the cluster of each row, int64 [n]."""
 
     centres: Tensor
     cluster: Tensor
@@ -20,20 +20,20 @@ class Peaks(NamedTuple):
 def density_peaks(rows: Tensor, count: int, noise: Tensor | None = None) -> Peaks:
     """Cluster rows around the `count` best centres.
 
-    A row's density is exp(−mean of its squared distances to the `count` nearest rows, itself included), distances being
-    L2 / √width. A centre is dense and far from any denser row. Every row joins its nearest centre.
+    A row's density is exp(−mean of its squared distances to the `count` nearest rows, itself included); the distance is
+    L2 / √width. A centre is dense and far from any denser row. Each row joins its nearest centre.
 
-    Densities are compared by their logarithms, which do not underflow, and of two equally dense rows the first counts
-    as denser (ours). With `noise` they are compared as they are, each with 1e-6 of its draw added, as the authors do:
-    where densities are equal (always so between mutual neighbours, if count = 2) or too small, the draw decides.
+    The logarithms of densities are compared, which do not underflow, and of two equally dense rows the first counts as
+    denser (ours). With `noise` the densities are compared after adding 1e-6 · noise, as in the authors' code: noise
+    decides if they are equal (always for mutual neighbours, if count = 2) or very small.
 
     Args:
         rows: [n, width], n >= count.
-        count: clusters.
-        noise: float [n] of draws from [0, 1), or None.
+        count: number of clusters.
+        noise: float [n], random numbers from [0, 1), or None.
     """
     distance = torch.cdist(rows.float(), rows.float()) / rows.shape[1] ** 0.5
-    distance = (distance + distance.T) / 2  # equal both ways to the last bit, so that ties are ties
+    distance = (distance + distance.T) / 2  # exactly symmetric, so that ties are exact
     density = -distance.topk(count, largest=False).values.square().mean(1)
     if noise is None:
         order = torch.arange(len(rows), device=rows.device)
@@ -46,11 +46,11 @@ def density_peaks(rows: Tensor, count: int, noise: Tensor | None = None) -> Peak
     score = apart.log() + density if noise is None else apart * density
     centres = score.argsort(descending=True, stable=True)[:count]
     cluster = distance[:, centres].argmin(1)
-    cluster[centres] = torch.arange(count, device=rows.device)  # also where two centres are copies of each other
+    cluster[centres] = torch.arange(count, device=rows.device)  # also if two centres are equal
     return Peaks(centres, cluster)
 
 
 def averages(cluster: Tensor, count: int) -> Tensor:
-    """float32 [count, n]: the weights that make each cluster's sum over (its size + 1e-6), the authors' average."""
+    """float32 [count, n]: weights of each cluster's average: the sum over (size + 1e-6), as in the authors' code."""
     members = (cluster == torch.arange(count, device=cluster.device)[:, None]).float()
     return members / (members.sum(1, keepdim=True) + NOISE)

@@ -1,4 +1,4 @@
-"""Determinantal point processes: picks of high quality that are dissimilar."""
+"""Determinantal point processes: selection of dissimilar items of high quality."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.nn.functional import normalize
 def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -> Tensor:
     """Greedy MAP inference of G determinantal point processes: picks int64 [G, max count] in order, padded with −1.
 
-    One [G, n, n] matrix is held; pick t costs O(n · t).
+    Memory is one [G, n, n] matrix; pick t costs O(n · t).
 
     Args:
-        states: [G, n, width], whose cosine similarity is the kernel.
-        weights: float32 [G, n], on both sides of it.
+        states: [G, n, width]; the kernel is their cosine similarity.
+        weights: float32 [G, n], which multiply the kernel on both sides.
         exists: bool [G, n].
-        counts: int64 [G], picks; at most the rows that exist.
+        counts: int64 [G], number of picks; at most the number of existing rows.
     """
     groups, most = torch.arange(len(states), device=states.device), int(counts.max()) if counts.numel() else 0
     rows = normalize(states.float(), dim=-1)
     kernel = rows @ rows.transpose(1, 2)
     gains = kernel.diagonal(dim1=1, dim2=2) * weights**2
-    floor = gains.amax(1, keepdim=True) * 1e-6  # below it a gain is rounding error (ours)
+    floor = gains.amax(1, keepdim=True) * 1e-6  # a smaller gain is rounding error (ours)
     found = states.new_zeros(most, *weights.shape, dtype=torch.float32)
     taken, picks = ~exists, []
     for step in range(most):
@@ -31,7 +31,7 @@ def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -
         best = torch.where(spent[:, 0], weights.masked_fill(taken, float("-inf")).argmax(1), best)
         picks.append(torch.where(step < counts, best, -1))
         taken = taken.scatter(1, best[:, None], True)
-        # one step of a Cholesky decomposition: what the picks so far leave of the pick's row of the kernel
+        # one step of a Cholesky decomposition: the pick's row of the kernel, given the earlier picks
         row = weights[groups, best, None] * kernel[groups, best] * weights
         row = row - torch.einsum("tg,tgn->gn", found[:step, groups, best], found[:step])
         found[step] = (row / gains[groups, best, None].clamp(min=0).sqrt()).masked_fill(spent, 0)

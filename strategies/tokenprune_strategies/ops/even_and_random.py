@@ -1,4 +1,4 @@
-"""Choices independent of content: even spacing, and seeded draws."""
+"""Selection independent of content: even spacing and random numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokenprune.core.tokens import Tokens
 
 
 def evenly(count: int, size: int) -> list[int]:
-    """`count` different numbers out of 0 … size − 1, ascending, each in the middle of its `size / count` wide share."""
+    """`count` different numbers of 0 … size − 1, ascending, in the middle of intervals of length size / count."""
     return [(2 * i + 1) * size // (2 * count) for i in range(min(count, size))]
 
 
 def even_cells(count: int, rows: int, columns: int) -> list[int]:
-    """`count` different cells of a grid, raster numbers, ascending: even rows, and even cells in each of them."""
+    """Raster numbers of `count` different cells of a grid, ascending: evenly spaced rows and cells in each row."""
     used = min(rows, max(-(-count // columns), round((count * rows / columns) ** 0.5), 1))
     lengths = apportion(count, [columns] * used)
     return [
@@ -26,9 +26,9 @@ def even_cells(count: int, rows: int, columns: int) -> list[int]:
 
 
 def grid_mask(tokens: Tokens) -> Tensor:
-    """bool [batch, N]: in every image its quota of tokens, spread over the grid.
+    """bool [batch, N]: the quota of each image, spaced evenly over its grid.
 
-    An image without a full rectangular grid is spaced in sequence order.
+    Without a full rectangular grid, tokens are spaced evenly in sequence order.
     """
     mask = torch.zeros_like(tokens.exists)
     for image in tokens.images():
@@ -42,9 +42,11 @@ def grid_mask(tokens: Tokens) -> Tensor:
 
 
 def random_scores(tokens: Tokens, seed: int) -> Tensor:
-    """float32 [batch, N]: a draw from [0, 1) for every token, the same as for the row alone; −inf on padding."""
+    """float32 [batch, N]: a random number from [0, 1) for each token, independent of other rows; −inf on padding."""
     scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
     for row, count in enumerate(tokens.counts.tolist()):
-        drawn = torch.rand(count, generator=tokens.generator(seed), dtype=torch.float32)  # not torch's default
+        drawn = torch.rand(
+            count, generator=tokens.generator(seed), dtype=torch.float32
+        )  # whatever torch's default dtype is
         scores[row, :count] = drawn.to(tokens.device)
     return scores

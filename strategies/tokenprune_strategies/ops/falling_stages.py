@@ -1,4 +1,4 @@
-"""Stages that keep fewer and fewer tokens: their layers in decoders of any depth, and their budgets (ours)."""
+"""Stages with decreasing numbers of tokens: their layers in decoders of any depth, and their budgets (ours)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Counts = tuple[int, ...]
 
 
 def layers_of(depths: Sequence[int | float], layers: int, who: str) -> Counts:
-    """The layers of `Depth`s, ascending: fractions are rounded to the nearest layer that leaves one for every stage.
+    """The layers of `Depth`s, ascending: fractions are rounded to the nearest layer such that all stages differ.
 
     Raises:
-        IncompatibleError: fewer layers than the stages need.
-        OptionError: explicit layers that are not ascending, or not in the model.
+        IncompatibleError: the model has too few layers for the stages.
+        OptionError: explicit layers are not ascending, or do not exist.
     """
     if layers <= len(depths):
         raise IncompatibleError(
             f"strategy {who!r} has {len(depths)} stages after the first layer, and the model has {layers} layers; "
-            "give it fewer stages by its option 'layers', or take a deeper model"
+            "set fewer stages with the option 'layers', or use a deeper model"
         )
     found: list[int] = []
     for number, depth in enumerate(depths):
@@ -38,7 +38,7 @@ def layers_of(depths: Sequence[int | float], layers: int, who: str) -> Counts:
 
 
 def windows(layers: Counts) -> list[Counts]:
-    """These layers, and then all of them earlier by one factor, the first by a layer at a time, down to layer 1."""
+    """These layers, then the layers scaled down by a common factor, the first by one at a time, down to layer 1."""
     found = []
     for first in range(layers[0], 0, -1):
         moved: list[int] = []
@@ -59,12 +59,12 @@ def falling(who: str, counts: Sequence[int]) -> Counts:
 
 
 def falling_ladders(strategy: Any, shape: Shape, counts: Sequence[Counts], least: float) -> Iterator[Ladder]:
-    """What a budget moves of a strategy with options `layers` and `keep`: first the counts, then the layers.
+    """The settings that a budget may choose for the options `layers` and `keep`: it lowers counts first, then layers.
 
     Args:
-        strategy: with `Depth`s as layers.
-        shape: of the run.
-        counts: that the stages may keep, the most first; a single one is used as it is.
+        strategy: a strategy whose option `layers` has `Depth`s.
+        shape: the shape.
+        counts: the candidates for the stages' counts, the largest first.
         least: a share of N. If the first stage would keep less, all stages begin earlier instead, if possible.
     """
     layers = layers_of(strategy.options.layers, shape.layers, strategy.name)

@@ -1,4 +1,4 @@
-"""Farthest-first selection: rows that are as dissimilar as possible."""
+"""Farthest-first selection of dissimilar rows."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from torch import Tensor
 
 
 def farthest_first(states: Tensor, exists: Tensor, count: Tensor, *, repeats: bool = False) -> Tensor:
-    """The picks of every group in picking order, int64 [G, max count], padded with −1.
+    """The picks of each group in order, int64 [G, max count], padded with −1.
 
-    Distance is 1 − cosine similarity in float32. The first pick is the row farthest from its nearest other row, every
-    next one the row farthest from its nearest pick (max-min). One [G, n, n] matrix is held; a pick costs O(n).
+    Distance is 1 − cosine similarity in float32. The first pick is the row farthest from its nearest other row, each
+    next one the row farthest from its nearest pick (max-min). Memory is one [G, n, n] matrix; a pick costs O(n).
 
     Args:
         states: [G, n, width].
         exists: bool [G, n].
-        count: int64 [G], picks; at most the rows that exist.
-        repeats: whether a picked row may be picked again if all other rows are copies of picked ones too.
+        count: int64 [G], number of picks; at most the number of existing rows.
+        repeats: whether a row may be picked again if all other rows are copies of picked ones.
     """
     groups = torch.arange(len(states), device=states.device)
     rows = torch.nn.functional.normalize(states.float(), dim=-1)
     distance = torch.bmm(rows, rows.transpose(1, 2)).neg_().add_(1).masked_fill_(~exists[:, None], float("inf"))
     own = distance.diagonal(dim1=1, dim2=2)
-    # a token is not its own neighbour: its own distance is masked for the first pick
+    # a row is not its own neighbour: mask the diagonal for the first pick
     kept, most = own.clone(), int(count.max()) if count.numel() else 0
     own.fill_(float("inf"))
-    reach = distance.amin(2)  # to the nearest other row, then to the nearest pick
+    reach = distance.amin(2)  # distance to the nearest other row, later to the nearest pick
     own.copy_(kept)
     taken, picks = ~exists, []
     for step in range(most):

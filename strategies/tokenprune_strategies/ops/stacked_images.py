@@ -1,4 +1,4 @@
-"""The images of a batch side by side, for methods that compare the tokens of an image with each other."""
+"""The images of a batch stacked in one tensor, for methods that compare the tokens of an image with each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StackedImages:
     Attributes:
         rows: int64 [G], the batch row of each.
         index: int64 [G, n], image-token numbers within the row, −1 as padding.
-        quotas: int64 [G], how many each may keep.
+        quotas: int64 [G], number of tokens to keep in each.
     """
 
     rows: Tensor
@@ -41,11 +41,11 @@ class StackedImages:
         return self.index >= 0
 
     def take(self, values: Tensor) -> Tensor:
-        """Values [batch, N, …] of the tokens: [G, n, …]; arbitrary ones on padding."""
+        """Values [batch, N, …] of the tokens: [G, n, …]; undefined on padding."""
         return values[self.rows[:, None], self.index.clamp(min=0)]
 
     def picked(self, picks: Tensor) -> list[Tensor]:
-        """Image-token numbers of the picks int64 [G, k], −1 as padding, that were made within each image."""
+        """Image-token numbers of picks, int64 [G, k], which are indices within each image, −1 as padding."""
         return [index[own[own >= 0]] for index, own in zip(self.index, picks, strict=True)]
 
     def mask(self, picks: Tensor, tokens: Tokens) -> Tensor:

@@ -1,1 +1,1 @@
-"""PruMerge and PruMerge+: which tokens are kept, and what is merged into them."""
+"""PruMerge and PruMerge+: selection of tokens, and merging of others into them."""

@@ -1,4 +1,4 @@
-"""The tensor side of PruMerge: outliers, merging weights, and the slots of the merged tokens."""
+"""PruMerge's tensor operations: outliers, merging weights, and slots of merged tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def outlier_share(attention: Tensor) -> float:
 
 
 def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
-    """float32 [k + 1, N]: what every kept token, and last the extra one, sums up of each token of the image.
+    """float32 [k + 1, N]: the weights with which each kept token, and finally the extra one, sums the image's tokens.
 
     Args:
-        attention: float32 [N], of [CLS].
-        keys: [N, C], of the patches.
-        kept: int64 [k], tokens kept.
+        attention: float32 [N], attention of [CLS].
+        keys: [N, C], keys of the patches.
+        kept: int64 [k], kept tokens.
     """
     numbers = torch.arange(len(kept), device=kept.device)
     directions = torch.nn.functional.normalize(keys.float(), dim=-1)
@@ -36,22 +36,22 @@ def merge_weights(attention: Tensor, keys: Tensor, kept: Tensor) -> Tensor:
     weights = torch.zeros(len(kept) + 1, len(keys), dtype=torch.float32, device=kept.device)
     weights[:-1].scatter_(1, near, attention[near])  # x_i + Σ a_j x_j, over kept and other neighbours, not normalised
     weights[numbers, kept] = 1
-    weights[-1] = attention  # the extra token: Σ a_j x_j over those that are not kept
+    weights[-1] = attention  # the extra token: Σ a_j x_j over tokens that are not kept
     weights[-1, kept] = 0
     return weights
 
 
 def place(image: ImageTokens, kept: Tensor, weights: Tensor, positions: Positions) -> MergeGroup:
-    """Place the new tokens of one image.
+    """Assign slots to the new tokens of one image.
 
-    "renumber" takes the image's first slots, in the given order. "keep" leaves every kept token at its own slot and
-    puts the extra one at the first dropped slot after the last kept, or else at the last dropped one (ours).
+    "renumber" uses the image's first slots, in the order of `kept`. "keep" leaves each kept token at its slot, and puts
+    the extra one at the first dropped slot after the last kept one, or else at the last dropped slot (ours).
 
     Args:
-        image: of N tokens.
-        kept: int64 [k], tokens kept, counted within the image.
-        weights: float32 [k or k + 1, N], a row per new token; one row more than kept = the extra token is there.
-        positions: the policy.
+        image: image of N tokens.
+        kept: int64 [k], kept tokens, numbered within the image.
+        weights: float32 [k or k + 1, N], a row for each new token; k + 1 = there is an extra token.
+        positions: the position policy.
     """
     slots, origins = kept, image.index[kept]
     if len(weights) > len(kept):
@@ -60,12 +60,12 @@ def place(image: ImageTokens, kept: Tensor, weights: Tensor, positions: Position
         free_slots = free.nonzero().flatten()
         behind = free_slots[free_slots > (kept.max() if len(kept) else -1)]
         slots = torch.cat((kept, behind[:1] if len(behind) else free_slots[-1:]))
-        origins = torch.cat((origins, origins.new_full((1,), -1)))  # without a place in the image
+        origins = torch.cat((origins, origins.new_full((1,), -1)))  # without origin
     if positions == "renumber":
         slots = torch.arange(len(slots), device=slots.device)
     return MergeGroup(image.row, image.index[slots], image.index, weights, origins)
 
 
 def without_extra(number: int, size: int) -> int:
-    """Tokens to select so that `number` come out: one place goes to the extra token, unless one or all are left."""
+    """Number of tokens to select for a result of `number`: one less for the extra token, unless one or all remain."""
     return number if number in (0, 1, size) else number - 1

@@ -22,12 +22,12 @@ from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share,
 class PruMerge(Strategy):
     """Keep the image tokens that [CLS] attends to most in the vision tower, and merge each one's neighbours into it.
 
-    All steps are within each image, before the projector; the image's attention determines how many are kept.
+    All steps are within each image, before the projector; the image's attention determines the number of kept tokens.
 
-    With a tower without [CLS], the score is the attention that each patch receives (mean over heads and patches); if
-    the projector does not process image tokens one by one, the projected tokens are merged (ours).
+    If the tower has no [CLS], the score is the attention that each patch receives (mean over heads and patches); if the
+    projector does not work token by token, the projected tokens are merged (ours).
 
-    Ours: the share is taken per image (the authors: over the batch), at least one token is kept, and if nothing is
+    Ours: the share is computed per image (the authors: over the batch), at least one token is kept, and if nothing is
     dropped there is no extra token.
     """
 
@@ -38,10 +38,10 @@ class PruMerge(Strategy):
         """Options of PruMerge and PruMerge+."""
 
         ratio: Literal["adaptive"] | Annotated[float, Field(gt=0, le=1)] = Field(
-            "adaptive", description="share of the tokens taken by attention; adaptive = share of outliers"
+            "adaptive", description="share of tokens selected by attention; adaptive = share of outliers"
         )
         keep: Amount | None = Field(
-            None, description="tokens left in a row, the extra ones included: an int or a share; overrides ratio"
+            None, description="tokens that remain, extra ones included: number (int) or share (float); overrides ratio"
         )
         positions: Positions = Field("renumber", description=COMPACT)
 
@@ -51,7 +51,7 @@ class PruMerge(Strategy):
         """See `Strategy.without_effect`."""
         if self.options.keep is None and self.budget is None:
             return {}
-        return {"ratio": "beside keep" if self.budget is None else "beside a budget"}
+        return {"ratio": "with keep" if self.budget is None else "with a budget"}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer; without `keep` the number of tokens depends on the image."""
@@ -68,10 +68,10 @@ class PruMerge(Strategy):
         exact, groups = self.options.keep is not None, []
         for image in tokens.images():
             scores = attention[image.row, image.index]
-            # (2) the most attended are kept, as large a share as there are outliers (above Q3 + 1.5 · IQR)
+            # (2) keep the most attended tokens, as many as there are outliers (above Q3 + 1.5 · IQR)
             kept = self.selected(scores, image.quota if exact else None)
-            # (3) each kept token adds its 32 nearest by key similarity, weighted by their attention; (4) an extra one
-            # sums up the tokens that are not kept
+            # (3) each kept token adds its 32 nearest by key similarity, weighted by their attention; (4) an extra token
+            # sums the tokens that are not kept
             weights = merge_weights(scores, tokens.keys[image.row, image.index], kept)
             extra = len(image) > len(kept) and (not exact or image.quota > len(kept))
             groups.append(place(image, kept, weights if extra else weights[:-1], self.positions))
@@ -79,16 +79,16 @@ class PruMerge(Strategy):
         merged = Merge.from_groups(tokens, groups, scores=scores)
         if Projector not in reads:
             return merged  # the sums are over the tokens in the decoder
-        # sums of the tower's features, which the projector then takes; padding may hold anything
+        # sums of the tower's features, which are then projected; padding may contain NaN
         features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
         return replace(merged, values=tokens.project((merged.weights @ features.float()).to(features.dtype)))
 
     def selected(self, attention: Tensor, number: int | None) -> Tensor:
-        """Tokens kept of one image, int64 [k], by descending attention.
+        """Kept tokens of one image, int64 [k], by descending attention.
 
         Args:
-            attention: float32 [N], of [CLS].
-            number: tokens to end up with, the extra one included; None = by the option `ratio`.
+            attention: float32 [N], attention of [CLS].
+            number: resulting number of tokens, the extra one included; None = from the option `ratio`.
         """
         order = attention.argsort(descending=True, stable=True)
         if number is not None:
@@ -96,32 +96,32 @@ class PruMerge(Strategy):
         return order[: max(1, int(len(order) * self.share(attention)))]
 
     def share(self, attention: Tensor) -> float:
-        """The share of the image's tokens that are taken by attention."""
+        """The share of the image's tokens to select by attention."""
         return outlier_share(attention) if self.options.ratio == "adaptive" else self.options.ratio
 
 
 class PruMergePlus(PruMerge):
-    """PruMerge with spatially uniform tokens besides the most attended ones.
+    """PruMerge with evenly spaced tokens in addition to the most attended ones.
 
-    Adaptive: with step = int(1 / ratio), every int(step / 3)-th token is added unless it is kept already. Fixed ratio:
-    every step-th token from step // 2 on. The authors' code lets such a token repeat one already kept; ours drops the
-    repeat. `keep`: half by attention, half evenly spaced among the others (ours).
+    Adaptive: with step = int(1 / ratio), every int(step / 3)-th token is added unless already kept. Fixed ratio: every
+    step-th token from step // 2 on. In the authors' code such a token may repeat a kept one; here it does not (ours).
+    With `keep`: half by attention, half evenly spaced among the others (ours).
     """
 
     name = "prumerge+"
 
     def selected(self, attention: Tensor, number: int | None) -> Tensor:
-        """Tokens kept of one image, int64 [k]: by descending attention, then the uniform ones in image order."""
+        """Kept tokens of one image, int64 [k]: by descending attention, then the evenly spaced ones in image order."""
         order, size = attention.argsort(descending=True, stable=True), len(attention)
         if number is not None:
-            count = without_extra(number, size)  # half and half, and in all the exact number (ours)
+            count = without_extra(number, size)  # half and half, with the exact total (ours)
             top = order[: (count + 1) // 2]
             rest = order[len(top) :].sort().values
             return torch.cat((top, rest[evenly(count - len(top), len(rest))]))
         ratio = max(self.share(attention), 1 / size)
         top, step = order[: max(1, int(size * ratio))], int(1 / ratio)
         adaptive = self.options.ratio == "adaptive"
-        # the strides are the authors'; below 1, from ratios above 1/3, a stride counts as 1 (ours)
+        # the authors' strides; for ratios above 1/3 they would be 0, and are 1 (ours)
         first, stride = (0, max(1, step // 3)) if adaptive else (step // 2, step)
         uniform = torch.arange(first, max(first, size - 1), stride, device=order.device)
         return torch.cat((top, uniform[~torch.isin(uniform, top)]))

@@ -1,1 +1,1 @@
-"""SparseVLM and SparseVLM+: which text tokens rate, what they rate, and how dropped tokens are recycled."""
+"""SparseVLM and SparseVLM+: raters (text tokens), their ratings of image tokens, and recycling of dropped tokens."""

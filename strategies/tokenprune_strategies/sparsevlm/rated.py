@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tokenprune import Decision, Embeddings, Keep, Read, Shape, Stage, Strategy, StrategyOptions, TextEmbeddings, Tokens
 from tokenprune.core.budget import Ladder
-from tokenprune.core.options import Amount, Depth, tokens_of
+from tokenprune.core.options import COMPACT, Amount, Depth, tokens_of
 from tokenprune.core.stage import Positions
 from tokenprune.errors import OptionError
 from tokenprune_strategies.ops.falling_stages import Counts, falling_ladders, layers_of
@@ -21,7 +21,7 @@ TOTAL, LEAST_SHARE = 576, 0.0625
 
 
 class RatedByText(Strategy):
-    """Base of both versions: raters marked before layer 0, then stages that keep what these rate highest."""
+    """Base of both versions: raters are marked before layer 0, then stages keep the tokens that they rate highest."""
 
     budget_option = "keep"
     tables: ClassVar[dict[int, Counts]]
@@ -31,17 +31,20 @@ class RatedByText(Strategy):
         """Options of both versions."""
 
         table: Literal[192, 128, 96, 64] = Field(
-            192, description="published counts kept of 576 at the three stages, by the budget they were published for"
+            192, description="published numbers of tokens to keep at the three stages, of 576, by their budget"
         )
         keep: tuple[Amount, ...] | None = Field(
-            None, description="image tokens kept at each stage, without merged ones: ints or shares; overrides `table`"
+            None,
+            description="image tokens to keep at each stage, without merged ones: number (int) or share (float); "
+            "overrides `table`",
         )
         layers: Annotated[tuple[Depth, ...], Field(min_length=1)] = Field(
             (0.09375, 0.21875, 0.5),
-            description="first layer without the dropped tokens: an int is a layer, a float a share of the depth",
+            description="first layer without the dropped tokens of each stage: layer (int) or share of the depth "
+            "(float)",
         )
-        positions: Positions = Field("renumber", description="renumber: renumbered at every stage, as the authors do")
-        faithful: bool = Field(False, description="as the authors' code")
+        positions: Positions = Field("renumber", description=COMPACT)
+        faithful: bool = Field(False, description="as in the authors' code")
 
     options: Any
 
@@ -51,13 +54,13 @@ class RatedByText(Strategy):
         amounts, layers = self.options.keep or self.tables[self.options.table], self.options.layers
         if len(layers) != len(amounts):
             raise OptionError(
-                f"strategy {self.name!r}: option 'layers': found {len(layers)} for {len(amounts)} stages; give one "
-                "layer, and one number to 'keep', for every stage"
+                f"strategy {self.name!r}: option 'layers': found {len(layers)} for {len(amounts)} stages, expected one "
+                "layer, and one value of 'keep', per stage"
             )
 
     def without_effect(self) -> Mapping[str, str]:
         """See `Strategy.without_effect`."""
-        return {"table": "beside keep"} if self.options.keep is not None else {}
+        return {"table": "with keep"} if self.options.keep is not None else {}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """Rating before layer 0, then the stages that prune. Raises IncompatibleError if the model is unsuitable."""
@@ -82,7 +85,7 @@ class RatedByText(Strategy):
         """The decision at a stage that prunes."""
 
     def counts(self, total: int) -> Counts:
-        """Tokens that the stages are to keep of `total`: `keep`, or the table as shares of 576 (ours)."""
+        """Number of tokens to keep at each stage, of `total`: `keep`, or the table as shares of 576 (ours)."""
         if self.options.keep is not None:
             return tuple(tokens_of(keep, total) for keep in self.options.keep)
         return tuple(max(1, count * total // TOTAL) for count in self.tables[self.options.table])
@@ -92,9 +95,9 @@ class RatedByText(Strategy):
         return cuts(counts, total, recycles=self.recycles, always=self.options.faithful)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
-        """`keep` in the proportions of the table, merged tokens counted (ours).
+        """`keep` in the proportions of the table; merged tokens count towards the budget (ours).
 
-        If the first stage would keep less than N/16, all stages move towards layer 1 by one factor.
+        If the first stage would keep less than N/16, the layers of all stages are scaled down towards layer 1.
         """
         total, table = shape.image_tokens, self.tables[self.options.table]
         scaled = [tuple(max(1, first * count // table[0]) for count in table) for first in range(total, 0, -1)]

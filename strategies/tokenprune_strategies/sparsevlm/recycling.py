@@ -1,4 +1,4 @@
-"""The numbers of image tokens that SparseVLM keeps and merges, and their slots."""
+"""SparseVLM's numbers of kept and merged image tokens, and their slots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenprune_strategies.ops.density_peaks import averages, density_peaks
 
 
 class Cut(NamedTuple):
-    """The numbers of one stage: tokens kept, dropped ones that are merged, and the clusters that these become."""
+    """The numbers of one stage: kept tokens, dropped tokens that are merged, and the clusters that they form."""
 
     kept: int
     recycled: int = 0
@@ -25,7 +25,7 @@ class Cut(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Image tokens that stay."""
+        """Image tokens after the stage."""
         return self.kept + self.clusters
 
 
@@ -37,13 +37,13 @@ class Pruning(Stage):
 
 
 def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> list[Cut]:
-    """The numbers of every stage.
+    """The numbers of each stage.
 
     Args:
-        counts: tokens to keep, if there are as many.
+        counts: tokens to keep at each stage, if there are as many.
         total: image tokens of the row.
         recycles: whether dropped tokens are merged: of p dropped ones int(0.3 · p) + 1 =: r, into int(r / 10) + 1.
-        always: whether every stage drops at least one token.
+        always: whether each stage drops at least one token.
     """
     found, present = [], total
     for count in counts:
@@ -57,17 +57,18 @@ def cuts(counts: Sequence[int], total: int, *, recycles: bool, always: bool) -> 
 def recycle(
     images: Sequence[ImageTokens], hidden: Tensor, scores: Tensor, cut: Cut, positions: Positions, noise: Tensor | None
 ) -> list[MergeGroup]:
-    """The tokens of a row that stay.
+    """The new tokens of a row.
 
-    Of each image the kept tokens in their order, then the clusters' averages, best centre first, on the image's first
-    slots; under "keep" all at their own slots, clusters at their centres'. A cluster's origin is its centre.
+    For each image, the kept tokens in their order, then the averages of clusters, best centre first, at the image's
+    first slots; with "keep" at their original slots, clusters at those of their centres. A cluster's origin is its
+    centre.
 
     Args:
-        images: of the row.
+        images: images of the row.
         hidden: [N, width], states that are clustered.
         scores: float [N].
-        cut: numbers of the row; images share them.
-        positions: the policy.
+        cut: numbers of the row, divided over its images.
+        positions: the position policy.
         noise: float [N] for `density_peaks`, or None.
     """
     kept = apportion(cut.kept, [len(image) for image in images])
@@ -79,9 +80,9 @@ def recycle(
         places, again = order[:keep].sort().values, order[keep : keep + some]
         members = torch.cat((places, again))
         weights = torch.zeros(keep + count, keep + some, dtype=torch.float32, device=scores.device)
-        weights[:keep, :keep].fill_diagonal_(1)  # kept tokens are themselves
+        weights[:keep, :keep].fill_diagonal_(1)  # kept tokens are unchanged
         if count:
-            # section 3.3: clusters of what was dropped at high scores; each is its members' plain average
+            # section 3.3: clusters of the dropped tokens with the highest scores; unweighted averages
             peaks = density_peaks(hidden[again], count, None if noise is None else noise[again])
             weights[keep:, keep:] = averages(peaks.cluster, count)
             places = torch.cat((places, again[peaks.centres]))

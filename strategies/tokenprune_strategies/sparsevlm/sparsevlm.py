@@ -29,11 +29,11 @@ HEADS, FLOOR = 14, 0.1
 class SparseVLM(RatedByText):
     """Text tokens similar to the image rate the image tokens; low-rated ones are dropped, some are merged into a few.
 
-    Mass is not conserved: a merged token has the average mass of its members, and tokens in no cluster lose theirs.
+    Mass is not conserved: a merged token has the average mass of its members, and that of other dropped tokens is lost.
 
-    Ours: layers and counts as shares, so that dropping after 2, 6 and 15 of 32 layers and counts of 576 carry to other
-    models; ties are not decided by noise (`density_peaks`); if no text stands out, all of it rates; batch rows and
-    images are independent; with positions="keep" a merged token is at its cluster's centre.
+    Ours: layers and counts are shares, to apply the published layers 2, 6, 15 of 32 and counts of 576 to other models;
+    ties are not decided by noise (`density_peaks`); if no text token is above average, all rate; batch rows and images
+    are independent; with positions="keep" a merged token is at its cluster's centre.
     """
 
     name = "sparsevlm"
@@ -48,10 +48,10 @@ class SparseVLM(RatedByText):
     class Options(RatedByText.Options):
         """Options of SparseVLM."""
 
-        seed: int = Field(0, description="of the noise in the clustering, where faithful")
+        seed: int = Field(0, description="random seed of the noise in clustering, with faithful")
         faithful: bool = Field(
             False,
-            description="as the authors' code: noise decides ties in clustering; every stage drops a token at least",
+            description="as in the authors' code: noise decides ties in clustering, each stage drops a token or more",
         )
 
     def without_effect(self) -> Mapping[str, str]:
@@ -59,7 +59,7 @@ class SparseVLM(RatedByText):
         return {**super().without_effect(), **({} if self.options.faithful else {"seed": "unless faithful"})}
 
     def reads(self) -> tuple[Read, ...]:
-        """Attention of the raters, and the states that are clustered."""
+        """Attention of the raters, and the states for clustering."""
         return AttentionFrom(RATERS), HiddenStates()
 
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
@@ -72,16 +72,16 @@ class SparseVLM(RatedByText):
             own = tokens.stages[row]  # the numbers differ between rows of different sizes
             assert isinstance(own, Pruning)
             drawn = None if noise is None else noise[row]
-            # (2) the best stay, (3) of the p others the best 0.3 p become clusters, one for ten (see `cuts`)
+            # (2) keep the best, (3) merge the best 0.3 p of the p others into clusters, one for ten (see `cuts`)
             groups += recycle(images, tokens.hidden[row], scores[row], own.cut, self.positions, drawn)
         return Merge.from_groups(tokens, groups, scores=scores)
 
 
 class SparseVLMPlus(RatedByText):
-    """SparseVLM with attention corrected for positions, of the better heads only, without merging.
+    """SparseVLM with attention corrected for positions, from the best heads only, without merging.
 
-    Ours: half of the heads (the authors: 14, whatever the model has), and the divisor does not fall below a tenth of
-    its largest value for the rater (it goes through 0 at long distances, where scores change sign).
+    Ours: half of the heads (the authors: 14, for any model), and the divisor is at least a tenth of its largest value
+    for the rater (it crosses 0 at long distances, where scores would change sign).
     """
 
     name = "sparsevlm+"
@@ -96,17 +96,19 @@ class SparseVLMPlus(RatedByText):
     class Options(RatedByText.Options):
         """Options of SparseVLM+."""
 
-        positions: Positions = Field("keep", description="keep: as the authors do; renumber: renumbered at every stage")
-        heads: Amount = Field(0.5, description="attention heads that score: an int counts them, a float is a share")
+        positions: Positions = Field(
+            "keep", description="position policy at each stage: keep (as in the authors' code) or renumber"
+        )
+        heads: Amount = Field(0.5, description="attention heads that score: number (int) or share (float)")
         faithful: bool = Field(
             False,
-            description="as the authors' code: 14 heads, attention divided by what may be near 0 or negative, every "
-            "stage drops a token at least",
+            description="as in the authors' code: 14 heads, a divisor that may be near 0 or negative, each stage drops "
+            "at least one token",
         )
 
     def without_effect(self) -> Mapping[str, str]:
         """See `Strategy.without_effect`."""
-        fixed = {"heads": f"where faithful: {HEADS} heads score"} if self.options.faithful else {}
+        fixed = {"heads": f"with faithful=True, which uses {HEADS} heads"} if self.options.faithful else {}
         return {**super().without_effect(), **fixed}
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
@@ -114,24 +116,24 @@ class SparseVLMPlus(RatedByText):
         heads = HEADS if self.options.faithful else self.options.heads
         if isinstance(heads, int) and 0 < shape.heads < heads:
             raise IncompatibleError(
-                f"strategy {self.name!r} scores by {heads} attention heads, and the model has {shape.heads}; "
-                "use faithful=False with heads= a share or a smaller number"
+                f"strategy {self.name!r} requires {heads} attention heads, and the model has {shape.heads}; "
+                "use faithful=False and set heads= to a share or a smaller number"
             )
         return super().stages(shape)
 
     def reads(self) -> tuple[Read, ...]:
-        """Attention of every rater in every head, and its part due to positions."""
+        """Attention of each rater in each head, and the position kernel."""
         return AttentionFrom(RATERS, reduce="each", heads="each"), PositionKernel(RATERS)
 
     def pruned(self, stage: Stage, tokens: Tokens) -> Decision:
-        """Keep the tokens of highest score."""
+        """Keep the tokens with the highest scores."""
         floor = 0.0 if self.options.faithful else FLOOR
-        # (1) the raters' attention in the layer before, divided by what the rotary embedding alone gives that distance
+        # (1) the raters' attention in the layer before, divided by the rotary embedding's own weight at that distance
         attention, rows = corrected_attention(tokens.attention, tokens.position_kernel, tokens.active, floor)
-        # (2) heads are ranked by the sum of that over raters and image tokens
+        # (2) heads are ranked by its sum over raters and image tokens
         heads = HEADS if self.options.faithful else tokens_of(self.options.heads, attention.shape[1])
         best = attention.sum((2, 3)).topk(heads, dim=1).indices
-        # (3) mean over the better heads, then over raters
+        # (3) mean over the best heads, then over raters
         by_token = attention.sum(2).gather(1, best[..., None].expand(-1, -1, attention.shape[3])).mean(1)
         scores = (by_token / rows[:, None]).masked_fill(~tokens.active, float("-inf"))
         return Keep.where(top_by_image(tokens, scores), scores=scores)

@@ -1,1 +1,1 @@
-"""VisionZip: dominant tokens, and contextual ones that the others are merged into."""
+"""VisionZip: dominant tokens, and contextual tokens into which the others are merged."""

@@ -1,4 +1,4 @@
-"""The tensor side of VisionZip: dominant and contextual tokens of a crop, and the slots of an image's new tokens."""
+"""VisionZip's tensor operations: dominant and contextual tokens of a crop, and slots of an image's new tokens."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Zipped:
 
     Attributes:
         crop: the crop.
-        cls: whether [CLS] is passed on.
-        dominant: int64 [d], patches passed on as they are, ascending.
+        cls: whether [CLS] is kept.
+        dominant: int64 [d], patches that are kept unchanged, ascending.
         targets: int64 [c], patches that others are merged into, ascending.
-        weights: float32 [c, n], of the patches that each target sums.
+        weights: float32 [c, n], the weights with which each target sums patches.
     """
 
     crop: ImageTokens
@@ -34,23 +34,23 @@ class Zipped:
 
 
 def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int) -> Zipped:
-    """Reduce a crop to its quota of tokens, [CLS] included; a quota of all or none leaves it unchanged.
+    """Reduce a crop to its quota of tokens, [CLS] included; with a quota of all or none there is no [CLS].
 
     Args:
-        crop: of n patches.
-        attention: float32 [n], of [CLS].
+        crop: crop of n patches.
+        attention: float32 [n], attention of [CLS].
         keys: float32 [n, C], mean over heads.
-        contextual: how many of the quota are merged ones; fewer than the quota.
+        contextual: number of contextual tokens in the quota; less than the quota.
     """
     size, share = len(attention), crop.quota
     every = torch.arange(size, device=attention.device)
     if share in (0, size):
         return Zipped(crop, False, every[:share], every[:0], attention.new_zeros(0, size))
-    # (1) dominant: [CLS], and the patches of highest [CLS] attention, in image order
+    # (1) dominant: [CLS], and the patches with the highest [CLS] attention, in image order
     order = attention.argsort(descending=True, stable=True)
     best = share - contextual - 1
     dominant, rest = order[:best].sort().values, order[best:].sort().values
-    # (2) contextual: of the rest every step-th is a target …
+    # (2) contextual: every step-th of the rest is a target …
     targets = rest[:: max(1, len(rest) // max(1, contextual))][:contextual]
     weights = attention.new_zeros(contextual, size)
     if contextual:
@@ -59,23 +59,23 @@ def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int
         joined = (normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T).argmax(1)
         weights[joined, others] = 1
         weights /= weights.sum(1, keepdim=True).clamp(min=1)
-        weights[every[:contextual], targets] = 1  # its own row *plus* the mean of those that joined it
+        weights[every[:contextual], targets] = 1  # its own state *plus* the mean of those that joined it
     return Zipped(crop, True, dominant, targets, weights)
 
 
-def line_up(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
+def new_tokens(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
     """The new tokens of one image, from its reduced crops; [CLS] has origin −1.
 
-    Of one crop [CLS] comes first, then dominant and contextual tokens; of several crops the dominant ones come first,
-    in image order, and their [CLS] between these and the contextual ones. "renumber" takes the image's first slots in
-    this order. "keep" leaves tokens at their own slots and puts [CLS] into the first free ones (ours).
+    With one crop, the order is [CLS], dominant, contextual tokens; with several crops, dominant tokens in image order,
+    [CLS] of each crop, contextual tokens. "renumber" uses the image's first slots in this order. "keep" leaves tokens
+    at their slots, and puts [CLS] at the first free ones (ours).
     """
     dominant = torch.cat([one.crop.index[one.dominant] for one in zipped]).sort().values
     merged = torch.cat([one.crop.index[one.targets] for one in zipped])
     none = merged.new_full((sum(one.cls for one in zipped),), -1)
     origins = torch.cat((none, dominant, merged) if len(zipped) == 1 else (dominant, none, merged))
     members = torch.cat([one.crop.index for one in zipped])
-    weights = (origins[:, None] == members).float()  # each is its own row; [CLS], of origin −1, is made of no member
+    weights = (origins[:, None] == members).float()  # each token is itself; [CLS], with origin −1, has no members
     new, old = len(origins) - len(merged), 0
     for one in zipped:  # contextual tokens come last, crop by crop
         weights[new : new + len(one.targets), old : old + len(one.crop)] = one.weights

@@ -16,7 +16,7 @@ from tokenprune.core.apportion import apportion
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, TowerFeatures, TowerKeys
 from tokenprune.core.stage import Positions
-from tokenprune_strategies.visionzip.contextual import line_up, zip_crop
+from tokenprune_strategies.visionzip.contextual import new_tokens, zip_crop
 
 
 class VisionZip(Strategy):
@@ -24,7 +24,8 @@ class VisionZip(Strategy):
 
     All steps are within each crop of an image, before the projector (section 3).
 
-    Ours: a row's tokens are divided over crops by size, and a crop that keeps all its tokens is unchanged.
+    Ours: a row's tokens are divided over its crops in proportion to their size, and a crop that keeps all its tokens is
+    unchanged.
     """
 
     name = "visionzip"
@@ -33,9 +34,11 @@ class VisionZip(Strategy):
     class Options(StrategyOptions):
         """Options of VisionZip."""
 
-        keep: Amount = Field(0.112, description="tokens left in a row, [CLS] included: an int or a share of them all")
+        keep: Amount = Field(
+            0.112, description="tokens that remain in a row, [CLS] included: number (int) or share (float)"
+        )
         contextual: Annotated[int | float, Field(ge=0)] = Field(
-            10 / 64, description="contextual ones among them: an int counts those of a row, a float is a share of keep"
+            10 / 64, description="contextual tokens among them: number in a row (int) or share of keep (float)"
         )
         positions: Positions = Field("renumber", description=COMPACT)
 
@@ -43,7 +46,7 @@ class VisionZip(Strategy):
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage before the first layer."""
-        # attention and keys of the second-to-last tower layer, whose output the projector takes
+        # attention and keys of the second-to-last tower layer, whose output is the projector's input
         reads = (ClsAttention(-2), TowerKeys(-2, "mean"), TowerFeatures(), ClsFeatures(), Projector())
         yield Stage("zip", 0, tokens_of(self.options.keep, shape.image_tokens), (*reads, *shape.offered(Crops())))
 
@@ -57,21 +60,21 @@ class VisionZip(Strategy):
                 for crop, contextual in zip(crops, self.contextual([crop.quota for crop in crops]), strict=True)
             ]
             parts = groupby(zipped, key=lambda one: one.crop.image)
-            groups += [line_up(list(image), self.positions) for _, image in parts]
+            groups += [new_tokens(list(image), self.positions) for _, image in parts]
             cls += [(row, one.crop.index[0]) for one in zipped if one.cls]
         scores = tokens.cls_attention.masked_fill(~tokens.exists, float("-inf"))
         merged = Merge.from_groups(tokens, groups, scores=scores)
         assert merged.origin is not None
         features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
         rows = merged.weights @ features.float()
-        # tokens without a place of their own are the [CLS], in the order of the crops, row by row
+        # tokens without an origin are [CLS], in the order of the crops, row by row
         where = (merged.index >= 0) & (merged.origin < 0)
         if cls:
             rows[where] = torch.stack([tokens.cls_features[row, token] for row, token in cls]).float()
         return replace(merged, values=tokens.project(rows.to(features.dtype)))
 
     def contextual(self, shares: Sequence[int]) -> list[int]:
-        """How many tokens of each crop's share are contextual; at least one is left for [CLS]."""
+        """Number of contextual tokens in each crop's share; at least one token remains for [CLS]."""
         wanted = self.options.contextual
         counts = apportion(wanted, shares) if isinstance(wanted, int) else [int(n * wanted + 0.5) for n in shares]
         return [min(count, max(0, share - 1)) for count, share in zip(counts, shares, strict=True)]

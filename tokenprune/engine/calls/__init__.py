@@ -1,5 +1,5 @@
-"""How models are called: intercepting calls, `torch.compile`, wrappers, `generate`, and whose turn it is.
+"""How models are called: interception of methods, `torch.compile`, wrappers, `generate`, threads.
 
-Goes here: what PyTorch and transformers do around a forward, so that the rest of the engine sees a plain decoder that
-one thread calls at a time.
+Belongs here: everything that PyTorch and transformers do around a forward, so that the rest of the engine works on a
+plain decoder, called by one thread at a time.
 """

@@ -1,4 +1,4 @@
-"""Continuous batching of transformers (`generate_batch`), in which a pruning context has no say."""
+"""Refuses transformers' continuous batching (`generate_batch`), which cannot be pruned."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenprune.errors import UnsupportedError
 
 
 def no_continuous_batching(model: nn.Module) -> AbstractContextManager[Any]:
-    """Refuse it where it is called: what a thread of its own raises later is logged only, and no tokens come back."""
+    """Refuse it when it is called: errors of its worker thread are only logged, and it then returns no tokens."""
     return shadowed(model, "init_continuous_batching", _refuse)
 
 
 def _refuse(original: Callable[..., Any], *args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedError(
-        "continuous batching (generate_batch) found under tokenprune.prune(): it packs prompts of all lengths into one "
-        "row and keeps them in a paged cache, which cannot be pruned; call generate() on a batch, or generate_batch() "
-        "outside of the context"
+        "continuous batching (generate_batch) is not supported under tokenprune.prune(): it packs prompts of all "
+        "lengths into one row and uses a paged cache; call generate() on a batch, or generate_batch() outside the "
+        "context"
     )

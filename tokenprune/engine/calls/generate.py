@@ -1,4 +1,4 @@
-"""Intercepting `generate`: one call may make several prefills, and belongs to a context wholly or not at all."""
+"""Interception of `generate`: a call may make several prefills, and is pruned as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.engine.calls.call_stack import EarlierCalls
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
 
 @dataclass(eq=False)
 class Generation:
-    """A call of `generate` under way.
+    """A call of `generate` in progress.
 
     Attributes:
-        model: that generates.
-        outer: the call, of another model, that it is made in.
-        begun: whether the decoder has been called in it; what it is called with first is the prompt.
-        prompt: how that looked, to recognise it by; None = it was not noted.
+        model: the model that generates.
+        outer: the enclosing call of another model's `generate`.
+        begun: whether the decoder has been called; its first input is the prompt.
+        prompt: fingerprint of the prompt, to recognise it later; None = not recorded.
     """
 
     model: Any
@@ -39,7 +39,7 @@ _GENERATION: ContextVar[Generation | None] = ContextVar("_GENERATION", default=N
 
 
 def generation(model: Any) -> Generation | None:
-    """This thread's call of `model.generate` that a context saw begin; None = there is none."""
+    """This thread's current call of `model.generate` that began inside a context; None = there is none."""
     now = _GENERATION.get()
     while now is not None and now.model is not model:
         now = now.outer
@@ -47,51 +47,51 @@ def generation(model: Any) -> Generation | None:
 
 
 class Generations:
-    """The calls of `generate` of one context.
+    """The calls of `generate` that belong to one context.
 
-    A call that began before the context was open is none of them, and runs on unpruned. One that is not at its end when
-    the context is closed is refused to go on.
+    A call that began before the context was opened finishes unpruned. A call that has not finished when the context is
+    closed is refused to continue.
 
     Args:
-        model: that generates.
-        decoder: that it calls.
+        model: the model that generates.
+        decoder: the decoder that it calls.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module) -> None:
         self._model, self._decoder = model, decoder
         self._open = False
-        self._before = CallsBefore(model, "generate")
+        self._before = EarlierCalls(model, "generate")
 
     @contextmanager
-    def followed(self, prunes: Callable[[], bool]) -> Iterator[None]:
-        """Intercept `generate` while open; refuse that its first call holds less than the prompt, or more.
+    def intercepted(self, prunes: Callable[[], bool]) -> Iterator[None]:
+        """Intercept `generate` while open; refuse settings by which the first forward is not exactly the prompt.
 
         Args:
-            prunes: whether the strategy ever does.
+            prunes: whether the strategy prunes anything on this model.
         """
         with ExitStack() as undo:
             undo.enter_context(shadowed(self._model, "generate", partial(self._generate, prunes)))
-            for module in modules_of(self._model):  # of a part, where the model has that one generate
+            for module in modules_of(self._model):  # the model may delegate generate() to a submodule
                 undo.enter_context(shadowed(module, "_prepare_generation_config", partial(_prepare, prunes)))
             yield
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Calls that begin while this is open belong to the context: all of their prefills are intercepted."""
-        self._open = True  # first: a call that begins from here on is seen
-        self._before.note()
+        self._open = True  # first, so that no call can begin unseen before the stacks are recorded
+        self._before.record()
         try:
             yield
         finally:
             self._open = False
 
     def now(self) -> Generation | None:
-        """This thread's call of the model's `generate`; None = there is none."""
+        """This thread's current call of the model's `generate`; None = there is none."""
         return generation(self._model)
 
     def missed(self) -> bool:
-        """Asked when the decoder is called: whether that is in a `generate` that began before the context was open."""
-        return self.now() is None and self._before.under_way()
+        """Whether the decoder is being called by a `generate` that began before the context was opened."""
+        return self.now() is None and self._before.in_progress()
 
     def _generate(self, prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:
@@ -101,29 +101,29 @@ class Generations:
             _refuse_guesses("assistant_model", prunes)
         token = _GENERATION.set(Generation(self._model, _GENERATION.get()))
         try:
-            with shadowed(self._decoder, "forward", self._go_on):
+            with shadowed(self._decoder, "forward", self._check_open):
                 return original(*args, **kwargs)
         finally:
             _GENERATION.reset(token)
 
-    def _go_on(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _check_open(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._open:
             raise UnsupportedError(
-                "the context of tokenprune.prune() in which this generate() began is closed; have it come to its end "
-                "inside the context, where it runs in another thread by joining that"
+                "the context of tokenprune.prune() in which this generate() began is closed; let it finish inside the "
+                "context (join its thread first)"
             )
         return original(*args, **kwargs)
 
 
 def _prepare(prunes: Callable[[], bool], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The settings that `generate` will really use: of its arguments, a configuration, and the model's own."""
+    """Check the settings that `generate` uses, merged from its arguments and the generation configurations."""
     prepared = original(*args, **kwargs)
     config = prepared[0] if isinstance(prepared, tuple) else prepared
     size = getattr(config, "prefill_chunk_size", None)
     if size is not None:
         raise UnsupportedError(
-            f"prefill_chunk_size={size} found under tokenprune.prune(): generate() would give the prompt in parts, and "
-            "image tokens are chosen once, when all of it is known; leave prefill_chunk_size out"
+            f"prefill_chunk_size={size} is not supported under tokenprune.prune(): generate() would pass the prompt in "
+            "parts, but image tokens are chosen once, on the whole prompt; remove prefill_chunk_size"
         )
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
         if getattr(config, name, None) is not None:
@@ -134,6 +134,6 @@ def _prepare(prunes: Callable[[], bool], original: Callable[..., Any], *args: An
 def _refuse_guesses(name: str, prunes: Callable[[], bool]) -> None:
     if prunes():
         raise UnsupportedError(
-            f"{name} found under tokenprune.prune(): in assisted decoding the first call holds guessed tokens "
-            "behind the prompt, by which image tokens would be chosen; generate without it"
+            f"{name} is not supported under tokenprune.prune(): in assisted decoding the first forward contains "
+            "candidate tokens after the prompt, which would affect the choice of image tokens; generate without it"
         )

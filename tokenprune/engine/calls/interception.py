@@ -1,14 +1,12 @@
-"""Intercepting a method of one object, for as long as a context is open.
+"""Interception of a method of one object while a context is open.
 
-Forward hooks of PyTorch would not do: code that `torch.compile` made before does not look for new hooks, hooks run in
-the order of their registration, so that what others see depends on who came first, and they have no `finally`. A method
-in the instance's own dictionary is seen by compiled code, is innermost to all hooks, and is one function around the
-call.
+PyTorch's forward hooks are not enough: code that `torch.compile` compiled earlier ignores new hooks; hooks run in the
+order of registration, so what other hooks see would depend on that order; and they have no `finally`. A method in the
+instance's `__dict__` is found by compiled code, runs inside all hooks, and is one function around the call.
 
-Calls of some threads only are intercepted: a model that one thread prunes may be called by another one at the time.
+Only calls of certain threads are intercepted: another thread may call the same model without pruning.
 
-Code that runs under a shadow is not compiled: neither `look`, nor what the intercepted method calls. Code that should
-be compiled all the same is called through `compiled`.
+Neither `wrapper` nor what the intercepted method calls is compiled; `run_compiled` makes an exception.
 """
 
 from __future__ import annotations
@@ -27,17 +25,17 @@ from torch._dynamo.decorators import skip
 
 from tokenprune.errors import EngineError, UnsupportedError
 
-REASON = "tokenprune.prune() looks on here"
-_CONCERNS: ContextVar[Callable[[], bool] | None] = ContextVar("_CONCERNS", default=None)
+REASON = "tokenprune.prune() intercepts this call"
+_APPLIES: ContextVar[Callable[[], bool] | None] = ContextVar("_APPLIES", default=None)
 _LOCK = threading.Lock()
 
 
 class _Compiler(threading.local):
-    """Of one thread.
+    """State of `torch.compile` in one thread.
 
     Attributes:
-        paused: what compiled the code around the outermost shadow that is being called; None = nothing did.
-        active: whether anything compiled the code right around the innermost one.
+        paused: the compiler of the code around the outermost intercepted call; None = that code is not compiled.
+        active: whether the code directly around the innermost intercepted call is compiled.
     """
 
     paused: Any = None
@@ -48,34 +46,34 @@ _COMPILER = _Compiler()
 
 
 @contextmanager
-def concerning(concerns: Callable[[], bool]) -> Iterator[None]:
-    """Shadows that are made in this context intercept threads where `concerns()` is true, in place of this one."""
-    token = _CONCERNS.set(concerns)
+def intercepting(applies: Callable[[], bool]) -> Iterator[None]:
+    """Shadows created while this is open intercept calls of all threads where `applies()` is true."""
+    token = _APPLIES.set(applies)
     try:
         yield
     finally:
-        _CONCERNS.reset(token)
+        _APPLIES.reset(token)
 
 
 @contextmanager
-def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool = False) -> Iterator[Shadow | None]:
-    """Send calls of `thing.name(...)` to `look(original, ...)`; the class and other objects are left alone.
+def shadowed(thing: Any, name: str, wrapper: Callable[..., Any], every_thread: bool = False) -> Iterator[Shadow | None]:
+    """Replace calls of `thing.name(...)` by `wrapper(original, ...)`, on this object only.
 
-    Calls of other threads are left alone too, but see `concerning`; with `every_thread` it is up to `look` to do so.
-    Several shadows may be on one method, and end in any order. Nothing happens where there is no such method.
-    `torch.compile` leaves `look` and all that it calls alone.
+    By default only calls of this thread are intercepted (see `intercepting`); with `every_thread`, those of all
+    threads. A method may have several shadows, which may end in any order. `torch.compile` skips `wrapper` and
+    everything that it calls.
 
     Yields:
-        What stands in for the method; None where there is no such method.
+        The replacement of the method; None if there is no such method.
 
     Raises:
-        EngineError: at the end, if the method was put back meanwhile, so that calls went past the look.
+        EngineError: at the end, if the original method was restored meanwhile, so that calls were missed.
     """
     with _LOCK:
         original = getattr(thing, name, None)
         if original is not None:
-            concerns = None if every_thread else _CONCERNS.get() or _only_here()
-            shadow = Shadow(thing, name, original, look, concerns)
+            applies = None if every_thread else _APPLIES.get() or _current_thread()
+            shadow = Shadow(thing, name, original, wrapper, applies)
             thing.__dict__[name] = shadow
     if original is None:
         yield None
@@ -83,41 +81,42 @@ def shadowed(thing: Any, name: str, look: Callable[..., Any], every_thread: bool
     try:
         yield shadow
     finally:
-        taken_off = shadow.taken_off()
-        shadow.lift()
-        with _LOCK:  # what others put on top since stays, and takes this one along when it goes
+        was_removed = shadow.was_removed()
+        shadow.disable()
+        with _LOCK:  # wrappers installed later stay in place; the last one to go removes this one too
             while isinstance(top := thing.__dict__.get(name), Shadow) and not top.open:
                 if top.before is None:
                     del thing.__dict__[name]
                 else:
                     thing.__dict__[name] = top.before
-    if taken_off:
-        raise shadow.bypassed()
+    if was_removed:
+        raise shadow.bypass_error()
 
 
-def _only_here() -> Callable[[], bool]:
+def _current_thread() -> Callable[[], bool]:
     thread = threading.get_ident()
     return lambda: threading.get_ident() == thread
 
 
 def _functions(method: Any) -> Iterator[Any]:
-    """A method's function, and those that it wraps (`functools.wraps`), innermost last."""
+    """A method's function and those that it wraps (`functools.wraps`), innermost last."""
     while method is not None:
         yield method if isinstance(method, Shadow) else getattr(method, "__func__", method)
         method = getattr(method, "__wrapped__", None)
 
 
 class Shadow:
-    """Calls `look(original, ...)`. Refuses to be copied: the copy's calls would go to the original object. Once the
-    look is over it is copied and pickled as the original.
+    """Calls `wrapper(original, ...)` while it is enabled, then the original.
+
+    While enabled it cannot be copied, since the copy would call the original object; afterwards it is copied and
+    pickled as the original method.
 
     Attributes:
-        before: what stood in the object's own dictionary.
-        open: until the look is over; then calls go on to the original.
+        before: the previous entry of the object's `__dict__`.
     """
 
-    # not in __dict__, which `functools.update_wrapper` copies into what others put around
-    __slots__ = ("__dict__", "__weakref__", "_concerns", "_look", "_name", "_original", "_thing", "before")
+    # not in __dict__, which `functools.update_wrapper` copies into other wrappers
+    __slots__ = ("__dict__", "__weakref__", "_applies", "_name", "_original", "_thing", "_wrapper", "before")
     __tokenprune__ = True
 
     def __init__(
@@ -125,24 +124,24 @@ class Shadow:
         thing: Any,
         name: str,
         original: Callable[..., Any],
-        look: Callable[..., Any],
-        concerns: Callable[[], bool] | None,
+        wrapper: Callable[..., Any],
+        applies: Callable[[], bool] | None,
     ) -> None:
-        # without the original's attributes, by which torch.compile would find its way around the shadow
+        # without the original's attributes, through which torch.compile would bypass the shadow
         functools.update_wrapper(self, original, updated=())
         self._thing, self._name, self.before = thing, name, thing.__dict__.get(name)
-        self._original, self._concerns = original, concerns
-        self._look: Callable[..., Any] | None = look
+        self._original, self._applies = original, applies
+        self._wrapper: Callable[..., Any] | None = wrapper
 
     @property
     def open(self) -> bool:
-        """True while calls go to `look`."""
-        return self._look is not None
+        """True while calls go to `wrapper`."""
+        return self._wrapper is not None
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """For those who wrap a method's function and bind it again (mixed precision of accelerate), so that a copy of
-        the object calls its own. Raises AttributeError where the original is no method."""
+        """For code that wraps a method's function and binds it again (accelerate's mixed precision), so that a copy of
+        the object calls its own method. Raises AttributeError if the original is not a method."""
         inner: Any = self._original.__func__  # type: ignore[attr-defined]
 
         @functools.wraps(self)
@@ -152,22 +151,21 @@ class Shadow:
         return function
 
     @property
-    def __code__(self) -> Any:  # torch.export asks for it
+    def __code__(self) -> Any:  # used by torch.export
         return self._original.__code__
 
-    def concerned(self) -> bool:
+    def applies(self) -> bool:
         """True if calls of this thread are intercepted."""
-        return self._concerns is None or self._concerns()
+        return self._applies is None or self._applies()
 
-    def in_place(self) -> bool:
-        """True if calls of the method come here, directly or through wrappers put around it since (those that say what
-        they wrap)."""
+    def is_installed(self) -> bool:
+        """True if calls of the method arrive here, directly or through later wrappers that set `__wrapped__`."""
         return any(function is self for function in _functions(self._thing.__dict__.get(self._name)))
 
-    def taken_off(self) -> bool:
-        """True if the method is certainly the one that was there before, or something around that. Code that has
-        kept `module.forward`, as hooks of accelerate do, may put it back."""
-        if self.in_place():
+    def was_removed(self) -> bool:
+        """True if the earlier method, or a wrapper of it, was restored, as code that stores `module.forward` may do
+        (accelerate's hooks)."""
+        if self.is_installed():
             return False
         found = self._thing.__dict__.get(self._name)
         while not hasattr(found, "__func__") and hasattr(found, "__wrapped__"):
@@ -175,23 +173,24 @@ class Shadow:
         function = getattr(found, "__func__", found)
         return found is None or any(function is known for known in _functions(self._original))
 
-    def bypassed(self) -> EngineError:
-        """The error for calls that went past the shadow."""
+    def bypass_error(self) -> EngineError:
+        """The error for calls that bypassed the shadow."""
         return EngineError(
-            f"{type(self._thing).__name__}.{self._name} was replaced while tokenprune looked on, so calls since then "
-            "were not seen, and not pruned; put hooks and wrappers (accelerate, mixed precision) on the model, or take "
-            "them off it, before tokenprune.prune() begins"
+            f"{type(self._thing).__name__}.{self._name} was replaced while tokenprune.prune() was open, so later calls "
+            "were not pruned; add or remove hooks and wrappers (accelerate, mixed precision) before the context is "
+            "opened"
         )
 
-    def lift(self) -> None:
-        """Only pass calls on from now: other code may have kept this, as `torch.compile(model.forward)` does."""
-        self._look = None
+    def disable(self) -> None:
+        """Call only the original from now on; other code may still refer to this, as `torch.compile(model.forward)`
+        does."""
+        self._wrapper = None
 
     @skip
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiler = set_eval_frame(None)
-        look, concerns = self._look, self._concerns
-        if look is None or not (concerns is None or concerns()):
+        wrapper, applies = self._wrapper, self._applies
+        if wrapper is None or not (applies is None or applies()):
             set_eval_frame(compiler)
             return self._original(*args, **kwargs)
         outer = _COMPILER.paused, _COMPILER.active
@@ -199,7 +198,7 @@ class Shadow:
         if compiler is not None:
             _COMPILER.paused = compiler
         try:
-            return look(self._original, *args, **kwargs)
+            return wrapper(self._original, *args, **kwargs)
         finally:
             _COMPILER.paused, _COMPILER.active = outer
             set_eval_frame(compiler)
@@ -210,37 +209,37 @@ class Shadow:
         return copy.deepcopy(self._copied(), memo)
 
     def __reduce__(self) -> Any:
-        return _itself, (self._copied(),)
+        return _identity, (self._copied(),)
 
     def _copied(self) -> Callable[..., Any]:
         if self.open:
             raise UnsupportedError(
-                "a model cannot be copied or pickled while it is under tokenprune.prune(), since the copy would call "
-                "the original; copy it before or after"
+                "a model cannot be copied or pickled under tokenprune.prune(), since the copy would call the original; "
+                "copy it before or after"
             )
         return self._original
 
 
-def _itself(original: Callable[..., Any]) -> Callable[..., Any]:
+def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
     return original
 
 
-def being_compiled() -> bool:
-    """Called from `look`: True if the code that made the call is compiled, so that forward hooks may not have run."""
+def is_compiled_call() -> bool:
+    """True if the code that called the current `wrapper` is compiled, so that forward hooks may not have run."""
     return _COMPILER.active
 
 
-def compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function from under a shadow, compiled as the code around the shadow is.
+def run_compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function inside an intercepted call, compiled if the code around that call is.
 
     Args:
-        number: which of several similar ones it is. PyTorch limits the graphs of a piece of code (8 by default), and
-            layers of a model share theirs, so each number counts for itself.
-        function: to call.
-        args: for it.
-        kwargs: for it.
+        number: distinguishes similar functions. PyTorch limits the number of graphs for each code object (8 by
+            default), which the layers of a model would share.
+        function: what to call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
     """
-    if _COMPILER.paused is None:  # nothing compiled the code around
+    if _COMPILER.paused is None:
         return function(*args, **kwargs)
     set_eval_frame(_COMPILER.paused)
     try:

@@ -1,4 +1,4 @@
-"""Models that go through `torch.compile`, and other ways to record a model once instead of running it."""
+"""Models compiled with `torch.compile`; tracing and export, which record a model instead of running it, are refused."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from tokenprune.engine.calls.interception import REASON, being_compiled, shadowed
+from tokenprune.engine.calls.interception import REASON, is_compiled_call, shadowed
 from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
 
-def not_compiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Have the outermost module run as it is, and only the decoder layers compiled.
+def uncompiled_forward(model: nn.Module) -> AbstractContextManager[Any]:
+    """Run the outermost module uncompiled, so that only decoder layers are compiled.
 
-    So adapters' hooks inside are called, `torch.compile` makes no graphs that it has to give up at the first layer, and
-    fullgraph=True holds for the layers.
+    Adapters' hooks inside it are then called, `torch.compile` builds no graphs that break at the first layer, and
+    fullgraph=True applies to the layers.
     """
-    return shadowed(model, "forward", _as_it_is)
+    return shadowed(model, "forward", _call_original)
 
 
-def _as_it_is(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_original(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
 @contextmanager
-def told_by_name() -> Iterator[None]:
-    """Turn PyTorch's refusals of what cannot be compiled under a pruning context into our own.
+def translate_compile_errors() -> Iterator[None]:
+    """Replace PyTorch's errors for code that cannot be compiled under a pruning context.
 
     Raises:
-        UnsupportedError: `torch.compile(fullgraph=True)`, the stance "fail_on_recompile" and the like.
+        UnsupportedError: for `torch.compile(fullgraph=True)`, the stance "fail_on_recompile" and similar options.
     """
     try:
         yield
-    except Exception as error:  # PyTorch's are of its private classes, and of RuntimeError
+    except Exception as error:  # PyTorch raises private classes and RuntimeError
         known = type(error).__module__.startswith(("torch.", "builtins"))
         refusal = _refusal(str(error)) if known else ""
         if not refusal:
@@ -46,32 +46,32 @@ def told_by_name() -> Iterator[None]:
         raise UnsupportedError(refusal) from error
 
 
-# a reason that we give, functions of ours in releases of PyTorch that give no reasons, and a layer all of which is read
+# our reason; our functions, for releases of PyTorch that report no reason; the message for a layer that is fully tapped
 _OURS = (REASON, "function Shadow.__call__", "function _tapped_attention ", "fullgraph=True found no compiled frames")
 
 
 def _refusal(message: str) -> str:
     if "fail_on_recompile" in message:
         return (
-            "the stance 'fail_on_recompile' found under tokenprune.prune(), where layers are compiled for themselves, "
-            "which they were not yet; call the model in a context under the default stance first"
+            "the stance 'fail_on_recompile' is not supported under tokenprune.prune() before the layers have been "
+            "compiled one by one; first call the model in a context under the default stance"
         )
     if any(words in message for words in _OURS):
         return (
-            "torch.compile(fullgraph=True) or a strict torch.export found under tokenprune.prune(), which has to look "
-            "on inside of what should be one graph; leave fullgraph=True out"
+            "torch.compile(fullgraph=True) and strict torch.export are not supported under tokenprune.prune(), which "
+            "intercepts calls inside the graph; remove fullgraph=True"
         )
     return ""
 
 
-def check_runs(hidden: Tensor) -> None:
-    """Refuse a call that only records what the model does, or works out shapes: strategies choose by values.
+def check_not_traced(hidden: Tensor) -> None:
+    """Refuse tracing, export and tensors without values: strategies choose tokens by values.
 
     Args:
-        hidden: [batch, sequence, width], what enters the decoder.
+        hidden: [batch, sequence, width], the decoder's input.
 
     Raises:
-        UnsupportedError: it names what was found.
+        UnsupportedError: names what was found.
     """
     found = {
         "torch.jit.trace": torch._C._is_tracing(),
@@ -82,24 +82,24 @@ def check_runs(hidden: Tensor) -> None:
     for name, is_so in found.items():
         if is_so:
             raise UnsupportedError(
-                f"{name} found under tokenprune.prune(): image tokens are chosen by their values in every prefill, "
-                "which cannot be recorded or left out; call the model itself, or do this outside the context"
+                f"{name} is not supported under tokenprune.prune(): image tokens are chosen by value in each prefill, "
+                "which cannot be recorded; call the model itself, or do this outside the context"
             )
 
 
 @contextmanager
-def hooks_seen(model: nn.Module, hooks: dict[nn.Module, set[int]], source: str) -> Iterator[None]:
-    """Refuse calls in which compiled code may not call the forward hooks that an adapter put on a model.
+def refuse_skipped_hooks(model: nn.Module, hooks: dict[nn.Module, set[int]], source: str) -> Iterator[None]:
+    """Refuse calls in which compiled code may skip forward hooks that an adapter added to a model.
 
     Args:
         model: the model.
-        hooks: what `hooks_on` gave before the adapter came.
+        hooks: the result of `hooks_on` before the adapter's `capture` was opened.
         source: the adapter, for messages.
     """
     new = [module for module, found in hooks_on(model).items() if found - hooks.get(module, set())]
     with ExitStack() as undo:
         for module in new:
-            undo.enter_context(shadowed(module, "forward", partial(_refuse_unseen, type(module).__name__, source)))
+            undo.enter_context(shadowed(module, "forward", partial(_refuse_compiled, type(module).__name__, source)))
         yield
 
 
@@ -109,10 +109,10 @@ def hooks_on(model: nn.Module) -> dict[nn.Module, set[int]]:
     return {module: ids for module, ids in found.items() if ids}
 
 
-def _refuse_unseen(name: str, source: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if being_compiled():
+def _refuse_compiled(name: str, source: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if is_compiled_call():
         raise UnsupportedError(
-            f"{source} follows {name} by forward hooks, which code that torch.compile made need not call; have it use "
-            "tokenprune.engine.shadowed instead, or prune the model without torch.compile"
+            f"{source} observes {name} with forward hooks, which code compiled by torch.compile may skip; use "
+            "tokenprune.engine.shadowed in the adapter, or prune the model without torch.compile"
         )
     return original(*args, **kwargs)

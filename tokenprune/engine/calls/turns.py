@@ -1,8 +1,7 @@
-"""Access of threads to a model: our own calls take turns, and pruning contexts are open one at a time.
+"""Access of threads to a model: our own methods take turns, and only one pruning context is open at a time.
 
-A turn ends by itself, so any thread may wait for it. A context ends when its owner closes it, and the owner may be
-waiting for the thread that would wait for the context; so turns of other threads do not wait for it but run beside it,
-as if it were not there.
+A turn ends with its call, so any thread may wait for it. A context ends when its owner closes it, and the owner may be
+waiting for the thread that wants a turn. So turns of other threads do not wait for a context, and run unpruned.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from tokenprune.utils.arguments import one_of, shown
 
 Wait = bool | float
 
-GLANCE = 0.5  # seconds after which waiting threads check whether they wait for a thread that has ended
+POLL_SECONDS = 0.5  # how often a waiting thread checks whether the one that it waits for has ended
 
 
 class _Queue:
-    """Of one decoder. Threads are compared as objects, since a new thread may get the number of one that has ended.
+    """The queue of one decoder. Threads are compared as objects, since identifiers of ended threads are reused.
 
     Attributes:
-        holder: the thread whose turn it is; None = no thread's.
-        depth: how many turns it has begun, one inside the other.
+        holder: the thread whose turn it is; None = no turn is in progress.
+        depth: number of its nested turns.
         inside: whether it has opened a pruning context within its turn.
-        opener: the thread that opened the pruning context of its own, outside of any turn; None = there is none.
-        waiting: who waits, in the order of arrival; True = to open such a context, False = for a turn.
+        opener: the thread that has a pruning context open outside any turn; None = no such context.
+        waiting: tickets in the order of arrival; True = to open such a context, False = for a turn.
     """
 
     def __init__(self) -> None:
@@ -49,7 +48,7 @@ class _Queue:
         me = threading.current_thread()
         with self.changed:
             if self.holder is not me:
-                self._stand_in_line(False, wait, name)
+                self._wait_in_queue(False, wait, name)
                 self.holder = me
             self.depth += 1
 
@@ -61,7 +60,7 @@ class _Queue:
                 self.changed.notify_all()
 
     def open(self, wait: Wait, name: str) -> bool:
-        """Let this thread open a context; whether that is one within its turn."""
+        """Let this thread open a context; returns whether it is within a turn of the thread."""
         me = threading.current_thread()
         with self.changed:
             within = self.holder is me
@@ -72,12 +71,12 @@ class _Queue:
             if within:
                 self.inside = True
             else:
-                self._stand_in_line(True, wait, name)
+                self._wait_in_queue(True, wait, name)
                 self.opener = me
             return within
 
     def close(self, within: bool) -> None:
-        """Also from another thread than the one that opened, as where a framework closes what it opened elsewhere."""
+        """Close a context, also from another thread, as some frameworks do."""
         with self.changed:
             if within:
                 self.inside = False
@@ -85,28 +84,28 @@ class _Queue:
                 self.opener = None
             self.changed.notify_all()
 
-    def _stand_in_line(self, opens: bool, wait: Wait, name: str) -> None:
+    def _wait_in_queue(self, opens: bool, wait: Wait, name: str) -> None:
         ticket = object()
         self.waiting[ticket] = opens
         try:
             end = time.monotonic() + (float("inf") if wait is True else float(wait))
-            while not self._may_go(ticket, opens):
+            while not self._is_next(ticket, opens):
                 rest, user = end - time.monotonic(), self._user(opens)
                 if rest <= 0 or (user is not None and not user.is_alive()):
                     raise self._busy(name, wait, user)
-                self.changed.wait(min(rest, GLANCE))
+                self.changed.wait(min(rest, POLL_SECONDS))
         finally:
             del self.waiting[ticket]
             self.changed.notify_all()
 
-    def _may_go(self, ticket: object, opens: bool) -> bool:
+    def _is_next(self, ticket: object, opens: bool) -> bool:
         if self.holder is not None or (opens and self.opener is not None):
             return False
-        # those that wait for the open context to be closed keep no turn waiting
+        # a ticket that waits for the open context does not block turns behind it
         return ticket is next(one for one, other in self.waiting.items() if not (other and self.opener is not None))
 
     def _user(self, opens: bool) -> threading.Thread | None:
-        """The thread that keeps one waiting; None = it is one that waits too, and came earlier."""
+        """The thread that blocks; None = it is an earlier ticket that is waiting too."""
         return (self.opener if opens else None) or self.holder
 
     def _busy(self, name: str, wait: Wait, user: threading.Thread | None) -> BusyError:
@@ -115,14 +114,14 @@ class _Queue:
         if user is not None and not user.is_alive():
             what = "its pruning context" if opened else "its turn (tokenprune.engine.model_turn)"
             return BusyError(
-                f"{name} is still in use by {thread}, which has ended without closing {what}; leave that context, "
-                "which any thread may do, or load the model anew"
+                f"{name} is still in use by {thread}, which has ended without closing {what}; close that context "
+                "from any thread, or reload the model"
             )
         doing = "a pruning context is open there" if opened else "it is segmenting or answering there"
         waited = f" after {wait:g} s" if wait else ""
         return BusyError(
             f"{name} is still in use in {thread}{waited}: {doing}; pass wait=True to tokenprune.prune() to wait until "
-            "it is free, or give each thread a model of its own, loaded anew or copied while no context is open on it"
+            "it is free, or give each thread its own model, loaded separately or copied while no context is open on it"
         )
 
 
@@ -137,13 +136,13 @@ def _queue_of(decoder: nn.Module) -> _Queue:
 
 @contextmanager
 def model_turn(model: nn.Module) -> Iterator[None]:
-    """Call a model safely from any thread: such calls take turns, in the order in which they come.
+    """Call a model safely from any thread: turns run one at a time, in order of arrival.
 
-    Inside, `tokenprune.prune` opens a context of this thread alone, without waiting. A context that another thread has
-    open all the while changes nothing inside; one that this thread has open goes on. Turns may be nested.
+    Inside a turn, `tokenprune.prune` opens a context for this thread only, without waiting. A context that another
+    thread has open has no effect inside; one that this thread has open stays in effect. Turns may be nested.
 
     Args:
-        model: the decoder, or any model that `tokenprune.prune` takes.
+        model: the decoder, or any model that `tokenprune.prune` accepts.
     """
     decoder = decoder_in(model)
     queue = _queue_of(decoder)
@@ -155,14 +154,14 @@ def model_turn(model: nn.Module) -> Iterator[None]:
 
 
 def decoder_in(model: nn.Module) -> nn.Module:
-    """The module that `tokenprune.prune` hooks into; the model itself if it has none: its calls may take turns too."""
-    if model in _QUEUES:  # found before
+    """The decoder that `tokenprune.prune` would intercept; the model itself if it has none."""
+    if model in _QUEUES:
         return model
     if isinstance(model, BoundModel):
         model = model.decoder
     try:
         return find_decoder(model).module
-    except UnsupportedError:  # several, of which an adapter knows the right one
+    except UnsupportedError:  # several decoders; an adapter may know the right one
         try:
             return find_decoder(bound_model_of(model).decoder).module
         except TokenPruneError:
@@ -171,7 +170,7 @@ def decoder_in(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def open_context(decoder: nn.Module, wait: Wait, threads: Literal["any", "own"]) -> Iterator[Callable[[], bool]]:
-    """Let this thread have the pruning context of a decoder.
+    """Reserve the pruning context of a decoder for this thread.
 
     Args:
         decoder: the module that runs the decoder layers.
@@ -179,12 +178,12 @@ def open_context(decoder: nn.Module, wait: Wait, threads: Literal["any", "own"])
         threads: as in `tokenprune.prune`; "own" within a turn.
 
     Yields:
-        Whether the thread that asks is one whose calls the context is for.
+        A function that tells whether the context applies to the thread that calls it.
 
     Raises:
-        OptionError: `wait` or `threads` is none of what they can be.
-        BusyError: another thread still has the model, or has ended and left its context open.
-        UnsupportedError: this thread has a context open on it already.
+        OptionError: `wait` or `threads` has an invalid value.
+        BusyError: another thread still uses the model, or has ended with its context open.
+        UnsupportedError: this thread already has a context open on it.
     """
     if not isinstance(wait, (bool, int, float)) or not wait >= 0:
         raise OptionError(f"wait={shown(wait)} found, expected True, False or a number of seconds")
@@ -192,13 +191,13 @@ def open_context(decoder: nn.Module, wait: Wait, threads: Literal["any", "own"])
     queue, me = _queue_of(decoder), threading.current_thread()
     within = queue.open(wait, type(decoder).__name__)
 
-    def concerns() -> bool:
+    def applies() -> bool:
         thread = threading.current_thread()
         if within or threads == "own":
             return thread is me
-        return queue.holder is not thread or queue.opener is thread  # others' turns run beside it
+        return queue.holder is not thread or queue.opener is thread  # turns of other threads run unpruned
 
     try:
-        yield concerns
+        yield applies
     finally:
         queue.close(within)

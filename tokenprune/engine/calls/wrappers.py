@@ -1,4 +1,4 @@
-"""Wrappers around models, and the models inside."""
+"""Unwrapping of models from `torch.compile`, PEFT, data-parallel wrappers and pipelines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tokenprune.errors import UnsupportedError
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside wrappers, of which there may be several; one that is not wrapped is given back itself.
+    """The model inside any number of wrappers; a model without wrappers is returned as it is.
 
-    Known are what `torch.compile` gives, `peft.PeftModel`, `torch.nn.DataParallel` and `DistributedDataParallel`, and
-    pipelines of transformers. The wrapper itself may be called in a pruning context.
+    Supported are the results of `torch.compile`, `peft.PeftModel`, `torch.nn.DataParallel`, `DistributedDataParallel`
+    and pipelines of transformers. The wrapper itself may be called in a pruning context.
 
     Raises:
-        UnsupportedError: a wrapper that gives the model another input than it was given.
+        UnsupportedError: a wrapper that changes the model's input.
     """
     while (inner := _inside(model)) is not None:
         model = inner
@@ -26,20 +26,20 @@ def unwrapped(model: Any) -> Any:
 
 
 def uncompiled(thing: Any) -> Any:
-    """The module inside what `torch.compile(module)` gives; anything else is given back itself."""
+    """The module inside the result of `torch.compile(module)`; anything else is returned as it is."""
     while _is_compiled(thing):
         thing = thing._orig_mod
     return thing
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model but the wrappers of `torch.compile`, which answer as what they hold does."""
-    compiled = _class("torch._dynamo.eval_frame", "OptimizedModule")  # looked up once: every context walks a model
+    """All modules of a model except wrappers of `torch.compile`, which have the attributes of the module inside."""
+    compiled = _class("torch._dynamo.eval_frame", "OptimizedModule")  # looked up once, not for each module
     return [module for module in model.modules() if not isinstance(module, compiled)]
 
 
-def whole_module(model: Any, decoder: nn.Module) -> nn.Module:
-    """The outermost module of what a user hands over, which may be no module but hold one."""
+def outermost_module(model: Any, decoder: nn.Module) -> nn.Module:
+    """The outermost module of a user's model, which may be an object that contains a module."""
     held = (uncompiled(part) for part in (model, getattr(model, "model", None), decoder))
     return next(part for part in held if isinstance(part, nn.Module))
 
@@ -53,8 +53,8 @@ def _inside(model: Any) -> Any:
         return uncompiled(model)
     if isinstance(model, DataParallel) and len(model.device_ids) > 1:
         raise UnsupportedError(
-            f"DataParallel splits a batch over copies of the model on {len(model.device_ids)} devices, which cannot be "
-            "pruned as one; give it one device (device_ids=[0]), or run one process for each device"
+            f"DataParallel splits a batch over copies of the model on {len(model.device_ids)} devices, which is not "
+            "supported; use one device (device_ids=[0]), or run one process for each device"
         )
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module
@@ -63,19 +63,19 @@ def _inside(model: Any) -> Any:
         if config.is_prompt_learning:
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UnsupportedError(
-                f"the PEFT adapter is {kind}, which puts virtual tokens before the prompt, so that image tokens stand "
-                "elsewhere than the prompt says; prune a model with adapters in its layers, such as LoRA"
+                f"the PEFT adapter is {kind}, which prepends virtual tokens to the prompt and so shifts the image "
+                "tokens; use adapters inside the layers, such as LoRA"
             )
         return model.get_base_model()
     return model.model if _is(model, "transformers.pipelines.base", "Pipeline") else None
 
 
 def _is(model: Any, module: str, name: str) -> bool:
-    """True if it is of this class, whose package may not be installed, or slow to import."""
+    """True if it is an instance of a class that is not imported here: its package is optional or slow to import."""
     return isinstance(model, _class(module, name))
 
 
 def _class(module: str, name: str) -> type | tuple[()]:
-    """The class of that name, or what nothing is an instance of where its module is not imported."""
+    """The class of that name; an empty tuple, for `isinstance`, if its module is not imported."""
     kind = getattr(sys.modules.get(module), name, ())
     return kind if isinstance(kind, type) else ()

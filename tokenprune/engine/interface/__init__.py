@@ -1,4 +1,4 @@
-"""What the engine asks of a model: where its image tokens stand, what its vision side answers, whether a strategy runs.
+"""The engine's interface to a model: its image tokens, the reads of its vision side, compatibility with strategies.
 
-Goes here: the classes that an adapter for live models fills in, and the checks of what it filled in.
+Belongs here: the classes that adapters for live models implement, and checks of their results.
 """

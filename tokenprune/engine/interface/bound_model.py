@@ -1,6 +1,6 @@
 """The engine's view of a model: its decoder, its image tokens and its vision side.
 
-Adapters for live models derive from `BoundModel` and `VisionCapture`; users of such models need not mark image tokens.
+Adapters for live models derive from `BoundModel` and `VisionCapture`, so that users need not mark image tokens.
 """
 
 from __future__ import annotations
@@ -22,44 +22,43 @@ from tokenprune.utils.arguments import shown
 
 
 class VisionCapture(ABC):
-    """Follows a model while it takes in images, and reports afterwards what it saw."""
+    """Observes the model's calls while a context is open, and provides image tokens and reads of each prefill."""
 
     @abstractmethod
     def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
-        """Where the image tokens of the present prefill stand. Called when its first decoder layer begins.
+        """Masks of the current prefill, with its image tokens. Called when its first decoder layer begins.
 
         Args:
-            queries: query rows that the caller of `tokenprune.prune` named; to be handed on.
+            queries: named query rows from the caller of `tokenprune.prune`, to be included in the result.
         """
 
     @abstractmethod
     def provide(self, read: Read) -> Any:
-        """The answer to a read of the vision side, aligned with the image tokens of the present prefill."""
+        """The value of a read of the vision side, aligned with the image tokens of the current prefill."""
 
     def later(self) -> Tensor | None:
-        """Called in a later turn on a filled cache: bool [batch, new], the image tokens among the new ones; None =
-        there are none."""
+        """Called in a later turn on a filled cache: bool [batch, new], image tokens among the new ones; None = none."""
         return None
 
     def missed(self) -> bool:
-        """Called when the decoder is: whether that is in a call of the model that began before the context was opened,
-        as other threads' may."""
+        """Called with each call of the decoder: whether it belongs to a call of the model that began before the context
+        was opened, for example in another thread."""
         return False
 
     def padding(self) -> Tensor | None:
-        """Called on a filled cache: the two-dimensional attention mask of the call, where the model gives its decoder
-        another one; None = what the decoder itself is called with."""
+        """Called on a filled cache: the two-dimensional attention mask of the model's call, if its decoder receives a
+        different one; None = the decoder's own argument."""
         return None
 
 
 class BoundModel(ABC):
-    """A live model, wrapped by the adapter of its family; made by `Adapter.bind`. Or a model of an adapter's own.
+    """A live model as its adapter describes it, created by `Adapter.bind`; or a model class of the adapter itself.
 
     Attributes:
-        name: of the model, for messages.
+        name: name of the model, for messages.
         decoder: the module that runs the decoder layers.
-        tower_layers: layers of the vision tower.
-        source: the adapter and its package, for messages; tokenprune sets it.
+        tower_layers: number of layers of the vision tower.
+        source: the adapter and its package, for messages; set by tokenprune.
     """
 
     name: str
@@ -69,14 +68,14 @@ class BoundModel(ABC):
 
     @abstractmethod
     def offers(self) -> frozenset[type[Read]]:
-        """Kinds of reads that the vision side can answer."""
+        """The kinds of reads that the vision side provides."""
 
     @abstractmethod
     def capture(self, reads: Collection[Read]) -> AbstractContextManager[VisionCapture]:
-        """Follow the model's calls while the context is open, and keep the data for these reads.
+        """Observe the model's calls while the context is open, and keep the data for these reads.
 
         Raises:
-            UnsupportedError: the model cannot be followed.
+            UnsupportedError: the model cannot be observed.
         """
 
 
@@ -87,26 +86,24 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The two-dimensional attention mask among a model's arguments, if there is one."""
+    """The two-dimensional attention mask among a model's arguments, or None."""
     mask = inputs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def bound_model_of(model: Any) -> BoundModel:
-    """A live model as the first installed adapter that knows it binds it; failures name the adapter.
+    """Bind a live model with the first installed adapter that supports it; errors name the adapter.
 
-    A model of an adapter's own that is a `BoundModel` itself is given back.
-
-    Adapters are imported and asked one by one, in the order of registration, so that the answer depends on what is
-    installed alone. Those after the first that knows the model are not imported.
+    A `BoundModel` is returned as it is. Adapters are imported and tried in the order of registration, so that the
+    result depends only on what is installed; those after the first match are not imported.
 
     Raises:
-        InputError: a plain language model, whose image tokens the caller has to mark.
-        OptionError: no model at all.
-        UnsupportedError: a vision-language model that no adapter knows, or one that is pruned by its own `segment`.
-        PluginError: an adapter that was to be asked cannot be imported, raises, or answers with something else.
+        InputError: a plain language model, whose image tokens the caller must mark.
+        OptionError: not a model.
+        UnsupportedError: no adapter supports the model, or it is pruned through its own `segment`.
+        PluginError: an adapter cannot be imported, raises, or returns an object of the wrong type.
     """
-    from tokenprune.engine.interface.guarded import Guarded
+    from tokenprune.engine.interface.checked_model import CheckedBoundModel
 
     if isinstance(model, BoundModel):
         return model
@@ -115,23 +112,23 @@ def bound_model_of(model: Any) -> BoundModel:
         asked[name] = entry.load()
         bound = entry.call(model, method="bind")
         if isinstance(bound, BoundModel):
-            return Guarded(bound, entry)
+            return CheckedBoundModel(bound, entry)
         if bound is not None:
-            raise entry.refusal(f"answers bind() with {bound!r}, expected a BoundModel or None", "fix or uninstall it")
+            raise entry.refusal(f"returned {bound!r} from bind(), expected a BoundModel or None", "fix or uninstall it")
     if hasattr(model, "segment") and not isinstance(model, type):
         raise UnsupportedError(
-            f"{type(model).__name__} is pruned by its own methods; call segment(image, query, strategy=…) on it, or "
-            "hand its decoder to tokenprune.prune(), with image_tokens="
+            f"{type(model).__name__} is pruned through its own methods; call its segment(image, query, strategy=…), or "
+            "pass its decoder to tokenprune.prune(), with image_tokens="
         )
     if not isinstance(model, nn.Module):
-        name = f", as in tokenprune.load({model!r})" if isinstance(model, str) else ""
+        name = f", such as tokenprune.load({model!r})" if isinstance(model, str) else ""
         raise OptionError(
-            f"model={shown(model)} found, expected a model: a torch.nn.Module, or what tokenprune.load() gives{name}"
+            f"model={shown(model)} found, expected a torch.nn.Module or the result of tokenprune.load(){name}"
         )
     config = getattr(model, "config", None)
     if getattr(config, "vision_config", None) is None:
         raise InputError(
-            f"{type(model).__name__}: where are the image tokens? Give image_tokens=, a bool [batch, sequence] "
+            f"{type(model).__name__}: where are the image tokens? Pass image_tokens=, a bool [batch, sequence] "
             "mask over the decoder's input"
         )
     families = "; ".join(

@@ -1,4 +1,4 @@
-"""Compatibility of strategies and models, decided without running anything."""
+"""Compatibility of strategies and models, checked without running anything."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 
 
 class Declared(Protocol):
-    """A model that declares what strategies may read of it: a `BoundModel`, or a model of an adapter's own."""
+    """A model that declares the reads that it provides: a `BoundModel`, or a model class of an adapter."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the model, for messages."""
 
     @property
     def decoder(self) -> Any:
-        """The module that runs the decoder layers, or has it inside."""
+        """The module that runs the decoder layers, or a module that contains it."""
 
     @property
     def tower_layers(self) -> int:
-        """Layers of the vision tower, 0 where there is none."""
+        """Number of layers of the vision tower, 0 without one."""
 
     def offers(self) -> frozenset[type[Read]]:
-        """Kinds of reads that the vision side can answer."""
+        """The kinds of reads that the vision side provides."""
 
 
 def declares(model: Any) -> TypeGuard[Declared]:
-    """True if a model declares what strategies may read of it."""
+    """True if a model declares the reads that it provides."""
     return all(hasattr(model, name) for name in ("name", "decoder", "tower_layers", "offers"))
 
 
@@ -46,21 +46,21 @@ def shape_on(model: Declared, decoder: Decoder | None = None) -> Shape:
     """The shape of a run on this model with a typical number of image tokens.
 
     Args:
-        model: what declares.
-        decoder: the one inside it, where it has been found already.
+        model: the model.
+        decoder: its decoder, if already found.
 
     Raises:
-        UnsupportedError: the model has no decoder to hook into.
+        UnsupportedError: the model contains no decoder.
     """
     return (decoder or find_decoder(model.decoder)).typical_shape(model.offers(), model.tower_layers)
 
 
 def check_on(strategy: Strategy, model: Declared, decoder: Decoder | None = None) -> set[Read]:
-    """Check that a strategy is compatible with a model; its reads there. Arguments as for `shape_on`.
+    """Check that a strategy is compatible with a model; returns its reads. Arguments as for `shape_on`.
 
     Raises:
         IncompatibleError: see `check_fit`.
-        UnsupportedError: the model has no decoder to hook into.
+        UnsupportedError: the model contains no decoder.
     """
     decoder = decoder or find_decoder(model.decoder)
     return check_fit(strategy, model.name, shape_on(model, decoder), multimodal_rope=decoder.multimodal_rope)
@@ -71,11 +71,11 @@ class Compatibility:
     """Result of `compatible`.
 
     Attributes:
-        strategy: its name.
-        model: its name.
-        reads: names of what the strategy reads on this model, sorted.
-        missing: those of them that the model does not offer.
-        reason: why it cannot run, the text of the `IncompatibleError` that running it would raise; empty if it can.
+        strategy: name of the strategy.
+        model: name of the model.
+        reads: names of the strategy's reads on this model, sorted.
+        missing: those of them that the model does not provide.
+        reason: the message of the `IncompatibleError` that running the pair would raise; empty if compatible.
 
     Example:
         >>> import tokenprune as tp
@@ -103,20 +103,19 @@ class Compatibility:
 def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
     """Check whether a strategy, with its options, runs on a model, without running the model.
 
-    The answer follows from declarations: what the strategy's stages read, what the model's adapter offers, and how the
-    strategy numbers positions. What depends on the input is checked when the model runs: a budget that the number
-    of image tokens cannot meet, a query row that the prompt does not have.
+    The result follows from declarations: the reads of the strategy's stages, the reads that the model's adapter
+    provides, and the strategy's position policy. Conditions on the input are checked when the model runs, such as a
+    budget that is too small for the number of image tokens, or a query row that the prompt does not have.
 
     Args:
         strategy: an instance, or a name for its default options.
-        model: what `tokenprune.load` returns or `tokenprune.prune` takes. A plain decoder, whose image tokens the
-            caller marks, offers what the engine reads from any decoder and nothing else.
+        model: a result of `tokenprune.load`, or a model that `tokenprune.prune` accepts. A plain decoder, whose image
+            tokens the caller marks, provides only the reads that the engine provides for any decoder.
 
     Raises:
         UnknownNameError: no such strategy.
-        OptionError: no strategy, or no model.
-        UnsupportedError: no adapter knows the model, it has no decoder to hook into, or it does not declare what it
-            offers.
+        OptionError: `strategy` is not a strategy, or `model` not a model.
+        UnsupportedError: no adapter supports the model, it contains no decoder, or it does not declare its reads.
 
     Example:
         >>> import tokenprune as tp
@@ -147,7 +146,7 @@ def declaration_of(model: Any) -> Declared:
         return model
     if hasattr(model, "segment"):
         raise UnsupportedError(
-            f"{type(model).__name__} does not tell what strategies may read of it; an adapter's model does by "
+            f"{type(model).__name__} does not declare the reads that it provides; a model class of an adapter needs "
             "offers(), tower_layers and decoder"
         )
     try:

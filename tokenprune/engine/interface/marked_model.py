@@ -1,4 +1,4 @@
-"""A model whose image tokens the caller marks, and a check that each prefill is the marked one."""
+"""A model whose image tokens the caller marks, and a check that each prefill is of the marked prompt."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Read
+from tokenprune.engine.calls.call_stack import EarlierCalls
 from tokenprune.engine.calls.generate import generation
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.under_way import CallsBefore
 from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.errors import InputError
 
 
-class _Now(threading.local):
-    """Of one thread.
+class _ThreadState(threading.local):
+    """The current call of one thread.
 
     Attributes:
-        inside: whether the model's forward is under way.
-        mask: the attention mask that it was called with.
-        embeds: the embeddings that it was called with in place of ids.
-        prompt: the latest prompt of a plain forward, see `_OfPrompt`.
+        inside: whether the model's forward is running.
+        mask: its attention mask.
+        embeds: its embeddings, if it was called without ids.
+        prompt: fingerprint of the latest prompt outside `generate`, see `_PromptMarks`.
     """
 
     inside = False
@@ -50,21 +50,21 @@ class MarkedModel(BoundModel, VisionCapture):
         vision: VisionSource | None = None,
     ) -> None:
         self.name, self.decoder = type(model).__name__, model
-        self._marks = _OfPrompt(image_tokens, grid=grid, image_number=image_number)
-        self._now = _Now()
-        self._before = CallsBefore(model, "forward")
+        self._marks = _PromptMarks(image_tokens, grid=grid, image_number=image_number)
+        self._now = _ThreadState()
+        self._before = EarlierCalls(model, "forward")
         self._vision = vision or VisionSource()
         self.tower_layers = self._vision.layers
 
     def offers(self) -> frozenset[type[Read]]:
-        """The reads that the caller's source answers."""
+        """The reads that the caller's source provides."""
         return frozenset(self._vision.answers)
 
     @contextmanager
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:
-        """Look at the model's attention mask, which its decoder may be given in another form."""
+        """Observe the model's attention mask, which its decoder may receive in another form."""
         with shadowed(self.decoder, "forward", self._forward):
-            self._before.note()
+            self._before.record()
             yield self
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -73,22 +73,22 @@ class MarkedModel(BoundModel, VisionCapture):
         now.embeds = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else None
         try:
             return original(*args, **kwargs)
-        finally:  # of this call only: the decoder inside may be called alone next
+        finally:  # the decoder may be called directly next
             now.inside, now.mask, now.embeds = False, None, None
 
     def prompt_masks(self, queries: Mapping[str, Tensor]) -> PromptMasks:
-        """The caller's, for the prefills that they are for.
+        """The caller's masks.
 
         Raises:
-            InputError: embeddings of more positions than are marked, of which any may be new. Ids of more are what was
-                generated without a cache.
+            InputError: embeddings with more positions than the masks, which may be anywhere. Additional ids are
+                accepted as tokens generated without a cache.
         """
         embeds, marked = self._now.embeds, self._marks.image_tokens
         if isinstance(embeds, Tensor) and isinstance(marked, Tensor) and embeds.shape[1] > marked.shape[-1]:
             raise InputError(
-                f"image_tokens: a mask over {marked.shape[-1]} positions was given, but inputs_embeds of "
-                f"{embeds.shape[1]}, where others may stand before the prompt (as virtual tokens of PEFT's prompt "
-                "tuning do); mark the image tokens over the whole input"
+                f"image_tokens: the mask covers {marked.shape[-1]} positions, but inputs_embeds has {embeds.shape[1]}, "
+                "and the others may precede the prompt (as virtual tokens of PEFT's prompt tuning do); pass a mask "
+                "over the whole input"
             )
         call = generation(self.decoder)
         return replace(
@@ -100,28 +100,27 @@ class MarkedModel(BoundModel, VisionCapture):
         )
 
     def missed(self) -> bool:
-        """See `VisionCapture`: whether the model's forward on the stack began before the context was open."""
-        return not self._now.inside and self._before.under_way()
+        """See `VisionCapture`."""
+        return not self._now.inside and self._before.in_progress()
 
     def padding(self) -> Tensor | None:
         """See `VisionCapture`."""
         return self._now.mask
 
     def provide(self, read: Read) -> Any:
-        """The caller's source answers."""
+        """The answer of the caller's source."""
         return self._vision.provide(read)
 
 
 @dataclass(frozen=True)
-class _OfPrompt(PromptMasks):
-    """Marks of one prompt; the same tokens with generated ones behind them are that prompt still.
+class _PromptMarks(PromptMasks):
+    """Masks of one prompt, which may be followed by generated tokens.
 
-    It is known again by its text: the sum of each embedding, read as whole numbers, where no image token stands.
+    The prompt is recognised by a fingerprint of its text: the sum of each embedding's bits outside image tokens.
 
     Attributes:
-        seen: where `prompt` is kept: int64 [batch, prompt], what the prompt that was seen last looks like.
-        others: whether prefills of other prompts are to be expected, as those of a second stream in `generate`; they
-            are text alone.
+        seen: the object whose attribute `prompt` stores the fingerprint of the latest prompt, int64 [batch, prompt].
+        others: whether other prompts are expected, such as the second stream of `generate`; they count as text only.
     """
 
     seen: Any = None
@@ -131,37 +130,37 @@ class _OfPrompt(PromptMasks):
         """See `PromptMasks.layout`.
 
         Raises:
-            InputError: masks that do not fit the input, or another prompt than theirs.
+            InputError: masks that do not match the input, or another prompt.
         """
         image, (batch, length) = self.image_tokens, hidden.shape[:2]
         if not isinstance(image, Tensor) or image.dim() != 2 or not len(image) or batch % len(image):
-            return super().layout(hidden, attention_mask)  # which says what is wrong
+            return super().layout(hidden, attention_mask)  # raises the error
         rows, own = image.shape
-        looks = self._looks(hidden)
-        same = self.seen.prompt is not None and torch.equal(looks, self.seen.prompt)
+        fingerprint = self._fingerprint(hidden)
+        same = self.seen.prompt is not None and torch.equal(fingerprint, self.seen.prompt)
         if self.others and not same:
             text = torch.zeros(batch, length, dtype=torch.bool)
             return PromptMasks(text, attention_mask=self.attention_mask).layout(hidden, attention_mask)
         if length != own and not same:
             raise InputError(
-                f"image_tokens: a mask of shape {[rows, own]} was given for a forward of {[batch, length]}, which is "
-                "neither its prompt nor that with generated tokens behind it; masks cover the expanded prompt: prune "
-                "this one in a context with a mask of its own, all False where it is text alone"
+                f"image_tokens: the mask of shape {[rows, own]} does not match a forward of {[batch, length]}, which "
+                "is neither its prompt nor that prompt followed by generated tokens; masks cover the expanded prompt: "
+                "open another context with a mask for this prompt (all False if it contains only text)"
             )
-        groups = looks.reshape(rows, batch // rows, -1)
+        groups = fingerprint.reshape(rows, batch // rows, -1)
         if rows > 1 and not torch.equal(groups, groups[:, :1].expand_as(groups)):
             raise InputError(
-                f"image_tokens: a mask of {rows} rows was given for a batch of {batch}, which is not each of {rows} "
-                "prompts repeated in turn; give a mask with a row for each"
+                f"image_tokens: the mask has {rows} rows for a batch of {batch}, which does not consist of {rows} "
+                "prompts, each repeated; pass a mask with one row for each row of the batch"
             )
-        self.seen.prompt = looks
+        self.seen.prompt = fingerprint
         return super().layout(hidden, attention_mask)
 
-    def _looks(self, hidden: Tensor) -> Tensor:
+    def _fingerprint(self, hidden: Tensor) -> Tensor:
         rows, own = self.image_tokens.shape
-        # bits as whole numbers: their sum does not depend on the order of adding, and NaN equals itself
+        # bits as integers: their sum does not depend on the order of addition, and NaN equals itself
         tokens = hidden[:, :own].detach()
         numbers = tokens.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()]).sum(-1)
         image = self.image_tokens.to(hidden.device, torch.bool).repeat_interleave(len(hidden) // rows, 0)
-        # text alone: image features are computed in each call, and need not come out the same to the last bit
+        # only text: image features are recomputed in each call and need not be bit-identical
         return numbers.masked_fill(image[:, : numbers.shape[1]], 0)

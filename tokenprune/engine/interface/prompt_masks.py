@@ -1,4 +1,4 @@
-"""Masks of one prefill's input, by the caller or an adapter: image tokens, query rows, grid cells, padding."""
+"""Masks over the input of a prefill, from the caller or an adapter: image tokens, query rows, grid cells, padding."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class PromptMasks:
     """Masks over the expanded prompt; all [batch, prompt].
 
     Attributes:
-        image_tokens: bool, where the image tokens stand.
+        image_tokens: bool, True on image tokens.
         queries: named query rows, bool each.
-        grid: int64 [batch, prompt, 2], grid cells of the image tokens; None = square images row by row.
-        image_number: int64; None = every run of image tokens is one image.
-        attention_mask: 0 on padding; None = what the decoder itself is called with.
-        source: who marked, for messages; empty = the caller.
+        grid: int64 [batch, prompt, 2], grid cells of the image tokens; None = square images in row-major order.
+        image_number: int64; None = consecutive image tokens form one image.
+        attention_mask: 0 on padding; None = the decoder's own argument.
+        source: who created the masks, for messages; empty = the caller.
     """
 
     image_tokens: Tensor
@@ -36,11 +36,11 @@ class PromptMasks:
         """The layout of a prefill.
 
         Args:
-            hidden: [batch, sequence, width], what enters the decoder.
-            attention_mask: [batch, total], what the decoder is called with, if it is two-dimensional.
+            hidden: [batch, sequence, width], the decoder's input.
+            attention_mask: [batch, total], the decoder's own mask, if it is two-dimensional.
 
         Raises:
-            InputError: masks that do not fit the input.
+            InputError: masks that do not match the input.
         """
         batch, length = hidden.shape[:2]
 
@@ -48,7 +48,7 @@ class PromptMasks:
             _check(name, mask)
             return _fit(name, mask.to(hidden.device), batch, length, fill)
 
-        def beside(name: str, values: Tensor | None) -> Tensor | None:
+        def optional(name: str, values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
             fitted = fit(name, values, -1)
@@ -65,9 +65,9 @@ class PromptMasks:
                 _check("attention_mask", mask)
             return SequenceLayout.from_mask(
                 image_tokens,
-                None if mask is None else mask[:, -length:],  # the present tokens are the last of a mask over all
-                grid=beside("grid", self.grid),
-                image_number=beside("image_number", self.image_number),
+                None if mask is None else mask[:, -length:],  # a mask over all tokens ends with the current ones
+                grid=optional("grid", self.grid),
+                image_number=optional("image_number", self.image_number),
                 queries=queries,
             )
         except InputError as error:
@@ -77,7 +77,7 @@ class PromptMasks:
 
 
 def _check(name: str, mask: object) -> None:
-    """Raise InputError if it is not a tensor of the kind that `PromptMasks` documents."""
+    """Raise InputError if a mask has not the shape and dtype that `PromptMasks` documents."""
     numbers = {"grid": "int64 [batch, prompt, 2]", "image_number": "int64 [batch, prompt]"}
     expected = numbers.get(name, "bool [batch, prompt]")
     if not isinstance(mask, Tensor):
@@ -86,7 +86,7 @@ def _check(name: str, mask: object) -> None:
     if name in numbers:
         fits = fits and not (mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool)
     elif name != "attention_mask" and mask.dtype != torch.bool and mask.device.type != "meta":
-        # zeros and ones will do; positions and scores are no mask
+        # zeros and ones are accepted; positions and scores are not
         fits = fits and bool(((mask == 0) | (mask == 1)).all())
     if not fits or mask.device.type == "meta":
         found = f"{list(mask.shape)} {str(mask.dtype).removeprefix('torch.')} on {mask.device}"
@@ -97,10 +97,10 @@ def _fit(name: str, mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
     """A mask over the prompt, repeated for returned sequences and extended over tokens generated without a cache."""
     if not len(mask) or batch % len(mask) or mask.shape[1] > length:
         raise InputError(
-            f"{name}: a mask of shape {list(mask.shape)} was given for a forward of [{batch}, {length}]; masks cover "
-            "the expanded prompt"
+            f"{name}: the mask of shape {list(mask.shape)} does not match a forward of [{batch}, {length}]; masks "
+            "cover the expanded prompt"
         )
-    # `generate` puts the copies of a row (beams, returned sequences) next to each other
+    # `generate` places the copies of a row (beams, returned sequences) next to each other
     mask = mask.repeat_interleave(batch // len(mask), 0)
     rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)
     return torch.cat((mask, rest), 1)

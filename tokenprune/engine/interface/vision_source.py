@@ -1,4 +1,4 @@
-"""Answers of a model's vision side to the reads of strategies."""
+"""Reads of a model's vision side."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tokenprune.errors import InputError
 
 @dataclass(frozen=True)
 class VisionSource:
-    """Answers the reads that come from outside the decoder; model adapters build one per call.
+    """Provides the reads from outside the decoder; adapters build one for each call.
 
     Attributes:
-        answers: kind of read -> a function that takes the read (with its options, such as the tower layer) and gives
-            the value, aligned with the batch rows: [batch, N, …].
-        layers: layers of the vision tower, 0 where there is none.
-        source: who answers, for messages; empty = the model.
+        answers: from each kind of read to a function that takes the read (with its options, such as the tower layer)
+            and returns its value, aligned with the batch rows: [batch, N, …].
+        layers: number of layers of the vision tower, 0 without one.
+        source: who provides the reads, for messages; empty = the model.
     """
 
     answers: Mapping[type[Read], Callable[[Any], Any]] = field(default_factory=dict)
@@ -28,16 +28,16 @@ class VisionSource:
     source: str = ""
 
     def provide(self, read: Read) -> Any:
-        """The answer."""
+        """The value of a read."""
         return self.answers[type(read)](read)
 
 
-def lined_up(answer: Any, read: Read, shape: Sequence[int], source: str) -> Any:
-    """Check that the answer to a read has a value for each of the [batch, N] image tokens, where it should have one.
+def check_aligned(answer: Any, read: Read, shape: Sequence[int], source: str) -> Any:
+    """Check that the answer to a read is aligned with the image tokens, if the read has a token axis; returns it.
 
     Args:
-        answer: of a model's vision side.
-        read: that it answers.
+        answer: the answer of a model's vision side.
+        read: the read.
         shape: [batch, N].
         source: who answered, for messages.
 

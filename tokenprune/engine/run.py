@@ -1,4 +1,4 @@
-"""The pruning context: carries a strategy through a decoder's prefills and cached decoding."""
+"""`PruningRun`, the object that a pruning context gives: it applies the strategy in prefills and cached decoding."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tokenprune.core.trace import Trace
 from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.call import (
     Call,
-    asks_attentions,
     check_all_ran,
-    check_due,
-    closed_inside,
-    reentered,
-    watched,
+    check_order,
+    closed_in_forward,
+    is_observed,
+    reentry,
+    requests_attentions,
 )
 from tokenprune.engine.calls.generate import Generations
-from tokenprune.engine.calls.interception import Shadow, compiled, shadowed
-from tokenprune.engine.calls.torch_compile import check_runs
+from tokenprune.engine.calls.interception import Shadow, run_compiled, shadowed
+from tokenprune.engine.calls.torch_compile import check_not_traced
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
@@ -36,9 +36,9 @@ from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.kv_cache import (
     CachedPrefill,
     Lease,
-    check_known,
+    check_same_context,
     clear,
-    expect_nothing,
+    end_update,
     held_tokens,
     is_pruned,
 )
@@ -48,10 +48,10 @@ from tokenprune.plugins.observers import notify
 
 
 class PruningRun:
-    """A pruning context, open on a model: the result of `with tokenprune.prune(...) as run`.
+    """The run of a pruning context: what `with tokenprune.prune(...) as run` gives.
 
-    Every forward without cached tokens is a prefill of its own, and a cache belongs to the prefill that filled it; so
-    conversations may be continued in turn. Forwards of other threads take turns.
+    Each forward without cached tokens is a new prefill. A KV cache belongs to the prefill that filled it, so several
+    conversations can be continued alternately. Forwards of different threads run one at a time.
     """
 
     def __init__(
@@ -72,34 +72,34 @@ class PruningRun:
         self._lease = Lease()
         self._turn = threading.RLock()
         self._call: Call | None = None
-        self._look: Shadow | None = None
+        self._shadow: Shadow | None = None
         self._latest: Prefill | None = None
 
     def __repr__(self) -> str:
         """The strategy, the model, and the trace of the latest prefill."""
-        where = f"{type(self.decoder.module).__name__} of {len(self.decoder.layers)} layers"
+        where = f"{self.model} of {len(self.decoder.layers)} layers"
         latest = "none yet; call the model" if self._latest is None else repr(self._latest.trace)
         return f"PruningRun: {self.strategy!r} on {where}\n  .trace: {latest}"
 
     @property
     def trace(self) -> Trace:
-        """The trace of the latest prefill. Where one call of `generate` makes several, those of text alone do not
-        count: so it is that of the prompt, not of the second stream that guidance needs.
+        """The trace of the latest prefill. Later prefills without image tokens in a call of `generate` are skipped,
+        such as the second stream of `guidance_scale`.
 
         Raises:
-            EngineError: none has run yet.
+            EngineError: no prefill has run yet.
         """
         return self._known().trace
 
     @property
     def prefill(self) -> Prefill | None:
-        """The prefill under way, as observers see it, or else the latest one that counts; None before the first."""
+        """The current prefill or, between calls, the latest one, as for `trace`; None before the first."""
         call = self._call
         return self._latest if call is None or call.prefill is None else call.prefill
 
     @property
     def layout(self) -> SequenceLayout:
-        """Places of image tokens, text and padding in that prefill; EngineError if none has run."""
+        """Positions of image tokens, text and padding in that prefill; EngineError if none has run."""
         return self._known().layout
 
     @property
@@ -128,21 +128,20 @@ class PruningRun:
     def attached(self) -> Iterator[None]:
         """Intercept the calls of the decoder and its layers while open."""
         with ExitStack() as undo:
-            undo.callback(setattr, self._lease, "open", False)  # undone last: caches are refused from then on
-            self._look = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
+            undo.callback(setattr, self._lease, "open", False)  # undone last; from then on caches are refused
+            self._shadow = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
-                look = partial(self._layer_forward, number)
-                undo.enter_context(shadowed(layer, "forward", look, every_thread=True))
+                undo.enter_context(shadowed(layer, "forward", partial(self._layer_forward, number), every_thread=True))
             try:
                 yield
             except BaseException as error:
                 with self._turn:
                     undo.__exit__(type(error), error, error.__traceback__)
                 raise
-            with self._turn:  # a forward of another thread comes to its end as it began
+            with self._turn:  # wait for the forward of another thread
                 undo.close()
-                if self._call is not None:  # of this thread: a hook of the model closes the context
-                    raise closed_inside()
+                if self._call is not None:  # a hook of the model closes the context during a forward of this thread
+                    raise closed_in_forward()
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around the decoder's forward."""
@@ -159,51 +158,57 @@ class PruningRun:
 
     def _enter_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._call is not None:
-            raise reentered()
+            raise reentry()
         kwargs = dict(kwargs)
         inputs = arguments(self.decoder.module, args, kwargs)
         held = held_tokens(inputs.get("past_key_values"))
-        if held and is_pruned(inputs["past_key_values"]):  # one that ran unseen would be refused the cache instead
+        if held and is_pruned(inputs["past_key_values"]):  # else a replaced layer would fail on the cache, less clearly
             self.decoder.check_layers()
         deepstack = None if held else DeepStack.take(kwargs)
-        self._call = Call(inputs, held, deepstack, attentions=asks_attentions(inputs, self.decoder.module))
+        self._call = Call(inputs, held, deepstack, attentions=requests_attentions(inputs, self.decoder.module))
         return args, kwargs
 
     def _leave_forward(self) -> None:
         call, self._call = self._call, None
         assert call is not None
         call.taps.close()
-        expect_nothing(call.cache)
+        end_update(call.cache)
 
-    def _check_seen(self) -> None:
-        """Refuse a layer's call outside of any forward that was seen, where forwards are not seen any more."""
-        look = self._look
-        if look is not None and look.open and look.concerned() and not look.in_place() and not self.never_prunes():
-            raise look.bypassed()
+    def _check_intercepted(self) -> None:
+        """Refuse a layer's call outside an intercepted forward if forwards are no longer intercepted."""
+        shadow = self._shadow
+        if (
+            shadow is not None
+            and shadow.open
+            and shadow.applies()
+            and not shadow.is_installed()
+            and not self.never_prunes()
+        ):
+            raise shadow.bypass_error()
 
     def _layer_forward(self, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around a layer's forward."""
         call = self._call
-        # a layer called by itself, or by another thread's forward that began before the context
+        # the layer was called directly, or by another thread's forward that began before the context
         if call is None or call.thread != threading.get_ident():
-            self._check_seen()
+            self._check_intercepted()
             return original(*args, **kwargs)
         args, kwargs = self._before_layer(call, number, args, kwargs)
         is_tapped = call.prefill is not None and number in call.prefill.taps
-        # a tapped attention breaks torch.compile's graph, so that each piece of the layer would be compiled on its own
-        output = original(*args, **kwargs) if is_tapped else compiled(number, original, *args, **kwargs)
+        # a tapped attention breaks the graph, so that torch.compile would compile each piece of the layer separately
+        output = original(*args, **kwargs) if is_tapped else run_compiled(number, original, *args, **kwargs)
         return self._after_layer(call, number, output)
 
     def _before_layer(
         self, call: Call, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments to run a layer with, in place of those that the decoder gave it."""
+        """The arguments of a layer, in place of the decoder's."""
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if call.in_plugin_code:
-            raise reentered()
+            raise reentry()
         if number != call.ran or (number == 0 and not call.held):
-            check_due(call, self.decoder, number)
+            check_order(call, self.decoder, number)
         call.in_plugin_code = True  # plugins run from here: strategies, observers, an adapter's capture
         try:
             if number == 0:
@@ -216,7 +221,7 @@ class PruningRun:
         return (hidden, *args[1:]), kwargs
 
     def _after_layer(self, call: Call, number: int, output: Any) -> Any:
-        """The output of a layer to give to the decoder, in place of its own."""
+        """The output of a layer that the decoder receives, in place of the layer's."""
         call.ran += 1
         last = number == len(self.decoder.layers) - 1
         if last and call.step is not None:
@@ -226,7 +231,7 @@ class PruningRun:
         hidden = output[0] if isinstance(output, tuple) else output
         call.in_plugin_code = True
         try:
-            first = call.prefill.after_layer(number, hidden, full=not last and watched(self.decoder, number))
+            first = call.prefill.after_layer(number, hidden, full=not last and is_observed(self.decoder, number))
         finally:
             call.in_plugin_code = False
         if last:
@@ -236,7 +241,7 @@ class PruningRun:
     # prefill ---------------------------------------------------------------------------------------------------------
 
     def _begin_prefill(self, call: Call, hidden: Tensor, cache: Any) -> None:
-        check_runs(hidden)
+        check_not_traced(hidden)
         call.cache = cache
         now = None if self._generations is None else self._generations.now()
         if call.held:
@@ -259,8 +264,8 @@ class PruningRun:
             call.check_prunable(prefill)
         if cache is not None and hasattr(cache, "layers"):
             clear(cache)
-        shown = {self.decoder.attention(layer): partial(prefill.see, layer) for layer in prefill.taps}
-        call.taps.enter_context(tap(shown))
+        taps = {self.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
+        call.taps.enter_context(tap(taps))
         call.prefill = prefill
         call.cached = CachedPrefill(self._lease, hidden.shape[1], prefill.trace.ledger)
         if now is None or not now.begun or bool(layout.image_tokens.any()):
@@ -274,7 +279,7 @@ class PruningRun:
         known = CachedPrefill.of(call.cache)
         if known is None and self.never_prunes():
             return  # nothing was pruned before, and nothing would be
-        known = check_known(known, self._lease)
+        known = check_same_context(known, self._lease)
         outer = self._capture.padding()
         mask = padding_mask(call.inputs) if outer is None else outer
         new, past = hidden.shape[1], call.held - known.length
@@ -284,7 +289,7 @@ class PruningRun:
             call.step.count_images(images)
 
     def never_prunes(self) -> bool:
-        """True if the strategy leaves models like this one as they are, as "none" does."""
+        """True if the strategy has no stages on this model, as "none" has."""
         shape = self.decoder.typical_shape(frozenset(self._vision.answers), self._vision.layers)
         try:
             return not declared_stages(self.strategy, shape)

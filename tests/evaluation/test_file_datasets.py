@@ -260,3 +260,8 @@ def test_odd_segmentations_are_refused(segmentation: Any, message: str) -> None:
     pytest.importorskip("pycocotools")
     with pytest.raises(InputError, match=message):
         drawn(segmentation, 10, 12)
+
+
+def test_a_dataset_tells_its_place(folder: Path) -> None:
+    place = f"halves:{folder},size=8"
+    assert tp.dataset(place).place == place  # type: ignore[attr-defined]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from lisa_checkpoints import write_lisa
 from pixellm_checkpoints import write_pixellm
 
 import tokenprune as tp
-from tokenprune.datasets.base import Query, Scene
+from tokenprune.cli.commands.compare import Protocol
+from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import IncompatibleError, InputError, OptionError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.contenders import contenders
 from tokenprune.evaluation.protocol import TurnTaking
-from tokenprune.evaluation.protocols import protocol_of
+from tokenprune.evaluation.protocols import ProtocolName, protocol_of
 from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun, matched_overlap
 
@@ -100,6 +102,32 @@ def test_generate_needs_a_model_that_answers() -> None:
 def test_unknown() -> None:
     with pytest.raises(OptionError, match="protocol 'guess' found, expected one of forced, lisa, glamm, pixellm"):
         protocol_of("guess")
+
+
+@pytest.mark.parametrize("protocol", ["forced", "lisa", "glamm"])
+def test_a_comparison_takes_a_protocol(models: dict[str, Any], protocol: Any) -> None:
+    class Data(Dataset):
+        name, splits, kinds = "two", ("val",), ("phrase",)
+
+        def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
+            for number in range(2):
+                yield replace(scene(), id=str(number))
+
+    found = tp.compare(models["glamm"], Data(), ["none", "fastv"], 0.7, protocol=protocol, limit=10, timing_samples=1)
+    assert found.samples == (6 if protocol == "glamm" else 10)
+    assert found.environment["protocol"] == protocol
+    records = [run(models["glamm"], protocol)["none"]] if protocol != "glamm" else []
+    for one in records:
+        assert found.rows[0].giou == pytest.approx(metrics.giou([record.overlap for record in one]))
+    for sample in found.records:
+        assert [outcome.iou for outcome in sample.outcomes] == [
+            pytest.approx(metrics.expression_iou(*metrics.overlap(outcome.mask, sample.target)))
+            for outcome in sample.outcomes
+        ]
+
+
+def test_the_command_line_knows_all() -> None:
+    assert {protocol.value for protocol in Protocol} == set(get_args(ProtocolName))
 
 
 # PixelLM's matching --------------------------------------------------------------------------------------------------

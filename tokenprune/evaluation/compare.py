@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from tokenprune import api
 from tokenprune.core.strategy import Strategy
 from tokenprune.datasets.base import Dataset
+from tokenprune.datasets.files.dataset import FileDataset
 from tokenprune.datasets.validation import check_request, scenes_of
 from tokenprune.engine.interface.compatibility import check_on, declares
 from tokenprune.errors import InputError, OptionError
@@ -19,8 +21,9 @@ from tokenprune.evaluation.comparison_run import ComparisonRun
 from tokenprune.evaluation.contenders import budgets_of, contenders
 from tokenprune.evaluation.measured import metrics_of
 from tokenprune.evaluation.protocol import SegmentationModel, TurnTaking, check_model
+from tokenprune.evaluation.protocols import ProtocolName
 from tokenprune.evaluation.results import Comparison
-from tokenprune.utils.arguments import shown, whole_number
+from tokenprune.utils.arguments import one_of, shown, whole_number
 from tokenprune.utils.threads import ThreadChoice, checked, using
 
 Progress = Callable[[str, int, int], None]
@@ -35,6 +38,7 @@ def compare(
     limit: int = 200,
     seed: int = 0,
     *,
+    protocol: ProtocolName = "forced",
     timing_samples: int = 8,
     timing_rounds: int = 5,
     records: int = 4,
@@ -64,6 +68,7 @@ def compare(
         split: of the dataset.
         limit: number of queries.
         seed: of the dataset.
+        protocol: how queries are asked, see `evaluation.protocols`.
         timing_samples: queries to time prefill on; 0 = no timing.
         timing_rounds: measured runs per query and strategy.
         records: samples to keep with masks and traces, for pictures.
@@ -90,6 +95,7 @@ def compare(
     """
     name = str(model) if isinstance(model, (str, Path)) else check_model(model).name
     budgets = budgets_of(budget)
+    one_of("protocol", protocol, get_args(ProtocolName))
     whole_number("timing_samples", timing_samples, 0)
     whole_number("timing_rounds", timing_rounds, 1)
     whole_number("records", records, 0)
@@ -101,7 +107,7 @@ def compare(
     data = check_request(dataset, split, limit, seed)
     added = metrics_of(extra_metrics)
     loaded = check_model(api.load(model)) if isinstance(model, (str, Path)) else model
-    run = ComparisonRun(TurnTaking(loaded), field_of, timing_samples, records, added)
+    run = ComparisonRun(TurnTaking(loaded), field_of, timing_samples, records, added, protocol)
     if declares(loaded):
         for tally in run.tallies:
             run.attempt(tally, partial(check_on, tally.contender.strategy, loaded))
@@ -122,7 +128,13 @@ def compare(
         split=split,
         samples=run.queries,
         budget=budgets[0] if len(budgets) == 1 else budgets,
-        environment={**environment.describe(loaded.decoder, chosen), "seed": seed, "timing_samples": len(run.timed)},
+        environment={
+            **environment.describe(loaded.decoder, chosen),
+            "seed": seed,
+            "protocol": protocol,
+            "data": data.place if isinstance(data, FileDataset) else data.name,
+            "timing_samples": len(run.timed),
+        },
         rows=[tally.row(run.untouched) for tally in run.tallies],
     )
     comparison._records.extend(run.records)

@@ -35,6 +35,7 @@ class ComparisonRun:
     timing_samples: int
     keep_records: int
     added: list[Entry]
+    protocol: str = "forced"
     tallies: list[Accumulator] = field(init=False)
     runner: SceneRun = field(init=False)
     untouched: Untouched = field(default_factory=Untouched)
@@ -45,7 +46,7 @@ class ComparisonRun:
 
     def __post_init__(self) -> None:
         self.tallies = [Accumulator(contender) for contender in self.contenders]
-        self.runner = SceneRun(self.model, added=self.added)
+        self.runner = SceneRun(self.model, self.protocol, added=self.added)
 
     def running(self) -> list[Accumulator]:
         """The contenders that could run so far."""
@@ -74,16 +75,17 @@ class ComparisonRun:
         found = self.runner.run(
             scene, self.scenes, entered, lambda number, run: self.attempt(self.tallies[number], run)
         )
-        for number, result in found.results.items():
-            tally = self.tallies[number]
-            assert result.trace is not None
-            tally.policies = dict(result.trace.policies)
-            tally.is_untouched &= not result.trace.stages
-            tally.records.extend(found.records[number])
+        for _, results in found.calls:
+            for number, result in results.items():
+                assert result.trace is not None
+                self.tallies[number].policies = dict(result.trace.policies)
+                self.tallies[number].is_untouched &= not result.trace.stages
+        for number, records in found.records.items():
+            self.tallies[number].records.extend(records)
         self.untouched.costs.extend(found.untouched)
         self._remember(scene, found)
         self.scenes += 1
-        self.queries += len(scene.queries)
+        self.queries += sum(len(batch.queries) for batch, _ in found.calls)
 
     def count_own_work(self) -> None:
         """Measure the FLOPs of the strategies themselves and of the mask head; record the options that were used."""
@@ -149,12 +151,14 @@ class ComparisonRun:
         if len(self.timed) < max(self.timing_samples, 1):
             query = scene.queries[number]
             self.timed.append((found.encoded, query.text, query.is_sentence))
-        if len(self.records) < self.keep_records:
-            number = len(self.records) % len(scene.queries)
-            query = scene.queries[number]
+        if len(self.records) < self.keep_records and found.calls:
+            batch, results = found.calls[len(self.records) % len(found.calls)]
+            place = len(self.records) % len(batch.queries)
+            query = batch.scene.queries[place]
             record = SampleRecord(scene.id, scene.image, query.text, query.mask, found.box)
-            for key, result in found.results.items():
-                contender, iou = self.contenders[key], found.records[key][number].iou
-                mask, row = masks_of(result)[number], result.row_index[number]
-                record.outcomes.append(Outcome(contender.label, mask, result.trace, row, iou, contender.budget))
+            for key, result in results.items():
+                contender = self.contenders[key]
+                (own,) = (one for one in found.records[key] if one.query == batch.queries[place])
+                mask, row = masks_of(result)[place], result.row_index[place]
+                record.outcomes.append(Outcome(contender.label, mask, result.trace, row, own.iou, contender.budget))
             self.records.append(record)

@@ -34,25 +34,6 @@ Bits = NDArray[np.bool_]
 Attempt = Callable[[int, Callable[[], T]], T | None]
 
 
-@dataclass(eq=False)
-class SceneResult:
-    """What the contenders gave on one scene.
-
-    Attributes:
-        box: the part of the image that the image tokens divide.
-        encoded: what `encode_image` returned.
-        results: by contender, those that could run; of the last call of the model, where a scene takes several.
-        records: by contender, one for each query.
-        untouched: the cost of each query without pruning.
-    """
-
-    box: Box
-    encoded: Any
-    results: dict[int, Answers] = field(default_factory=dict)
-    records: dict[int, list[Record]] = field(default_factory=dict)
-    untouched: list[QueryCost] = field(default_factory=list)
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Queries of a scene that are asked in one call of the model.
@@ -70,6 +51,25 @@ class Batch:
     names: list[str]
     scene: Scene
     encoding: dict[str, float]
+
+
+@dataclass(eq=False)
+class SceneResult:
+    """What the contenders gave on one scene.
+
+    Attributes:
+        box: the part of the image that the image tokens divide.
+        encoded: what `encode_image` returned.
+        calls: the batches, each with the answers by contender, of those that could run.
+        records: by contender, one for each query.
+        untouched: the cost of each query without pruning.
+    """
+
+    box: Box
+    encoded: Any
+    calls: list[tuple[Batch, dict[int, Answers]]] = field(default_factory=list)
+    records: dict[int, list[Record]] = field(default_factory=dict)
+    untouched: list[QueryCost] = field(default_factory=list)
 
 
 @dataclass
@@ -144,7 +144,7 @@ class SceneRun:
         for key, result in results.items():
             made = self._records(batch, result, full, times[key], contenders[key].label, found.box)
             found.records.setdefault(key, []).extend(made)
-        found.results.update(results)
+        found.calls.append((batch, results))
         first = next(iter(results.values()))
         assert first.trace is not None
         rows = first.row_index

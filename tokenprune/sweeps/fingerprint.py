@@ -63,7 +63,8 @@ def of_scene(scene: Scene) -> str:
     parts = [_short(str(scene.image.shape).encode() + scene.image.tobytes(), 8)]
     for query in scene.queries:
         words = f"{query.text}\0{query.kind}\0{query.is_sentence}\0".encode()
-        parts.append(_short(words + query.mask.astype("uint8").tobytes(), 4))
+        masks = b"".join(mask.astype("uint8").tobytes() for mask in (query.mask, *query.targets))
+        parts.append(_short(words + masks, 4))
     return ":".join(parts)
 
 

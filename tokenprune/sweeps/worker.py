@@ -125,7 +125,7 @@ class Worker:
             if key in result.records:
                 found.records[one.hash] = [self._with_own(one, record) for record in result.records[key]]
                 found.options[one.hash] = self._options[one.hash]
-                trace = result.results[key].trace
+                trace = next(answers[key].trace for _, answers in result.calls if key in answers)
                 found.policies[one.hash] = {} if trace is None else dict(trace.policies)
         found.reasons = {one.hash: self.failed[one.hash] for one in configurations if one.hash in self.failed}
         return found

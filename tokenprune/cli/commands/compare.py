@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -17,11 +18,22 @@ if TYPE_CHECKING:
 STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
 
+class Protocol(str, Enum):
+    """How queries are asked; see `tokenprune.evaluation.protocols`."""
+
+    forced = "forced"
+    lisa = "lisa"
+    glamm = "glamm"
+    pixellm = "pixellm"
+    generate = "generate"
+
+
 def command(
     context: typer.Context,
     model: ModelName = "lisa-tiny",
     dataset: Annotated[str, typer.Option(help="Name of a dataset, name:PATH, or module:Class.")] = "shapes",
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "val",
+    protocol: Annotated[Protocol, typer.Option(help="How queries are asked.")] = Protocol.forced,
     strategies: Annotated[
         str, typer.Option(help="Names separated by commas; options after a colon, as in csp:query=seg.")
     ] = STRATEGIES,
@@ -84,6 +96,7 @@ def command(
             split,
             limit,
             seed,
+            protocol=protocol.value,
             timing_samples=timing_samples,
             records=overlays if out is not None else 0,
             progress=report,

@@ -121,6 +121,12 @@ class FileDataset(Dataset):
         except ValidationError as error:
             raise OptionError.from_validation(f"dataset {self.name!r}", error, self.Options.model_fields) from None
 
+    @property
+    def place(self) -> str:
+        """Where it is read from and with which options, as `tokenprune.dataset` takes it."""
+        given = self.options.model_dump(exclude_unset=True, mode="json")
+        return ",".join((f"{self.name}:{self.path}", *(f"{key}={value}" for key, value in given.items())))
+
     @abstractmethod
     def listed(self, split: str) -> Sequence[ListedScene]:
         """The scenes of one of `splits`, in order, without opening an image.

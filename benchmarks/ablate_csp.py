@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenprune.cli.models import load_model, quiet_loading
-from tokenprune.evaluation.compare import compare
-from tokenprune.evaluation.results import Comparison, Row
+from tokenprune.evaluation.comparison.compare import compare
+from tokenprune.evaluation.comparison.results import Comparison, Row
 
 CHOICES = {
     "clustering": ("random", "uniform", "grid", "cls_attention", "seg_first", "kmeans"),

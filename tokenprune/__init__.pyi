@@ -43,7 +43,7 @@ from tokenprune.engine import prune as prune
 from tokenprune.engine.interface.compatibility import Compatibility as Compatibility
 from tokenprune.engine.interface.compatibility import compatible as compatible
 from tokenprune.errors import TokenPruneError as TokenPruneError
-from tokenprune.evaluation.compare import compare as compare
+from tokenprune.evaluation.comparison.compare import compare as compare
 from tokenprune.loading.adapter import Adapter as Adapter
 from tokenprune.plugins.hookspecs import hookimpl as hookimpl
 from tokenprune.plugins.registry import adapters as adapters

@@ -18,7 +18,7 @@ from lisa_checkpoints import IMAGE_TOKENS
 import tokenprune as tp
 from tokenprune.cost import DecoderSpec, count_flops
 from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.evaluation.models import SegmentationModel
 from tokenprune_adapters.glamm import GlammModel
 from tokenprune_adapters.glamm.prompts import ANSWERS, QUESTIONS, turn
 from tokenprune_adapters.glamm.results import phrase_span

@@ -17,7 +17,7 @@ from PIL import Image
 import tokenprune as tp
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import InputError, OptionError, UnsupportedError
-from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.evaluation.models import SegmentationModel
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.llava.prompt import IMAGE_ID, splice
 from tokenprune_adapters.segmentation import sam_masks

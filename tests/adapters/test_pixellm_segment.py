@@ -17,7 +17,7 @@ import tokenprune as tp
 from tokenprune.core.reads import Pixels
 from tokenprune.core.trace import Trace
 from tokenprune.errors import InputError
-from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.evaluation.models import SegmentationModel
 from tokenprune.evaluation.samples import run_single
 from tokenprune.report.overlays import inspection_sheet
 from tokenprune_adapters.llava.prompt import IMAGE_ID

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tokenprune import hookimpl
 from tokenprune.errors import InputError
-from tokenprune.evaluation.compare import compare
+from tokenprune.evaluation.comparison.compare import compare
 from tokenprune.plugins import registry
 from tokenprune.report.write import unused_folder, write_comparison
 

@@ -22,7 +22,7 @@ import tokenprune as tp
 from tokenprune.datasets.shapes import Shapes
 from tokenprune.engine import model_turn, prune
 from tokenprune.errors import BusyError, OptionError, UnsupportedError
-from tokenprune.evaluation.timing import interleaved_medians
+from tokenprune.evaluation.comparison.timing import interleaved_medians
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 IMAGES = [np.random.default_rng(seed).integers(0, 256, (30, 36, 3), dtype=np.uint8) for seed in range(4)]

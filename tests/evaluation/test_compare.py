@@ -16,9 +16,9 @@ from tokenprune.cost import DecoderSpec, count_flops, flop_counter, kv_bytes
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, UnknownNameError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.accounting import row_ledger
-from tokenprune.evaluation.compare import compare
-from tokenprune.evaluation.results import Comparison
-from tokenprune.evaluation.timing import interleaved_medians
+from tokenprune.evaluation.comparison.compare import compare
+from tokenprune.evaluation.comparison.results import Comparison
+from tokenprune.evaluation.comparison.timing import interleaved_medians
 
 TOP = ["model", "dataset", "split", "samples", "budget", "environment", "rows"]
 ROW = ["strategy", "options", "giou", "ciou", "giou_by_kind", "agreement", "equivalent_tokens"]
@@ -128,7 +128,7 @@ def test_several_budgets_give_a_row_each_but_for_strategies_without_one() -> Non
 
 
 def test_table_prints_every_row_at_any_width(comparison: Comparison) -> None:
-    from tokenprune.evaluation.tables import as_text
+    from tokenprune.evaluation.comparison.tables import as_text
 
     for width in (80, 100, 160):
         text = as_text(comparison.table(), width)

@@ -24,7 +24,7 @@ from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import IncompatibleError, InputError, OptionError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.contenders import contenders
-from tokenprune.evaluation.protocol import TurnTaking
+from tokenprune.evaluation.models import TurnTaking
 from tokenprune.evaluation.protocols import ProtocolName, protocol_of
 from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun, matched_overlap

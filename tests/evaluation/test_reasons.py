@@ -15,8 +15,8 @@ from fake_segmentation import FakeData, FakeModel, Front, Whole
 from tokenprune.core.decisions import Decision
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.errors import BudgetError, IncompatibleError, InputError, PluginError
-from tokenprune.evaluation.compare import compare
-from tokenprune.evaluation.results import Comparison
+from tokenprune.evaluation.comparison.compare import compare
+from tokenprune.evaluation.comparison.results import Comparison
 from tokenprune.report.overlays import comparison_sheet
 from tokenprune.report.plots import tradeoff
 

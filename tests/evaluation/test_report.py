@@ -11,9 +11,9 @@ import torch
 from fake_segmentation import SIDE, FakeData, FakeModel, Front, Tour, Whole
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.evaluation.compare import compare
-from tokenprune.evaluation.results import Comparison
-from tokenprune.evaluation.tables import si
+from tokenprune.evaluation.comparison.compare import compare
+from tokenprune.evaluation.comparison.results import Comparison
+from tokenprune.evaluation.comparison.tables import si
 from tokenprune.report import panels
 from tokenprune.report.overlays import _stage_title, by_budget, comparison_sheet, file_name, inspection_sheet
 from tokenprune.report.plots import tradeoff

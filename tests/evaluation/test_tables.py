@@ -10,9 +10,9 @@ from cli_fixtures import Runner, run
 from fake_segmentation import FakeData, FakeModel, Front, Whole
 from rich.console import Group
 
-from tokenprune.evaluation.compare import compare
-from tokenprune.evaluation.results import Comparison, Row
-from tokenprune.evaluation.tables import as_text
+from tokenprune.evaluation.comparison.compare import compare
+from tokenprune.evaluation.comparison.results import Comparison, Row
+from tokenprune.evaluation.comparison.tables import as_text
 from tokenprune.plugins import registry
 from tokenprune.utils.split_tables import Column, Parted
 

@@ -18,9 +18,9 @@ from plugin_packages import install, registering, searched
 from tokenprune import compare, hookimpl
 from tokenprune.cli.app import main
 from tokenprune.errors import InputError, PluginError, UnknownNameError
+from tokenprune.evaluation.comparison.results import Comparison
+from tokenprune.evaluation.comparison.tables import as_text
 from tokenprune.evaluation.measured import Measured
-from tokenprune.evaluation.results import Comparison
-from tokenprune.evaluation.tables import as_text
 from tokenprune.plugins import registry
 from tokenprune.report.write import write_comparison
 from tokenprune_strategies.csp.instance_masks import segment

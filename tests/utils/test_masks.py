@@ -21,7 +21,7 @@ from PIL import Image
 from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError, OptionError, PluginError
 from tokenprune.evaluation import metrics
-from tokenprune.evaluation.compare import compare
+from tokenprune.evaluation.comparison.compare import compare
 from tokenprune.evaluation.samples import run_query
 from tokenprune.report.panels import with_mask
 from tokenprune.utils.masks import LabelMask, foreground, ignored, predicted, read_mask, with_ignored

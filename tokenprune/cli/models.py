@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.protocol import AnsweringModel, SegmentationModel
+    from tokenprune.evaluation.models import AnsweringModel, SegmentationModel
 
 
 def quiet_loading() -> None:
@@ -26,7 +26,7 @@ def load_model(
         InputError: it is not a segmentation model.
     """
     from tokenprune.errors import InputError
-    from tokenprune.evaluation.protocol import SegmentationModel
+    from tokenprune.evaluation.models import SegmentationModel
 
     model = _loaded(source, vision_tower=vision_tower, dtype=dtype, device=device)
     if not isinstance(model, SegmentationModel):
@@ -43,7 +43,7 @@ def load_answering_model(source: str, *, dtype: str | None = None, device: str |
         InputError: it makes masks instead, or has no method `answer`.
     """
     from tokenprune.errors import InputError
-    from tokenprune.evaluation.protocol import AnsweringModel, SegmentationModel
+    from tokenprune.evaluation.models import AnsweringModel, SegmentationModel
 
     model = _loaded(source, dtype=dtype, device=device)
     kind = type(model).__name__

@@ -1,7 +1,9 @@
-"""Evaluation: metrics, cost, timing, and the comparison of strategies on one model and one dataset.
+"""Evaluation: what a strategy costs and how good its masks are, query by query.
 
-Goes here: what turns runs into numbers. A metric of masks is a function in `metrics`, and a column in `results` and
-`tables`; what is counted per query belongs in `accounting`. Files and pictures of the results are written by `report/`.
+Goes here: what turns runs into numbers. `scene_run` runs strategies on one scene and gives `records`, of which
+everything else is made: a `comparison/`, or a sweep (`tokenprune/sweeps/`). A metric of masks is a function in
+`metrics`, what is counted per query belongs in `accounting`, and how queries are asked in `protocols`. Files and
+pictures of the results are written by `report/`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from tokenprune.core.ledger import LayerEntry, Ledger
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, kv_bytes, measure_flops
-from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.evaluation.models import SegmentationModel
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Scene
 from tokenprune.errors import IncompatibleError, OptionError
-from tokenprune.evaluation.protocol import SegmentationResult, TurnTaking
+from tokenprune.evaluation.models import SegmentationResult, TurnTaking
 
 ProtocolName: TypeAlias = Literal["forced", "lisa", "glamm", "pixellm", "generate"]
 """Names of the protocols; each class below says what it does."""

@@ -18,7 +18,7 @@ from tokenprune.datasets.validation import check_request, numbered_scenes
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.coverage import Box
-from tokenprune.evaluation.protocol import SegmentationModel
+from tokenprune.evaluation.models import SegmentationModel
 from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.images import to_rgb
 from tokenprune.utils.stopwatch import recorded

@@ -21,7 +21,7 @@ from tokenprune.evaluation.accounting import QueryCost, query_cost, row_ledger
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.evaluation.coverage import Box, target_coverage
 from tokenprune.evaluation.measured import Measured, measure
-from tokenprune.evaluation.protocol import TurnTaking
+from tokenprune.evaluation.models import TurnTaking
 from tokenprune.evaluation.protocols import Answers, protocol_of
 from tokenprune.evaluation.records import Record, stages_of
 from tokenprune.plugins.entries import Entry

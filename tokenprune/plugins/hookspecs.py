@@ -93,8 +93,8 @@ def tokenprune_register_segmenters(register: Register) -> None:
 def tokenprune_register_report_sections(register: Register) -> None:
     """Register parts of what `compare --out` writes.
 
-    Each target is a function of the `tokenprune.evaluation.results.Comparison` and the folder (`pathlib.Path`) that
-    returns the paths of the files that it wrote.
+    Each target is a function of the `tokenprune.evaluation.comparison.results.Comparison` and the folder
+    (`pathlib.Path`) that returns the paths of the files that it wrote.
     """
 
 

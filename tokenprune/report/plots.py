@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tokenprune.errors import OptionError
-from tokenprune.evaluation.results import Comparison
+from tokenprune.evaluation.comparison.results import Comparison
 
 METRICS = {
     "giou": "gIoU",

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from tokenprune.errors import InputError, PluginError
-from tokenprune.evaluation.results import Comparison
+from tokenprune.evaluation.comparison.results import Comparison
 from tokenprune.plugins import registry
 from tokenprune.report.files import check_drawing
 from tokenprune.utils.files import expanded, reason, write_first

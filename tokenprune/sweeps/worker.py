@@ -17,7 +17,7 @@ from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation import environment
 from tokenprune.evaluation.accounting import choice_flops, head_flops
 from tokenprune.evaluation.measured import metrics_of
-from tokenprune.evaluation.protocol import TurnTaking, check_model
+from tokenprune.evaluation.models import TurnTaking, check_model
 from tokenprune.evaluation.protocols import protocol_of
 from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun

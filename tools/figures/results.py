@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenprune.evaluation.results import Comparison, Row
+from tokenprune.evaluation.comparison.results import Comparison, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "results"

@@ -13,7 +13,7 @@ from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import NARROW_PIPE, note, progress, say_json
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.results import Comparison
+    from tokenprune.evaluation.comparison.results import Comparison
 
 STRATEGIES = "none,blind,random,uniform,csp,fastv,prumerge+"
 
@@ -84,7 +84,7 @@ def command(
         unused_folder(out)
     contenders(chosen, budgets)  # checks options of strategies, whose modules import torch
 
-    from tokenprune.evaluation.compare import compare
+    from tokenprune.evaluation.comparison.compare import compare
 
     loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
     with progress() as report:

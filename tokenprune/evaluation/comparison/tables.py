@@ -13,7 +13,7 @@ from rich.text import Text
 from tokenprune.utils.split_tables import Column, Parted
 
 if TYPE_CHECKING:
-    from tokenprune.evaluation.results import Comparison, Row
+    from tokenprune.evaluation.comparison.results import Comparison, Row
 
 
 def comparison_tables(comparison: Comparison) -> RenderableType:

@@ -98,7 +98,7 @@ class Comparison(BaseModel):
 
     def table(self) -> RenderableType:
         """The rows as Rich tables."""
-        from tokenprune.evaluation.tables import comparison_tables
+        from tokenprune.evaluation.comparison.tables import comparison_tables
 
         return comparison_tables(self)
 
@@ -106,6 +106,6 @@ class Comparison(BaseModel):
         yield self.table()
 
     def __str__(self) -> str:
-        from tokenprune.evaluation.tables import as_text
+        from tokenprune.evaluation.comparison.tables import as_text
 
         return as_text(self.table())

@@ -14,12 +14,12 @@ from tokenprune.datasets.base import Scene
 from tokenprune.engine.calls.turns import model_turn
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation.accounting import choice_flops, head_flops
-from tokenprune.evaluation.accumulator import Accumulator, Untouched
+from tokenprune.evaluation.comparison.accumulator import Accumulator, Untouched
+from tokenprune.evaluation.comparison.timing import interleaved_medians
 from tokenprune.evaluation.contenders import Contender
-from tokenprune.evaluation.protocol import TurnTaking
+from tokenprune.evaluation.models import TurnTaking
 from tokenprune.evaluation.samples import Outcome, SampleRecord
 from tokenprune.evaluation.scene_run import SceneResult, SceneRun, masks_of
-from tokenprune.evaluation.timing import interleaved_medians
 from tokenprune.plugins.attribution import brief
 from tokenprune.plugins.entries import Entry
 

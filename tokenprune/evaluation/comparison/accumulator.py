@@ -7,10 +7,10 @@ from typing import Any
 
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.accounting import QueryCost, mean_parts
+from tokenprune.evaluation.comparison.results import Row
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.evaluation.measured import mean
 from tokenprune.evaluation.records import Record
-from tokenprune.evaluation.results import Row
 
 
 @dataclass

@@ -17,12 +17,12 @@ from tokenprune.datasets.validation import check_request, scenes_of
 from tokenprune.engine.interface.compatibility import check_on, declares
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation import environment
-from tokenprune.evaluation.comparison_run import ComparisonRun
+from tokenprune.evaluation.comparison.comparison_run import ComparisonRun
+from tokenprune.evaluation.comparison.results import Comparison
 from tokenprune.evaluation.contenders import budgets_of, contenders
 from tokenprune.evaluation.measured import metrics_of
-from tokenprune.evaluation.protocol import SegmentationModel, TurnTaking, check_model
+from tokenprune.evaluation.models import SegmentationModel, TurnTaking, check_model
 from tokenprune.evaluation.protocols import ProtocolName
-from tokenprune.evaluation.results import Comparison
 from tokenprune.utils.arguments import one_of, shown, whole_number
 from tokenprune.utils.threads import ThreadChoice, checked, using
 

@@ -17,6 +17,8 @@ from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.wrappers import modules_of
 from tokenprune.errors import UnsupportedError
 
+PREPARE = "_prepare_generation_config"
+
 
 @dataclass(eq=False)
 class Generation:
@@ -72,7 +74,8 @@ class Generations:
         with ExitStack() as undo:
             undo.enter_context(shadowed(self._model, "generate", partial(self._generate, prunes)))
             for module in modules_of(self._model):  # the model may delegate generate() to a submodule
-                undo.enter_context(shadowed(module, "_prepare_generation_config", partial(_prepare, prunes)))
+                if hasattr(type(module), PREPARE) or PREPARE in vars(module):  # modules are slow to say what they lack
+                    undo.enter_context(shadowed(module, PREPARE, partial(_prepare, prunes)))
             yield
 
     @contextmanager

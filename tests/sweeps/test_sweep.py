@@ -17,6 +17,7 @@ from tokenprune.evaluation import metrics
 from tokenprune.sweeps import fingerprint, run
 from tokenprune.sweeps.config import read_config
 from tokenprune.sweeps.merge import merge
+from tokenprune.sweeps.plan import groups_of
 from tokenprune.sweeps.results import stored_masks
 from tokenprune.sweeps.store import FILE, reading, writing
 
@@ -258,11 +259,29 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         ({"models": [{"source": "lisa-tiny", "dtype": "float3"}]}, "float3"),
         ({"models": [{"source": "lisa-tiny"}, {"source": "lisa-tiny", "dtype": "bfloat16"}]}, "a name of its own"),
         ({"strategies": ["fastv", "fastv"]}, "asked for twice"),
+        ({"datasets": ["folder:HERE/a", "folder:HERE/b"]}, "datasets: two have the same name and split in the results"),
     ],
 )
-def test_mistakes(given: dict[str, Any], message: str) -> None:
+def test_mistakes(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "queries.csv").write_text("image,mask,query\na.png,b.png,the cat\n")
+    given = {
+        key: [one.replace("HERE", str(tmp_path)) if isinstance(one, str) else one for one in value]
+        if isinstance(value, list)
+        else value
+        for key, value in given.items()
+    }
     with pytest.raises(OptionError, match=message):
         read_config({**CONFIG, **given})
+
+
+def test_titles_tell_datasets_apart(tmp_path: Path) -> None:
+    (tmp_path / "queries.csv").write_text("image,mask,query\na.png,b.png,the cat\n")
+    data = [{"name": "folder", "path": str(tmp_path)}, {"name": f"folder:{tmp_path}", "title": "mine"}]
+    config = read_config({**CONFIG, "datasets": data})
+    assert [entry.label for entry in config.datasets] == ["folder", "mine"]
+    assert len({one.hash for group in groups_of(config) for one in group.configurations}) == 10
 
 
 def test_files(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class DatasetEntry(BaseModel):
     Attributes:
         name: of the dataset, with or without its path ("reasonseg", "reasonseg:/data/ReasonSeg", "my_data:MyData").
         path: where it is read from.
+        title: in the results; by default the name without its path.
         split: of the dataset.
         protocol: how a query is asked and its mask found; see `evaluation.protocols`.
     """
@@ -69,6 +70,7 @@ class DatasetEntry(BaseModel):
 
     name: str
     path: str | None = None
+    title: str = ""
     split: str = "val"
     protocol: ProtocolName = "forced"
 
@@ -79,7 +81,9 @@ class DatasetEntry(BaseModel):
 
     @property
     def label(self) -> str:
-        """In the results: the dataset's name without its path."""
+        """In the results: its title, or its name without the path."""
+        if self.title:
+            return self.title
         head, colon, rest = self.name.partition(":")
         return head if colon and ("/" in rest or "." in split_path(rest)[0]) else self.name
 
@@ -165,14 +169,20 @@ class SweepConfig(BaseModel):
         if not problems:
             attempt("strategies", self.contenders)
         for name in ("models", "datasets", "budgets", "seeds"):
-            items = getattr(self, name)
-            twice = [item for number, item in enumerate(items) if item in items[:number]]
+            twice = repeated(getattr(self, name))
             problems.extend(f"{name}: {getattr(item, 'label', item)} occurs twice; leave one out" for item in twice)
-        labels = [model.label for model in self.models]
-        if len(set(labels)) < len(labels) and len(set(self.models)) == len(self.models):
+        if repeated([model.label for model in self.models]) and not repeated(self.models):
             problems.append("models: two have the same name in the results; give each a name of its own")
+        shown = [(entry.label, entry.split, entry.protocol, entry.options) for entry in self.datasets]
+        if repeated(shown) and not repeated(self.datasets):
+            problems.append("datasets: two have the same name and split in the results; give each a title of its own")
         if problems:
             raise OptionError(joined(problems))
+
+
+def repeated(items: Sequence[Any]) -> list[Any]:
+    """The items that are equal to an earlier one."""
+    return [item for number, item in enumerate(items) if item in items[:number]]
 
 
 def joined(problems: list[str]) -> str:

@@ -150,7 +150,7 @@ class SceneRun:
             milliseconds={step: value / len(scene.queries) for step, value in times.items()},
             metrics={metric.name: measure(metric, given) for metric in self.added} if given else {},
             mask=mask if self.keep_masks else None,
-            stages=stages_of(trace, row) if self.keep_masks else (),
+            stages=stages_of(trace, row, box) if self.keep_masks else (),
         )
 
     def _cost(self, trace: Trace, row: int, sharing: int, unpruned: bool = False) -> QueryCost:

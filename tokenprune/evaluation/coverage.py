@@ -33,6 +33,19 @@ def token_map(values: Tensor, trace: Trace, row: int, image: int = 0) -> NDArray
     return np.asarray(grid.numpy(), dtype=np.float32)
 
 
+def numbered_cells(trace: Trace, row: int, image: int = 0) -> tuple[tuple[int, int], Tensor]:
+    """The size (rows, columns) of an image's grid, and each image token's cell in it, counted row by row from 0.
+
+    Cells are int64 [N]; −1 for tokens of other images and for those without a cell. Arguments as of `token_map`.
+    """
+    cells = trace.layout.gather_slots(trace.layout.grid)[row].cpu()
+    here = (trace.layout.gather_slots(trace.layout.image_number)[row].cpu() == image) & (cells >= 0).all(-1)
+    if not here.any():
+        return (0, 0), torch.full((len(cells),), -1)
+    height, width = (int(size) + 1 for size in cells[here].amax(0))
+    return (height, width), torch.where(here, cells[:, 0] * width + cells[:, 1], -1)
+
+
 def places_at_end(trace: Trace) -> Tensor:
     """bool [batch, N]: places in the image that a token of the last stage has (all if there was no decision)."""
     return trace.stages[-1].places() if trace.stages else trace.exists

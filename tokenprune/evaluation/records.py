@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tokenprune.core.trace import Trace
 from tokenprune.evaluation.accounting import QueryCost
+from tokenprune.evaluation.coverage import Box, numbered_cells
 from tokenprune.evaluation.metrics import expression_iou
 
 
@@ -35,7 +37,7 @@ class Record:
         milliseconds: by step of the model, of the batch that the query was in, divided by the batch's queries.
         metrics: those that plugins add.
         mask: bool [H, W], the contender's.
-        stages: name, layer, kind and kept image tokens of each stage.
+        stages: as from `stages_of`.
         matched: the mean IoU of several masks that were matched to single targets, in place of that of the overlap.
     """
 
@@ -62,12 +64,39 @@ class Record:
         return expression_iou(*self.overlap) if self.matched is None else self.matched
 
 
-def stages_of(trace: Trace, row: int) -> tuple[dict[str, Any], ...]:
-    """The stages of a batch row as plain data: name, layer, kind, and the kept image tokens' numbers."""
-    return tuple(
-        {"name": stage.name, "layer": stage.layer, "kind": stage.kind, "kept": stage.kept[row]}
-        for stage in trace.stages_of(row)
-    )
+def stages_of(trace: Trace, row: int, box: Box) -> tuple[dict[str, Any], ...]:
+    """The stages of a batch row as plain data, enough to draw them.
+
+    Each has its name, layer and kind; `kept`, the numbers of the active image tokens; `grid`, (rows, columns) of the
+    first image; `box`, the part of the image that the grid divides; `cells` and `parked`, the numbers of the grid cells
+    whose place an active or parked token has, row by row from 0. `cells` is None where it is the same as `kept`.
+
+    Args:
+        trace: of the run.
+        row: batch row.
+        box: (top, left, bottom, right) in pixels of the image.
+    """
+    (rows, columns), numbers = numbered_cells(trace, row)
+    found = []
+    for stage in trace.stages_of(row):
+        kept, cells = stage.kept[row], _cells(stage.places()[row], numbers)
+        found.append(
+            {
+                "name": stage.name,
+                "layer": stage.layer,
+                "kind": stage.kind,
+                "kept": kept,
+                "grid": (rows, columns),
+                "box": box,
+                "cells": None if cells == kept else cells,
+                "parked": _cells(stage.parked[row], numbers),
+            }
+        )
+    return tuple(found)
+
+
+def _cells(tokens: Tensor, numbers: Tensor) -> list[int]:
+    return sorted(number for number in numbers[tokens.cpu()].tolist() if number >= 0)
 
 
 def packed_mask(mask: NDArray[np.bool_]) -> bytes:

@@ -176,7 +176,7 @@ class SceneRun:
                 milliseconds={step: value / len(batch.queries) for step, value in times.items()},
                 metrics={metric.name: measure(metric, given) for metric in self.added} if given else {},
                 mask=mask if self.keep_masks else None,
-                stages=stages_of(trace, row) if self.keep_masks else (),
+                stages=stages_of(trace, row, box) if self.keep_masks else (),
                 matched=matched,
             )
             found.append(record)

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.engine.calls.under_way import checkpointed
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
@@ -29,6 +28,7 @@ class Call:
         held: tokens per row in the cache that it was called with.
         deepstack: what the decoder would add between its layers in a prefill.
         cache: that its layers fill.
+        uncached: its layers are to fill none, since some run again in the backward pass.
         thread: that called.
         in_plugin_code: a strategy, an observer or an adapter is at work.
         attentions: attention weights are asked for.
@@ -36,6 +36,7 @@ class Call:
         cached: of a prefill, what the cache is to carry of it.
         step: where it continues a prefill's cache.
         ran: layers that have run.
+        inside: the layer that is running; None between layers.
         taps: on layers that a prefill reads.
     """
 
@@ -43,6 +44,7 @@ class Call:
     held: int = 0
     deepstack: DeepStack | None = None
     cache: Any = None
+    uncached: bool = False
     thread: int = field(default_factory=threading.get_ident)
     in_plugin_code: bool = False
     attentions: bool = False
@@ -50,11 +52,11 @@ class Call:
     cached: CachedPrefill | None = None
     step: CachedStep | None = None
     ran: int = 0
+    inside: int | None = None
     taps: ExitStack = field(default_factory=ExitStack)
 
     def check_prunable(self, prefill: Prefill) -> None:
         """Refuse a prefill with stages that cannot be pruned right. Raises UnsupportedError."""
-        refuse_checkpoints(prefill.decoder, prefill.strategy.name)
         if self.cache is not None:
             check_cache(self.cache)
         refuse_packed(self.inputs, prefill.layout.valid)
@@ -71,6 +73,8 @@ class Call:
         Raises:
             UnsupportedError: attention weights are asked for.
         """
+        if self.uncached and kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"] = None  # of all, where only every other layer checkpoints itself
         if self.prefill is not None and self.cached is not None:
             frame = self.prefill.frames[number]
             if frame is not None:
@@ -153,20 +157,6 @@ def refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
         raise UnsupportedError(
             "several prompts packed into one row found (position ids that restart, or cu_seq_lens), which cannot be "
             "pruned as one; give them as the rows of a batch, with an attention_mask"
-        )
-
-
-def refuse_checkpoints(decoder: Decoder, strategy: str) -> None:
-    """Refuse that layers run again in the backward pass."""
-    if decoder.checkpoints:
-        raise UnsupportedError(
-            f"strategy {strategy!r}: gradient checkpointing runs layers again in the backward pass, "
-            "which is not supported where anything is pruned; switch it off: model.gradient_checkpointing_disable()"
-        )
-    if checkpointed():
-        raise UnsupportedError(
-            f"strategy {strategy!r}: torch.utils.checkpoint found around the model, which is run again in the backward "
-            "pass, when nothing may prune it; call the model without it"
         )
 
 

@@ -274,7 +274,7 @@ def test_a_pruned_cache_is_refused_outside_its_context(model, inputs):
             model(ids[:, :1], past_key_values=cache)
 
 
-def test_rows_without_tokens_gradient_checkpointing_and_missing_masks(inputs):
+def test_rows_without_tokens_and_missing_masks(inputs):
     ids, image = inputs
     model = tiny_llama(2)
     everything = torch.ones_like(image)
@@ -292,13 +292,6 @@ def test_rows_without_tokens_gradient_checkpointing_and_missing_masks(inputs):
         model(ids)
     with pytest.raises(EngineError, match="no prefill"), prune(model, Choosing(half), image_tokens=image) as run:
         _ = run.trace
-    model.train()
-    model.gradient_checkpointing_enable()
-    with (
-        pytest.raises(UnsupportedError, match="gradient checkpointing"),
-        prune(model, Choosing(half, layer=1), image_tokens=image),
-    ):
-        model(ids)
 
 
 def test_a_row_without_image_tokens_runs_beside_one_with(model):

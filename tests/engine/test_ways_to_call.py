@@ -50,17 +50,6 @@ def test_gradient_checkpointing_runs_where_nothing_is_pruned(reentrant: bool) ->
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_gradient_checkpointing_is_refused_where_anything_is_pruned() -> None:
-    model = tiny_llama()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(UnsupportedError, match="gradient checkpointing"):
-        gradients(model, PRUNING)
-    model.eval()
-    with torch.no_grad(), tp.prune(model, PRUNING, image_tokens=IMAGE) as run:  # there is no backward pass
-        model(IDS)
-    assert run.trace.ledger.entries[-1].image == (4, 4)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_around_the_model_are_refused_where_anything_is_pruned(reentrant: bool) -> None:
     """They would run it again in the backward pass, unpruned if the context is closed by then."""

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.engine.calls.call_stack import in_checkpoint
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
@@ -29,6 +28,7 @@ class Call:
         held: tokens per row in the KV cache before the call.
         deepstack: features that the decoder would add between its layers in a prefill.
         cache: the KV cache that the layers fill.
+        uncached: whether the layers fill none, since some run again in the backward pass.
         thread: the calling thread.
         in_plugin_code: whether a strategy, an observer or an adapter is running.
         attentions: whether attention weights are requested.
@@ -36,6 +36,7 @@ class Call:
         cached: the record of the prefill that the cache will carry.
         step: the step, if it continues a prefill's cache.
         ran: number of layers that have run.
+        inside: the layer that is running; None between layers.
         taps: attention taps of the prefill.
     """
 
@@ -43,6 +44,7 @@ class Call:
     held: int = 0
     deepstack: DeepStack | None = None
     cache: Any = None
+    uncached: bool = False
     thread: int = field(default_factory=threading.get_ident)
     in_plugin_code: bool = False
     attentions: bool = False
@@ -50,11 +52,11 @@ class Call:
     cached: CachedPrefill | None = None
     step: CachedStep | None = None
     ran: int = 0
+    inside: int | None = None
     taps: ExitStack = field(default_factory=ExitStack)
 
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""
-        refuse_checkpoints(prefill.decoder, prefill.strategy.name)
         if self.cache is not None:
             check_cache(self.cache)
         refuse_packed(self.inputs, prefill.layout.valid)
@@ -71,6 +73,8 @@ class Call:
         Raises:
             UnsupportedError: attention weights are requested.
         """
+        if self.uncached and kwargs.get("past_key_values") is not None:
+            kwargs["past_key_values"] = None  # of all, where only every other layer checkpoints itself
         if self.prefill is not None and self.cached is not None:
             frame = self.prefill.frames[number]
             if frame is not None:
@@ -155,20 +159,6 @@ def refuse_packed(inputs: dict[str, Any], valid: Tensor) -> None:
         raise UnsupportedError(
             "prompts packed into one row (position ids that restart, or cu_seq_lens) are not supported under "
             "tokenprune.prune(); pass them as rows of a batch, with an attention_mask"
-        )
-
-
-def refuse_checkpoints(decoder: Decoder, strategy: str) -> None:
-    """Refuse gradient checkpointing, which runs layers again in the backward pass."""
-    if decoder.checkpoints:
-        raise UnsupportedError(
-            f"strategy {strategy!r}: gradient checkpointing runs layers again in the backward pass, "
-            "which is not supported under tokenprune.prune(); disable it: model.gradient_checkpointing_disable()"
-        )
-    if in_checkpoint():
-        raise UnsupportedError(
-            f"strategy {strategy!r}: torch.utils.checkpoint around the model would run it again, unpruned, in the "
-            "backward pass; call the model without it"
         )
 
 

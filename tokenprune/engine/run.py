@@ -25,6 +25,7 @@ from tokenprune.engine.call import (
     reentry,
     requests_attentions,
 )
+from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.calls.generate import Generations
 from tokenprune.engine.calls.interception import Shadow, run_compiled, shadowed
 from tokenprune.engine.calls.torch_compile import check_not_traced
@@ -132,6 +133,9 @@ class PruningRun:
             self._shadow = undo.enter_context(shadowed(self.decoder.module, "forward", self._forward))
             for number, layer in enumerate(self.decoder.layers):
                 undo.enter_context(shadowed(layer, "forward", partial(self._layer_forward, number), every_thread=True))
+                if checkpointing.checkpoints_itself(layer):
+                    wrapper = partial(self._layer_checkpoint, number)
+                    undo.enter_context(shadowed(layer, checkpointing.FUNCTION, wrapper, every_thread=True))
             try:
                 yield
             except BaseException as error:
@@ -193,10 +197,26 @@ class PruningRun:
         if call is None or call.thread != threading.get_ident():
             self._check_intercepted()
             return original(*args, **kwargs)
+        if call.inside == number:
+            return original(*args, **kwargs)
         args, kwargs = self._before_layer(call, number, args, kwargs)
         is_tapped = call.prefill is not None and number in call.prefill.taps
         # a tapped attention breaks the graph, so that torch.compile would compile each piece of the layer separately
         output = original(*args, **kwargs) if is_tapped else run_compiled(number, original, *args, **kwargs)
+        return self._after_layer(call, number, output)
+
+    def _layer_checkpoint(
+        self, number: int, original: Callable[..., Any], function: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around the checkpoint that a layer hands itself to: in its forward, or, in older releases, around that."""
+        call, given = self._call, checkpointing.parts(function)
+        if call is None or call.thread != threading.get_ident() or call.inside == number or given is None:
+            return original(function, *args, **kwargs)
+        layer, keywords = given
+        args, keywords = self._before_layer(call, number, args, keywords)
+        if call.prefill is not None and call.prefill.planned and is_observed(self.decoder, number):
+            raise checkpointing.refuse_observed(self.strategy.name)
+        output = original(partial(layer, **keywords), *args, **kwargs)
         return self._after_layer(call, number, output)
 
     def _before_layer(
@@ -204,7 +224,7 @@ class PruningRun:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a layer, in place of the decoder's."""
         kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        hidden = given = args[0] if args else kwargs.pop("hidden_states")
         if call.in_plugin_code:
             raise reentry()
         if number != call.ran or (number == 0 and not call.held):
@@ -217,12 +237,15 @@ class PruningRun:
                 hidden = call.prefill.before_layer(number, hidden, kwargs)
         finally:
             call.in_plugin_code = False
+        if call.prefill is not None and call.prefill.planned:
+            checkpointing.refuse_around(self.strategy.name, given)
         call.fit_cache(number, hidden, kwargs)
+        call.inside = number
         return (hidden, *args[1:]), kwargs
 
     def _after_layer(self, call: Call, number: int, output: Any) -> Any:
         """The output of a layer that the decoder receives, in place of the layer's."""
-        call.ran += 1
+        call.ran, call.inside = call.ran + 1, None
         last = number == len(self.decoder.layers) - 1
         if last and call.step is not None:
             call.step.finish()
@@ -260,8 +283,13 @@ class PruningRun:
             strict=self.strict,
         )
         prefill.deepstack, call.deepstack = call.deepstack, None
+        if prefill.planned and self.decoder.checkpoints:
+            if now is not None:
+                raise checkpointing.refuse_cached("generate()")
+            call.uncached, call.cache = True, None
         if prefill.planned:
             call.check_prunable(prefill)
+        cache = call.cache
         if cache is not None and hasattr(cache, "layers"):
             clear(cache)
         taps = {self.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
@@ -279,6 +307,8 @@ class PruningRun:
         known = CachedPrefill.of(call.cache)
         if known is None and self.never_prunes():
             return  # nothing was pruned before, and nothing would be
+        if self.decoder.checkpoints:
+            raise checkpointing.refuse_cached("a filled KV cache")
         known = check_same_context(known, self._lease)
         outer = self._capture.padding()
         mask = padding_mask(call.inputs) if outer is None else outer

@@ -21,11 +21,10 @@ from tokenprune.errors import InputError
 from tokenprune.testing.scripted import Scripted, Step
 
 
-@torch.no_grad()
 def masked_full_length(
     decoder: Any, embeds: Tensor, layout: SequenceLayout, script: Scripted, position_ids: Tensor
 ) -> Tensor:
-    """Final hidden states (after the final norm) [batch, S, width] of a scripted schedule.
+    """Final hidden states (after the final norm) [batch, S, width] of a scripted schedule; gradients flow.
 
     Args:
         decoder: a decoder stack of LLaMA's or Gemma 3's shape (layers, rotary_emb, norm), sliding windows included.

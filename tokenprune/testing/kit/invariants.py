@@ -256,6 +256,7 @@ def _same_model(before: dict[str, Any], after: str, trace: Trace, case: Case, st
         raise report(f"after {after} the model is not as it was: {'; '.join(left[:5])}", strategy, case, trace)
 
 
+@torch.no_grad()
 def _oracle(case: Case, strategy: Strategy, done: Run, new: int = 0) -> Tensor:
     made = SyntheticBatch(case.rows, case.padding, new=new)
     ids = FAMILIES[case.family].positions(made)

@@ -36,7 +36,9 @@ class Kind:
 
 
 # tokenprune's own
-COMMANDS = frozenset({"list", "compare", "sweep", "merge", "segment", "answer", "inspect", "flops", "data", "new"})
+COMMANDS = frozenset(
+    {"list", "compare", "sweep", "merge", "tune", "segment", "answer", "inspect", "flops", "data", "new"}
+)
 KINDS = {
     "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.core.strategy:Strategy"),
     "adapters": Kind("adapter", "tokenprune_register_adapters", "tokenprune.loading.adapter:Adapter"),

@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from tokenprune.cli.commands import answer, compare, data, flops, inspect, listing, merge, new, report, segment, sweep
+from tokenprune.cli.commands import (
+    answer,
+    compare,
+    data,
+    flops,
+    inspect,
+    listing,
+    merge,
+    new,
+    report,
+    segment,
+    sweep,
+    tune,
+)
 from tokenprune.cli.mounting import CLICK_ERROR, PluginGroup, usage_problem
 from tokenprune.cli.printing import note, printable, short_warnings
 from tokenprune.errors import OptionError, PluginError, TokenPruneError
@@ -49,6 +62,7 @@ app.command("compare")(compare.command)
 app.command("sweep")(sweep.command)
 app.command("merge")(merge.command)
 app.command("report")(report.command)
+app.command("tune")(tune.command)
 app.command("segment")(segment.command)
 app.command("answer")(answer.command)
 app.command("inspect")(inspect.command)

@@ -59,7 +59,7 @@ def groups_of(config: SweepConfig) -> list[Group]:
     """The groups of a sweep, in the order of its models, datasets and seeds."""
     field_of = config.contenders()
     return [
-        Group(model, entry, seed, tuple(_configuration(model, entry, contender, seed) for contender in field_of))
+        Group(model, entry, seed, tuple(configuration_of(model, entry, contender, seed) for contender in field_of))
         for model in config.models
         for entry in config.datasets
         for seed in config.seeds
@@ -72,7 +72,8 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _configuration(model: ModelEntry, entry: DatasetEntry, contender: Contender, seed: int) -> Configuration:
+def configuration_of(model: ModelEntry, entry: DatasetEntry, contender: Contender, seed: int) -> Configuration:
+    """A contender on a dataset with a model and a seed."""
     strategy = contender.strategy
     what = {
         "model": _of_model(model),

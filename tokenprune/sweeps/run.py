@@ -107,7 +107,8 @@ def sweep(
                     store.set_configuration(one.hash, reason=None)
         found = Swept(store.folder)
         for number, group in enumerate(groups):
-            for scene, stored in _run_group(store, group, checked.limit, part, keep_masks, accept_changes):
+            worker = Worker(group, checked.limit, keep_masks=keep_masks)
+            for scene, stored in run_group(store, worker, group, part, accept_changes):
                 found.added += stored
                 if progress is not None:
                     progress(Progress(group.label, *scene, number, len(groups)))
@@ -118,19 +119,27 @@ def sweep(
     return found
 
 
-def _run_group(
+def run_group(
     store: Store,
+    worker: Worker,
     group: Group,
-    limit: int | None,
-    shard: tuple[int, int],
-    keep_masks: bool,
-    accept_changes: bool,
+    shard: tuple[int, int] = (1, 1),
+    accept_changes: bool = False,
 ) -> Iterator[tuple[tuple[int, int | None], int]]:
-    """Run what is missing of a group; after every scene yields (queries done, in all), and the records added."""
-    worker = Worker(group, limit, keep_masks=keep_masks)
+    """Run what is missing of a group; after every scene yields (queries done, in all), and the records added.
+
+    Args:
+        store: open for writing, with the group's configurations.
+        worker: of the group, or of one with the same model, dataset and seed.
+        group: what to run.
+        shard, accept_changes: as for `sweep`.
+
+    Raises:
+        InputError: see `sweep`.
+    """
     done = {one.hash: store.done(one.hash) for one in group.configurations}
     known = store.scenes(group.source)
-    total = queries_of(worker.data, group.dataset.split, limit)
+    total = queries_of(worker.data, group.dataset.split, worker.limit)
     behind = 0  # queries of scenes that need no run
 
     def lacks(hashed: str, number: int, queries: int) -> bool:
@@ -155,7 +164,7 @@ def _run_group(
             stored = add(store, group, found, env)
         behind += queries
         yield (behind, total), stored
-        if len(worker.failed) == len(group.configurations):
+        if all(one.hash in worker.failed for one in group.configurations):
             return
 
 

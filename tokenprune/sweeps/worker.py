@@ -11,6 +11,7 @@ import torch
 
 from tokenprune import api
 from tokenprune.core.stage import Shape
+from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.datasets.validation import numbered_scenes
 from tokenprune.errors import InputError, TokenPruneError
@@ -58,10 +59,11 @@ class Worker:
         group: what to run.
         limit: queries of the dataset; None = all.
         keep_masks: whether records hold masks and stages.
+        model: if it is loaded already.
     """
 
-    def __init__(self, group: Group, limit: int | None = None, *, keep_masks: bool = True) -> None:
-        self.group, self.limit, self._keep_masks = group, limit, keep_masks
+    def __init__(self, group: Group, limit: int | None = None, *, keep_masks: bool = True, model: Any = None) -> None:
+        self.group, self.limit, self._keep_masks, self._given = group, limit, keep_masks, model
         self.data: Dataset = group.dataset.make()
         self._loaded: Any = None
         self._measured: tuple[Any, dict[str, float]] | None = None
@@ -90,7 +92,8 @@ class Worker:
         """The model, loaded on first use."""
         if self._loaded is None:
             entry = self.group.model
-            self._loaded = check_model(api.load(entry.source, **entry.options))
+            given = api.load(entry.source, **entry.options) if self._given is None else self._given
+            self._loaded = check_model(given)
             self._runner = SceneRun(
                 TurnTaking(self._loaded),
                 protocol=self.group.dataset.protocol,
@@ -99,6 +102,12 @@ class Worker:
                 seed=self.group.seed * SEED_STEP,
             )
         return self._loaded
+
+    @torch.no_grad()
+    def shape(self) -> Shape:
+        """Layers of the model, and image and text tokens of the first query."""
+        _, trace = self.model.run_decoder(self._first_query()[0], api.strategy("none"))
+        return self._shape(trace)
 
     def environment(self) -> dict[str, Any]:
         """Versions, machine, code and weights, as stored beside the records."""
@@ -143,6 +152,16 @@ class Worker:
         """Measure what the ledger does not count, always on the first query, so that every run stores the same."""
         if one.hash in self._own:
             return
+        inputs, own = self._first_query()
+        _, trace = self.model.run_decoder(inputs, one.contender.strategy)
+        shape = self._shape(trace)
+        bound = one.contender.strategy.bind(shape)
+        chosen = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
+        self._own[one.hash] = {**own, "strategy": float(chosen)} if chosen else own
+        self._options[one.hash] = bound.options.model_dump(mode="json", fallback=repr)
+
+    def _first_query(self) -> tuple[Any, dict[str, float]]:
+        """Decoder inputs of the first query, and the FLOPs of its mask head."""
         if self._measured is None:
             scene = self.first()
             query = scene.queries[0]
@@ -150,13 +169,10 @@ class Worker:
             inputs = self.model.build_inputs(encoded, [query.text], is_sentence=[query.is_sentence])
             head = head_flops(self.model, encoded, query.text, query.is_sentence)
             self._measured = inputs, {"mask_head": float(head)} if head else {}
-        inputs, own = self._measured
-        _, trace = self.model.run_decoder(inputs, one.contender.strategy)
-        shape = Shape(self._runner.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
-        bound = one.contender.strategy.bind(shape)
-        chosen = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
-        self._own[one.hash] = {**own, "strategy": float(chosen)} if chosen else own
-        self._options[one.hash] = bound.options.model_dump(mode="json", fallback=repr)
+        return self._measured
+
+    def _shape(self, trace: Trace) -> Shape:
+        return Shape(self._runner.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
 
     def _with_own(self, one: Configuration, record: Record) -> Record:
         flops = {**record.cost.flops, **self._own[one.hash]}

@@ -36,6 +36,15 @@ def command(
     The file has the keys models, datasets, strategies, budgets, seeds, limit. Every scene is stored when it is done, so
     that the sweep may be stopped at any moment; the same command goes on.
     """
+    try:
+        found = _run(config, out, shard, masks, accept_changes, threads)
+    except KeyboardInterrupt:
+        note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    show(found, out)
+
+
+def _run(config: Path, out: Path, shard: str | None, masks: bool, accept_changes: bool, threads: int | None) -> Swept:
     from tokenprune.cli.models import quiet_loading
     from tokenprune.sweeps.config import read_config
     from tokenprune.utils.threads import checked, choose
@@ -47,21 +56,16 @@ def command(
 
     from tokenprune.sweeps.run import sweep
 
-    try:
-        with _progress() as report:
-            found = sweep(
-                given,
-                out,
-                shard=part,
-                keep_masks=masks,
-                accept_changes=accept_changes,
-                progress=report,
-                threads=choose(threads),
-            )
-    except KeyboardInterrupt:
-        note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
-    show(found, out)
+    with _progress() as report:
+        return sweep(
+            given,
+            out,
+            shard=part,
+            keep_masks=masks,
+            accept_changes=accept_changes,
+            progress=report,
+            threads=choose(threads),
+        )
 
 
 def show(found: Swept, out: Path) -> None:

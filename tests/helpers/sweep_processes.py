@@ -18,7 +18,7 @@ from plugin_packages import install
 from tokenprune.sweeps.store import FILE
 
 HERE = Path(__file__).parent
-PATIENCE = 120.0  # seconds that a process may take to get somewhere
+PATIENCE = 300.0  # seconds that a process may take to get somewhere
 
 # A package that registers the fake model, its data and its strategies.
 PLUGIN = """

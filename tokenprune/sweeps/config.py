@@ -17,6 +17,8 @@ from tokenprune.loading.checkpoints import find_checkpoint
 from tokenprune.loading.device_names import check_device, check_dtype
 from tokenprune.utils.files import absent, expanded, reason
 
+ENGINES = ("local", "ray")
+
 
 class ModelEntry(BaseModel):
     """A model of a sweep.
@@ -173,6 +175,12 @@ class SweepConfig(BaseModel):
             problems.append("models: two have the same name in the results; give each a name of its own")
         if problems:
             raise OptionError(joined(problems))
+
+
+def check_engine(name: str) -> None:
+    """Raises UnknownNameError unless it is the name of an engine."""
+    if name not in ENGINES:
+        raise UnknownNameError.among("engine", name, ENGINES)
 
 
 def joined(problems: list[str]) -> str:

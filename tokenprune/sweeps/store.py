@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError
 from tokenprune.evaluation.records import Record, packed_json, packed_mask
 from tokenprune.sweeps.plan import Configuration
@@ -126,18 +127,14 @@ class Store:
         self._connection.executemany(f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * 28)})", rows)
 
 
-def row_of(
-    configuration: str, record: Record, scene: str, hashed: str, text: str, size: tuple[int, int], environment: str
-) -> tuple[Any, ...]:
+def row_of(configuration: str, record: Record, scene: Scene, hashed: str, environment: str) -> tuple[Any, ...]:
     """A record as a row of the table.
 
     Args:
         configuration: its hash.
         record: the record.
-        scene: name of the scene.
+        scene: that it is of.
         hashed: digest of the scene.
-        text: of the query.
-        size: (height, width) of the image.
         environment: hash of the environment.
     """
     flops = dict(record.cost.flops)
@@ -146,12 +143,12 @@ def row_of(
         record.scene,
         record.query,
         record.sample,
-        scene,
+        scene.id,
         hashed,
-        text,
+        scene.queries[record.query].text,
         record.kind,
         record.size,
-        *size,
+        *scene.image.shape[:2],
         *record.overlap,
         record.iou,
         *record.agreement,

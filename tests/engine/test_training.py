@@ -200,7 +200,7 @@ def test_layers_that_run_again_decide_tell_and_count_nothing(
 ) -> None:
     """Whether the context is open or closed by the backward pass, and with a later prefill in between."""
     model, log, told = tiny_llama(), Log(), []
-    monkeypatch.setattr("tokenprune.engine.session.notify", lambda hook, **what: told.append(hook))
+    monkeypatch.setattr("tokenprune.engine.run.notify", lambda hook, **what: told.append(hook))
     runs = [0] * 4
     for number, layer in enumerate(model.model.layers):
         inner = layer.mlp.forward

@@ -62,7 +62,7 @@ def test_checkpoints_around_the_model_are_refused_where_anything_is_pruned(reent
 
     expected = run().detach()
     with tp.prune(model, PRUNING, image_tokens=IMAGE):
-        with pytest.raises(UnsupportedError, match=r"torch\.utils\.checkpoint around the model"):
+        with pytest.raises(UnsupportedError, match=r"torch\.utils\.checkpoint found around the model"):
             run()
         pruned = model(inputs_embeds=embeds).logits
         embeds = embeds.detach()

@@ -14,12 +14,12 @@ import pytest
 import tokenprune as tp
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation import metrics
-from tokenprune.sweeps import fingerprint, run
+from tokenprune.sweeps import fingerprint
 from tokenprune.sweeps.config import read_config
 from tokenprune.sweeps.merge import merge
 from tokenprune.sweeps.plan import groups_of
 from tokenprune.sweeps.results import stored_masks
-from tokenprune.sweeps.store import FILE, reading, writing
+from tokenprune.sweeps.store import FILE, Store, reading, writing
 
 CONFIG: dict[str, Any] = {
     "models": "lisa-tiny",
@@ -98,8 +98,8 @@ def test_it_goes_on(tmp_path: Path, whole: Path, after: int) -> None:
 
 
 def test_a_scene_is_stored_whole_or_not(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = run.add
-    monkeypatch.setattr(run, "add", lambda *args: _second_fails(original, *args))
+    original = Store.add_scene
+    monkeypatch.setattr(Store, "add_scene", lambda *args: _second_fails(original, *args))
     with pytest.raises(Stopped):
         tp.sweep(CONFIG, tmp_path)
     monkeypatch.undo()
@@ -108,11 +108,11 @@ def test_a_scene_is_stored_whole_or_not(tmp_path: Path, whole: Path, monkeypatch
     assert table_of(tmp_path).equals(table_of(whole))
 
 
-def _second_fails(original: Any, store: Any, group: Any, found: Any, environment: str) -> int:
-    stored: int = original(store, group, found, environment)
-    if found.number == 1:
+def _second_fails(original: Any, store: Any, source: str, number: int, *rest: Any) -> None:
+    """The records of the second scene are in the transaction already."""
+    original(store, source, number, *rest)
+    if number == 1:
         raise Stopped
-    return stored
 
 
 def test_it_grows(tmp_path: Path, whole: Path) -> None:

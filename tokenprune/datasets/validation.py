@@ -121,6 +121,17 @@ def numbered_scenes(
             yield number, scene
 
 
+def counted_scenes(data: Dataset, split: str, limit: int | None, seed: int) -> Iterator[tuple[int, int]]:
+    """(number, how many queries) of all scenes of a split, without reading images. See `numbered_scenes`."""
+    if isinstance(data, FileDataset):
+        with blamed(partial(_failed, data)):
+            listed = data.selected(split, limit)
+        yield from ((number, len(one.queries)) for number, one in enumerate(listed))
+        return
+    for number, scene in enumerate(scenes_of(data, split, sys.maxsize if limit is None else limit, seed)):
+        yield number, len(scene.queries)
+
+
 def _refusal(data: Dataset, problem: str) -> PluginError:
     entry = registry.datasets().get(data.name)
     if entry is not None and entry.load() is type(data):

@@ -6,15 +6,18 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from tokenprune.engine.attention_tap import tap
+from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.kv_cache import CachedPrefill, check_cache, shorten_layer, unify_layers
+from tokenprune.engine.kv_cache import CachedPrefill, Lease, check_cache, clear, shorten_layer, unify_layers
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
@@ -54,6 +57,32 @@ class Call:
     ran: int = 0
     inside: int | None = None
     taps: ExitStack = field(default_factory=ExitStack)
+
+    def begin(self, prefill: Prefill, lease: Lease, length: int, generates: bool) -> None:
+        """Make this the call of a prefill: its cache is emptied, and the layers that it reads are tapped.
+
+        Args:
+            prefill: of this call.
+            lease: of the context, for the cache.
+            length: positions of the prompt.
+            generates: whether the call is one of `generate`.
+
+        Raises:
+            UnsupportedError: a prefill with stages that cannot be pruned correctly.
+        """
+        prefill.deepstack, self.deepstack = self.deepstack, None
+        if prefill.planned and prefill.decoder.checkpoints:
+            if generates:
+                raise checkpointing.refuse_cached("generate()")
+            self.uncached, self.cache = True, None
+        if prefill.planned:
+            self.check_prunable(prefill)
+        if self.cache is not None and hasattr(self.cache, "layers"):
+            clear(self.cache)
+        taps = {prefill.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
+        self.taps.enter_context(tap(taps))
+        self.prefill = prefill
+        self.cached = CachedPrefill(lease, length, prefill.trace.ledger)
 
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""

@@ -15,7 +15,6 @@ from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.call import (
     Call,
     check_all_ran,
@@ -38,7 +37,6 @@ from tokenprune.engine.kv_cache import (
     CachedPrefill,
     Lease,
     check_same_context,
-    clear,
     end_update,
     held_tokens,
     is_pruned,
@@ -282,20 +280,7 @@ class PruningRun:
             seed=self._seed,
             strict=self.strict,
         )
-        prefill.deepstack, call.deepstack = call.deepstack, None
-        if prefill.planned and self.decoder.checkpoints:
-            if now is not None:
-                raise checkpointing.refuse_cached("generate()")
-            call.uncached, call.cache = True, None
-        if prefill.planned:
-            call.check_prunable(prefill)
-        cache = call.cache
-        if cache is not None and hasattr(cache, "layers"):
-            clear(cache)
-        taps = {self.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
-        call.taps.enter_context(tap(taps))
-        call.prefill = prefill
-        call.cached = CachedPrefill(self._lease, hidden.shape[1], prefill.trace.ledger)
+        call.begin(prefill, self._lease, hidden.shape[1], generates=now is not None)
         if now is None or not now.begun or bool(layout.image_tokens.any()):
             self._latest = prefill
         if now is not None:
@@ -312,8 +297,8 @@ class PruningRun:
         known = check_same_context(known, self._lease)
         outer = self._capture.padding()
         mask = padding_mask(call.inputs) if outer is None else outer
-        new, past = hidden.shape[1], call.held - known.length
-        call.step = CachedStep(self.decoder, known, new, past, mask)
+        new = hidden.shape[1]
+        call.step = CachedStep(self.decoder, known, new, call.held - known.length, mask)
         images = self._capture.later() if new > 1 else None
         if images is not None and bool(images.any()):
             call.step.count_images(images)

@@ -17,6 +17,8 @@ from tokenprune.loading.checkpoints import find_checkpoint
 from tokenprune.loading.device_names import check_device, check_dtype
 from tokenprune.utils.files import absent, expanded, reason
 
+ENGINES = ("local", "ray")
+
 
 class ModelEntry(BaseModel):
     """A model of a sweep.
@@ -183,6 +185,12 @@ class SweepConfig(BaseModel):
 def repeated(items: Sequence[Any]) -> list[Any]:
     """The items that are equal to an earlier one."""
     return [item for number, item in enumerate(items) if item in items[:number]]
+
+
+def check_engine(name: str) -> None:
+    """Raises UnknownNameError unless it is the name of an engine."""
+    if name not in ENGINES:
+        raise UnknownNameError.among("engine", name, ENGINES)
 
 
 def joined(problems: list[str]) -> str:

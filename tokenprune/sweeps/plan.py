@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune.evaluation.contenders import Contender
+from tokenprune.evaluation.protocols import protocol_of
 from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig
 
 SEED_STEP = 1_000_003  # between the draws of two seeds lie those of more scenes than any dataset has
@@ -48,6 +49,10 @@ class Group:
         """For progress bars."""
         seed = f", seed {self.seed}" if self.seed else ""
         return f"{self.model.label} on {self.dataset.label} ({self.dataset.split}{seed})"
+
+    def asked(self, number: int, queries: int) -> list[int]:
+        """Which of the queries of a scene the protocol asks."""
+        return protocol_of(self.dataset.protocol).asked(queries, number, self.seed * SEED_STEP)
 
     @property
     def source(self) -> str:

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenprune.datasets.base import Dataset
-from tokenprune.datasets.files.dataset import FileDataset
 from tokenprune.errors import InputError, OptionError
-from tokenprune.sweeps.config import SweepConfig, read_config
-from tokenprune.sweeps.fingerprint import of_scene, same_scene
+from tokenprune.sweeps.config import DatasetEntry, SweepConfig, read_config
+from tokenprune.sweeps.engines import Engine, Task, engine_of
+from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Group, groups_of
-from tokenprune.sweeps.store import Store, row_of, writing
-from tokenprune.sweeps.worker import SceneRecords, Worker, environment_hash
+from tokenprune.sweeps.store import Store, writing
 from tokenprune.utils.threads import ThreadChoice, using
-
-CHANGES = {"code": "the code", "weights": "the weights"}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a sweep is.
+    """How far a sweep is, in records: queries times configurations.
 
     Attributes:
         group: model and dataset under way.
-        done, total: queries of the group that are stored for all its configurations; total None = not known.
-        groups_done, groups: of the sweep.
+        done, total: records of the group; total None = not known.
+        all_done, all_total: those of all groups.
+        groups: how many there are.
     """
 
     group: str
     done: int
     total: int | None
-    groups_done: int
+    all_done: int
+    all_total: int | None
     groups: int
 
 
@@ -63,6 +62,7 @@ def sweep(
     accept_changes: bool = False,
     progress: Callable[[Progress], None] | None = None,
     threads: int | ThreadChoice | None = None,
+    engine: str | Engine = "local",
 ) -> Swept:
     """Run every strategy of a configuration on every query, and store a record of each.
 
@@ -77,6 +77,8 @@ def sweep(
         accept_changes: whether to go on where the code or the weights are not those of the stored records.
         progress: called after every scene.
         threads: processor threads, set for the whole process; None = unchanged.
+        engine: "local" runs in this process, "ray" on the devices of a Ray cluster; or a
+            `tokenprune.sweeps.ray_engine.RayEngine` with options.
 
     Raises:
         OptionError: everything that is wrong in the configuration, at once, before a model is loaded; or a shard that
@@ -84,6 +86,7 @@ def sweep(
         InputError: another process writes to the folder, or it holds something else; data cannot be read; code,
             weights or data are not those of the stored records.
         CheckpointError: a model cannot be loaded.
+        UnknownNameError: there is no such engine.
 
     Example:
         >>> import tempfile, tokenprune as tp
@@ -96,7 +99,7 @@ def sweep(
     checked = read_config(config)
     part = _checked_shard(shard)
     groups = groups_of(checked)
-    with writing(out) as store, using(threads):
+    with writing(out) as store, using(threads), engine_of(engine, threads) as running:
         with store.transaction():
             _check_same_shard(store, part, out)
             store.set_meta(config=checked.model_dump(mode="json"), shard=part)
@@ -106,126 +109,44 @@ def sweep(
                     store.add_configuration(one)
                     store.set_configuration(one.hash, reason=None)
         found = Swept(store.folder)
-        for number, group in enumerate(groups):
-            worker = Worker(group, checked.limit, keep_masks=keep_masks)
-            for scene, stored in run_group(store, worker, group, part, accept_changes):
-                found.added += stored
+        expected = _expected(groups, checked.limit, part)
+        runs = [GroupRun(store, group, expected[group.dataset], part, accept_changes) for group in groups]
+        for place, run in enumerate(runs):
+            task = Task(checked, place, run.group, keep_masks, run.pending)
+            for added in _run_group(run, running, task):
+                found.added += added
                 if progress is not None:
-                    progress(Progress(group.label, *scene, number, len(groups)))
+                    progress(_progress(run, runs))
         found.records = store.count()
-        planned = {one.hash for group in groups for one in group.configurations}
-        reasons = store.rows("SELECT hash, label, reason FROM configurations WHERE reason IS NOT NULL")
-        found.reasons = {label: reason for hashed, label, reason in reasons if hashed in planned}
+        labels = {one.hash: one.contender.label for group in groups for one in group.configurations}
+        found.reasons = {labels[hashed]: reason for run in runs for hashed, reason in run.failed.items()}
     return found
 
 
-def run_group(
-    store: Store,
-    worker: Worker,
-    group: Group,
-    shard: tuple[int, int] = (1, 1),
-    accept_changes: bool = False,
-) -> Iterator[tuple[tuple[int, int | None], int]]:
-    """Run what is missing of a group; after every scene yields (queries done, in all), and the records added.
-
-    Args:
-        store: open for writing, with the group's configurations.
-        worker: of the group, or of one with the same model, dataset and seed.
-        group: what to run.
-        shard, accept_changes: as for `sweep`.
-
-    Raises:
-        InputError: see `sweep`.
-    """
-    done = {one.hash: store.done(one.hash) for one in group.configurations}
-    known = store.scenes(group.source)
-    total = queries_of(worker.data, group.dataset.split, worker.limit)
-    behind = 0  # queries of scenes that need no run
-
-    def lacks(hashed: str, number: int, queries: int) -> bool:
-        return done[hashed].get(number, 0) < len(worker.asked(number, queries))
-
-    def wanted(number: int, queries: int) -> bool:
-        nonlocal behind
-        missing = number % shard[1] == shard[0] - 1 and any(lacks(one, number, queries) for one in done)
-        behind += 0 if missing else queries
-        return missing
-
-    env = ""
-    for number, scene in worker.scenes(wanted):
-        if not env:
-            env = _check_environment(store, worker, group, known, accept_changes)
-        queries = len(scene.queries)
-        left = [one for one in group.configurations if one.hash not in worker.failed]
-        pending = [one for one in left if lacks(one.hash, number, queries)]
-        found = worker.run(number, scene, pending)
-        _check_data(group, known, found)
-        with store.transaction():
-            stored = add(store, group, found, env)
-        behind += queries
-        yield (behind, total), stored
-        if all(one.hash in worker.failed for one in group.configurations):
-            return
+def _run_group(run: GroupRun, engine: Engine, task: Task) -> Iterator[int]:
+    """Store what an engine gives of a group; yields the number of records of each scene."""
+    ran = False
+    with closing(engine.run(task)) as scenes:
+        for scene in scenes:
+            ran = True
+            yield run.add(scene)
+            if len(run.failed) == len(task.group.configurations):
+                break
+    run.finish()
+    if ran:
+        yield 0  # for the progress: nothing more comes
 
 
-def add(store: Store, group: Group, found: SceneRecords, environment: str) -> int:
-    """Store what a worker found in one scene; inside a transaction. Returns the number of records."""
-    rows = [
-        row_of(hashed, record, found.name, found.digest, found.texts[record.query], found.size, environment)
-        for hashed, records in found.records.items()
-        for record in records
-    ]
-    store.add_records(rows)
-    store.add_scene(group.source, found.number, found.name, found.digest, len(found.texts))
-    for hashed, options in found.options.items():
-        store.set_configuration(hashed, options=options, policies=found.policies[hashed])
-    for hashed, reason in found.reasons.items():
-        store.set_configuration(hashed, reason=reason)
-    return len(rows)
+def _expected(groups: list[Group], limit: int | None, shard: tuple[int, int]) -> dict[DatasetEntry, int | None]:
+    first = {group.dataset: group for group in reversed(groups)}
+    return {entry: queries_of(group, limit, shard) for entry, group in first.items()}
 
 
-def queries_of(data: Dataset, split: str, limit: int | None) -> int | None:
-    """How many queries a split has, up to the limit; None where that is only known at its end."""
-    if not isinstance(data, FileDataset):
-        return limit
-    return sum(len(scene.queries) for scene in data.selected(split, limit))
-
-
-def _check_environment(
-    store: Store, worker: Worker, group: Group, known: Mapping[int, str], accept_changes: bool
-) -> str:
-    """The hash of the environment, stored. Raises InputError if code, weights or data have changed since."""
-    now = worker.environment()
-    model = group.model.label
-    before: dict[str, Any] = store.meta().get(f"digests of {model}", {})
-    changed = [what for name, what in CHANGES.items() if before.get(name, now[name]) != now[name]]
-    if changed and not accept_changes:
-        raise InputError(
-            f"{str(store.folder)!r}: {' and '.join(changed)} changed since the records of {model!r} were made, so new "
-            "ones would not be comparable; start a new folder, or go on with accept_changes=True (--accept-changes): "
-            "every record tells what it was made with"
-        )
-    if 0 in known:
-        first = worker.first()
-        if not same_scene(of_scene(first), known[0]):
-            raise _changed_data(group, first.id)
-    hashed = environment_hash(now)
-    with store.transaction():
-        store.add_environment(hashed, now)
-        store.set_meta(**{f"digests of {model}": {name: now[name] for name in CHANGES}})
-    return hashed
-
-
-def _check_data(group: Group, known: Mapping[int, str], found: SceneRecords) -> None:
-    if not same_scene(known.get(found.number, found.digest), found.digest):
-        raise _changed_data(group, found.name)
-
-
-def _changed_data(group: Group, name: str) -> InputError:
-    return InputError(
-        f"scene {name!r} of {group.dataset.label} is not the one that was run before: image, queries or targets "
-        "changed; start a new folder"
-    )
+def _progress(run: GroupRun, runs: list[GroupRun]) -> Progress:
+    totals = [one.total for one in runs]
+    known = [total for total in totals if total is not None]
+    everything = sum(known) if len(known) == len(totals) else None
+    return Progress(run.group.label, run.done, run.total, sum(one.done for one in runs), everything, len(runs))
 
 
 def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError
 from tokenprune.evaluation.records import Record, packed_json, packed_mask
 from tokenprune.sweeps.plan import Configuration
@@ -58,33 +59,34 @@ class Store:
     # what is there ----------------------------------------------------------------------------------------------------
 
     def meta(self) -> dict[str, Any]:
-        """Plain data by key, such as "config" and "sources"."""
-        return {key: json.loads(value) for key, value in self._connection.execute("SELECT key, value FROM meta")}
+        """Plain data by key, such as "config" and "planned"."""
+        return {key: json.loads(value) for key, value in self.rows("SELECT key, value FROM meta")}
 
     def done(self, configuration: str) -> dict[int, int]:
         """By scene, how many queries of it are stored for a configuration."""
         found = "SELECT scene, COUNT(*) FROM records WHERE configuration = ? GROUP BY scene"
-        return dict(self._connection.execute(found, (configuration,)))
+        return dict(self.rows(found, (configuration,)))
 
     def scenes(self, source: str) -> dict[int, str]:
         """The digests of the scenes of a source that were run, by number."""
-        return dict(self._connection.execute("SELECT scene, digest FROM scenes WHERE source = ?", (source,)))
+        return dict(self.rows("SELECT scene, digest FROM scenes WHERE source = ?", (source,)))
 
     def count(self) -> int:
         """Records in all."""
-        (found,) = self._connection.execute("SELECT COUNT(*) FROM records").fetchone()
+        ((found,),) = self.rows("SELECT COUNT(*) FROM records")
         return int(found)
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         """The result of a SELECT."""
-        return self._connection.execute(query, values)
+        with told(self.folder):
+            return self._connection.execute(query, values)
 
     # what is added ----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing of what is added inside; on disk at its end."""
-        with told(self.folder), self._connection:
+        with told(self.folder), self._connection:  # which commits, or takes everything back
             self._connection.execute("BEGIN IMMEDIATE")
             yield
 
@@ -125,18 +127,14 @@ class Store:
         self._connection.executemany(f"INSERT OR REPLACE INTO records VALUES ({', '.join('?' * 29)})", rows)
 
 
-def row_of(
-    configuration: str, record: Record, scene: str, hashed: str, text: str, size: tuple[int, int], environment: str
-) -> tuple[Any, ...]:
+def row_of(configuration: str, record: Record, scene: Scene, hashed: str, environment: str) -> tuple[Any, ...]:
     """A record as a row of the table.
 
     Args:
         configuration: its hash.
         record: the record.
-        scene: name of the scene.
+        scene: that it is of.
         hashed: digest of the scene.
-        text: of the query.
-        size: (height, width) of the image.
         environment: hash of the environment.
     """
     flops = dict(record.cost.flops)
@@ -145,12 +143,12 @@ def row_of(
         record.scene,
         record.query,
         record.sample,
-        scene,
+        scene.id,
         hashed,
-        text,
+        scene.queries[record.query].text,
         record.kind,
         record.size,
-        *size,
+        *scene.image.shape[:2],
         *record.overlap,
         record.predicted,
         record.iou,
@@ -179,15 +177,14 @@ def reading(folder: str | Path) -> Iterator[Store]:
     """
     home = expanded(folder)
     path = home / FILE
+    empty = InputError(f"{str(folder)!r} holds no results of a sweep ({FILE}); check the path")
     if not path.is_file():
-        raise InputError(f"{str(folder)!r} holds no results of a sweep ({FILE}); check the path")
-    with told(home):
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        try:
-            _check(connection, home)
-            yield Store(home, connection)
-        finally:
-            connection.close()
+        raise empty
+    with told(home), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        if _is_empty(connection):
+            raise empty
+        _check(connection, home)
+        yield Store(home, connection)
 
 
 @contextmanager
@@ -198,28 +195,40 @@ def writing(folder: str | Path) -> Iterator[Store]:
         InputError: another process writes to it, it is damaged, of another version, or cannot be written.
     """
     home = expanded(folder)
+    with _locked(home, folder):
+        with told(home):
+            connection = sqlite3.connect(home / FILE, isolation_level=None, timeout=60)
+        with closing(connection):
+            with told(home):
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                if _is_empty(connection):
+                    connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+                _check(connection, home)
+            yield Store(home, connection)
+
+
+@contextmanager
+def _locked(home: Path, folder: str | Path) -> Iterator[None]:
+    """The only writer of a folder; the system takes the lock back when the process dies."""
+    lock = FileLock(home / ".lock")
     with told(home):
         home.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(home / ".lock")  # the system takes it back when the process dies
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
                 f"{str(folder)!r} is being written by another process; wait for it, or give another folder"
             ) from None
-        try:
-            connection = sqlite3.connect(home / FILE, isolation_level=None, timeout=60)
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
-                if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-                _check(connection, home)
-                yield Store(home, connection)
-            finally:
-                connection.close()
-        finally:
-            lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_empty(connection: sqlite3.Connection) -> bool:
+    """Whether nothing was ever stored: a process died before the tables were made."""
+    return not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _check(connection: sqlite3.Connection, home: Path) -> None:
@@ -244,6 +253,8 @@ def told(home: Path) -> Iterator[None]:
             why = "the disk is full; make room, and give the same command: it goes on from what is stored"
         elif "locked" in str(error):
             why = "another process holds it; close that, and give the same command"
+        elif "disk I/O" in str(error):
+            why = "the disk failed or a quota is used up; see to it, and give the same command: it goes on"
         else:
             why = f"it cannot be used ({error}); check that the folder can be written"
         raise InputError(f"{str(home / FILE)!r}: {why}") from error

@@ -15,14 +15,14 @@ from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig, read_config
 from tokenprune.sweeps.confirmation import DEFAULT, Row, rows_of
+from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Configuration, Group, configuration_of
-from tokenprune.sweeps.run import run_group
 from tokenprune.sweeps.search import Outcome, Search, check_optuna, search
 from tokenprune.sweeps.search_space import derived
 from tokenprune.sweeps.search_text import parse_search
 from tokenprune.sweeps.store import Store, writing
 from tokenprune.sweeps.tuned import FILE, Tuned, as_json
-from tokenprune.sweeps.worker import Worker
+from tokenprune.sweeps.worker import Models, Worker
 from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.files import replacing
 from tokenprune.utils.threads import ThreadChoice, using
@@ -121,7 +121,8 @@ def tune(
     default = Contender(api.strategy(name, budget, **fixed) if plain.takes_budget() else plain, fixed, budget)
     with writing(out) as store, using(threads):
         _check_same(store, what, out)
-        calibration = _Runs(store, Group(entry, data[0], seed, ()), default, limit, accept_changes)
+        models = Models()
+        calibration = _Runs(store, Group(entry, data[0], seed, ()), default, limit, accept_changes, models)
         shape = calibration.worker.shape()
         space = derived(plain, budget, shape, given)
 
@@ -139,8 +140,7 @@ def tune(
         field = {"untouched": Contender(api.strategy("none")), DEFAULT: default}
         field |= {name: found.contenders[number] for name, number in names.items()}
         # the split is first read here
-        loaded = calibration.worker.model
-        confirm = _Runs(store, Group(entry, data[1], seed, ()), default, confirm_limit, accept_changes, loaded)
+        confirm = _Runs(store, Group(entry, data[1], seed, ()), default, confirm_limit, accept_changes, models)
         rows = confirm.rows(field, calibrated, progress)
         _check_apart(store, calibration, confirm)
         result = Tuned(what, limit, confirm_limit, trials, space, found, rows)
@@ -164,12 +164,12 @@ class _Runs:
     """Runs contenders on the queries of one split, those that are stored left out."""
 
     def __init__(
-        self, store: Store, group: Group, default: Contender, limit: int, accept_changes: bool, model: Any = None
+        self, store: Store, group: Group, default: Contender, limit: int, accept_changes: bool, models: Models
     ) -> None:
         entry = (group.model, group.dataset)
         self.group = Group(*entry, group.seed, (configuration_of(*entry, default, group.seed),))
         self.store, self._accept = store, accept_changes
-        self.worker = Worker(self.group, limit, keep_masks=False, model=model)
+        self.worker = Worker(self.group, limit, keep_masks=False, models=models)
         self._asked: list[tuple[int, int]] | None = None
 
     def outcomes(self, contenders: Sequence[Contender]) -> list[Outcome]:
@@ -190,7 +190,7 @@ class _Runs:
             found: list[tuple[int, int]] = []
 
             def count(number: int, queries: int) -> bool:
-                found.extend((number, query) for query in self.worker.asked(number, queries))
+                found.extend((number, query) for query in self.group.asked(number, queries))
                 return False
 
             for _ in self.worker.scenes(count):
@@ -211,9 +211,11 @@ class _Runs:
             planned = [*store.meta().get("planned", []), *distinct]
             store.set_meta(planned=list(dict.fromkeys(planned)))
         group = Group(self.group.model, self.group.dataset, self.group.seed, tuple(distinct.values()))
-        for (done, total), _ in run_group(store, self.worker, group, accept_changes=self._accept):
+        run = GroupRun(store, group, queries_of(group, self.worker.limit, (1, 1)), (1, 1), self._accept)
+        for number, scene in self.worker.scenes(lambda number, queries: bool(run.pending(number, queries))):
+            run.add(self.worker.run(number, scene, run.pending(number, len(scene.queries))))
             if progress is not None:
-                progress(Phase("confirm", done, total))
+                progress(Phase("confirm", run.done, run.total))
 
     def _outcome(self, one: Configuration) -> Outcome:
         if one.hash in self.worker.failed:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,12 +19,30 @@ from tokenprune.evaluation import environment
 from tokenprune.evaluation.accounting import choice_flops, head_flops
 from tokenprune.evaluation.measured import metrics_of
 from tokenprune.evaluation.models import TurnTaking, check_model
-from tokenprune.evaluation.protocols import protocol_of
 from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun
 from tokenprune.plugins.attribution import brief
 from tokenprune.sweeps import fingerprint
+from tokenprune.sweeps.config import ModelEntry
 from tokenprune.sweeps.plan import SEED_STEP, Configuration, Group, digest
+from tokenprune.sweeps.store import row_of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where records come from.
+
+    Attributes:
+        hash: of the environment.
+        environment: versions, machine, and digests of code and weights.
+        first: name and digest of the first scene of the split, as it is read there.
+        where: for messages: " on node 10.0.0.3"; empty in this process.
+    """
+
+    hash: str
+    environment: dict[str, Any]
+    first: tuple[str, str]
+    where: str = ""
 
 
 @dataclass
@@ -33,23 +51,39 @@ class SceneRecords:
 
     Attributes:
         number, name, digest: of the scene.
-        texts: of its queries.
-        size: (height, width) of the image.
-        records: by the hash of the configuration.
-        options: that strategies ran with, where this is known for the first time.
-        policies: of strategies, likewise.
+        queries: how many it has.
+        origin: where it was run.
+        rows: of the store, a list by the hash of each configuration.
+        options: that strategies ran with.
+        policies: of strategies.
         reasons: why configurations could not run.
     """
 
     number: int
     name: str
     digest: str
-    texts: list[str]
-    size: tuple[int, int]
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    queries: int
+    origin: Origin
+    rows: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     policies: dict[str, dict[str, str]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+
+
+class Models:
+    """The model that was asked for last: groups in turn that share a model load it once."""
+
+    def __init__(self) -> None:
+        self._entry: ModelEntry | None = None
+        self._model: Any = None
+
+    def get(self, entry: ModelEntry) -> Any:
+        """The model; another one is let go of first. Raises CheckpointError if it cannot be loaded."""
+        if entry != self._entry:
+            self._entry = self._model = None
+            self._model = check_model(api.load(entry.source, **entry.options))
+            self._entry = entry
+        return self._model
 
 
 class Worker:
@@ -59,13 +93,18 @@ class Worker:
         group: what to run.
         limit: queries of the dataset; None = all.
         keep_masks: whether records hold masks and stages.
-        model: if it is loaded already.
+        models: gives the model.
+        where: see `Origin`.
     """
 
-    def __init__(self, group: Group, limit: int | None = None, *, keep_masks: bool = True, model: Any = None) -> None:
-        self.group, self.limit, self._keep_masks, self._given = group, limit, keep_masks, model
-        self.data: Dataset = group.dataset.make()
-        self._loaded: Any = None
+    def __init__(
+        self, group: Group, limit: int | None = None, *, keep_masks: bool = True, models: Models, where: str = ""
+    ) -> None:
+        self.group, self.limit, self._keep_masks = group, limit, keep_masks
+        self._models, self._where = models, where
+        self._data: Dataset = group.dataset.make()
+        self._reader: Iterator[tuple[int, Scene]] = iter(())
+        self._sought = self._read = -1
         self._measured: tuple[Any, dict[str, float]] | None = None
         self._own: dict[str, dict[str, float]] = {}  # FLOPs of a strategy's matmuls and of the mask head
         self._options: dict[str, dict[str, Any]] = {}
@@ -73,35 +112,44 @@ class Worker:
 
     def scenes(self, wanted: Callable[[int, int], bool]) -> Iterator[tuple[int, Scene]]:
         """See `numbered_scenes`."""
-        return numbered_scenes(self.data, self.group.dataset.split, self.limit, self.group.seed, wanted)
+        return numbered_scenes(self._data, self.group.dataset.split, self.limit, self.group.seed, wanted)
 
-    def first(self) -> Scene:
-        """The first scene of the split. Raises InputError if there is none."""
-        found = next(iter(self.scenes(lambda number, queries: number == 0)), None)
+    def scene(self, number: int) -> Scene:
+        """One scene; those of a dataset that makes its scenes in turn are best asked for in their order.
+
+        Raises:
+            InputError: the dataset has fewer.
+        """
+        if number <= self._read or self._read < 0:
+            self._reader = self.scenes(lambda found, queries: found == self._sought)
+        self._sought = number
+        found = next(self._reader, None)
+        self._read = -1 if found is None else number
         if found is None:
-            raise InputError(f"dataset {self.data.name!r}, split {self.group.dataset.split!r} has no query")
+            split = self.group.dataset.split
+            raise InputError(f"dataset {self._data.name!r}, split {split!r} has no scene {number}{self._where}")
         return found[1]
 
-    def asked(self, number: int, queries: int) -> list[int]:
-        """Which queries of a scene the protocol asks."""
-        protocol = protocol_of(self.group.dataset.protocol)
-        return protocol.asked(queries, number, self.group.seed * SEED_STEP)
+    @cached_property
+    def first(self) -> Scene:
+        """The first scene of the split. Raises InputError if there is none."""
+        found = next(self.scenes(lambda number, queries: number == 0), None)
+        if found is None:
+            raise InputError(f"dataset {self._data.name!r}, split {self.group.dataset.split!r} has no query")
+        return found[1]
 
-    @property
+    @cached_property
     def model(self) -> Any:
         """The model, loaded on first use."""
-        if self._loaded is None:
-            entry = self.group.model
-            given = api.load(entry.source, **entry.options) if self._given is None else self._given
-            self._loaded = check_model(given)
-            self._runner = SceneRun(
-                TurnTaking(self._loaded),
-                protocol=self.group.dataset.protocol,
-                added=metrics_of(None),
-                keep_masks=self._keep_masks,
-                seed=self.group.seed * SEED_STEP,
-            )
-        return self._loaded
+        return self._models.get(self.group.model)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """See `Origin`."""
+        strategies = [one.contender.strategy for one in self.group.configurations]
+        digests = {"code": fingerprint.of_code(strategies), "weights": fingerprint.of_weights(self.model)}
+        found = {**environment.describe(self.model.decoder), **digests}
+        return Origin(digest(found), found, (self.first.id, fingerprint.of_scene(self.first)), self._where)
 
     @torch.no_grad()
     def shape(self) -> Shape:
@@ -109,19 +157,20 @@ class Worker:
         _, trace = self.model.run_decoder(self._first_query()[0], api.strategy("none"))
         return self._shape(trace)
 
-    def environment(self) -> dict[str, Any]:
-        """Versions, machine, code and weights, as stored beside the records."""
-        strategies = [one.contender.strategy for one in self.group.configurations]
-        digests = {"code": fingerprint.of_code(strategies), "weights": fingerprint.of_weights(self.model)}
-        return {**environment.describe(self.model.decoder), **digests}
+    @cached_property
+    def _runner(self) -> SceneRun:
+        return SceneRun(
+            TurnTaking(self.model),
+            protocol=self.group.dataset.protocol,
+            added=metrics_of(None),
+            keep_masks=self._keep_masks,
+            seed=self.group.seed * SEED_STEP,
+        )
 
     @torch.no_grad()
-    def run(self, number: int, scene: Scene, configurations: list[Configuration]) -> SceneRecords:
+    def run(self, number: int, scene: Scene, configurations: Sequence[Configuration]) -> SceneRecords:
         """Run configurations on one scene. What cannot run is given back with the reason, and not tried again."""
-        _ = self.model
-        size = (int(scene.image.shape[0]), int(scene.image.shape[1]))
-        texts = [query.text for query in scene.queries]
-        found = SceneRecords(number, scene.id, fingerprint.of_scene(scene), texts, size)
+        found = SceneRecords(number, scene.id, fingerprint.of_scene(scene), len(scene.queries), self.origin)
         ready = {}
         for key, one in enumerate(configurations):
             if one.hash not in self.failed:
@@ -132,7 +181,10 @@ class Worker:
         result = self._runner.run(scene, number, contenders, lambda key, run: self._attempt(ready[key], run))
         for key, one in ready.items():
             if key in result.records:
-                found.records[one.hash] = [self._with_own(one, record) for record in result.records[key]]
+                records = (self._with_own(one, record) for record in result.records[key])
+                found.rows[one.hash] = [
+                    row_of(one.hash, record, scene, found.digest, found.origin.hash) for record in records
+                ]
                 found.options[one.hash] = self._options[one.hash]
                 trace = next(answers[key].trace for _, answers in result.calls if key in answers)
                 found.policies[one.hash] = {} if trace is None else dict(trace.policies)
@@ -163,9 +215,8 @@ class Worker:
     def _first_query(self) -> tuple[Any, dict[str, float]]:
         """Decoder inputs of the first query, and the FLOPs of its mask head."""
         if self._measured is None:
-            scene = self.first()
-            query = scene.queries[0]
-            encoded = self.model.encode_image(scene.image)
+            query = self.first.queries[0]
+            encoded = self.model.encode_image(self.first.image)
             inputs = self.model.build_inputs(encoded, [query.text], is_sentence=[query.is_sentence])
             head = head_flops(self.model, encoded, query.text, query.is_sentence)
             self._measured = inputs, {"mask_head": float(head)} if head else {}
@@ -177,8 +228,3 @@ class Worker:
     def _with_own(self, one: Configuration, record: Record) -> Record:
         flops = {**record.cost.flops, **self._own[one.hash]}
         return replace(record, cost=replace(record.cost, flops=flops))
-
-
-def environment_hash(value: dict[str, Any]) -> str:
-    """Of an environment as `Worker.environment` describes it."""
-    return digest(value)

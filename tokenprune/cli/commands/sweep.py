@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from tokenprune.cli.arguments import Threads, path
-from tokenprune.cli.printing import NARROW_PIPE, note, notes_console
+from tokenprune.cli.printing import NARROW_PIPE, note
 
 if TYPE_CHECKING:
-    from tokenprune.sweeps.run import Progress, Swept
+    from tokenprune.sweeps.run import Swept
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells give
 
@@ -29,6 +27,19 @@ def command(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on although code or weights changed since.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option(help="local: in this process; ray: on the devices of a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="HOST:PORT", help="Of a running Ray cluster, or auto; by default a new one is made here."),
+    ] = None,
+    timeout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            help="With --engine ray: seconds after which a scene is given to another device; 1800 if not given."
+        ),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Run a sweep, or go on with it; print accuracy with intervals.
@@ -36,32 +47,58 @@ def command(
     The file has the keys models, datasets, strategies, budgets, seeds, limit. Every scene is stored when it is done, so
     that the sweep may be stopped at any moment; the same command goes on.
     """
-    from tokenprune.cli.models import quiet_loading
-    from tokenprune.sweeps.config import read_config
-    from tokenprune.utils.threads import checked, choose
-
-    quiet_loading()
-    checked(threads, "--threads")
-    part = None if shard is None else _shard(shard)
-    given = read_config(config)
-
-    from tokenprune.sweeps.run import sweep
-
     try:
-        with _progress() as report:
-            found = sweep(
-                given,
-                out,
-                shard=part,
-                keep_masks=masks,
-                accept_changes=accept_changes,
-                progress=report,
-                threads=choose(threads),
-            )
+        part = None if shard is None else _shard(shard)
+        found = _run(config, out, part, masks, accept_changes, engine, address, timeout, threads)
     except KeyboardInterrupt:
         note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     show(found, out)
+
+
+def _run(
+    config: Path,
+    out: Path,
+    shard: tuple[int, int] | None,
+    masks: bool,
+    accept_changes: bool,
+    engine: str,
+    address: str | None,
+    timeout: float | None,
+    threads: int | None,
+) -> Swept:
+    from tokenprune.cli.models import quiet_loading
+    from tokenprune.cli.progress import reported
+    from tokenprune.errors import OptionError
+    from tokenprune.sweeps.config import check_engine, read_config
+    from tokenprune.utils.threads import checked, choose
+
+    quiet_loading()
+    checked(threads, "--threads")
+    check_engine(engine)
+    if engine == "local" and (address, timeout) != (None, None):
+        given = "--address" if address is not None else "--timeout"
+        raise OptionError(f"{given} is for --engine ray; add that, or leave it out")
+    read = read_config(config)
+
+    from tokenprune.sweeps.run import sweep
+
+    running: Any = engine
+    if engine == "ray":
+        from tokenprune.sweeps.ray_engine import TIMEOUT, RayEngine
+
+        running = RayEngine(address, threads=threads, timeout=TIMEOUT if timeout is None else timeout)
+    with reported() as report:
+        return sweep(
+            read,
+            out,
+            shard=shard,
+            keep_masks=masks,
+            accept_changes=accept_changes,
+            progress=report,
+            threads=choose(threads) if engine == "local" else None,
+            engine=running,
+        )
 
 
 def show(found: Swept, out: Path) -> None:
@@ -96,33 +133,3 @@ def _shard(text: str) -> tuple[int, int]:
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise OptionError(f"--shard {text!r} found, expected I/N with I from 1 to N, such as 1/4")
     return int(number), int(count)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    bar = bars.Progress(*columns, console=notes_console())
-    tasks: dict[str, bars.TaskID] = {}
-
-    def report(now: Progress) -> None:
-        bar.start()  # not earlier: an error on the first scene is then a single line
-        if now.groups > 1:
-            if "all" not in tasks:
-                tasks["all"] = bar.add_task("all models and datasets", total=now.groups)
-            bar.update(tasks["all"], completed=now.groups_done)
-        if now.group not in tasks:
-            tasks[now.group] = bar.add_task(now.group, total=now.total)
-        bar.update(tasks[now.group], completed=now.done, total=now.total)
-
-    try:
-        yield report
-    finally:
-        if tasks:
-            bar.stop()

@@ -8,16 +8,19 @@ written and a page whose table is not the stored numbers' is an error.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenprune.evaluation.comparison.results import Comparison, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "methods" / "csp.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "tuning.md", "methods/csp.md")))
+TUNED = ("csp", "fastv", "prumerge+", "divprune", "visionzip")
 MARKED = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 HEADLINE_BUDGET = 0.35
 
@@ -109,6 +112,57 @@ def ablation() -> str:
     )
 
 
+def tuned() -> str:
+    """Searches of `tokenprune tune`: the default and the best combinations of every method."""
+    rows = []
+    for name in TUNED:
+        found = read_tuning(name)
+        default = next(row for row in found["confirmed"] if row["name"] == "default")
+        for row in found["confirmed"][1:]:
+            own = [f"{key}={value}" for key, value in row["given"].items() if default["options"].get(key) != value]
+            gap = row["difference"]
+            rows.append(
+                (
+                    f"`{name}`",
+                    row["name"],
+                    f"`{', '.join(own)}`" if own and row is not default else "",
+                    number(row["calibration"]),
+                    f"{row['giou']['value']:.3f} [{row['giou']['low']:.3f}, {row['giou']['high']:.3f}]",
+                    f"{row['equivalent_tokens']:.1f} ({row['tokens_ratio']:.1%})",
+                    f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]" if gap and own else "",
+                )
+            )
+    head = ("strategy", "", "other options", "gIoU on train", "gIoU on val", "tokens", "val, against default")
+    return table(head, rows)
+
+
+def searched() -> str:
+    """Combinations of the same searches: asked for, run, repeated, refused."""
+    names = ("combinations", "asked", "ran", "repeated", "refused")
+    rows = [(f"`{name}`", *(str(read_tuning(name)["counts"][key]) for key in names)) for name in TUNED]
+    return table(("strategy", *names), rows)
+
+
+def csp_windows() -> str:
+    """The combinations of CSP's search by the number of layers that see all image tokens."""
+    groups: dict[int, list[float]] = {}
+    for trial in read_tuning("csp")["searched"]:
+        if trial["giou"] is not None:
+            width = trial["options"]["prune_at"] - trial["options"]["scatter_at"]
+            groups.setdefault(width, []).append(trial["giou"])
+    rows = [
+        (str(width), str(len(found)), number(max(found)), number(sorted(found)[len(found) // 2]), number(min(found)))
+        for width, found in sorted(groups.items())
+    ]
+    return table(("layers with all tokens", "combinations", "best", "median", "worst"), rows)
+
+
+def read_tuning(name: str) -> dict[str, Any]:
+    """A stored search."""
+    found: dict[str, Any] = json.loads((STORED / "tuning" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def budgets_of(found: Comparison) -> list[float]:
     """The budgets of a comparison as a list."""
     return found.budget if isinstance(found.budget, list) else [found.budget]
@@ -130,7 +184,8 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (headline, by_budget, variants, by_kind, ablation)}
+MADE = (headline, by_budget, variants, by_kind, ablation, tuned, searched, csp_windows)
+TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE}
 
 
 def written(page: Path) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from tokenprune.sweeps.run import Progress
 
+ALL = "all records"
 EVERY = 60.0  # seconds between lines in a file or a pipe
 
 
@@ -37,6 +38,8 @@ def reported() -> Iterator[Callable[[Progress], None]]:
 
     def show(name: str, done: int, total: int | None) -> None:
         if name not in tasks:
+            for before in tasks.keys() - {ALL}:  # there may be more groups than lines
+                bar.update(tasks[before], visible=False)
             tasks[name] = bar.add_task(name, total=total, completed=done)
         else:
             bar.update(tasks[name], completed=done, total=total)
@@ -44,7 +47,7 @@ def reported() -> Iterator[Callable[[Progress], None]]:
     def report(now: Progress) -> None:
         bar.start()  # not earlier: an error on the first scene is then a single line
         if now.groups > 1:
-            show("all records", now.all_done, now.all_total)
+            show(ALL, now.all_done, now.all_total)
         show(now.group, now.done, now.total)
 
     try:

@@ -102,7 +102,7 @@ def tuned_table(found: Tuned) -> RenderableType:
     name = f"{what['strategy']} at {what['budget']:g} on {what['model']['name'] or what['model']['source']}"
     table = Table(title=f"{name}, {what['datasets'][1]['name']} ({second}), {queries} queries", title_justify="left")
     table.add_column("", no_wrap=True)
-    table.add_column("other options", overflow="fold", min_width=20)
+    table.add_column("other options", overflow="fold")
     for heading in (f"gIoU on {first}", f"gIoU on {second} [95 %]", "cIoU", "tokens", "against default"):
         table.add_column(heading)
     for row in found.rows:

@@ -144,17 +144,13 @@ def searched() -> str:
 
 
 def csp_windows() -> str:
-    """The combinations of CSP's search by the number of layers that see all image tokens."""
-    groups: dict[int, list[float]] = {}
-    for trial in read_tuning("csp")["searched"]:
-        if trial["giou"] is not None:
-            width = trial["options"]["prune_at"] - trial["options"]["scatter_at"]
-            groups.setdefault(width, []).append(trial["giou"])
-    rows = [
-        (str(width), str(len(found)), number(max(found)), number(sorted(found)[len(found) // 2]), number(min(found)))
-        for width, found in sorted(groups.items())
-    ]
-    return table(("layers with all tokens", "combinations", "best", "median", "worst"), rows)
+    """gIoU of CSP by its window: the layers that see all image tokens, and the layer at which it prunes."""
+    trials = [trial for trial in read_tuning("csp-windows")["searched"] if trial["giou"] is not None]
+    cells = {(one["options"]["scatter_at"], one["options"]["prune_at"]): one["giou"] for one in trials}
+    widths = sorted({end - start for start, end in cells})
+    ends = sorted({end for _, end in cells})
+    rows = [(str(width), *(number(cells.get((end - width, end))) for end in ends)) for width in widths]
+    return table(("layers with all tokens", *(f"prune at {end}" for end in ends)), rows)
 
 
 def read_tuning(name: str) -> dict[str, Any]:

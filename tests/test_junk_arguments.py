@@ -19,6 +19,8 @@ import tokenprune as tp
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.samples import sample
 from tokenprune.plugins import registry
+from tokenprune.sweeps.config import read_config
+from tokenprune.sweeps.merge import merge
 from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune.utils.images import to_rgb
 
@@ -97,6 +99,10 @@ PUBLIC: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "size_of": (metrics.size_of, lambda: {"target": MASK}),
     "miou_by": (metrics.miou_by, lambda: {"groups": ["a"], "overlaps": [(1, 2)]}),
     "agreement": (metrics.agreement, lambda: {"masks": [MASK], "reference": [MASK]}),
+    "predicted_pixels": (metrics.predicted_pixels, lambda: {"prediction": MASK, "target": MASK}),
+    "precision_at": (metrics.precision_at, lambda: {"ious": [0.5], "threshold": 0.5}),
+    "target_accuracy": (metrics.target_accuracy, lambda: {"has_target": [True], "is_empty": [False]}),
+    "dataset": (tp.dataset, lambda: {"name": "shapes"}),
 }
 
 
@@ -145,12 +151,33 @@ def test_every_parameter_of_prune_is_tried() -> None:
 @pytest.mark.parametrize("junk", JUNK)
 def test_compare(junk: str) -> None:
     right = {"model": "fake", "dataset": "rectangles", "strategies": ["none"], "budget": 0.5, "split": "val", "seed": 0}
-    right = {**right, **COMPARED, "extra_metrics": (), "progress": None, "threads": None}
+    right = {**right, **COMPARED, "extra_metrics": (), "progress": None, "threads": None, "protocol": "forced"}
     assert right.keys() == inspect.signature(tp.compare).parameters.keys()
     assert tp.compare(**right).samples == 1
     for name in right:
         if (name, junk) != ("progress", "class"):  # which can be called, and is the caller's own function
             check(tp.compare, right, name, junk)
+
+
+@pytest.mark.usefixtures("_fakes")
+@pytest.mark.parametrize("junk", JUNK)
+def test_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junk: str) -> None:
+    monkeypatch.chdir(tmp_path)  # junk may be the name of a folder
+    config = {"models": "fake", "datasets": "rectangles", "strategies": "none", "budgets": 0.5, "seeds": 0, "limit": 1}
+    right = {"config": config, "out": tmp_path / "run", "shard": None, "keep_masks": True, "accept_changes": False}
+    right = {**right, "progress": None, "threads": None, "engine": "local"}
+    assert right.keys() == inspect.signature(tp.sweep).parameters.keys()
+    assert tp.sweep(**right).records == 1
+    for name in right:
+        if (name, junk) != ("progress", "class"):
+            check(tp.sweep, right, name, junk)
+    for key in config:
+        check(lambda value, key=key: read_config({**config, key: value}), {}, "value", junk)
+        check(lambda value, key=key: read_config({**config, key: [value]}), {}, "value", junk)
+    for name in ("run", "every"):
+        check(tp.read_results, {"run": tmp_path / "run", "every": False}, name, junk)
+    for name in ("shards", "out"):
+        check(merge, {"shards": [tmp_path / "run"], "out": tmp_path / "merged"}, name, junk)
 
 
 @pytest.mark.parametrize("junk", JUNK)

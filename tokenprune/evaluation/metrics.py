@@ -78,6 +78,9 @@ def precision_at(ious: Sequence[float], threshold: float) -> float:
     values: list[float] = listed(ious)
     if not values:
         raise InputError("P@X of no expressions is not defined; give at least one")
+    for value in (*values, threshold):
+        if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+            raise InputError(f"{shown(value)} found, expected IoUs and a threshold in [0, 1]")
     return sum(value >= threshold for value in values) / len(values)
 
 

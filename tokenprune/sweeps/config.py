@@ -15,7 +15,7 @@ from tokenprune.evaluation.contenders import Contender, contenders
 from tokenprune.evaluation.protocols import ProtocolName
 from tokenprune.loading.checkpoints import find_checkpoint
 from tokenprune.loading.device_names import check_device, check_dtype
-from tokenprune.utils.files import absent, expanded, reason
+from tokenprune.utils.files import absent, path_given, reason
 
 ENGINES = ("local", "ray")
 
@@ -129,6 +129,8 @@ class SweepConfig(BaseModel):
     def _entries(cls, value: Any, info: Any) -> Any:
         key = "source" if info.field_name == "models" else "name"
         items = [value] if isinstance(value, (str, Mapping)) else value
+        if not isinstance(items, (list, tuple)):
+            return items  # which pydantic refuses
         return [{key: item} if isinstance(item, str) else item for item in items]
 
     @field_validator("strategies", "budgets", "seeds", mode="before")
@@ -223,7 +225,7 @@ def _read_file(path: str | Path) -> Mapping[str, Any]:
 
     name = f"configuration {str(path)!r}"
     try:
-        given = yaml.safe_load(expanded(path).read_text(encoding="utf-8"))
+        given = yaml.safe_load(path_given("config", path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"configuration {absent(path)}") from None
     except OSError as error:

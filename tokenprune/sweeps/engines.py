@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from tokenprune.errors import OptionError
 from tokenprune.sweeps.config import SweepConfig, check_engine
 from tokenprune.sweeps.plan import Configuration, Group
 from tokenprune.sweeps.worker import Models, SceneRecords, Worker
+from tokenprune.utils.arguments import shown
 from tokenprune.utils.threads import ThreadChoice
 
 Scenes = Generator[SceneRecords, None, None]
@@ -76,6 +78,8 @@ class LocalEngine:
 def engine_of(engine: str | Engine, threads: int | ThreadChoice | None = None) -> Engine:
     """An engine by name; threads are those of its processes. Raises UnknownNameError for another one."""
     if not isinstance(engine, str):
+        if isinstance(engine, type) or not all(hasattr(engine, name) for name in ("run", "__enter__", "__exit__")):
+            raise OptionError(f"engine={shown(engine)} found, expected 'local', 'ray' or a RayEngine")
         return engine
     check_engine(engine)
     if engine == "local":

@@ -9,6 +9,8 @@ from tokenprune.errors import InputError, OptionError
 from tokenprune.sweeps.fingerprint import same_scene
 from tokenprune.sweeps.run import Swept
 from tokenprune.sweeps.store import FILE, Store, reading, writing
+from tokenprune.utils.arguments import listed
+from tokenprune.utils.files import path_given
 
 TABLES = ("environments", "configurations", "scenes", "records")
 
@@ -24,12 +26,13 @@ def merge(shards: Sequence[str | Path], out: str | Path) -> Swept:
         OptionError: no shard.
         InputError: a store cannot be read or written; two shards were made with other code, weights or data.
     """
-    if not shards:
+    folders = listed(shards)
+    if not folders:
         raise OptionError("no shards found, expected the folders of at least one")
     with writing(out) as store:
         before = store.count()
-        for shard in shards:
-            if Path(shard).resolve() == store.folder.resolve():
+        for shard in folders:
+            if path_given("shard", shard).resolve() == store.folder.resolve():
                 raise InputError(f"{str(shard)!r} is the folder to merge into; give it another one with --out")
             with reading(shard) as other:
                 _check(store, other, shard)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenprune.errors import InputError
 from tokenprune.evaluation.records import unpacked_json, unpacked_mask
 from tokenprune.sweeps.store import Store, reading
+from tokenprune.utils.arguments import instance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ def read_results(run: str | Path, *, every: bool = False) -> pd.DataFrame:
 
     Raises:
         InputError: there is no such store, it cannot be read, or pandas is not installed.
+        OptionError: `every` is neither True nor False.
 
     Example:
         >>> import tempfile, tokenprune as tp
@@ -51,6 +53,7 @@ def read_results(run: str | Path, *, every: bool = False) -> pd.DataFrame:
         >>> table.groupby("strategy").equivalent_tokens.mean().round(1).to_dict()
         {'fastv': 89.3, 'none': 256.0}
     """
+    instance("every", every, bool, "True or False")
     try:
         import pandas as pd
     except ImportError:

@@ -14,6 +14,7 @@ from tokenprune.sweeps.engines import Engine, Task, engine_of
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Group, groups_of
 from tokenprune.sweeps.store import Store, writing
+from tokenprune.utils.arguments import instance, shown
 from tokenprune.utils.threads import ThreadChoice, using
 
 
@@ -97,6 +98,10 @@ def sweep(
         (4, 0)
     """
     checked = read_config(config)
+    for name, flag in (("keep_masks", keep_masks), ("accept_changes", accept_changes)):
+        instance(name, flag, bool, "True or False")
+    if progress is not None and not callable(progress):
+        raise OptionError(f"progress={shown(progress)} found, expected a function of a Progress")
     part = _checked_shard(shard)
     groups = groups_of(checked)
     with writing(out) as store, using(threads), engine_of(engine, threads) as running:
@@ -154,7 +159,7 @@ def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
         return (1, 1)
     number, count = shard if isinstance(shard, (tuple, list)) and len(shard) == 2 else (0, 0)
     if not (isinstance(number, int) and isinstance(count, int) and 1 <= number <= count):
-        raise OptionError(f"shard={shard!r} found, expected (i, n) with i from 1 to n, such as (1, 4)")
+        raise OptionError(f"shard={shown(shard)} found, expected (i, n) with i from 1 to n, such as (1, 4)")
     return (number, count)
 
 

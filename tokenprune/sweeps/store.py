@@ -20,7 +20,7 @@ from tokenprune.datasets.base import Scene
 from tokenprune.errors import InputError
 from tokenprune.evaluation.records import Record, packed_json, packed_mask
 from tokenprune.sweeps.plan import Configuration
-from tokenprune.utils.files import expanded, reason
+from tokenprune.utils.files import path_given, reason
 
 FILE = "results.sqlite"
 VERSION = 1
@@ -175,7 +175,7 @@ def reading(folder: str | Path) -> Iterator[Store]:
     Raises:
         InputError: there is none, it is damaged, or of another version.
     """
-    home = expanded(folder)
+    home = path_given("folder of a sweep", folder)
     path = home / FILE
     empty = InputError(f"{str(folder)!r} holds no results of a sweep ({FILE}); check the path")
     if not path.is_file():
@@ -194,7 +194,7 @@ def writing(folder: str | Path) -> Iterator[Store]:
     Raises:
         InputError: another process writes to it, it is damaged, of another version, or cannot be written.
     """
-    home = expanded(folder)
+    home = path_given("folder of a sweep", folder)
     with _locked(home, folder):
         with told(home):
             connection = sqlite3.connect(home / FILE, isolation_level=None, timeout=60)

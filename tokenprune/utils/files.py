@@ -11,11 +11,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenprune.errors import InputError
+from tokenprune.utils.arguments import shown, unicode_problem
 
 
 def expanded(path: str | Path) -> Path:
     """The path with `~` and `~user` expanded as in shells; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))
+
+
+def path_given(name: str, value: object) -> Path:
+    """An argument that is a path, with `~` expanded.
+
+    Raises:
+        InputError: something else, an empty text, or a name that no file can have.
+    """
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise InputError(f"{name}={shown(value)} found, expected the path of a file or folder")
+    problem = "holds a null character, which no path has" if "\0" in str(value) else unicode_problem(str(value))
+    if problem:
+        raise InputError(f"{name} {str(value)[:60]!a} {problem}")
+    return expanded(value)
 
 
 def absent(path: str | Path) -> str:

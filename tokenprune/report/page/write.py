@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.utils.files import expanded, reason, replacing
+from tokenprune.utils.files import path_given, reason, replacing
 
 NEEDED = ("pandas", "plotly", "jinja2")
 
@@ -44,8 +44,10 @@ def write_report(
     from tokenprune.report.page.html import page
 
     study = read_study(run)
-    folders = [None if folder is None else _folder(folder) for folder in (expanded(out).parent, tables, figures)]
-    written = [_write(page(study), expanded(out))]
+    folders = [
+        None if folder is None else _folder(folder) for folder in (path_given("out", out).parent, tables, figures)
+    ]
+    written = [_write(page(study), path_given("out", out))]
     if folders[1] is not None:
         from tokenprune.report.tables import write_tables
 
@@ -75,7 +77,7 @@ def check_installed(figures: bool = False) -> None:
 
 
 def _check_out(out: str | Path) -> None:
-    if expanded(out).is_dir():
+    if path_given("out", out).is_dir():
         raise InputError(f"report {str(out)!r} is a folder; give the path of an HTML file, such as report.html")
 
 
@@ -86,7 +88,7 @@ def _write(text: str, path: Path) -> Path:
 
 
 def _folder(path: str | Path) -> Path:
-    folder = expanded(path)
+    folder = path_given("folder", path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import tokenprune as tp
 from tokenprune.core.decisions import Keep
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
+from tokenprune.engine.calls.call_stack import EarlierCalls
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -261,3 +264,13 @@ def test_a_model_whose_own_generate_opens_the_context_is_pruned(model: Any) -> N
         found = model.generate(IDS, **options)
     assert model.run.trace.stages
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_no_garbage_is_collected_while_frames_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection in `sys._current_frames` deadlocks in some releases of Python."""
+    collects: list[bool] = []
+    original = sys._current_frames
+    monkeypatch.setattr(sys, "_current_frames", lambda: (collects.append(gc.isenabled()), original())[1])
+    EarlierCalls(object(), "forward").record()
+    assert collects == [False]
+    assert gc.isenabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
@@ -31,7 +32,7 @@ class EarlierCalls:
 
     def record(self) -> None:
         """Record the calls that are in progress now."""
-        for thread, frame in sys._current_frames().items():
+        for thread, frame in _current_frames().items():
             found = {id(call) for call in _calls(frame, self._thing, self._name)}
             if found:
                 self._frames[thread] = found
@@ -43,6 +44,17 @@ class EarlierCalls:
             return False
         innermost = next(_calls(inspect.currentframe(), self._thing, self._name), None)
         return innermost is not None and id(innermost) in known
+
+
+def _current_frames() -> dict[int, FrameType]:
+    """The innermost frame of every thread."""
+    collects = gc.isenabled()
+    gc.disable()  # a collection in this call deadlocks in Python up to 3.11.7 and 3.12.1 (CPython issue 106883)
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _calls(frame: FrameType | None, thing: Any, name: str) -> Iterator[FrameType]:

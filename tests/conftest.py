@@ -15,34 +15,30 @@ MARKERS = ("slow", "gpu", "golden")
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
 
 
-@pytest.fixture(scope="session")
-def golden() -> Callable[[str], Path]:
-    """`golden("lisa")`: folder of that reference data, or a skip that says where it was looked for."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "golden"
-    root = Path(os.environ.get("TOKENPRUNE_GOLDEN", default))
+def _shared(kind: str, variable: str, what: str) -> Callable[[str], Path]:
+    """From a name to a folder of data that clones need not have, or to a skip that says where it was looked for."""
+    default = Path(__file__).resolve().parents[2] / "shared" / kind
+    root = Path(os.environ.get(variable, default))
 
     def folder(name: str) -> Path:
         found = root / name
         if not found.is_dir():
-            pytest.skip(f"no reference data at {found}; set TOKENPRUNE_GOLDEN to the folder that holds {name!r}")
+            pytest.skip(f"no {what} at {found}; set {variable} to the folder that holds {name!r}")
         return found
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Path]:
+    """`golden("lisa")`: folder of that reference data."""
+    return _shared("golden", "TOKENPRUNE_GOLDEN", "reference data")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
-    """`shared_data("coco")`: folder of those photographs, or a skip that says where it was looked for."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    root = Path(os.environ.get("TOKENPRUNE_DATA", default))
-
-    def folder(name: str) -> Path:
-        found = root / name
-        if not found.is_dir():
-            pytest.skip(f"no photographs at {found}; set TOKENPRUNE_DATA to the folder that holds {name!r}")
-        return found
-
-    return folder
+    """`shared_data("coco")`: folder of those photographs."""
+    return _shared("data", "TOKENPRUNE_DATA", "photographs")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

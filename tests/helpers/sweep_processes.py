@@ -20,6 +20,14 @@ from tokenprune.sweeps.store import FILE
 HERE = Path(__file__).parent
 PATIENCE = 300.0  # seconds that a process may take to get somewhere
 
+CONFIG: dict[str, Any] = {
+    "models": "fake",
+    "datasets": "rectangles",
+    "strategies": ["whole", "front", "tour"],
+    "budgets": [0.5, 0.25],
+    "seeds": [0, 3],
+    "limit": 40,
+}
 # A package that registers the fake model, its data and its strategies.
 PLUGIN = """
 from pathlib import Path

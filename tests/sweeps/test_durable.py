@@ -15,21 +15,13 @@ from typing import Any
 
 import pytest
 from fake_segmentation import FakePlugin
-from sweep_processes import content, fake_package, finished, killed, started, stored, until_stored
+from sweep_processes import CONFIG, content, fake_package, finished, killed, started, stored, until_stored
 
 import tokenprune as tp
 from tokenprune.errors import InputError
 from tokenprune.plugins import registry
 from tokenprune.sweeps.store import FILE, writing
 
-CONFIG: dict[str, Any] = {
-    "models": "fake",
-    "datasets": "rectangles",
-    "strategies": ["whole", "front", "tour"],
-    "budgets": [0.5, 0.25],
-    "seeds": [0, 3],
-    "limit": 40,
-}
 RECORDS = 2 * 40 * 4  # front at two budgets
 STATEMENTS = 750  # about, of the whole sweep
 

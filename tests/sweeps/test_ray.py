@@ -12,20 +12,12 @@ from typing import Any
 
 import pytest
 from fake_segmentation import FakePlugin
-from sweep_processes import content, fake_package, finished, started, stored, until_stored
+from sweep_processes import CONFIG, content, fake_package, finished, started, stored, until_stored
 
 import tokenprune as tp
 from tokenprune.errors import InputError, OptionError, UnknownNameError
 from tokenprune.plugins import registry
 
-CONFIG: dict[str, Any] = {
-    "models": "fake",
-    "datasets": "rectangles",
-    "strategies": ["whole", "front", "tour"],
-    "budgets": [0.5, 0.25],
-    "seeds": [0, 3],
-    "limit": 40,
-}
 RECORDS = 2 * 40 * 4
 
 

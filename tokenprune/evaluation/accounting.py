@@ -65,6 +65,21 @@ def head_flops(model: SegmentationModel, image: Any, query: str, sentence: bool)
     return max(whole - measure_flops(model.run_decoder, inputs), 0)
 
 
+def own_work(model: SegmentationModel, inputs: Any, strategy: Strategy, layers: int) -> tuple[dict[str, Any], int]:
+    """The options that a strategy runs with on one query, and the FLOPs of its own matmuls there, measured."""
+    _, trace = model.run_decoder(inputs, strategy)
+    assert trace is not None
+    shape = shape_of(trace.ledger, layers)
+    bound = strategy.bind(shape)
+    flops = choice_flops(model, inputs, bound, shape) if trace.stages else 0
+    return bound.options.model_dump(mode="json", fallback=repr), flops
+
+
+def shape_of(ledger: Ledger, layers: int) -> Shape:
+    """The shape of the first batch row."""
+    return Shape(layers, ledger.image_tokens[0], ledger.other_tokens[0])
+
+
 def choice_flops(model: SegmentationModel, inputs: Any, strategy: Strategy, shape: Shape) -> int:
     """FLOPs of the strategy's own matmuls on one query, measured: similarities, merges, projector runs."""
     meter = ChoiceMeter(strategy, shape)

@@ -96,10 +96,6 @@ class SceneRun:
         self.spec = DecoderSpec.from_config(self.model.decoder.config)
         self.element_bytes = next(self.model.decoder.parameters()).element_size()
 
-    def asked(self, number: int, queries: int) -> list[int]:
-        """Which queries of a scene the protocol asks."""
-        return protocol_of(self.protocol).asked(queries, number, self.seed)
-
     def run(self, scene: Scene, number: int, contenders: dict[int, Contender], attempt: Attempt[Any]) -> SceneResult:
         """Run contenders on the queries of one scene; the image is encoded once.
 
@@ -112,8 +108,8 @@ class SceneRun:
         with recorded() as encoding:
             encoded = self.model.encode_image(scene.image)
         found = SceneResult(self.model.grid_box(*scene.image.shape[:2]), encoded)
-        names, asked = sample_names(scene), self.asked(number, len(scene.queries))
-        for queries in protocol_of(self.protocol).batches(asked, self.model):
+        names, protocol = sample_names(scene), protocol_of(self.protocol)
+        for queries in protocol.batches(protocol.asked(len(scene.queries), number, self.seed), self.model):
             batch = Batch(number, queries, [names[query] for query in queries], scene.only(queries), encoding)
             self._run_batch(batch, contenders, attempt, found)
         return found

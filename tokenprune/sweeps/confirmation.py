@@ -14,6 +14,7 @@ from tokenprune.evaluation.statistics import (
     paired_difference,
     ratio_interval,
 )
+from tokenprune.sweeps.fingerprint import image_of
 from tokenprune.sweeps.plan import Configuration
 from tokenprune.sweeps.store import Store
 
@@ -96,7 +97,7 @@ def rows_of(
 def _records(store: Store, one: Configuration, asked: Sequence[tuple[int, int]]) -> tuple[list[Any], ...]:
     """Columns of the queries, in their order; scenes by the digests of their images."""
     rows = store.rows(f"SELECT {COLUMNS} FROM records WHERE configuration = ?", (one.hash,))
-    known = {(scene, query): (*rest, digest.partition(":")[0]) for scene, query, *rest, digest in rows}
+    known = {(scene, query): (*rest, image_of(digest)) for scene, query, *rest, digest in rows}
     return tuple(map(list, zip(*(known[place] for place in asked), strict=True)))
 
 

@@ -68,6 +68,11 @@ def of_scene(scene: Scene) -> str:
     return ":".join(parts)
 
 
+def image_of(digest: str) -> str:
+    """The part of a scene's digest that is of its image alone, equal for all seeds and limits."""
+    return digest.partition(":")[0]
+
+
 def same_scene(one: str, other: str) -> bool:
     """Whether digests are of one scene; a limit may have cut its queries."""
     return all(part == its for part, its in zip(one.split(":"), other.split(":"), strict=False))

@@ -36,7 +36,7 @@ class GroupRun:
         self.group, self._store, self._shard, self._accept = group, store, shard, accept_changes
         self._stored = {one.hash: store.done(one.hash) for one in group.configurations}
         self._known = store.scenes(group.source)
-        self._origins: dict[str, bool] = {}
+        self._origins: set[str] = set()
         self.failed: dict[str, str] = {}
         stored = sum(sum(of_scene.values()) for of_scene in self._stored.values())
         self.total = None if queries is None else queries * len(group.configurations)
@@ -81,7 +81,7 @@ class GroupRun:
             raise _changed_data(self.group, found.name, found.origin)
         if found.origin.hash not in self._origins:
             self._check_origin(found.origin)
-            self._origins[found.origin.hash] = True
+            self._origins.add(found.origin.hash)
 
     def _check_origin(self, origin: Origin) -> None:
         """Store where records come from. Raises InputError if code, weights or data are others than before."""

@@ -112,7 +112,6 @@ def sweep(
             for group in groups:
                 for one in group.configurations:
                     store.add_configuration(one)
-                    store.set_configuration(one.hash, reason=None)
         found = Swept(store.folder)
         expected = _expected(groups, checked.limit, part)
         runs = [GroupRun(store, group, expected[group.dataset], part, accept_changes) for group in groups]

@@ -102,7 +102,7 @@ class Store:
         self._connection.execute("INSERT OR IGNORE INTO environments VALUES (?, ?, ?)", row)
 
     def add_configuration(self, one: Configuration) -> None:
-        """Store a configuration, unless it is there."""
+        """Store a configuration, unless it is there; what could not run before may be tried again."""
         strategy, given = one.contender.strategy, json.dumps(one.contender.given, sort_keys=True, default=repr)
         row = (one.hash, one.model, one.dataset, one.split, one.protocol, strategy.name, one.contender.label, given)
         places = ", ".join("?" * 13)
@@ -110,6 +110,7 @@ class Store:
             f"INSERT OR IGNORE INTO configurations VALUES ({places})",
             (*row, one.contender.budget, one.seed, None, None, None),
         )
+        self.set_configuration(one.hash, reason=None)
 
     def set_configuration(self, hashed: str, **values: Any) -> None:
         """Change what is known of a configuration: `options`, `policies` or `reason`."""

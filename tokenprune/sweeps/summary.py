@@ -14,6 +14,7 @@ from tokenprune.evaluation.statistics import (
     paired_difference,
     ratio_interval,
 )
+from tokenprune.sweeps.fingerprint import image_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,25 +84,26 @@ def summarised(table: pd.DataFrame, reference: str = REFERENCE) -> list[Line]:
 
 def scenes_of(part: pd.DataFrame) -> list[str]:
     """What tells scenes apart in a bootstrap: the digest of the image, equal for all seeds of the same picture."""
-    return [digest.partition(":")[0] for digest in part.scene_digest]
+    return [image_of(digest) for digest in part.scene_digest]
 
 
 def differences(table: pd.DataFrame, first: str, second: str) -> Difference | None:
     """The paired difference of two strategies, by their labels, on the queries that both ran on; None without any."""
-    both = table[table.label == first].merge(table[table.label == second], on=[*TOGETHER, *PAIRED])
+    return _paired(table[table.label == first], table[table.label == second])
+
+
+def _paired(first: pd.DataFrame, second: pd.DataFrame) -> Difference | None:
+    """The difference on the queries that two parts of a table have in common; None without any."""
+    both = first.merge(second, on=[*TOGETHER, *PAIRED])
     if both.empty:
         return None
-    scenes = [digest.partition(":")[0] for digest in both.scene_digest_x]
+    scenes = [image_of(digest) for digest in both.scene_digest_x]
     return paired_difference(both.iou_x.tolist(), both.iou_y.tolist(), scenes)
 
 
 def _line(where: dict[str, Any], label: str, part: pd.DataFrame, base: pd.DataFrame | None) -> Line:
     scenes = scenes_of(part)
-    difference = None
-    if base is not None and base is not part:
-        both = part.merge(base, on=PAIRED)
-        digests = [digest.partition(":")[0] for digest in both.scene_digest_x]
-        difference = paired_difference(both.iou_x.tolist(), both.iou_y.tolist(), digests) if len(both) else None
+    difference = None if base is None or base is part else _paired(part, base)
     first, budget = part.iloc[0], part.budget.iloc[0]
     has_target = [area is not None for area in part["size"].where(part["size"].notna(), None)]
     without, within = target_accuracy(has_target, (part.predicted == 0).tolist())

@@ -15,6 +15,7 @@ from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig, read_config
 from tokenprune.sweeps.confirmation import DEFAULT, Row, rows_of
+from tokenprune.sweeps.fingerprint import image_of
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Configuration, Group, configuration_of
 from tokenprune.sweeps.search import Outcome, Search, check_optuna, search
@@ -207,11 +208,12 @@ class _Runs:
         with store.transaction():
             for one in distinct.values():
                 store.add_configuration(one)
-                store.set_configuration(one.hash, reason=None)
             planned = [*store.meta().get("planned", []), *distinct]
             store.set_meta(planned=list(dict.fromkeys(planned)))
         group = Group(self.group.model, self.group.dataset, self.group.seed, tuple(distinct.values()))
-        run = GroupRun(store, group, queries_of(group, self.worker.limit, (1, 1)), (1, 1), self._accept)
+        # listing a dataset once more for every batch of the search would be for nothing: nobody sees its total
+        total = None if progress is None else queries_of(group, self.worker.limit, (1, 1))
+        run = GroupRun(store, group, total, (1, 1), self._accept)
         for number, scene in self.worker.scenes(lambda number, queries: bool(run.pending(number, queries))):
             run.add(self.worker.run(number, scene, run.pending(number, len(scene.queries))))
             if progress is not None:
@@ -255,9 +257,9 @@ def _check_same(store: Store, what: Mapping[str, Any], out: str | Path) -> None:
 
 def _check_apart(store: Store, calibration: _Runs, confirm: _Runs) -> None:
     """Raises InputError if an image of the confirmation was searched on."""
-    seen = {digest.partition(":")[0] for digest in store.scenes(calibration.group.source).values()}
+    seen = {image_of(digest) for digest in store.scenes(calibration.group.source).values()}
     for number, digest in store.scenes(confirm.group.source).items():
-        if digest.partition(":")[0] in seen:
+        if image_of(digest) in seen:
             raise InputError(
                 f"scene {number} of split {confirm.group.dataset.split!r} has an image that is also in split "
                 f"{calibration.group.dataset.split!r}, so it confirms nothing; choose splits without common images"

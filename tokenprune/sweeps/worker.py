@@ -11,12 +11,11 @@ import torch
 
 from tokenprune import api
 from tokenprune.core.stage import Shape
-from tokenprune.core.trace import Trace
 from tokenprune.datasets.base import Dataset, Scene
 from tokenprune.datasets.validation import numbered_scenes
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation import environment
-from tokenprune.evaluation.accounting import choice_flops, head_flops
+from tokenprune.evaluation.accounting import head_flops, own_work, shape_of
 from tokenprune.evaluation.measured import metrics_of
 from tokenprune.evaluation.models import TurnTaking, check_model
 from tokenprune.evaluation.records import Record
@@ -155,7 +154,7 @@ class Worker:
     def shape(self) -> Shape:
         """Layers of the model, and image and text tokens of the first query."""
         _, trace = self.model.run_decoder(self._first_query()[0], api.strategy("none"))
-        return self._shape(trace)
+        return shape_of(trace.ledger, self._runner.spec.layers)
 
     @cached_property
     def _runner(self) -> SceneRun:
@@ -205,12 +204,9 @@ class Worker:
         if one.hash in self._own:
             return
         inputs, own = self._first_query()
-        _, trace = self.model.run_decoder(inputs, one.contender.strategy)
-        shape = self._shape(trace)
-        bound = one.contender.strategy.bind(shape)
-        chosen = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
-        self._own[one.hash] = {**own, "strategy": float(chosen)} if chosen else own
-        self._options[one.hash] = bound.options.model_dump(mode="json", fallback=repr)
+        options, flops = own_work(self.model, inputs, one.contender.strategy, self._runner.spec.layers)
+        self._own[one.hash] = {**own, "strategy": float(flops)} if flops else own
+        self._options[one.hash] = options
 
     def _first_query(self) -> tuple[Any, dict[str, float]]:
         """Decoder inputs of the first query, and the FLOPs of its mask head."""
@@ -221,9 +217,6 @@ class Worker:
             head = head_flops(self.model, encoded, query.text, query.is_sentence)
             self._measured = inputs, {"mask_head": float(head)} if head else {}
         return self._measured
-
-    def _shape(self, trace: Trace) -> Shape:
-        return Shape(self._runner.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
 
     def _with_own(self, one: Configuration, record: Record) -> Record:
         flops = {**record.cost.flops, **self._own[one.hash]}

@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from tokenprune.core.stage import Shape
 from tokenprune.datasets.base import Scene
 from tokenprune.engine.calls.turns import model_turn
 from tokenprune.errors import InputError, TokenPruneError
-from tokenprune.evaluation.accounting import choice_flops, head_flops
+from tokenprune.evaluation.accounting import head_flops, own_work
 from tokenprune.evaluation.comparison.accumulator import Accumulator, Untouched
 from tokenprune.evaluation.comparison.timing import interleaved_medians
 from tokenprune.evaluation.contenders import Contender
@@ -98,13 +97,8 @@ class ComparisonRun:
         strategy = tally.contender.strategy
         for image, query, sentence in self.timed[: max(self.timing_samples, 1)]:
             inputs = self._inputs(image, query, sentence)
-            _, trace = self.model.run_decoder(inputs, strategy)
-            assert trace is not None
-            shape = Shape(self.runner.spec.layers, trace.ledger.image_tokens[0], trace.ledger.other_tokens[0])
-            bound = strategy.bind(shape)
-            tally.options = bound.options.model_dump(mode="json", fallback=repr)
-            own = choice_flops(self.model, inputs, bound, shape) if trace.stages else 0
-            tally.choice_flops.append(own)
+            tally.options, flops = own_work(self.model, inputs, strategy, self.runner.spec.layers)
+            tally.choice_flops.append(flops)
 
     def time(self, rounds: int, on_sample: Callable[[int], None]) -> None:
         """Time one query's prefill for the untouched model and every contender that differs from it."""

@@ -20,11 +20,11 @@ from tokenprune.datasets.base import Scene
 from tokenprune.errors import BudgetError, InputError, OptionError, TokenPruneError
 from tokenprune.plugins import registry
 from tokenprune.sweeps import fingerprint
-from tokenprune.sweeps.search_space import Choices, Range, derived
-from tokenprune.sweeps.search_text import parse_search
 from tokenprune.sweeps.store import reading
-from tokenprune.sweeps.tuned import FILE, Tuned
 from tokenprune.sweeps.tuning import Phase, tune
+from tokenprune.sweeps.tuning.search_space import Choices, Range, derived
+from tokenprune.sweeps.tuning.search_text import parse_search
+from tokenprune.sweeps.tuning.tuned import FILE, Tuned
 
 __all__ = ["run"]  # the fixture
 

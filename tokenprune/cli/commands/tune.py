@@ -58,8 +58,8 @@ def command(
     source = {"source": model, **{key: value for key, value in loading.items() if value is not None}}
     options = parse_options(option or [])
 
-    from tokenprune.sweeps.tuned import FILE, tuned_table
     from tokenprune.sweeps.tuning import tune
+    from tokenprune.sweeps.tuning.tuned import FILE, tuned_table
 
     try:
         with _progress() as report:

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.sweeps.confirmation import DEFAULT, Row
-from tokenprune.sweeps.search import Search, summed
-from tokenprune.sweeps.search_space import Space
 from tokenprune.sweeps.summary import verdict
+from tokenprune.sweeps.tuning.confirmation import DEFAULT, Row
+from tokenprune.sweeps.tuning.search import Search, summed
+from tokenprune.sweeps.tuning.search_space import Space
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

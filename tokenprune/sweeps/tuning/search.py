@@ -18,7 +18,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, InputError, TokenPruneError
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.plugins.attribution import blamed_strategy
-from tokenprune.sweeps.search_space import Choices, Range, Space
+from tokenprune.sweeps.tuning.search_space import Choices, Range, Space
 
 BATCH = 5  # combinations that run side by side, on images that are encoded once
 ASKED = 10  # times the trials: combinations that are asked for at most, where most are refused

@@ -14,15 +14,15 @@ from tokenprune.core.by_name import parse_text
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig, read_config
-from tokenprune.sweeps.confirmation import DEFAULT, Row, rows_of
 from tokenprune.sweeps.fingerprint import image_of
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Configuration, Group, configuration_of
-from tokenprune.sweeps.search import Outcome, Search, check_optuna, search
-from tokenprune.sweeps.search_space import derived
-from tokenprune.sweeps.search_text import parse_search
 from tokenprune.sweeps.store import Store, writing
-from tokenprune.sweeps.tuned import FILE, Tuned, as_json
+from tokenprune.sweeps.tuning.confirmation import DEFAULT, Row, rows_of
+from tokenprune.sweeps.tuning.search import Outcome, Search, check_optuna, search
+from tokenprune.sweeps.tuning.search_space import derived
+from tokenprune.sweeps.tuning.search_text import parse_search
+from tokenprune.sweeps.tuning.tuned import FILE, Tuned, as_json
 from tokenprune.sweeps.worker import Models, Worker
 from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.files import replacing

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tokenprune.core.by_name import parse_options
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import OptionError
-from tokenprune.sweeps.search_space import Choices, Domain, Range
+from tokenprune.sweeps.tuning.search_space import Choices, Domain, Range
 
 RANGE = re.compile(r"\s*(-?[\d.]*\d)\s*\.\.\s*(-?\d[\d.]*|-?\.\d+)\s*")
 FORM = "expected key=lo..hi, as in layer=1..5, or key=a,b,c, as in query=mask_query,last"

@@ -25,6 +25,9 @@ class SequenceLayout:
         image_number: int64 [batch, sequence], which image of the row a token belongs to, −1 elsewhere.
         grid: int64 [batch, sequence, 2], (row, column) of the token's grid cell, −1 where it has none.
         queries: named query rows, each bool [batch, sequence] ("mask_query", "seg", …).
+        drafted: bool [batch, sequence], True on the tokens of an expected answer that the same forward checks. They
+            follow the prompt, and are hidden from strategies, whose decisions are those of the prompt alone; None =
+            there are none.
     """
 
     image_tokens: Tensor
@@ -32,6 +35,7 @@ class SequenceLayout:
     image_number: Tensor
     grid: Tensor
     queries: Mapping[str, Tensor] = field(default_factory=dict)
+    drafted: Tensor | None = None
 
     @classmethod
     def from_mask(
@@ -42,8 +46,9 @@ class SequenceLayout:
         image_number: Tensor | None = None,
         grid: Tensor | None = None,
         queries: Mapping[str, Tensor] | None = None,
+        drafted: Tensor | None = None,
     ) -> SequenceLayout:
-        """Build a layout from a bool [batch, sequence] mask of image tokens.
+        """Build a layout from a bool [batch, sequence] mask of image tokens; the other masks as in the attributes.
 
         Without `image_number` every maximal run of image tokens is one image; without `grid` a run whose length is a
         square number is laid out row by row, any other run gets no cells.
@@ -58,6 +63,8 @@ class SequenceLayout:
             torch.ones_like(image_tokens) if attention_mask is None else attention_mask.to(image_tokens.device).bool()
         )
         named = {**(queries or {}), "attention_mask": valid}
+        if drafted is not None:
+            named["drafted"] = drafted
         for name, mask in named.items():
             if mask.shape != image_tokens.shape:
                 raise InputError(
@@ -72,7 +79,7 @@ class SequenceLayout:
         if grid is None:
             grid = _square_grids(image_number)
         marks = {name: mask.bool() for name, mask in (queries or {}).items()}
-        return cls(image_tokens, valid, image_number, grid, marks)
+        return cls(image_tokens, valid, image_number, grid, marks, None if drafted is None else drafted.bool())
 
     @cached_property
     def counts(self) -> Tensor:
@@ -87,7 +94,12 @@ class SequenceLayout:
     @cached_property
     def text_slots(self) -> Tensor:
         """int64 [batch, T]: sequence position of every text token, −1 where a row has fewer than T."""
-        return true_positions(self.valid & ~self.image_tokens)
+        return true_positions(self.prompt & ~self.image_tokens)
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """bool [batch, sequence]: the real tokens of the prompt, without those of a drafted answer."""
+        return self.valid if self.drafted is None else self.valid & ~self.drafted
 
     @cached_property
     def places(self) -> Tensor:
@@ -134,8 +146,8 @@ class SequenceLayout:
     def query_rows(self, name: str) -> Tensor:
         """int64 [batch, Q]: positions of the named query rows, −1 where a row has fewer than Q.
 
-        "last" is always known (the last valid position). "mask_query" falls back to "last" if the caller marked none;
-        this lets segmentation strategies run on plain language models (ours).
+        "last" is always known (the last position of the prompt). "mask_query" falls back to "last" if the caller marked
+        none; this lets segmentation strategies run on plain language models (ours).
 
         Raises:
             InputError: a name that the caller did not mark, or a row without such a position.
@@ -143,7 +155,7 @@ class SequenceLayout:
         if name not in self.queries and name in ("last", "mask_query"):
             length = self.valid.shape[1]
             steps = torch.arange(length, device=self.valid.device)
-            return torch.where(self.valid, steps, -1).amax(1, keepdim=True)
+            return torch.where(self.prompt, steps, -1).amax(1, keepdim=True)
         if name not in self.queries:
             known = ", ".join(sorted({*self.queries, "last", "mask_query"}))
             raise InputError(f"query row {name!r} is not marked in this run; known rows: {known}")

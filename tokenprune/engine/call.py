@@ -82,7 +82,9 @@ class Call:
         taps = {prefill.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
         self.taps.enter_context(tap(taps))
         self.prefill = prefill
-        self.cached = CachedPrefill(lease, length, prefill.trace.ledger)
+        drafted = prefill.layout.drafted
+        columns = 0 if drafted is None else int(drafted.any(0).sum())
+        self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns)
 
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""

@@ -68,7 +68,9 @@ class CachedStep:
         kwargs["attention_mask"] = own.frame.decode_mask(mask, self._new, self._past, two_d=flash)
         if own.renumbered is not None:
             if self._since is None:  # the same for all layers
-                self._since = since_prefill(self._mask, own.frame.length, self._past, self._new)
+                drafted = self._cached.drafted
+                prompt = own.frame.length - drafted
+                self._since = since_prefill(self._mask, prompt, self._past + drafted, self._new)
             renumber_step(self._decoder, number, hidden, kwargs, own.renumbered, self._since)
 
     def finish(self) -> None:

@@ -37,10 +37,11 @@ class CachedPrefill:
         lease: state of the context.
         length: S, positions of a row, padding included.
         ledger: ledger of the prefill.
+        drafted: how many of the last positions are of drafted answers: later steps count them as decoded.
     """
 
-    def __init__(self, lease: Lease, length: int, ledger: Ledger) -> None:
-        self.lease, self.length, self.ledger = lease, length, ledger
+    def __init__(self, lease: Lease, length: int, ledger: Ledger, drafted: int = 0) -> None:
+        self.lease, self.length, self.ledger, self.drafted = lease, length, ledger, drafted
 
     def __deepcopy__(self, memo: Any) -> CachedPrefill:
         return self  # a copied cache belongs to the same prefill

@@ -30,18 +30,21 @@ class LayerInputs:
         self._frame: GatheredSequence | None = None
         self._cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
 
-    def renumber(self, rows: Tensor, present: Tensor) -> None:
+    def renumber(self, rows: Tensor, present: Tensor, drafted: Tensor | None = None) -> None:
         """Renumber the positions of some rows from 0, without the pruned ones.
 
         Args:
             rows: bool [batch], the rows to renumber.
             present: bool [batch, S], positions that are not pruned.
+            drafted: bool [batch, S], those of a drafted answer, which continue the numbers of the prompt; None = none.
         """
         before = present.new_full((len(rows),), -1, dtype=torch.int64) if self.length is None else self.length
         # a pruned position gets the number of the one before it, or 0 if there is none
         ids = (present.long().cumsum(1) - 1).clamp(min=0)
         self._ids = torch.where(rows[:, None], ids, 0 if self._ids is None else self._ids)
-        self.length = torch.where(rows, present.sum(1), before)
+        # a later step counts on from the prompt, since not every drafted token may be accepted
+        prompt = present if drafted is None else present & ~drafted
+        self.length = torch.where(rows, prompt.sum(1), before)
 
     def shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence) -> None:
         """Shorten the arguments to a frame; `kwargs` is changed in place.

@@ -138,7 +138,8 @@ class Prefill(TokenScheduler):
     def settle(self, planned: PlannedStage) -> None:
         """Renumber positions if the stage's policy says so; see `TokenScheduler.settle`."""
         if self.policy(planned.stage) == "renumber":
-            self._inputs.renumber(planned.group.rows.to(self.layout.valid.device), self._present())
+            rows = planned.group.rows.to(self.layout.valid.device)
+            self._inputs.renumber(rows, self._present(), self.layout.drafted)
 
     # the layers ------------------------------------------------------------------------------------------------------
 

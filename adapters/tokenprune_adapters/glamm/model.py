@@ -15,6 +15,7 @@ from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START, REGION_T
 from tokenprune_adapters.glamm.results import GroundedSegmentation, phrase_span
 from tokenprune_adapters.llava.prompt import dialogue
 from tokenprune_adapters.segmentation.data import Answered, SegmenterInputs
+from tokenprune_adapters.segmentation.drafts import Draft
 from tokenprune_adapters.segmentation.queries import as_list, checked_query, sentence_flags
 from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
 
@@ -48,6 +49,7 @@ class GlammModel(SamSegmenter):
         prompt: str | Sequence[str] | None = None,
         max_new_tokens: int = 64,
         is_sentence: bool | Sequence[bool] | None = None,
+        draft: Draft = True,
         boxes: object = None,
     ) -> GroundedSegmentation:
         """Masks for one query, or several, about one image; otherwise as `Segmenter.segment`.
@@ -63,6 +65,7 @@ class GlammModel(SamSegmenter):
             prompt: instead of a query, a whole prompt, with as many turns as wanted.
             max_new_tokens: limit of a generated answer. A grounded description of a whole image takes a few hundred.
             is_sentence: whether each query is a sentence.
+            draft: as in `Segmenter.segment`.
             boxes: regions to talk about; not supported, since the region encoder is left out.
 
         Raises:
@@ -75,7 +78,7 @@ class GlammModel(SamSegmenter):
                 "boxes= was given, but GLaMM's region encoder is left out, so that regions cannot be put into a "
                 "prompt; say in words what to segment, and leave boxes= out"
             )
-        found = super().segment(image, query, strategy, answer, prompt, max_new_tokens, is_sentence)
+        found = super().segment(image, query, strategy, answer, prompt, max_new_tokens, is_sentence, draft)
         assert isinstance(found, GroundedSegmentation)
         if query is None or answer != "forced":
             return found

@@ -69,6 +69,7 @@ class DecoderInputs:
         seg: bool [B, S], positions of [SEG] tokens.
         mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding.
         positions: int64 [B, S], 0 at the first token of a row; None = arange, the decoder's default.
+        drafted: bool [B, S], the tokens of an expected answer after the prompt; None = there are none.
     """
 
     inputs_embeds: Tensor
@@ -78,6 +79,7 @@ class DecoderInputs:
     seg: Tensor
     mask_query: Tensor
     positions: Tensor | None = None
+    drafted: Tensor | None = None
 
 
 def splice(

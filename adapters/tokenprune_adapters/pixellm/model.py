@@ -34,6 +34,7 @@ class PixelLMModel(Segmenter):
     seg_tokens = tuple(f"[SEG{number}]" for number in range(6))
     """The six tokens of one mask: the first three for the coarser level, the others for the finer one."""
     forced_answer = f"{' '.join(seg_tokens)}."
+    usual_answers = (forced_answer,)
 
     def __init__(
         self,

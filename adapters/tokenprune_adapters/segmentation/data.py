@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,12 +88,14 @@ class SegmenterInputs:
         encoded: the image, from the model's `encode_image`.
         sequence: the decoder's inputs.
         texts: texts of each prompt by wording: "question" and "query", see `ClipTextEmbeddings`.
+        templates: for each prompt, the text that it shares with prompts of the same kind; None = none is known.
     """
 
     prompts: list[str]
     encoded: Any
     sequence: DecoderInputs
     texts: Mapping[str, list[list[str]]] = field(default_factory=dict)
+    templates: Sequence[str | None] = ()
 
 
 @dataclass(frozen=True)

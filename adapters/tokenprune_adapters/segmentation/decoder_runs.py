@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,9 +29,11 @@ from tokenprune.errors import InputError
 from tokenprune.utils.arguments import instance, whole_number
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
+from tokenprune_adapters.llava.draft import with_drafts
 from tokenprune_adapters.llava.vision import offers, vision_source
 from tokenprune_adapters.segmentation.capture import SegmenterCapture, decoding
 from tokenprune_adapters.segmentation.data import Answered, Encoded, SegmenterInputs
+from tokenprune_adapters.segmentation.drafts import AnswerDrafts, Draft, answer_ids, given_drafts
 from tokenprune_adapters.segmentation.generation import Generated, generate
 from tokenprune_adapters.segmentation.prompts import Prompts
 
@@ -75,17 +79,48 @@ class DecoderRuns(Prompts, BoundModel):
         return states, None if run is None else run.trace
 
     def run_generation(
-        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int = 64
+        self,
+        inputs: SegmenterInputs,
+        strategy: Strategy | None = None,
+        max_new_tokens: int = 64,
+        draft: Draft = True,
     ) -> tuple[Generated, Trace | None]:
-        """Greedy answers to prompts that the model continues, and the trace of their prefill."""
+        """Greedy answers to prompts that the model continues, and the trace of their prefill.
+
+        Args:
+            inputs: the prompts.
+            strategy, max_new_tokens, draft: as in `segment`.
+        """
         instance("inputs", inputs, SegmenterInputs, "the result of inputs_of(…, continues=True)", InputError)
         whole_number("max_new_tokens", max_new_tokens, 1)
-        with self.pruned(strategy) as run, decoding(self, inputs), stage("generation"):
-            generated = generate(self.decoder, inputs.sequence, max_new_tokens, self._end_ids())
+        given = given_drafts(draft, self.tokenizer)
+        with self.pruned(strategy) as run, stage("generation"):
+            memory = self.drafts if given is None else AnswerDrafts(given)
+
+            templates = inputs.templates or [None] * len(inputs.prompts)
+
+            def expect(row: int, said: Sequence[int]) -> list[int]:
+                return [] if draft is False else memory.expect(templates[row], said)
+
+            first = [expect(row, ())[: max_new_tokens - 1] for row in range(len(inputs.prompts))]
+            sequence = with_drafts(inputs.sequence, first, self.decoder.get_input_embeddings())
+            with decoding(self, replace(inputs, sequence=sequence)):
+                generated = generate(self.decoder, sequence, max_new_tokens, self._end_ids(), expect)
+            for template, ids in zip(templates, generated.ids, strict=True):
+                self.drafts.learn(template, ids)
         return generated, None if run is None else run.trace
 
+    @cached_property
+    def drafts(self) -> AnswerDrafts:
+        """The answers that the model is expected to give; it learns from those that it gives."""
+        return AnswerDrafts(answer_ids(self.usual_answers, self.tokenizer))
+
     def answer(
-        self, inputs: SegmenterInputs, strategy: Strategy | None = None, max_new_tokens: int | None = None
+        self,
+        inputs: SegmenterInputs,
+        strategy: Strategy | None = None,
+        max_new_tokens: int | None = None,
+        draft: Draft = True,
     ) -> Answered:
         """The states for the masks: those before forced mask tokens, or those that predicted generated ones.
 
@@ -93,12 +128,13 @@ class DecoderRuns(Prompts, BoundModel):
             inputs: the prompts.
             strategy: as in `segment`.
             max_new_tokens: maximum length of a generated answer; None = the answers are in the prompts.
+            draft: as in `segment`.
         """
         if max_new_tokens is None:
             states, trace = self.run_decoder(inputs, strategy)
             said, before = inputs.sequence.token_ids.tolist(), 1  # a token is predicted by the state before it
         else:
-            generated, trace = self.run_generation(inputs, strategy, max_new_tokens)
+            generated, trace = self.run_generation(inputs, strategy, max_new_tokens, draft)
             states, said, before = generated.states, generated.ids, 0  # those that predicted each token
         group = len(self.seg_tokens)
         found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
@@ -127,7 +163,7 @@ class DecoderRuns(Prompts, BoundModel):
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
             queries["seg"] = sequence.seg
-        return PromptMasks(sequence.image_tokens, queries, *self.image_cells(inputs))
+        return PromptMasks(sequence.image_tokens, queries, *self.image_cells(inputs), drafted=sequence.drafted)
 
     def image_cells(self, inputs: SegmenterInputs) -> tuple[Tensor | None, Tensor | None]:
         """`grid` and `image_number` of `PromptMasks`; None = one square image per batch row, in row-major order."""

@@ -26,6 +26,14 @@ class Prompts:
     """The tokens that, in this order, request one mask; each has its own mask query."""
     forced_answer: ClassVar[str] = "[SEG]."
     """The answer that requests the mask of a query."""
+    usual_answers: ClassVar[tuple[str, ...]] = (
+        "It is [SEG].",
+        "Sure, [SEG].",
+        "Sure, it is [SEG].",
+        "Sure, the segmentation result is [SEG].",
+        "[SEG].",
+    )
+    """The answers that the family is trained on, expected of a generating model before it has answered."""
     tokenizer: LlamaSlowTokenizer
     mark_image: bool
     """Whether prompts have <im_start> and <im_end> around the image."""

@@ -24,6 +24,7 @@ from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
+from tokenprune_adapters.segmentation.drafts import Draft, given_drafts, template_of
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -135,6 +136,7 @@ class Segmenter(DecoderRuns, nn.Module):
         prompt: str | Sequence[str] | None = None,
         max_new_tokens: int = 64,
         is_sentence: bool | Sequence[bool] | None = None,
+        draft: Draft = True,
     ) -> Segmentation:
         """Masks for one or several queries about one image. The towers run once.
 
@@ -151,20 +153,26 @@ class Segmenter(DecoderRuns, nn.Module):
             max_new_tokens: maximum length of a generated answer.
             is_sentence: whether each query is a sentence, for which LISA's datasets use another template than for a
                 phrase. By default a query is one if it ends in "." or "?" (ours).
+            draft: with "generate", what the model is expected to answer. The first forward checks it, so that an answer
+                that comes as expected needs no decoding steps; the text is the same with any draft. True expects what
+                the model said to prompts of the same template, False nothing; or an answer, or several, such as
+                "Sure, it is [SEG].", of which the most suitable one is tried first.
 
         Raises:
             InputError: not an image; an empty query; neither or both of query and prompt; a prompt without <image> or,
                 if forced, without mask tokens; a prompt longer than the model's context.
-            OptionError: an unknown `answer`, `max_new_tokens` below 1, or `strategy` is not a strategy.
+            OptionError: an unknown `answer` or `draft`, `max_new_tokens` below 1, or `strategy` is not a strategy.
             IncompatibleError: the strategy is incompatible with the model; raised before anything runs.
         """
         whole_number("max_new_tokens", max_new_tokens, 1)
+        given_drafts(draft, self.tokenizer)
         texts = self.prompts(query, answer, prompt, is_sentence)
         queries = None if query is None else as_list(query, "query")
         with self.pruned(strategy):  # first, so that incompatible strategies are refused before a tower runs
             encoded = self.encode_image(image)
             inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
-            answered = self.answer(inputs, max_new_tokens=max_new_tokens if answer == "generate" else None)
+            limit = max_new_tokens if answer == "generate" else None
+            answered = self.answer(inputs, max_new_tokens=limit, draft=draft)
             said = self.texts(inputs, answered, answer)
             single = isinstance(prompt if query is None else query, str)
             return self.masks_of(answered, inputs, text=said[0] if single else said)
@@ -197,7 +205,9 @@ class Segmenter(DecoderRuns, nn.Module):
             encoded.image_valid,
         )
         check_length(self.decoder.config, sequence.token_ids.shape[1])
-        return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries))
+        asked = queries if queries is not None and len(queries) == len(prompts) else [None] * len(prompts)
+        templates = [template_of(*both) for both in zip(prompts, asked, strict=True)]
+        return SegmenterInputs(prompts, encoded, sequence, self.wordings(prompts, queries), templates)
 
     def texts(self, inputs: SegmenterInputs, answered: Answered, answer: str) -> list[str]:
         """The answer of each prompt, forced or generated."""

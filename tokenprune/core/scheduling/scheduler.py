@@ -59,7 +59,7 @@ class TokenScheduler(ABC):
     ) -> None:
         """Raises IncompatibleError if a stage requires a read that is not provided, and the errors of `plan`."""
         counts = layout.counts.tolist()
-        others = (layout.valid.sum(1) - layout.counts).tolist()
+        others = (layout.prompt.sum(1) - layout.counts).tolist()  # budgets and counts are of the prompt
         shapes = [Shape(layers, n, t, tower_layers, self.offers(), heads) for n, t in zip(counts, others, strict=True)]
         self.model, self.layout, self.layers, self.seed, self.strict = model, layout, layers, seed, strict
         self._tell = tell or _ignore

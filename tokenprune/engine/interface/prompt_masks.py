@@ -22,6 +22,7 @@ class PromptMasks:
         grid: int64 [batch, prompt, 2], grid cells of the image tokens; None = square images in row-major order.
         image_number: int64; None = consecutive image tokens form one image.
         attention_mask: 0 on padding; None = the decoder's own argument.
+        drafted: bool, True on the tokens of an expected answer after the prompt, see `SequenceLayout.drafted`.
         source: who created the masks, for messages; empty = the caller.
     """
 
@@ -30,6 +31,7 @@ class PromptMasks:
     grid: Tensor | None = None
     image_number: Tensor | None = None
     attention_mask: Tensor | None = None
+    drafted: Tensor | None = None
     source: str = ""
 
     def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
@@ -69,6 +71,7 @@ class PromptMasks:
                 grid=optional("grid", self.grid),
                 image_number=optional("image_number", self.image_number),
                 queries=queries,
+                drafted=None if self.drafted is None else fit("drafted", self.drafted, 0),
             )
         except InputError as error:
             if not self.source:

@@ -132,7 +132,7 @@ def test_several_prompts_are_several_rows(model: GlammModel, image: np.ndarray[A
 
 
 def scripted(model: GlammModel, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
-    """Let the model say these ids, whatever it would have said."""
+    """Let the model say these ids, one a forward, whatever it would have said."""
     script: Iterator[int] = iter(ids)
     rows = model.decoder.lm_head.out_features
 
@@ -152,7 +152,7 @@ def test_grounded_phrases_in_free_generation(
     whole, opening = (prompt_ids(model.tokenizer, text) for text in (f"{OPENING} {GROUNDED}</s>", OPENING))
     assert whole[: len(opening)] == opening
     scripted(model, monkeypatch, whole[len(opening) :])
-    said = model.segment(image, prompt=OPENING, answer="generate", strategy=pruning)
+    said = model.segment(image, prompt=OPENING, answer="generate", strategy=pruning, draft=False)
     assert said.phrases == ["a cat", "two dogs", ""]
     assert said.text == "There is <p> a cat </p> [SEG] near <p> two dogs </p> [SEG] and [SEG] ."
     assert (said.query_index, said.masks.shape) == ([0, 0, 0], (3, HEIGHT, WIDTH))
@@ -160,7 +160,7 @@ def test_grounded_phrases_in_free_generation(
         encoded = model.encode_image(image)
         forced = model.answer(model.inputs_of([f"{OPENING} {GROUNDED}</s>"], encoded), pruning)
         scripted(model, monkeypatch, whole[len(opening) :])
-        free = model.answer(model.inputs_of([OPENING], encoded, continues=True), pruning, 64)
+        free = model.answer(model.inputs_of([OPENING], encoded, continues=True), pruning, 64, draft=False)
     assert torch.allclose(free.states, forced.states, atol=1e-4)
     assert not torch.allclose(free.states[0], free.states[1], atol=1e-2)
 

@@ -116,7 +116,9 @@ class Generate(Protocol):
                 f"model {model.name!r}: its segment() takes no answer=, which protocol {self.name!r} needs; use "
                 "'forced'"
             )
-        options = {"answer": "generate", "max_new_tokens": self.max_new_tokens}
+        options: dict[str, Any] = {"answer": "generate", "max_new_tokens": self.max_new_tokens}
+        if model.takes("draft"):
+            options["draft"] = False  # what was learnt from earlier answers would change rounding, and times
         found: Any = _segmented(model, encoded, scene, strategy, **options)
         height, width = scene.image.shape[:2]
         number = len(scene.queries)

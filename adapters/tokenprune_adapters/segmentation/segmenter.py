@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import model_turn
 from tokenprune.utils.arguments import whole_number
-from tokenprune.utils.images import ImageInput
+from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
@@ -25,6 +28,7 @@ from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
 from tokenprune_adapters.segmentation.drafts import Draft, given_drafts, template_of
+from tokenprune_adapters.segmentation.image_cache import ImageCache
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -87,6 +91,8 @@ class Segmenter(DecoderRuns, nn.Module):
         self.mark_image = mark_image
         self.name = name
         self.clip_space = clip_space
+        self.image_cache = ImageCache()
+        """The images that `segment` encoded last; `image_cache.size = 0` turns it off."""
 
     def __repr__(self) -> str:
         """The model, its size and device, and the methods to call, without its modules."""
@@ -138,7 +144,8 @@ class Segmenter(DecoderRuns, nn.Module):
         is_sentence: bool | Sequence[bool] | None = None,
         draft: Draft = True,
     ) -> Segmentation:
-        """Masks for one or several queries about one image. The towers run once.
+        """Masks for one or several queries about one image. The towers run once, and not again for the pictures that
+        `image_cache` has.
 
         Args:
             image: a path, PIL image, numpy array or tensor; or the result of `encode_image`, to reuse it.
@@ -169,13 +176,25 @@ class Segmenter(DecoderRuns, nn.Module):
         texts = self.prompts(query, answer, prompt, is_sentence)
         queries = None if query is None else as_list(query, "query")
         with self.pruned(strategy):  # first, so that incompatible strategies are refused before a tower runs
-            encoded = self.encode_image(image)
+            encoded = self.encoded(image)
             inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
             limit = max_new_tokens if answer == "generate" else None
             answered = self.answer(inputs, max_new_tokens=limit, draft=draft)
             said = self.texts(inputs, answered, answer)
             single = isinstance(prompt if query is None else query, str)
             return self.masks_of(answered, inputs, text=said[0] if single else said)
+
+    def encoded(self, image: Any) -> Any:
+        """As `encode_image`, from `image_cache` if the same picture was encoded lately. Preserves no gradients."""
+        if not isinstance(image, (str, Path, Image.Image, np.ndarray, Tensor)):
+            return self.encode_image(image)  # prepared or encoded, or no image at all
+        with stage("preprocess"):
+            rgb = to_rgb(image)
+        return self.image_cache.encoded(rgb, self.image_modules(), self.encode_image)
+
+    def image_modules(self) -> list[nn.Module]:
+        """The modules that `encode_image` runs: all but the decoder, unless a family knows better."""
+        return [module for module in self.children() if module is not self.decoder]
 
     def build_inputs(
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None

@@ -1,0 +1,198 @@
+"""What a user waits for: a whole LISA-shaped model from picture to mask, stage by stage, pruned and with drafted answers.
+
+The baseline encodes the picture with both towers, and lets transformers' own `generate` (KV cache, sdpa, greedy) answer.
+Each row runs in turn with the others in every round, so that drift of the machine hits all alike; ratios are to the
+baseline of the same round. Weights are random, sizes and dtype real, and every row says the same ten tokens (checked).
+
+    python benchmarks/pipeline.py [--shape lisa-7b] [--dtype bfloat16] [--rounds 3] [--layers N] [--json pipeline.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_lisa import SHAPES, LisaShape, random_lisa
+from rich.console import Console
+from rich.table import Table
+
+import tokenprune as tp
+from tokenprune.evaluation.environment import describe
+from tokenprune.utils.stopwatch import TOTAL, recorded, stage
+from tokenprune_adapters.lisa.model import LisaModel
+
+QUERY = "the circle"
+QUERIES = ["the circle", "the red square", "the star", "the cat", "a dog", "the tree", "the left car", "the moon"]
+PRUNED = {
+    "csp-65": ("csp", 0.35, {}),
+    "csp-70": ("csp", 0.30, {}),
+    "fastv": ("fastv", 0.35, {}),
+    "divprune": ("divprune", 0.35, {"positions": "keep"}),
+    "uniform": ("uniform", 0.35, {}),
+}
+DECODER = ("pruning context", "generation")  # stages of the decoder; the others are towers and the mask head
+
+Times = dict[str, float]
+
+
+@dataclass
+class Row:
+    """A way to answer.
+
+    Attributes:
+        name: in the table.
+        run: the call that is measured.
+        times: by stage in milliseconds, one entry a round.
+        base: how many baseline calls it replaces.
+    """
+
+    name: str
+    run: Callable[[], None]
+    times: list[Times]
+    base: int = 1
+
+
+class Pipeline:
+    """The rows of a model.
+
+    Args:
+        model: says the same answer to every prompt.
+        seed: of the picture.
+    """
+
+    def __init__(self, model: LisaModel, seed: int = 0) -> None:
+        self.model = model
+        self.image = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+        self.model.segment(self.image, QUERY, answer="generate")  # also teaches the answer
+        self.text = self.model.segment(self.image, QUERY, answer="generate").text
+
+    def baseline(self) -> None:
+        """transformers' `generate`, then the mask head."""
+        model = self.model
+        encoded = model.encode_image(self.image)
+        sequence = model.inputs_of(model.prompts([QUERY], "generate"), encoded, continues=True).sequence
+        with stage("generation"):
+            ids = model.decoder.generate(
+                inputs_embeds=sequence.inputs_embeds,
+                attention_mask=sequence.attention_mask,
+                max_new_tokens=64,
+                do_sample=False,
+            )
+        assert model.tokenizer.decode(ids[0].tolist()) == self.text
+        with stage("mask decoder"):
+            states = sequence.inputs_embeds[:, -1]  # of the right shape; its values do not matter for the time
+            low_res, _ = model.low_res_logits(states, encoded)
+            model.to_original_size(low_res, encoded)
+
+    def segment(
+        self, strategy: Any = None, queries: str | Sequence[str] = QUERY, draft: bool = True, again: bool = False
+    ) -> None:
+        """Our call; with `again`, of a picture that was encoded before."""
+        if not again:
+            self.model.image_cache.clear()
+        found = self.model.segment(self.image, queries, strategy, answer="generate", draft=draft)
+        assert set([found.text] if isinstance(found.text, str) else found.text) == {self.text}
+
+    def rows(self) -> list[Row]:
+        """The baseline first."""
+        run = self.segment
+        strategies = {
+            name: tp.strategy(kind, budget=budget, **options) for name, (kind, budget, options) in PRUNED.items()
+        }
+        made = [Row("baseline", self.baseline, []), Row("no draft", lambda: run(draft=False), [])]
+        made.append(Row("draft", run, []))
+        for name, strategy in strategies.items():
+            made.append(Row(name, lambda s=strategy: run(s, draft=False), []))
+            made.append(Row(f"{name} + draft", lambda s=strategy: run(s), []))
+        best = strategies["csp-65"]
+        made.append(Row("second query, csp-65 + draft", lambda: run(best, again=True), []))
+        made.append(Row("8 queries, draft", lambda: run(queries=QUERIES), [], 8))
+        made.append(Row("8 queries, csp-65 + draft", lambda: run(best, QUERIES), [], 8))
+        return made
+
+
+def measure(rows: Sequence[Row], rounds: int, console: Console) -> None:
+    """Run all rows in turn, after a round that is not counted."""
+    for number in range(rounds + 1):
+        for row in rows:
+            with torch.inference_mode(), recorded() as times:
+                row.run()
+            console.print(f"round {number} {row.name}: {times[TOTAL] / 1e3:.2f} s", style="dim")
+            if number:
+                row.times.append(dict(times))
+
+
+def decoder_time(times: Times) -> float:
+    """Prefill and decoding, in milliseconds."""
+    return sum(times.get(name, 0.0) for name in DECODER)
+
+
+def report(rows: Sequence[Row], shape: LisaShape, about: dict[str, Any]) -> dict[str, Any]:
+    """All figures: medians and minima in milliseconds, and medians of the ratios within each round."""
+    base = rows[0].times
+    found = []
+    for row in rows:
+        both = list(zip(row.times, base, strict=True))
+        names = [name for name in row.times[0] if name != TOTAL]
+        found.append(
+            {
+                "row": row.name,
+                "baseline_calls": row.base,
+                "median_ms": {name: statistics.median(t.get(name, 0.0) for t in row.times) for name in (*names, TOTAL)},
+                "min_ms": {name: min(t.get(name, 0.0) for t in row.times) for name in (*names, TOTAL)},
+                "decoder_ratios": [decoder_time(t) / (row.base * decoder_time(b)) for t, b in both],
+                "ratios": [t[TOTAL] / (row.base * b[TOTAL]) for t, b in both],
+            }
+        )
+    return {"shape": vars(shape), **about, "rows": found}
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Stages in seconds, and ratios to as many baseline calls."""
+    made = Table(title=f"{found['shape']['name']}, {found['dtype']}, medians in seconds; ratios to the baseline")
+    stages = ("vision tower", "mask encoder", *DECODER, "mask decoder", TOTAL)
+    for name in ("", *stages, "decoder ratio", "ratio (spread)"):
+        made.add_column(name, justify="left" if not name else "right")
+    for row in found["rows"]:
+        seconds = [f"{row['median_ms'].get(name, 0.0) / 1e3:.2f}" for name in stages]
+        spread = f"{statistics.median(row['ratios']):.3f} ({min(row['ratios']):.3f}–{max(row['ratios']):.3f})"
+        made.add_row(row["row"], *seconds, f"{statistics.median(row['decoder_ratios']):.3f}", spread)
+    return made
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="lisa-7b")
+    parser.add_argument("--layers", type=int, help="of the decoder, if not all")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    shape = SHAPES[given.shape]
+    if given.layers:
+        shape = replace(shape, layers=given.layers)
+    console = Console()
+    pipeline = Pipeline(random_lisa(shape, getattr(torch, given.dtype), given.device))
+    rows = pipeline.rows()
+    measure(rows, given.rounds, console)
+    about = {"rounds": given.rounds, **describe(pipeline.model.decoder)}
+    found = report(rows, shape, about)
+    console.print(table(found))
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
-"""Write the tables of `docs/results.md` and README.md from the stored comparisons in `docs/results/`.
+"""Write the tables of `docs/results.md` and README.md from the stored comparisons in `docs/results/`, and the results
+that lisa-tiny comes with, which `tokenprune recommend` looks accuracies up in.
 
     python tools/figures/results.py [--check]
 
@@ -23,6 +24,8 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "
 TUNED = ("csp", "fastv", "prumerge+", "divprune", "visionzip")
 MARKED = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 HEADLINE_BUDGET = 0.35
+BUNDLED = ROOT / "adapters" / "tokenprune_adapters" / "bundled" / "lisa_tiny" / "results.json"
+KEPT = ("strategy", "options", "given", "budget", "giou", "ciou", "agreement", "equivalent_tokens_ratio")
 
 
 def read(name: str) -> Comparison:
@@ -180,6 +183,16 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def bundled() -> str:
+    """The comparison and its variants as one, with accuracies alone: what is timed differs on every machine."""
+    found = json.loads((STORED / "compare.json").read_text(encoding="utf-8"))
+    others = json.loads((STORED / "variants.json").read_text(encoding="utf-8"))
+    rows = found["rows"] + [row for row in others["rows"] if row["given"] or "+" in row["strategy"]]
+    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps({key: row[key] for key in KEPT}) for row in rows)
+    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
 MADE = (headline, by_budget, variants, by_kind, ablation, tuned, searched, csp_windows)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE}
 
@@ -193,14 +206,15 @@ def written(page: Path) -> str:
 
 
 def main() -> int:
-    """Write or check all pages; the number of pages that differ."""
-    stale = [page for page in PAGES if written(page) != page.read_text(encoding="utf-8")]
-    for page in stale:
+    """Write or check all pages and the bundled results; the number of files that differ."""
+    made = {page: written(page) for page in PAGES} | {BUNDLED: bundled()}
+    stale = [file for file, text in made.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    for file in stale:
         if "--check" in sys.argv:
-            print(f"{page}: tables differ from docs/results/*.json; run python tools/figures/results.py")
+            print(f"{file}: differs from docs/results/*.json; run python tools/figures/results.py")
         else:
-            page.write_text(written(page), encoding="utf-8")
-            print(f"wrote {page}")
+            file.write_text(made[file], encoding="utf-8")
+            print(f"wrote {file}")
     return len(stale) if "--check" in sys.argv else 0
 
 

@@ -131,9 +131,11 @@ def random_decoder(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model: Any = LlamaModel(LlamaConfig(**sizes)).to(dtype=dtype, device=device).eval()  # type: ignore[arg-type]
+            model: Any = LlamaModel(LlamaConfig(**sizes))
+            nn.Module.to(model, device, dtype)
     except torch.OutOfMemoryError as error:
         raise OptionError(f"decoder of width {spec.hidden}: one layer exceeds the memory of {device}") from error
+    model.eval()
     first = model.layers[0]
     shared: dict[int, Any] = {id(part): part for part in (model.config, *first.parameters())}
     for number in range(1, spec.layers):

@@ -265,7 +265,9 @@ def _place(timings: Sequence[Timing], advice: Advice) -> tuple[float, ...]:
 
 
 def _left_out(cell: Cell, seconds: float) -> LeftOut:
-    why = f"left out: needs about {_rounded(cell.needs)} s, which smaller sizes leave not of {seconds:g} s"
+    why = (
+        f"left out: it needs about {_rounded(cell.needs)} s, and smaller sizes leave less of {seconds:g} s; allow more"
+    )
     return LeftOut(image_tokens=cell.image_tokens, batch=cell.batch, reason=why)
 
 

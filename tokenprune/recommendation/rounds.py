@@ -77,15 +77,14 @@ class Rounds:
         if not together:
             return 0
         planned = min(self.most, max(LEAST, int(self._left() / together)))
-        for done in range(planned):
-            if done >= LEAST and self._left() < together:
-                return done
-            if done < LEAST and self._left() < self.limit * (1 - OVERRUN):
-                return done
+        done = 0
+        while done < planned and self._left() >= (together if done >= LEAST else self.limit * (1 - OVERRUN)):
             for number, cell in enumerate(measured):
                 self._round(cell, done)
                 self.progress("rounds", done * len(measured) + number + 1, planned * len(measured))
-        return planned
+            done += 1
+        self.progress("rounds", done * len(measured), done * len(measured))
+        return done
 
     def _left(self) -> float:
         return self._start + self.limit - self.clock()
@@ -93,7 +92,9 @@ class Rounds:
     def _warm_up(self) -> None:
         """Run everything once, smallest cells first; cells for which there is no time are left out."""
         promised = 0.0  # to the cells so far
-        for number, cell in enumerate(sorted(self.cells, key=lambda cell: cell.image_tokens * cell.batch)):
+        ordered = sorted(self.cells, key=lambda cell: cell.image_tokens * cell.batch)
+        for number, cell in enumerate(ordered):
+            self.progress("warm-up", number, len(ordered))
             self._timed(cell.untouched)  # threads are started, memory is touched
             base = self._timed(cell.untouched)
             # a contender takes about as long at most; its own time is known once it ran
@@ -108,7 +109,7 @@ class Rounds:
                 cell.seconds = {}
                 continue
             promised, cell.needs = promised + cell.needs, 0.0
-            self.progress("warm-up", number + 1, len(self.cells))
+        self.progress("warm-up", len(ordered), len(ordered))
 
     def _round(self, cell: Cell, number: int) -> None:
         keys: list[int | None] = [None, *cell.contenders]

@@ -28,49 +28,54 @@ BREAK_EVEN = (
 
 def recommendation_tables(found: Recommendation) -> RenderableType:
     """Break-even points with accuracies, ratios, times, what fits, and what was left out and why."""
-    parts: list[RenderableType] = []
+    head = f": {found.layers} layers of width {found.hidden}, {found.text_tokens} text tokens, {found.rounds} rounds"
+    parts: list[RenderableType] = [_note(head, found.model)]
     ran = [advice for advice in found.strategies if advice.reason is None]
     if ran:
-        parts += [_break_even(found, ran), _ratios(found, ran), _times(found, ran)]
+        parts += [*_break_even(found, ran), *_ratios(found, ran), *_times(found, ran)]
     if found.fits:
-        parts.append(_fits(found))
+        parts += _fits(found)
     elif found.budget_ms is not None:
         parts.append(_note(f"Nothing fits into {found.budget_ms:g} ms."))
     parts += [_note(f"{one.image_tokens} image tokens, batch {one.batch}: {one.reason}") for one in found.left_out]
+    return Group(*parts, *_failures(found))
+
+
+def _failures(found: Recommendation) -> list[RenderableType]:
+    """A note for each reason, with all that did not run for it."""
+    names: dict[str, list[str]] = {}
+    everywhere = {called(advice) for advice in found.strategies if advice.reason is not None}
     for advice in found.strategies:
         if advice.reason is not None:
-            parts.append(_note(f" did not run: {advice.reason}", called(advice)))
+            names.setdefault(advice.reason, []).append(called(advice))
     for timing in found.timings:
-        if timing.reason is not None and all(timing.reason != advice.reason for advice in found.strategies):
-            size = f" with {timing.image_tokens} image tokens, batch {timing.batch}"
-            parts.append(_note(f"{size} did not run: {timing.reason}", called(timing)))
-    return Group(*parts)
+        if timing.reason is not None and called(timing) not in everywhere:
+            size = f"{called(timing)} with {timing.image_tokens} image tokens, batch {timing.batch}"
+            names.setdefault(timing.reason, []).append(size)
+    return [_note(f" did not run: {reason}", ", ".join(those)) for reason, those in names.items()]
 
 
-def _break_even(found: Recommendation, ran: list[Advice]) -> Parted:
-    title = (
-        f"{found.model}: {found.layers} layers of width {found.hidden}, {found.text_tokens} text tokens, "
-        f"{found.rounds} rounds"
-    )
-    batches = list(dict.fromkeys(one.batch for advice in ran for one in advice.break_even))
+def _break_even(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:
     columns = []
-    for batch in batches:
+    for batch in dict.fromkeys(one.batch for advice in ran for one in advice.break_even):
         points = [next((one for one in advice.break_even if one.batch == batch), None) for advice in ran]
         columns.append(Column(f"pays from, batch {batch}", [_point(point) for point in points]))
-    groups = [(columns, BREAK_EVEN)]
+    notes = [_note(BREAK_EVEN)]
     sources = list(dict.fromkeys((one.model, one.dataset, one.split) for advice in ran for one in advice.accuracy))
     for source in sources:
         known = [
             next((one for one in advice.accuracy if (one.model, one.dataset, one.split) == source), None)
             for advice in ran
         ]
-        model, dataset, split = source
-        cells = [MISSING if one is None else f"{one.giou:.3f}" for one in known]
+        columns.append(Column("gIoU", [MISSING if one is None else f"{one.giou:.3f}" for one in known]))
         agree = [MISSING if one is None or one.agreement is None else f"{one.agreement:.3f}" for one in known]
-        caption = f"gIoU and agreement: measured on {model} ({dataset}, {split})"
-        caption += "." if model == found.model else "; yours may differ."
-        groups.append(([Column("gIoU", cells), Column("agree", agree)], caption))
-    return Parted(title, Column("strategy", [called(advice) for advice in ran]), groups)
+        columns.append(Column("agree", agree))
+        samples = max(one.samples for one in known if one is not None)
+        about = "" if source[0] == found.model else "; yours may differ"
+        notes.append(
+            _note(f"gIoU, agree: measured on {source[0]} ({source[1]}, {source[2]}, {samples} queries){about}.")
+        )
+    return [_table("image tokens from which it pays", ran, columns), *notes]
 
 
 def _point(point: BreakEven | None) -> str:
@@ -80,16 +85,11 @@ def _point(point: BreakEven | None) -> str:
     return f"{point.image_tokens} (not shown at {beyond})" if beyond else str(point.image_tokens)
 
 
-def _ratios(found: Recommendation, ran: list[Advice]) -> Parted:
-    columns = []
-    for size in _sizes(found):
-        cells = [_ratio(_timing(found, advice, size)) for advice in ran]
-        columns.append(Column(_head(found, size), cells))
-    return Parted(
-        "time relative to no pruning, by image tokens",
-        Column("strategy", [called(advice) for advice in ran]),
-        [(columns, RATIO)],
-    )
+def _ratios(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:
+    columns = [
+        Column(_head(found, size), [_ratio(_timing(found, advice, size)) for advice in ran]) for size in _sizes(found)
+    ]
+    return [_table("time relative to no pruning, by image tokens", ran, columns), _note(RATIO)]
 
 
 def _ratio(timing: Timing | None) -> str:
@@ -100,7 +100,7 @@ def _ratio(timing: Timing | None) -> str:
     return f"{timing.ratio:.2f} ({timing.ratio_low:.2f}–{timing.ratio_high:.2f})"
 
 
-def _times(found: Recommendation, ran: list[Advice]) -> Parted:
+def _times(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:
     columns = []
     for size in _sizes(found):
         timings = [_timing(found, advice, size) for advice in ran]
@@ -108,15 +108,15 @@ def _times(found: Recommendation, ran: list[Advice]) -> Parted:
         cells = [_ms(without), *(_ms(None if timing is None else timing.prefill) for timing in timings)]
         columns.append(Column(_head(found, size), cells))
     names = Column("strategy", ["none", *(called(advice) for advice in ran)])
-    caption = "Median over rounds of one batch's prefill, in brackets the minimum."
-    return Parted("milliseconds, by image tokens", names, [(columns, caption)])
+    table = Parted("milliseconds, by image tokens", names, [(columns, "")], justify="left")
+    return [table, _note("Median over rounds of one batch's prefill, in brackets the minimum.")]
 
 
 def _ms(times: Times | None) -> str:
     return MISSING if times is None else f"{times.median_ms:.4g} ({times.min_ms:.4g})"
 
 
-def _fits(found: Recommendation) -> Parted:
+def _fits(found: Recommendation) -> list[RenderableType]:
     fits = found.fits
     columns = [
         Column("image tokens", [str(fit.image_tokens) for fit in fits]),
@@ -124,9 +124,13 @@ def _fits(found: Recommendation) -> Parted:
         Column("median ms", [f"{fit.median_ms:.4g}" for fit in fits]),
         Column("at most", [f"{fit.high_ms:.4g}" for fit in fits]),
     ]
-    caption = "at most: upper end of the median's 95 % interval; none: no pruning."
-    title = f"prefills within {found.budget_ms:g} ms"
-    return Parted(title, Column("strategy", [called(fit) for fit in fits]), [(columns, caption)])
+    names = Column("strategy", [called(fit) for fit in fits])
+    table = Parted(f"prefills within {found.budget_ms:g} ms", names, [(columns, "")], justify="left")
+    return [table, _note("at most: upper end of the median's 95 % interval. none: no pruning.")]
+
+
+def _table(title: str, ran: list[Advice], columns: list[Column]) -> Parted:
+    return Parted(title, Column("strategy", [called(advice) for advice in ran]), [(columns, "")], justify="left")
 
 
 def _sizes(found: Recommendation) -> list[tuple[int, int]]:

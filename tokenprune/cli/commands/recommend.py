@@ -83,7 +83,7 @@ def command(
     from tokenprune.core.by_name import parse_text, split_list
     from tokenprune.errors import OptionError
     from tokenprune.evaluation.contenders import budgets_of
-    from tokenprune.report.files import check_targets
+    from tokenprune.report.files import check_place
     from tokenprune.utils.threads import checked, choose
 
     quiet_loading()
@@ -99,7 +99,7 @@ def command(
     if layers is not None and layers < 1:
         raise OptionError(f"--layers {layers} found, expected a whole number of at least 1")
     if out is not None:
-        check_targets({"--out": out})
+        check_place(out)
 
     from tokenprune.recommendation.recommend import recommend
 

@@ -21,6 +21,7 @@ Run = Callable[[], object]
 Progress = Callable[[str, int, int], None]
 LEAST = least_values()  # rounds: fewer show nothing
 MOST = 40
+CLEARLY = 2.0  # how far an estimate must exceed the time that is left: fixed costs make it too high
 OVERRUN = 1.5  # of the given time, until LEAST rounds are done: without them the measurement would be for nothing
 
 
@@ -92,13 +93,20 @@ class Rounds:
     def _warm_up(self) -> None:
         """Run everything once, smallest cells first; cells for which there is no time are left out."""
         promised = 0.0  # to the cells so far
+        per_token = 0.0  # of the untouched model, in the cell before
         ordered = sorted(self.cells, key=lambda cell: cell.image_tokens * cell.batch)
         for number, cell in enumerate(ordered):
             self.progress("warm-up", number, len(ordered))
-            self._timed(cell.untouched)  # threads are started, memory is touched
+            tokens = cell.image_tokens * cell.batch
+            # a contender takes about as long as the untouched model; its own time is known once it ran
+            runs = (1 + len(cell.contenders)) * (LEAST + 1)
+            cell.needs = per_token * tokens * runs
+            if number and cell.needs > CLEARLY * (self._left() - promised):
+                continue  # a single run would take time from the others
+            if not number:
+                self._timed(cell.untouched)  # threads are started, memory is touched
             base = self._timed(cell.untouched)
-            # a contender takes about as long at most; its own time is known once it ran
-            cell.needs = base * (1 + len(cell.contenders)) * (LEAST + 1)
+            per_token, cell.needs = base / tokens, base * runs
             if cell.needs > self._left() - promised:
                 continue
             cell.seconds = {None: []}

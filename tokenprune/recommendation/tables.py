@@ -117,16 +117,16 @@ def _ms(times: Times | None) -> str:
 
 
 def _fits(found: Recommendation) -> list[RenderableType]:
-    fits = found.fits
+    """A row for each strategy that fits somewhere, a column for each size."""
+    cells = {(called(fit), fit.batch, fit.image_tokens): f"{fit.median_ms:.4g}" for fit in found.fits}
+    names = list(dict.fromkeys(called(fit) for fit in found.fits))
     columns = [
-        Column("image tokens", [str(fit.image_tokens) for fit in fits]),
-        Column("batch", [str(fit.batch) for fit in fits]),
-        Column("median ms", [f"{fit.median_ms:.4g}" for fit in fits]),
-        Column("at most", [f"{fit.high_ms:.4g}" for fit in fits]),
+        Column(_head(found, size), [cells.get((name, *size), MISSING) for name in names]) for size in _sizes(found)
     ]
-    names = Column("strategy", [called(fit) for fit in fits])
-    table = Parted(f"prefills within {found.budget_ms:g} ms", names, [(columns, "")], justify="left")
-    return [table, _note("at most: upper end of the median's 95 % interval. none: no pruning.")]
+    title = f"within {found.budget_ms:g} ms, by image tokens"
+    table = Parted(title, Column("strategy", names), [(columns, "")], justify="left")
+    text = f"Median ms where the upper end of its 95 % interval is within {found.budget_ms:g} ms; none: no pruning."
+    return [table, _note(text)]
 
 
 def _table(title: str, ran: list[Advice], columns: list[Column]) -> Parted:

@@ -24,7 +24,10 @@ from stages import IMAGES
 
 from tokenprune.recommendation.results import Recommendation, called
 
-MEASURED = {"recommend-lisa-tiny": "lisa-tiny, 12 layers, width 192", "recommend-7b": "7B's layers, 8, width 4096"}
+MEASURED = {
+    "recommend-lisa-tiny": "lisa-tiny, 12 layers, width 192",
+    "recommend-7b": "8 layers of 7B's size (width 4096), random weights",
+}
 LOOKS: dict[str, dict[str, Any]] = {
     "pays": {"marker": "o", "markerfacecolor": drawing.ACTIVE, "markeredgecolor": drawing.ACTIVE},
     "not shown": {"marker": "o", "markerfacecolor": "white", "markeredgecolor": drawing.FAINT},
@@ -75,7 +78,7 @@ def draw(data: dict[str, Any]) -> Figure:
         panel.tick_params(axis="y", length=0)
         panel.set_title(MEASURED[name], loc="left")
         panel.spines["left"].set_visible(False)
-    panels[-1].set_xlabel("image tokens; the number at a mark is the time relative to no pruning")
+    panels[-1].set_xlabel("image tokens; beside the marks: time relative to no pruning", fontsize=9)
     handles = [
         Line2D([], [], linestyle="none", markersize=6.5, label=WORDS[what], **look) for what, look in LOOKS.items()
     ]

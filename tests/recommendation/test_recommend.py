@@ -12,6 +12,8 @@ import torch
 from fake_segmentation import FakeModel, FakePlugin
 from lisa_checkpoints import write_lisa
 from torch.nn import functional
+from vlm_checkpoints import write_vlm
+from vlm_families import CURRENT
 
 import tokenprune as tp
 from tokenprune.core.trace import Trace
@@ -117,6 +119,13 @@ def test_a_cell_runs_prompts_of_that_many_image_tokens(tokens: int) -> None:
 def test_the_models_of_load_are_measured(tmp_path: Path) -> None:
     found = quick(write_lisa(tmp_path), ["csp:query=seg", "prumerge+"], image_tokens=16, budget=0.75)
     assert [row.reason for row in found.strategies] == [None, None]
+    assert found.model == str(tmp_path)
+
+
+def test_a_name_that_is_given_finds_the_models_own_accuracy() -> None:
+    found = quick(strategies="fastv", image_tokens=16, name="lisa-tiny")
+    assert found.model == found.strategies[0].accuracy[0].model == "lisa-tiny"
+    quick(strategies="fastv", image_tokens=16, name="a \udcff b").to_json()  # as in a folder's name
 
 
 def test_accuracies_of_bundled_results_are_those_of_the_docs() -> None:
@@ -201,3 +210,10 @@ def test_results_that_are_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(InputError, match="are not those of a comparison"):
         quick(results=tmp_path)
+
+
+@pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3"])
+def test_transformers_own_models_are_measured(tmp_path: Path, family: str) -> None:
+    found = quick(write_vlm(tmp_path, family), ["uniform", "csp"], budget=0.75, image_tokens=16)
+    assert [row.reason for row in found.strategies] == [None, None]

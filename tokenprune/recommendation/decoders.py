@@ -42,7 +42,8 @@ class MeasuredDecoder:
         self._found: Decoder = find_decoder(self.declared.decoder)
         self.module = self._found.module
         self.text_tokens = text_tokens
-        parameter = next(self.module.parameters())
+        # weights may be quantised to integers, norms are not
+        parameter = next(one for one in self.module.parameters() if one.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.hidden = int(self.module.config.hidden_size)  # type: ignore[union-attr, arg-type]
         width = _tower_width(unwrapped(model))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from tokenprune.recommendation.decoders import MeasuredDecoder
 from tokenprune.recommendation.intervals import break_even, median_interval
 from tokenprune.recommendation.known_accuracy import accuracies_in, bundled_accuracies
 from tokenprune.recommendation.results import (
+    Accuracy,
     Advice,
     BreakEven,
     LeftOut,
@@ -34,7 +36,7 @@ from tokenprune.recommendation.results import (
     fitting,
 )
 from tokenprune.recommendation.rounds import MOST, Cell, Progress, Rounds
-from tokenprune.utils.arguments import listed, shown, whole_number
+from tokenprune.utils.arguments import instance, listed, shown, whole_number
 from tokenprune.utils.threads import ThreadChoice, checked, using
 
 IMAGE_TOKENS = (64, 144, 256, 576)
@@ -55,6 +57,7 @@ def recommend(
     seconds: float = SECONDS,
     rounds: int = MOST,
     results: str | Path | None = None,
+    name: str | None = None,
     progress: Progress | None = None,
     threads: int | ThreadChoice | None = None,
 ) -> Recommendation:
@@ -78,6 +81,7 @@ def recommend(
         rounds: measured runs of everything at most; with fewer than 6 nothing is shown.
         results: where to look accuracies up: the folder of a sweep, or what `tokenprune compare --out` wrote. None =
             the results that bundled models come with.
+        name: of the model, in the result and for looking accuracies up; None = as requested, or its own.
         progress: called with (name of the phase, steps done, total steps).
         threads: processor threads, set for the whole process meanwhile; None = unchanged.
 
@@ -105,6 +109,7 @@ def recommend(
     whole_number("rounds", rounds, 1)
     sizes = None if image_tokens is None else _numbers("image_tokens", image_tokens)
     batches = _numbers("batch", batch)
+    instance("name", name, (str, NoneType), "a text")
     if progress is not None and not callable(progress):
         raise OptionError(f"progress={shown(progress)} found, expected a function of (what, done, total)")
     if not isinstance(threads, ThreadChoice):
@@ -113,7 +118,11 @@ def recommend(
         budget = BUDGETS if budget_ms is None else BUDGETS_FOR_MS
     field_of = contenders(_all_names() if strategies is None else strategies, budget)
     known = bundled_accuracies() if results is None else accuracies_in(results)
-    measured = MeasuredDecoder(api.load(model) if isinstance(model, (str, Path)) else model, text_tokens)
+    if isinstance(model, (str, Path)):
+        name, model = str(model) if name is None else name, api.load(model)
+    measured = MeasuredDecoder(model, text_tokens)
+    # a folder's name may be invalid Unicode, which JSON cannot hold
+    name = (measured.name if name is None else name).encode(errors="replace").decode()
     sizes = _within(measured, sizes)
     reasons = {number: reason for number, one in enumerate(field_of) if (reason := _refusal(measured, one))}
     if len(reasons) == len(field_of):
@@ -133,12 +142,9 @@ def recommend(
         for cell in cells
         if number not in reasons and not cell.needs
     ]
-    advices = [
-        _advice(one, reasons.get(number), timings, measured.name, known.of(one, measured.name))
-        for number, one in enumerate(field_of)
-    ]
+    advices = [_advice(one, reasons.get(number), timings, known.of(one, name)) for number, one in enumerate(field_of)]
     return Recommendation(
-        model=measured.name,
+        model=name,
         layers=measured.layers,
         hidden=measured.hidden,
         text_tokens=text_tokens,
@@ -230,9 +236,7 @@ def _timing(cell: Cell, number: int, contender: Contender, trace: Trace | None) 
     )
 
 
-def _advice(
-    contender: Contender, reason: str | None, timings: Sequence[Timing], model: str, accuracy: list[Any]
-) -> Advice:
+def _advice(contender: Contender, reason: str | None, timings: Sequence[Timing], accuracy: list[Accuracy]) -> Advice:
     made = Advice(
         strategy=contender.strategy.name,
         given=contender.given,

@@ -25,7 +25,7 @@ from stages import IMAGES
 from tokenprune.recommendation.results import Recommendation, called
 
 MEASURED = {
-    "recommend-lisa-tiny": "lisa-tiny, 12 layers, width 192",
+    "recommend-lisa-tiny": "lisa-tiny: 12 layers of width 192",
     "recommend-7b": "8 layers of 7B's size (width 4096), random weights",
 }
 LOOKS: dict[str, dict[str, Any]] = {

@@ -121,6 +121,7 @@ def command(
             seconds=seconds,
             rounds=rounds,
             results=results,
+            name=model if shape is None else None,
             progress=report,
             threads=choose(threads),
         )

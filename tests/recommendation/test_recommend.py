@@ -180,6 +180,7 @@ def test_accuracies_of_a_sweep(tmp_path: Path) -> None:
         ({"model": 3}, tp.TokenPruneError, "3"),
         ({"strategies": "fastw"}, UnknownNameError, "did you mean 'fastv'"),
         ({"strategies": ["prumerge"]}, IncompatibleError, "requires ReceivedAttention"),
+        ({"strategies": "fastv", "image_tokens": 1}, OptionError, "strategies: none could run; strategy 'fastv'"),
         ({"image_tokens": 0}, OptionError, "image_tokens: 0 found, expected a whole number of at least 1"),
         ({"image_tokens": []}, OptionError, "image_tokens: an empty list found"),
         (

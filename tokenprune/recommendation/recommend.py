@@ -91,7 +91,7 @@ def recommend(
         UnknownNameError: no such strategy.
         OptionError: a number that is out of range or exceeds the decoder's positions, or too few seconds for anything.
         BudgetError: a budget outside (0, 1].
-        IncompatibleError, or another error of the first strategy: none can run.
+        IncompatibleError, or another error of the first strategy: none can run on the model.
         InputError: `results` cannot be read.
 
     Example:
@@ -142,6 +142,8 @@ def recommend(
         for cell in cells
         if number not in reasons and not cell.needs
     ]
+    if all(timing.reason for timing in timings):
+        raise OptionError(f"strategies: none could run; {timings[0].reason}")
     advices = [_advice(one, reasons.get(number), timings, known.of(one, name)) for number, one in enumerate(field_of)]
     return Recommendation(
         model=name,
@@ -276,10 +278,7 @@ def _left_out(cell: Cell, seconds: float) -> LeftOut:
 
 
 def _no_time(cells: Sequence[Cell], seconds: float) -> OptionError:
-    waiting = [cell for cell in cells if cell.needs]
-    if not waiting:
-        return OptionError("recommend: no strategy could run; " + next(iter(cells[0].reasons.values()), ""))
-    least = min(waiting, key=lambda cell: cell.needs)
+    least = min(cells, key=lambda cell: cell.needs)
     return OptionError(
         f"seconds: {seconds:g} found, but {least.image_tokens} image tokens at batch {least.batch} alone need about "
         f"{_rounded(least.needs)} s; allow more, or measure fewer strategies or image tokens"

@@ -144,7 +144,7 @@ def recommend(
     ]
     if all(timing.reason for timing in timings):
         raise OptionError(f"strategies: none could run; {timings[0].reason}")
-    advices = [_advice(one, reasons.get(number), timings, known.of(one, name)) for number, one in enumerate(field_of)]
+    rows = [_advice(one, reasons.get(number), timings, known.of(one, name)) for number, one in enumerate(field_of)]
     return Recommendation(
         model=name,
         layers=measured.layers,
@@ -154,7 +154,7 @@ def recommend(
         rounds=done,
         budget_ms=budget_ms,
         environment=environment.describe(measured.module, chosen),
-        strategies=sorted(advices, key=partial(_place, timings)),
+        strategies=sorted(rows, key=partial(_place, timings)),
         timings=timings,
         left_out=[_left_out(cell, seconds) for cell in cells if cell.needs],
         fits=fitting(timings, budget_ms),

@@ -50,7 +50,7 @@ def test_what_is_slower_than_no_pruning_is_warned_of_in_the_table_and_in_json() 
     ]
     found = Comparison(model="m", dataset="d", split="val", samples=1, budget=0.35, environment={}, rows=rows)
     words = "prefill is slower than without pruning: 12.0 ms against 9.0 ms"
-    assert [row["warning"] for row in found.model_dump()["rows"]] == [None, words, None, None]
+    assert [row["prefill_warning"] for row in found.model_dump()["rows"]] == [None, words, None, None]
     text = as_text(found.table())
     assert f" warning: csp (query=seg) at 0.35: {words}" in text
     assert text.count("warning") == 1

@@ -71,7 +71,7 @@ class Row(BaseModel):
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def warning(self) -> str | None:
+    def prefill_warning(self) -> str | None:
         """What a reader of the times must not miss: that pruning made the prefill slower. None if it did not."""
         if self.prefill_ms is None or self.prefill_speedup is None or self.prefill_speedup >= 1:
             return None

@@ -22,9 +22,9 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
     if any(row.metrics for row in comparison.rows):
         parts.append(_of_plugins(comparison))
     for row in comparison.rows:
-        if row.warning is not None:
+        if row.prefill_warning is not None:
             parts.append(
-                Padding(Text.assemble(("warning: ", "yellow"), (_called(row), "bold"), f": {row.warning}"), (0, 1))
+                Padding(Text.assemble(("warning: ", "yellow"), (_called(row), "bold"), f": {row.prefill_warning}"), (0, 1))
             )
         if row.reason is not None:
             parts.append(Padding(Text.assemble((_called(row), "bold"), f" did not run: {row.reason}"), (0, 1)))

@@ -23,9 +23,8 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
         parts.append(_of_plugins(comparison))
     for row in comparison.rows:
         if row.prefill_warning is not None:
-            parts.append(
-                Padding(Text.assemble(("warning: ", "yellow"), (_called(row), "bold"), f": {row.prefill_warning}"), (0, 1))
-            )
+            words = (("warning: ", "yellow"), (_called(row), "bold"), f": {row.prefill_warning}")
+            parts.append(Padding(Text.assemble(*words), (0, 1)))
         if row.reason is not None:
             parts.append(Padding(Text.assemble((_called(row), "bold"), f" did not run: {row.reason}"), (0, 1)))
     return Group(*parts)

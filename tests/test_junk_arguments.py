@@ -159,6 +159,18 @@ def test_compare(junk: str) -> None:
             check(tp.compare, right, name, junk)
 
 
+@pytest.mark.parametrize("junk", JUNK)
+def test_recommend(junk: str) -> None:
+    right = {"model": tiny_llama(layers=4), "strategies": ["uniform"], "budget": 0.5, "image_tokens": 4, "batch": 1}
+    right = {**right, "budget_ms": None, "text_tokens": 4, "seconds": 1.0, "rounds": 1, "results": None}
+    right = {**right, "name": None, "progress": None, "threads": None}
+    assert right.keys() == inspect.signature(tp.recommend).parameters.keys()
+    assert tp.recommend(**right).rounds == 1
+    for name in right:
+        if (name, junk) != ("progress", "class"):
+            check(tp.recommend, right, name, junk)
+
+
 @pytest.mark.usefixtures("_fakes")
 @pytest.mark.parametrize("junk", JUNK)
 def test_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junk: str) -> None:

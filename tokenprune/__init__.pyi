@@ -50,6 +50,7 @@ from tokenprune.plugins.registry import adapters as adapters
 from tokenprune.plugins.registry import datasets as datasets
 from tokenprune.plugins.registry import models as models
 from tokenprune.plugins.registry import strategies as strategies
+from tokenprune.recommendation.recommend import recommend as recommend
 from tokenprune.sweeps.results import read_results as read_results
 from tokenprune.sweeps.run import sweep as sweep
 

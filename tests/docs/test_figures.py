@@ -70,3 +70,21 @@ def test_the_page_tells_what_the_figures_on_concepts_show(concepts: Any) -> None
 def listed(numbers: list[float]) -> str:
     """As in a sentence."""
     return ", ".join(f"{number:g}" for number in numbers)
+
+
+def test_the_figure_of_break_even_points_shows_the_stored_measurements(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script: Any = importlib.import_module("break_even")
+    stored, drawn = ROOT / "docs" / "images" / "break-even.svg", tmp_path / "break-even.svg"
+    script.main(drawn)
+    numbers = behind(stored)[1]
+    assert numbers == behind(drawn)[1], "run tools/figures/break_even.py"
+    for name, rows in numbers.items():
+        timings = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))["timings"]
+        for timing in timings:
+            ratio, what = rows[timing["strategy"]][str(timing["image_tokens"])]
+            assert abs(ratio - timing["ratio"]) <= 0.005
+            assert (what == "pays") == timing["pays"]
+            assert (what == "slower") == (timing["ratio_low"] > 1)

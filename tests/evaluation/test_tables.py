@@ -40,6 +40,23 @@ def wide_comparison(budgets: int) -> Comparison:
     )
 
 
+def test_what_is_slower_than_no_pruning_is_warned_of_in_the_table_and_in_json() -> None:
+    slow = {"prefill_ms": 12.0, "prefill_speedup": 0.75}
+    rows = [
+        Row(strategy="none", options={}, prefill_ms=9.0, prefill_speedup=1.0),
+        Row(strategy="csp", options={}, budget=0.35, given={"query": "seg"}, **slow),
+        Row(strategy="fastv", options={}, budget=0.35, prefill_ms=6.0, prefill_speedup=1.5),
+        Row(strategy="dart", options={}, budget=0.35),
+    ]
+    found = Comparison(model="m", dataset="d", split="val", samples=1, budget=0.35, environment={}, rows=rows)
+    words = "prefill is slower than without pruning: 12.0 ms against 9.0 ms"
+    assert [row["prefill_warning"] for row in found.model_dump()["rows"]] == [None, words, None, None]
+    text = as_text(found.table())
+    assert f" warning: csp (query=seg) at 0.35: {words}" in text
+    assert text.count("warning") == 1
+    assert Comparison.model_validate_json(found.to_json()) == found
+
+
 @pytest.mark.parametrize("budgets", [1, 2])
 @pytest.mark.parametrize("width", [40, 60, 72, 80, 100, 200])
 def test_every_part_of_a_comparison_keeps_names_and_numbers(width: int, budgets: int) -> None:

@@ -20,6 +20,7 @@ from tokenprune.cli.commands import (
     listing,
     merge,
     new,
+    recommend,
     report,
     segment,
     sweep,
@@ -59,6 +60,7 @@ def options(
 
 app.command("list")(listing.command)
 app.command("compare")(compare.command)
+app.command("recommend")(recommend.command)
 app.command("sweep")(sweep.command)
 app.command("merge")(merge.command)
 app.command("report")(report.command)

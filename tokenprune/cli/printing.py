@@ -118,11 +118,24 @@ def notes_console() -> Console:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that shows a bar on stderr for (what, number done, number in all)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+def progress(time_left: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows a bar on stderr for (what, number done, number in all).
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    Args:
+        time_left: show the time that is left, and not the time that has passed.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    timing = TimeRemainingColumn() if time_left else TimeElapsedColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), timing)
     bar = Progress(*columns, console=notes_console())
     tasks: dict[str, TaskID] = {}
 

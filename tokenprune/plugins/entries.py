@@ -37,7 +37,10 @@ class Kind:
 
 # tokenprune's own
 COMMANDS = frozenset(
-    {"list", "compare", "sweep", "merge", "report", "tune", "segment", "answer", "inspect", "flops", "data", "new"}
+    {
+        *("list", "compare", "recommend", "sweep", "merge", "report", "tune"),
+        *("segment", "answer", "inspect", "flops", "data", "new"),
+    }
 )
 KINDS = {
     "strategies": Kind("strategy", "tokenprune_register_strategies", "tokenprune.core.strategy:Strategy"),

@@ -64,6 +64,15 @@ def check_target(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"output {str(path)!r}: found suffix {path.suffix!r}, expected .png")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """Check before any work that a file can be written there.
+
+    Raises:
+        InputError: a folder or something else that is not a file, or a place that cannot be written.
+    """
     target = Path(os.path.realpath(expanded(path)))  # follow links, as in writing
     if target.is_dir() or not target.parent.is_dir():
         found = "a folder of that name" if target.is_dir() else f"no folder {str(path.parent)!r}"

@@ -1,4 +1,5 @@
-"""Write the tables of `docs/results.md` and README.md from the stored comparisons in `docs/results/`.
+"""Write the tables of `docs/results.md` and README.md from the stored comparisons in `docs/results/`, and the results
+that lisa-tiny comes with, which `tokenprune recommend` looks accuracies up in.
 
     python tools/figures/results.py [--check]
 
@@ -16,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.evaluation.comparison.results import Comparison, Row
+from tokenprune.recommendation.results import Recommendation, Timing, called
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "tuning.md", "methods/csp.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("results.md", "tuning.md", "which-strategy.md", "methods/csp.md")),
+)
 TUNED = ("csp", "fastv", "prumerge+", "divprune", "visionzip")
 MARKED = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 HEADLINE_BUDGET = 0.35
+BUNDLED = ROOT / "adapters" / "tokenprune_adapters" / "bundled" / "lisa_tiny" / "results.json"
+KEPT = ("strategy", "options", "given", "budget", "giou", "ciou", "agreement", "equivalent_tokens_ratio")
 
 
 def read(name: str) -> Comparison:
@@ -180,7 +187,52 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-MADE = (headline, by_budget, variants, by_kind, ablation, tuned, searched, csp_windows)
+def recommendation(name: str) -> Recommendation:
+    """A stored measurement of `tokenprune recommend`."""
+    return Recommendation.model_validate_json((STORED / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def pays_lisa_tiny(name: str = "recommend-lisa-tiny") -> str:
+    """Break-even points and ratios at batch 1, and the known accuracy."""
+    found = recommendation(name)
+    ran = [advice for advice in found.strategies if advice.reason is None]
+    sizes = sorted({timing.image_tokens for timing in found.timings})
+    known = any(advice.accuracy and advice.accuracy[0].model == found.model for advice in ran)
+    rows = []
+    for advice in ran:
+        point = advice.break_even[0]
+        own = {timing.image_tokens: timing for timing in found.timings if called(timing) == called(advice)}
+        first = "not shown" if point.image_tokens is None else str(point.image_tokens)
+        beyond = f" (not shown at {', '.join(map(str, point.not_shown_at))})" if point.not_shown_at else ""
+        accuracy = (f"{advice.accuracy[0].giou:.3f}" if advice.accuracy else "",) if known else ()
+        rows.append((f"`{advice.strategy}`", first + beyond, *(interval(own.get(size)) for size in sizes), *accuracy))
+    head = ("strategy", "pays from", *(f"{size} image tokens" for size in sizes), *(("gIoU",) if known else ()))
+    return table(head, rows)
+
+
+def pays_7b() -> str:
+    """The same of layers of 7B's size."""
+    return pays_lisa_tiny("recommend-7b")
+
+
+def interval(timing: Timing | None) -> str:
+    """A ratio with its interval."""
+    if timing is None or timing.ratio is None or timing.ratio_low is None:
+        return "–"
+    return f"{timing.ratio:.2f} ({timing.ratio_low:.2f}–{timing.ratio_high:.2f})"
+
+
+def bundled() -> str:
+    """The comparison and its variants as one, with accuracies alone: what is timed differs on every machine."""
+    found = json.loads((STORED / "compare.json").read_text(encoding="utf-8"))
+    others = json.loads((STORED / "variants.json").read_text(encoding="utf-8"))
+    rows = found["rows"] + [row for row in others["rows"] if row["given"] or "+" in row["strategy"]]
+    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(json.dumps({key: row[key] for key in KEPT}) for row in rows)
+    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+MADE = (headline, by_budget, variants, by_kind, ablation, tuned, searched, csp_windows, pays_lisa_tiny, pays_7b)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE}
 
 
@@ -193,14 +245,15 @@ def written(page: Path) -> str:
 
 
 def main() -> int:
-    """Write or check all pages; the number of pages that differ."""
-    stale = [page for page in PAGES if written(page) != page.read_text(encoding="utf-8")]
-    for page in stale:
+    """Write or check all pages and the bundled results; the number of files that differ."""
+    made = {page: written(page) for page in PAGES} | {BUNDLED: bundled()}
+    stale = [file for file, text in made.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    for file in stale:
         if "--check" in sys.argv:
-            print(f"{page}: tables differ from docs/results/*.json; run python tools/figures/results.py")
+            print(f"{file}: differs from docs/results/*.json; run python tools/figures/results.py")
         else:
-            page.write_text(written(page), encoding="utf-8")
-            print(f"wrote {page}")
+            file.write_text(made[file], encoding="utf-8")
+            print(f"wrote {file}")
     return len(stale) if "--check" in sys.argv else 0
 
 

@@ -68,7 +68,7 @@ def command(
 
     quiet_loading()
     checked(threads, "--threads")
-    chosen, budgets = split_list(strategies), budgets_of(_numbers(budget))
+    chosen, budgets = split_list(strategies), budgets_of(numbers(budget))
     added = None if metrics is None else [part.strip() for part in metrics.split(",") if part.strip()]
     if out is None:
         refuse_given(context, ["overlays"], "without --out")
@@ -145,7 +145,8 @@ def _show(found: Comparison, output: Format, is_kept: bool) -> None:
         raise
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
+    """The budgets of --budget. Raises BudgetError if they are not numbers."""
     from tokenprune.errors import BudgetError
 
     try:

@@ -10,6 +10,7 @@ import typer
 
 from tokenprune.cli.commands.listing import Format
 from tokenprune.cli.printing import say_json
+from tokenprune.cli.shapes import decoder_spec
 
 if TYPE_CHECKING:
     from tokenprune.core.ledger import Ledger
@@ -90,7 +91,7 @@ def command(
         "head_dim": head_dim,
         "vocab": vocab,
     }
-    spec = _spec(shape, {name: value for name, value in sizes.items() if value is not None})
+    spec = decoder_spec(shape, {name: value for name, value in sizes.items() if value is not None})
     where = Shape(spec.layers, image_tokens, text_tokens)
 
     from tokenprune.core.scheduling.plan import declared_ledger
@@ -114,33 +115,6 @@ def command(
         say_json(json.dumps({**head, **found.as_json(), "kv_dtype": dtype.value}, indent=2, ensure_ascii=False))
     else:
         found.print()
-
-
-def _spec(shape: str | None, sizes: dict[str, Any]) -> DecoderSpec:
-    import json
-
-    from tokenprune.cost import DecoderSpec
-    from tokenprune.cost.spec import NAMED
-    from tokenprune.errors import CheckpointError, UnknownNameError
-    from tokenprune.utils.files import expanded
-
-    if shape is None and sizes:
-        return DecoderSpec.of(**sizes)
-    if shape is None or shape.lower() in NAMED:
-        return DecoderSpec.named(shape or "7b", **sizes)
-    path = expanded(shape)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        if path.suffix == ".json" or "/" in shape:
-            raise CheckpointError(f"{path}: found no such file, expected a model's config.json")
-        raise UnknownNameError.among("model shape", shape, [*NAMED, "a path to a config.json"])
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); expected a model's config.json") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: found {type(config).__name__}, expected a JSON object as in config.json")
-    return DecoderSpec.from_config(config, **sizes)
 
 
 class _Account:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -68,6 +68,15 @@ class Row(BaseModel):
         """Name and the options that the user gave: "csp (query=seg)"."""
         given = ", ".join(f"{key}={value}" for key, value in self.given.items())
         return f"{self.strategy} ({given})" if given else self.strategy
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def prefill_warning(self) -> str | None:
+        """What a reader of the times must not miss: that pruning made the prefill slower. None if it did not."""
+        if self.prefill_ms is None or self.prefill_speedup is None or self.prefill_speedup >= 1:
+            return None
+        without = self.prefill_ms * self.prefill_speedup
+        return f"prefill is slower than without pruning: {self.prefill_ms:.1f} ms against {without:.1f} ms"
 
 
 class Comparison(BaseModel):

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 
 def comparison_tables(comparison: Comparison) -> RenderableType:
-    """The main table, the one by kind of query and size of target, their legends, and the reasons of failed rows."""
+    """The main table, the one by kind of query and size of target, their legends, warnings, and why rows failed."""
     parts: list[RenderableType] = [_main(comparison), _by_group(comparison)]
     if any(row.metrics for row in comparison.rows):
         parts.append(_of_plugins(comparison))
     for row in comparison.rows:
+        if row.prefill_warning is not None:
+            words = (("warning: ", "yellow"), (_called(row), "bold"), f": {row.prefill_warning}")
+            parts.append(Padding(Text.assemble(*words), (0, 1)))
         if row.reason is not None:
             parts.append(Padding(Text.assemble((_called(row), "bold"), f" did not run: {row.reason}"), (0, 1)))
     return Group(*parts)

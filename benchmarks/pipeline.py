@@ -1,6 +1,6 @@
-"""What a user waits for: a whole LISA-shaped model from picture to mask, stage by stage, pruned and with drafted answers.
+"""What a user waits for: a LISA-shaped model from picture to mask, stage by stage, pruned and with drafted answers.
 
-The baseline encodes the picture with both towers, and lets transformers' own `generate` (KV cache, sdpa, greedy) answer.
+The baseline encodes the picture with both towers and answers by transformers' own `generate` (KV cache, sdpa, greedy).
 Each row runs in turn with the others in every round, so that drift of the machine hits all alike; ratios are to the
 baseline of the same round. Weights are random, sizes and dtype real, and every row says the same ten tokens (checked).
 

@@ -29,6 +29,7 @@ class CachedStep:
         self._decoder, self._cached = decoder, cached
         self._new, self._past, self._mask = new, past, mask
         self._since: Tensor | None = None
+        self._cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
         self._turn: LaterTurn | None = None
 
     def count_images(self, images: Tensor) -> None:
@@ -61,6 +62,19 @@ class CachedStep:
             hidden: [batch, new, width], the layer's input.
             kwargs: its keyword arguments, made for the full sequence.
         """
+        assert own.frame is not None
+        names = ("attention_mask", "position_embeddings", "position_ids")
+        given = own.frame, own.renumbered, *(kwargs.get(name) for name in names)
+        # the layers of a stage have the same frame and receive the same tensors, so these are cut once
+        key = tuple(id(part) for one in given for part in (one if isinstance(one, tuple) else (one,)))
+        if key not in self._cuts:
+            cut = dict(kwargs)
+            self._cut(own, number, hidden, cut)
+            # with the originals, so that their ids are not reused
+            self._cuts[key] = given, {name: cut[name] for name in names if name in cut}
+        kwargs.update(self._cuts[key][1])
+
+    def _cut(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         assert own.frame is not None
         # the model's mask counts pruned tokens as keys, but the cache does not contain them
         flash = "flash" in self._decoder.attention_name

@@ -47,9 +47,9 @@ class GatheredSequence:
         """M, positions computed per row."""
         return self.index.shape[1]
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
-        """True if any row has fillers."""
+        """True if any row has fillers. Asked once, since a GPU has to be waited for."""
         return not bool(self.filled.all())
 
     @property

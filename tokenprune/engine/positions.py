@@ -76,9 +76,9 @@ def where_renumbered(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
         new: [batch, …].
         kept: [batch or 1, …].
     """
-    rows = (length >= 0).to(new.device)
-    # avoid a copy in the usual case, in which all rows have the same position policy
-    return new if bool(rows.all()) else torch.where(rows.reshape(-1, *[1] * (new.dim() - 1)), new, kept.to(new))
+    # no shortcut where all rows are renumbered: to ask would make a GPU wait in every layer
+    rows = (length >= 0).to(new.device).reshape(-1, *[1] * (new.dim() - 1))
+    return torch.where(rows, new, kept.to(new))
 
 
 def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:

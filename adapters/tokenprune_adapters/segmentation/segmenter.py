@@ -24,6 +24,7 @@ from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
+from tokenprune_adapters.segmentation.many.many_images import ManyImages
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -40,8 +41,9 @@ def in_turn(method: _Method) -> _Method:
     return safe  # type: ignore[return-value]
 
 
-class Segmenter(DecoderRuns, nn.Module):
-    """A loaded model. `segment` runs all steps; the other methods are single steps, which preserve gradients.
+class Segmenter(ManyImages, DecoderRuns, nn.Module):
+    """A loaded model. `segment` runs all steps, `segment_many` runs them for many images; the other methods are single
+    steps, which preserve gradients.
 
     All may be called from any thread; calls that run a tower or the decoder take turns.
 
@@ -92,7 +94,7 @@ class Segmenter(DecoderRuns, nn.Module):
         config, device = self.decoder.config, next(self.decoder.parameters()).device
         return (
             f"{type(self).__name__} {self.name!r}: a decoder of {config.num_hidden_layers} layers on {device}, masks\n"
-            "  .segment(image, query, strategy), .encode_image(image), .decoder, .tower"
+            "  .segment(image, query, strategy), .segment_many(pairs, strategy), .encode_image(image), .decoder, .tower"
         )
 
     # implemented by families-----------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ class Picky(Strategy):
         """All or an error."""
         if (tokens.pixels[:, :2, :2] == 0).flatten(1).all(1).any():
             raise InputError("too dark")
-        return tp.Keep(tokens.exists)
+        return tp.Keep.top(tokens.exists.float(), tokens.exists.shape[1])
 
 
 def test_an_image_that_a_strategy_refuses_is_found_among_its_batch(lisa: Any) -> None:

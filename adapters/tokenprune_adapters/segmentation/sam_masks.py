@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from tokenprune.utils.arguments import listed, shown, whole_number
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 MaskSize = Literal["image", "low"] | tuple[int, int]
+PATCHES_AT_ONCE = 8192  # limits memory: two images of SAM's own size, whose global attention has a bias of patches²
 MASKS_AT_ONCE = 16  # limits memory: the mask decoder copies the image embedding for each mask
 
 
@@ -64,8 +65,10 @@ def preprocess(image: Image.Image, square: int) -> tuple[Tensor, MaskSizes]:
 
 def embed_image(sam: SamModel, pixels: Tensor) -> Tensor:
     """Image embeddings [B, channels, grid, grid] of encoder inputs [B, 3, square, square]."""
-    embeddings: Tensor = sam.vision_encoder(pixels).last_hidden_state
-    return embeddings
+    config: Any = sam.config.vision_config
+    images = max(PATCHES_AT_ONCE // (config.image_size // config.patch_size) ** 2, 1)
+    parts = [sam.vision_encoder(part).last_hidden_state for part in torch.split(pixels, images)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def low_res_logits(

@@ -34,7 +34,7 @@ def segment_all(
     model: SegmentationModel,
     jobs: Sequence[Job],
     strategy: Strategy,
-    batch_size: int,
+    batch_size: int | None,
     say: Callable[[str], None],
     as_json: bool,
 ) -> list[Path]:
@@ -44,7 +44,7 @@ def segment_all(
         model: the model.
         jobs: the images, at least one.
         strategy: the strategy.
-        batch_size: images that run together; with overlays they run one by one.
+        batch_size: images that run together, None = the model's own choice; with overlays they run one by one.
         say: prints on stdout.
         as_json: whether lines are JSON objects; the summary then goes to stderr.
 
@@ -54,11 +54,10 @@ def segment_all(
     from tokenprune.cli.progress import counted
     from tokenprune.evaluation.many import run_many
 
-    together = None if jobs[0].overlay is not None else batch_size
     pairs = [(job.image, job.query) for job in jobs]
     failed: list[Path] = []
     start = time.monotonic()
-    running: Iterator[ImageOutcome] = run_many(model, pairs, strategy, together)
+    running: Iterator[ImageOutcome] = run_many(model, pairs, strategy, batch_size, alone=jobs[0].overlay is not None)
     with counted("images", len(jobs)) as report, closing(running):  # type: ignore[type-var]  # it is a generator
         for done in running:
             job = jobs[done.index]

@@ -36,7 +36,8 @@ def run_many(
     model: SegmentationModel,
     pairs: Iterable[tuple[Path, str]],
     strategy: Strategy | None = None,
-    batch_size: int | None = 8,
+    batch_size: int | None = None,
+    alone: bool = False,
 ) -> Iterator[ImageOutcome]:
     """The outcome of each image and query, in order; an image that cannot be used does not affect the others.
 
@@ -44,16 +45,18 @@ def run_many(
         model: a model; one without a method `segment_many` runs the images one by one.
         pairs: images and queries.
         strategy: None runs the untouched model.
-        batch_size: images that run together; None runs each by itself, and gives its record.
+        batch_size: images that run together; None = the model's own choice.
+        alone: run each image by itself, and give its record.
 
     Raises:
         IncompatibleError: the strategy is incompatible with the model.
     """
     many = getattr(model, "segment_many", None)
-    if many is None or batch_size is None:
+    if many is None or alone:
         yield from _one_by_one(model, pairs, strategy)
         return
-    for done in many(pairs, strategy, batch_size=batch_size):
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    for done in many(pairs, strategy, **options):
         if done.error is not None:
             yield ImageOutcome(done.index, error=done.error)
             continue

@@ -130,7 +130,10 @@ class PixelLMModel(Segmenter):
     ) -> tuple[Tensor, Tensor]:
         """Low-resolution mask logits [n, 128, 128] of mask-query states [n · 6, H], and no predicted IoU: PixelLM
         scores masks by their own logits, see `mask_scores`."""
-        features = torch.stack([image.mask_features for image in images])
-        numbers = None if len(images) == 1 else torch.tensor(owners, dtype=torch.int64, device=features.device)
-        logits: Tensor = self.pixel_decoder(features, self.mask_embeddings(states.to(features.device)), numbers)
+        home = images[0].mask_features.device
+        features, numbers = images[0].mask_features[None], None  # one image without a copy
+        if len(images) > 1:
+            features = torch.stack([image.mask_features for image in images])
+            numbers = torch.tensor(owners, dtype=torch.int64, device=home)
+        logits: Tensor = self.pixel_decoder(features, self.mask_embeddings(states.to(home)), numbers)
         return logits, logits.new_zeros(0)

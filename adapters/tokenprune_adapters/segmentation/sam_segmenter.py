@@ -88,7 +88,11 @@ class SamSegmenter(Segmenter):
         self, states: Tensor, images: Sequence[EncodedImage], owners: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n, H]."""
-        embeddings = torch.cat([image.sam_embedding for image in images])
-        home = embeddings.device
-        numbers = None if len(images) == 1 else torch.tensor(owners, dtype=torch.int64, device=home)
-        return sam_masks.low_res_logits(self.sam, embeddings, self.mask_projection(states.to(home)), numbers)
+        home = images[0].sam_embedding.device
+        prompts = self.mask_projection(states.to(home))
+        if len(images) == 1:  # without a copy of its embedding
+            return sam_masks.low_res_logits(self.sam, images[0].sam_embedding, prompts)
+        numbers = torch.tensor(owners, dtype=torch.int64, device=home)
+        return sam_masks.low_res_logits(
+            self.sam, torch.cat([image.sam_embedding for image in images]), prompts, numbers
+        )

@@ -54,7 +54,7 @@ def command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that are in the folder.")] = False,
     batch_size: Annotated[
-        Optional[int], typer.Option(help="Images that run together, of several.", show_default="8")
+        Optional[int], typer.Option(help="Images that run together, of several.", show_default="8; 2 on a CPU")
     ] = None,
     output: Annotated[Output, typer.Option("--format", help="Text, or a JSON object for each image.")] = Output.text,
     vision_tower: VisionTower = None,
@@ -108,7 +108,7 @@ def command(
     with using(choose(threads)), working_first(say_json if output is Output.json else typer.echo) as say:
         loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
         if found.many:
-            failed = segment_all(loaded, jobs, chosen, batch_size or 8, say, output is Output.json)
+            failed = segment_all(loaded, jobs, chosen, batch_size, say, output is Output.json)
         else:
             failed = []
             segment_one(loaded, jobs[0], chosen, say, output is Output.json)

@@ -75,7 +75,7 @@ def test_forced_answers(pixellm: Golden) -> None:
     with torch.inference_mode():
         single = model.mask_projection(answered.states)
         fused = model.mask_embeddings(answered.states)
-        coarse, fine = model.pixel_decoder.levels(inputs.encoded.mask_features, fused)
+        coarse, fine = model.pixel_decoder.levels(inputs.encoded.mask_features[None], fused)
         low_res, _ = model.low_res_logits(answered.states, inputs.encoded)
         beside, _ = model.low_res_logits(states[sequence.seg], inputs.encoded)
     assert difference(single, wanted["seg_token_embeddings"]) < LIMIT

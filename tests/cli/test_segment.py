@@ -159,7 +159,7 @@ def test_a_bad_image_is_told_and_the_others_are_done(run: Runner, album: dict[st
     first, last = ran.err.strip().splitlines()
     assert first.startswith("error: image ")
     assert "bad.png" in first
-    assert last == "error: 1 of 4 images could not be segmented"
+    assert last == f"error: 1 of 4 images could not be segmented: {tmp_path / 'album' / 'bad.png'}"
     assert len(list((tmp_path / "masks").iterdir())) == 3
     assert ran.out.count("wrote ") == 3
 

@@ -34,16 +34,18 @@ class Images:
     paths: list[Path]
     many: bool
 
-    def targets(self, places: Mapping[str, Path | None]) -> dict[str, list[Path]]:
+    def targets(self, places: Mapping[str, Path | None], overwrite: bool = True) -> dict[str, list[Path]]:
         """Paths of the output pictures: the place itself for one image, NAME.png in it for many.
 
         Folders are made.
 
         Args:
             places: by option; None = not requested, and left out of the result.
+            overwrite: of many images, whether pictures that exist may be replaced.
 
         Raises:
-            InputError: one cannot be written, would overwrite an image, or two have the same path.
+            InputError: one cannot be written, would overwrite an image, exists although it must not, or two have the
+                same path.
         """
         asked = {option: place for option, place in places.items() if place is not None}
         if not self.many:
@@ -54,6 +56,8 @@ class Images:
         for place in asked.values():
             _check_folder(place)
         check_distinct(found, self.paths)
+        if not overwrite:
+            _check_absent(found)
         for place in asked.values():
             writable_folder(place)
         for target in chain(*found.values()):
@@ -137,6 +141,30 @@ def find_images(arguments: Sequence[Path]) -> Images:
     return Images(list(dict.fromkeys(found)), many)
 
 
+def listed_images(table: Path) -> tuple[Images, list[str]]:
+    """The images that a table of images and queries names, row by row, and the queries.
+
+    Args:
+        table: CSV with the columns image and query, or JSON lines (by its suffix) with these keys; other columns of the
+            tables of datasets are ignored. Paths are relative to the table's folder.
+
+    Raises:
+        InputError: it cannot be read, or a row has no image or no query.
+    """
+    from tokenprune.datasets.files.query_tables import rows_of
+
+    place = expanded(table)
+    rows = rows_of(place, ("image", "query"))
+    for row in rows:
+        for column in ("image", "query"):
+            if not row.get(column).strip():
+                raise InputError(
+                    f"{row.where}: {column} is empty, expected a {'path' if column == 'image' else 'text'}"
+                )
+    paths = [place.parent / expanded(row.get("image").strip()) for row in rows]
+    return Images(paths, many=True), [row.get("query") for row in rows]
+
+
 @contextmanager
 def unusable(image: Path, images: Images) -> Iterator[list[str]]:
     """Report on stderr why one of many images cannot be used, and continue; the list then holds the message.
@@ -166,6 +194,16 @@ def _check_folder(place: Path) -> None:
     if is_file or place.suffix.lower() == ".png":
         found = "is a file" if is_file else "ends in .png, as a file does"
         raise InputError(f"output {str(place)!r} {found}, and there may be several images; name a folder")
+
+
+def _check_absent(targets: Mapping[str, Sequence[Path]]) -> None:
+    for option, paths in targets.items():
+        there = [path for path in paths if os.path.lexists(expanded(path))]
+        if there:
+            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+            raise InputError(
+                f"{option}: {str(there[0])!r}{more} exists already; choose another folder, or replace with --overwrite"
+            )
 
 
 def _matching(pattern: Path) -> list[Path]:

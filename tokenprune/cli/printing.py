@@ -79,15 +79,19 @@ def is_of_output(error: Exception) -> bool:
 
 
 @contextmanager
-def working_first() -> Iterator[Callable[[str], None]]:
-    """A function that prints lines on stdout; if that fails, the work continues and the error is raised at its end."""
+def working_first(write: Callable[[str], None] = typer.echo) -> Iterator[Callable[[str], None]]:
+    """A function that prints lines on stdout; if that fails, the work continues and the error is raised at its end.
+
+    Args:
+        write: prints one line; `say_json` for JSON.
+    """
     failed: list[OSError] = []
 
     def say(text: str) -> None:
         if failed:
             return
         try:
-            typer.echo(text)
+            write(text)
         except OSError as error:
             failed.append(error)
 

@@ -1,7 +1,8 @@
-"""How far a sweep is: bars on a terminal, else a line now and then."""
+"""How far a sweep, or a run over images, is: bars on a terminal; of a sweep else a line now and then."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,31 @@ def reported() -> Iterator[Callable[[Progress], None]]:
         yield report
     finally:
         bar.stop()
+
+
+@contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function for the number that are done, of `total`: a bar on stderr with the time left, if that is a terminal.
+
+    Lines that are printed meanwhile stand above the bar.
+    """
+    console = notes_console()
+    if not console.is_terminal:
+        yield lambda done: None
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    # Rich moves redirected output to its own console, stderr: right on a terminal, wrong for a pipe.
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    with bars.Progress(*columns, console=console, redirect_stdout=on_terminal, speed_estimate_period=600) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 class Lines:

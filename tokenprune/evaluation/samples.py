@@ -97,7 +97,7 @@ def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: St
     result = model.segment(scene.image, [query.text], strategy, is_sentence=[query.is_sentence])
     mask = _first(result.masks)
     iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
-    outcome = Outcome(_label(strategy), mask, result.trace, 0, iou)
+    outcome = Outcome(label_of(strategy), mask, result.trace, 0, iou)
     box = model.grid_box(*scene.image.shape[:2])
     return SampleRecord(scene.id, scene.image, query.text, query.mask, box, [outcome])
 
@@ -114,7 +114,7 @@ def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strat
     mask = _first(result.masks)
     box = model.grid_box(*mask.shape)
     name = str(image) if isinstance(image, (str, Path)) else "image"
-    outcome = Outcome(_label(strategy), mask, result.trace, 0, milliseconds=milliseconds)
+    outcome = Outcome(label_of(strategy), mask, result.trace, 0, milliseconds=milliseconds)
     return SampleRecord(name, pixels, query, None, box, [outcome])
 
 
@@ -125,7 +125,8 @@ def token_summary(outcome: Outcome) -> str:
     return f"{outcome.label}: {outcome.trace.summary(outcome.row)}"
 
 
-def _label(strategy: Strategy | None) -> str:
+def label_of(strategy: Strategy | None) -> str:
+    """The name of a strategy with its budget, for a table or a line."""
     return "none" if strategy is None else f"{strategy.name}{budget_words(strategy)}"
 
 

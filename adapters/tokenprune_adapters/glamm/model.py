@@ -14,7 +14,7 @@ from tokenprune_adapters.glamm import prompts as glamm_prompts
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START, REGION_TOKENS, SEG_TOKEN
 from tokenprune_adapters.glamm.results import GroundedSegmentation, phrase_span
 from tokenprune_adapters.llava.prompt import dialogue
-from tokenprune_adapters.segmentation.data import Answered, SegmenterInputs
+from tokenprune_adapters.segmentation.data import Answered, Segmentation
 from tokenprune_adapters.segmentation.drafts import Draft
 from tokenprune_adapters.segmentation.queries import as_list, checked_query, sentence_flags
 from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
@@ -79,12 +79,10 @@ class GlammModel(SamSegmenter):
                 "prompt; say in words what to segment, and leave boxes= out"
             )
         found = super().segment(image, query, strategy, answer, prompt, max_new_tokens, is_sentence, draft)
+        if query is not None:
+            found = self.by_query(found, query, answer, is_sentence)
         assert isinstance(found, GroundedSegmentation)
-        if query is None or answer != "forced":
-            return found
-        answers = [given for _, given in self.turns(query, is_sentence)]
-        text = answers[0] if isinstance(query, str) else answers
-        return replace(found, text=text, query_index=list(range(len(answers))))
+        return found
 
     def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
         """Forced, one conversation with a turn for each query; else a prompt for each."""
@@ -111,9 +109,22 @@ class GlammModel(SamSegmenter):
         """[SEG], the marks of phrases, and the places of regions."""
         return (SEG_TOKEN, PHRASE_START, PHRASE_END, *REGION_TOKENS)
 
-    def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> GroundedSegmentation:
-        """Masks from the states that were picked for them, each with its phrase."""
-        found = super().masks_of(answered, inputs, text)
+    def by_query(
+        self,
+        found: Segmentation,
+        query: str | Sequence[str],
+        answer: str,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> Segmentation:
+        """See `Segmenter.by_query`; forced queries are turns of one prompt."""
+        if answer != "forced":
+            return found
+        answers = [given for _, given in self.turns(query, is_sentence)]
+        text = answers[0] if isinstance(query, str) else answers
+        return replace(found, text=text, query_index=list(range(len(answers))))
+
+    def described(self, found: Segmentation, answered: Answered) -> GroundedSegmentation:
+        """Each mask with its phrase."""
         places = zip(answered.rows, answered.places, strict=True)
         return GroundedSegmentation(
             **vars(found), phrases=[self._phrase(answered.said[row], place) for row, place in places]

@@ -73,7 +73,8 @@ class TowerReads(Protocol):
 
 @dataclass(frozen=True)
 class TowerRun:
-    """The hidden states of one image in the tower, from which all reads of the tower are computed.
+    """The hidden states of one image in the tower, from which all reads of the tower are computed; `run_tower` may
+    run several at once, to be separated by `each_image`.
 
     Queries and keys of a layer are computed on first use, by that layer's attention on its input states, and cached.
 
@@ -89,6 +90,12 @@ class TowerRun:
     select_layer: int = -2
     mask: Tensor | None = None
     _seen: dict[int, AttentionCall] = field(default_factory=dict, repr=False)
+
+    def each_image(self) -> list[TowerRun]:
+        """The run of each image of a batch; views of its states, not copies."""
+        masks = [None] * len(self.states[0]) if self.mask is None else torch.split(self.mask, 1)
+        parts = zip(*(torch.split(states, 1) for states in self.states), strict=True)
+        return [TowerRun(self.tower, part, self.select_layer, mask) for part, mask in zip(parts, masks, strict=True)]
 
     @property
     def layers(self) -> int:
@@ -153,11 +160,11 @@ class TowerRun:
 
 
 def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2, mask: Tensor | None = None) -> TowerRun:
-    """Run the tower on one image.
+    """Run the tower on one image, or on a batch of them.
 
     Args:
         tower: the CLIP vision model.
-        pixels: [1, 3, H, W].
+        pixels: [1, 3, H, W], or [B, 3, H, W] for a run of B images.
         select_layer: index into the hidden states, of which 0 are the embeddings, of the projector's input, without
             [CLS].
         mask: see `TowerRun`.

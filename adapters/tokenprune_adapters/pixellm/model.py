@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
 from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import SegmenterInputs
+from tokenprune_adapters.segmentation.many.transfer import batched
 from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
 
 
@@ -68,20 +70,27 @@ class PixelLMModel(Segmenter):
             return image
         with stage("preprocess"):
             prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
+        return self.encode_prepared([prepared])[0]
+
+    @in_turn
+    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """See `Segmenter.encode_prepared`."""
         with stage("vision tower"):
-            tower = run_pixel_tower(self.tower, prepared.pixels, prepared.sizes, self.select_layer)
-            image_embeddings = self.projector(tower.grid_features)
+            pixels = batched([image.pixels for image in images], next(self.tower.parameters()))
+            towers = run_pixel_tower(self.tower, pixels, [image.sizes for image in images], self.select_layer)
+            image_embeddings = self.projector(torch.cat([tower.grid_features for tower in towers]))
         with stage("mask encoder"):
-            levels = [self.mask_projector(features) for features in (tower.patches.features, tower.early_features)]
-            mask_features = self.pixel_decoder.features(levels)
-        valid = tower.visible.cells.reshape(1, -1)
-        return EncodedImage(
-            prepared=prepared,
-            tower=tower,
-            image_embeddings=image_embeddings,
-            image_valid=None if bool(valid.all()) else valid,
-            mask_features=mask_features,
-        )
+            # level by level, image by image
+            patches = [*(tower.patches.features for tower in towers), *(tower.early_features for tower in towers)]
+            features = self.pixel_decoder.features(self.mask_projector(torch.cat(patches)))
+            by_image = features.reshape(LEVELS, len(images), *features.shape[1:]).transpose(0, 1)
+        encoded = []
+        for parts in zip(images, towers, torch.split(image_embeddings, 1), by_image, strict=True):
+            prepared, tower, embeddings, mask_features = parts
+            valid = tower.visible.cells.reshape(1, -1)
+            shown = None if bool(valid.all()) else valid
+            encoded.append(EncodedImage(prepared, tower, embeddings, shown, mask_features))
+        return encoded
 
     def picture(self, encoded: EncodedImage) -> Tensor:
         """What the visible cells show."""
@@ -117,9 +126,15 @@ class PixelLMModel(Segmenter):
         fused: Tensor = grouped.sum(2) / len(self.seg_tokens)
         return fused
 
-    def low_res_logits(self, states: Tensor, encoded: EncodedImage) -> tuple[Tensor, Tensor]:
+    def low_res_logits_of(
+        self, states: Tensor, images: Sequence[EncodedImage], owners: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Low-resolution mask logits [n, 128, 128] of mask-query states [n · 6, H], and no predicted IoU: PixelLM
         scores masks by their own logits, see `mask_scores`."""
-        home = encoded.mask_features.device
-        logits: Tensor = self.pixel_decoder(encoded.mask_features, self.mask_embeddings(states.to(home)))
+        home = images[0].mask_features.device
+        features, numbers = images[0].mask_features[None], None  # one image without a copy
+        if len(images) > 1:
+            features = torch.stack([image.mask_features for image in images])
+            numbers = torch.tensor(owners, dtype=torch.int64, device=home)
+        logits: Tensor = self.pixel_decoder(features, self.mask_embeddings(states.to(home)), numbers)
         return logits, logits.new_zeros(0)

@@ -62,7 +62,7 @@ class MaskDecoder(nn.Module):
 
         Args:
             level: 0, or 1, which works at twice the resolution under the masks of level 0.
-            features: [1, C, h, w].
+            features: [1, C, h, w], or [n, C, h, w] of the image of each mask.
             positions: [1, C, h, w], used by level 0; level 1 has its own.
             prompts: [n, C], one per mask.
             dense: [1, C, 1, 1], added to every place.
@@ -114,19 +114,20 @@ class PixelDecoder(nn.Module):
         self.prompt_encoder = SamPromptEncoder(config)
         self.mask_decoder = MaskDecoder(decoder, vision)
 
-    def features(self, levels: list[Tensor]) -> Tensor:
-        """Mask features [LEVELS, C, side, side] of projected patch features, [1, side², H] each."""
-        grids = torch.cat(levels).transpose(1, 2)
+    def features(self, patches: Tensor) -> Tensor:
+        """Mask features [k, C, side, side] of projected patch features [k, side², H]: levels of any images."""
+        grids = patches.transpose(1, 2)
         grids = grids.reshape(*grids.shape[:2], self.side, self.side)
         found: Tensor = self.image_feature_neck(grids)
         return found
 
-    def levels(self, features: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def levels(self, features: Tensor, embeddings: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mask logits of both levels, [n, 2·side, 2·side] and [n, 4·side, 4·side].
 
         Args:
-            features: [LEVELS, C, side, side].
+            features: [B, LEVELS, C, side, side], of B images.
             embeddings: [n, LEVELS, C], one mask embedding per level.
+            owners: int64 [n], the image of each mask; None if there is one image.
         """
         positions = place_codes(self.prompt_encoder.shared_embedding, self.side).to(features)
         # By keyword: torch's module tracker, which counts FLOPs, trips over views of parameters among the others.
@@ -134,19 +135,22 @@ class PixelDecoder(nn.Module):
         coarse, fine = [], []
         for start in range(0, len(embeddings), MASKS_AT_ONCE):
             chunk = embeddings[start : start + MASKS_AT_ONCE]
-            first = self.mask_decoder(level=0, features=features[:1], prompts=chunk[:, 0], previous=None, **fixed)
+            # one image serves all masks without copies of it
+            of_masks = features if owners is None else features[owners[start : start + MASKS_AT_ONCE]]
+            low, high = of_masks.unbind(1)
+            first = self.mask_decoder(level=0, features=low, prompts=chunk[:, 0], previous=None, **fixed)
             coarse.append(first)
-            second = self.mask_decoder(level=1, features=features[1:], prompts=chunk[:, 1], previous=first, **fixed)
+            second = self.mask_decoder(level=1, features=high, prompts=chunk[:, 1], previous=first, **fixed)
             fine.append(second)
         if not coarse:
             none = features.new_zeros(0, 2 * self.side, 2 * self.side)
             return none, none.new_zeros(0, 4 * self.side, 4 * self.side)
         return torch.cat(coarse), torch.cat(fine)
 
-    def forward(self, features: Tensor, embeddings: Tensor) -> Tensor:
+    def forward(self, features: Tensor, embeddings: Tensor, owners: Tensor | None = None) -> Tensor:
         """Low-resolution mask logits [n, MASK_SIDE, MASK_SIDE], the mean of both levels; arguments as for `levels`."""
         total = features.new_zeros(len(embeddings), MASK_SIDE, MASK_SIDE)
-        for logits in self.levels(features, embeddings):
+        for logits in self.levels(features, embeddings, owners):
             if len(logits):
                 logits = logits[:, None].float()
                 logits = functional.interpolate(logits, (MASK_SIDE, MASK_SIDE), mode="bilinear", align_corners=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,28 +169,34 @@ class PixelTowerRun:
         return pooled.flatten(2).transpose(1, 2)[:, cells]
 
 
-def run_pixel_tower(tower: nn.Module, pixels: Tensor, sizes: MaskSizes, select_layer: int = -2) -> PixelTowerRun:
-    """Run the tower on one image, its padded patches hidden as keys ([CLS] never is).
+def run_pixel_tower(
+    tower: nn.Module, pixels: Tensor, sizes: Sequence[MaskSizes], select_layer: int = -2
+) -> list[PixelTowerRun]:
+    """Run the tower once on B images, the padded patches of each hidden as keys ([CLS] never is).
 
     Args:
         tower: the resized CLIP vision model.
-        pixels: [1, 3, square, square], zero-padded on the right and at the bottom.
-        sizes: of the image.
+        pixels: [B, 3, square, square], zero-padded on the right and at the bottom.
+        sizes: of each image; `square` is the same for all.
         select_layer: index into the hidden states of what the projector and the coarser masks read.
     """
     weight = next(tower.parameters())
     config: Any = tower.config
-    side = sizes.square // config.patch_size
-    visible = Visible.of(sizes, side)
-    shown = functional.pad(visible.patches.flatten().to(weight.device), (1, 0), value=True)
+    side = sizes[0].square // config.patch_size
+    visible = [Visible.of(size, side) for size in sizes]
+    shown = torch.stack([functional.pad(one.patches.flatten(), (1, 0), value=True) for one in visible])
+    padded = ~shown.all(1)
     mask = None
-    if not bool(shown.all()):
-        mask = torch.zeros(1, 1, 1, len(shown), dtype=weight.dtype, device=weight.device)
-        mask = mask.masked_fill(~shown, torch.finfo(weight.dtype).min).expand(-1, -1, len(shown), -1)
+    if bool(padded.any()):
+        hidden = ~shown.to(weight.device)[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=weight.dtype, device=weight.device)
+        mask = mask.masked_fill(hidden, torch.finfo(weight.dtype).min).expand(-1, -1, shown.shape[1], -1)
     run = run_tower(tower, pixels, select_layer, mask)
-    grid = run.features.transpose(1, 2).reshape(1, -1, side, side)
+    grid = run.features.transpose(1, 2).reshape(len(sizes), -1, side, side)
     grid = functional.interpolate(grid.float(), (GRID, GRID), mode="bilinear", align_corners=False).to(run.features)
-    return PixelTowerRun(run, visible, grid.flatten(2).transpose(1, 2))
+    cells = torch.split(grid.flatten(2).transpose(1, 2), 1)
+    runs = [part if hides else replace(part, mask=None) for part, hides in zip(run.each_image(), padded, strict=True)]
+    return [PixelTowerRun(*parts) for parts in zip(runs, visible, cells, strict=True)]
 
 
 def picture(pixels: Tensor, visible: Visible) -> Tensor:

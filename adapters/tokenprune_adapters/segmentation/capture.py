@@ -14,6 +14,7 @@ from tokenprune.core.reads import Read
 from tokenprune.engine import PromptMasks, VisionCapture
 from tokenprune.errors import InputError
 from tokenprune_adapters.segmentation.data import SegmenterInputs
+from tokenprune_adapters.segmentation.many.joined import joined_value
 
 if TYPE_CHECKING:
     from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
@@ -49,8 +50,11 @@ class SegmenterCapture(VisionCapture):
 
     def provide(self, read: Read) -> Any:
         """See `VisionCapture.provide`."""
-        inputs = self._inputs()
-        return self._model.vision_source(inputs.encoded, len(inputs.prompts), inputs.texts).provide(read)
+        values = [
+            self._model.vision_source(part.encoded, len(part.prompts), part.texts).provide(read)
+            for part in self._inputs().by_image
+        ]
+        return joined_value(read, values)
 
     def _inputs(self) -> SegmenterInputs:
         decoded = _DECODED.get()

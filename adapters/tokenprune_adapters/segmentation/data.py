@@ -81,14 +81,16 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class SegmenterInputs:
-    """Prompts about one image, ready for the decoder.
+    """Prompts about one image, or about several, ready for the decoder.
 
     Args:
         prompts: the whole texts.
-        encoded: the image, from the model's `encode_image`.
+        encoded: the image, from the model's `encode_image`; None for prompts about several images.
         sequence: the decoder's inputs.
         texts: texts of each prompt by wording: "question" and "query", see `ClipTextEmbeddings`.
         templates: for each prompt, the text that it shares with prompts of the same kind; None = none is known.
+        parts: for several images, the inputs about each, whose rows follow each other in `sequence`; see
+            `segmentation.many.joined`.
     """
 
     prompts: list[str]
@@ -96,6 +98,12 @@ class SegmenterInputs:
     sequence: DecoderInputs
     texts: Mapping[str, list[list[str]]] = field(default_factory=dict)
     templates: Sequence[str | None] = ()
+    parts: tuple[SegmenterInputs, ...] = ()
+
+    @property
+    def by_image(self) -> tuple[SegmenterInputs, ...]:
+        """The inputs about each image, in the order of their rows."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,9 @@ class Segmentation:
     """Masks for the queries about one image: one per [SEG], in the order of the queries. n masks, image of H×W pixels.
 
     Args:
-        masks: bool [n, H, W].
-        mask_logits: float32 [n, H, W]; a pixel is in the mask if its logit is above 0.
+        masks: bool [n, H, W], or of the size that `segment_many` was asked for.
+        mask_logits: float32, of the same size; a pixel is in the mask if its logit is above 0. None if they were not
+            kept, which `segment_many` does on request only.
         low_res_logits: [n, h, w], output of the mask decoder, over its padded square input.
         iou_predictions: [n], SAM's estimate of each mask's quality, which these models do not train; empty for a mask
             decoder without it.
@@ -134,7 +143,7 @@ class Segmentation:
     """
 
     masks: Tensor
-    mask_logits: Tensor
+    mask_logits: Tensor | None
     low_res_logits: Tensor
     iou_predictions: Tensor
     text: str | list[str]
@@ -148,15 +157,16 @@ class Segmentation:
 
     def lines(self) -> list[str]:
         """The lines of the repr."""
-        shares = ", ".join(f"{float(mask.float().mean()):.1%}" for mask in self.masks[:SHOWN])
+        shares = ", ".join(f"{int(mask.sum()) / max(mask.numel(), 1):.1%}" for mask in self.masks[:SHOWN])
         covering = f", covering {shares}{', …' if len(self.masks) > SHOWN else ''} of the image" if shares else ""
         rows = sorted(set(self.row_index)) or [0]
         tokens = [] if self.trace is None else [f"row {row}: {self.trace.summary(row)}" for row in rows[:SHOWN]]
         if len(rows) > SHOWN:
             tokens += ["…"] * bool(tokens)
         size = f"[{', '.join(map(str, self.masks.shape))}]"
+        logits = "" if self.mask_logits is None else ".mask_logits as large, "
         return [
-            f".masks: bool {size}{covering}; .mask_logits as large, .low_res_logits {list(self.low_res_logits.shape)}",
+            f".masks: bool {size}{covering}; {logits}.low_res_logits {list(self.low_res_logits.shape)}",
             f".text: {short(self.text)}",
             *(f".trace: {line}" for line in tokens or ["None, nothing was pruned"]),
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import SamModel
 
@@ -13,6 +15,7 @@ from tokenprune_adapters.clip.tower import ClipPixels
 from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import EncodedImage, PreparedImage
+from tokenprune_adapters.segmentation.many.transfer import batched
 from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
 
 
@@ -52,12 +55,22 @@ class SamSegmenter(Segmenter):
             return image
         with stage("preprocess"):
             prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
+        return self.encode_prepared([prepared])[0]
+
+    @in_turn
+    def encode_prepared(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """See `Segmenter.encode_prepared`."""
         with stage("vision tower"):
-            tower = run_tower(self.tower, prepared.clip_pixels, self.select_layer)
-            image_embeddings = self.projector(tower.features)
+            weight = next(self.tower.parameters())
+            run = run_tower(self.tower, batched([image.clip_pixels for image in images], weight), self.select_layer)
+            image_embeddings = self.projector(run.features)
         with stage("mask encoder"):
-            sam_embedding = sam_masks.embed_image(self.sam, prepared.sam_pixels.to(tower.features))
-        return EncodedImage(prepared, tower, image_embeddings, sam_embedding)
+            pixels = batched([image.sam_pixels for image in images], run.features)
+            sam_embeddings = sam_masks.embed_image(self.sam, pixels)
+        parts = zip(
+            images, run.each_image(), torch.split(image_embeddings, 1), torch.split(sam_embeddings, 1), strict=True
+        )
+        return [EncodedImage(*part) for part in parts]
 
     def picture(self, encoded: EncodedImage) -> Tensor:
         """The resized and cropped image in the tower's input."""
@@ -71,7 +84,15 @@ class SamSegmenter(Segmenter):
         """
         return self.clip_pixels.box(height, width)
 
-    def low_res_logits(self, states: Tensor, encoded: EncodedImage) -> tuple[Tensor, Tensor]:
+    def low_res_logits_of(
+        self, states: Tensor, images: Sequence[EncodedImage], owners: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n, H]."""
-        home = encoded.sam_embedding.device
-        return sam_masks.low_res_logits(self.sam, encoded.sam_embedding, self.mask_projection(states.to(home)))
+        home = images[0].sam_embedding.device
+        prompts = self.mask_projection(states.to(home))
+        if len(images) == 1:  # without a copy of its embedding
+            return sam_masks.low_res_logits(self.sam, images[0].sam_embedding, prompts)
+        numbers = torch.tensor(owners, dtype=torch.int64, device=home)
+        return sam_masks.low_res_logits(
+            self.sam, torch.cat([image.sam_embedding for image in images]), prompts, numbers
+        )

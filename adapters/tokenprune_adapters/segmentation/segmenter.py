@@ -29,6 +29,7 @@ from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentatio
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
 from tokenprune_adapters.segmentation.drafts import Draft, given_drafts, template_of
 from tokenprune_adapters.segmentation.image_cache import ImageCache
+from tokenprune_adapters.segmentation.many.many_images import ManyImages
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -45,8 +46,9 @@ def in_turn(method: _Method) -> _Method:
     return safe  # type: ignore[return-value]
 
 
-class Segmenter(DecoderRuns, nn.Module):
-    """A loaded model. `segment` runs all steps; the other methods are single steps, which preserve gradients.
+class Segmenter(ManyImages, DecoderRuns, nn.Module):
+    """A loaded model. `segment` runs all steps, `segment_many` runs them for many images; the other methods are single
+    steps, which preserve gradients.
 
     All may be called from any thread; calls that run a tower or the decoder take turns.
 
@@ -99,7 +101,7 @@ class Segmenter(DecoderRuns, nn.Module):
         config, device = self.decoder.config, next(self.decoder.parameters()).device
         return (
             f"{type(self).__name__} {self.name!r}: a decoder of {config.num_hidden_layers} layers on {device}, masks\n"
-            "  .segment(image, query, strategy), .encode_image(image), .decoder, .tower"
+            "  .segment(image, query, strategy), .segment_many(pairs, strategy), .encode_image(image), .decoder, .tower"
         )
 
     # implemented by families-----------------------------------------------------------------------------------------
@@ -114,9 +116,32 @@ class Segmenter(DecoderRuns, nn.Module):
         """
 
     @abstractmethod
+    def prepare_image(self, image: ImageInput) -> Any:
+        """The image in pixels, before any tower (a dataclass, see `segmentation.Prepared`). Runs no module, so that
+        several threads may prepare images at once.
+
+        Raises:
+            InputError: not an image.
+        """
+
+    @abstractmethod
+    def encode_prepared(self, images: Sequence[Any]) -> list[Any]:
+        """What `encode_image` returns, for each of several images from `prepare_image`; the towers run once."""
+
+    @abstractmethod
+    def low_res_logits_of(self, states: Tensor, images: Sequence[Any], owners: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Low-resolution mask logits of several images, see `low_res_logits`.
+
+        Args:
+            states: [n · g, H], of which g consecutive ones form a mask.
+            images: encoded images; at least one.
+            owners: for each mask, the index of its image.
+        """
+
     def low_res_logits(self, states: Tensor, encoded: Any) -> tuple[Tensor, Tensor]:
         """Low-resolution mask logits [n, h, w] and predicted IoU [n] of mask-query states [n · g, H], of which g
         consecutive ones form a mask."""
+        return self.low_res_logits_of(states, [encoded], [0] * (len(states) // len(self.seg_tokens)))
 
     @abstractmethod
     def grid_box(self, height: int, width: int) -> tuple[float, float, float, float]:
@@ -234,13 +259,30 @@ class Segmenter(DecoderRuns, nn.Module):
             return [given_answer(text, self.forced_answer) for text in inputs.prompts]
         return [self.tokenizer.decode(ids) for ids in answered.said]
 
-    def masks_of(self, answered: Answered, inputs: SegmenterInputs, text: str | list[str]) -> Segmentation:
-        """Masks from the states of their mask queries."""
+    def masks_of(
+        self,
+        answered: Answered,
+        inputs: SegmenterInputs,
+        text: str | list[str],
+        *,
+        drawn: tuple[Tensor, Tensor] | None = None,
+        size: sam_masks.MaskSize = "image",
+        keep_logits: bool = True,
+    ) -> Segmentation:
+        """Masks from the states of their mask queries.
+
+        Args:
+            answered: the states.
+            inputs: the prompts, about one image.
+            text: the answer.
+            drawn: the result of `low_res_logits`, if it is known.
+            size: see `sam_masks.masks_at`.
+            keep_logits: whether the result has `mask_logits`.
+        """
         with stage("mask decoder"):
-            low_res, scores = self.low_res_logits(answered.states, inputs.encoded)
-            logits = self.to_original_size(low_res, inputs.encoded)
-            masks = logits > 0
-        return Segmentation(
+            low_res, scores = drawn or self.low_res_logits(answered.states, inputs.encoded)
+            masks, logits = sam_masks.masks_at(low_res, inputs.encoded.prepared.sizes, size, keep_logits)
+        found = Segmentation(
             masks=masks,
             mask_logits=logits,
             low_res_logits=low_res,
@@ -250,3 +292,21 @@ class Segmenter(DecoderRuns, nn.Module):
             trace=answered.trace,
             row_index=list(answered.rows),
         )
+        return self.described(found, answered)
+
+    def described(self, found: Segmentation, answered: Answered) -> Segmentation:
+        """The result with what a family reads from the answer besides masks; a family may override it."""
+        return found
+
+    def by_query(
+        self,
+        found: Segmentation,
+        query: str | Sequence[str],
+        answer: str,
+        is_sentence: bool | Sequence[bool] | None = None,
+    ) -> Segmentation:
+        """The result with texts and numbers of queries, where prompts are not one for each; a family may override it.
+
+        Arguments as in `segment`.
+        """
+        return found

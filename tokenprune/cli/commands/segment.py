@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -20,25 +21,42 @@ from tokenprune.cli.arguments import (
     path,
 )
 
-if TYPE_CHECKING:
-    from tokenprune.evaluation.samples import SampleRecord
+
+class Output(str, Enum):
+    """How the command prints its results."""
+
+    text = "text"
+    json = "json"
 
 
+# ruff: noqa: UP045 - Typer reads annotations at run time, on Python 3.10 too: hence Optional
 def command(
     images: Images,
-    query: Annotated[str, typer.Argument(help='What to segment, in quotes: "the red ring".', metavar="QUERY")],
     out: Annotated[
         Path,
         typer.Option(parser=path, help="Mask to write, PNG: white where the mask is. For several images a folder."),
     ],
+    query: Annotated[
+        Optional[str],
+        typer.Argument(help='What to segment, in quotes: "the red ring".', metavar="QUERY", show_default=False),
+    ] = None,
+    queries: Annotated[
+        Optional[Path],
+        typer.Option(parser=path, help="Instead of images and a query: a table of both, CSV or JSON lines (.jsonl)."),
+    ] = None,
     model: ModelName = "lisa-tiny",
     strategy: StrategyName = "none",
     option: OptionTexts = None,
     budget: Budget = None,
     overlay: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[Path],
         typer.Option(parser=path, help="Picture to write as well: image, mask, tokens stage by stage, PNG. As --out."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that are in the folder.")] = False,
+    batch_size: Annotated[
+        Optional[int], typer.Option(help="Images that run together, of several.", show_default="8; 2 on a CPU")
+    ] = None,
+    output: Annotated[Output, typer.Option("--format", help="Text, or a JSON object for each image.")] = Output.text,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -46,57 +64,57 @@ def command(
 ) -> None:
     """Segment images by a query, and write the masks as PNG.
 
-    Several images (files, a folder, a pattern) are processed one by one. If one cannot be used, that is reported, the
-    others are processed, and the exit code is 1.
+    Several images (files, a folder, a pattern, a table) are read ahead and run in batches. If one cannot be used, that
+    is reported, the others are processed, and the exit code is 1.
     """
     from tokenprune import api
     from tokenprune.cli.checks import check_model, strategy_request
-    from tokenprune.cli.images import find_images, unusable, words
+    from tokenprune.cli.images import find_images, listed_images, words
     from tokenprune.cli.models import load_model, quiet_loading
-    from tokenprune.cli.printing import note, working_first
+    from tokenprune.cli.printing import note, say_json, working_first
+    from tokenprune.cli.segmenting import Job, segment_all, segment_one
+    from tokenprune.errors import OptionError
     from tokenprune.report.files import check_drawing
+    from tokenprune.utils.arguments import whole_number
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
     checked(threads, "--threads")
+    if batch_size is not None:
+        whole_number("--batch-size", batch_size, 1)
     if overlay is not None:
         check_drawing("--overlay")
     name, budget, options = strategy_request(strategy, option or [], budget)
-    query = words(query, "query", images)
-    found = find_images(images)
+    if queries is not None:
+        if images or query is not None:
+            raise OptionError("--queries names the images and their queries; leave out those on the command line")
+        found, texts = listed_images(queries)
+    elif query is None:
+        raise typer.BadParameter("missing; give an image and what to segment in it", param_hint="QUERY")
+    else:
+        query = words(query, "query", images)
+        found = find_images(images)
+        texts = [query] * len(found.paths)
+    if not found.many and (overwrite or batch_size is not None):
+        which, why = ("--overwrite", "whose mask is replaced") if overwrite else ("--batch-size", "which runs alone")
+        raise OptionError(f"{which} has no effect on a single image, {why}; leave it out")
+    if overlay is not None and batch_size is not None:
+        raise OptionError("--batch-size has no effect with --overlay, which runs images one by one; leave it out")
     check_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
-    targets = found.targets({"--out": out, "--overlay": overlay})
+    targets = found.targets({"--out": out, "--overlay": overlay}, overwrite)
     chosen = api.strategy(name, budget, **options)
+    jobs = [Job(*each) for each in zip(found.paths, texts, *targets.values(), strict=True)]
 
-    from tokenprune.evaluation.samples import run_single
-
-    failed = 0
-    with using(choose(threads)), working_first() as say:
+    with using(choose(threads)), working_first(say_json if output is Output.json else typer.echo) as say:
         loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
-        for image, *files in zip(found.paths, *targets.values(), strict=True):
-            with unusable(image, found) as problem:
-                record = run_single(loaded, image, query, chosen)
-            if problem:
-                failed += 1
-                continue
-            say(_written(record, *files))
+        if found.many:
+            failed = segment_all(loaded, jobs, chosen, batch_size, say, output is Output.json)
+        else:
+            failed = []
+            segment_one(loaded, jobs[0], chosen, say, output is Output.json)
     if failed:
-        note(f"error: {failed} of {len(found.paths)} images could not be segmented")
+        from tokenprune.datasets.files.dataset import listing
+
+        names = listing([str(image) for image in failed])
+        note(f"error: {len(failed)} of {len(jobs)} images could not be segmented: {names}")
         raise typer.Exit(1)
-
-
-def _written(record: SampleRecord, out: Path, overlay: Path | None = None) -> str:
-    """Write the mask, and the overlay if it is requested; returns the lines to print."""
-    from tokenprune.evaluation.samples import token_summary
-    from tokenprune.report.files import write_mask
-    from tokenprune.utils import stopwatch
-
-    outcome = record.outcomes[0]
-    write_mask(outcome.mask, out)
-    height, width = outcome.mask.shape
-    lines = [f"wrote {out}: {width}×{height}, mask covers {float(outcome.mask.mean()):.1%} of the image"]
-    if overlay is not None:
-        from tokenprune.report.overlays import inspection_sheet, save
-
-        lines.append(f"wrote {save(inspection_sheet(record), overlay)}")
-    return "\n".join([*lines, token_summary(outcome), stopwatch.summary(outcome.milliseconds)])

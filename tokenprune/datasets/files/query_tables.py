@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,20 +36,24 @@ class Row:
         return str(self.cells.get(column, default))
 
 
-def rows_of(file: Path) -> list[Row]:
+def rows_of(file: Path, needed: Sequence[str] = NEEDED) -> list[Row]:
     """The rows of a table, empty lines left out: of CSV, or, by its name, of JSON lines.
+
+    Args:
+        file: the table.
+        needed: columns that it must have; those of `COLUMNS` are allowed.
 
     Raises:
         InputError: it cannot be read, is not UTF-8, has no rows, other columns, or rows of another length.
     """
     text = text_of(file)
-    rows = _json_rows(file, text) if file.suffix == ".jsonl" else _csv_rows(file, text)
+    rows = _json_rows(file, text, needed) if file.suffix == ".jsonl" else _csv_rows(file, text, needed)
     if not rows:
         raise InputError(f"{str(file)!r} has no queries; add a row for each")
     return rows
 
 
-def _csv_rows(file: Path, text: str) -> list[Row]:
+def _csv_rows(file: Path, text: str, needed: Sequence[str]) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
     header: list[str] | None = None
@@ -60,7 +65,7 @@ def _csv_rows(file: Path, text: str) -> list[Row]:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                _check_columns(where.where, header)
+                _check_columns(where.where, header, needed)
                 continue
             if len(cells) != len(header):
                 found = f"{len(cells)} cells found, expected {len(header)}, as in the header"
@@ -72,7 +77,7 @@ def _csv_rows(file: Path, text: str) -> list[Row]:
     return rows
 
 
-def _json_rows(file: Path, text: str) -> list[Row]:
+def _json_rows(file: Path, text: str, needed: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -80,8 +85,8 @@ def _json_rows(file: Path, text: str) -> list[Row]:
         where = f"{str(file)!r}, line {number}"
         found = parsed(line, repr(str(file)), number)
         if not isinstance(found, dict):
-            raise InputError(f"{where}: {shown(found)} found, expected an object with image, mask and query")
-        _check_columns(where, list(found))
+            raise InputError(f"{where}: {shown(found)} found, expected an object with {_and(needed)}")
+        _check_columns(where, list(found), needed)
         for column, value in found.items():
             if isinstance(value, int) and not isinstance(value, bool) and column == "id":
                 found[column] = str(value)
@@ -92,14 +97,14 @@ def _json_rows(file: Path, text: str) -> list[Row]:
     return rows
 
 
-def _check_columns(where: str, columns: list[str]) -> None:
-    missing = [column for column in NEEDED if column not in columns]
+def _check_columns(where: str, columns: list[str], needed: Sequence[str]) -> None:
+    missing = [column for column in needed if column not in columns]
     separator = next((mark for mark in OTHER_SEPARATORS if len(columns) == 1 and mark in columns[0]), None)
     if separator:
         raise InputError(f"{where}: {separator!r} separates the columns, expected commas; save it with commas")
     if missing:
         found = ", ".join(map(shown, columns[:8]))
-        raise InputError(f"{where}: no column {', '.join(missing)}; found {found}; name image, mask and query first")
+        raise InputError(f"{where}: no column {', '.join(missing)}; found {found}; name {_and(needed)} first")
     for column in columns:
         if column not in COLUMNS:
             near = nearest(column, COLUMNS)
@@ -107,6 +112,10 @@ def _check_columns(where: str, columns: list[str]) -> None:
             raise InputError(f"{where}: unknown column {shown(column)}; {hint}expected {', '.join(COLUMNS)}")
         if columns.count(column) > 1:
             raise InputError(f"{where}: column {column!r} is there {columns.count(column)} times; keep one")
+
+
+def _and(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _check_same(rows: list[Row]) -> None:

@@ -63,6 +63,7 @@ SIZES = [
     Size("tiny", 12, 192, 512, 6, batch=1, image=256),
     Size("tiny, batch 8", 12, 192, 512, 6, batch=8, image=256),
     Size("small", 8, 512, 1376, 8, batch=1, image=576),
+    Size("deep", 32, 512, 1376, 8, batch=1, image=576),
     Size("wide", 4, 1024, 2752, 16, batch=1, image=576),
     Size("7B layers", 4, 4096, 11008, 32, batch=1, image=576),
 ]
@@ -70,6 +71,7 @@ LONG = {"7B layers"}  # minutes on a CPU: only by name
 STRATEGIES = {
     "uniform": {"keep": 0.25},
     "fastv": {"layer": 2, "keep": 0.5},
+    "pyramiddrop": {"positions": "keep"},
     "csp": {},
 }
 
@@ -190,11 +192,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds per pair")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", nargs="*", help=f"some of: {', '.join(size.name for size in SIZES)}")
+    parser.add_argument("--strategies", nargs="*", help=f"some of: none, keep-all, {', '.join(STRATEGIES)}")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of this process instead of wall time")
     parser.add_argument("--json", type=Path, help="file for the result")
     given = parser.parse_args()
     strategies = {"none": tokenprune.strategy("none"), "keep-all": tokenprune.strategy("uniform", keep=1.0)}
     strategies |= {name: tokenprune.strategy(name, **options) for name, options in STRATEGIES.items()}
+    strategies = {name: own for name, own in strategies.items() if name in (given.strategies or strategies)}
     clock = time.process_time if given.cpu_time else time.perf_counter
     rows: list[dict[str, object]] = []
     with torch.no_grad():

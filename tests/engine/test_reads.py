@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenprune.core.decisions import Keep
+from tokenprune.core.ledger import LookAhead
 from tokenprune.core.reads import (
     AttentionFrom,
     Embeddings,
@@ -211,8 +212,8 @@ def test_what_is_computed_ahead_is_in_the_account():
     embeds, image, _, kept = batch(1, "right")
     with flop_counter() as counter, torch.no_grad(), prune(model, strategy, image_tokens=image) as run:
         model.model(inputs_embeds=embeds)
-    (width, rows) = run.trace.ledger.entries[3].ahead[0]
-    assert (width, rows) == (10 + int(max(kept.sum(1) + torch.tensor([0, 4]))), 1)
+    width = 10 + int(max(kept.sum(1) + torch.tensor([0, 4])))
+    assert run.trace.ledger.entries[3].ahead == (LookAhead(keys=width, queries=1, scored=1, reused=width),)
     assert count_flops(run.trace.ledger, DecoderSpec.from_config(model.config)).total == counter.get_total_flops()
 
 

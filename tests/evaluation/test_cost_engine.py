@@ -127,7 +127,7 @@ def _prefill(strategy: Strategy, image: int = 64, text: int = 9) -> tuple[Ledger
     return run.trace.ledger, counted, DecoderSpec.from_config(model.config)
 
 
-@pytest.mark.parametrize("name", ["none", "blind", "random", "uniform", "fastv"])
+@pytest.mark.parametrize("name", ["none", "blind", "random", "uniform", "fastv", "pyramiddrop"])
 def test_declared_ledger_costs_what_the_run_costs(name: str) -> None:
     strategy = tokenprune.strategy(name)
     ledger, counted, spec = _prefill(strategy)

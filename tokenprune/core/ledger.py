@@ -9,6 +9,25 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class LookAhead:
+    """A layer's attention, computed ahead of it for a stage that begins at it; all numbers are per batch row.
+
+    Attributes:
+        keys: positions whose keys were projected.
+        queries: positions whose queries were projected.
+        values: positions whose values were projected, as a fused projection does although nothing needs them.
+        scored: query rows whose attention was computed.
+        reused: keys that the layer took from here instead of projecting them itself.
+    """
+
+    keys: int
+    queries: int
+    values: int = 0
+    scored: int = 0
+    reused: int = 0
+
+
+@dataclass(frozen=True)
 class LayerEntry:
     """One decoder layer in prefill.
 
@@ -18,8 +37,7 @@ class LayerEntry:
         other: all other real tokens entering it, per batch row.
         width: positions computed per row, including the filling of shorter rows and padding.
         scored_rows: query rows per batch row whose attention in this layer was read.
-        ahead: (positions, query rows) per batch row, for each time that this layer's attention was computed ahead for
-            a stage that begins at it.
+        ahead: for each time that this layer's attention was computed ahead, what was computed.
     """
 
     layer: int
@@ -27,7 +45,7 @@ class LayerEntry:
     other: tuple[int, ...]
     width: int
     scored_rows: int = 0
-    ahead: tuple[tuple[int, int], ...] = ()
+    ahead: tuple[LookAhead, ...] = ()
 
 
 @dataclass(frozen=True)

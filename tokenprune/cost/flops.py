@@ -22,7 +22,8 @@ class Flops:
     Attributes:
         convention: how they were counted; conventions cannot be compared with each other.
         by_layer: every decoder layer, without scoring.
-        scorer: attention rows that were computed for strategies only.
+        scorer: attention rows that were computed for strategies only, with the projections ahead of a layer that the
+            layer did not use.
         merge: weighted sums of hidden states.
         lm_head: the output projection, at the positions it ran on.
         fixed: parts that do not depend on pruning, by name (tower, projector, mask head).
@@ -137,15 +138,17 @@ def _tokens(entry: LayerEntry, which: Count) -> list[int]:
 
 def _exact(ledger: Ledger, spec: DecoderSpec, logit_positions: int, fixed: dict[str, int]) -> Flops:
     rows, attention = len(ledger.image_tokens), spec.heads * spec.head_dim
-    ahead = spec.hidden * (attention + spec.kv_heads * spec.head_dim)  # queries and keys only
-    projections = 2 * ahead
+    queries, keys = spec.hidden * attention, spec.hidden * spec.kv_heads * spec.head_dim
+    projections = 2 * (queries + keys)
     mlp = (3 if spec.gated_mlp else 2) * spec.hidden * spec.intermediate
     by_layer = tuple(
         rows * (2 * entry.width * (projections + mlp) + 4 * entry.width**2 * attention) for entry in ledger.entries
     )
     scorer = sum(2 * rows * entry.scored_rows * entry.width * attention for entry in ledger.entries)
     for entry in ledger.entries:
-        scorer += sum(2 * rows * width * (ahead + scored * attention) for width, scored in entry.ahead)
+        for ahead in entry.ahead:  # a layer that takes its keys from there is itself counted in full
+            projected = ahead.queries * queries + (ahead.keys + ahead.values - ahead.reused) * keys
+            scorer += 2 * rows * (projected + ahead.scored * ahead.keys * attention)
     merge = 2 * ledger.merge_weights * spec.hidden
     lm_head = 2 * rows * logit_positions * spec.hidden * spec.vocab
     return Flops("exact", by_layer, scorer, merge, lm_head, fixed)

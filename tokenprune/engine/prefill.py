@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.ledger import LookAhead
 from tokenprune.core.reads import (
     AttentionFrom,
     Embeddings,
@@ -26,11 +27,12 @@ from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine.attention_tap import AttentionCall
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.decoder_reads import from_layer, look_ahead, position_kernel
+from tokenprune.engine.decoder_reads import from_layer, position_kernel, query_places
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.interface.vision_source import VisionSource, check_aligned
 from tokenprune.engine.layer_inputs import LayerInputs
+from tokenprune.engine.look_ahead import KeysAhead, look_ahead
 from tokenprune.engine.positions import first_tables, shifted_tables, tables_of
 from tokenprune.errors import EngineError, InputError
 
@@ -44,6 +46,7 @@ class Prefill(TokenScheduler):
             not renumbered; None = no row was.
         full: [batch, S, width], the last state of every position; available only while a stage is entered.
         taps: per layer, the reads that its attention answers, for the stage that begins after it.
+        keys_ahead: keys to hand on to the layer that is about to run; None = it computes them itself.
     """
 
     def __init__(
@@ -85,7 +88,8 @@ class Prefill(TokenScheduler):
         self._embeddings: dict[type[Read], Tensor] = {}
         self._answers: dict[Read, Tensor] = {}
         self._entering: tuple[int, dict[str, Any]] | None = None
-        self._computed_ahead: list[tuple[int, int]] = []
+        self.keys_ahead: KeysAhead | None = None
+        self._looked_ahead: list[LookAhead] = []
 
     # the methods that TokenScheduler calls ---------------------------------------------------------------------------
 
@@ -172,11 +176,10 @@ class Prefill(TokenScheduler):
             self._inputs.shorten(layer, kwargs, hidden, self._frame)
         if first is not None:  # padding shifts positions, which attention ignores but keys do not: undo the shift
             moved = shifted_tables(tables_of(kwargs), first, self._inputs.length)
-            seen = look_ahead(self.decoder, layer, hidden, {**kwargs, "position_embeddings": moved})
-            self._computed_ahead.append((hidden.shape[1], 0))
+            seen = self._look_ahead(layer, hidden, {**kwargs, "position_embeddings": moved}, self._frame)
             self.record_attention(layer, seen, keys)
-        self.account(layer, hidden.shape[1], self._scored(reads) if reads else 0, tuple(self._computed_ahead))
-        self._computed_ahead.clear()
+        self.account(layer, hidden.shape[1], self._scored(reads) if reads else 0, tuple(self._looked_ahead))
+        self._looked_ahead.clear()
         return hidden
 
     def _enter_stage(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
@@ -188,6 +191,8 @@ class Prefill(TokenScheduler):
             self._keep_embeddings(Embeddings)
         self._answers.clear()
         self._frame = self._next_frame()
+        if self.keys_ahead is not None:
+            self.keys_ahead.keep(self._frame)
         hidden, self._absent_states = (self.full, None) if self._frame is None else self._frame.split(self.full)
         return hidden
 
@@ -208,6 +213,9 @@ class Prefill(TokenScheduler):
             hidden: its output.
             full: whether other code observes the result.
         """
+        if self.keys_ahead is not None:
+            self.account_reused(self.keys_ahead.used)
+            self.keys_ahead = None
         last = layer == self.layers - 1
         self._returned_full = full and not last
         if self._returned_full:
@@ -267,9 +275,22 @@ class Prefill(TokenScheduler):
         if isinstance(read, PositionKernel):
             scaling = float(getattr(self.decoder.attention(layer), "scaling"))  # noqa: B009
             return position_kernel(read, tables_of(kwargs), scaling, self.layout, frame)
-        seen = look_ahead(self.decoder, layer, hidden, kwargs)
-        self._computed_ahead.append((hidden.shape[1], self.layout.query_rows(read.query).shape[1]))
+        rows = query_places(read.query, self.layout.query_rows(read.query), frame)
+        seen = self._look_ahead(layer, hidden, kwargs, frame, rows)
         return from_layer(read, seen, self.layout, frame, self.state.active)
+
+    def _look_ahead(
+        self,
+        layer: int,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        frame: GatheredSequence | None,
+        rows: Tensor | None = None,
+    ) -> AttentionCall:
+        ahead = look_ahead(self.decoder, layer, hidden, kwargs, frame, rows)
+        self._looked_ahead.append(ahead.cost)
+        self.keys_ahead = ahead.keys
+        return ahead.seen
 
     def _normed(self, states: Tensor, normed: bool) -> Tensor:
         norm: Any = self.decoder.module.norm

@@ -198,9 +198,15 @@ class PruningRun:
         if call.inside == number:
             return original(*args, **kwargs)
         args, kwargs = self._before_layer(call, number, args, kwargs)
-        is_tapped = call.prefill is not None and number in call.prefill.taps
-        # a tapped attention breaks the graph, so that torch.compile would compile each piece of the layer separately
-        output = original(*args, **kwargs) if is_tapped else run_compiled(number, original, *args, **kwargs)
+        prefill = call.prefill
+        if prefill is not None and prefill.keys_ahead is not None:
+            with prefill.keys_ahead.handed_on():
+                output = original(*args, **kwargs)
+        elif prefill is not None and number in prefill.taps:
+            # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
+            output = original(*args, **kwargs)
+        else:
+            output = run_compiled(number, original, *args, **kwargs)
         return self._after_layer(call, number, output)
 
     def _layer_checkpoint(

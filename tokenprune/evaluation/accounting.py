@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
 from tokenprune.core.stage import Shape
 from tokenprune.core.strategy import Strategy
 from tokenprune.cost import ChoiceMeter, DecoderSpec, count_flops, kv_bytes, measure_flops
@@ -40,11 +40,17 @@ def row_ledger(ledger: Ledger, row: int) -> Ledger:
     entered = image[0]
     for e in ledger.entries:
         width = e.image[row] + e.other[row]
-        ahead = tuple((entered + e.other[row], scored) for _, scored in e.ahead)
+        ahead = tuple(_alone(own, entered + e.other[row], width) for own in e.ahead)
         entries.append(LayerEntry(e.layer, (e.image[row],), (e.other[row],), width, e.scored_rows, ahead))
         entered = e.image[row]
     merges = ledger.merge_weights // len(ledger.image_tokens)
     return Ledger(image, other, entries, merge_weights=merges)
+
+
+def _alone(ahead: LookAhead, entered: int, kept: int) -> LookAhead:
+    """What was computed ahead for a row of which `entered` tokens entered the stage and `kept` remained."""
+    counts = {name: entered for name in ("keys", "queries", "values") if getattr(ahead, name) == ahead.keys}
+    return replace(ahead, **counts, reused=kept if ahead.reused else 0)
 
 
 def query_cost(ledger: Ledger, spec: DecoderSpec, element_bytes: int, queries: int = 1) -> QueryCost:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.scheduling.requirements import incompatibility
 from tokenprune.core.stage import Shape, Stage, check_tokens, declared_stages
@@ -192,6 +192,9 @@ def _check_layers(strategy: Strategy, stages: list[Stage], shape: Shape) -> None
 def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
     """The ledger of one row of this shape.
 
+    Where attention is computed ahead, it is that of a plain decoder without gradients and of a stage that merges
+    nothing: the layer takes its keys from there.
+
     Raises:
         BudgetError: a stage whose number of tokens depends on the image.
     """
@@ -199,10 +202,10 @@ def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
     ledger = Ledger((shape.image_tokens,), (shape.text_tokens,))
     active = shape.image_tokens
     for layer in range(shape.layers):
-        ahead = []
+        ahead: list[LookAhead] = []
         for stage in (p.stage for p in planned if p.stage.layer == layer):
             if any(isinstance(read, AttentionFrom) and not read.looks_back for read in stage.reads):
-                ahead.append((active + shape.text_tokens, 1))
+                ahead.append(LookAhead(keys=active + shape.text_tokens, queries=1, scored=1))
             if stage.tokens is None:
                 raise BudgetError(
                     f"strategy {strategy.name!r}, stage {stage.name!r}: the number of tokens depends on the "
@@ -212,5 +215,6 @@ def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
         after = [read for p in planned if p.stage.layer == layer + 1 for read in p.stage.reads]
         scored = int(any(isinstance(read, AttentionFrom) and read.looks_back for read in after))
         width = active + shape.text_tokens
+        ahead[-1:] = [replace(own, reused=width) for own in ahead[-1:]]
         ledger.entries.append(LayerEntry(layer, (active,), (shape.text_tokens,), width, scored, tuple(ahead)))
     return ledger

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
 from tokenprune.core.reads import Read
 from tokenprune.core.scheduling.plan import PlannedStage, RowGroup, plan
 from tokenprune.core.scheduling.state import TokenState
@@ -117,10 +118,16 @@ class TokenScheduler(ABC):
         for planned in self.due(layer):
             self._take(planned)
 
-    def account(self, layer: int, width: int, scored_rows: int = 0, ahead: tuple[tuple[int, int], ...] = ()) -> None:
+    def account(self, layer: int, width: int, scored_rows: int = 0, ahead: tuple[LookAhead, ...] = ()) -> None:
         """Add a layer to the ledger: `width` positions per row were computed; for the others see `LayerEntry`."""
         ledger = self.trace.ledger
         ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows, ahead))
+
+    def account_reused(self, keys: int) -> None:
+        """Add to the ledger how many keys per row the latest layer took from what was computed ahead of it last."""
+        entries = self.trace.ledger.entries
+        *others, latest = entries[-1].ahead
+        entries[-1] = replace(entries[-1], ahead=(*others, replace(latest, reused=keys)))
 
     def finish(self) -> None:
         """Called after the last layer: notify observers, clear the memory."""

@@ -229,6 +229,11 @@ def is_compiled_call() -> bool:
     return _COMPILER.active
 
 
+def is_compiled_run() -> bool:
+    """True if the code around the outermost intercepted call is compiled, and so is what `run_compiled` calls."""
+    return _COMPILER.paused is not None
+
+
 def run_compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function inside an intercepted call, compiled if the code around that call is.
 

@@ -1,0 +1,208 @@
+"""Attention of a layer before the layer runs, and handing its keys on to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.core.ledger import LookAhead
+from tokenprune.engine.attention_tap import AttentionCall, tap
+from tokenprune.engine.calls.interception import is_compiled_run, shadowed
+from tokenprune.engine.calls.wrappers import uncompiled
+from tokenprune.engine.decoder import Decoder
+from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.errors import UnsupportedError
+
+
+class KeysAhead:
+    """Output of a layer's key projection, computed ahead, which the layer can use instead of computing it again.
+
+    The projection works on each position alone, so that the rows of the kept tokens are the layer's own keys. They are
+    used only if the layer passes exactly the states that they were computed from: if the stage or a hook changed
+    them, the layer computes its keys itself.
+
+    Args:
+        projection: the layer's key projection.
+        states: [batch, M, width], its input.
+        keys: [batch, M, width of keys], its output.
+        frame: the shortened sequence of M positions; None = the full one.
+
+    Attributes:
+        used: positions per row whose keys the layer used.
+    """
+
+    def __init__(self, projection: nn.Module, states: Tensor, keys: Tensor, frame: GatheredSequence | None) -> None:
+        self._projection, self._frame = projection, frame
+        self._ready: tuple[Tensor, Tensor] | None = (states, keys)
+        self.used = 0
+
+    def keep(self, frame: GatheredSequence | None) -> None:
+        """Keep the positions of the frame that the layer runs on; none at all, if some of them were not computed."""
+        before, self._frame = self._frame, frame
+        if self._ready is None or before is frame:
+            return
+        places = None if frame is None else frame.index if before is None else before.places(frame.index)
+        if places is None or bool((places < 0).any()):
+            self.forget()
+        else:
+            states, keys = (take(part, places) for part in self._ready)
+            self._ready = states, keys
+
+    def forget(self) -> None:
+        """Release the tensors; the layer computes its keys itself."""
+        self._ready = None
+
+    @contextmanager
+    def handed_on(self) -> Iterator[None]:
+        """The layer uses the keys in its next call while the context is open."""
+        try:
+            with shadowed(self._projection, "forward", self._project):
+                yield
+        finally:
+            self.forget()
+
+    def _project(self, project: Callable[..., Tensor], states: Tensor) -> Tensor:
+        ready, self._ready = self._ready, None  # free the memory as soon as the layer has its keys
+        if ready is None or torch.is_grad_enabled() or not _same(states, ready[0]):
+            return project(states)
+        self.used = states.shape[1]
+        return ready[1]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What was computed of a layer's attention before the layer runs.
+
+    Attributes:
+        seen: the queries and keys; queries of rows that were not asked for are undefined.
+        cost: what was computed, for the ledger.
+        keys: keys to hand on to the layer; None if that is not possible.
+    """
+
+    seen: AttentionCall
+    cost: LookAhead
+    keys: KeysAhead | None
+
+
+def look_ahead(
+    decoder: Decoder,
+    layer: int,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    frame: GatheredSequence | None,
+    rows: Tensor | None = None,
+) -> Ahead:
+    """Queries and keys that a layer would compute from these states, with its own norm, projections and rotation.
+
+    Queries are projected only in the rows that are needed, and values and output not at all, if their projections have
+    the usual names.
+
+    Args:
+        decoder: the decoder.
+        layer: the layer's number.
+        hidden: [batch, M, width], states entering the layer.
+        kwargs: the layer's keyword arguments for these states.
+        frame: the shortened sequence of these states; None = the full one.
+        rows: int64 [batch, R], the query rows that are needed, −1 for none; None = only keys are needed.
+
+    Raises:
+        UnsupportedError: the layer has no `input_layernorm` or readable attention.
+    """
+    block, attention = decoder.layers[layer], decoder.attention(layer)
+    norm = getattr(block, "input_layernorm", None)
+    if norm is None:
+        raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
+    found: list[AttentionCall] = []
+    keys: list[KeysAhead] = []
+    names = ("attention_mask", "position_embeddings", "position_ids")
+    placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
+    device = next(placed, hidden.device)
+    wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
+    rows = torch.empty(len(hidden), 0, dtype=torch.int64) if rows is None else rows
+    some: Callable[..., Tensor] = partial(_some_rows, rows)
+    instead = {"q_proj": some, "v_proj": _no_rows, "o_proj": _no_rows}
+    projection: Any = attention.k_proj if _can_hand_on(block, attention) else None
+    if projection is not None:
+        instead["k_proj"] = partial(_remember, keys, projection, frame)
+    with ExitStack() as undo:
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(tap({attention: found.append}, instead=_nothing))
+        for name, wrapper in instead.items():
+            projection = getattr(attention, name, None)
+            if projection is not None:
+                undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
+        attention(norm(hidden.to(device)), **wanted)
+    return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1]), keys[0] if keys else None)
+
+
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """States [batch, M, C] at int64 [batch, n]: [batch, n, C]; −1 takes the first."""
+    index = index.to(states.device).clamp(min=0)
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _cost(attention: nn.Module, length: int, rows: int) -> LookAhead:
+    fused = not hasattr(attention, "k_proj")  # one projection of queries, keys and values, or another kind
+    return LookAhead(length, rows if hasattr(attention, "q_proj") else length, length if fused else 0, rows)
+
+
+def _can_hand_on(block: nn.Module, attention: nn.Module) -> bool:
+    """True if the layer's key projection is plain, and nothing else needs it to run: gradients, hooks, a compiler."""
+    keys: Any = getattr(attention, "k_proj", None)
+    if torch.is_grad_enabled() or is_compiled_run() or type(keys) is not nn.Linear or "forward" in keys.__dict__:
+        return False
+    if all(child is not attention for child in block.children()):  # compiled alone
+        return False
+    compiled = any(part._compiled_call_impl is not None for part in (block, attention, keys))
+    return not (compiled or keys._forward_hooks or keys._forward_pre_hooks)
+
+
+def _same(states: Tensor, others: Tensor) -> bool:
+    if states.shape != others.shape or states.dtype != others.dtype or states.device != others.device:
+        return False
+    return torch.equal(states, others)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _some_rows(rows: Tensor, project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
+    """Replaces the query projection: run it on the rows that are needed, each put in its place among zeros.
+
+    At full length the rows pass the layer's own norm and rotation as they do in the layer.
+    """
+    some = project(take(states, rows), *args)
+    queries = some.new_zeros(*states.shape[:2], some.shape[-1])
+    index = rows.to(some.device).clamp(min=0)[..., None].expand_as(some)
+    return queries.scatter_(1, index, some)
+
+
+def _remember(
+    found: list[KeysAhead],
+    projection: nn.Module,
+    frame: GatheredSequence | None,
+    project: Callable[..., Tensor],
+    states: Tensor,
+) -> Tensor:
+    keys = project(states)
+    found.append(KeysAhead(projection, states, keys, frame))
+    return keys
+
+
+def _no_rows(project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
+    """Replaces a projection whose output is not needed: run it on no rows."""
+    return project(states[:, :0], *args)
+
+
+def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Replaces an attention function whose output is not needed."""
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom, LayerKeys, PositionKernel, Read, TextKeys
+from tokenprune.core.scheduling.state import take_rows
 from tokenprune.engine.attention_tap import AttentionCall
 from tokenprune.engine.gathered import GatheredSequence
-from tokenprune.engine.look_ahead import take
 from tokenprune.errors import EngineError, UnsupportedError
 
 
@@ -92,7 +92,7 @@ def query_places(name: str, positions: Tensor, frame: GatheredSequence | None) -
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """Values [batch, M, C] at [batch, n]: [batch, n, C], zeros at −1."""
     index = index.to(values.device)
-    return take(values, index).masked_fill((index < 0)[..., None], 0)
+    return take_rows(values, index.clamp(min=0)).masked_fill((index < 0)[..., None], 0)
 
 
 def _reduced(weights: Tensor, real: Tensor, how: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.layout import true_positions
-from tokenprune.core.scheduling.state import as_mask, spread_rows
+from tokenprune.core.scheduling.state import as_mask, take_rows
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,25 @@ class GatheredSequence:
 
     def gather(self, full: Tensor) -> Tensor:
         """[batch, S, width] -> [batch, M, width]."""
-        return _take(full, self.index)
+        return take_rows(full, self.index)
 
     def split(self, full: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, S, width] -> the frame's [batch, M, width], and the states of the absent positions."""
         # −1 gathers position 0, which `join` ignores
-        return self.gather(full), _take(full, self.absent.clamp(min=0))
+        return self.gather(full), take_rows(full, self.absent.clamp(min=0))
 
     def join(self, short: Tensor, rest: Tensor) -> Tensor:
         """Undo `split`: [batch, S, width]. Fillers are ignored."""
-        # a filler must not overwrite the position that it repeats
-        index = torch.where(self.filled, self.index, -1).to(short.device)
-        base = spread_rows(rest.to(short), self.absent.to(short.device), self.length)
-        return spread_rows(short, index, self.length, base=base)
+        return take_rows(torch.cat((short, rest.to(short)), 1), self._joined)
+
+    @cached_property
+    def _joined(self) -> Tensor:
+        """int64 [batch, S]: where each position is in the frame followed by the absent positions."""
+        index = torch.cat((torch.where(self.filled, self.index, -1), self.absent), 1)
+        steps = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        order = torch.zeros(len(index), self.length + 1, dtype=torch.int64, device=index.device)
+        # the spare column is where fillers go, which must not stand for the position that they repeat
+        return order.scatter_(1, torch.where(index < 0, self.length, index), steps)[:, : self.length]
 
     def prefill_table(self, table: Tensor) -> Tensor:
         """Rotary tables [..., batch or 1, S, D] -> [..., batch, M, D]."""
@@ -147,8 +153,3 @@ class GatheredSequence:
         # the smallest finite number, since −inf would give NaN in a row without visible keys
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return cut.masked_fill(~filled[:, None, None], hidden)
-
-
-def _take(full: Tensor, index: Tensor) -> Tensor:
-    index = index.to(full.device)
-    return full.gather(1, index[..., None].expand(-1, -1, full.shape[-1]))

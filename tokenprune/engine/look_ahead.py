@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.core.ledger import LookAhead
+from tokenprune.core.scheduling.state import take_rows
 from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.calls.interception import is_compiled_run, shadowed
 from tokenprune.engine.calls.wrappers import uncompiled
@@ -51,7 +52,7 @@ class KeysAhead:
         if places is None or bool((places < 0).any()):
             self.forget()
         else:
-            states, keys = (take(part, places) for part in self._ready)
+            states, keys = (take_rows(part, places) for part in self._ready)
             self._ready = states, keys
 
     def forget(self) -> None:
@@ -124,7 +125,7 @@ def look_ahead(
     placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
     device = next(placed, hidden.device)
     wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
-    rows = torch.empty(len(hidden), 0, dtype=torch.int64) if rows is None else rows
+    rows = torch.empty(len(hidden), 0, dtype=torch.int64) if rows is None else rows.clamp(min=0)
     some: Callable[..., Tensor] = partial(_some_rows, rows)
     instead = {"q_proj": some, "v_proj": _no_rows, "o_proj": _no_rows}
     projection: Any = attention.k_proj if _can_hand_on(block, attention) else None
@@ -139,12 +140,6 @@ def look_ahead(
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
         attention(norm(hidden.to(device)), **wanted)
     return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1]), keys[0] if keys else None)
-
-
-def take(states: Tensor, index: Tensor) -> Tensor:
-    """States [batch, M, C] at int64 [batch, n]: [batch, n, C]; −1 takes the first."""
-    index = index.to(states.device).clamp(min=0)
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _cost(attention: nn.Module, length: int, rows: int) -> LookAhead:
@@ -180,9 +175,9 @@ def _some_rows(rows: Tensor, project: Callable[..., Tensor], states: Tensor, *ar
 
     At full length the rows pass the layer's own norm and rotation as they do in the layer.
     """
-    some = project(take(states, rows), *args)
+    some = project(take_rows(states, rows), *args)
     queries = some.new_zeros(*states.shape[:2], some.shape[-1])
-    index = rows.to(some.device).clamp(min=0)[..., None].expand_as(some)
+    index = rows.to(some.device)[..., None].expand_as(some)
     return queries.scatter_(1, index, some)
 
 

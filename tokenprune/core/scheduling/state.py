@@ -135,6 +135,17 @@ def as_mask(index: Tensor, size: int) -> Tensor:
     return mask.scatter_(1, torch.where(index < 0, size, index), True)[:, :size]
 
 
+def take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Values [batch, size, …] at rows int64 `index` [batch, k], none of them negative: [batch, k, …].
+
+    Copies whole rows, which is several times faster than `torch.gather` by single elements.
+    """
+    index = index.to(values.device)
+    starts = torch.arange(len(index), device=index.device)[:, None] * values.shape[1]
+    taken = values.flatten(0, 1).index_select(0, (starts + index).flatten())
+    return taken.reshape(*index.shape, *values.shape[2:])
+
+
 def spread_rows(values: Tensor, index: Tensor, size: int, base: Tensor | None = None) -> Tensor:
     """Put values [batch, k, …] at rows `index` [batch, k] of a [batch, size, …] tensor of zeros (or of `base`); −1
     is ignored.

@@ -97,7 +97,7 @@ def test_a_forward_from_before_the_context_runs_on_unpruned(model: Any, where: i
     assert handles == before
 
 
-@pytest.mark.parametrize("part", ["v_proj", "o_proj", "q_proj"])
+@pytest.mark.parametrize("part", ["v_proj", "o_proj", "q_proj", "k_proj"])
 def test_a_forward_beside_a_layer_that_computes_ahead(model: Any, part: str) -> None:
     """There the layer's projections are given nothing to do, but for the thread that asks alone."""
     alone, expected = logits(model, OTHER), pruned(model, layer="next")

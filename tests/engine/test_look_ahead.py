@@ -239,6 +239,32 @@ def test_keys_of_restored_tokens_are_computed() -> None:
     assert torch.equal(found, prefill(model, Restoring())[0])
 
 
+def compiled_model(model: Any) -> None:
+    model.compile(backend="eager")
+
+
+def compiled_layer(model: Any) -> None:
+    model.layers[2].compile(backend="eager")
+
+
+def compiled_attention(model: Any) -> None:
+    model.layers[2].self_attn.compile(backend="eager")
+
+
+def wrapped_attention(model: Any) -> None:
+    model.layers[2].self_attn = torch.compile(model.layers[2].self_attn, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [compiled_model, compiled_layer, compiled_attention, wrapped_attention])
+def test_compiled_layers_compute_their_keys(compiled: Callable[[Any], None]) -> None:
+    model: Any = tiny_llama(LAYERS).model
+    expected, _ = prefill(model, Looking())
+    compiled(model)
+    found, run = prefill(model, Looking())
+    assert looked(run).reused == 0
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients_take_the_layers_own_keys() -> None:
     model: Any = tiny_llama(LAYERS).model
     with tp.prune(model, Looking(), image_tokens=marks()) as run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from fake_segmentation import SIDE, FakeData, FakeModel, Front, Whole
 
 import tokenprune as tp
-from tokenprune.core.ledger import LayerEntry, Ledger
+from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
 from tokenprune.cost import DecoderSpec, count_flops, flop_counter, kv_bytes
 from tokenprune.errors import BudgetError, IncompatibleError, OptionError, UnknownNameError
 from tokenprune.evaluation import metrics
@@ -170,6 +171,12 @@ def test_row_ledger_is_the_account_of_a_row_alone() -> None:
     alone = row_ledger(Ledger((4, 4), (3, 5), entries, 9), 0)
     assert alone == Ledger((4,), (3,), [LayerEntry(0, (4,), (3,), 7), LayerEntry(1, (2,), (3,), 5, 1)])
     spec = DecoderSpec.of(layers=2, hidden=8, intermediate=8, heads=2)
+    ahead = LookAhead(keys=9, queries=1, scored=1, reused=7), LookAhead(keys=9, queries=9, values=9, scored=2)
+    entries[1] = replace(entries[1], ahead=ahead)
+    assert row_ledger(Ledger((4, 4), (3, 5), entries, 9), 0).entries[1].ahead == (
+        LookAhead(keys=7, queries=1, scored=1, reused=5),
+        LookAhead(keys=7, queries=7, values=7, scored=2),
+    )
     assert count_flops(alone, spec).decoder < count_flops(Ledger((4,), (3,), entries[:], 9), spec).decoder
 
 

@@ -217,6 +217,29 @@ def test_polygons_are_united_and_summed() -> None:
     assert not drawn([], 10, 12).any()
 
 
+@pytest.mark.parametrize("number", [1, 2, 255, 256, 257, 512])
+def test_parts_over_a_pixel_are_counted(number: int) -> None:
+    pytest.importorskip("pycocotools")
+    parts = [[1, 1, 5, 1, 5, 5, 1, 5]] * number
+    expected = np.zeros((10, 12), dtype=int)
+    expected[1:5, 1:5] = number
+    assert np.array_equal(summed(parts, 10, 12), expected)
+    assert np.array_equal(drawn(parts, 10, 12), expected > 0)
+
+
+def packed(*lengths: int) -> str:
+    """Compressed run lengths of at most three runs: five bits a character, lowest first, 32 where another follows."""
+    text = ""
+    for length in lengths:
+        while True:
+            bits, length = length & 31, length >> 5
+            is_last = length == (-1 if bits & 16 else 0)
+            text += chr(48 + bits + (0 if is_last else 32))
+            if is_last:
+                break
+    return text
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_run_lengths_are_those_of_the_mask(seed: int) -> None:
     coder = pytest.importorskip("pycocotools.mask")
@@ -249,11 +272,17 @@ def test_run_lengths_are_those_of_the_mask(seed: int) -> None:
         ({"counts": [9]}, "cannot be drawn"),
         ({"size": [10, 12], "counts": [5, 5]}, "run lengths of 10 pixels found, expected 120, those of the image"),
         ({"size": [10, 12], "counts": [10**9]}, "run lengths of 1000000000 pixels found, expected 120"),
-        ({"size": [10, 12], "counts": [130, -10]}, "run lengths of 120 pixels found"),
+        ({"size": [10, 12], "counts": [130, -10]}, "run length 1 is -10, expected none below 0"),
+        ({"size": [10, 12], "counts": packed(130, -10)}, "run length 1 is -10, expected none below 0"),
+        ({"size": [10, 12], "counts": [60.5, 59.5]}, "run length 60.5 found, expected whole numbers"),
+        ({"size": [10, 12], "counts": [True, 119]}, "run length True found, expected whole numbers"),
+        ({"size": [10, 12], "counts": ["60", "60"]}, "run length '60' found, expected whole numbers"),
+        ({"size": [10, 12], "counts": packed(60, 60) + "P"}, "compressed run lengths end within a number"),
         ({"size": [10, 12], "counts": ""}, "run lengths of 0 pixels found, expected 120"),
         ({"size": [10, 12], "counts": "zzzz"}, "run lengths of .* pixels found, expected 120"),
         ([[0, 0, 1e9, 3, 5, 5]], r"has the coordinate 1e\+09, expected pixels of the image"),
-        ({"size": [10, 12], "counts": [-4, "x"]}, "cannot be drawn"),
+        ({"size": [10, 12], "counts": [-4, "x"]}, "run length 'x' found, expected whole numbers"),
+        ({"size": [10, 12], "counts": 120}, "cannot be drawn"),
     ],
 )
 def test_odd_segmentations_are_refused(segmentation: Any, message: str) -> None:

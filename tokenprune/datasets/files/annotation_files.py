@@ -72,10 +72,19 @@ def item(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any
         raise InputError(f"{what} has no {key!r}; found {', '.join(map(repr, list(record)[:8])) or 'nothing'}")
     value = record[key]
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
         names = " or ".join(NAMES.get(one, one.__name__) for one in kinds)
         raise InputError(f"{what} has {key!r} {shown(value)}, expected {names}")
     return value
+
+
+def side(record: Any, key: str, what: str) -> int:
+    """`record[key]`, a height or width in pixels; 31.0 is 31. Raises InputError for anything else."""
+    value = item(record, key, object, what)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value < 1 or not float(value).is_integer():
+        raise InputError(f"{what} has {key!r} {shown(value)}, expected a whole number of pixels; get the file again")
+    return int(value)
 
 
 NAMES = {list: "a list", dict: "an object", str: "text", int: "a whole number", bool: "true or false"}

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tokenprune.datasets.files.annotation_files import item, json_of, words
+from tokenprune.datasets.files.annotation_files import item, json_of, side, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import check_installed, drawn
 from tokenprune.errors import InputError
@@ -130,7 +130,10 @@ class Coco(FileDataset):
         names: dict[Any, str] = {}
         for number, one in enumerate(listed):
             where = f"{str(self.path)!r}, category {number}"
-            names[item(one, "id", (int, str), where)] = words(item(one, "name", str, where), f"{where}, its name")
+            identity = item(one, "id", (int, str), where)
+            if identity in names:
+                raise InputError(f"{where} has the id {identity!r} of another category; give each its own id")
+            names[identity] = words(item(one, "name", str, where), f"{where}, its name")
         return names
 
     @cached_property
@@ -200,9 +203,14 @@ class Coco(FileDataset):
             for one in asked.values()
             if one.wanted
         )
-        sides = record.get("height"), record.get("width")
-        size = sides if all(type(side) is int for side in sides) else None
-        return ListedScene(str(image), self._folder / record["file_name"], queries, size)  # type: ignore[arg-type]
+        file, where = self._folder / record["file_name"], f"{str(self.path)!r}, image {image!r}"
+        size = None
+        if queries and ("height" in record or "width" in record):
+            try:
+                size = side(record, "height", where), side(record, "width", where)
+            except InputError as error:
+                return ListedScene(str(image), file, problem=str(error))
+        return ListedScene(str(image), file, queries, size)
 
     @cached_property
     def _folder(self) -> Path:

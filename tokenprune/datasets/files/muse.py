@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from tokenprune.datasets.files.annotation_files import item, json_of, words
+from tokenprune.datasets.files.annotation_files import item, json_of, side, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import check_installed, drawn
 from tokenprune.errors import InputError
@@ -76,7 +76,7 @@ class Muse(FileDataset):
         return scenes
 
     def _scene(self, entry: Any, number: int, where: str) -> ListedScene:
-        size = item(entry, "height", int, where), item(entry, "width", int, where)
+        size = side(entry, "height", where), side(entry, "width", where)
         questions, answers = item(entry, "questions", list, where), item(entry, "answers", list, where)
         if len(questions) != len(answers) or not questions:
             found = f"{len(questions)} questions and {len(answers)} answers"

@@ -19,7 +19,7 @@ from tokenprune.datasets.files.refer.layout import INSTANCES, folder_of, images_
 from tokenprune.datasets.files.segmentation import drawn, summed
 from tokenprune.errors import DataWarning, InputError, UnknownNameError
 
-INDEX = "refer-1"  # to be raised when `joined` gives something else
+INDEX = "refer-2"  # to be raised when `joined` gives something else
 COCO_IMAGES = ("images/mscoco/images/train2014", "images/train2014", "train2014")
 CLEF_IMAGES = ("images/saiapr_tc-12", "saiapr_tc-12")
 WITHOUT_OUTLINE = "sentences about an annotation without segmentation"

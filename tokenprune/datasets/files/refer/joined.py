@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenprune.datasets.files.annotation_files import json_of
+from tokenprune.datasets.files.annotation_files import json_of, side
 from tokenprune.datasets.files.refer.unpickler import read_pickle
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown, unicode_problem
@@ -152,12 +152,21 @@ def _ref(value: Any, where: str, several: bool) -> Part:
 def _instances(file: Path) -> tuple[dict[Any, Part], dict[Any, Part]]:
     """Images and annotations by id."""
     found = json_of(file)
-    images = {
-        one["id"]: {"id": one["id"], "file": one["file_name"], "size": [one["height"], one["width"]]}
-        for one in _entries(found, "images", {"id": (int, str), "file_name": str, "height": int, "width": int}, file)
-    }
-    wanted = {"id": (int, str), "image_id": (int, str)}
-    return images, {one["id"]: one for one in _entries(found, "annotations", wanted, file)}
+    images = _by_id(found, "images", {"id": (int, str), "file_name": str}, file)
+    for identity, one in images.items():
+        where = f"{str(file)!r}, image {identity!r}"
+        size = [side(one, "height", where), side(one, "width", where)]
+        images[identity] = {"id": identity, "file": one["file_name"], "size": size}
+    return images, _by_id(found, "annotations", {"id": (int, str), "image_id": (int, str)}, file)
+
+
+def _by_id(found: Any, key: str, fields: dict[str, Any], file: Path) -> dict[Any, Part]:
+    known: dict[Any, Part] = {}
+    for number, one in enumerate(_entries(found, key, fields, file)):
+        if known.setdefault(one["id"], one) != one:  # the same entry twice is one
+            where = f"{str(file)!r}, {key} {number}"
+            raise InputError(f"{where} has the id {one['id']!r} of another entry; give an intact file of this dataset")
+    return known
 
 
 def _entries(found: Any, key: str, fields: dict[str, Any], file: Path) -> Iterator[Part]:

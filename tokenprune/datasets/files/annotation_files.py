@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ def text_of(path: Path, encodings: Sequence[str] = ("utf-8",)) -> str:
     """The text of a file, without a byte order mark; the first encoding that fits.
 
     Raises:
-        InputError: it cannot be read, or none fits; names the line.
+        InputError: it cannot be read, is no regular file (a pipe would never end), or none fits; names the line.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{str(path)!r} is no regular file, expected annotations; check the path")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -65,7 +68,7 @@ def words(value: Any, what: str) -> str:
 
 
 def item(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any:
-    """`record[key]`, of this type. Raises InputError for another type, or if it is absent."""
+    """`record[key]`, of this type. Raises InputError for another type, text that is no Unicode, or if it is absent."""
     if not isinstance(record, dict):
         raise InputError(f"{what} is {shown(record)}, expected an object with {key!r}")
     if key not in record:
@@ -75,6 +78,8 @@ def item(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any
     if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
         names = " or ".join(NAMES.get(one, one.__name__) for one in kinds)
         raise InputError(f"{what} has {key!r} {shown(value)}, expected {names}")
+    if isinstance(value, str) and (problem := unicode_problem(value)):
+        raise InputError(f"{what} has {key!r} {value[:60]!a}, which {problem}")
     return value
 
 

@@ -5,6 +5,7 @@ Format: https://cocodataset.org/#format-data.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -68,8 +69,9 @@ class Coco(FileDataset):
 
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
-        if not self.path.is_file():
-            raise InputError(f"dataset {self.name!r}: {str(path)!r} is a folder, expected {self.layout}")
+        if not os.path.isfile(self.path):
+            found = "a folder" if os.path.isdir(self.path) else "no regular file"
+            raise InputError(f"dataset {self.name!r}: {str(path)!r} is {found}, expected {self.layout}")
         check_installed()
         found = [word for word in re.findall(r"[a-z]+", self.path.stem.lower()) if word in NAMED]
         self.splits = (self.options.split or (found[0] if len(set(found)) == 1 else "val"),)  # type: ignore[misc]
@@ -217,14 +219,14 @@ class Coco(FileDataset):
         """The folder of the images: the option, or the first place near the file that has one of the first images."""
         if self.options.images:
             folder = expanded(self.options.images)
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 raise InputError(f"dataset {self.name!r}: images {str(folder)!r} is not a folder; check the option")
             return folder
         here, above = self.path.parent, self.path.parent.parent
         names = [image["file_name"] for image in list(self._images.values())[:SAMPLES]]
         subset = self.path.stem.rsplit("_", 1)[-1]  # val2017 of instances_val2017.json
         near = [here, here / "images", above, above / "images", above / subset, above / "images" / subset]
-        return next((folder for folder in near if any((folder / name).is_file() for name in names)), here)
+        return next((folder for folder in near if any(os.path.isfile(folder / name) for name in names)), here)
 
 
 def target_of(wanted: Sequence[dict[str, Any]], crowds: Sequence[dict[str, Any]], height: int, width: int) -> Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -73,8 +74,9 @@ class ListedScene:
     problem: str = ""
 
     def missing(self) -> list[Path]:
-        """Its files that are not there."""
-        return [path for path in dict.fromkeys((self.image, *self.needs)) if not path.is_file()]
+        """Its files that are not there, or no regular files."""
+        # os.path takes names that no file can have, which Path raises errors for
+        return [path for path in dict.fromkeys((self.image, *self.needs)) if not os.path.isfile(path)]
 
 
 class FileOptions(BaseModel):
@@ -114,7 +116,7 @@ class FileDataset(Dataset):
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         self.name = name or type(self).name  # type: ignore[misc]  # one class may have several names
         self.path = expanded(path)
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             raise InputError(f"dataset {self.name!r}: nothing is at {str(path)!r}; check the path{self._expected()}")
         try:
             self.options = self.Options(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -45,7 +46,7 @@ class Folder(FileDataset):
 
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
-        tables = [self.path / table for table in TABLES if (self.path / table).is_file()]
+        tables = [self.path / table for table in TABLES if os.path.isfile(self.path / table)]
         if len(tables) != 1:
             found = f"both {' and '.join(TABLES)} are in" if tables else "no table of queries is in"
             cure = "; remove one" if tables else self._expected()

@@ -6,6 +6,7 @@ Format and evaluation are those of LISA (Lai et al., 2024, https://arxiv.org/abs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,8 @@ from tokenprune.datasets.files.annotation_files import item, json_of, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import FARTHEST, check_installed, part_drawn
 from tokenprune.errors import InputError
-from tokenprune.utils.arguments import shown
+from tokenprune.utils.arguments import shown, unicode_problem
+from tokenprune.utils.files import reason
 from tokenprune.utils.masks import with_ignored
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -63,19 +65,23 @@ class ReasonSeg(FileDataset):
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
         inside = (self.path, self.path / "ReasonSeg", self.path / "reason_seg" / "ReasonSeg")
-        root = next((folder for folder in inside if any((folder / split).is_dir() for split in SPLITS)), None)
+        root = next((folder for folder in inside if any(os.path.isdir(folder / split) for split in SPLITS)), None)
         if root is None:
             up = f"; give the folder above it, {str(self.path.parent)!r}" if self.path.name in SPLITS else ""
             found = f"dataset {self.name!r}: no folder train, val or test is in {str(path)!r}"
             raise InputError(f"{found}{up or self._expected()}")
         (_opencv if self.options.faithful else check_installed)()
         self.root = root
-        self.splits = tuple(split for split in SPLITS if (root / split).is_dir())  # type: ignore[misc]
+        self.splits = tuple(split for split in SPLITS if os.path.isdir(root / split))  # type: ignore[misc]
 
     def listed(self, split: str) -> Sequence[ListedScene]:
         """See `FileDataset.listed`: in order of the files' names."""
         folder = self.root / split
-        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        try:
+            files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        except OSError as error:
+            found = f"{str(folder)!r} cannot be read ({reason(error)})"
+            raise InputError(f"dataset {self.name!r}: {found}; check its permissions") from error
         images = {file.stem: file for file in files if file.suffix.lower() == ".jpg"}
         texts = {file.stem: file for file in files if file.suffix.lower() == ".json"}
         if not texts:
@@ -87,7 +93,9 @@ class ReasonSeg(FileDataset):
 
     def _listed(self, image: Path, text: Path) -> ListedScene:
         stem = image.stem
-        if not text.is_file():
+        if problem := unicode_problem(stem):
+            return ListedScene(ascii(stem)[1:-1], image, problem=f"the name of {str(image)!r} {problem}")
+        if not os.path.isfile(text):
             return ListedScene(stem, image, needs=(text,))
         try:
             queries = self._queries(stem, text)

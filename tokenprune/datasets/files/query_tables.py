@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenprune.datasets.files.annotation_files import parsed, text_of
 from tokenprune.errors import InputError, nearest
-from tokenprune.utils.arguments import shown
+from tokenprune.utils.arguments import shown, unicode_problem
 
 NEEDED = ("image", "mask", "query")
 OPTIONAL = ("kind", "id", "split", "is_sentence")
@@ -87,6 +87,8 @@ def _json_rows(file: Path, text: str) -> list[Row]:
                 found[column] = str(value)
             elif not isinstance(value, (str, bool) if column == "is_sentence" else str):
                 raise InputError(f"{where}: {column} is {shown(value)}, expected text")
+            elif isinstance(value, str) and (problem := unicode_problem(value)):
+                raise InputError(f"{where}: {column} {value[:60]!a} {problem}")
         rows.append(Row(file, number, found))
     _check_same(rows)
     return rows

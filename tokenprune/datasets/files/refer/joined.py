@@ -143,9 +143,6 @@ def _ref(value: Any, where: str, several: bool) -> Part:
     else:
         ref |= _fields(value, {"ann_id": (int, str)}, where)
     ref["sentences"] = [_fields(one, {"sent_id": (int, str), "sent": str}, where) for one in ref["sentences"]]
-    for one in ref["sentences"]:
-        if problem := unicode_problem(one["sent"]):
-            raise InputError(f"{where}: sentence {one['sent'][:60]!a} {problem}")
     return ref
 
 
@@ -179,11 +176,13 @@ def _entries(found: Any, key: str, fields: dict[str, Any], file: Path) -> Iterat
 
 
 def _fields(value: Any, fields: dict[str, Any], where: str) -> Part:
-    """These fields of an object; raises InputError if one is not there or has another type."""
+    """These fields of an object; raises InputError if one is absent, of another type, or text that is no Unicode."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {shown(value)}, expected an object with {', '.join(fields)}; give an intact file")
     for field, kinds in fields.items():
         if not isinstance(value.get(field), kinds) or isinstance(value[field], bool):
             held = f"is {shown(value[field])}" if field in value else "is missing"
             raise InputError(f"{where}: {field!r} {held}; give an intact file of this dataset")
+        if isinstance(value[field], str) and (problem := unicode_problem(value[field])):
+            raise InputError(f"{where}: {field!r} {value[field][:60]!a} {problem}")
     return {field: value[field] for field in fields}

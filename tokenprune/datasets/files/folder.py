@@ -60,7 +60,7 @@ class Folder(FileDataset):
         rows = rows_of(self.table)
         for row in rows:
             for column in ("split", "kind"):
-                if column in row.cells and not row.get(column).strip():
+                if column in row.cells and not row.get(column):
                     raise InputError(f"{row.where}: {column} is empty; give it in every row, or leave the column out")
         return rows
 
@@ -74,7 +74,7 @@ class Folder(FileDataset):
             try:
                 image, mask = self._place(row, "image"), self._place(row, "mask")
                 known = images.setdefault(image, [])
-                id = row.get("id", f"{row.get('image')}#{len(known) + 1}").strip()
+                id = row.get("id", f"{row.get('image')}#{len(known) + 1}")
                 if not id or id in taken:
                     found = f"is that of line {taken[id].line} too" if id else "is empty"
                     raise InputError(f"{row.where}: id {id!r} {found}; give each query its own")
@@ -97,7 +97,7 @@ class Folder(FileDataset):
     def _query(self, row: Row, id: str, mask: Path) -> ListedQuery:
         text = words(row.cells["query"], f"{row.where}: query")
         given = row.cells.get("is_sentence", False)
-        is_sentence = given if isinstance(given, bool) else TRUTH.get(given.strip().lower())
+        is_sentence = given if isinstance(given, bool) else TRUTH.get(given.lower())
         if is_sentence is None:
             raise InputError(f"{row.where}: is_sentence is {shown(given)}, expected true or false")
         return ListedQuery(id, text, row.get("kind", KIND), partial(self._target, mask), is_sentence)
@@ -107,7 +107,7 @@ class Folder(FileDataset):
 
     def _place(self, row: Row, column: str) -> Path:
         """A file of the folder. Raises InputError for one outside, so that the folder can be moved as a whole."""
-        text = row.get(column).strip()
+        text = row.get(column)
         if not text:
             cure = "; a query without a target has a black mask" if column == "mask" else ""
             raise InputError(f"{row.where}: {column} is empty, expected a path{cure}")

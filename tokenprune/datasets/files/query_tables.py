@@ -19,7 +19,7 @@ OTHER_SEPARATORS = (";", "\t")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: cells by column, and where it begins."""
+    """One row: cells by column, without spaces at their ends, and where it begins."""
 
     file: Path
     line: int
@@ -65,7 +65,7 @@ def _csv_rows(file: Path, text: str) -> list[Row]:
             if len(cells) != len(header):
                 found = f"{len(cells)} cells found, expected {len(header)}, as in the header"
                 raise InputError(f'{where.where}: {found}; put a text with commas in quotes, as in "left, behind"')
-            rows.append(Row(file, where.line, dict(zip(header, cells, strict=True))))
+            rows.append(Row(file, where.line, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
     except csv.Error as error:
         cure = 'close each quotation mark, and double those within a text, as in "a ""red"" ring"'
         raise InputError(f"{str(file)!r}, line {line}: not CSV ({error}); {cure}") from error
@@ -89,6 +89,8 @@ def _json_rows(file: Path, text: str) -> list[Row]:
                 raise InputError(f"{where}: {column} is {shown(value)}, expected text")
             elif isinstance(value, str) and (problem := unicode_problem(value)):
                 raise InputError(f"{where}: {column} {value[:60]!a} {problem}")
+            elif isinstance(value, str):
+                found[column] = value.strip()
         rows.append(Row(file, number, found))
     _check_same(rows)
     return rows

@@ -15,7 +15,7 @@ import tokenprune as tp
 from tokenprune.datasets.by_name import split_path
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import drawn, summed
-from tokenprune.datasets.validation import check_request
+from tokenprune.datasets.validation import check_request, counted_scenes, numbered_scenes
 from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.hookspecs import hookimpl
@@ -128,6 +128,33 @@ def test_missing_images_are_told_once(folder: Path) -> None:
         scenes = list(tp.dataset(f"halves:{folder},missing=skip").scenes("val", limit=5))
     assert [(scene.id, len(scene.queries)) for scene in scenes] == [("0", 2), ("1", 2), ("14", 1)]
     assert len(warned) == 1
+
+
+def test_a_split_is_listed_and_warned_about_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "3.png").unlink()
+    times = []
+    listed = Halves.listed
+    monkeypatch.setattr(Halves, "listed", lambda self, split: times.append(split) or listed(self, split))
+    data = tp.dataset(f"halves:{folder},missing=skip")
+    with pytest.warns(DataWarning, match="1 of 15 images") as warned:
+        counted = list(counted_scenes(data, "val", None, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = list(data.scenes("val", limit=5))
+        (last,) = (scene for _, scene in numbered_scenes(data, "val", None, 0, lambda number, _: number == 13))
+    assert (times, len(warned)) == (["val"], 1)
+    assert counted == [(number, 2) for number in range(14)]
+    assert [(scene.id, len(scene.queries)) for scene in some] == [("0", 2), ("1", 2), ("2", 1)]
+    assert (last.id, len(last.queries)) == ("14", 2)
+
+
+def test_a_split_that_is_refused_is_listed_again(folder: Path) -> None:
+    data = tp.dataset(f"halves:{folder}")
+    (folder / "3.png").rename(folder / "gone.png")
+    with pytest.raises(InputError, match="1 of 15 images"):
+        list(data.scenes("val"))
+    (folder / "gone.png").rename(folder / "3.png")
+    assert len(list(data.scenes("val"))) == 15
 
 
 def test_nothing_left_is_refused(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class Refer(FileDataset):
         found = f"dataset {self.name!r}, split {split!r}: {queries} queries cannot be used: {found}"
         if self.options.missing == "refuse" or not any_left:
             raise InputError(f"{found}; use files that belong together, or leave them out with the option missing=skip")
-        warnings.warn(f"{found}; they are left out", DataWarning, stacklevel=5)
+        warnings.warn(f"{found}; they are left out", DataWarning, stacklevel=6)
 
 
 class Phrases(Refer):

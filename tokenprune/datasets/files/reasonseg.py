@@ -22,6 +22,7 @@ from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQu
 from tokenprune.datasets.files.segmentation import FARTHEST, check_installed, part_drawn
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown, unicode_problem
+from tokenprune.utils.extras import install_extra
 from tokenprune.utils.files import reason
 from tokenprune.utils.masks import with_ignored
 
@@ -170,7 +171,6 @@ def _opencv() -> Any:
         import cv2
     except ImportError:
         raise InputError(
-            "OpenCV, which draws faithful=true, is not installed; install the extra: pip install "
-            '"tokenprune-vlm[data]", or leave faithful out'
+            f"OpenCV, which draws faithful=true, is not installed; {install_extra('data')}, or leave faithful out"
         ) from None
     return cv2

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown
+from tokenprune.utils.extras import install_extra
 
 NEEDED = 6  # numbers of a polygon: pycocotools takes one of four for a box
 FARTHEST = 100_000  # pixels: pycocotools' memory grows with the length of a polygon's sides
@@ -124,8 +125,5 @@ def _coder() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise InputError(
-            "pycocotools, which draws COCO's masks, is not installed; install the extra: pip install "
-            '"tokenprune-vlm[data]"'
-        ) from None
+        raise InputError(f"pycocotools, which draws COCO's masks, is not installed; {install_extra('data')}") from None
     return mask

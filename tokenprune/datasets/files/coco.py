@@ -70,8 +70,8 @@ class Coco(FileDataset):
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
         if not os.path.isfile(self.path):
-            found = "a folder" if os.path.isdir(self.path) else "no regular file"
-            raise InputError(f"dataset {self.name!r}: {str(path)!r} is {found}, expected {self.layout}")
+            held = "a folder" if os.path.isdir(self.path) else "no regular file"
+            raise InputError(f"dataset {self.name!r}: {str(path)!r} is {held}, expected {self.layout}")
         check_installed()
         found = [word for word in re.findall(r"[a-z]+", self.path.stem.lower()) if word in NAMED]
         self.splits = (self.options.split or (found[0] if len(set(found)) == 1 else "val"),)  # type: ignore[misc]

@@ -236,6 +236,19 @@ def test_a_second_image_of_the_same_id(tmp_path: Path) -> None:
         scenes(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("images", "image 3 has the id '1' of another image"), ("annotations", "annotation 11 is there 2 times")],
+)
+def test_a_number_and_its_text_are_one_id(tmp_path: Path, key: str, said: str) -> None:
+    file = coco(tmp_path)
+    found = json.loads(file.read_text())
+    found[key].append({**found[key][0], "id": str(found[key][0]["id"])})
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=said):
+        scenes(file)
+
+
 def test_a_second_category_of_the_same_id(tmp_path: Path) -> None:
     file = coco(tmp_path)
     found = json.loads(file.read_text())

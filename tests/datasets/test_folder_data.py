@@ -156,6 +156,8 @@ GOOD = json.dumps({"image": "images/a.jpg", "mask": "masks/left.png", "query": "
     [
         (GOOD + "\n{", r"queries\.jsonl', line 2: not JSON \("),
         (GOOD + "\n\n[1]", r"line 3: \[1\] found, expected an object with image, mask and query"),
+        (GOOD.replace("}", ', "query": "right"}'), "line 1: column 'query' is there 2 times; keep one"),
+        (GOOD.replace('"left"', '{"a": 1}'), r"line 1: query is .*, expected text"),
         (GOOD.replace('"left"', "5"), "line 1: query is 5, expected text"),
         (GOOD.replace('"masks/left.png"', "null"), "line 1: mask is None, expected text"),
         (GOOD.replace("query", "text"), "line 1: no column query; found 'image', 'mask', 'text'"),

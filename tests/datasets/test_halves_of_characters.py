@@ -116,6 +116,7 @@ def test_halves_of_characters_in_instances(tmp_path: Path) -> None:
         list(tp.dataset(f"refcoco:{tmp_path}").scenes("val"))
 
 
+@pytest.mark.filterwarnings("ignore::tokenprune.errors.DataWarning")
 def test_a_name_of_a_file_that_is_no_text(tmp_path: Path) -> None:
     root = files.reasonseg(tmp_path)
     try:

@@ -348,6 +348,7 @@ def instances(*others: dict[str, Any], twice: Sequence[int] = (), **fields: Any)
         ),
         ("instances.json", instances(height=None), "image 5 has 'height' None, expected a whole number of pixels"),
         ("instances.json", instances({"id": 5}), "images 1 has the id 5 of another entry; give an intact file"),
+        ("instances.json", instances({"id": "5"}), "images 1 has the id '5' of another entry; give an intact file"),
         ("instances.json", instances(twice=[101, 102]), "annotations 1 has the id 7 of another entry; give an intact"),
         ("instances.json", b'{"images": [], "annotations": [[]]}', r"annotations 0 is \[\], expected an object"),
         ("instances.json", b'{"images": [', "instances.json', line 1: not JSON"),

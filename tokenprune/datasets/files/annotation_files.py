@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,13 @@ def json_of(path: Path, encodings: Sequence[str] = ("utf-8",)) -> Any:
     return parsed(text_of(path, encodings), repr(str(path)))
 
 
-def parsed(text: str, where: str, line: int = 1) -> Any:
-    """The value of a JSON text whose first line is this one of `where`. Raises InputError if it is not JSON."""
+def parsed(text: str, where: str, line: int = 1, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text whose first line is this one of `where`. Raises InputError if it is not JSON.
+
+    `pairs` makes what stands for an object, by default a dict, from its (key, value).
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         found = f"{where}, line {line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno})"
         raise InputError(f"{found}; repair the line, or get the file again") from error

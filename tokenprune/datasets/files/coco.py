@@ -82,14 +82,14 @@ class Coco(FileDataset):
         problems: list[str] = []
         field = self._field
         ids = (one.get("id") for one in self._annotations if isinstance(one, dict))
-        taken = Counter(id for id in ids if isinstance(id, (int, str)))
+        taken = Counter(str(id) for id in ids if isinstance(id, (int, str)))  # 3 and "3" would be one query
         for number, annotation in enumerate(self._annotations):
             where = f"{str(self.path)!r}, annotation {number}"
             try:
                 identity = item(annotation, "id", (int, str), where)
                 where = f"{str(self.path)!r}, annotation {identity!r}"
-                if taken[identity] > 1:
-                    raise InputError(f"{where} is there {taken[identity]} times; give each annotation its own id")
+                if taken[str(identity)] > 1:
+                    raise InputError(f"{where} is there {taken[str(identity)]} times; give each annotation its own id")
                 self._add(asked, annotation, field, where)
             except InputError as error:
                 problems.append(str(error))
@@ -112,12 +112,14 @@ class Coco(FileDataset):
     @cached_property
     def _images(self) -> dict[Any, dict[str, Any]]:
         found: dict[Any, dict[str, Any]] = {}
+        taken: set[str] = set()
         for number, image in enumerate(self._file["images"]):
             where = f"{str(self.path)!r}, image {number}"
             identity = item(image, "id", (int, str), where)
             item(image, "file_name", str, where)
-            if identity in found:
+            if str(identity) in taken:
                 raise InputError(f"{where} has the id {identity!r} of another image; give each its own id")
+            taken.add(str(identity))
             found[identity] = image
         return found
 
@@ -130,11 +132,13 @@ class Coco(FileDataset):
     def _categories(self) -> dict[Any, str]:
         listed = item(self._file, "categories", list, repr(str(self.path)))
         names: dict[Any, str] = {}
+        taken: set[str] = set()
         for number, one in enumerate(listed):
             where = f"{str(self.path)!r}, category {number}"
             identity = item(one, "id", (int, str), where)
-            if identity in names:
+            if str(identity) in taken:
                 raise InputError(f"{where} has the id {identity!r} of another category; give each its own id")
+            taken.add(str(identity))
             names[identity] = words(item(one, "name", str, where), f"{where}, its name")
         return names
 

@@ -78,10 +78,11 @@ def _json_rows(file: Path, text: str) -> list[Row]:
         if not line.strip():
             continue
         where = f"{str(file)!r}, line {number}"
-        found = parsed(line, repr(str(file)), number)
-        if not isinstance(found, dict):
-            raise InputError(f"{where}: {shown(found)} found, expected an object with image, mask and query")
-        _check_columns(where, list(found))
+        pairs = parsed(line, repr(str(file)), number, tuple)  # of a dict, the last of two values would be taken
+        if not isinstance(pairs, tuple):
+            raise InputError(f"{where}: {shown(pairs)} found, expected an object with image, mask and query")
+        _check_columns(where, [column for column, _ in pairs])
+        found = dict(pairs)
         for column, value in found.items():
             if isinstance(value, int) and not isinstance(value, bool) and column == "id":
                 found[column] = str(value)

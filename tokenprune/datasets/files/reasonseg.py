@@ -83,19 +83,23 @@ class ReasonSeg(FileDataset):
         except OSError as error:
             found = f"{str(folder)!r} cannot be read ({reason(error)})"
             raise InputError(f"dataset {self.name!r}: {found}; check its permissions") from error
-        images = {file.stem: file for file in files if file.suffix.lower() == ".jpg"}
-        texts = {file.stem: file for file in files if file.suffix.lower() == ".json"}
+        images, texts = _by_stem(files, ".jpg"), _by_stem(files, ".json")
         if not texts:
             raise InputError(f"dataset {self.name!r}: no NAME.json is in {str(folder)!r}{self._expected()}")
         return [
-            self._listed(images.get(stem, folder / f"{stem}.jpg"), texts.get(stem, folder / f"{stem}.json"))
+            self._listed(images.get(stem, [folder / f"{stem}.jpg"]), texts.get(stem, [folder / f"{stem}.json"]))
             for stem in sorted({*images, *texts})
         ]
 
-    def _listed(self, image: Path, text: Path) -> ListedScene:
+    def _listed(self, images: list[Path], texts: list[Path]) -> ListedScene:
+        image, text = images[0], texts[0]
         stem = image.stem
         if problem := unicode_problem(stem):
             return ListedScene(ascii(stem)[1:-1], image, problem=f"the name of {str(image)!r} {problem}")
+        for several in (images, texts):
+            if len(several) > 1:
+                found = " and ".join(sorted(file.name for file in several))
+                return ListedScene(stem, image, problem=f"{str(image.parent)!r} has {found}; keep one of them")
         if not os.path.isfile(text):
             return ListedScene(stem, image, needs=(text,))
         try:
@@ -149,6 +153,15 @@ def _drawn(shape: Shape, height: int, width: int, is_faithful: bool) -> NDArray[
     cv2.polylines(area, corners, True, 1, 1)
     cv2.fillPoly(area, corners, 1)
     return area > 0
+
+
+def _by_stem(files: list[Path], ending: str) -> dict[str, list[Path]]:
+    """The files with this ending, in small letters or large, by the name before it."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        if file.suffix.lower() == ending:
+            found.setdefault(file.stem, []).append(file)
+    return found
 
 
 def _shape(found: Any, where: str) -> Shape | None:

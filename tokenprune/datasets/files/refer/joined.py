@@ -159,10 +159,12 @@ def _instances(file: Path) -> tuple[dict[Any, Part], dict[Any, Part]]:
 
 def _by_id(found: Any, key: str, fields: dict[str, Any], file: Path) -> dict[Any, Part]:
     known: dict[Any, Part] = {}
+    taken: dict[str, Part] = {}
     for number, one in enumerate(_entries(found, key, fields, file)):
-        if known.setdefault(one["id"], one) != one:  # the same entry twice is one
+        if taken.setdefault(str(one["id"]), one) != one:  # the same entry twice is one
             where = f"{str(file)!r}, {key} {number}"
             raise InputError(f"{where} has the id {one['id']!r} of another entry; give an intact file of this dataset")
+        known[one["id"]] = one
     return known
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.utils.extras import install_extra
 from tokenprune.utils.files import expanded, replacing
 
 
@@ -22,8 +23,7 @@ def check_drawing(what: str) -> None:
         UnsupportedError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        cure = "install it, or tokenprune-vlm with the extra [report]"
-        raise UnsupportedError(f"{what} draws with matplotlib, which is not installed; {cure}")
+        raise UnsupportedError(f"{what} draws with matplotlib, which is not installed; {install_extra('report')}")
 
 
 def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> None:

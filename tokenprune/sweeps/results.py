@@ -10,6 +10,7 @@ from tokenprune.errors import InputError
 from tokenprune.evaluation.records import unpacked_json, unpacked_mask
 from tokenprune.sweeps.store import Store, reading
 from tokenprune.utils.arguments import instance
+from tokenprune.utils.extras import install_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,10 +58,7 @@ def read_results(run: str | Path, *, every: bool = False) -> pd.DataFrame:
     try:
         import pandas as pd
     except ImportError:
-        raise InputError(
-            "pandas, which tables are made of, is not installed; install the extra: pip install "
-            '"tokenprune-vlm[report]"'
-        ) from None
+        raise InputError(f"pandas, which tables are made of, is not installed; {install_extra('report')}") from None
     with reading(run) as store:
         query = f"SELECT {COLUMNS} FROM records r JOIN configurations c ON c.hash = r.configuration"
         rows = store.rows(f"{query} ORDER BY r.configuration, r.scene, r.query")

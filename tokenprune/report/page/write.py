@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.utils.extras import install_extra
 from tokenprune.utils.files import path_given, reason, replacing
 
 NEEDED = ("pandas", "plotly", "jinja2")
@@ -71,8 +72,7 @@ def check_installed(figures: bool = False) -> None:
     if missing:
         are = "is" if len(missing) == 1 else "are"
         raise UnsupportedError(
-            f"a report is made with {', '.join(missing)}, which {are} not installed; install the extra: "
-            'pip install "tokenprune-vlm[report]"'
+            f"a report is made with {', '.join(missing)}, which {are} not installed; {install_extra('report')}"
         )
 
 

@@ -105,8 +105,8 @@ def _line(where: dict[str, Any], label: str, part: pd.DataFrame, base: pd.DataFr
     scenes = scenes_of(part)
     difference = None if base is None or base is part else _paired(part, base)
     first, budget = part.iloc[0], part.budget.iloc[0]
-    has_target = [area is not None for area in part["size"].where(part["size"].notna(), None)]
-    without, within = target_accuracy(has_target, (part.predicted == 0).tolist())
+    # notna: what stands for no size in a column of texts differs between releases of pandas
+    without, within = target_accuracy(part["size"].notna().tolist(), (part.predicted == 0).tolist())
     tokens = float(part.equivalent_tokens.mean())
     flops = float(part.flops.mean())
     return Line(

@@ -63,7 +63,6 @@ def test_options_in_a_text_are_options(tmp_path: Path) -> None:
         ("shapes", "shapes"),
         ("my_data:MyData", "my_data:MyData"),
         ("package.my_data:MyData", "package.my_data:MyData"),
-        ("/home/me/my_data.py:MyData", "my_data.py:MyData"),
     ],
 )
 def test_names_in_the_results_hold_no_path(name: str, label: str) -> None:

@@ -98,12 +98,7 @@ class DatasetEntry(BaseModel):
     @property
     def label(self) -> str:
         """In the results: its title, or its name without the path."""
-        if self.title:
-            return self.title
-        if self._head is not None:
-            return self._head
-        head, colon, rest = self.name.partition(":")
-        return f"{Path(head).name}{colon}{rest}"
+        return self.title or self._head or self.name
 
     @property
     def _head(self) -> str | None:
@@ -170,9 +165,10 @@ class SweepConfig(BaseModel):
     @field_validator("seeds")
     @classmethod
     def _counts(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        for seed in value:
-            if not 0 <= seed <= MAX_SEED:
-                raise ValueError(f"a seed must be 0 or more, and at most {MAX_SEED}, got {seed}")
+        if min(value, default=0) < 0:
+            raise ValueError(f"a seed must be 0 or more, got {min(value)}")
+        if max(value, default=0) > MAX_SEED:
+            raise ValueError(f"a seed must be at most {MAX_SEED}, got {max(value)}")
         return value
 
     def contenders(self) -> list[Contender]:

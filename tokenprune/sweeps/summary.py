@@ -144,16 +144,20 @@ def summary_table(lines: Sequence[Line]) -> RenderableType:
     from rich.table import Table
 
     tables: dict[tuple[str, ...], Table] = {}
+    most: dict[tuple[str, ...], int] = {}
+    for line in lines:
+        where = (line.model, line.dataset, line.split, line.protocol)
+        most[where] = max(most.get(where, 0), line.queries)
     for line in lines:
         where = (line.model, line.dataset, line.split, line.protocol)
         if where not in tables:
-            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {line.queries} queries"
+            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {most[where]} queries"
             tables[where] = Table(title=title, title_justify="left")
             for heading in ("strategy", "gIoU [95 %]", "cIoU [95 %]", "tokens", "FLOPs", f"gIoU against {REFERENCE}"):
                 tables[where].add_column(heading, no_wrap=heading == "strategy")
         flops = "–" if line.flops_ratio is None else f"{line.flops_ratio:.2f}"
         tables[where].add_row(
-            line.label,
+            line.label if line.queries == most[where] else f"{line.label} ({line.queries} queries)",
             *(f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (line.giou, line.ciou)),
             f"{line.equivalent_tokens:.1f} ({line.tokens_ratio:.0%})",
             flops,

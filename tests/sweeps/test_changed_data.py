@@ -137,3 +137,17 @@ def test_limits_that_go_up_and_down(tmp_path: Path, protocol: str, monkeypatch: 
         tp.sweep(config, run)
         tp.sweep(config, tmp_path / f"fresh-{limit}")
         assert samples(run) == samples(tmp_path / f"fresh-{limit}"), limit
+
+
+@pytest.mark.parametrize(
+    ("protocol", "together", "added"), [("forced", True, 4), ("lisa", True, 0), ("forced", False, 0)]
+)
+def test_a_lower_limit_in_one_conversation(
+    tmp_path: Path, protocol: str, together: bool, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where queries are asked together the rest of a scene is asked anew, since answers depend on those before."""
+    monkeypatch.setattr(FakeModel, "one_conversation", together, raising=False)
+    data, run = folder_of(tmp_path / "data", START), tmp_path / "run"
+    grown = folder_of(data, {"a.png": ["x"], "b.png": [*"abcd"]})
+    tp.sweep(config_of(grown, entry={"protocol": protocol}), run)
+    assert tp.sweep(config_of(grown, limit=3, entry={"protocol": protocol}), run).added == added

@@ -42,29 +42,45 @@ class Data:
     def _made(self) -> Any:
         return self.entry.make()
 
-    @cached_property
-    def listed(self) -> list[ListedScene] | None:
-        """All scenes of the split; None of a dataset that is not read from files."""
-        return self._made.selected(self.entry.split, None) if isinstance(self._made, FileDataset) else None
+    @property
+    def is_listed(self) -> bool:
+        """Whether it is read from files, which tell all scenes beforehand."""
+        return isinstance(self._made, FileDataset)
 
-    @cached_property
+    @property
     def listing(self) -> str:
         """Eight hexadecimal digits for each scene: of its name, and the names and texts of its queries."""
-        return "".join(_of_listing(scene) for scene in self.listed or ())
+        return self._summary[2]
+
+    @property
+    def states(self) -> list[str]:
+        """Of each scene, what is cheap to look at: see `state_of`. Empty unless `is_listed`."""
+        return self._summary[1]
 
     @cached_property
-    def states(self) -> list[str]:
-        """Of each scene, what is cheap to look at: see `state_of`."""
-        return [state_of(scene) for scene in self.listed or ()]
+    def _summary(self) -> tuple[list[int], list[str], str]:
+        """Queries and states of all scenes, and the listing; the annotations are not kept."""
+        scenes = self._listed() if self.is_listed else []
+        listing = "".join(map(_of_listing, scenes))
+        return [len(scene.queries) for scene in scenes], [state_of(scene) for scene in scenes], listing
+
+    def _listed(self) -> list[ListedScene]:
+        found: list[ListedScene] = self._made.selected(self.entry.split, None)
+        return found
+
+    @cached_property
+    def _to_read(self) -> list[ListedScene]:
+        """Listed once more, where scenes have to be read."""
+        return self._listed()
 
     def queries(self, limit: int | None) -> Iterator[tuple[int, int]]:
         """(number, how many queries) of the scenes that are listed, up to a limit on queries."""
         left = sys.maxsize if limit is None else limit
-        for number, scene in enumerate(self.listed or ()):
+        for number, queries in enumerate(self._summary[0]):
             if left <= 0:
                 return
-            yield number, min(left, len(scene.queries))
-            left -= len(scene.queries)
+            yield number, min(left, queries)
+            left -= queries
 
     def check(self, store: Store, group: Group, limit: int | None) -> None:
         """Compare the stored scenes of a group with what the dataset holds now.
@@ -73,13 +89,13 @@ class Data:
             InputError: one of them is another or is no longer there, or cannot be read.
         """
         known = store.stored_scenes(group.source)
-        states = self.states  # taken now, before any scene is read: a change in between is then seen the next time
-        if self.listed is None:
+        counts, states, _ = self._summary  # taken before any scene is read: a change in between is seen the next time
+        if not self.is_listed:
             if known:
                 self._check_made(known, group, limit)
             return
-        scenes, before, seen = self.listed, 0, {}
-        for number, scene in enumerate(scenes):
+        before, seen = 0, {}
+        for number, queries in enumerate(counts):
             one = known.pop(number, None)
             if one is not None:
                 state = states[number]
@@ -87,9 +103,9 @@ class Data:
                     raise changed_data(group, one.name)
                 if (one.before, one.state) != (before, state):
                     seen[number] = one, before, state
-            before += len(scene.queries)
+            before += queries
         for one in known.values():
-            raise changed_data(group, one.name, f"the split has {len(scenes)} scenes now")
+            raise changed_data(group, one.name, f"the split has {len(counts)} scenes now")
         if seen:
             with store.transaction():
                 for number, (one, start, state) in seen.items():
@@ -112,8 +128,7 @@ class Data:
     def _digest(self, number: int) -> str:
         """Of a scene's content, read anew."""
         if number not in self._digests:
-            assert self.listed is not None
-            self._digests[number] = fingerprint.of_scene(self._made.read(self.listed[number]))
+            self._digests[number] = fingerprint.of_scene(self._made.read(self._to_read[number]))
         return self._digests[number]
 
 
@@ -136,8 +151,8 @@ def state_of(scene: ListedScene) -> str:
 def _of_drawing(query: ListedQuery) -> Any:
     """What a target is drawn from, as plain data. Raises TypeError where it is not known."""
     draw: Callable[..., Any] = query.draw
-    if not isinstance(draw, partial):
-        raise TypeError("a function that is not a partial one may draw from anything")
+    if not isinstance(draw, partial) or draw.func.__module__.partition(".")[0] != "tokenprune":
+        raise TypeError("a function of a plugin may draw from anything, such as files that are not listed")
     owner = getattr(draw.func, "__self__", None)
     if owner is not None and not isinstance(owner, FileDataset):
         raise TypeError("a method of another object may draw from anything")

@@ -45,6 +45,9 @@ class GroupRun:
         self._data = data
         self._stored = {one.hash: store.done(one.hash) for one in group.configurations}
         self._known = store.scenes(group.source)
+        dtype = group.model.dtype
+        self._digests_key = DIGESTS + group.model.label + (f" ({dtype})" if dtype else "")
+        self._together = bool(store.meta().get(self._digests_key, {}).get("together"))
         self._before: list[int] = []  # queries before each scene, of those that were asked about
         self._queries = 0  # of all these
         self._origins: set[str] = set()
@@ -69,11 +72,15 @@ class GroupRun:
         return tuple(one for one in missing if one.hash not in self.failed)
 
     def _is_done(self, one: Configuration, number: int, queries: int) -> bool:
-        """Whether the records of a configuration on a scene are those of these queries, or of these and more."""
+        """Whether the records of a configuration on a scene are those of these queries, or of these and more.
+
+        Of more only where the others change nothing: not which are asked, and not what is answered.
+        """
         had, count = self._stored[one.hash].get(number, (0, 0))
         if count < len(self.group.asked(number, had)) or had < queries:
             return False
-        return had == queries or not self.group.draws
+        together = self._together and self.group.dataset.protocol != "lisa"
+        return had == queries or not (together or self.group.draws)
 
     def add(self, found: SceneRecords) -> int:
         """Store what was found on one scene, in one transaction. Returns the number of records.
@@ -123,7 +130,7 @@ class GroupRun:
         if not same_scene(self._known.get(0, digest), digest):
             raise changed_data(self.group, name, where=origin.where)
         now, model = origin.digests, self.group.model.label
-        key = DIGESTS + model + (f" ({self.group.model.dtype})" if self.group.model.dtype else "")
+        key = self._digests_key
         before: dict[str, Any] = self._store.meta().get(key, {})
         changed = [what for name, what in CHANGES.items() if is_changed(before.get(name, now[name]), now[name])]
         if changed and not self._accept:
@@ -144,7 +151,7 @@ def queries_of(group: Group, data: Data, limit: int | None, shard: tuple[int, in
     Of a dataset that is not read from files it is an estimate: the limit, divided among the shards.
     """
     number, count = shard
-    if data.listed is None:
+    if not data.is_listed:
         return limit if limit is None or count == 1 else (limit + count - number) // count
     scenes = [*data.queries(limit)][number - 1 :: count]
     return sum(len(group.asked(place, queries)) for place, queries in scenes)

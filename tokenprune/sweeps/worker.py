@@ -35,7 +35,8 @@ class Origin:
     Attributes:
         hash: of the environment.
         environment: versions, machine, and digests of code and weights.
-        digests: these two; that of the code by package.
+        digests: these two, that of the code by package; and whether the model asks the queries of a scene together, in
+            one conversation.
         first: name and digest of the first scene of the split, as it is read there.
         where: for messages: " on node 10.0.0.3"; empty in this process.
     """
@@ -152,7 +153,9 @@ class Worker:
         code, weights = fingerprint.of_code(strategies), fingerprint.of_weights(self.model)
         found = {**environment.describe(self.model.decoder), "code": digest(code), "weights": weights}
         first = (self.first.id, fingerprint.of_scene(self.first))
-        return Origin(digest(found), found, {"code": code, "weights": weights}, first, self._where)
+        together = bool(getattr(self.model, "one_conversation", False))
+        digests = {"code": code, "weights": weights, "together": together}
+        return Origin(digest(found), found, digests, first, self._where)
 
     @torch.no_grad()
     def shape(self) -> Shape:
@@ -184,7 +187,7 @@ class Worker:
         contenders = {key: one.contender for key, one in ready.items()}
         result = self._runner.run(scene, number, contenders, lambda key, run: self._attempt(ready[key], run))
         for key, one in ready.items():
-            if key in result.records:
+            if key in result.records and one.hash not in self.failed:  # all queries of the scene, or none
                 records = (self._with_own(one, record) for record in result.records[key])
                 found.rows[one.hash] = [
                     row_of(one.hash, record, scene, found.digest, found.origin.hash) for record in records

@@ -273,7 +273,11 @@ def read_config(source: SweepConfig | Mapping[str, Any] | str | Path) -> SweepCo
 
 def _problems_of(given: Mapping[str, Any], error: ValidationError) -> list[str]:
     """What is wrong with the values, and what is wrong with the rest of them."""
-    told = [item for item in error.errors() if not (item["type"] == "too_short" and item["input"])]
+    every = error.errors()
+    inside = {
+        item["loc"][0] for item in every if len(item["loc"]) > 1
+    }  # keys with a bad element, which pydantic counts
+    told = [item for item in every if item["type"] != "too_short" or item["loc"][0] not in inside]
     known = SweepConfig.model_fields
     found = [str(OptionError.from_validation("", _Errors([item]), known)).removeprefix(": ") for item in told]
     parts: dict[str, tuple[Any, ...]] = {}

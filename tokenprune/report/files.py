@@ -41,13 +41,15 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> N
     check_distinct({option: [path] for option, path in targets.items()}, inputs)
 
 
-def check_distinct(targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path] = ()) -> None:
-    """Check that no file is written twice, or also read; arguments as in `check_targets`.
+def check_distinct(
+    targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path] = (), read: str = "the image that is read"
+) -> None:
+    """Check that no file is written twice, or also read; arguments as in `check_targets`, and `read`, the inputs' name.
 
     Raises:
         InputError: two of them are the same file.
     """
-    seen = {_identity(path): "the image that is read" for path in inputs}
+    seen = {_identity(path): read for path in inputs}
     for option, paths in targets.items():
         for path in paths:
             identity = _identity(path)

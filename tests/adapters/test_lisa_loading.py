@@ -16,7 +16,7 @@ import tokenprune as tp
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.common.checkpoint import Checkpoint
 from tokenprune_adapters.lisa import LisaAdapter, LisaModel
-from tokenprune_adapters.segmentation.sam_weights import build_sam, original_name
+from tokenprune_adapters.segmentation.sam.weights import build_sam, original_name
 
 
 @pytest.fixture(scope="module")

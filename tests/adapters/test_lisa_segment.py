@@ -20,8 +20,8 @@ from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.evaluation.models import SegmentationModel
 from tokenprune_adapters.lisa import LisaModel
 from tokenprune_adapters.llava.prompt import IMAGE_ID, splice
-from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.queries import is_sentence
+from tokenprune_adapters.segmentation.sam import masks as sam_masks
 
 HEIGHT, WIDTH = 45, 70
 QUERIES = ["the cat", "the thing that is behind the red car", "Which of these can swim?"]

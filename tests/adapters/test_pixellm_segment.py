@@ -25,7 +25,7 @@ from tokenprune_adapters.pixellm import PixelLMModel
 from tokenprune_adapters.pixellm.results import PreparedImage
 from tokenprune_adapters.pixellm.tower import PixelTowerRun, Visible
 from tokenprune_adapters.segmentation.data import SegmenterInputs
-from tokenprune_adapters.segmentation.sam_masks import MaskSizes, resized_size
+from tokenprune_adapters.segmentation.sam.masks import MaskSizes, resized_size
 
 QUERIES = ["the cat", "the thing that is behind the red car", "Which of these can swim?"]
 SHAPES = {"landscape": (45, 70), "portrait": (70, 30), "square": (50, 50), "thin": (3, 90)}

@@ -177,7 +177,11 @@ def test_what_draws_names_the_extra_where_matplotlib_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = run(*(argument.format(tmp=tmp_path) for argument in arguments))
-    assert_one_line(ran, f"{what} draws with matplotlib, which is not installed", "with the extra [report]")
+    assert_one_line(
+        ran,
+        f"{what} draws with matplotlib, which is not installed",
+        'install the extra: pip install "tokenprune-vlm[report]"',
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["fake-model"]
 
 

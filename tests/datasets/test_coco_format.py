@@ -234,3 +234,66 @@ def test_a_second_image_of_the_same_id(tmp_path: Path) -> None:
     file.write_text(json.dumps(found))
     with pytest.raises(InputError, match="image 3 has the id 1 of another image"):
         scenes(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("images", "image 3 has the id '1' of another image"), ("annotations", "annotation 11 is there 2 times")],
+)
+def test_a_number_and_its_text_are_one_id(tmp_path: Path, key: str, said: str) -> None:
+    file = coco(tmp_path)
+    found = json.loads(file.read_text())
+    found[key].append({**found[key][0], "id": str(found[key][0]["id"])})
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=said):
+        scenes(file)
+
+
+def test_a_second_category_of_the_same_id(tmp_path: Path) -> None:
+    file = coco(tmp_path)
+    found = json.loads(file.read_text())
+    found["categories"].append({"id": 17, "name": "cow"})
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match="category 2 has the id 17 of another category; give each its own id"):
+        scenes(file)
+
+
+def with_size(root: Path, **sides: Any) -> Path:
+    """A file whose image 3 has these sides; None for one that is left out."""
+    file = coco(root)
+    found = json.loads(file.read_text())
+    changed = {**found["images"][2], **sides}
+    found["images"][2] = {key: value for key, value in changed.items() if value is not None}
+    file.write_text(json.dumps(found))
+    return file
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    assert len(scenes(with_size(tmp_path, height=30.0, width=40.0))) == 2
+    with pytest.raises(InputError, match="is 40×30, but its annotations are made for 40×31"):
+        scenes(with_size(tmp_path, height=31.0))
+    assert len(scenes(with_size(tmp_path, height=None, width=None))) == 2  # no size is stated
+
+
+def test_the_frame_of_a_turned_image_is_that_of_its_size_in_floats(tmp_path: Path) -> None:
+    """Annotated as it is stored, on its side: 30 wide, 40 high, which PIL turns to 40 × 30."""
+    file = with_size(tmp_path, height=40.0, width=30.0)
+    files.image(tmp_path / "images" / f"{3:012d}.jpg", form="turned")
+    (scene,) = (scene for scene in scenes(file) if scene.id == "3")
+    assert scene.image.shape[:2] == scene.queries[0].mask.shape == (40, 30)
+
+
+@pytest.mark.parametrize("height", ["30", 30.5, 0, -30, True, [30], float("nan"), float("inf")])
+def test_a_size_that_is_none_is_refused(tmp_path: Path, height: Any) -> None:
+    with pytest.raises(InputError, match=r"image 3 has 'height' .*, expected a whole number of pixels; get the file"):
+        scenes(with_size(tmp_path, height=height))
+
+
+def test_half_a_size_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="image 3 has no 'height'"):
+        scenes(with_size(tmp_path, height=None))
+
+
+def test_hundreds_of_parts_over_a_pixel(tmp_path: Path) -> None:
+    (query,) = by_id(scenes(coco(tmp_path, [coco_annotation(7, 1, 18, [polygon(LEFT)] * 256)]))).values()
+    assert np.array_equal(query.mask, filled(LEFT))

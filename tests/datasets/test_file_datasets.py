@@ -15,7 +15,7 @@ import tokenprune as tp
 from tokenprune.datasets.by_name import split_path
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import drawn, summed
-from tokenprune.datasets.validation import check_request
+from tokenprune.datasets.validation import check_request, counted_scenes, numbered_scenes
 from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
 from tokenprune.plugins import registry
 from tokenprune.plugins.hookspecs import hookimpl
@@ -130,6 +130,33 @@ def test_missing_images_are_told_once(folder: Path) -> None:
     assert len(warned) == 1
 
 
+def test_a_split_is_listed_and_warned_about_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "3.png").unlink()
+    times = []
+    listed = Halves.listed
+    monkeypatch.setattr(Halves, "listed", lambda self, split: times.append(split) or listed(self, split))
+    data = tp.dataset(f"halves:{folder},missing=skip")
+    with pytest.warns(DataWarning, match="1 of 15 images") as warned:
+        counted = list(counted_scenes(data, "val", None, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = list(data.scenes("val", limit=5))
+        (last,) = (scene for _, scene in numbered_scenes(data, "val", None, 0, lambda number, _: number == 13))
+    assert (times, len(warned)) == (["val"], 1)
+    assert counted == [(number, 2) for number in range(14)]
+    assert [(scene.id, len(scene.queries)) for scene in some] == [("0", 2), ("1", 2), ("2", 1)]
+    assert (last.id, len(last.queries)) == ("14", 2)
+
+
+def test_a_split_that_is_refused_is_listed_again(folder: Path) -> None:
+    data = tp.dataset(f"halves:{folder}")
+    (folder / "3.png").rename(folder / "gone.png")
+    with pytest.raises(InputError, match="1 of 15 images"):
+        list(data.scenes("val"))
+    (folder / "gone.png").rename(folder / "3.png")
+    assert len(list(data.scenes("val"))) == 15
+
+
 def test_nothing_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="15 of 15 images"):
         list(tp.dataset(f"halves:{tmp_path},missing=skip").scenes("val"))
@@ -217,6 +244,29 @@ def test_polygons_are_united_and_summed() -> None:
     assert not drawn([], 10, 12).any()
 
 
+@pytest.mark.parametrize("number", [1, 2, 255, 256, 257, 512])
+def test_parts_over_a_pixel_are_counted(number: int) -> None:
+    pytest.importorskip("pycocotools")
+    parts = [[1, 1, 5, 1, 5, 5, 1, 5]] * number
+    expected = np.zeros((10, 12), dtype=int)
+    expected[1:5, 1:5] = number
+    assert np.array_equal(summed(parts, 10, 12), expected)
+    assert np.array_equal(drawn(parts, 10, 12), expected > 0)
+
+
+def packed(*lengths: int) -> str:
+    """Compressed run lengths of at most three runs: five bits a character, lowest first, 32 where another follows."""
+    text = ""
+    for length in lengths:
+        while True:
+            bits, length = length & 31, length >> 5
+            is_last = length == (-1 if bits & 16 else 0)
+            text += chr(48 + bits + (0 if is_last else 32))
+            if is_last:
+                break
+    return text
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_run_lengths_are_those_of_the_mask(seed: int) -> None:
     coder = pytest.importorskip("pycocotools.mask")
@@ -249,11 +299,17 @@ def test_run_lengths_are_those_of_the_mask(seed: int) -> None:
         ({"counts": [9]}, "cannot be drawn"),
         ({"size": [10, 12], "counts": [5, 5]}, "run lengths of 10 pixels found, expected 120, those of the image"),
         ({"size": [10, 12], "counts": [10**9]}, "run lengths of 1000000000 pixels found, expected 120"),
-        ({"size": [10, 12], "counts": [130, -10]}, "run lengths of 120 pixels found"),
+        ({"size": [10, 12], "counts": [130, -10]}, "run length 1 is -10, expected none below 0"),
+        ({"size": [10, 12], "counts": packed(130, -10)}, "run length 1 is -10, expected none below 0"),
+        ({"size": [10, 12], "counts": [60.5, 59.5]}, "run length 60.5 found, expected whole numbers"),
+        ({"size": [10, 12], "counts": [True, 119]}, "run length True found, expected whole numbers"),
+        ({"size": [10, 12], "counts": ["60", "60"]}, "run length '60' found, expected whole numbers"),
+        ({"size": [10, 12], "counts": packed(60, 60) + "P"}, "compressed run lengths end within a number"),
         ({"size": [10, 12], "counts": ""}, "run lengths of 0 pixels found, expected 120"),
         ({"size": [10, 12], "counts": "zzzz"}, "run lengths of .* pixels found, expected 120"),
         ([[0, 0, 1e9, 3, 5, 5]], r"has the coordinate 1e\+09, expected pixels of the image"),
-        ({"size": [10, 12], "counts": [-4, "x"]}, "cannot be drawn"),
+        ({"size": [10, 12], "counts": [-4, "x"]}, "run length 'x' found, expected whole numbers"),
+        ({"size": [10, 12], "counts": 120}, "cannot be drawn"),
     ],
 )
 def test_odd_segmentations_are_refused(segmentation: Any, message: str) -> None:

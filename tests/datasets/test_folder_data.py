@@ -71,6 +71,31 @@ def test_few_columns_are_enough(tmp_path: Path) -> None:
     assert [query.id for query in queries(written(tmp_path / "other", "\n".join(lines), "queries.jsonl"))] == ["5"]
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_white_space_around_a_cell_means_nothing(tmp_path: Path, table: str) -> None:
+    columns = ("image", "mask", "query", "kind", "split", "id", "is_sentence")
+    rows = [
+        ("images/a.jpg", "masks/left.png", "left", "thing", "val", "1", "true"),
+        (" images/a.jpg\t", "masks/left.png ", " right", "thing ", "val\u00a0", " 2 ", " true "),
+    ]
+    lines = [",".join(columns), *(",".join(row) for row in rows)]
+    if table.endswith("jsonl"):
+        lines = [json.dumps({**dict(zip(columns, row, strict=True)), "is_sentence": True}) for row in rows]
+    root = written(tmp_path, "\n".join(lines), table)
+    data = tp.dataset(f"folder:{root}")
+    assert (data.splits, data.kinds) == (("val",), ("thing",))
+    (scene,) = data.scenes("val")
+    assert scene.id == "images/a.jpg"
+    found = [(query.id, query.text, query.kind, query.is_sentence) for query in scene.queries]
+    assert found == [("1", "left", "thing", True), ("2", "right", "thing", True)]
+
+
+def test_ids_that_differ_in_white_space_are_the_same(tmp_path: Path) -> None:
+    text = "image,mask,query,id\n" + ROW.replace("\n", ",5\n") + ROW.replace("\n", ", 5\n")
+    with pytest.raises(InputError, match="line 3: id '5' is that of line 2 too"):
+        scenes(written(tmp_path, text))
+
+
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_line_ends_and_marks(tmp_path: Path, ending: str, mark: bytes) -> None:
@@ -100,7 +125,7 @@ def test_white_may_mean_pixels_that_do_not_count(tmp_path: Path) -> None:
         (HEAD + '"a\nb",c,"d" e\n', r"line 2: not CSV"),
         (HEAD.encode() + ROW.encode() + b"images/a.jpg,x,gr\xf6\xdfer\n", "line 3: no text in utf-8; save the file"),
         (HEAD.encode("utf-16"), "line 1: no text in utf-8, it is UTF-16; save the file as UTF-8"),
-        (HEAD + "\n" + ROW.replace("left\n", " \n"), "line 3: query is ' ', expected words"),
+        (HEAD + "\n" + ROW.replace("left\n", " \n"), "line 3: query is '', expected words"),
         (HEAD + ROW.replace("images/a.jpg", ""), "line 2: image is empty, expected a path"),
         (HEAD + ROW.replace("masks/left.png", ""), "line 2: mask is empty, .*; a query without a target has a black"),
         (HEAD + ROW.replace("images/a.jpg", "../a.jpg"), "line 2: image '../a.jpg' leaves the folder; give a path in"),
@@ -131,6 +156,8 @@ GOOD = json.dumps({"image": "images/a.jpg", "mask": "masks/left.png", "query": "
     [
         (GOOD + "\n{", r"queries\.jsonl', line 2: not JSON \("),
         (GOOD + "\n\n[1]", r"line 3: \[1\] found, expected an object with image, mask and query"),
+        (GOOD.replace("}", ', "query": "right"}'), "line 1: column 'query' is there 2 times; keep one"),
+        (GOOD.replace('"left"', '{"a": 1}'), r"line 1: query is .*, expected text"),
         (GOOD.replace('"left"', "5"), "line 1: query is 5, expected text"),
         (GOOD.replace('"masks/left.png"', "null"), "line 1: mask is None, expected text"),
         (GOOD.replace("query", "text"), "line 1: no column query; found 'image', 'mask', 'text'"),

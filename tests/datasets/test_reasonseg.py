@@ -207,3 +207,15 @@ def test_without_what_draws(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(InputError, match="pycocotools"):
         scenes(root)
+
+
+@pytest.mark.parametrize("ending", ["JPG", "JSON"])
+def test_two_files_of_one_name(tmp_path: Path, ending: str) -> None:
+    root = files.reasonseg(tmp_path)
+    name = f"a-plain.{ending.lower()}"
+    other = root / "val" / f"a-plain.{ending}"
+    other.write_bytes((root / "val" / name).read_bytes())
+    if len(list((root / "val").glob("[aA]-plain.*"))) < 3:
+        pytest.skip("this file system does not tell small letters from large")
+    with pytest.raises(InputError, match=rf"val' has a-plain.{ending} and {name}; keep one of them"):
+        list(tp.dataset(f"reasonseg:{root}").scenes("val"))

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +316,13 @@ def changed(**fields: Any) -> bytes:
     return python2_pickle([{key: value for key, value in one.items() if value != "nothing"}])
 
 
+def instances(*others: dict[str, Any], twice: Sequence[int] = (), **fields: Any) -> bytes:
+    """instances.json with an image, others that differ from it so, and annotations of one id, about these images."""
+    image = {"id": 5, "file_name": "a.jpg", "height": 40, "width": 60} | fields
+    images = [image, *({**image, "file_name": "b.jpg"} | other for other in others)]
+    return json.dumps({"images": images, "annotations": [{"id": 7, "image_id": one} for one in twice]}).encode()
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -335,6 +342,14 @@ def changed(**fields: Any) -> bytes:
         ),
         ("instances.json", b"[]", "has no list 'images'; expected images and annotations in COCO's form"),
         ("instances.json", b'{"images": [{"id": 5}], "annotations": []}', "images 0: 'file_name' is missing"),
+        *(
+            ("instances.json", instances(height=value), f"image 5 has 'height' {value!r}, expected a whole number of")
+            for value in ("40", 40.5, 0, -3, True, float("inf"))
+        ),
+        ("instances.json", instances(height=None), "image 5 has 'height' None, expected a whole number of pixels"),
+        ("instances.json", instances({"id": 5}), "images 1 has the id 5 of another entry; give an intact file"),
+        ("instances.json", instances({"id": "5"}), "images 1 has the id '5' of another entry; give an intact file"),
+        ("instances.json", instances(twice=[101, 102]), "annotations 1 has the id 7 of another entry; give an intact"),
         ("instances.json", b'{"images": [], "annotations": [[]]}', r"annotations 0 is \[\], expected an object"),
         ("instances.json", b'{"images": [', "instances.json', line 1: not JSON"),
         ("instances.json", b'{"images": "\xff"', "instances.json', line 1: no text in utf-8"),
@@ -349,6 +364,16 @@ def test_files_of_another_form_are_refused(tmp_path: Path, file: str, content: b
     with pytest.raises(InputError, match=message) as told:
         tp.dataset(f"refcoco:{tmp_path}")
     assert "\n" not in str(told.value)
+
+
+def test_entries_that_are_there_twice_are_one(tmp_path: Path) -> None:
+    expected = queries(read(f"refcoco:{write_refer(tmp_path)}", "val"))
+    file = tmp_path / "refcoco" / "instances.json"
+    found = json.loads(file.read_text())
+    for one in found["images"]:
+        one["height"] = float(one["height"])
+    file.write_text(json.dumps({key: value * 2 if key != "info" else value for key, value in found.items()}))
+    assert queries(read(f"refcoco:{tmp_path}", "val")).keys() == expected.keys()
 
 
 def test_mistakes_in_names(tmp_path: Path) -> None:

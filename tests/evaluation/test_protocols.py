@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -28,6 +29,7 @@ from tokenprune.evaluation.models import TurnTaking
 from tokenprune.evaluation.protocols import ProtocolName, protocol_of
 from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun, matched_overlap
+from tokenprune.utils.masks import with_ignored
 
 TEXTS = ["the cat", "the red car behind the tree", "a small dog", "the largest thing", "the sky"]
 
@@ -140,7 +142,7 @@ def cost(logits: np.ndarray, target: np.ndarray) -> float:
 
 
 def expected(logits: np.ndarray, targets: list[np.ndarray]) -> tuple[int, int, float]:
-    """By trying every pairing."""
+    """By trying every pairing; the lists are filled to the same length with empty masks, after the pairing."""
     short, long = min(len(logits), len(targets)), max(len(logits), len(targets))
     best: tuple[float, list[tuple[int, int]]] = (float("inf"), [])
     for order in permutations(range(long), short):
@@ -148,27 +150,93 @@ def expected(logits: np.ndarray, targets: list[np.ndarray]) -> tuple[int, int, f
         total = sum(cost(logits[mask], targets[target]) for mask, target in pairs)
         if total < best[0]:
             best = total, pairs
+    used = [[pair[side] for pair in best[1]] for side in (0, 1)]
+    nothing = np.zeros(logits.shape[1:], dtype=bool)
+    together = [(logits[mask] > 0, targets[target]) for mask, target in best[1]]
+    together += [(logits[n] > 0, nothing) for n in range(len(logits)) if n not in used[0]]
+    together += [(nothing, targets[n]) for n in range(len(targets)) if n not in used[1]]
     inter = union = 0
     iou = 0.0
-    for mask, target in best[1]:
-        i, u = int(((logits[mask] > 0) & targets[target]).sum()), int(((logits[mask] > 0) | targets[target]).sum())
+    for mask, target in together:
+        i, u = int((mask & target).sum()), int((mask | target).sum())
         inter, union, iou = inter + i, union + u, iou + (i / (u + 1e-5) if u else 1.0)
-    used = [[pair[side] for pair in best[1]] for side in (0, 1)]
-    union += sum(int((logits[n] > 0).sum()) for n in range(len(logits)) if n not in used[0])
-    union += sum(int(targets[n].sum()) for n in range(len(targets)) if n not in used[1])
     return inter, union, iou / long if long else 1.0
+
+
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.integers(0, 999))
+@settings(deadline=None, max_examples=60)
+def test_masks_are_matched_to_targets(masks: int, targets: int, empty: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, 3, (masks + empty, 6, 7))
+    logits[masks:] = -np.abs(logits[masks:])
+    wanted = [target for target in generator.random((targets, 6, 7)) < 0.4 if target.any()]
+    (inter, union), iou = matched_overlap(torch.from_numpy(logits), wanted or [np.zeros((6, 7), dtype=bool)])
+    assert (inter, union, iou) == pytest.approx(expected(logits, wanted), abs=1e-6)
 
 
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 999))
 @settings(deadline=None, max_examples=40)
-def test_masks_are_matched_to_targets(masks: int, targets: int, seed: int) -> None:
+def test_ignored_pixels_are_as_if_cut_out(masks: int, targets: int, seed: int) -> None:
+    """The right columns are ignored: everything is as in the left part of the image alone."""
     generator = np.random.default_rng(seed)
-    logits = generator.normal(0, 3, (masks, 6, 7))
-    wanted = [generator.random((6, 7)) < 0.4 for _ in range(targets)]
-    wanted = [target for target in wanted if target.any()]
-    given_targets = wanted or [np.zeros((6, 7), dtype=bool)]
-    (inter, union), iou = matched_overlap(torch.from_numpy(logits), given_targets)
-    assert (inter, union, iou) == pytest.approx(expected(logits, wanted), abs=1e-6)
+    logits = generator.normal(0, 3, (masks, 6, 9))
+    wanted = list(generator.random((targets, 6, 9)) < 0.3) or [np.zeros((6, 9), dtype=bool)]
+    without = np.zeros((6, 9), dtype=bool)
+    without[:, 4:] = True
+    found = matched_overlap(torch.from_numpy(logits), wanted, without)
+    left = [target[:, :4] for target in wanted if target[:, :4].any()]
+    inter, union, iou = expected(logits[:, :, :4], left)
+    assert (*found[0], found[1]) == pytest.approx((inter, union, iou), abs=1e-6)
+
+
+class Answering(FakeModel):
+    """Answers every query freely with these masks, [n, H, W]."""
+
+    found = torch.zeros(0, 30, 40, dtype=torch.bool)
+
+    def segment(self, *args: Any, answer: str = "", max_new_tokens: int = 0, **options: Any) -> Any:
+        given = super().segment(*args, **options)
+        number = len(self.found)
+        logits = torch.where(self.found, 5.0, -5.0)
+        return SimpleNamespace(
+            masks=self.found,
+            mask_logits=logits,
+            query_index=[0] * number,
+            row_index=[0] * number,
+            trace=given.trace,
+        )
+
+
+def answered(found: np.ndarray, target: np.ndarray) -> Record:
+    """The record of an answer with these masks, asked as PixelLM's evaluation does."""
+    model = Answering()
+    model.found = torch.from_numpy(found)
+    image = np.zeros((*target.shape, 3), dtype=np.uint8)
+    one = Scene("one", image, [Query("the cat", "phrase", target)])
+    chosen = dict(enumerate(contenders(["none"], 0.5)))
+    ran = SceneRun(TurnTaking(model), "pixellm").run(one, 0, chosen, lambda number, call: call())
+    (record,) = ran.records[0]
+    return record
+
+
+def test_pixellm_does_not_count_ignored_pixels() -> None:
+    target, crowd = np.zeros((2, 30, 40), dtype=bool)
+    target[:10, :10] = True
+    crowd[10:, :30] = True
+    record = answered((target | crowd)[None], with_ignored(target, crowd))
+    assert (record.overlap, record.predicted) == ((100, 100), 100)
+    assert record.iou == pytest.approx(1, abs=1e-6)
+    alone = answered(crowd[None], with_ignored(target & False, crowd))  # nothing is asked for, and nothing that counts
+    assert (alone.overlap, alone.iou, alone.size) == ((0, 0), 1.0, None)
+
+
+def test_pixellm_an_empty_mask_for_a_query_without_a_target_is_right() -> None:
+    nothing = np.zeros((30, 40), dtype=bool)
+    for number in (0, 1, 2):
+        record = answered(np.zeros((number, 30, 40), dtype=bool), nothing)
+        assert (record.overlap, record.iou) == ((0, 0), 1.0)
+    wrong = answered(~nothing[None], nothing)
+    assert (wrong.overlap, wrong.iou) == ((0, 1200), 0.0)
 
 
 def test_pixellm_generates_and_matches(models: dict[str, Any]) -> None:

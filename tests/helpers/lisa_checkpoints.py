@@ -23,7 +23,7 @@ from transformers import (
     SamVisionConfig,
 )
 
-from tokenprune_adapters.segmentation.sam_weights import original_name
+from tokenprune_adapters.segmentation.sam.weights import original_name
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "llava_tokenizer" / "tokenizer.model"
 ADDED = {"[SEG]": 640, "<im_start>": 641, "<im_end>": 642}

@@ -232,7 +232,7 @@ def test_what_is_stored_does_not_run_again(tmp_path: Path) -> None:
     for _ in range(2):
         tuned(tmp_path, trials=5)
         with reading(tmp_path) as store:
-            stored.append(store.rows(query).fetchall())
+            stored.append(list(store.rows(query)))
     assert stored[0] == stored[1]
 
 

@@ -417,4 +417,4 @@ def test_the_plugin_is_light_and_the_kit_names_what_it_needs() -> None:
     lacking = "import sys; sys.modules['hypothesis'] = None; import tokenprune.testing.strategy_conformance"
     ran = subprocess.run([sys.executable, "-c", lacking], capture_output=True, text=True, check=False)
     assert "needs pytest and hypothesis" in ran.stderr
-    assert "pip install 'tokenprune-vlm[test]'" in ran.stderr
+    assert 'install the extra: pip install "tokenprune-vlm[test]"' in ran.stderr

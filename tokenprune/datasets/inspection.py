@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -188,7 +189,7 @@ def _walk_files(data: Any, found: Inspection, limit: int | None, seed: int, prog
             found.scenes += 1
         for query in listed:
             _count(found, query)
-        if scene.image not in seen and not scene.problem:
+        if scene.image not in seen and not scene.problem and os.path.isfile(scene.image):
             seen.add(scene.image)
             found.forms.update(forms_of(scene.image))
         _check(data, scene, listed, found)
@@ -204,7 +205,8 @@ def _check(data: FileDataset, scene: ListedScene, listed: Any, found: Inspection
     missing = scene.missing()
     for path in missing:
         is_image = path == scene.image
-        add("missing image" if is_image else "missing file", f"{str(path)!r}: no such file")
+        found_there = "no regular file" if os.path.exists(path) else "no such file"
+        add("missing image" if is_image else "missing file", f"{str(path)!r}: {found_there}")
     if scene.image in missing:
         return None
     try:

@@ -165,6 +165,8 @@ def _problem(scene: object, kinds: tuple[str, ...] | list[str] | None) -> str:
         return f"an image that is {_kind(image)}, expected uint8 [H, W, 3]"
     if not isinstance(scene.queries, (list, tuple)) or not scene.queries:
         return f"queries {scene.queries!r}, expected a list of at least one Query"
+    if isinstance(scene.id, str) and (problem := unicode_problem(scene.id)):
+        return f"an id that {problem}"
     found = (_query_problem(query, image.shape[:2], kinds) for query in scene.queries)
     return next((problem for problem in found if problem), "")
 
@@ -177,6 +179,8 @@ def _query_problem(query: object, size: tuple[int, ...], kinds: tuple[str, ...] 
             return f"a query whose {name} is {shown(text)}, expected words"
         if problem := unicode_problem(text):
             return f"a query whose {name} {text[:60]!a} {problem}"
+    if isinstance(query.id, str) and (problem := unicode_problem(query.id)):
+        return f"a query whose id {query.id[:60]!a} {problem}"
     if kinds is not None and query.kind not in kinds:
         listing = ", ".join(kinds) or "of which it has none"
         return f"{query.text!r} of kind {query.kind!r}, expected one of its kinds, {listing}"

@@ -26,7 +26,7 @@ from tokenprune.evaluation.protocols import Answers, protocol_of
 from tokenprune.evaluation.records import Record, stages_of
 from tokenprune.plugins.entries import Entry
 from tokenprune.utils.mask_matching import match_masks
-from tokenprune.utils.masks import foreground
+from tokenprune.utils.masks import foreground, ignored
 from tokenprune.utils.stopwatch import TOTAL, recorded
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class SceneRun:
             wanted, row = query.mask, rows[place]
             overlap, matched = metrics.overlap(mask, wanted), None
             if result.logits:
-                overlap, matched = matched_overlap(result.logits[place], targets_of(query))
+                overlap, matched = matched_overlap(result.logits[place], targets_of(query), ignored(wanted))
             given = Measured(mask, wanted, full[place], query, trace, row, label) if self.added else None
             record = Record(
                 scene=batch.number,
@@ -193,28 +193,28 @@ def targets_of(query: Query) -> list[NDArray[np.bool_]]:
     return list(query.targets) or [foreground(query.mask)]
 
 
-def matched_overlap(logits: Tensor, targets: list[NDArray[np.bool_]]) -> tuple[tuple[int, int], float]:
+def matched_overlap(logits: Tensor, targets: list[Bits], without: Bits | None = None) -> tuple[tuple[int, int], float]:
     """Intersection and union over all masks and targets matched one to one, and their mean IoU, as in PixelLM's
-    evaluation: what has no partner meets an empty mask, and counts 0 in the mean.
+    evaluation: what has no partner meets an empty mask, and two empty masks count 1, as everywhere.
 
     Args:
         logits: float [n, H, W].
-        targets: bool [H, W] each.
+        targets: bool [H, W] each; empty ones are left out.
+        without: bool [H, W], pixels that do not count, neither in the matching nor in the overlaps.
     """
-    wanted = [target for target in targets if target.any()]
-    height, width = targets[0].shape
-    masks = (logits > 0).cpu().numpy()
-    stacked = torch.from_numpy(np.stack(wanted)) if wanted else torch.zeros(0, height, width, dtype=torch.bool)
-    pairs = match_masks(logits, stacked.to(logits.device)) if len(masks) and wanted else []
+    counted = np.ones(targets[0].shape, dtype=np.bool_) if without is None else ~without
+    scores = logits[:, torch.from_numpy(counted).to(logits.device)][:, None]  # [n, 1, counted pixels]
+    masks = (scores > 0).cpu().numpy()
+    wanted = [target[counted][None] for target in targets if target[counted].any()]
+    pairs: list[tuple[int, int]] = []
+    if len(masks) and wanted:
+        pairs = match_masks(scores, torch.from_numpy(np.stack(wanted)).to(logits.device))
     overlaps = [metrics.overlap(masks[mask], wanted[target]) for mask, target in pairs]
-    lonely = [masks[mask] for mask in range(len(masks)) if mask not in {pair[0] for pair in pairs}]
-    missed = [wanted[target] for target in range(len(wanted)) if target not in {pair[1] for pair in pairs}]
-    empty = sum(int(mask.sum()) for mask in [*lonely, *missed])
-    both = (sum(pair[0] for pair in overlaps), sum(pair[1] for pair in overlaps) + empty)
-    number = max(len(masks), len(wanted))
-    if not number:
-        return both, 1.0  # no target, and none predicted
-    return both, sum(metrics.expression_iou(*pair) for pair in overlaps) / number
+    lonely = [mask for number, mask in enumerate(masks) if number not in {pair[0] for pair in pairs}]
+    missed = [target for number, target in enumerate(wanted) if number not in {pair[1] for pair in pairs}]
+    overlaps += [(0, int(alone.sum())) for alone in [*lonely, *missed]]
+    both = (sum(pair[0] for pair in overlaps), sum(pair[1] for pair in overlaps))
+    return both, metrics.giou(overlaps) if overlaps else 1.0  # no target, and none predicted
 
 
 def masks_of(result: Answers) -> list[NDArray[np.bool_]]:

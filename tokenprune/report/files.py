@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.utils.extras import install_extra
 from tokenprune.utils.files import expanded, replacing
 
 
@@ -22,8 +23,7 @@ def check_drawing(what: str) -> None:
         UnsupportedError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        cure = "install it, or tokenprune-vlm with the extra [report]"
-        raise UnsupportedError(f"{what} draws with matplotlib, which is not installed; {cure}")
+        raise UnsupportedError(f"{what} draws with matplotlib, which is not installed; {install_extra('report')}")
 
 
 def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> None:
@@ -41,13 +41,15 @@ def check_targets(targets: Mapping[str, Path], inputs: Sequence[Path] = ()) -> N
     check_distinct({option: [path] for option, path in targets.items()}, inputs)
 
 
-def check_distinct(targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path] = ()) -> None:
-    """Check that no file is written twice, or also read; arguments as in `check_targets`.
+def check_distinct(
+    targets: Mapping[str, Sequence[Path]], inputs: Sequence[Path] = (), read: str = "the image that is read"
+) -> None:
+    """Check that no file is written twice, or also read; arguments as in `check_targets`, and `read`, the inputs' name.
 
     Raises:
         InputError: two of them are the same file.
     """
-    seen = {_identity(path): "the image that is read" for path in inputs}
+    seen = {_identity(path): read for path in inputs}
     for option, paths in targets.items():
         for path in paths:
             identity = _identity(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ SAMPLED = 64  # values of a tensor, evenly spaced
 PACKAGES = ("tokenprune", "tokenprune_strategies", "tokenprune_adapters")
 
 
-def of_code(strategies: list[Strategy]) -> str:
-    """Of the source files of the packages that compute, those of the strategies included."""
+def of_code(strategies: list[Strategy]) -> dict[str, str]:
+    """Of the source files of each package that computes, those of the strategies included."""
     names = {*PACKAGES, *(type(strategy).__module__.partition(".")[0] for strategy in strategies)}
-    found = hashlib.blake2b(digest_size=8)
-    for name in sorted(names):
-        found.update(_of_package(name).encode())
-    return found.hexdigest()
+    return {name: _of_package(name) for name in sorted(names)}
+
+
+def is_changed(before: Any, now: Any) -> bool:
+    """Whether digests differ; of several by package, those that both have: a strategy may come with another package."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return any(before[name] != now[name] for name in before.keys() & now.keys())
+    return bool(before != now)
 
 
 @cache
@@ -40,10 +45,18 @@ def _of_package(name: str) -> str:
     return found.hexdigest()
 
 
+def joined_digests(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Of code and weights: those of now, and of the packages that were used before."""
+    packages = [one["code"] for one in (before, now) if isinstance(one.get("code"), Mapping)]
+    code = {name: found for one in packages for name, found in one.items()} if len(packages) == 2 else now["code"]
+    return {**now, "code": code}
+
+
 def of_weights(model: Any) -> str:
     """Of a model's parameters and buffers: names, shapes, and 64 values of each.
 
-    Not of all values, which would take as long as reading the checkpoint. Number format and device do not count.
+    Not of all values, which would take as long as reading the checkpoint. The device does not count. A number format
+    rounds the values, so digests are compared within one format.
     """
     found = hashlib.blake2b(digest_size=8)
     state = model.state_dict() if hasattr(model, "state_dict") else model.decoder.state_dict()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenprune.evaluation.contenders import Contender
-from tokenprune.evaluation.protocols import protocol_of
+from tokenprune.evaluation.protocols import Protocol, protocol_of
 from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig
 
 SEED_STEP = 1_000_003  # between the draws of two seeds lie those of more scenes than any dataset has
@@ -55,9 +55,20 @@ class Group:
         return protocol_of(self.dataset.protocol).asked(queries, number, self.seed * SEED_STEP)
 
     @property
+    def draws(self) -> bool:
+        """Whether the protocol asks other queries of a scene that has more of them."""
+        protocol = protocol_of(self.dataset.protocol)
+        return type(protocol).asked is not Protocol.asked
+
+    @property
     def source(self) -> str:
         """A digest of model, dataset and seed: two groups of the same source see the same scenes."""
         return digest({"model": _of_model(self.model), "dataset": _of_dataset(self.dataset), "seed": self.seed})
+
+    @property
+    def data(self) -> str:
+        """A digest of the dataset alone."""
+        return digest(_of_dataset(self.dataset))
 
 
 def groups_of(config: SweepConfig) -> list[Group]:

@@ -19,6 +19,7 @@ from tokenprune.sweeps.config import SweepConfig
 from tokenprune.sweeps.engines import Scenes, Task
 from tokenprune.sweeps.plan import groups_of
 from tokenprune.sweeps.worker import Models, SceneRecords, Worker
+from tokenprune.utils.extras import install_extra
 
 AHEAD = 2  # scenes that an actor holds: the one that it runs, and one so that it need not wait
 TRIES = 3  # of a scene whose actors die
@@ -157,9 +158,7 @@ class RayEngine:
         try:
             import ray
         except ImportError:
-            raise InputError(
-                'engine "ray": Ray is not installed; install the extra: pip install "tokenprune-vlm[ray]"'
-            ) from None
+            raise InputError(f'engine "ray": Ray is not installed; {install_extra("ray")}') from None
         self._ray = ray
         if ray.is_initialized():
             return self

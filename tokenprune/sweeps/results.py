@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import InputError
 from tokenprune.evaluation.records import unpacked_json, unpacked_mask
-from tokenprune.sweeps.store import Store, reading
+from tokenprune.sweeps.store import Store, decoding, reading
 from tokenprune.utils.arguments import instance
+from tokenprune.utils.extras import install_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +40,7 @@ def read_results(run: str | Path, *, every: bool = False) -> pd.DataFrame:
 
     Args:
         run: folder of the sweep.
-        every: also configurations that the sweep was not last called with.
+        every: also configurations and queries that the sweep was not last called with.
 
     Raises:
         InputError: there is no such store, it cannot be read, or pandas is not installed.
@@ -57,25 +59,43 @@ def read_results(run: str | Path, *, every: bool = False) -> pd.DataFrame:
     try:
         import pandas as pd
     except ImportError:
-        raise InputError(
-            "pandas, which tables are made of, is not installed; install the extra: pip install "
-            '"tokenprune-vlm[report]"'
-        ) from None
+        raise InputError(f"pandas, which tables are made of, is not installed; {install_extra('report')}") from None
     with reading(run) as store:
+        meta = store.meta()
+        order = {hashed: number for number, hashed in enumerate(meta.get("planned", []))}
+        limit = None if every else meta.get("config", {}).get("limit")
         query = f"SELECT {COLUMNS} FROM records r JOIN configurations c ON c.hash = r.configuration"
-        rows = store.rows(f"{query} ORDER BY r.configuration, r.scene, r.query")
-        names = [column[0] for column in rows.description]
-        table = pd.DataFrame.from_records(rows.fetchall(), columns=names)
-        order = {hashed: number for number, hashed in enumerate(store.meta().get("planned", []))}
+        asked = "" if limit is None else "JOIN scenes s USING (source, scene) WHERE s.queries_before + r.query < ?"
+        given = () if limit is None else (limit,)
+        names, rows = store.named_rows(f"{query} {asked} ORDER BY r.configuration, r.scene, r.query", given)
+        table = pd.DataFrame.from_records(rows, columns=names)
     if not every:
         table = table[table.configuration.isin(order)]
     for column in JSON_COLUMNS:
-        table[column] = [json.loads(text) for text in table[column]]
+        with decoding(store.folder):
+            table[column] = [json.loads(text) for text in table[column]]
     for column in ("budget", "coverage"):
         table[column] = table[column].astype("float64")
     place = table.configuration.map(order).fillna(len(order))
     ordered: pd.DataFrame = table.iloc[place.argsort(kind="stable")].reset_index(drop=True)
     return ordered
+
+
+def reasons_of(store: Store, planned: Sequence[str]) -> dict[str, str]:
+    """Why configurations could not run, by strategy, model and dataset.
+
+    Args:
+        store: open.
+        planned: hashes of the configurations that count, in order.
+    """
+    found = {
+        hashed: (f"{label}, {model} on {dataset} ({split}, {protocol}{f', seed {seed}' if seed else ''})", reason)
+        for hashed, label, model, dataset, split, protocol, seed, reason in store.rows(
+            "SELECT hash, label, model, dataset, split, protocol, seed, reason FROM configurations"
+        )
+        if reason is not None
+    }
+    return dict(found[hashed] for hashed in planned if hashed in found)
 
 
 def stored_masks(
@@ -87,6 +107,9 @@ def stored_masks(
         store: open for reading.
         scene, query: numbers, as in the table.
         source_configurations: hashes of configurations.
+
+    Raises:
+        InputError: one of them is damaged.
     """
     places = ", ".join("?" * len(source_configurations))
     rows = store.rows(
@@ -94,7 +117,8 @@ def stored_masks(
         f"NULL AND configuration IN ({places})",
         (scene, query, *source_configurations),
     )
-    return {
-        hashed: (unpacked_mask(mask, height, width), unpacked_json(stages))
-        for hashed, mask, height, width, stages in rows
-    }
+    with decoding(store.folder):
+        return {
+            hashed: (unpacked_mask(mask, height, width), unpacked_json(stages))
+            for hashed, mask, height, width, stages in rows
+        }

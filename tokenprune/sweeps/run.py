@@ -10,10 +10,12 @@ from typing import Any
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.sweeps.config import DatasetEntry, SweepConfig, read_config
+from tokenprune.sweeps.data_check import Data, warned_once
 from tokenprune.sweeps.engines import Engine, Task, engine_of
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Group, groups_of
-from tokenprune.sweeps.store import Store, writing
+from tokenprune.sweeps.results import reasons_of
+from tokenprune.sweeps.store import LISTING, Store, writing
 from tokenprune.utils.arguments import instance, shown
 from tokenprune.utils.threads import ThreadChoice, using
 
@@ -45,12 +47,14 @@ class Swept:
         folder: of the store; `tokenprune.read_results` reads it.
         records: in it.
         added: of them, by this call.
-        reasons: why configurations could not run, by their labels.
+        ran: configurations of the last call that have records.
+        reasons: why configurations could not run, by "strategy, model on dataset (split, protocol)".
     """
 
     folder: Path
     records: int = 0
     added: int = 0
+    ran: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -104,17 +108,25 @@ def sweep(
         raise OptionError(f"progress={shown(progress)} found, expected a function of a Progress")
     part = _checked_shard(shard)
     groups = groups_of(checked)
-    with writing(out) as store, using(threads), engine_of(engine, threads) as running:
+    with writing(out) as store, using(threads), engine_of(engine, threads) as running, warned_once():
+        refuse_tuning(store, out)
+        _check_same_shard(store, part, out)
+        data = {group.dataset: Data(group.dataset) for group in groups}
+        for group in groups:
+            data[group.dataset].check(store, group, checked.limit)
         with store.transaction():
-            _check_same_shard(store, part, out)
             store.set_meta(config=checked.model_dump(mode="json"), shard=part)
             store.set_meta(planned=[one.hash for group in groups for one in group.configurations])
+            store.set_meta(**{f"{LISTING}{group.data}": data[group.dataset].listing for group in groups})
             for group in groups:
                 for one in group.configurations:
-                    store.add_configuration(one)
+                    store.add_configuration(one, group.source)
         found = Swept(store.folder)
-        expected = _expected(groups, checked.limit, part)
-        runs = [GroupRun(store, group, expected[group.dataset], part, accept_changes) for group in groups]
+        expected = _expected(groups, data, checked.limit, part)
+        runs = [
+            GroupRun(store, group, data[group.dataset], expected[group.dataset], part, accept_changes)
+            for group in groups
+        ]
         for place, run in enumerate(runs):
             task = Task(checked, place, run.group, keep_masks, run.pending)
             for added in _run_group(run, running, task):
@@ -122,8 +134,8 @@ def sweep(
                 if progress is not None:
                     progress(_progress(run, runs))
         found.records = store.count()
-        labels = {one.hash: one.contender.label for group in groups for one in group.configurations}
-        found.reasons = {labels[hashed]: reason for run in runs for hashed, reason in run.failed.items()}
+        found.ran = sum(bool(store.done(one.hash)) for group in groups for one in group.configurations)
+        found.reasons = reasons_of(store, [one.hash for group in groups for one in group.configurations])
     return found
 
 
@@ -136,14 +148,19 @@ def _run_group(run: GroupRun, engine: Engine, task: Task) -> Iterator[int]:
             yield run.add(scene)
             if len(run.failed) == len(task.group.configurations):
                 break
+    if not run.seen:
+        entry = task.group.dataset
+        raise InputError(f"dataset {entry.label!r}, split {entry.split!r}: no query found; choose another split")
     run.finish()
     if ran:
         yield 0  # for the progress: nothing more comes
 
 
-def _expected(groups: list[Group], limit: int | None, shard: tuple[int, int]) -> dict[DatasetEntry, int | None]:
+def _expected(
+    groups: list[Group], data: Mapping[DatasetEntry, Data], limit: int | None, shard: tuple[int, int]
+) -> dict[DatasetEntry, int | None]:
     first = {group.dataset: group for group in reversed(groups)}
-    return {entry: queries_of(group, limit, shard) for entry, group in first.items()}
+    return {entry: queries_of(group, data[entry], limit, shard) for entry, group in first.items()}
 
 
 def _progress(run: GroupRun, runs: list[GroupRun]) -> Progress:
@@ -160,6 +177,12 @@ def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
     if not (isinstance(number, int) and isinstance(count, int) and 1 <= number <= count):
         raise OptionError(f"shard={shown(shard)} found, expected (i, n) with i from 1 to n, such as (1, 4)")
     return (number, count)
+
+
+def refuse_tuning(store: Store, folder: str | Path) -> None:
+    """Raises InputError for the store of a search, whose plan a sweep would replace."""
+    if "tuning" in store.meta():
+        raise InputError(f"{str(folder)!r} holds a search of `tune`, not a sweep; give another folder")
 
 
 def _check_same_shard(store: Store, shard: tuple[int, int], out: str | Path) -> None:

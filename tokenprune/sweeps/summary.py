@@ -105,8 +105,8 @@ def _line(where: dict[str, Any], label: str, part: pd.DataFrame, base: pd.DataFr
     scenes = scenes_of(part)
     difference = None if base is None or base is part else _paired(part, base)
     first, budget = part.iloc[0], part.budget.iloc[0]
-    has_target = [area is not None for area in part["size"].where(part["size"].notna(), None)]
-    without, within = target_accuracy(has_target, (part.predicted == 0).tolist())
+    # notna: what stands for no size in a column of texts differs between releases of pandas
+    without, within = target_accuracy(part["size"].notna().tolist(), (part.predicted == 0).tolist())
     tokens = float(part.equivalent_tokens.mean())
     flops = float(part.flops.mean())
     return Line(
@@ -144,16 +144,20 @@ def summary_table(lines: Sequence[Line]) -> RenderableType:
     from rich.table import Table
 
     tables: dict[tuple[str, ...], Table] = {}
+    most: dict[tuple[str, ...], int] = {}
+    for line in lines:
+        where = (line.model, line.dataset, line.split, line.protocol)
+        most[where] = max(most.get(where, 0), line.queries)
     for line in lines:
         where = (line.model, line.dataset, line.split, line.protocol)
         if where not in tables:
-            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {line.queries} queries"
+            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {most[where]} queries"
             tables[where] = Table(title=title, title_justify="left")
             for heading in ("strategy", "gIoU [95 %]", "cIoU [95 %]", "tokens", "FLOPs", f"gIoU against {REFERENCE}"):
                 tables[where].add_column(heading, no_wrap=heading == "strategy")
         flops = "–" if line.flops_ratio is None else f"{line.flops_ratio:.2f}"
         tables[where].add_row(
-            line.label,
+            line.label if line.queries == most[where] else f"{line.label} ({line.queries} queries)",
             *(f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (line.giou, line.ciou)),
             f"{line.equivalent_tokens:.1f} ({line.tokens_ratio:.0%})",
             flops,

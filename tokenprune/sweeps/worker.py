@@ -19,12 +19,13 @@ from tokenprune.evaluation.accounting import head_flops, own_work, shape_of
 from tokenprune.evaluation.measured import metrics_of
 from tokenprune.evaluation.models import TurnTaking, check_model
 from tokenprune.evaluation.records import Record
-from tokenprune.evaluation.scene_run import SceneRun
+from tokenprune.evaluation.scene_run import SceneRun, sample_names
 from tokenprune.plugins.attribution import brief
 from tokenprune.sweeps import fingerprint
 from tokenprune.sweeps.config import ModelEntry
 from tokenprune.sweeps.plan import SEED_STEP, Configuration, Group, digest
 from tokenprune.sweeps.store import row_of
+from tokenprune.utils.arguments import unicode_problem
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class Origin:
     Attributes:
         hash: of the environment.
         environment: versions, machine, and digests of code and weights.
+        digests: these two, that of the code by package; and whether the model asks the queries of a scene together, in
+            one conversation.
         first: name and digest of the first scene of the split, as it is read there.
         where: for messages: " on node 10.0.0.3"; empty in this process.
     """
 
     hash: str
     environment: dict[str, Any]
+    digests: dict[str, Any]
     first: tuple[str, str]
     where: str = ""
 
@@ -146,9 +150,12 @@ class Worker:
     def origin(self) -> Origin:
         """See `Origin`."""
         strategies = [one.contender.strategy for one in self.group.configurations]
-        digests = {"code": fingerprint.of_code(strategies), "weights": fingerprint.of_weights(self.model)}
-        found = {**environment.describe(self.model.decoder), **digests}
-        return Origin(digest(found), found, (self.first.id, fingerprint.of_scene(self.first)), self._where)
+        code, weights = fingerprint.of_code(strategies), fingerprint.of_weights(self.model)
+        found = {**environment.describe(self.model.decoder), "code": digest(code), "weights": weights}
+        first = (self.first.id, fingerprint.of_scene(self.first))
+        together = bool(getattr(self.model, "one_conversation", False))
+        digests = {"code": code, "weights": weights, "together": together}
+        return Origin(digest(found), found, digests, first, self._where)
 
     @torch.no_grad()
     def shape(self) -> Shape:
@@ -169,6 +176,7 @@ class Worker:
     @torch.no_grad()
     def run(self, number: int, scene: Scene, configurations: Sequence[Configuration]) -> SceneRecords:
         """Run configurations on one scene. What cannot run is given back with the reason, and not tried again."""
+        self._check_names(scene)
         found = SceneRecords(number, scene.id, fingerprint.of_scene(scene), len(scene.queries), self.origin)
         ready = {}
         for key, one in enumerate(configurations):
@@ -179,7 +187,7 @@ class Worker:
         contenders = {key: one.contender for key, one in ready.items()}
         result = self._runner.run(scene, number, contenders, lambda key, run: self._attempt(ready[key], run))
         for key, one in ready.items():
-            if key in result.records:
+            if key in result.records and one.hash not in self.failed:  # all queries of the scene, or none
                 records = (self._with_own(one, record) for record in result.records[key])
                 found.rows[one.hash] = [
                     row_of(one.hash, record, scene, found.digest, found.origin.hash) for record in records
@@ -189,6 +197,12 @@ class Worker:
                 found.policies[one.hash] = {} if trace is None else dict(trace.policies)
         found.reasons = {one.hash: self.failed[one.hash] for one in configurations if one.hash in self.failed}
         return found
+
+    def _check_names(self, scene: Scene) -> None:
+        """Raises InputError for names that cannot be stored, such as those of files whose names are not Unicode."""
+        for name in (scene.id, *sample_names(scene)):
+            if problem := unicode_problem(name):
+                raise InputError(f"dataset {self._data.name!r}: the name {name[:60]!a} {problem}")
 
     def _attempt(self, one: Configuration, run: Callable[[], Any]) -> Any:
         try:

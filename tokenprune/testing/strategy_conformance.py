@@ -16,6 +16,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
+from tokenprune.utils.extras import install_extra
+
 try:
     import hypothesis
     import pytest
@@ -23,7 +25,7 @@ try:
 except ImportError as missing:
     raise ImportError(
         f"tokenprune.testing.strategy_conformance needs pytest and hypothesis, and found no module {missing.name!r}; "
-        "install them with: pip install 'tokenprune-vlm[test]'"
+        f"{install_extra('test')}"
     ) from missing
 
 from tokenprune import api

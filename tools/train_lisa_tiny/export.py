@@ -14,7 +14,7 @@ from student import Student
 from torch import Tensor
 from transformers import SamModel
 
-from tokenprune_adapters.segmentation.sam_weights import original_name
+from tokenprune_adapters.segmentation.sam.weights import original_name
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 

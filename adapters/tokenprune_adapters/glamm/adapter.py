@@ -9,7 +9,7 @@ from tokenprune_adapters.common.load_options import LoadOptions
 from tokenprune_adapters.glamm.model import GlammModel
 from tokenprune_adapters.glamm.prompts import PHRASE_END, PHRASE_START
 from tokenprune_adapters.segmentation.loading import Opened, SegmenterAdapter
-from tokenprune_adapters.segmentation.sam_loading import sam_segmenter_parts
+from tokenprune_adapters.segmentation.sam.loading import sam_segmenter_parts
 
 SAM_PREFIX = "model.grounding_encoder."
 REGION_ENCODER = "model.region_encoder."

@@ -17,7 +17,7 @@ from tokenprune_adapters.llava.prompt import dialogue
 from tokenprune_adapters.segmentation.data import Answered, Segmentation
 from tokenprune_adapters.segmentation.drafts import Draft
 from tokenprune_adapters.segmentation.queries import as_list, checked_query, sentence_flags
-from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
+from tokenprune_adapters.segmentation.sam.segmenter import SamSegmenter
 
 
 class GlammModel(SamSegmenter):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenprune_adapters.common.load_options import LoadOptions
 from tokenprune_adapters.lisa.model import LisaModel
 from tokenprune_adapters.segmentation.loading import Opened, SegmenterAdapter
-from tokenprune_adapters.segmentation.sam_loading import sam_segmenter_parts
+from tokenprune_adapters.segmentation.sam.loading import sam_segmenter_parts
 
 SAM_PREFIX = "model.visual_model."
 

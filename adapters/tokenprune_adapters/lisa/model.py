@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune_adapters.segmentation.sam_segmenter import SamSegmenter
+from tokenprune_adapters.segmentation.sam.segmenter import SamSegmenter
 
 
 class LisaModel(SamSegmenter):

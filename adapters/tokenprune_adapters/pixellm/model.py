@@ -14,9 +14,9 @@ from tokenprune_adapters.llava.prompt import IMAGE_ID
 from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
 from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
-from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import SegmenterInputs
 from tokenprune_adapters.segmentation.many.transfer import batched
+from tokenprune_adapters.segmentation.sam import masks as sam_masks
 from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
 
 

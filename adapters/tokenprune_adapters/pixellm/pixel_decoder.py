@@ -18,8 +18,8 @@ from transformers.models.sam.modeling_sam import (
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part
-from tokenprune_adapters.segmentation.sam_masks import MASKS_AT_ONCE
-from tokenprune_adapters.segmentation.sam_weights import (
+from tokenprune_adapters.segmentation.sam.masks import MASKS_AT_ONCE
+from tokenprune_adapters.segmentation.sam.weights import (
     ENCODER_EPS,
     MASK_DECODER_EPS,
     MASK_DECODER_HEADS,
@@ -196,7 +196,7 @@ def build_pixel_decoder(
 
 
 def stored_name(name: str, iou_head_depth: int = 3) -> str:
-    """The name that a tensor of `PixelDecoder` has in checkpoints; see `sam_weights.original_name`."""
+    """The name that a tensor of `PixelDecoder` has in checkpoints; see `segmentation.sam.weights.original_name`."""
     if name.endswith("pe1.positional_embedding"):
         return PREFIX + "mask_decoder.pe1.positional_encoding_gaussian_matrix"
     return PREFIX + (name if name.startswith("image_feature_neck.") else original_name(name, iou_head_depth))

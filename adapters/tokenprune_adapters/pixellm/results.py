@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenprune_adapters.pixellm.tower import PixelTowerRun
-from tokenprune_adapters.segmentation.sam_masks import MaskSizes
+from tokenprune_adapters.segmentation.sam.masks import MaskSizes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.llava.vision import TowerRun, run_tower
-from tokenprune_adapters.segmentation.sam_masks import PIXEL_MEAN, PIXEL_STD, MaskSizes
+from tokenprune_adapters.segmentation.sam.masks import PIXEL_MEAN, PIXEL_STD, MaskSizes
 
 GRID = 16  # rows and columns of image tokens in the decoder, whatever the image size
 EARLY_LAYER = -11  # hidden states whose features draw the finer masks

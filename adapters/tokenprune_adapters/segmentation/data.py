@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.core.trace import Trace
 from tokenprune_adapters.llava.prompt import DecoderInputs
 from tokenprune_adapters.llava.vision import TowerReads, TowerRun
-from tokenprune_adapters.segmentation.sam_masks import MaskSizes
+from tokenprune_adapters.segmentation.sam.masks import MaskSizes
 
 SHOWN = 3  # masks, texts and batch rows in the repr of a result
 WIDTH = 80  # characters of a text in it

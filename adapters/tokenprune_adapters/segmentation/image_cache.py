@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from tokenprune.errors import OptionError
 from tokenprune.utils.arguments import shown
+from tokenprune.utils.images import to_rgb
+from tokenprune.utils.stopwatch import stage
 
 
 class ImageCache:
@@ -54,21 +58,23 @@ class ImageCache:
         """Forget all images."""
         self._found.clear()
 
-    def encoded(self, image: Image.Image, modules: Sequence[nn.Module], encode: Callable[[Image.Image], Any]) -> Any:
+    def encoded(self, image: Any, modules: Sequence[nn.Module], encode: Callable[[Any], Any]) -> Any:
         """What `encode` gives for an image, from the cache if it is there.
 
         Args:
-            image: RGB.
+            image: a picture in any form; anything else, such as an encoded image, is not looked up.
             modules: those that `encode` runs.
             encode: from the image.
         """
-        state = _state(modules) if self.size else None
+        is_picture = isinstance(image, (str, Path, Image.Image, np.ndarray, Tensor))
+        state = _state(modules) if self.size and is_picture else None
         if state is None:
             return encode(image)
-        content = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-        key = (image.size, content, state)
+        with stage("preprocess"):
+            rgb = to_rgb(image)
+            key = (rgb.size, hashlib.blake2b(rgb.tobytes(), digest_size=16).digest(), state)
         if key not in self._found:
-            self._found[key] = encode(image)
+            self._found[key] = encode(rgb)
             self._trim()
         self._found.move_to_end(key)
         return self._found[key]

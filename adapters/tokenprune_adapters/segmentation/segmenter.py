@@ -5,32 +5,29 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import model_turn
 from tokenprune.utils.arguments import whole_number
-from tokenprune.utils.images import ImageInput, to_rgb
+from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, splice
 from tokenprune_adapters.llava.vision import count_layers
-from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
 from tokenprune_adapters.segmentation.drafts import Draft, given_drafts, template_of
 from tokenprune_adapters.segmentation.image_cache import ImageCache
 from tokenprune_adapters.segmentation.many.many_images import ManyImages
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
+from tokenprune_adapters.segmentation.sam import masks as sam_masks
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -211,15 +208,8 @@ class Segmenter(ManyImages, DecoderRuns, nn.Module):
 
     def encoded(self, image: Any) -> Any:
         """As `encode_image`, from `image_cache` if the same picture was encoded lately. Preserves no gradients."""
-        if not isinstance(image, (str, Path, Image.Image, np.ndarray, Tensor)):
-            return self.encode_image(image)  # prepared or encoded, or no image at all
-        with stage("preprocess"):
-            rgb = to_rgb(image)
-        return self.image_cache.encoded(rgb, self.image_modules(), self.encode_image)
-
-    def image_modules(self) -> list[nn.Module]:
-        """The modules that `encode_image` runs: all but the decoder, unless a family knows better."""
-        return [module for module in self.children() if module is not self.decoder]
+        modules = [module for module in self.children() if module is not self.decoder]
+        return self.image_cache.encoded(image, modules, self.encode_image)
 
     def build_inputs(
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None

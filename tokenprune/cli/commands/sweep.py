@@ -54,6 +54,10 @@ def command(
         note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     show(found, out)
+    if found.reasons and not found.ran:
+        from tokenprune.errors import IncompatibleError
+
+        raise IncompatibleError(f"none of {len(found.reasons)} configurations could run, for the reasons above")
 
 
 def _run(
@@ -130,6 +134,6 @@ def _shard(text: str) -> tuple[int, int]:
     from tokenprune.errors import OptionError
 
     number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+    if not (text.isascii() and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise OptionError(f"--shard {text!r} found, expected I/N with I from 1 to N, such as 1/4")
     return int(number), int(count)

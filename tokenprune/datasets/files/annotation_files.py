@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ def text_of(path: Path, encodings: Sequence[str] = ("utf-8",)) -> str:
     """The text of a file, without a byte order mark; the first encoding that fits.
 
     Raises:
-        InputError: it cannot be read, or none fits; names the line.
+        InputError: it cannot be read, is no regular file (a pipe would never end), or none fits; names the line.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{str(path)!r} is no regular file, expected annotations; check the path")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -43,10 +46,13 @@ def json_of(path: Path, encodings: Sequence[str] = ("utf-8",)) -> Any:
     return parsed(text_of(path, encodings), repr(str(path)))
 
 
-def parsed(text: str, where: str, line: int = 1) -> Any:
-    """The value of a JSON text whose first line is this one of `where`. Raises InputError if it is not JSON."""
+def parsed(text: str, where: str, line: int = 1, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text whose first line is this one of `where`. Raises InputError if it is not JSON.
+
+    `pairs` makes what stands for an object, by default a dict, from its (key, value).
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         found = f"{where}, line {line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno})"
         raise InputError(f"{found}; repair the line, or get the file again") from error
@@ -65,17 +71,28 @@ def words(value: Any, what: str) -> str:
 
 
 def item(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any:
-    """`record[key]`, of this type. Raises InputError for another type, or if it is absent."""
+    """`record[key]`, of this type. Raises InputError for another type, text that is no Unicode, or if it is absent."""
     if not isinstance(record, dict):
         raise InputError(f"{what} is {shown(record)}, expected an object with {key!r}")
     if key not in record:
         raise InputError(f"{what} has no {key!r}; found {', '.join(map(repr, list(record)[:8])) or 'nothing'}")
     value = record[key]
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
         names = " or ".join(NAMES.get(one, one.__name__) for one in kinds)
         raise InputError(f"{what} has {key!r} {shown(value)}, expected {names}")
+    if isinstance(value, str) and (problem := unicode_problem(value)):
+        raise InputError(f"{what} has {key!r} {value[:60]!a}, which {problem}")
     return value
+
+
+def side(record: Any, key: str, what: str) -> int:
+    """`record[key]`, a height or width in pixels; 31.0 is 31. Raises InputError for anything else."""
+    value = item(record, key, object, what)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or value < 1 or not float(value).is_integer():
+        raise InputError(f"{what} has {key!r} {shown(value)}, expected a whole number of pixels; get the file again")
+    return int(value)
 
 
 NAMES = {list: "a list", dict: "an object", str: "text", int: "a whole number", bool: "true or false"}

@@ -5,6 +5,7 @@ Format: https://cocodataset.org/#format-data.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tokenprune.datasets.files.annotation_files import item, json_of, words
+from tokenprune.datasets.files.annotation_files import item, json_of, side, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import check_installed, drawn
 from tokenprune.errors import InputError
@@ -68,8 +69,9 @@ class Coco(FileDataset):
 
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
-        if not self.path.is_file():
-            raise InputError(f"dataset {self.name!r}: {str(path)!r} is a folder, expected {self.layout}")
+        if not os.path.isfile(self.path):
+            held = "a folder" if os.path.isdir(self.path) else "no regular file"
+            raise InputError(f"dataset {self.name!r}: {str(path)!r} is {held}, expected {self.layout}")
         check_installed()
         found = [word for word in re.findall(r"[a-z]+", self.path.stem.lower()) if word in NAMED]
         self.splits = (self.options.split or (found[0] if len(set(found)) == 1 else "val"),)  # type: ignore[misc]
@@ -80,14 +82,14 @@ class Coco(FileDataset):
         problems: list[str] = []
         field = self._field
         ids = (one.get("id") for one in self._annotations if isinstance(one, dict))
-        taken = Counter(id for id in ids if isinstance(id, (int, str)))
+        taken = Counter(str(id) for id in ids if isinstance(id, (int, str)))  # 3 and "3" would be one query
         for number, annotation in enumerate(self._annotations):
             where = f"{str(self.path)!r}, annotation {number}"
             try:
                 identity = item(annotation, "id", (int, str), where)
                 where = f"{str(self.path)!r}, annotation {identity!r}"
-                if taken[identity] > 1:
-                    raise InputError(f"{where} is there {taken[identity]} times; give each annotation its own id")
+                if taken[str(identity)] > 1:
+                    raise InputError(f"{where} is there {taken[str(identity)]} times; give each annotation its own id")
                 self._add(asked, annotation, field, where)
             except InputError as error:
                 problems.append(str(error))
@@ -110,12 +112,14 @@ class Coco(FileDataset):
     @cached_property
     def _images(self) -> dict[Any, dict[str, Any]]:
         found: dict[Any, dict[str, Any]] = {}
+        taken: set[str] = set()
         for number, image in enumerate(self._file["images"]):
             where = f"{str(self.path)!r}, image {number}"
             identity = item(image, "id", (int, str), where)
             item(image, "file_name", str, where)
-            if identity in found:
+            if str(identity) in taken:
                 raise InputError(f"{where} has the id {identity!r} of another image; give each its own id")
+            taken.add(str(identity))
             found[identity] = image
         return found
 
@@ -128,9 +132,14 @@ class Coco(FileDataset):
     def _categories(self) -> dict[Any, str]:
         listed = item(self._file, "categories", list, repr(str(self.path)))
         names: dict[Any, str] = {}
+        taken: set[str] = set()
         for number, one in enumerate(listed):
             where = f"{str(self.path)!r}, category {number}"
-            names[item(one, "id", (int, str), where)] = words(item(one, "name", str, where), f"{where}, its name")
+            identity = item(one, "id", (int, str), where)
+            if str(identity) in taken:
+                raise InputError(f"{where} has the id {identity!r} of another category; give each its own id")
+            taken.add(str(identity))
+            names[identity] = words(item(one, "name", str, where), f"{where}, its name")
         return names
 
     @cached_property
@@ -200,23 +209,28 @@ class Coco(FileDataset):
             for one in asked.values()
             if one.wanted
         )
-        sides = record.get("height"), record.get("width")
-        size = sides if all(type(side) is int for side in sides) else None
-        return ListedScene(str(image), self._folder / record["file_name"], queries, size)  # type: ignore[arg-type]
+        file, where = self._folder / record["file_name"], f"{str(self.path)!r}, image {image!r}"
+        size = None
+        if queries and ("height" in record or "width" in record):
+            try:
+                size = side(record, "height", where), side(record, "width", where)
+            except InputError as error:
+                return ListedScene(str(image), file, problem=str(error))
+        return ListedScene(str(image), file, queries, size)
 
     @cached_property
     def _folder(self) -> Path:
         """The folder of the images: the option, or the first place near the file that has one of the first images."""
         if self.options.images:
             folder = expanded(self.options.images)
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 raise InputError(f"dataset {self.name!r}: images {str(folder)!r} is not a folder; check the option")
             return folder
         here, above = self.path.parent, self.path.parent.parent
         names = [image["file_name"] for image in list(self._images.values())[:SAMPLES]]
         subset = self.path.stem.rsplit("_", 1)[-1]  # val2017 of instances_val2017.json
         near = [here, here / "images", above, above / "images", above / subset, above / "images" / subset]
-        return next((folder for folder in near if any((folder / name).is_file() for name in names)), here)
+        return next((folder for folder in near if any(os.path.isfile(folder / name) for name in names)), here)
 
 
 def target_of(wanted: Sequence[dict[str, Any]], crowds: Sequence[dict[str, Any]], height: int, width: int) -> Target:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -73,8 +75,9 @@ class ListedScene:
     problem: str = ""
 
     def missing(self) -> list[Path]:
-        """Its files that are not there."""
-        return [path for path in dict.fromkeys((self.image, *self.needs)) if not path.is_file()]
+        """Its files that are not there, or no regular files."""
+        # os.path takes names that no file can have, which Path raises errors for
+        return [path for path in dict.fromkeys((self.image, *self.needs)) if not os.path.isfile(path)]
 
 
 class FileOptions(BaseModel):
@@ -114,7 +117,7 @@ class FileDataset(Dataset):
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         self.name = name or type(self).name  # type: ignore[misc]  # one class may have several names
         self.path = expanded(path)
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             raise InputError(f"dataset {self.name!r}: nothing is at {str(path)!r}; check the path{self._expected()}")
         try:
             self.options = self.Options(**options)
@@ -217,12 +220,30 @@ class FileDataset(Dataset):
     def selected(self, split: str, limit: int | None) -> list[ListedScene]:
         """The scenes with the first `limit` queries, those that cannot be used left out; the last scene is cut.
 
+        A split is listed, and a warning says what is left out, at the first call; later changes of files are not seen.
+
         Raises:
             UnknownNameError: no such split.
             InputError: annotations cannot be used, or files are missing, see `missing`.
         """
         if split not in self.splits:
             raise UnknownNameError.among(f"split of dataset {self.name!r}", split, self.splits)
+        if split not in self._listings:
+            self._listings[split] = self._usable_scenes(split)
+        found_scenes, left = [], limit
+        for scene in self._listings[split]:
+            if left is not None and left <= 0:
+                break
+            cut = scene if left is None else replace(scene, queries=scene.queries[:left])
+            left = None if left is None else left - len(cut.queries)
+            found_scenes.append(cut)
+        return found_scenes
+
+    @cached_property
+    def _listings(self) -> dict[str, list[ListedScene]]:
+        return {}
+
+    def _usable_scenes(self, split: str) -> list[ListedScene]:
         scenes = self.listed(split)
         useless = {id(scene): (scene, scene.missing()) for scene in scenes if scene.problem or scene.missing()}
         if useless:
@@ -230,17 +251,8 @@ class FileDataset(Dataset):
             if self.options.missing == "refuse" or len(useless) == len(scenes):
                 named = ", give its place with the option images" if "images" in self.Options.model_fields else ""
                 raise InputError(f"{found}; complete the folder{named}, or leave them out with the option missing=skip")
-            warnings.warn(f"{found}; their queries are left out", DataWarning, stacklevel=3)
-        found_scenes, left = [], limit
-        for scene in scenes:
-            if id(scene) in useless:
-                continue
-            if left is not None and left <= 0:
-                break
-            cut = scene if left is None else replace(scene, queries=scene.queries[:left])
-            left = None if left is None else left - len(cut.queries)
-            found_scenes.append(cut)
-        return found_scenes
+            warnings.warn(f"{found}; their queries are left out", DataWarning, stacklevel=4)
+        return [scene for scene in scenes if id(scene) not in useless]
 
     def _expected(self) -> str:
         return f"; expected {self.layout}" if self.layout else ""

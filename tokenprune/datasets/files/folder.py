@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -45,7 +46,7 @@ class Folder(FileDataset):
 
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
-        tables = [self.path / table for table in TABLES if (self.path / table).is_file()]
+        tables = [self.path / table for table in TABLES if os.path.isfile(self.path / table)]
         if len(tables) != 1:
             found = f"both {' and '.join(TABLES)} are in" if tables else "no table of queries is in"
             cure = "; remove one" if tables else self._expected()
@@ -59,7 +60,7 @@ class Folder(FileDataset):
         rows = rows_of(self.table)
         for row in rows:
             for column in ("split", "kind"):
-                if column in row.cells and not row.get(column).strip():
+                if column in row.cells and not row.get(column):
                     raise InputError(f"{row.where}: {column} is empty; give it in every row, or leave the column out")
         return rows
 
@@ -73,7 +74,7 @@ class Folder(FileDataset):
             try:
                 image, mask = self._place(row, "image"), self._place(row, "mask")
                 known = images.setdefault(image, [])
-                id = row.get("id", f"{row.get('image')}#{len(known) + 1}").strip()
+                id = row.get("id", f"{row.get('image')}#{len(known) + 1}")
                 if not id or id in taken:
                     found = f"is that of line {taken[id].line} too" if id else "is empty"
                     raise InputError(f"{row.where}: id {id!r} {found}; give each query its own")
@@ -96,7 +97,7 @@ class Folder(FileDataset):
     def _query(self, row: Row, id: str, mask: Path) -> ListedQuery:
         text = words(row.cells["query"], f"{row.where}: query")
         given = row.cells.get("is_sentence", False)
-        is_sentence = given if isinstance(given, bool) else TRUTH.get(given.strip().lower())
+        is_sentence = given if isinstance(given, bool) else TRUTH.get(given.lower())
         if is_sentence is None:
             raise InputError(f"{row.where}: is_sentence is {shown(given)}, expected true or false")
         return ListedQuery(id, text, row.get("kind", KIND), partial(self._target, mask), is_sentence)
@@ -106,7 +107,7 @@ class Folder(FileDataset):
 
     def _place(self, row: Row, column: str) -> Path:
         """A file of the folder. Raises InputError for one outside, so that the folder can be moved as a whole."""
-        text = row.get(column).strip()
+        text = row.get(column)
         if not text:
             cure = "; a query without a target has a black mask" if column == "mask" else ""
             raise InputError(f"{row.where}: {column} is empty, expected a path{cure}")

@@ -5,6 +5,7 @@ Format of PixelLM (Ren et al., 2024, https://arxiv.org/abs/2312.02228; its `util
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from tokenprune.datasets.files.annotation_files import item, json_of, words
+from tokenprune.datasets.files.annotation_files import item, json_of, side, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import check_installed, drawn
 from tokenprune.errors import InputError
@@ -50,15 +51,15 @@ class Muse(FileDataset):
 
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
-        self.splits = tuple(split for split, file in FILES.items() if (self.path / file).is_file())  # type: ignore[misc]
+        self.splits = tuple(split for split, file in FILES.items() if os.path.isfile(self.path / file))  # type: ignore[misc]
         if not self.splits:
             raise InputError(f"dataset {self.name!r}: no file of MUSE is in {str(path)!r}{self._expected()}")
         check_installed()
         places = [expanded(self.options.images)] if self.options.images else []
         places = places or [self.path / place for place in IMAGES]
-        found = (place for place in places if any((place / subset).is_dir() for subset in SUBSETS))
+        found = (place for place in places if any(os.path.isdir(place / subset) for subset in SUBSETS))
         self.images = next(found, places[0])
-        if self.options.images and not self.images.is_dir():
+        if self.options.images and not os.path.isdir(self.images):
             raise InputError(f"dataset {self.name!r}: images {str(self.images)!r} is not a folder; check the option")
 
     def listed(self, split: str) -> Sequence[ListedScene]:
@@ -76,7 +77,7 @@ class Muse(FileDataset):
         return scenes
 
     def _scene(self, entry: Any, number: int, where: str) -> ListedScene:
-        size = item(entry, "height", int, where), item(entry, "width", int, where)
+        size = side(entry, "height", where), side(entry, "width", where)
         questions, answers = item(entry, "questions", list, where), item(entry, "answers", list, where)
         if len(questions) != len(answers) or not questions:
             found = f"{len(questions)} questions and {len(answers)} answers"

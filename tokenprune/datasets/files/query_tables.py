@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenprune.datasets.files.annotation_files import parsed, text_of
 from tokenprune.errors import InputError, nearest
-from tokenprune.utils.arguments import shown
+from tokenprune.utils.arguments import shown, unicode_problem
 
 NEEDED = ("image", "mask", "query")
 OPTIONAL = ("kind", "id", "split", "is_sentence")
@@ -20,7 +20,7 @@ OTHER_SEPARATORS = (";", "\t")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: cells by column, and where it begins."""
+    """One row: cells by column, without spaces at their ends, and where it begins."""
 
     file: Path
     line: int
@@ -70,7 +70,7 @@ def _csv_rows(file: Path, text: str, needed: Sequence[str]) -> list[Row]:
             if len(cells) != len(header):
                 found = f"{len(cells)} cells found, expected {len(header)}, as in the header"
                 raise InputError(f'{where.where}: {found}; put a text with commas in quotes, as in "left, behind"')
-            rows.append(Row(file, where.line, dict(zip(header, cells, strict=True))))
+            rows.append(Row(file, where.line, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
     except csv.Error as error:
         cure = 'close each quotation mark, and double those within a text, as in "a ""red"" ring"'
         raise InputError(f"{str(file)!r}, line {line}: not CSV ({error}); {cure}") from error
@@ -83,15 +83,20 @@ def _json_rows(file: Path, text: str, needed: Sequence[str]) -> list[Row]:
         if not line.strip():
             continue
         where = f"{str(file)!r}, line {number}"
-        found = parsed(line, repr(str(file)), number)
-        if not isinstance(found, dict):
-            raise InputError(f"{where}: {shown(found)} found, expected an object with {_and(needed)}")
-        _check_columns(where, list(found), needed)
+        pairs = parsed(line, repr(str(file)), number, tuple)  # of a dict, the last of two values would be taken
+        if not isinstance(pairs, tuple):
+            raise InputError(f"{where}: {shown(pairs)} found, expected an object with {_and(needed)}")
+        _check_columns(where, [column for column, _ in pairs], needed)
+        found = dict(pairs)
         for column, value in found.items():
             if isinstance(value, int) and not isinstance(value, bool) and column == "id":
                 found[column] = str(value)
             elif not isinstance(value, (str, bool) if column == "is_sentence" else str):
                 raise InputError(f"{where}: {column} is {shown(value)}, expected text")
+            elif isinstance(value, str) and (problem := unicode_problem(value)):
+                raise InputError(f"{where}: {column} {value[:60]!a} {problem}")
+            elif isinstance(value, str):
+                found[column] = value.strip()
         rows.append(Row(file, number, found))
     _check_same(rows)
     return rows

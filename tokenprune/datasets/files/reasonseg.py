@@ -6,6 +6,7 @@ Format and evaluation are those of LISA (Lai et al., 2024, https://arxiv.org/abs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,9 @@ from tokenprune.datasets.files.annotation_files import item, json_of, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
 from tokenprune.datasets.files.segmentation import FARTHEST, check_installed, part_drawn
 from tokenprune.errors import InputError
-from tokenprune.utils.arguments import shown
+from tokenprune.utils.arguments import shown, unicode_problem
+from tokenprune.utils.extras import install_extra
+from tokenprune.utils.files import reason
 from tokenprune.utils.masks import with_ignored
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -63,31 +66,41 @@ class ReasonSeg(FileDataset):
     def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
         super().__init__(path, name=name, **options)
         inside = (self.path, self.path / "ReasonSeg", self.path / "reason_seg" / "ReasonSeg")
-        root = next((folder for folder in inside if any((folder / split).is_dir() for split in SPLITS)), None)
+        root = next((folder for folder in inside if any(os.path.isdir(folder / split) for split in SPLITS)), None)
         if root is None:
             up = f"; give the folder above it, {str(self.path.parent)!r}" if self.path.name in SPLITS else ""
             found = f"dataset {self.name!r}: no folder train, val or test is in {str(path)!r}"
             raise InputError(f"{found}{up or self._expected()}")
         (_opencv if self.options.faithful else check_installed)()
         self.root = root
-        self.splits = tuple(split for split in SPLITS if (root / split).is_dir())  # type: ignore[misc]
+        self.splits = tuple(split for split in SPLITS if os.path.isdir(root / split))  # type: ignore[misc]
 
     def listed(self, split: str) -> Sequence[ListedScene]:
         """See `FileDataset.listed`: in order of the files' names."""
         folder = self.root / split
-        files = [file for file in folder.iterdir() if not file.name.startswith(".")]
-        images = {file.stem: file for file in files if file.suffix.lower() == ".jpg"}
-        texts = {file.stem: file for file in files if file.suffix.lower() == ".json"}
+        try:
+            files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+        except OSError as error:
+            found = f"{str(folder)!r} cannot be read ({reason(error)})"
+            raise InputError(f"dataset {self.name!r}: {found}; check its permissions") from error
+        images, texts = _by_stem(files, ".jpg"), _by_stem(files, ".json")
         if not texts:
             raise InputError(f"dataset {self.name!r}: no NAME.json is in {str(folder)!r}{self._expected()}")
         return [
-            self._listed(images.get(stem, folder / f"{stem}.jpg"), texts.get(stem, folder / f"{stem}.json"))
+            self._listed(images.get(stem, [folder / f"{stem}.jpg"]), texts.get(stem, [folder / f"{stem}.json"]))
             for stem in sorted({*images, *texts})
         ]
 
-    def _listed(self, image: Path, text: Path) -> ListedScene:
+    def _listed(self, images: list[Path], texts: list[Path]) -> ListedScene:
+        image, text = images[0], texts[0]
         stem = image.stem
-        if not text.is_file():
+        if problem := unicode_problem(stem):
+            return ListedScene(ascii(stem)[1:-1], image, problem=f"the name of {str(image)!r} {problem}")
+        for several in (images, texts):
+            if len(several) > 1:
+                found = " and ".join(sorted(file.name for file in several))
+                return ListedScene(stem, image, problem=f"{str(image.parent)!r} has {found}; keep one of them")
+        if not os.path.isfile(text):
             return ListedScene(stem, image, needs=(text,))
         try:
             queries = self._queries(stem, text)
@@ -142,6 +155,15 @@ def _drawn(shape: Shape, height: int, width: int, is_faithful: bool) -> NDArray[
     return area > 0
 
 
+def _by_stem(files: list[Path], ending: str) -> dict[str, list[Path]]:
+    """The files with this ending, in small letters or large, by the name before it."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        if file.suffix.lower() == ending:
+            found.setdefault(file.stem, []).append(file)
+    return found
+
+
 def _shape(found: Any, where: str) -> Shape | None:
     """A shape; None if it is deprecated. Raises InputError."""
     label = item(found, "label", str, where).lower()
@@ -162,7 +184,6 @@ def _opencv() -> Any:
         import cv2
     except ImportError:
         raise InputError(
-            "OpenCV, which draws faithful=true, is not installed; install the extra: pip install "
-            '"tokenprune-vlm[data]", or leave faithful out'
+            f"OpenCV, which draws faithful=true, is not installed; {install_extra('data')}, or leave faithful out"
         ) from None
     return cv2

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.errors import InputError
+from tokenprune.utils.arguments import shown
+from tokenprune.utils.extras import install_extra
 
 NEEDED = 6  # numbers of a polygon: pycocotools takes one of four for a box
 FARTHEST = 100_000  # pixels: pycocotools' memory grows with the length of a polygon's sides
@@ -26,12 +28,15 @@ def drawn(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
         InputError: of another form; a polygon of fewer than three points, or of numbers that are not finite; run
             lengths for another size; or pycocotools is not installed.
     """
-    return summed(segmentation, height, width) > 0
+    union = np.zeros((height, width), dtype=np.bool_)
+    for part in parts_of(segmentation):
+        union |= part_drawn(part, height, width)
+    return union
 
 
-def summed(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """uint8 [height, width]: how many parts of an annotation cover each pixel; errors as for `drawn`."""
-    total = np.zeros((height, width), dtype=np.uint8)
+def summed(segmentation: Any, height: int, width: int) -> NDArray[np.uint32]:
+    """uint32 [height, width]: how many parts of an annotation cover each pixel; errors as for `drawn`."""
+    total = np.zeros((height, width), dtype=np.uint32)  # an annotation may have hundreds of parts
     for part in parts_of(segmentation):
         total += part_drawn(part, height, width)
     return total
@@ -75,9 +80,18 @@ def part_drawn(part: Any, height: int, width: int) -> NDArray[np.bool_]:
 
 def _check_runs(counts: Any, pixels: int) -> None:
     """Refuse run lengths that are not those of all pixels: pycocotools decodes the rest from unset memory."""
-    lengths = _unpacked(counts) if isinstance(counts, (str, bytes)) else [int(count) for count in counts]
-    if min(lengths, default=0) < 0 or sum(lengths) != pixels:
+    lengths = _unpacked(counts) if isinstance(counts, (str, bytes)) else [_whole(count) for count in counts]
+    for place, length in enumerate(lengths):
+        if length < 0:
+            raise InputError(f"run length {place} is {length}, expected none below 0; get the annotation again")
+    if sum(lengths) != pixels:
         raise InputError(f"run lengths of {sum(lengths)} pixels found, expected {pixels}, those of the image")
+
+
+def _whole(count: Any) -> int:
+    if isinstance(count, bool) or not isinstance(count, (int, float)) or count != int(count):
+        raise InputError(f"run length {shown(count)} found, expected whole numbers of pixels; get the annotation again")
+    return int(count)
 
 
 def _unpacked(text: str | bytes) -> list[int]:
@@ -97,6 +111,8 @@ def _unpacked(text: str | bytes) -> list[int]:
             value -= 1 << shift
         found.append(value + found[-2] if len(found) > 2 else value)
         value = shift = 0
+    if shift:
+        raise InputError("compressed run lengths end within a number; get the annotation again")
     return found
 
 
@@ -109,8 +125,5 @@ def _coder() -> Any:
     try:
         from pycocotools import mask
     except ImportError:
-        raise InputError(
-            "pycocotools, which draws COCO's masks, is not installed; install the extra: pip install "
-            '"tokenprune-vlm[data]"'
-        ) from None
+        raise InputError(f"pycocotools, which draws COCO's masks, is not installed; {install_extra('data')}") from None
     return mask

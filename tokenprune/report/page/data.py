@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import InputError
 from tokenprune.sweeps.plan import digest
-from tokenprune.sweeps.results import read_results
-from tokenprune.sweeps.store import reading
+from tokenprune.sweeps.results import read_results, reasons_of
+from tokenprune.sweeps.store import decoding, reading
 from tokenprune.sweeps.summary import REFERENCE, TOGETHER, Line, summarised
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Study:
         groups: in the order of the sweep's configuration.
         config: of the sweep, as plain data.
         environments: that its records were made in: (when first, what).
-        reasons: why configurations could not run, by their labels.
+        reasons: why configurations could not run, by what is shown of them.
     """
 
     folder: Path
@@ -124,25 +124,20 @@ def read_study(run: str | Path) -> Study:
     table = read_results(run)
     if table.empty:
         raise InputError(f"{str(run)!r} holds no records yet; run the sweep, then make its report")
-    with reading(run) as store:
-        config = store.meta().get("config", {})
+    with reading(run) as store, decoding(store.folder):
+        meta = store.meta()
         used = set(table.environment)
         made = [
             (when, json.loads(value))
             for hashed, when, value in store.rows("SELECT hash, made, value FROM environments ORDER BY made")
             if hashed in used
         ]
-        planned = set(store.meta().get("planned", ()))
-        reasons = {
-            label: reason
-            for hashed, label, reason in store.rows("SELECT hash, label, reason FROM configurations")
-            if reason is not None and hashed in planned
-        }
+        reasons = reasons_of(store, meta.get("planned", ()))
     groups = [
         _group(dict(zip(TOGETHER, map(str, where), strict=True)), part)
         for where, part in table.groupby(TOGETHER, sort=False, dropna=False)
     ]
-    return Study(Path(run), groups, config, made, reasons)
+    return Study(Path(run), groups, meta.get("config", {}), made, reasons)
 
 
 def _group(where: dict[str, str], records: pd.DataFrame) -> Group:

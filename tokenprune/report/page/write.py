@@ -6,8 +6,11 @@ import importlib.util
 from pathlib import Path
 
 from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.report.files import check_distinct
+from tokenprune.utils.extras import install_extra
 from tokenprune.utils.files import path_given, reason, replacing
 
+SUFFIXES = (".html", ".htm")
 NEEDED = ("pandas", "plotly", "jinja2")
 
 
@@ -25,7 +28,8 @@ def write_report(
     Returns the paths of what was written, the page first. Folders are made if necessary.
 
     Raises:
-        InputError: there is no such sweep, it has no record, or a file cannot be written.
+        InputError: there is no such sweep, it has no record, a file cannot be written, or `out` is not named as an HTML
+            file.
         UnsupportedError: pandas, plotly, jinja2, or for figures matplotlib, is not installed; nothing is written.
 
     Example:
@@ -39,7 +43,7 @@ def write_report(
         ['report.html', 'results.csv', 'results.md', 'results.tex']
     """
     check_installed(figures is not None)
-    _check_out(out)
+    _check_out(out, run)
     from tokenprune.report.page.data import read_study
     from tokenprune.report.page.html import page
 
@@ -71,14 +75,19 @@ def check_installed(figures: bool = False) -> None:
     if missing:
         are = "is" if len(missing) == 1 else "are"
         raise UnsupportedError(
-            f"a report is made with {', '.join(missing)}, which {are} not installed; install the extra: "
-            'pip install "tokenprune-vlm[report]"'
+            f"a report is made with {', '.join(missing)}, which {are} not installed; {install_extra('report')}"
         )
 
 
-def _check_out(out: str | Path) -> None:
-    if path_given("out", out).is_dir():
+def _check_out(out: str | Path, run: str | Path) -> None:
+    from tokenprune.sweeps.store import FILE
+
+    path, store = path_given("out", out), path_given("folder of a sweep", run) / FILE
+    if path.is_dir():
         raise InputError(f"report {str(out)!r} is a folder; give the path of an HTML file, such as report.html")
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"report {str(out)!r}: found suffix {path.suffix!r}, expected .html")
+    check_distinct({"--out": [path]}, [store], "the store of the sweep")
 
 
 def _write(text: str, path: Path) -> Path:

@@ -16,7 +16,7 @@ from tokenprune.evaluation.statistics import (
 )
 from tokenprune.sweeps.fingerprint import image_of
 from tokenprune.sweeps.plan import Configuration
-from tokenprune.sweeps.store import Store
+from tokenprune.sweeps.store import Store, decoding
 
 DEFAULT = "default"
 COLUMNS = 'scene, query, iou, intersection, "union", equivalent_tokens, image_tokens, scene_digest'
@@ -102,6 +102,7 @@ def _records(store: Store, one: Configuration, asked: Sequence[tuple[int, int]])
 
 
 def _options(store: Store, one: Configuration) -> dict[str, Any]:
-    (text,) = store.rows("SELECT options FROM configurations WHERE hash = ?", (one.hash,)).fetchone()
-    found: dict[str, Any] = json.loads(text) if text else {}
+    ((text,),) = store.rows("SELECT options FROM configurations WHERE hash = ?", (one.hash,))
+    with decoding(store.folder):
+        found: dict[str, Any] = json.loads(text) if text else {}
     return found

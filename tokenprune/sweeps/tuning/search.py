@@ -19,6 +19,7 @@ from tokenprune.errors import BudgetError, InputError, TokenPruneError
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.plugins.attribution import blamed_strategy
 from tokenprune.sweeps.tuning.search_space import Choices, Range, Space
+from tokenprune.utils.extras import install_extra
 
 BATCH = 5  # combinations that run side by side, on images that are encoded once
 ASKED = 10  # times the trials: combinations that are asked for at most, where most are refused
@@ -111,9 +112,7 @@ def check_optuna() -> Any:
     try:
         return importlib.import_module("optuna")
     except ImportError:
-        raise InputError(
-            'optuna, which searches options, is not installed; install the extra: pip install "tokenprune-vlm[tune]"'
-        ) from None
+        raise InputError(f"optuna, which searches options, is not installed; {install_extra('tune')}") from None
 
 
 def contender_of(name: str, budget: float, fixed: Mapping[str, Any], options: Mapping[str, Any]) -> Contender:

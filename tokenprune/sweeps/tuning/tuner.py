@@ -13,7 +13,8 @@ from tokenprune.core.budget import checked_budget
 from tokenprune.core.by_name import parse_text
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.contenders import Contender
-from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig, read_config
+from tokenprune.sweeps.config import MAX_SEED, DatasetEntry, ModelEntry, SweepConfig, read_config
+from tokenprune.sweeps.data_check import Data, warned_once
 from tokenprune.sweeps.fingerprint import image_of
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Configuration, Group, configuration_of
@@ -24,7 +25,7 @@ from tokenprune.sweeps.tuning.search_space import derived
 from tokenprune.sweeps.tuning.search_text import parse_search
 from tokenprune.sweeps.tuning.tuned import FILE, Tuned, as_json
 from tokenprune.sweeps.worker import Models, Worker
-from tokenprune.utils.arguments import whole_number
+from tokenprune.utils.arguments import shown, whole_number
 from tokenprune.utils.files import replacing
 from tokenprune.utils.threads import ThreadChoice, using
 
@@ -106,7 +107,8 @@ def tune(
     checked_budget("budget", budget)
     for key, value in (("trials", trials), ("limit", limit), ("confirm_limit", confirm_limit)):
         whole_number(key, value, 1)
-    whole_number("seed", seed, 0)
+    if whole_number("seed", seed, 0) > MAX_SEED:
+        raise OptionError(f"seed: {shown(seed)} found, expected at most {MAX_SEED}")
     plain = api.strategy(name, **fixed)
     given = parse_search(plain, search_for)
     entry, data = _entries(model, dataset, split, confirm_split)
@@ -120,7 +122,7 @@ def tune(
         "search": {option: str(domain) for option, domain in given.items()},
     }
     default = Contender(api.strategy(name, budget, **fixed) if plain.takes_budget() else plain, fixed, budget)
-    with writing(out) as store, using(threads):
+    with writing(out) as store, using(threads), warned_once():
         _check_same(store, what, out)
         models = Models()
         calibration = _Runs(store, Group(entry, data[0], seed, ()), default, limit, accept_changes, models)
@@ -169,7 +171,8 @@ class _Runs:
     ) -> None:
         entry = (group.model, group.dataset)
         self.group = Group(*entry, group.seed, (configuration_of(*entry, default, group.seed),))
-        self.store, self._accept = store, accept_changes
+        self.store, self._accept, self._data = store, accept_changes, Data(group.dataset)
+        self._data.check(store, self.group, limit)
         self.worker = Worker(self.group, limit, keep_masks=False, models=models)
         self._asked: list[tuple[int, int]] | None = None
 
@@ -207,13 +210,12 @@ class _Runs:
         distinct = {one.hash: one for one in ones}
         with store.transaction():
             for one in distinct.values():
-                store.add_configuration(one)
+                store.add_configuration(one, self.group.source)
             planned = [*store.meta().get("planned", []), *distinct]
             store.set_meta(planned=list(dict.fromkeys(planned)))
         group = Group(self.group.model, self.group.dataset, self.group.seed, tuple(distinct.values()))
-        # listing a dataset once more for every batch of the search would be for nothing: nobody sees its total
-        total = None if progress is None else queries_of(group, self.worker.limit, (1, 1))
-        run = GroupRun(store, group, total, (1, 1), self._accept)
+        total = None if progress is None else queries_of(group, self._data, self.worker.limit, (1, 1))
+        run = GroupRun(store, group, self._data, total, (1, 1), self._accept)
         for number, scene in self.worker.scenes(lambda number, queries: bool(run.pending(number, queries))):
             run.add(self.worker.run(number, scene, run.pending(number, len(scene.queries))))
             if progress is not None:

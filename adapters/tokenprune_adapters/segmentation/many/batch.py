@@ -13,7 +13,7 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError, TokenPruneError
 from tokenprune_adapters.segmentation.data import Answered, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.many.joined import joined
-from tokenprune_adapters.segmentation.sam_masks import MaskSize
+from tokenprune_adapters.segmentation.sam.masks import MaskSize
 
 if TYPE_CHECKING:
     from tokenprune_adapters.segmentation.segmenter import Segmenter

@@ -9,9 +9,9 @@ from tokenprune.core.strategy import Strategy
 from tokenprune.errors import OptionError
 from tokenprune.utils.arguments import one_of, shown, whole_number
 from tokenprune.utils.images import ImageInput
-from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.many.batch import Settings
 from tokenprune_adapters.segmentation.many.stream import ImageResult, stream
+from tokenprune_adapters.segmentation.sam import masks as sam_masks
 
 if TYPE_CHECKING:
     from tokenprune_adapters.segmentation.segmenter import Segmenter

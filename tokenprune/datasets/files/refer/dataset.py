@@ -19,7 +19,7 @@ from tokenprune.datasets.files.refer.layout import INSTANCES, folder_of, images_
 from tokenprune.datasets.files.segmentation import drawn, summed
 from tokenprune.errors import DataWarning, InputError, UnknownNameError
 
-INDEX = "refer-1"  # to be raised when `joined` gives something else
+INDEX = "refer-2"  # to be raised when `joined` gives something else
 COCO_IMAGES = ("images/mscoco/images/train2014", "images/train2014", "train2014")
 CLEF_IMAGES = ("images/saiapr_tc-12", "saiapr_tc-12")
 WITHOUT_OUTLINE = "sentences about an annotation without segmentation"
@@ -128,7 +128,7 @@ class Refer(FileDataset):
         found = f"dataset {self.name!r}, split {split!r}: {queries} queries cannot be used: {found}"
         if self.options.missing == "refuse" or not any_left:
             raise InputError(f"{found}; use files that belong together, or leave them out with the option missing=skip")
-        warnings.warn(f"{found}; they are left out", DataWarning, stacklevel=5)
+        warnings.warn(f"{found}; they are left out", DataWarning, stacklevel=6)
 
 
 class Phrases(Refer):

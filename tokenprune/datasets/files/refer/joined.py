@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenprune.datasets.files.annotation_files import json_of
+from tokenprune.datasets.files.annotation_files import json_of, side
 from tokenprune.datasets.files.refer.unpickler import read_pickle
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown, unicode_problem
@@ -143,21 +143,29 @@ def _ref(value: Any, where: str, several: bool) -> Part:
     else:
         ref |= _fields(value, {"ann_id": (int, str)}, where)
     ref["sentences"] = [_fields(one, {"sent_id": (int, str), "sent": str}, where) for one in ref["sentences"]]
-    for one in ref["sentences"]:
-        if problem := unicode_problem(one["sent"]):
-            raise InputError(f"{where}: sentence {one['sent'][:60]!a} {problem}")
     return ref
 
 
 def _instances(file: Path) -> tuple[dict[Any, Part], dict[Any, Part]]:
     """Images and annotations by id."""
     found = json_of(file)
-    images = {
-        one["id"]: {"id": one["id"], "file": one["file_name"], "size": [one["height"], one["width"]]}
-        for one in _entries(found, "images", {"id": (int, str), "file_name": str, "height": int, "width": int}, file)
-    }
-    wanted = {"id": (int, str), "image_id": (int, str)}
-    return images, {one["id"]: one for one in _entries(found, "annotations", wanted, file)}
+    images = _by_id(found, "images", {"id": (int, str), "file_name": str}, file)
+    for identity, one in images.items():
+        where = f"{str(file)!r}, image {identity!r}"
+        size = [side(one, "height", where), side(one, "width", where)]
+        images[identity] = {"id": identity, "file": one["file_name"], "size": size}
+    return images, _by_id(found, "annotations", {"id": (int, str), "image_id": (int, str)}, file)
+
+
+def _by_id(found: Any, key: str, fields: dict[str, Any], file: Path) -> dict[Any, Part]:
+    known: dict[Any, Part] = {}
+    taken: dict[str, Part] = {}
+    for number, one in enumerate(_entries(found, key, fields, file)):
+        if taken.setdefault(str(one["id"]), one) != one:  # the same entry twice is one
+            where = f"{str(file)!r}, {key} {number}"
+            raise InputError(f"{where} has the id {one['id']!r} of another entry; give an intact file of this dataset")
+        known[one["id"]] = one
+    return known
 
 
 def _entries(found: Any, key: str, fields: dict[str, Any], file: Path) -> Iterator[Part]:
@@ -170,11 +178,13 @@ def _entries(found: Any, key: str, fields: dict[str, Any], file: Path) -> Iterat
 
 
 def _fields(value: Any, fields: dict[str, Any], where: str) -> Part:
-    """These fields of an object; raises InputError if one is not there or has another type."""
+    """These fields of an object; raises InputError if one is absent, of another type, or text that is no Unicode."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {shown(value)}, expected an object with {', '.join(fields)}; give an intact file")
     for field, kinds in fields.items():
         if not isinstance(value.get(field), kinds) or isinstance(value[field], bool):
             held = f"is {shown(value[field])}" if field in value else "is missing"
             raise InputError(f"{where}: {field!r} {held}; give an intact file of this dataset")
+        if isinstance(value[field], str) and (problem := unicode_problem(value[field])):
+            raise InputError(f"{where}: {field!r} {value[field][:60]!a} {problem}")
     return {field: value[field] for field in fields}

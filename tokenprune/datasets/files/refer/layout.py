@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def folder_of(path: Path, name: str, lists: Sequence[str]) -> Path:
         InputError: neither holds a list or instances.json, or the folder is that of another dataset.
     """
     for folder in (path / name, path):
-        if any((folder / file).is_file() for file in (*lists, INSTANCES)):
+        if any(os.path.isfile(folder / file) for file in (*lists, INSTANCES)):
             held = folder.absolute().name
             if held in NAMES and held != name:
                 raise InputError(f"dataset {name!r}: {str(folder)!r} is the folder of {held!r}; name that dataset")
@@ -39,7 +40,7 @@ def folder_of(path: Path, name: str, lists: Sequence[str]) -> Path:
 def list_of(folder: Path, name: str, lists: Sequence[str]) -> Path:
     """The file of references, the first of `lists` that is there; raises InputError with those that are."""
     for file in lists:
-        if (folder / file).is_file():
+        if os.path.isfile(folder / file):
             return folder / file
     there = sorted(repr(file.name) for file in folder.glob("*refs(*).*"))
     found = f"which has {', '.join(there)}; choose with the option splitby" if there else "; complete the folder"
@@ -61,13 +62,13 @@ def images_of(folder: Path, name: str, given: str | Path | None, places: Sequenc
     """
     if given is not None:
         chosen = expanded(given)
-        if not chosen.is_dir():
+        if not os.path.isdir(chosen):
             raise InputError(f"dataset {name!r}: option images is {str(given)!r}, where no folder is; check the path")
         return chosen
     bases = (folder.absolute(), *folder.absolute().parents[:2])
     for place in places:
         for base in bases:
-            if (base / place).is_dir():
+            if os.path.isdir(base / place):
                 return base / place
     tried = ", ".join(repr(place) for place in places)
     raise InputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def read_pickle(path: Path) -> Any:
         InputError: no such file, one that is damaged, truncated or larger than 1 GiB, or that names anything that is
             not data.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{str(path)!r} is no regular file, expected a pickle; check the path")
     try:
         size = path.stat().st_size
         content = path.read_bytes() if size <= LARGEST else b""

@@ -13,9 +13,9 @@ from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.tower import ClipPixels
 from tokenprune_adapters.llava.vision import run_tower
-from tokenprune_adapters.segmentation import sam_masks
 from tokenprune_adapters.segmentation.data import EncodedImage, PreparedImage
 from tokenprune_adapters.segmentation.many.transfer import batched
+from tokenprune_adapters.segmentation.sam import masks as sam_masks
 from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
 
 

@@ -11,7 +11,7 @@ from tokenprune_adapters.clip.tower import PREPROCESSOR, ClipPixels
 from tokenprune_adapters.clip.tower_checks import is_openai
 from tokenprune_adapters.common.checkpoint import Part
 from tokenprune_adapters.segmentation.loading import MASK_PROJECTION, Opened, mlp
-from tokenprune_adapters.segmentation.sam_weights import build_sam
+from tokenprune_adapters.segmentation.sam.weights import build_sam
 
 
 def sam_segmenter_parts(

@@ -1,39 +1,36 @@
-"""The store of a sweep: one SQLite file, one transaction for each scene, one writer at a time.
-
-A transaction holds all records of one scene, so whatever moment a process dies at, a scene is there with all of its
-queries or not at all. The file can be read while a sweep writes to it.
-"""
+"""The tables of a store, and what is read from them and added to them."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tokenprune.datasets.base import Scene
-from tokenprune.errors import InputError
 from tokenprune.evaluation.records import Record, packed_json, packed_mask
 from tokenprune.sweeps.plan import Configuration
-from tokenprune.utils.files import path_given, reason
+from tokenprune.sweeps.store.problems import decoding, told
 
-FILE = "results.sqlite"
-VERSION = 1
+# keys of meta begin so
+LISTING = "listing of "  # what a dataset lists, by the digest of its entry
+DIGESTS = "digests of "  # code and weights, by the name of a model
+VERSION = 2
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE environments (hash TEXT PRIMARY KEY, made TEXT NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE configurations (
     hash TEXT PRIMARY KEY, model TEXT NOT NULL, dataset TEXT NOT NULL, split TEXT NOT NULL, protocol TEXT NOT NULL,
     strategy TEXT NOT NULL, label TEXT NOT NULL, given TEXT NOT NULL, budget REAL, seed INTEGER NOT NULL,
-    options TEXT, policies TEXT, reason TEXT
+    options TEXT, policies TEXT, reason TEXT, source TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE scenes (
     source TEXT NOT NULL, scene INTEGER NOT NULL, name TEXT NOT NULL, digest TEXT NOT NULL, queries INTEGER NOT NULL,
+    queries_before INTEGER NOT NULL, state TEXT NOT NULL,
     PRIMARY KEY (source, scene)
 ) WITHOUT ROWID;
 CREATE TABLE records (
@@ -50,6 +47,25 @@ CREATE TABLE records (
 """
 
 
+@dataclass(frozen=True)
+class StoredScene:
+    """A scene that was run.
+
+    Attributes:
+        name: of it.
+        digest: of its image, and of the queries that it had.
+        queries: how many.
+        before: queries of the scenes before it; with a limit, what decides which queries are asked.
+        state: of its files, see `data_check.state_of`; empty if it has none.
+    """
+
+    name: str
+    digest: str
+    queries: int
+    before: int
+    state: str
+
+
 class Store:
     """An open store. Make one with `reading` or `writing`."""
 
@@ -60,12 +76,19 @@ class Store:
 
     def meta(self) -> dict[str, Any]:
         """Plain data by key, such as "config" and "planned"."""
-        return {key: json.loads(value) for key, value in self.rows("SELECT key, value FROM meta")}
+        with decoding(self.folder):
+            return {key: json.loads(value) for key, value in self.rows("SELECT key, value FROM meta")}
 
-    def done(self, configuration: str) -> dict[int, int]:
-        """By scene, how many queries of it are stored for a configuration."""
-        found = "SELECT scene, COUNT(*) FROM records WHERE configuration = ? GROUP BY scene"
-        return dict(self.rows(found, (configuration,)))
+    def done(self, configuration: str) -> dict[int, tuple[int, int]]:
+        """By scene, how many queries it had when a configuration ran on it, and how many of them are stored."""
+        cut = "MAX(LENGTH(scene_digest) - LENGTH(REPLACE(scene_digest, ':', '')))"
+        found = f"SELECT scene, {cut}, COUNT(*) FROM records WHERE configuration = ? GROUP BY scene"
+        return {scene: (queries, count) for scene, queries, count in self.rows(found, (configuration,))}
+
+    def stored_scenes(self, source: str) -> dict[int, StoredScene]:
+        """The scenes of a source that were run, by number."""
+        found = "SELECT scene, name, digest, queries, queries_before, state FROM scenes WHERE source = ? ORDER BY scene"
+        return {number: StoredScene(*rest) for number, *rest in self.rows(found, (source,))}
 
     def scenes(self, source: str) -> dict[int, str]:
         """The digests of the scenes of a source that were run, by number."""
@@ -76,10 +99,17 @@ class Store:
         ((found,),) = self.rows("SELECT COUNT(*) FROM records")
         return int(found)
 
-    def rows(self, query: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        """The result of a SELECT."""
+    def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """The rows that a SELECT gives, read as they are asked for."""
         with told(self.folder):
-            return self._connection.execute(query, values)
+            for row in self._connection.execute(query, values):  # noqa: UP028 - a cursor must not be closed after it
+                yield row
+
+    def named_rows(self, query: str, values: Sequence[Any] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """The columns and the rows that a SELECT gives."""
+        with told(self.folder):
+            found = self._connection.execute(query, values)
+            return [column[0] for column in found.description], found.fetchall()
 
     # what is added ----------------------------------------------------------------------------------------------------
 
@@ -89,6 +119,10 @@ class Store:
         with told(self.folder), self._connection:  # which commits, or takes everything back
             self._connection.execute("BEGIN IMMEDIATE")
             yield
+
+    def change(self, statement: str, values: Sequence[Any]) -> None:
+        """Change rows, inside a transaction."""
+        self._connection.execute(statement, values)
 
     def set_meta(self, **values: Any) -> None:
         """Store plain data by key."""
@@ -101,14 +135,14 @@ class Store:
         row = (hashed, now, json.dumps(value, sort_keys=True))
         self._connection.execute("INSERT OR IGNORE INTO environments VALUES (?, ?, ?)", row)
 
-    def add_configuration(self, one: Configuration) -> None:
+    def add_configuration(self, one: Configuration, source: str) -> None:
         """Store a configuration, unless it is there; what could not run before may be tried again."""
         strategy, given = one.contender.strategy, json.dumps(one.contender.given, sort_keys=True, default=repr)
         row = (one.hash, one.model, one.dataset, one.split, one.protocol, strategy.name, one.contender.label, given)
-        places = ", ".join("?" * 13)
+        places = ", ".join("?" * 14)
         self._connection.execute(
             f"INSERT OR IGNORE INTO configurations VALUES ({places})",
-            (*row, one.contender.budget, one.seed, None, None, None),
+            (*row, one.contender.budget, one.seed, None, None, None, source),
         )
         self.set_configuration(one.hash, reason=None)
 
@@ -118,10 +152,17 @@ class Store:
         given = [value if isinstance(value, str) or value is None else json.dumps(value) for value in values.values()]
         self._connection.execute(f"UPDATE configurations SET {columns} WHERE hash = ?", (*given, hashed))
 
-    def add_scene(self, source: str, number: int, name: str, hashed: str, queries: int) -> None:
-        """Store that a scene was run."""
-        row = (source, number, name, hashed, queries)
-        self._connection.execute("INSERT OR REPLACE INTO scenes VALUES (?, ?, ?, ?, ?)", row)
+    def add_scene(
+        self, source: str, number: int, name: str, hashed: str, queries: int, before: int, state: str
+    ) -> None:
+        """Store a scene; see `StoredScene`."""
+        row = (source, number, name, hashed, queries, before, state)
+        self._connection.execute("INSERT OR REPLACE INTO scenes VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def forget(self, configuration: str, scene: int) -> None:
+        """Remove the records of a configuration on a scene, which is run anew."""
+        where = "configuration = ? AND scene = ?"
+        self._connection.execute(f"DELETE FROM records WHERE {where}", (configuration, scene))
 
     def add_records(self, rows: Iterable[Sequence[Any]]) -> None:
         """Store records, as `row_of` gives them; those that are there are replaced."""
@@ -167,100 +208,3 @@ def row_of(configuration: str, record: Record, scene: Scene, hashed: str, enviro
         packed_json(record.stages) if record.stages or record.mask is not None else None,
         environment,
     )
-
-
-@contextmanager
-def reading(folder: str | Path) -> Iterator[Store]:
-    """A store to read from, also while a sweep writes to it.
-
-    Raises:
-        InputError: there is none, it is damaged, or of another version.
-    """
-    home = path_given("folder of a sweep", folder)
-    path = home / FILE
-    empty = InputError(f"{str(folder)!r} holds no results of a sweep ({FILE}); check the path")
-    if not path.is_file():
-        raise empty
-    with told(home), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-        if _is_empty(connection):
-            raise empty
-        _check(connection, home)
-        yield Store(home, connection)
-
-
-@contextmanager
-def writing(folder: str | Path) -> Iterator[Store]:
-    """A store to add to, made if there is none.
-
-    Raises:
-        InputError: another process writes to it, it is damaged, of another version, or cannot be written.
-    """
-    home = path_given("folder of a sweep", folder)
-    with _locked(home, folder):
-        with told(home):
-            connection = sqlite3.connect(home / FILE, isolation_level=None, timeout=60)
-        with closing(connection):
-            with told(home):
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
-                if _is_empty(connection):
-                    connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-                _check(connection, home)
-            yield Store(home, connection)
-
-
-@contextmanager
-def _locked(home: Path, folder: str | Path) -> Iterator[None]:
-    """The only writer of a folder; the system takes the lock back when the process dies."""
-    lock = FileLock(home / ".lock")
-    with told(home):
-        home.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"{str(folder)!r} is being written by another process; wait for it, or give another folder"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether nothing was ever stored: a process died before the tables were made."""
-    return not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
-
-
-def _check(connection: sqlite3.Connection, home: Path) -> None:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != VERSION:
-        raise InputError(
-            f"{str(home / FILE)!r} is of version {version}, expected {VERSION}; read it with the release of tokenprune "
-            "that made it, or start a new folder"
-        )
-    (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if state != "ok":
-        raise sqlite3.DatabaseError(state)
-
-
-@contextmanager
-def told(home: Path) -> Iterator[None]:
-    """Errors of the database and of the disk as one line that says what to do."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "full" in str(error):
-            why = "the disk is full; make room, and give the same command: it goes on from what is stored"
-        elif "locked" in str(error):
-            why = "another process holds it; close that, and give the same command"
-        elif "disk I/O" in str(error):
-            why = "the disk failed or a quota is used up; see to it, and give the same command: it goes on"
-        else:
-            why = f"it cannot be used ({error}); check that the folder can be written"
-        raise InputError(f"{str(home / FILE)!r}: {why}") from error
-    except sqlite3.DatabaseError as error:
-        cure = f"keep a copy and try `sqlite3 {FILE} .recover`, or start a new folder"
-        raise InputError(f"{str(home / FILE)!r} is damaged ({' '.join(str(error).split())}); {cure}") from error
-    except OSError as error:
-        raise InputError(f"{str(home)!r} cannot be written ({reason(error)}); choose another folder") from error

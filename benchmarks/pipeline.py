@@ -118,14 +118,14 @@ class Pipeline:
         return made
 
 
-def measure(rows: Sequence[Row], rounds: int, console: Console) -> None:
-    """Run all rows in turn, after a round that is not counted."""
-    for number in range(rounds + 1):
+def measure(rows: Sequence[Row], rounds: int, warm_up: int, console: Console) -> None:
+    """Run all rows in turn, after rounds that are not counted."""
+    for number in range(1 - warm_up, rounds + 1):
         for row in rows:
             with torch.inference_mode(), recorded() as times:
                 row.run()
             console.print(f"round {number} {row.name}: {times[TOTAL] / 1e3:.2f} s", style="dim")
-            if number:
+            if number > 0:
                 row.times.append(dict(times))
 
 
@@ -175,6 +175,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before; the model has run twice before them")
+    parser.add_argument("--rows", nargs="*", help="names, besides the baseline; all by default")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -184,9 +186,13 @@ def main() -> None:
     if given.layers:
         shape = replace(shape, layers=given.layers)
     console = Console()
+    if not console.is_terminal:
+        console.width = 140
     pipeline = Pipeline(random_lisa(shape, getattr(torch, given.dtype), given.device))
     rows = pipeline.rows()
-    measure(rows, given.rounds, console)
+    if given.rows:
+        rows = [rows[0], *(row for row in rows[1:] if row.name in given.rows)]
+    measure(rows, given.rounds, given.warm_up, console)
     about = {"rounds": given.rounds, **describe(pipeline.model.decoder)}
     found = report(rows, shape, about)
     console.print(table(found))

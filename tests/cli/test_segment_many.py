@@ -110,7 +110,7 @@ def test_masks_are_replaced_only_if_told(run: Runner, album: Path, tmp_path: Pat
     assert run(*words).code == 0
     (tmp_path / "masks" / "photo1.png").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").iterdir()}
-    assert_one_line(run(*words), "--out", "photo0.png", "and 3 more", "exists already", "--overwrite")
+    assert_one_line(run(*words), "--out", "photo0.png", "and 3 more exist already", "--overwrite")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").iterdir()} == before
     ran = run(*words, "--overwrite")
     assert (ran.code, ran.err) == (0, "")

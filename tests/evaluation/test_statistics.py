@@ -89,3 +89,14 @@ def test_mistakes() -> None:
         mean_interval([0.1, 0.2], [1])
     with pytest.raises(InputError, match="paired values: found 2 and 1"):
         paired_difference([0.1, 0.2], [0.3], [1, 2])
+
+
+def test_few_scenes_are_told_and_show_nothing() -> None:
+    one = mean_interval([0.9, 0.92], ["a", "a"])
+    assert (one.scenes, one.interval, str(one)) == (1, None, "0.910 [–]")
+    five = paired_difference([0.9] * 5, [0.1] * 5, list("abcde"))
+    assert (five.scenes, five.too_few, five.shown) == (5, True, False)
+    assert five.p >= 2 / 2**5
+    six = paired_difference([0.9] * 6, [0.1] * 6, list("abcdef"))
+    assert (six.scenes, six.too_few, six.shown) == (6, False, True)
+    assert str(mean_interval([0.0, 1.0] * 4, list("abcdefgh"))).startswith("0.500 [0.")

@@ -16,7 +16,7 @@ from fake_segmentation import FakePlugin
 
 import tokenprune as tp
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.errors import InputError, OptionError
+from tokenprune.errors import InputError, OptionError, PluginError
 from tokenprune.plugins import registry
 from tokenprune.report.page.data import read_study
 from tokenprune.sweeps import fingerprint
@@ -157,7 +157,7 @@ class Named(Dataset):
 
 
 def test_names_that_are_not_unicode(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"dataset 'named': the name 'a\\udce9.png' holds \\udce9 at character 1"):
+    with pytest.raises(PluginError, match=r"scene 'a\\udce9.png', an id that holds \\udce9 at character 1"):
         tp.sweep({**CONFIG, "datasets": f"{__name__}:Named"}, tmp_path)
 
 

@@ -200,9 +200,9 @@ def _check_absent(targets: Mapping[str, Sequence[Path]]) -> None:
     for option, paths in targets.items():
         there = [path for path in paths if os.path.lexists(expanded(path))]
         if there:
-            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+            more = f" and {len(there) - 1} more exist" if len(there) > 1 else " exists"
             raise InputError(
-                f"{option}: {str(there[0])!r}{more} exists already; choose another folder, or replace with --overwrite"
+                f"{option}: {str(there[0])!r}{more} already; choose another folder, or replace with --overwrite"
             )
 
 

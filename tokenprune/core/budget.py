@@ -125,7 +125,8 @@ def checked_budget(name: str, budget: object) -> float:
     """The value as a share of the image tokens in (0, 1]; else raises BudgetError, with `name` in the message."""
     share = float(budget) if isinstance(budget, Real) and not isinstance(budget, bool) else 0.0
     if not 0 < share <= 1:
-        raise BudgetError(f"{name} must be a share of the image tokens in (0, 1], got {shown(budget)}")
+        cure = f"; for {share:g} % write {share / 100:g}" if 2 <= share <= 100 else ""
+        raise BudgetError(f"{name} must be a share of the image tokens in (0, 1], got {shown(budget)}{cure}")
     return share
 
 

@@ -16,6 +16,7 @@ from tokenprune.errors import InputError
 
 RESAMPLES = 2000
 LEVEL = 0.95
+ENOUGH = 6  # scenes: with fewer, not even differences of one sign give the permutation test p < 0.05
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,22 @@ class Estimate:
     Attributes:
         value: of the sample.
         low, high: 95 % bootstrap interval (percentiles) over scenes; equal to the value where there is one scene.
+        scenes: how many; 0 = unknown.
     """
 
     value: float
     low: float
     high: float
+    scenes: int = 0
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Low and high; None for one scene, which has no spread."""
+        return None if self.scenes == 1 else (self.low, self.high)
+
+    def __str__(self) -> str:
+        """As in tables: "0.910 [0.900, 0.920]"."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]" if self.interval else f"{self.value:.3f} [–]"
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,19 @@ class Difference:
         low, high: 95 % bootstrap interval over scenes.
         p: two-sided, of a paired permutation test over scenes: how often the sum of differences is at least as large
             when each scene's sign is drawn at random.
+        scenes: how many; 0 = unknown.
     """
 
     value: float
     low: float
     high: float
     p: float
+    scenes: int = 0
+
+    @property
+    def too_few(self) -> bool:
+        """Whether so few scenes could not show any difference."""
+        return 0 < self.scenes < ENOUGH
 
     @property
     def shown(self) -> bool:
@@ -82,7 +101,7 @@ def ratio_interval(
 
     value = float(ratio(top, bottom))
     if len(top) < 2:
-        return Estimate(value, value, value)
+        return Estimate(value, value, value, len(top))
     found = stats.bootstrap(
         (top, bottom),
         ratio,
@@ -93,7 +112,7 @@ def ratio_interval(
         vectorized=True,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Estimate(value, float(found.low), float(found.high))
+    return Estimate(value, float(found.low), float(found.high), len(top))
 
 
 def paired_difference(
@@ -106,7 +125,7 @@ def paired_difference(
     estimate = mean_interval(gaps, scenes, seed)
     sums = _by_scene(gaps, scenes)
     if len(sums) < 2 or not np.any(sums):  # one scene shows nothing, nor does equality
-        return Difference(estimate.value, estimate.low, estimate.high, 1.0)
+        return Difference(estimate.value, estimate.low, estimate.high, 1.0, len(sums))
     p = stats.permutation_test(
         (sums,),
         lambda x, axis=-1: x.sum(axis=axis),
@@ -115,7 +134,7 @@ def paired_difference(
         vectorized=True,
         rng=np.random.default_rng(seed),
     ).pvalue
-    return Difference(estimate.value, estimate.low, estimate.high, float(p))
+    return Difference(estimate.value, estimate.low, estimate.high, float(p), len(sums))
 
 
 def _by_scene(values: Sequence[float], scenes: Sequence[Hashable]) -> NDArray[np.float64]:

@@ -134,11 +134,13 @@ def _texts(cell: Cell | None, latex: bool) -> list[str]:
 
 def _markdown(one: Estimate, best: bool) -> str:
     value = f"**{_printed(one)}**" if best else _printed(one)
-    return f"{value} [{one.low:.3f}, {one.high:.3f}]"
+    return f"{value} {str(one).partition(' ')[2]}"
 
 
 def _latex(one: Estimate, best: bool) -> str:
     value = rf"\mathbf{{{_printed(one)}}}" if best else _printed(one)
+    if one.interval is None:
+        return f"${value}$"
     return f"${value}_{{-{one.value - one.low:.3f}}}^{{+{one.high - one.value:.3f}}}$"
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.evaluation.comparison.tables import si
 from tokenprune.evaluation.metrics import precision_at, target_accuracy
 from tokenprune.evaluation.statistics import (
+    ENOUGH,
     Difference,
     Estimate,
     mean_interval,
@@ -133,6 +135,8 @@ def verdict(difference: Difference | None) -> str:
     """A paired difference in words: "−0.042 [−0.060, −0.025]", or "no difference shown"."""
     if difference is None:
         return "–"
+    if difference.too_few:
+        return f"too few scenes ({difference.scenes} of {ENOUGH})"
     if not difference.shown:
         return "no difference shown"
     return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
@@ -151,14 +155,16 @@ def summary_table(lines: Sequence[Line]) -> RenderableType:
     for line in lines:
         where = (line.model, line.dataset, line.split, line.protocol)
         if where not in tables:
-            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {most[where]} queries"
+            scenes = f" on {line.giou.scenes} scenes" if line.giou.scenes else ""
+            title = f"{line.model} on {line.dataset} ({line.split}, {line.protocol}), {most[where]} queries{scenes}"
             tables[where] = Table(title=title, title_justify="left")
             for heading in ("strategy", "gIoU [95 %]", "cIoU [95 %]", "tokens", "FLOPs", f"gIoU against {REFERENCE}"):
                 tables[where].add_column(heading, no_wrap=heading == "strategy")
-        flops = "–" if line.flops_ratio is None else f"{line.flops_ratio:.2f}"
+        flops = si(line.flops) if line.flops_ratio is None else f"{line.flops_ratio:.2f}"
         tables[where].add_row(
             line.label if line.queries == most[where] else f"{line.label} ({line.queries} queries)",
-            *(f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in (line.giou, line.ciou)),
+            str(line.giou),
+            str(line.ciou),
             f"{line.equivalent_tokens:.1f} ({line.tokens_ratio:.0%})",
             flops,
             verdict(line.difference),

@@ -53,7 +53,11 @@ def command(
     except KeyboardInterrupt:
         note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
-    show(found, out)
+    try:
+        show(found, out)
+    except KeyboardInterrupt:
+        note(f"stopped while the table was computed; all records are stored in {out}, and the same command prints it")
+        raise typer.Exit(INTERRUPTED) from None
     if found.reasons and not found.ran:
         from tokenprune.errors import IncompatibleError
 

@@ -205,4 +205,4 @@ def _bars(estimates: Sequence[Estimate]) -> Plot:
 
 
 def _shown(one: Estimate) -> str:
-    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+    return str(one)

@@ -66,6 +66,8 @@ class Tuned:
         if best.difference is None:
             return f"{name} is the best combination found; the default could not run"
         said = verdict(best.difference)
+        if best.difference.too_few:
+            return f"{said} to compare {name} with the default on {split}: keep the default"
         if not best.difference.shown:
             return f"{said} between {name} and the default on {split}: keep the default"
         better = "better" if best.difference.value > 0 else "worse"
@@ -115,7 +117,7 @@ def tuned_table(found: Tuned) -> RenderableType:
             row.name,
             options,
             calibration,
-            f"{row.giou.value:.3f} [{row.giou.low:.3f}, {row.giou.high:.3f}]",
+            str(row.giou),
             f"{row.ciou.value:.3f}",
             f"{row.equivalent_tokens:.1f} ({row.tokens_ratio:.1%})",
             verdict(row.difference),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -165,7 +166,7 @@ class RayEngine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of our own reports to nobody
         options: dict[str, Any] = {} if self._address else {"include_dashboard": False}
         try:
-            ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **options)
+            ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             found = " ".join(str(error).split())[:160]
             raise InputError(

@@ -81,7 +81,13 @@ def started(packages: Path, *arguments: object, dying: int | None = None) -> sub
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        preexec_fn=hear_interrupts,
     )
+
+
+def hear_interrupts() -> None:
+    """Run in a new process: what a shell starts in the background ignores Ctrl-C, and so do its own processes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str]:

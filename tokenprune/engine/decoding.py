@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.kv_cache import CachedPrefill, PrunedCacheLayer
+from tokenprune.engine.layer_inputs import SharedArguments
 from tokenprune.engine.positions import renumber_step, since_prefill
 from tokenprune.errors import PruningWarning
 
@@ -29,7 +31,7 @@ class CachedStep:
         self._decoder, self._cached = decoder, cached
         self._new, self._past, self._mask = new, past, mask
         self._since: Tensor | None = None
-        self._cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self._cuts = SharedArguments()
         self._turn: LaterTurn | None = None
 
     def count_images(self, images: Tensor) -> None:
@@ -65,16 +67,10 @@ class CachedStep:
         assert own.frame is not None
         names = ("attention_mask", "position_embeddings", "position_ids")
         given = own.frame, own.renumbered, *(kwargs.get(name) for name in names)
-        # the layers of a stage have the same frame and receive the same tensors, so these are cut once
-        key = tuple(id(part) for one in given for part in (one if isinstance(one, tuple) else (one,)))
-        if key not in self._cuts:
-            cut = dict(kwargs)
-            self._cut(own, number, hidden, cut)
-            # with the originals, so that their ids are not reused
-            self._cuts[key] = given, {name: cut[name] for name in names if name in cut}
-        kwargs.update(self._cuts[key][1])
+        cut = {name: kwargs[name] for name in names if name in kwargs}
+        kwargs.update(self._cuts.once(given, partial(self._cut, own, number, hidden, cut)))
 
-    def _cut(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _cut(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert own.frame is not None
         # the model's mask counts pruned tokens as keys, but the cache does not contain them
         flash = "flash" in self._decoder.attention_name
@@ -86,6 +82,7 @@ class CachedStep:
                 prompt = own.frame.length - drafted
                 self._since = since_prefill(self._mask, prompt, self._past + drafted, self._new)
             renumber_step(self._decoder, number, hidden, kwargs, own.renumbered, self._since)
+        return kwargs
 
     def finish(self) -> None:
         """After the last layer: record a turn with images, which a call that failed earlier does not."""

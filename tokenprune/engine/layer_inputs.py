@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,26 @@ from torch import Tensor
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.positions import new_tables, tables_of, where_renumbered
+
+
+class SharedArguments:
+    """Shortened arguments of layers, made once for all layers that receive the same tensors, as those of a stage do."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def once(self, given: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` returned when these objects were given before, else what it returns now.
+
+        Args:
+            given: what the result depends on; tuples of tensors are compared tensor by tensor.
+            make: makes the arguments.
+        """
+        key = tuple(id(part) for one in given for part in (one if isinstance(one, tuple) else (one,)))
+        if key not in self._made:
+            # keep the originals alive, so that their ids are not reused
+            self._made[key] = given, make()
+        return self._made[key][1]
 
 
 class LayerInputs:
@@ -28,7 +50,7 @@ class LayerInputs:
         self.length: Tensor | None = None
         self._ids: Tensor | None = None
         self._frame: GatheredSequence | None = None
-        self._cuts: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self._cuts = SharedArguments()
 
     def renumber(self, rows: Tensor, present: Tensor, drafted: Tensor | None = None) -> None:
         """Renumber the positions of some rows from 0, without the pruned ones.
@@ -60,17 +82,13 @@ class LayerInputs:
         """
         mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
         if frame is not self._frame:  # a new stage
-            self._frame, self._cuts = frame, {}
-        # all layers of a stage receive the same tensors, so each is shortened once
-        key = id(mask), *map(id, tables), id(ids)
-        if key not in self._cuts:
-            # keep the originals alive, so that their ids are not reused
-            self._cuts[key] = (mask, tables, ids), self._cut(layer, hidden, frame, mask, tables, ids)
-        kwargs.update(self._cuts[key][1])
+            self._frame, self._cuts = frame, SharedArguments()
+        make = partial(self._cut, layer, hidden, frame, mask, tables, ids)
+        kwargs.update(self._cuts.once((mask, tables, ids), make))
 
     def forget(self) -> None:
         """Release masks and tables after the last layer."""
-        self._frame, self._cuts = None, {}
+        self._frame, self._cuts = None, SharedArguments()
 
     def _cut(
         self,

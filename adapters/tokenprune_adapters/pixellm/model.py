@@ -15,9 +15,10 @@ from tokenprune_adapters.pixellm.pixel_decoder import LEVELS, PixelDecoder
 from tokenprune_adapters.pixellm.results import EncodedImage, PreparedImage
 from tokenprune_adapters.pixellm.tower import GRID, grid_box, picture, run_pixel_tower
 from tokenprune_adapters.segmentation.data import SegmenterInputs
+from tokenprune_adapters.segmentation.image_encoding import in_turn
 from tokenprune_adapters.segmentation.many.transfer import batched
 from tokenprune_adapters.segmentation.sam import masks as sam_masks
-from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
+from tokenprune_adapters.segmentation.segmenter import Segmenter
 
 
 class PixelLMModel(Segmenter):
@@ -32,6 +33,8 @@ class PixelLMModel(Segmenter):
         square: side of the input that the tower was resized to, in pixels.
         parts: see `Segmenter`; coarser masks are made from what the projector reads.
     """
+
+    prepared_type, encoded_type = PreparedImage, EncodedImage
 
     seg_tokens = tuple(f"[SEG{number}]" for number in range(6))
     """The six tokens of one mask: the first three for the coarser level, the others for the finer one."""
@@ -58,19 +61,6 @@ class PixelLMModel(Segmenter):
             InputError: not an image.
         """
         return PreparedImage(*sam_masks.preprocess(to_rgb(image), self.square))
-
-    @in_turn
-    def encode_image(self, image: ImageInput | PreparedImage | EncodedImage) -> EncodedImage:
-        """Tower features, image tokens and mask features. What is encoded already is returned as it is.
-
-        Raises:
-            InputError: not an image.
-        """
-        if isinstance(image, EncodedImage):
-            return image
-        with stage("preprocess"):
-            prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
-        return self.encode_prepared([prepared])[0]
 
     @in_turn
     def encode_prepared(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:

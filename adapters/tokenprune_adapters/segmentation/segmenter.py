@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import model_turn
 from tokenprune.utils.arguments import whole_number
 from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
@@ -25,32 +23,20 @@ from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentatio
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
 from tokenprune_adapters.segmentation.drafts import Draft, given_drafts, template_of
 from tokenprune_adapters.segmentation.image_cache import ImageCache
+from tokenprune_adapters.segmentation.image_encoding import ImageEncoding
 from tokenprune_adapters.segmentation.many.many_images import ManyImages
 from tokenprune_adapters.segmentation.queries import as_list, given_answer
 from tokenprune_adapters.segmentation.sam import masks as sam_masks
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
-
-def in_turn(method: _Method) -> _Method:
-    """Decorate a model's method to run within a turn, see `tokenprune.engine.model_turn`."""
-
-    @functools.wraps(method)
-    def safe(self: Segmenter, *args: Any, **kwargs: Any) -> Any:
-        with model_turn(self.decoder.model):
-            return method(self, *args, **kwargs)
-
-    return safe  # type: ignore[return-value]
-
-
-class Segmenter(ManyImages, DecoderRuns, nn.Module):
+class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
     """A loaded model. `segment` runs all steps, `segment_many` runs them for many images; the other methods are single
     steps, which preserve gradients.
 
     All may be called from any thread; calls that run a tower or the decoder take turns.
 
-    A family overrides prompts that differ from LISA's (`Prompts`), and implements the encoding of an image
-    (`encode_image`), the part of it that the tower covers (`picture`, `grid_box`), and masks from states
+    A family overrides prompts that differ from LISA's (`Prompts`), and implements the encoding of images
+    (`ImageEncoding`), the part of it that the tower covers (`picture`, `grid_box`), and masks from states
     (`low_res_logits`).
 
     Args:
@@ -102,28 +88,6 @@ class Segmenter(ManyImages, DecoderRuns, nn.Module):
         )
 
     # implemented by families-----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def encode_image(self, image: Any) -> Any:
-        """Compute everything that depends only on the image; an encoded image is returned unchanged. The result
-        implements `segmentation.Encoded`.
-
-        Raises:
-            InputError: not an image.
-        """
-
-    @abstractmethod
-    def prepare_image(self, image: ImageInput) -> Any:
-        """The image in pixels, before any tower (a dataclass, see `segmentation.Prepared`). Runs no module, so that
-        several threads may prepare images at once.
-
-        Raises:
-            InputError: not an image.
-        """
-
-    @abstractmethod
-    def encode_prepared(self, images: Sequence[Any]) -> list[Any]:
-        """What `encode_image` returns, for each of several images from `prepare_image`; the towers run once."""
 
     @abstractmethod
     def low_res_logits_of(self, states: Tensor, images: Sequence[Any], owners: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -205,11 +169,6 @@ class Segmenter(ManyImages, DecoderRuns, nn.Module):
             said = self.texts(inputs, answered, answer)
             single = isinstance(prompt if query is None else query, str)
             return self.masks_of(answered, inputs, text=said[0] if single else said)
-
-    def encoded(self, image: Any) -> Any:
-        """As `encode_image`, from `image_cache` if the same picture was encoded lately. Preserves no gradients."""
-        modules = [module for module in self.children() if module is not self.decoder]
-        return self.image_cache.encoded(image, modules, self.encode_image)
 
     def build_inputs(
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None

@@ -14,9 +14,10 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.tower import ClipPixels
 from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_adapters.segmentation.data import EncodedImage, PreparedImage
+from tokenprune_adapters.segmentation.image_encoding import in_turn
 from tokenprune_adapters.segmentation.many.transfer import batched
 from tokenprune_adapters.segmentation.sam import masks as sam_masks
-from tokenprune_adapters.segmentation.segmenter import Segmenter, in_turn
+from tokenprune_adapters.segmentation.segmenter import Segmenter
 
 
 class SamSegmenter(Segmenter):
@@ -27,6 +28,8 @@ class SamSegmenter(Segmenter):
         clip_pixels: the tower's image processor.
         parts: see `Segmenter`.
     """
+
+    prepared_type, encoded_type = PreparedImage, EncodedImage
 
     def __init__(self, *, sam: SamModel, clip_pixels: ClipPixels, **parts: Any) -> None:
         super().__init__(**parts)
@@ -43,19 +46,6 @@ class SamSegmenter(Segmenter):
         config: Any = self.sam.config.vision_config
         pixels, sizes = sam_masks.preprocess(rgb, config.image_size)
         return PreparedImage(self.clip_pixels(rgb), pixels, sizes)
-
-    @in_turn
-    def encode_image(self, image: ImageInput | PreparedImage | EncodedImage) -> EncodedImage:
-        """Tower features, image tokens and SAM's image embedding. An encoded image is returned unchanged.
-
-        Raises:
-            InputError: not an image.
-        """
-        if isinstance(image, EncodedImage):
-            return image
-        with stage("preprocess"):
-            prepared = image if isinstance(image, PreparedImage) else self.prepare_image(image)
-        return self.encode_prepared([prepared])[0]
 
     @in_turn
     def encode_prepared(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:

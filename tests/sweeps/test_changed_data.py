@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dataset_files
 import numpy as np
 import pytest
-from fake_segmentation import FakeModel, FakePlugin
+from fake_segmentation import FakeModel
 from PIL import Image
 from sweep_folders import START, config_of, folder_of, samples
 
 import tokenprune as tp
 from tokenprune.errors import DataWarning, InputError
-from tokenprune.plugins import registry
+
+pytestmark = pytest.mark.usefixtures("fakes")
 
 CHANGED = r"scene '.*' of folder is not the one that was run before.*; start a new folder"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    registry.register_plugin(FakePlugin(tmp_path_factory.mktemp("fake-model")), "fakes")
-    yield
-    registry.unregister_plugin("fakes")
 
 
 def as_fresh(run: Path, config: dict[str, Any], tmp_path: Path) -> None:

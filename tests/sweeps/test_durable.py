@@ -9,18 +9,17 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_segmentation import FakePlugin
 from sweep_processes import CONFIG, content, fake_package, finished, killed, started, stored, until_stored
 
 import tokenprune as tp
 from tokenprune.errors import InputError
-from tokenprune.plugins import registry
 from tokenprune.sweeps.store import FILE, writing
+
+pytestmark = pytest.mark.usefixtures("fakes")
 
 RECORDS = 2 * 40 * 4  # front at two budgets
 STATEMENTS = 750  # about, of the whole sweep
@@ -29,13 +28,6 @@ STATEMENTS = 750  # about, of the whole sweep
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fake_package(tmp_path_factory.mktemp("packages"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    registry.register_plugin(FakePlugin(tmp_path_factory.mktemp("fake-model")), "fakes")
-    yield
-    registry.unregister_plugin("fakes")
 
 
 @pytest.fixture(scope="module")

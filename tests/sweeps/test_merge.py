@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_segmentation import FakeModel, FakePlugin
+from fake_segmentation import FakeModel
 from sweep_folders import START, config_of, folder_of, samples
 
 import tokenprune as tp
 from tokenprune.errors import InputError
-from tokenprune.plugins import registry
 from tokenprune.sweeps.merge import merge
 from tokenprune.sweeps.store import FILE, reading
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    registry.register_plugin(FakePlugin(tmp_path_factory.mktemp("fake-model")), "fakes")
-    yield
-    registry.unregister_plugin("fakes")
+pytestmark = pytest.mark.usefixtures("fakes")
 
 
 def halves(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> list[Path]:

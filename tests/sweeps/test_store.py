@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_segmentation import FakePlugin
 
 import tokenprune as tp
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import InputError, OptionError, PluginError
-from tokenprune.plugins import registry
 from tokenprune.report.page.data import read_study
 from tokenprune.sweeps import fingerprint
 from tokenprune.sweeps.merge import merge
@@ -25,15 +23,10 @@ from tokenprune.sweeps.results import stored_masks
 from tokenprune.sweeps.store import FILE, reading
 from tokenprune.sweeps.tuning import tune
 
+pytestmark = pytest.mark.usefixtures("fakes")
+
 CONFIG: dict[str, Any] = {"models": "fake", "datasets": "rectangles", "strategies": ["whole", "front"], "limit": 4}
 DAMAGED = r"results.sqlite' is damaged \(.*\); keep a copy"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    registry.register_plugin(FakePlugin(tmp_path_factory.mktemp("fake-model")), "fakes")
-    yield
-    registry.unregister_plugin("fakes")
 
 
 @pytest.fixture(scope="module")

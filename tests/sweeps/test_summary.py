@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import dataset_files
 import numpy as np
 import pytest
-from fake_segmentation import FakePlugin
 
 import tokenprune as tp
-from tokenprune.plugins import registry
 from tokenprune.sweeps.results import stored_masks
 from tokenprune.sweeps.store import reading
 from tokenprune.sweeps.summary import summarised
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    registry.register_plugin(FakePlugin(tmp_path_factory.mktemp("fake-model")), "fakes")
-    yield
-    registry.unregister_plugin("fakes")
+pytestmark = pytest.mark.usefixtures("fakes")
 
 
 def test_queries_without_a_target(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.kv_cache import CachedPrefill, PrunedCacheLayer
 from tokenprune.engine.layer_inputs import SharedArguments
-from tokenprune.engine.positions import renumber_step, since_prefill
+from tokenprune.engine.positions import renumber_step, since_prefill, tables_of
 from tokenprune.errors import PruningWarning
 
 
@@ -66,7 +66,8 @@ class CachedStep:
         """
         assert own.frame is not None
         names = ("attention_mask", "position_embeddings", "position_ids")
-        given = own.frame, own.renumbered, *(kwargs.get(name) for name in names)
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        given = own.frame, own.renumbered, mask, ids, *tables_of(kwargs)
         cut = {name: kwargs[name] for name in names if name in kwargs}
         kwargs.update(self._cuts.once(given, partial(self._cut, own, number, hidden, cut)))
 

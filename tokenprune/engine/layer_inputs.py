@@ -24,10 +24,10 @@ class SharedArguments:
         """What `make` returned when these objects were given before, else what it returns now.
 
         Args:
-            given: what the result depends on; tuples of tensors are compared tensor by tensor.
+            given: what the result depends on; compared by identity.
             make: makes the arguments.
         """
-        key = tuple(id(part) for one in given for part in (one if isinstance(one, tuple) else (one,)))
+        key = tuple(map(id, given))
         if key not in self._made:
             # keep the originals alive, so that their ids are not reused
             self._made[key] = given, make()
@@ -84,7 +84,7 @@ class LayerInputs:
         if frame is not self._frame:  # a new stage
             self._frame, self._cuts = frame, SharedArguments()
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids)
-        kwargs.update(self._cuts.once((mask, tables, ids), make))
+        kwargs.update(self._cuts.once((mask, ids, *tables), make))
 
     def forget(self) -> None:
         """Release masks and tables after the last layer."""

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meetings import elsewhere
-from oracle_cases import LAYERS, MODELS, WIDTH, random_layout
-from transformers import DynamicCache
+from oracle_cases import CACHES, LAYERS, MODELS, WIDTH, empty_cache, random_layout
+from transformers import Cache
 
 from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
@@ -52,7 +52,7 @@ class Conversation:
     embeds: torch.Tensor
     ids: torch.Tensor
     padded: bool
-    cache: DynamicCache | None = None
+    cache: Cache
 
     @property
     def length(self):
@@ -98,17 +98,18 @@ class Conversation:
         return masked_full_length(model.model, self.embeds, self.layout, self.script, self.ids)
 
 
-def conversation(seed, positions):
+def conversation(seed, positions, model, cache):
     padding = ("none", "left", "right")[seed % 3]
     layout, ids = random_layout(seed, 1 + seed % 2, padding)
     script = random_script(layout.slots >= 0, LAYERS, WIDTH, seed, positions=positions)
     embeds = torch.randn(*layout.valid.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return Conversation(layout, script, embeds, ids, padding != "none")
+    room = embeds.shape[1] + MOST * LONGEST
+    return Conversation(layout, script, embeds, ids, padding != "none", empty_cache(cache, model, room))
 
 
-def check(model, positions, seeds, moves):
+def check(model, positions, seeds, moves, cache="dynamic"):
     """Two conversations in one context, and what `moves` says: (kind, which conversation, number)."""
-    talks = [conversation(seed, positions) for seed in seeds]
+    talks = [conversation(seed, positions, model, cache) for seed in seeds]
     strategy = Turns()
     strategy.positions = positions
     strategy.now = talks[0].script
@@ -160,19 +161,28 @@ def check(model, positions, seeds, moves):
     return worst
 
 
-kinds = st.sampled_from(["step", "step", "step", "fork", "cut", "reorder", "repeat", "select"])
-moves = st.lists(st.tuples(kinds, st.integers(0, 5), st.integers(1, 3)), min_size=2, max_size=8)
+MOVES = {
+    "dynamic": ["step", "step", "step", "fork", "cut", "reorder", "repeat", "select"],
+    "static": ["step", "step", "step", "fork", "reorder"],  # transformers' static caches know no others
+}
+MOST, LONGEST = 8, 3
 
 
-@settings(deadline=None, max_examples=40)
+def moves(cache):
+    move = st.tuples(st.sampled_from(MOVES[cache]), st.integers(0, 5), st.integers(1, LONGEST))
+    return st.tuples(st.just(cache), st.lists(move, min_size=2, max_size=MOST))
+
+
+@settings(deadline=None, max_examples=80)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.lists(st.integers(0, 10**6), min_size=2, max_size=2),
     st.sampled_from(["keep", "renumber"]),
-    moves,
+    st.sampled_from(CACHES).flatmap(moves),
 )
 def test_conversations_in_turn_equal_the_oracle(kind, seeds, positions, moves):
-    assert check(MODELS[kind], positions, seeds, moves) < 3e-5
+    cache, moves = moves
+    assert check(MODELS[kind], positions, seeds, moves, cache) < 3e-5
 
 
 HALF = Keep.where(torch.tensor([[True, False, True, False, True, False]] * 2))

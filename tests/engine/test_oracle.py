@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle_cases import LAYERS, MODELS, WIDTH, random_layout
+from oracle_cases import CACHES, LAYERS, MODELS, WIDTH, empty_cache, random_layout
 
 from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
@@ -106,9 +106,17 @@ def test_keep_all_is_bit_identical(kind, padding):
         assert torch.equal(ours.keys, theirs.keys)
 
 
-@settings(deadline=None, max_examples=60)
-@given(models, seeds, st.sampled_from(["none", "left"]), st.sampled_from(["keep", "renumber", "mixed"]), st.booleans())
-def test_cached_decoding_equals_recomputation(kind, seed, padding, positions, stepwise):
+@settings(deadline=None, max_examples=120)
+@given(
+    models,
+    seeds,
+    st.sampled_from(["none", "left"]),
+    st.sampled_from(["keep", "renumber", "mixed"]),
+    st.booleans(),
+    st.sampled_from(CACHES),
+    st.integers(0, 4),
+)
+def test_cached_decoding_equals_recomputation(kind, seed, padding, positions, stepwise, cache, spare):
     """New tokens one by one (or all at once) on the pruned cache = the whole longer sequence in one oracle run."""
     model = MODELS[kind]
     layout, ids = random_layout(seed, 2, padding)
@@ -129,6 +137,7 @@ def test_cached_decoding_equals_recomputation(kind, seed, padding, positions, st
             inputs_embeds=embeds[:, :length],
             attention_mask=mask[:, :length] if padded else None,
             position_ids=ids if padded else None,
+            past_key_values=empty_cache(cache, model, length + new + spare),
             use_cache=True,
         ).past_key_values
         assert past.get_seq_length() == length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from transformers import Cache, DynamicCache, StaticCache
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.testing.tiny_decoders import tiny_llama
@@ -15,6 +16,14 @@ MODELS = {
     for attention in ("sdpa", "eager")
     for kv in (4, 2)
 }
+
+
+CACHES = ("dynamic", "static")
+
+
+def empty_cache(kind: str, model: torch.nn.Module, length: int) -> Cache:
+    """An empty cache of one of `CACHES`; a static one for `length` tokens per row."""
+    return DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=length)
 
 
 def random_layout(seed: int, batch: int, padding: str) -> tuple[SequenceLayout, torch.Tensor]:

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class AttentionCall:
     scaling: float
     causal: bool
     softcap: float | None = None
+
+    def of_prompt(self) -> AttentionCall:
+        """The same of a prefill without the empty slots of a static cache, which follow the prompt's keys."""
+        length = self.query.shape[2]
+        return replace(self, key=self.key[:, :, :length], value=self.value[:, :, :length])
 
     def attention(self, rows: Tensor) -> Tensor:
         """Attention weights of single query rows: float32 [batch, heads, R, K], a softmax over all visible keys.

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from tokenprune.engine.attention_tap import tap
+from tokenprune.engine.cache_layers import CachedPrefill, Lease
 from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.kv_cache import CachedPrefill, Lease, check_cache, clear, shorten_layer, unify_layers
+from tokenprune.engine.kv_cache import check_cache, clear, shorten_layer, unify_layers
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
@@ -89,7 +90,7 @@ class Call:
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""
         if self.cache is not None:
-            check_cache(self.cache)
+            check_cache(self.cache, prefill.layout.valid.shape[1])
         refuse_packed(self.inputs, prefill.layout.valid)
 
     def fit_cache(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ def from_layer(
     Raises:
         EngineError: a query row was pruned.
     """
+    seen = seen.of_prompt()
     if isinstance(read, (LayerKeys, TextKeys)):
         averaged = isinstance(read, LayerKeys) and read.heads == "mean"
         keys = seen.key.mean(1) if averaged else seen.key.transpose(1, 2).flatten(2)

@@ -6,11 +6,13 @@ import warnings
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.core.ledger import LaterTurn
+from tokenprune.engine.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.kv_cache import CachedPrefill, PrunedCacheLayer
+from tokenprune.engine.kv_cache import check_room
 from tokenprune.engine.layer_inputs import SharedArguments
 from tokenprune.engine.positions import renumber_step, since_prefill, tables_of
 from tokenprune.errors import PruningWarning
@@ -32,6 +34,8 @@ class CachedStep:
         self._new, self._past, self._mask = new, past, mask
         self._since: Tensor | None = None
         self._cuts = SharedArguments()
+        self._slots: dict[tuple[int, torch.device], Tensor] = {}
+        self._placed: list[PrunedStaticLayer] = []
         self._turn: LaterTurn | None = None
 
     def count_images(self, images: Tensor) -> None:
@@ -47,15 +51,25 @@ class CachedStep:
         )
         self._turn = LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
 
-    def expect(self, cache: Any, number: int) -> PrunedCacheLayer | None:
+    def expect(self, cache: Any, number: int) -> PrunedLayer | None:
         """Allow a layer to append to its part of the cache; returns that part if it lacks pruned tokens."""
         own = cache.layers[number] if number < len(cache.layers) else None
-        if not isinstance(own, PrunedCacheLayer):
+        if not isinstance(own, PrunedLayer):
             return None
+        if isinstance(own, PrunedStaticLayer):
+            self._place(own)
         own.expected = True
         return None if own.frame is None else own
 
-    def shorten(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _place(self, own: PrunedStaticLayer) -> None:
+        check_room(own, own.get_seq_length() + self._new)
+        where = own.held, own.device
+        if where not in self._slots:
+            self._slots[where] = torch.arange(own.held, own.held + self._new, device=own.device)
+        own.slots = self._slots[where]
+        self._placed.append(own)
+
+    def shorten(self, own: PrunedLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Adapt a layer's arguments to a cache that lacks pruned tokens; `kwargs` is changed in place.
 
         Args:
@@ -71,12 +85,12 @@ class CachedStep:
         cut = {name: kwargs[name] for name in names if name in kwargs}
         kwargs.update(self._cuts.once(given, partial(self._cut, own, number, hidden, cut)))
 
-    def _cut(self, own: PrunedCacheLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _cut(self, own: PrunedLayer, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         assert own.frame is not None
         # the model's mask counts pruned tokens as keys, but the cache does not contain them
         flash = "flash" in self._decoder.attention_name
         mask = kwargs.get("attention_mask")
-        kwargs["attention_mask"] = own.frame.decode_mask(mask, self._new, self._past, two_d=flash)
+        kwargs["attention_mask"] = own.frame.decode_mask(mask, self._new, self._past, own.room, two_d=flash)
         if own.renumbered is not None:
             if self._since is None:  # the same for all layers
                 drafted = self._cached.drafted
@@ -86,6 +100,12 @@ class CachedStep:
         return kwargs
 
     def finish(self) -> None:
-        """After the last layer: record a turn with images, which a call that failed earlier does not."""
+        """After the last layer: count the tokens of static layers, and record a turn with images.
+
+        A call that failed earlier does neither, so that its tokens are overwritten.
+        """
+        for own in self._placed:
+            if own.held:
+                own.held += self._new
         if self._turn is not None:
             self._cached.ledger.later_turns.append(self._turn)

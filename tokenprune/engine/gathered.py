@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenprune.core.layout import true_positions
 from tokenprune.core.scheduling.state import as_mask, take_rows
@@ -119,30 +120,34 @@ class GatheredSequence:
         rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         return self._columns(rows, self.index, self.filled)
 
-    def decode_mask(self, mask: Tensor | None, new: int, past: int, *, two_d: bool = False) -> Tensor | None:
+    def decode_mask(
+        self, mask: Tensor | None, new: int, past: int, room: int | None = None, *, two_d: bool = False
+    ) -> Tensor | None:
         """The mask for `new` query tokens over this frame's keys and the tokens decoded since.
 
         Args:
             mask: the model's mask over the true length: None, [batch, T], or [batch or 1, heads or 1, new, T].
             new: query tokens of this step.
             past: tokens decoded in earlier steps, so that T = S + past + new.
+            room: slots that the cache has for decoded tokens, filled or not, so that T = S + room in four dimensions;
+                None = it has only those that are filled.
             two_d: whether the attention implementation takes 2-D masks.
         """
         device = self.index.device if mask is None else mask.device
+        decoded = past + new if room is None else room
         # the cache holds this frame, fillers included, followed by the tokens decoded since
-        since = torch.arange(self.length, self.length + past + new, device=device).expand(len(self.index), -1)
+        since = torch.arange(self.length, self.length + decoded, device=device).expand(len(self.index), -1)
         index = torch.cat((self.index.to(device), since), 1)
         filled = torch.cat((self.filled.to(device), torch.ones_like(since, dtype=torch.bool)), 1)
         if mask is None:
-            if not self.ragged and new == 1:
+            if room is None and new == 1 and not self.ragged:
                 return None  # a single query attends to every key
-            if two_d:
-                return filled
-            # the last `new` columns are the queries themselves; each sees the keys up to its own
+            # each query sees the keys up to its own
             steps = torch.arange(index.shape[1], device=device)
-            causal = steps[None] <= steps[-new:, None]
-            return filled[:, None, None] & causal
+            own = self.width + past + torch.arange(new, device=device)
+            return filled & (steps <= own[-1]) if two_d else filled[:, None, None] & (steps[None] <= own[:, None])
         if mask.dim() == 2:
+            mask = pad(mask, (0, self.length + decoded - mask.shape[1]))  # empty slots are hidden
             return mask.gather(1, index) * filled.to(mask.dtype)
         return self._columns(mask.expand(len(index), *mask.shape[1:]), index, filled)
 

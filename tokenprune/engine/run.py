@@ -15,6 +15,7 @@ from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
+from tokenprune.engine.cache_layers import CachedPrefill, Lease
 from tokenprune.engine.call import (
     Call,
     check_all_ran,
@@ -33,14 +34,7 @@ from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.engine.kv_cache import (
-    CachedPrefill,
-    Lease,
-    check_same_context,
-    end_update,
-    held_tokens,
-    is_pruned,
-)
+from tokenprune.engine.kv_cache import check_same_context, end_update, held_tokens, is_pruned
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, TokenPruneError
 from tokenprune.plugins.observers import notify

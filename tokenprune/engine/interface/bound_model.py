@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
@@ -86,9 +87,26 @@ def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The two-dimensional attention mask among a model's arguments, or None."""
+    """The two-dimensional attention mask among a model's arguments, [batch, tokens so far], or None.
+
+    From a four-dimensional one, which `generate` makes for static caches, the keys that any query sees.
+    """
     mask = inputs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(mask, Mapping):  # by type of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    return mask if mask.dim() == 2 else _seen_keys(mask, inputs)
+
+
+def _seen_keys(mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """bool [batch, tokens so far] of a mask [batch or 1, heads or 1, queries, tokens so far or more]."""
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    cache = inputs.get("past_key_values")
+    length = mask.shape[2] + (0 if cache is None else int(cache.get_seq_length()))
+    ids = inputs.get("input_ids")
+    batch = len(inputs["inputs_embeds"] if ids is None else ids)
+    return seen[:, 0, :, :length].any(1).expand(batch, -1)
 
 
 def bound_model_of(model: Any) -> BoundModel:

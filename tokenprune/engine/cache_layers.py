@@ -231,18 +231,19 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
             self.values[:, :, self.slots] = value_states
         return self.keys, self.values
 
-    def hold(self, keys: Tensor, values: Tensor, held: int) -> None:
-        """Keep the keys and values of a prefill, [batch, heads, `held` or more, size], in slots of their own."""
-        self.held, self.dtype, self.device = held, keys.dtype, keys.device
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the keys and values of the prefill, [batch, heads, M or more, size], in slots of their own."""
+        assert self.prefill is not None
+        self.held, self.dtype, self.device = self.prefill.length - self.absent, keys.dtype, keys.device
         self.batch_size, self.num_heads = keys.shape[:2]
         self.is_initialized = True
-        self.keys, self.values = (self._in_slots(part) for part in (keys, values))
+        self.keys, self.values = self._in_slots(keys), self._in_slots(values)
 
     def _in_slots(self, states: Tensor) -> Tensor:
         length = self.held + self.room
         if states.shape[2] != length:
             slots = states.new_zeros(*states.shape[:2], length, states.shape[3])
-            slots[:, :, : self.held] = states
+            slots[:, :, : self.held] = states[:, :, : self.held]
             states = slots
         torch._dynamo.mark_static_address(states)  # as transformers does, for CUDA graphs
         return states

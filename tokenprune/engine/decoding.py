@@ -62,7 +62,7 @@ class CachedStep:
         return None if own.frame is None else own
 
     def _place(self, own: PrunedStaticLayer) -> None:
-        check_room(own, own.get_seq_length() + self._new)
+        check_room(own.max_cache_len, own.get_seq_length() + self._new)
         where = own.held, own.device
         if where not in self._slots:
             self._slots[where] = torch.arange(own.held, own.held + self._new, device=own.device)

@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from tokenprune.engine.cache_layers import CachedPrefill, Lease, PrunedDynamicLayer, PrunedLayer, PrunedStaticLayer
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
+
+_OLD: Any = getattr(cache_utils, "SlidingWindowLayer", None)  # its name in older releases
+_StaticSliding: Any = getattr(cache_utils, "StaticSlidingWindowLayer", _OLD)
+_REPLACEABLE = {DynamicLayer, DynamicSlidingWindowLayer, PrunedDynamicLayer}
+_REPLACEABLE |= {StaticLayer, _StaticSliding, PrunedStaticLayer}
 
 
 def held_tokens(cache: Any) -> int:
@@ -49,29 +55,34 @@ def check_cache(cache: Any, length: int) -> None:
         length: S, positions of the prompt.
 
     Raises:
-        UnsupportedError: the cache is neither a `DynamicCache` nor a `StaticCache` with room for the prompt.
+        UnsupportedError: the cache is neither a `DynamicCache` nor a `StaticCache` that has room for the prompt.
     """
-    kinds = {type(own) for own in getattr(cache, "layers", ())}
-    static = bool(kinds & {StaticLayer, PrunedStaticLayer})
-    if not isinstance(cache, Cache) or not kinds <= _REPLACEABLE or (static and getattr(cache, "offloading", False)):
-        offloaded = "offloaded " if static else ""
+    layers = list(getattr(cache, "layers", ()))
+    kinds = {type(own) for own in layers}
+    static = any(issubclass(kind, StaticLayer) for kind in kinds)
+    offloaded = static and bool(getattr(cache, "offloading", False))
+    if not isinstance(cache, Cache) or not kinds <= _REPLACEABLE or offloaded or kinds == {_StaticSliding}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise UnsupportedError(
-            f"KV cache of type {offloaded}{names} is not supported under tokenprune.prune(), expected a DynamicCache, "
-            "or a StaticCache without sliding windows and offloading"
+            f"KV cache of type {'offloaded ' if offloaded else ''}{names} is not supported under tokenprune.prune(), "
+            "expected a DynamicCache, or a StaticCache that is not offloaded and not all of sliding windows"
         )
-    for own in cache.layers:
-        if isinstance(own, StaticLayer):
-            check_room(own, length)
+    if static:
+        check_room(_max_cache_len(cache), length)
 
 
-def check_room(own: StaticLayer, length: int) -> None:
-    """Raise UnsupportedError if a static layer is too short for that many positions."""
-    if length > own.max_cache_len:
+def check_room(max_cache_len: int, length: int) -> None:
+    """Raise UnsupportedError if a static cache is too short for that many positions."""
+    if length > max_cache_len:
         raise UnsupportedError(
-            f"the StaticCache is full: max_cache_len={own.max_cache_len}, but the call needs {length} tokens per row; "
-            "create the cache with a larger max_cache_len"
+            f"the StaticCache is too short: max_cache_len={max_cache_len}, but this call needs {length} tokens per "
+            "row; create the cache with a larger max_cache_len"
         )
+
+
+def _max_cache_len(cache: Cache) -> int:
+    # of a layer with a sliding window it is not more than the window
+    return max(own.max_cache_len for own in cache.layers if isinstance(own, StaticLayer))
 
 
 def clear(cache: Cache) -> None:
@@ -112,17 +123,16 @@ def shorten_layer(
     """Replace the still empty layer `number` of a cache by one for a shortened sequence."""
     layers: list[Any] = cache.layers
     # a cache without a config creates its layers one by one
-    layer = _pruned_layer(layers[number] if number < len(layers) else None, frame, renumbered, prefill)
+    layer = _pruned_layer(cache, frame, renumbered, prefill)
     layer.expected = True
     layers[number : number + 1] = [layer]
 
 
 def _pruned_layer(
-    own: Any, frame: GatheredSequence | None, renumbered: Tensor | None, prefill: CachedPrefill
+    cache: Cache, frame: GatheredSequence | None, renumbered: Tensor | None, prefill: CachedPrefill
 ) -> PrunedDynamicLayer | PrunedStaticLayer:
-    """A layer to replace `own`; None = a cache layer that does not exist yet."""
-    if isinstance(own, StaticLayer):
-        return PrunedStaticLayer(frame, renumbered, prefill, max_cache_len=own.max_cache_len)
+    if any(isinstance(own, StaticLayer) for own in cache.layers):
+        return PrunedStaticLayer(frame, renumbered, prefill, max_cache_len=_max_cache_len(cache))
     return PrunedDynamicLayer(frame, renumbered, prefill)
 
 
@@ -149,19 +159,16 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
             continue
         layer = own
         if not isinstance(own, PrunedLayer):
-            frame = None
-            if isinstance(own, DynamicSlidingWindowLayer):
+            frame, last = None, min(own.keys.shape[-2], prefill.length)
+            if getattr(own, "is_sliding", False):
                 # it contains only the last positions, the same in all rows, as if the earlier ones had been pruned
-                last = torch.zeros_like(valid)
-                last[:, valid.shape[1] - own.keys.shape[-2] :] = True
-                frame = GatheredSequence.of(last)
-            layers[number] = layer = _pruned_layer(own, frame, None, prefill)
+                present = torch.zeros_like(valid)
+                present[:, prefill.length - last :] = True
+                frame = GatheredSequence.of(present)
+            layers[number] = layer = _pruned_layer(cache, frame, None, prefill)
         if isinstance(layer, PrunedStaticLayer):
-            layer.hold(own.keys, own.values, prefill.length - layer.absent)
+            layer.hold(own.keys, own.values)
         elif layer is not own:
             # lazy_initialization() has another signature in older releases of transformers
             layer.dtype, layer.device, layer.is_initialized = own.keys.dtype, own.keys.device, True
             layer.keys, layer.values = own.keys, own.values
-
-
-_REPLACEABLE = {DynamicLayer, DynamicSlidingWindowLayer, PrunedDynamicLayer, StaticLayer, PrunedStaticLayer}

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from oracle_cases import CACHES, empty_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune as tp
@@ -69,8 +70,9 @@ def test_a_prefill_waits_per_stage_and_not_per_layer(name, masked):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", ["uniform", "fastv", "pyramiddrop", "divprune"])
-def test_a_decoding_step_waits_at_most_once(name, masked):
+def test_a_decoding_step_waits_at_most_once(name, masked, cache):
     image, embeds = prompt()
     model = tiny_llama(12)
     token = torch.ones(ROWS, 1, dtype=torch.long)
@@ -79,7 +81,8 @@ def test_a_decoding_step_waits_at_most_once(name, masked):
         return torch.ones(ROWS, length, dtype=torch.long) if masked else None
 
     with torch.no_grad(), tp.prune(model, tp.strategy(name, budget=0.5), image_tokens=image) as run:
-        cache = model(inputs_embeds=embeds, attention_mask=mask(PROMPT), use_cache=True).past_key_values
+        cache = empty_cache(cache, model, PROMPT + 4)
+        model(inputs_embeds=embeds, attention_mask=mask(PROMPT), past_key_values=cache)
         model(input_ids=token, attention_mask=mask(PROMPT + 1), past_key_values=cache)
         with Waits() as waits:
             model(input_ids=token, attention_mask=mask(PROMPT + 2), past_key_values=cache)

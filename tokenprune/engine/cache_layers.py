@@ -38,10 +38,22 @@ class CachedPrefill:
         length: S, positions of a row, padding included.
         ledger: ledger of the prefill.
         drafted: how many of the last positions are of drafted answers: later steps count them as decoded.
+        max_cache_len: of a static cache; None = the cache grows.
     """
 
-    def __init__(self, lease: Lease, length: int, ledger: Ledger, drafted: int = 0) -> None:
+    def __init__(
+        self, lease: Lease, length: int, ledger: Ledger, drafted: int = 0, max_cache_len: int | None = None
+    ) -> None:
         self.lease, self.length, self.ledger, self.drafted = lease, length, ledger, drafted
+        self.max_cache_len = max_cache_len
+
+    def check_room(self, length: int) -> None:
+        """Raise UnsupportedError if the cache is too short for that many positions."""
+        if self.max_cache_len is not None and length > self.max_cache_len:
+            raise UnsupportedError(
+                f"the StaticCache is too short: max_cache_len={self.max_cache_len}, but this call needs {length} "
+                "tokens per row; create the cache with a larger max_cache_len"
+            )
 
     def __deepcopy__(self, memo: Any) -> CachedPrefill:
         return self  # a copied cache belongs to the same prefill
@@ -220,6 +232,11 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
         assert self.prefill is not None
         return int(self.max_cache_len) - self.prefill.length
 
+    def get_seq_length(self) -> int:
+        """See `PrunedLayer`."""
+        emptied = self.prefill is None
+        return StaticLayer.get_seq_length(self) if emptied else super().get_seq_length()
+
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.slots is None:
             # not copied into empty slots yet, which the prefill's queries would have to hide
@@ -235,7 +252,8 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
         """Keep the keys and values of the prefill, [batch, heads, M or more, size], in slots of their own."""
         assert self.prefill is not None
         self.held, self.dtype, self.device = self.prefill.length - self.absent, keys.dtype, keys.device
-        self.batch_size, self.num_heads = keys.shape[:2]
+        self.batch_size = self.max_batch_size = len(keys)  # the latter in older releases
+        self.num_heads = keys.shape[1]
         self.is_initialized = True
         self.keys, self.values = self._in_slots(keys), self._in_slots(values)
 

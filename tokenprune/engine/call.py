@@ -18,7 +18,7 @@ from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.kv_cache import check_cache, clear, shorten_layer, unify_layers
+from tokenprune.engine.kv_cache import check_cache, clear, max_cache_len, shorten_layer, unify_layers
 from tokenprune.engine.prefill import Prefill
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
@@ -76,6 +76,9 @@ class Call:
             if generates:
                 raise checkpointing.refuse_cached("generate()")
             self.uncached, self.cache = True, None
+        drafted = prefill.layout.drafted
+        columns = 0 if drafted is None else int(drafted.any(0).sum())
+        self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns, max_cache_len(self.cache))
         if prefill.planned:
             self.check_prunable(prefill)
         if self.cache is not None and hasattr(self.cache, "layers"):
@@ -83,14 +86,13 @@ class Call:
         taps = {prefill.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
         self.taps.enter_context(tap(taps))
         self.prefill = prefill
-        drafted = prefill.layout.drafted
-        columns = 0 if drafted is None else int(drafted.any(0).sum())
-        self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns)
 
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""
         if self.cache is not None:
-            check_cache(self.cache, prefill.layout.valid.shape[1])
+            check_cache(self.cache)
+        if self.cached is not None:
+            self.cached.check_room(self.cached.length)
         refuse_packed(self.inputs, prefill.layout.valid)
 
     def fit_cache(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.kv_cache import check_room
 from tokenprune.engine.layer_inputs import SharedArguments
 from tokenprune.engine.positions import renumber_step, since_prefill, tables_of
 from tokenprune.errors import PruningWarning
@@ -27,9 +26,13 @@ class CachedStep:
         new: tokens per row in this step.
         past: tokens per row decoded before it.
         mask: two-dimensional attention mask of the step, 0 on padding; None = no padding.
+
+    Raises:
+        UnsupportedError: a static cache has no room for the new tokens.
     """
 
     def __init__(self, decoder: Decoder, cached: CachedPrefill, new: int, past: int, mask: Tensor | None) -> None:
+        cached.check_room(cached.length + past + new)
         self._decoder, self._cached = decoder, cached
         self._new, self._past, self._mask = new, past, mask
         self._since: Tensor | None = None
@@ -62,7 +65,6 @@ class CachedStep:
         return None if own.frame is None else own
 
     def _place(self, own: PrunedStaticLayer) -> None:
-        check_room(own.max_cache_len, own.get_seq_length() + self._new)
         where = own.held, own.device
         if where not in self._slots:
             self._slots[where] = torch.arange(own.held, own.held + self._new, device=own.device)

@@ -47,42 +47,27 @@ def is_pruned(cache: Any) -> bool:
     return any(isinstance(own, PrunedLayer) for own in getattr(cache, "layers", ()))
 
 
-def check_cache(cache: Any, length: int) -> None:
+def check_cache(cache: Any) -> None:
     """Refuse a cache that the engine cannot prune.
 
-    Args:
-        cache: the cache.
-        length: S, positions of the prompt.
-
     Raises:
-        UnsupportedError: the cache is neither a `DynamicCache` nor a `StaticCache` that has room for the prompt.
+        UnsupportedError: the cache is neither a `DynamicCache` nor a `StaticCache` of a supported kind.
     """
-    layers = list(getattr(cache, "layers", ()))
-    kinds = {type(own) for own in layers}
-    static = any(issubclass(kind, StaticLayer) for kind in kinds)
-    offloaded = static and bool(getattr(cache, "offloading", False))
+    kinds = {type(own) for own in getattr(cache, "layers", ())}
+    offloaded = bool(getattr(cache, "offloading", False)) and any(issubclass(kind, StaticLayer) for kind in kinds)
     if not isinstance(cache, Cache) or not kinds <= _REPLACEABLE or offloaded or kinds == {_StaticSliding}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
         raise UnsupportedError(
             f"KV cache of type {'offloaded ' if offloaded else ''}{names} is not supported under tokenprune.prune(), "
             "expected a DynamicCache, or a StaticCache that is not offloaded and not all of sliding windows"
         )
-    if static:
-        check_room(_max_cache_len(cache), length)
 
 
-def check_room(max_cache_len: int, length: int) -> None:
-    """Raise UnsupportedError if a static cache is too short for that many positions."""
-    if length > max_cache_len:
-        raise UnsupportedError(
-            f"the StaticCache is too short: max_cache_len={max_cache_len}, but this call needs {length} tokens per "
-            "row; create the cache with a larger max_cache_len"
-        )
-
-
-def _max_cache_len(cache: Cache) -> int:
+def max_cache_len(cache: Any) -> int | None:
+    """The length of a static cache; None = the cache grows."""
     # of a layer with a sliding window it is not more than the window
-    return max(own.max_cache_len for own in cache.layers if isinstance(own, StaticLayer))
+    lengths = [int(own.max_cache_len) for own in getattr(cache, "layers", ()) if isinstance(own, StaticLayer)]
+    return max(lengths, default=None)
 
 
 def clear(cache: Cache) -> None:
@@ -123,17 +108,17 @@ def shorten_layer(
     """Replace the still empty layer `number` of a cache by one for a shortened sequence."""
     layers: list[Any] = cache.layers
     # a cache without a config creates its layers one by one
-    layer = _pruned_layer(cache, frame, renumbered, prefill)
+    layer = _pruned_layer(frame, renumbered, prefill)
     layer.expected = True
     layers[number : number + 1] = [layer]
 
 
 def _pruned_layer(
-    cache: Cache, frame: GatheredSequence | None, renumbered: Tensor | None, prefill: CachedPrefill
+    frame: GatheredSequence | None, renumbered: Tensor | None, prefill: CachedPrefill
 ) -> PrunedDynamicLayer | PrunedStaticLayer:
-    if any(isinstance(own, StaticLayer) for own in cache.layers):
-        return PrunedStaticLayer(frame, renumbered, prefill, max_cache_len=_max_cache_len(cache))
-    return PrunedDynamicLayer(frame, renumbered, prefill)
+    if prefill.max_cache_len is None:
+        return PrunedDynamicLayer(frame, renumbered, prefill)
+    return PrunedStaticLayer(frame, renumbered, prefill, max_cache_len=prefill.max_cache_len)
 
 
 def end_update(cache: Any) -> None:
@@ -165,7 +150,7 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
                 present = torch.zeros_like(valid)
                 present[:, prefill.length - last :] = True
                 frame = GatheredSequence.of(present)
-            layers[number] = layer = _pruned_layer(cache, frame, None, prefill)
+            layers[number] = layer = _pruned_layer(frame, None, prefill)
         if isinstance(layer, PrunedStaticLayer):
             layer.hold(own.keys, own.values)
         elif layer is not own:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlm_cases import LAYERS, SIZES, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
-from vlm_families import FAMILIES, RECOMPUTES, VIDEO_NAMES
+from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
 from vlm_oracle import grown, oracle
 
 import tokenprune
@@ -113,6 +113,19 @@ def test_cached_decoding_equals_recomputation(name, attention, seed, batched):
         expected = model(**longer, use_cache=False).logits
     for step, logits in enumerate(pruned.logits):
         assert (logits - expected[:, start - 1 + step]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "paligemma2"])  # transformers' fails untouched
+@attentions
+@settings(deadline=None, max_examples=2)
+@given(seed=st.integers(0, 10**6))
+def test_decoding_with_a_static_cache_equals_cached_decoding(name, attention, seed):
+    model, inputs = model_of(name, attention), inputs_of(name)
+    with tokenprune.prune(model, script_of(name, inputs, seed)):
+        expected = model.generate(**inputs, **OPTIONS)
+        got = model.generate(**inputs, **OPTIONS, cache_implementation="static")
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all((a - b).abs().max() < TOLERANCE for a, b in zip(got.logits, expected.logits, strict=True))
 
 
 @RECOMPUTES

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from model_state import state
+from oracle_cases import CACHES, empty_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -218,9 +220,12 @@ def test_every_way_order_and_read(route, when, reads):
     check(route, when, reads)
 
 
-def test_generate_of_a_compiled_model():
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_of_a_compiled_model(cache):
     model = tiny_llama(2)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options |= {"cache_implementation": cache, "attention_mask": torch.ones_like(ids_of())}
+    options["attention_mask"][1, :2] = 0
     with prune(model, Half(), image_tokens=image_of()):
         expected = model.generate(ids_of(), **options)
     assert not torch.equal(model.generate(ids_of(), **options), expected)
@@ -229,12 +234,43 @@ def test_generate_of_a_compiled_model():
         assert torch.equal(model.generate(ids_of(), **options), expected)
 
 
-def test_each_layer_has_graphs_of_its_own():
-    """Of more layers than PyTorch has graphs for one piece of code; caches make the layers differ."""
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_layers_of_a_stage_share_a_graph(cache):
+    """Of more layers than PyTorch has graphs for one piece of code. Caches are told from each other by layer."""
     backend, model = Graphs(), tiny_llama(9)
     fast = torch.compile(model, backend=backend)
+    cache = empty_cache(cache, model, 32)
     with prune(model, Half(), image_tokens=image_of()):
-        assert backend.during(lambda: fast(ids_of(), use_cache=True)) == 9
+        assert backend.during(lambda: fast(ids_of(), past_key_values=cache)) == 2  # layer 0 and the others
+        made = [backend.during(lambda: fast(ids_of()[:, :1], past_key_values=cache)) for _ in range(10)]
+    # a growing cache has other shapes in the second step, from which on they are dynamic
+    assert made == [2, 2 if isinstance(cache, DynamicCache) else 0, *[0] * 8]
+
+
+def test_caches_of_one_length_share_graphs():
+    backend, model = Graphs(), tiny_llama(3)
+    fast = torch.compile(model, backend=backend)
+
+    def answer():
+        cache = empty_cache("static", model, 20)
+        with prune(model, Half(), image_tokens=image_of()):
+            return [fast(ids, past_key_values=cache).logits for ids in (ids_of(), ids_of()[:, :1], ids_of()[:, 1:2])]
+
+    answer()
+    assert backend.during(answer) == 0
+
+
+def test_layers_that_cannot_share_graphs_have_their_own():
+    model = tiny_llama(11)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.scaling = 0.3 + number / 100  # a constant in compiled code
+    with prune(model, Half(), image_tokens=image_of()):
+        expected = model(ids_of(), use_cache=False).logits
+    backend = Graphs()
+    fast = torch.compile(model, backend=backend, fullgraph=True)
+    with prune(model, Half(), image_tokens=image_of()):
+        assert (fast(ids_of(), use_cache=False).logits - expected).abs().max() < TOLERANCE
+    assert backend.made == 11
 
 
 def test_no_number_of_tokens_makes_a_graph_but_the_first_two():

@@ -42,6 +42,7 @@ class Call:
         ran: number of layers that have run.
         inside: the layer that is running; None between layers.
         taps: attention taps of the prefill.
+        alike: the first layers that ran of each kind and number of tokens.
     """
 
     inputs: dict[str, Any]
@@ -58,6 +59,7 @@ class Call:
     ran: int = 0
     inside: int | None = None
     taps: ExitStack = field(default_factory=ExitStack)
+    alike: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     def begin(self, prefill: Prefill, lease: Lease, length: int, generates: bool) -> None:
         """Make this the call of a prefill: its cache is emptied, and the layers that it reads are tapped.
@@ -122,6 +124,12 @@ class Call:
                 if self.attentions:
                     raise _attentions_unsupported()
                 self.step.shorten(own, number, hidden, kwargs)
+
+    def first_alike(self, number: int, kind: Any, hidden: Tensor) -> int:
+        """The first layer of this call whose compiled code may fit a layer: of its kind, on as many tokens and keys."""
+        held = getattr(self.cache, "layers", ())
+        absent = getattr(held[number], "absent", 0) if number < len(held) else 0
+        return self.alike.setdefault((kind, hidden.shape[1], hidden.device, absent), number)
 
     def filled(self) -> None:
         """After the last layer of a prefill: convert the cache's layers to one kind, and mark it with the prefill."""

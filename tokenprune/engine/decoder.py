@@ -43,6 +43,11 @@ class Decoder:
             "cannot be read"
         )
 
+    def kind(self, layer: int) -> tuple[type, str | None]:
+        """What tells a layer's code from that of others: its class, and the kind of its attention."""
+        types: Any = getattr(self.module.config, "layer_types", None)
+        return type(self.layers[layer]), types[layer] if types else None
+
     def check_layers(self) -> None:
         """Raise EngineError if the model's layers were replaced; the error names what changed."""
         layers: Any = self.module.layers

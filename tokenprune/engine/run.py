@@ -27,8 +27,8 @@ from tokenprune.engine.call import (
 )
 from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.calls.generate import Generations
-from tokenprune.engine.calls.interception import Shadow, run_compiled, shadowed
-from tokenprune.engine.calls.torch_compile import check_not_traced
+from tokenprune.engine.calls.interception import Shadow, is_compiled_run, run_compiled, shadowed
+from tokenprune.engine.calls.torch_compile import check_not_traced, one_layer
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.decoding import CachedStep
 from tokenprune.engine.deepstack import DeepStack
@@ -199,8 +199,11 @@ class PruningRun:
         elif prefill is not None and number in prefill.taps:
             # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
             output = original(*args, **kwargs)
+        elif is_compiled_run():
+            alike = call.first_alike(number, self.decoder.kind(number), args[0])
+            output = run_compiled((alike, number), original, *args, **one_layer(number, kwargs))
         else:
-            output = run_compiled(number, original, *args, **kwargs)
+            output = original(*args, **kwargs)
         return self._after_layer(call, number, output)
 
     def _layer_checkpoint(

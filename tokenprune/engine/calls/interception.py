@@ -20,7 +20,8 @@ from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
-from torch._C._dynamo.eval_frame import set_eval_frame  # what torch.compiler.disable is made of
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, set_eval_frame  # what torch.compiler is made of
+from torch._dynamo import config as dynamo
 from torch._dynamo.decorators import skip
 
 from tokenprune.errors import EngineError, UnsupportedError
@@ -234,12 +235,12 @@ def is_compiled_run() -> bool:
     return _COMPILER.paused is not None
 
 
-def run_compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_compiled(numbers: tuple[int, int], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function inside an intercepted call, compiled if the code around that call is.
 
     Args:
-        number: distinguishes similar functions. PyTorch limits the number of graphs for each code object (8 by
-            default), which the layers of a model would share.
+        numbers: of the functions that may share graphs with it, and of itself. PyTorch limits the number of graphs for
+            each code object (8 by default): if those with the first number did not fit, it gets its own.
         function: what to call.
         args: its positional arguments.
         kwargs: its keyword arguments.
@@ -248,7 +249,9 @@ def run_compiled(number: int, function: Callable[..., Any], *args: Any, **kwargs
         return function(*args, **kwargs)
     set_eval_frame(_COMPILER.paused)
     try:
-        return _frame(number)(function, args, kwargs)
+        shared, own = map(_frame, numbers)
+        full = len(_debug_get_cache_entry_list(shared.__code__)) >= dynamo.recompile_limit
+        return (own if full else shared)(function, args, kwargs)
     finally:
         set_eval_frame(None)
 

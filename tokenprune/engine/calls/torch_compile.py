@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from transformers import Cache
 
 from tokenprune.engine.calls.interception import REASON, is_compiled_call, shadowed
 from tokenprune.engine.calls.wrappers import modules_of
@@ -62,6 +63,34 @@ def _refusal(message: str) -> str:
             "intercepts calls inside the graph; remove fullgraph=True"
         )
     return ""
+
+
+class OneLayer(Cache):
+    """A KV cache as one decoder layer sees it, whose updates do not depend on the layer's number.
+
+    Code that was compiled with the number could not be used by other layers. All else is the cache's own.
+    """
+
+    def __init__(self, cache: Cache, number: int) -> None:
+        self._cache = cache
+        self._own: Any = cache.layers[number]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append to the layer's part."""
+        return self._own.update(key_states, value_states, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def one_layer(number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A layer's keyword arguments with the cache as this layer sees it."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, Cache) or type(cache).update is not Cache.update or getattr(cache, "offloading", False):
+        return kwargs
+    while len(cache.layers) <= number and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return {**kwargs, "past_key_values": OneLayer(cache, number)}
 
 
 def check_not_traced(hidden: Tensor) -> None:

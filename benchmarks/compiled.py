@@ -84,10 +84,13 @@ class Runner:
         image: number of image tokens.
         steps: decoding steps after a prefill, for the length of static caches.
         options: of `torch.compile`.
+        eager_prefill: whether both sides run the prefill eagerly, as `generate` does.
     """
 
-    def __init__(self, model: LlamaModel, image: int, steps: int, options: dict[str, Any]) -> None:
-        self.model = model
+    def __init__(
+        self, model: LlamaModel, image: int, steps: int, options: dict[str, Any], eager_prefill: bool = False
+    ) -> None:
+        self.model, self._eager_prefill = model, eager_prefill
         self.called: dict[str, Callable[..., Any]] = {"eager": model, "compiled": torch.compile(model, **options)}
         weight = next(model.parameters())
         shape = 1, BEFORE + image + TEXT, model.config.hidden_size
@@ -109,7 +112,8 @@ class Runner:
 
     def prefill(self, side: str, cache: Cache) -> Tensor:
         """The states of the prompt."""
-        return self.called[side](inputs_embeds=self.embeds, past_key_values=cache).last_hidden_state
+        called = self.model if self._eager_prefill else self.called[side]
+        return called(inputs_embeds=self.embeds, past_key_values=cache).last_hidden_state
 
     def step(self, side: str, cache: Cache) -> Tensor:
         """The state of one more token."""
@@ -130,11 +134,13 @@ def warm_up(runner: Runner, row: Row, strategy: tp.Strategy | None, tolerance: f
         for side in SIDES:
             for phase in ("prefill", "again"):
                 cache = runner.empty(row.cache)
-                spent = timed(lambda side=side, cache=cache: outputs.update({side: [runner.prefill(side, cache)]}))
+                spent = timed(
+                    lambda side=side, cache=cache: outputs.update({side: [runner.prefill(side, cache).clone()]})
+                )
                 if phase == "prefill":
                     row.warm_up["prefill"] = spent  # of the second side, which is compiled
             row.warm_up["step"] = timed(
-                lambda side=side, cache=cache: outputs[side].extend(runner.step(side, cache) for _ in range(3))
+                lambda side=side, cache=cache: outputs[side].extend(runner.step(side, cache).clone() for _ in range(3))
             )
     for eager, compiled in zip(*(outputs[side] for side in SIDES), strict=True):
         torch.testing.assert_close(compiled.float(), eager.float(), rtol=tolerance, atol=tolerance)
@@ -169,11 +175,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--mode", help="of torch.compile, such as reduce-overhead")
+    parser.add_argument("--eager-prefill", action="store_true", help="for CUDA graphs, which need a filled cache")
     parser.add_argument("--json", type=Path, help="file for the result")
     given = parser.parse_args()
     model = decoder(given.layers, given.width).to(given.device, getattr(torch, given.dtype))
     options = {"backend": given.backend, **({"mode": given.mode} if given.mode else {})}
-    runner = Runner(model, given.image, max(given.steps, 3), options)
+    runner = Runner(model, given.image, max(given.steps, 3), options, given.eager_prefill)
     strategies = {name: tp.strategy(name, budget=given.budget) for name in given.strategies if name != "untouched"}
     rows = [Row(name, cache) for name in given.strategies for cache in given.caches]
     with torch.no_grad():

@@ -4,7 +4,8 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        default: build/gpu
 #
-# DEVICE=cpu SHAPES=small RECOMMEND="--model-shape 7b --layers 1" tries the script itself without a GPU.
+# DEVICE=cpu SHAPES=small COMPILED="--layers 2 --width 64" RECOMMEND="--model-shape 7b --layers 1" tries the script itself
+# without a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-build/gpu}" device="${DEVICE:-cuda}" python="${PYTHON:-python}"
@@ -37,6 +38,12 @@ for shape in $shapes; do
     "$python" benchmarks/pipeline.py --shape "$shape" --device "$device" --rounds "$rounds" --json "$out/pipeline-$shape.json"
 done
 "$python" benchmarks/engine_overhead.py --device "$device" --rounds "$rounds" --sizes "${SIZE:-7B layers}" --json "$out/overhead.json"
+compiled=("$python" benchmarks/compiled.py --device "$device" --rounds "$rounds")
+# shellcheck disable=SC2086
+"${compiled[@]}" ${COMPILED:---width 4096} --json "$out/compiled.json"
+# shellcheck disable=SC2086
+"${compiled[@]}" ${COMPILED:---width 4096} --mode reduce-overhead --caches static --eager-prefill --json "$out/cuda-graphs.json" ||
+    echo "no figures of CUDA graphs: the run failed"
 # shellcheck disable=SC2086
 "$python" -m tokenprune recommend $recommend --device "$device" --seconds 60 --out "$out/recommend.json"
 ls -l "$out"

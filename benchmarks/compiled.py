@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +130,16 @@ def timed(call: Callable[[], object]) -> float:
 
 def warm_up(runner: Runner, row: Row, strategy: tp.Strategy | None, tolerance: float) -> None:
     """Compile the row's code, and check what it computes. Growing caches compile in the first two steps."""
-    outputs = {}
+    outputs: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+
+    def call(run: Callable[[str, Cache], Tensor], side: str, cache: Cache, times: int) -> None:
+        outputs[side].extend(run(side, cache).clone() for _ in range(times))
+
     with runner.context(strategy):
-        for side in SIDES:
-            for phase in ("prefill", "again"):
-                cache = runner.empty(row.cache)
-                spent = timed(
-                    lambda side=side, cache=cache: outputs.update({side: [runner.prefill(side, cache).clone()]})
-                )
-                if phase == "prefill":
-                    row.warm_up["prefill"] = spent  # of the second side, which is compiled
-            row.warm_up["step"] = timed(
-                lambda side=side, cache=cache: outputs[side].extend(runner.step(side, cache).clone() for _ in range(3))
-            )
+        for side in SIDES:  # the figures that stay are those of the second
+            cache = runner.empty(row.cache)
+            row.warm_up["prefill"] = timed(partial(call, runner.prefill, side, cache, 1))
+            row.warm_up["step"] = timed(partial(call, runner.step, side, cache, 3))
     for eager, compiled in zip(*(outputs[side] for side in SIDES), strict=True):
         torch.testing.assert_close(compiled.float(), eager.float(), rtol=tolerance, atol=tolerance)
 
@@ -152,11 +150,11 @@ def measure(runner: Runner, row: Row, strategy: tp.Strategy | None, steps: int, 
     with runner.context(strategy):
         caches = {side: runner.empty(row.cache) for side in SIDES}
         for side in order:
-            spent = timed(lambda side=side: runner.prefill(side, caches[side]))
+            spent = timed(partial(runner.prefill, side, caches[side]))
             row.times.setdefault(("prefill", side), []).append(spent)
         for _ in range(steps):
             for side in order:
-                spent = timed(lambda side=side: runner.step(side, caches[side]))
+                spent = timed(partial(runner.step, side, caches[side]))
                 row.times.setdefault(("step", side), []).append(spent)
 
 

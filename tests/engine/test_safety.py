@@ -9,7 +9,8 @@ import weakref
 import pytest
 import torch
 from model_state import state
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.reads import AttentionFrom, TowerFeatures
@@ -247,13 +248,17 @@ def test_several_samples(model, inputs):
 
 def test_caches_of_other_kinds_or_with_tokens_inside_are_refused(model, inputs):
     ids, image = inputs
-    static = StaticCache(config=model.config, max_cache_len=32)
+
+    class OtherLayer(DynamicLayer):
+        """Of another package."""
+
+    other = Cache(layers=[OtherLayer() for _ in model.model.layers])
     with torch.no_grad():
         with (
-            pytest.raises(UnsupportedError, match="StaticLayer"),
+            pytest.raises(UnsupportedError, match="KV cache of type OtherLayer is not supported"),
             prune(model, Choosing(half, **FASTV_LIKE), image_tokens=image),
         ):
-            model(ids, past_key_values=static)
+            model(ids, past_key_values=other)
         used = DynamicCache(config=model.config)
         model(ids, past_key_values=used)
         with (

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cases import LAYERS, MODELS, WIDTH, empty_cache, random_layout
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 import tokenprune as tp
 from tokenprune.core.decisions import Keep
@@ -96,12 +96,12 @@ def test_strategies_read_the_same_of_a_static_cache(name, padded, attention):
 
 def sliding(kind):
     options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64}
-    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5, "initializer_range": 0.2}
     torch.manual_seed(0)
     if kind == "all":
         return MistralForCausalLM(MistralConfig(**options)).eval()
     layers = ["sliding_attention", "full_attention"] * 2
-    return Gemma3ForCausalLM(Gemma3TextConfig(layer_types=layers, **options)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(use_sliding_window=True, layer_types=layers, **options)).eval()
 
 
 @pytest.mark.parametrize("layer", range(4))
@@ -226,7 +226,7 @@ def test_other_static_caches_are_refused(kind):
     model = sliding("all") if kind == "sliding" else tiny_llama(4)
     cache = StaticCache(config=model.config, max_cache_len=16)
     cache.offloading = kind == "offloaded"
-    named = {"sliding": "type Static", "offloaded": "type offloaded StaticLayer"}[kind]
+    named = {"sliding": "type (Static)?SlidingWindowLayer", "offloaded": "type offloaded StaticLayer"}[kind]
     with (
         prune(model, halved(), image_tokens=IMAGE),
         pytest.raises(UnsupportedError, match=f"{named}.* expected a DynamicCache, or a StaticCache that is not"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from meetings import elsewhere
 from oracle_cases import CACHES, LAYERS, MODELS, WIDTH, empty_cache, random_layout
@@ -286,6 +287,21 @@ def test_a_layer_that_fails_leaves_no_leave_to_go_on(model, image):
 
 def _fail(original, *args, **kwargs):
     raise ZeroDivisionError
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.integers(0, LAYERS - 1), st.sampled_from(CACHES))
+def test_a_cache_of_a_prefill_that_failed_is_refused_or_as_good_as_new(seed, layer, kind):
+    model = MODELS["sdpa", 2]
+    talk = conversation(seed, "keep", model, kind)
+    assume(talk.script.steps)  # else it is transformers' own matter
+    with torch.no_grad(), prune(model, talk.script, image_tokens=talk.layout.image_tokens):
+        with shadowed(model.model.layers[layer].self_attn, "forward", _fail), pytest.raises(ZeroDivisionError):
+            talk.call(model, 0)
+        got = None
+        with suppress(UnsupportedError):
+            got = talk.call(model, 0)
+        assert got is None or (got - talk.expected(model))[talk.layout.valid].abs().max() < 2e-5
 
 
 def test_a_prefix_is_used_again_by_copies(model, image):

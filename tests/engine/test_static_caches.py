@@ -15,9 +15,10 @@ from oracle_cases import LAYERS, MODELS, WIDTH, empty_cache, random_layout
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 import tokenprune as tp
-from tokenprune.core.decisions import Keep
+from tokenprune.core.decisions import Keep, Restore
 from tokenprune.engine import padding_mask, prune
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.scripted import Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
@@ -126,7 +127,43 @@ def test_padding_is_known_from_masks_of_four_dimensions(seed, side, additive, sp
     assert torch.equal(found, valid)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["none", "2-D", "bool", "additive"]),
+    st.integers(1, 3),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_empty_slots_are_hidden_by_masks_of_every_kind(seed, kind, new, past, spare, two_d):
+    layout, _ = random_layout(seed, 2, "left")
+    length = layout.valid.shape[1]
+    draw = torch.Generator().manual_seed(seed)
+    frame = GatheredSequence.of(layout.valid & (~layout.image_tokens | (torch.rand(2, length, generator=draw) < 0.5)))
+    real = torch.cat((layout.valid, torch.ones(2, past + new, dtype=torch.bool)), 1)
+    seen = real[:, None, None] & torch.ones(new, real.shape[1], dtype=torch.bool).tril(length + past)
+    masks = {"none": (None, None), "2-D": (real.long(), real.long())}
+    masks["bool"] = seen, torch.nn.functional.pad(seen, (0, spare))
+    masks["additive"] = [(~mask).float() * torch.finfo(torch.float32).min for mask in masks["bool"]]
+    full, padded = masks[kind]
+    expected = frame.decode_mask(full, new, past, two_d=two_d)
+    found = frame.decode_mask(padded, new, past, past + new + spare, two_d=two_d)
+    held = frame.width + past + new
+    assert found.shape[-1] == held + spare
+    if expected is None:
+        expected = torch.ones_like(found[..., :held])
+    assert torch.equal(found[..., :held], expected.expand_as(found[..., :held]))
+    hidden = found[..., held:] < 0 if kind == "additive" else ~found[..., held:].bool()
+    assert hidden.all()
+
+
 # slots ---------------------------------------------------------------------------------------------------------------
+
+
+def fail(original, *args, **kwargs):
+    original(*args, **kwargs)
+    raise ZeroDivisionError
 
 
 def filled(model, length=16):
@@ -160,16 +197,24 @@ def test_a_full_cache_is_refused_and_keeps_what_it_has(model, layer):
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 def test_a_step_that_failed_is_overwritten(model, layer):
-    def fail(original, *args, **kwargs):
-        original(*args, **kwargs)
-        raise ZeroDivisionError
-
     with prune(model, halved(), image_tokens=IMAGE):
         cache = filled(model)
         expected = model(IDS[:, :1], past_key_values=copy.deepcopy(cache)).logits
         with shadowed(model.model.layers[layer].self_attn, "forward", fail), pytest.raises(ZeroDivisionError):
             model(IDS[:, 3:5], past_key_values=cache)
         assert torch.equal(model(IDS[:, :1], past_key_values=cache).logits, expected)
+
+
+def test_a_prefill_that_failed_leaves_no_layer_filled_unseen(model):
+    """Layer 0 lacks tokens, and layer 2 has all again; a retry must not append to it."""
+    kept = HALF.index
+    script = Scripted([Step(0, Keep(kept, rest="park")), Step(2, Restore(torch.tensor([[1, 3, 5]] * 2)))])
+    with prune(model, script, image_tokens=IMAGE):
+        cache = empty_cache("static", model, 40)
+        with shadowed(model.model.layers[3].self_attn, "forward", fail), pytest.raises(ZeroDivisionError):
+            model(IDS, past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="start with an empty cache"):
+            model(IDS, past_key_values=cache)
 
 
 def test_a_cache_is_used_again_by_prefills_with_other_counts(model):

@@ -240,7 +240,7 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.slots is None:
             # not copied into empty slots yet, which the prefill's queries would have to hide
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values, self.held = key_states, value_states, key_states.shape[2]
         else:
             assert self.keys is not None
             assert self.values is not None

@@ -1,4 +1,4 @@
-"""What a user waits for: a LISA-shaped model from picture to mask, stage by stage, pruned and with drafted answers.
+"""What a user waits for, from picture to mask, stage by stage, in models of LISA's, GLaMM's and PixelLM's sizes.
 
 The baseline encodes the picture with both towers and answers by transformers' own `generate` (KV cache, sdpa, greedy).
 Each row runs in turn with the others in every round, so that drift of the machine hits all alike; ratios are to the
@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from random_lisa import SHAPES, LisaShape, random_lisa
+from random_pixellm import random_pixellm
 from rich.console import Console
 from rich.table import Table
 
 import tokenprune as tp
 from tokenprune.evaluation.environment import describe
 from tokenprune.utils.stopwatch import TOTAL, recorded, stage
-from tokenprune_adapters.lisa.model import LisaModel
+from tokenprune_adapters.segmentation.segmenter import Segmenter
 
 QUERY = "the circle"
 QUERIES = ["the circle", "the red square", "the star", "the cat", "a dog", "the tree", "the left car", "the moon"]
@@ -67,7 +68,7 @@ class Pipeline:
         seed: of the picture.
     """
 
-    def __init__(self, model: LisaModel, seed: int = 0) -> None:
+    def __init__(self, model: Segmenter, seed: int = 0) -> None:
         self.model = model
         self.image = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), dtype=np.uint8)
         self.model.segment(self.image, QUERY, answer="generate")  # also teaches the answer
@@ -87,7 +88,8 @@ class Pipeline:
             )
         assert model.tokenizer.decode(ids[0].tolist()) == self.text
         with stage("mask decoder"):
-            states = sequence.inputs_embeds[:, -1]  # of the right shape; its values do not matter for the time
+            # of the right shape; its values do not matter for the time
+            states = sequence.inputs_embeds[:, -1].expand(len(model.seg_tokens), -1)
             low_res, _ = model.low_res_logits(states, encoded)
             model.to_original_size(low_res, encoded)
 
@@ -188,7 +190,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    pipeline = Pipeline(random_lisa(shape, getattr(torch, given.dtype), given.device))
+    make = random_pixellm if shape.sam is None else random_lisa
+    pipeline = Pipeline(make(shape, getattr(torch, given.dtype), given.device))
     rows = pipeline.rows()
     if given.rows:
         rows = [rows[0], *(row for row in rows[1:] if row.name in given.rows)]

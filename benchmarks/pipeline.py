@@ -23,6 +23,7 @@ from random_lisa import SHAPES, LisaShape, random_lisa
 from random_pixellm import random_pixellm
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity
 
 import tokenprune as tp
 from tokenprune.evaluation.environment import describe
@@ -156,6 +157,20 @@ def report(rows: Sequence[Row], shape: LisaShape, about: dict[str, Any]) -> dict
     return {"shape": vars(shape), **about, "rows": found}
 
 
+def profile(row: Row, device: str) -> list[dict[str, Any]]:
+    """The operations that took longest in one more call of a row, with their share of its time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.startswith("cuda") else [])]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profiler:
+        row.run()
+    kind = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, kind))
+    total = sum(getattr(event, kind) for event in events)
+    return [
+        {"operation": event.key, "calls": event.count, "share": round(getattr(event, kind) / total, 4)}
+        for event in events[:12]
+    ]
+
+
 def table(found: dict[str, Any]) -> Table:
     """Stages in seconds, and ratios to as many baseline calls."""
     made = Table(title=f"{found['shape']['name']}, {found['dtype']}, medians in seconds; ratios to the baseline")
@@ -180,6 +195,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before; the model has run twice before them")
     parser.add_argument("--rows", nargs="*", help="names, besides the baseline; all by default")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--profile", metavar="ROW", help="also profile one more call of this row")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.threads:
@@ -199,6 +215,11 @@ def main() -> None:
     about = {"rounds": given.rounds, **describe(pipeline.model.decoder)}
     found = report(rows, shape, about)
     console.print(table(found))
+    if given.profile:
+        found["profile"] = {
+            given.profile: profile(next(row for row in rows if row.name == given.profile), given.device)
+        }
+        console.print(found["profile"])
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -373,6 +373,45 @@ def test_logits_at_another_size(lisa: Any) -> None:
     assert low.result.mask_logits is low.result.low_res_logits
 
 
+def linear(size: int, wanted: int) -> np.ndarray[Any, Any]:
+    """[wanted, size]: linear interpolation between the middles of pixels, without torch."""
+    places = np.clip((np.arange(wanted) + 0.5) * size / wanted - 0.5, 0, size - 1)
+    return np.maximum(1 - np.abs(places[:, None] - np.arange(size)), 0)
+
+
+@pytest.mark.parametrize("shape", [(45, 70), (70, 30)])
+@pytest.mark.parametrize("answer", ["forced", "generate"])
+def test_segment_gives_masks_of_the_size_asked_for(model: Any, shape: tuple[int, int], answer: Any) -> None:
+    (image,) = pictures((shape,))
+    encoded = model.encode_image(image)
+    asked = {"prompt": f"<image> {' '.join(model.seg_tokens)}"} if answer == "forced" else {"query": "the cat"}
+    sizes, whole = encoded.prepared.sizes, model.segment(encoded, **asked, answer=answer)
+    for size in ((30, 40), (130, 7), shape, "image", "low"):
+        found = model.segment(encoded, **asked, answer=answer, mask_size=size)
+        assert torch.equal(found.low_res_logits, whole.low_res_logits)
+        if size == "low":
+            assert torch.equal(found.masks, found.low_res_logits > 0)
+            continue
+        height, width = shape if size == "image" else size
+        low = found.low_res_logits.shape[1]
+        down, across = (
+            linear(inside, side) @ linear(low, sizes.square)[:inside]
+            for inside, side in zip(sizes.resized, (height, width), strict=True)
+        )
+        wanted = torch.from_numpy(down @ found.low_res_logits.double().numpy() @ across.T)
+        assert torch.allclose(found.mask_logits.double(), wanted, atol=LIMIT)
+        assert torch.equal(found.masks, found.mask_logits > 0)
+
+
+@pytest.mark.parametrize("size", [0, (0, 3), (3, -1), (3,), (1, 2, 3), (2.5, 3), "large", None, True, ("image", 3)])
+def test_sizes_that_are_no_sizes_are_refused_before_a_tower_runs(
+    lisa: Any, size: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lisa, "encoded", None)  # which nothing may call
+    with pytest.raises(OptionError, match="mask_size"):
+        lisa.segment(pictures()[0], "the cat", mask_size=size)
+
+
 # parts ----------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,19 @@ def test_any_batch_size(lisa: Any, batch_size: int) -> None:
     found = lisa.segment_many(requests(), batch_size=batch_size, keep_logits=True)
     for one, (image, query) in zip(found, requests(), strict=True):
         check_equal(one, lisa.segment(image, query))
+
+
+def test_every_prompt_has_a_row_of_the_trace_with_or_without_a_mask(model: Any) -> None:
+    fastv = tp.strategy("fastv", budget=0.6)
+    rows: list[int] = []
+    for done in model.segment_many(requests()[:3], fastv, "generate", batch_size=16, max_new_tokens=2):
+        result: Any = done.result
+        rows += result.prompt_rows
+        assert set(result.row_index) <= set(result.prompt_rows)
+        alone = model.segment(done.image, requests()[done.index][1], fastv, answer="generate", max_new_tokens=2)
+        for row, own in zip(result.prompt_rows, alone.prompt_rows, strict=True):
+            assert result.trace.summary(row) == alone.trace.summary(own)
+            assert result.trace.summary(row) in repr(result)
 
 
 def test_generated_answers(model: Any) -> None:
@@ -329,10 +343,18 @@ def test_an_error_of_the_requests_comes_after_the_results_before_it(lisa: Any) -
         next(found)
 
 
-def test_stages_are_told(lisa: Any) -> None:
+def test_stages_are_told(lisa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = lisa.low_res_logits_of
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.05)
+        return draw(*given)
+
+    monkeypatch.setattr(lisa, "low_res_logits_of", slow)
     with stopwatch.recorded() as times:
         list(lisa.segment_many(requests()))
     assert list(times) == ["preprocess", "vision tower", "mask encoder", "prefill", "mask decoder", "total"]
+    assert times["mask decoder"] >= 50  # drawing the masks, not only resizing them
 
 
 # sizes of masks -------------------------------------------------------------------------------------------------------

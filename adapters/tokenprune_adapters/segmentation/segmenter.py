@@ -245,6 +245,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
             query_index=list(answered.rows),
             trace=answered.trace,
             row_index=list(answered.rows),
+            prompt_rows=list(range(len(inputs.prompts))),
         )
         return self.described(found, answered)
 

@@ -171,6 +171,21 @@ def test_kinds_of_images(lisa: Any, tmp_path: Path) -> None:
     assert [one.image is kind for one, kind in zip(found, kinds, strict=False)] == [True] * 5
 
 
+def test_encoded_images_among_others(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = requests()
+    known = {number: model.encoded(pairs[number][0]) for number in (0, 3)}
+    towers: list[int] = []
+    encode = model.encode_prepared
+    monkeypatch.setattr(model, "encode_prepared", lambda images: towers.append(len(images)) or encode(images))
+    given = [(known.get(number, image), query) for number, (image, query) in enumerate(pairs)]
+    for found, (image, query) in zip(model.segment_many(given, batch_size=8, keep_logits=True), pairs, strict=True):
+        check_equal(found, model.segment(model.encode_image(image), query))
+    assert towers[0] == len(pairs) - 2
+    towers.clear()
+    assert [done.error for done in model.segment_many([(known[0], "the cat")] * 3)] == [None] * 3
+    assert not towers
+
+
 # what fails -----------------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ class Ready:
     Args:
         query: as the user gave it.
         prompts: whole prompts.
-        prepared: from `Segmenter.prepare_image`.
+        prepared: from `Segmenter.prepare_image`, or what `Segmenter.encode_image` returned.
     """
 
     query: str | list[str]
@@ -83,7 +83,10 @@ def run_batch(model: Segmenter, images: Sequence[Ready], settings: Settings) -> 
 
 
 def _encoded(model: Segmenter, images: Sequence[Ready]) -> list[Any]:
-    return model.encode_prepared([image.prepared for image in images]) if images else []
+    """The images after the towers, which run on those that are not encoded yet."""
+    prepared = [image.prepared for image in images if isinstance(image.prepared, model.prepared_type)]
+    fresh = iter(model.encode_prepared(prepared) if prepared else ())
+    return [next(fresh) if isinstance(image.prepared, model.prepared_type) else image.prepared for image in images]
 
 
 def _alone(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import OptionError
 from tokenprune.utils.arguments import one_of, shown, whole_number
-from tokenprune.utils.images import ImageInput
 from tokenprune_adapters.segmentation.drafts import Draft
 from tokenprune_adapters.segmentation.many.batch import Settings
 from tokenprune_adapters.segmentation.many.stream import ImageResult, stream
@@ -23,7 +22,7 @@ class ManyImages:
 
     def segment_many(
         self,
-        requests: Iterable[tuple[ImageInput, str | Sequence[str]]],
+        requests: Iterable[tuple[Any, str | Sequence[str]]],
         strategy: Strategy | None = None,
         answer: Literal["forced", "generate"] = "forced",
         *,
@@ -44,7 +43,7 @@ class ManyImages:
 
         Args:
             requests: pairs (image, query) or (image, [query, …]), from a list or a generator; taken one by one. Images
-                are as in `segment`, but not encoded.
+                are as in `segment`.
             strategy: as in `segment`.
             answer: as in `segment`.
             batch_size: images per run of the towers, and largest number of rows of a prefill (an image with more

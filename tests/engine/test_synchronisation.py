@@ -82,6 +82,23 @@ def test_the_counter_counts() -> None:
     assert waits.found.total() == 7
 
 
+def test_tensors_of_all_kinds_come_in_one_copy() -> None:
+    given = [
+        torch.tensor([[True, False]]),
+        torch.arange(6).reshape(2, 3).T,
+        torch.randn(3),
+        torch.zeros(2, 0),
+        torch.ones(()),
+    ]
+    with Waits() as waits:
+        found = on_host(*map(on_device, given), given[2])
+    assert waits.found.total() == 1
+    for one, other in zip(found, [*given, given[2]], strict=True):
+        assert not isinstance(one, Pretender)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("batch", "budget"), [("equal rows", 0.6), ("padded left", 0.3)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prefill_waits_at_most_once_for_each_stage_that_chooses(name: str, budget: float, batch: str) -> None:
@@ -90,6 +107,14 @@ def test_a_prefill_waits_at_most_once_for_each_stage_that_chooses(name: str, bud
     waits, trace = waits_of_a_prefill(strategy, made, made.layout.image_tokens, layers=8)
     assert trace.stages
     assert waits.of(*OURS) <= len(trace.stages) + CONSTANT.get(name, 1), f"{len(trace.stages)} stages, waits:\n{waits}"
+
+
+def test_a_part_of_a_composition_waits_for_the_checks_of_its_decision_too() -> None:
+    made = BATCHES["padded left"]
+    strategy = tp.Sequence("divprune", tp.strategy("fastv", layer=3))
+    waits, trace = waits_of_a_prefill(strategy, made, made.layout.image_tokens, layers=6)
+    assert len(trace.stages) == 2
+    assert waits.of(*OURS) <= 2 * len(trace.stages) + 1, f"waits:\n{waits}"
 
 
 def test_marks_on_the_device_come_with_the_mask() -> None:

@@ -26,8 +26,8 @@ class KeysAhead:
 
     The projection works on each position alone, so that the rows of the kept tokens are the layer's own keys. They are
     used only if the layer passes the states that they were computed from, which it takes from here too: if the stage
-    or a hook changed them, the layer computes both itself. That they are the same is known without comparing their
-    values, for which a device would have to be waited for.
+    or a hook changed them, the layer computes both itself. Outside inference mode this is known without comparing
+    their values, for which a device would have to be waited for.
 
     Args:
         norm: the layer's norm before attention.
@@ -90,7 +90,11 @@ class KeysAhead:
     def _project(self, project: Callable[..., Tensor], states: Tensor) -> Tensor:
         # free the memory as soon as the layer has its keys
         ready, normed, self._ready, self._normed = self._ready, self._normed, None, None
-        if ready is None or normed is None or not normed.is_now(states):
+        if ready is None:
+            return project(states)
+        # tensors of inference mode do not tell whether they were modified: only their values can be compared
+        by_value = states.is_inference() and states.shape == ready[0].shape and states.dtype == ready[0].dtype
+        if not (normed.is_now(states) if normed is not None else by_value and torch.equal(states, ready[0])):
             return project(states)
         self.used = states.shape[1]
         return ready[1]

@@ -123,11 +123,10 @@ def test_masks_of_the_reference_checkpoints(
         (np.ascontiguousarray(image[:, : image.shape[1] // 2]), ["the red car", LONG]),
         (np.ascontiguousarray(image.transpose(1, 0, 2)), "Which of these can swim?"),
     ]
-    for one, (picture, query) in zip(reference.model.segment_many(asked, strategy), asked, strict=True):
-        alone = reference.model.segment(picture, query, strategy)
-        assert one.result is not None
-        assert torch.equal(one.result.masks, alone.masks)
-        assert torch.allclose(one.result.low_res_logits, alone.low_res_logits, atol=LIMIT)
+    # random weights give logits around 0, where rounding decides, which depends on the processor
+    found = reference.model.segment_many(asked, strategy, keep_logits=True)
+    for one, (picture, query) in zip(found, asked, strict=True):
+        check_equal(one, reference.model.segment(picture, query, strategy))
 
 
 def test_masks_of_the_bundled_model() -> None:

@@ -34,6 +34,7 @@ from tokenprune.engine.interface.vision_source import VisionSource, check_aligne
 from tokenprune.engine.layer_inputs import LayerInputs
 from tokenprune.engine.look_ahead import KeysAhead, look_ahead
 from tokenprune.engine.positions import shifted_tables, tables_of
+from tokenprune.engine.shared_prefix import SharedPrefix
 from tokenprune.errors import EngineError, InputError
 
 
@@ -47,6 +48,7 @@ class Prefill(TokenScheduler):
         full: [batch, S, width], the last state of every position; available only while a stage is entered.
         taps: per layer, the reads that its attention answers, for the stage that begins after it.
         keys_ahead: keys to hand on to the layer that is about to run; None = it computes them itself.
+        shared: runs the layers, if the rows are said to begin with the same tokens.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Prefill(TokenScheduler):
         tell: Callable[..., None] | None = None,
         seed: int = 0,
         strict: bool = False,
+        shared: int = 0,
     ) -> None:
         self.decoder, self.vision = decoder, vision or VisionSource()
         super().__init__(
@@ -90,6 +93,8 @@ class Prefill(TokenScheduler):
         self._entering: tuple[int, dict[str, Any]] | None = None
         self.keys_ahead: KeysAhead | None = None
         self._looked_ahead: list[LookAhead] = []
+        rows = len(layout.valid)
+        self.shared = SharedPrefix(decoder, shared, layout.on_host.valid) if shared and rows > 1 else None
 
     # the methods that TokenScheduler calls ---------------------------------------------------------------------------
 
@@ -170,6 +175,8 @@ class Prefill(TokenScheduler):
             hidden = self._gather_again(layer, hidden)
         if layer in self._due:
             hidden = self._enter_stage(layer, kwargs)
+        if self.shared is not None and (layer == 0 or layer in self._due):
+            self.shared.begin(hidden, self._frame)
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # free the second copy of the states
         self.frames.append(self._frame)
         self.lengths.append(self._inputs.length)
@@ -223,6 +230,8 @@ class Prefill(TokenScheduler):
         last = layer == self.layers - 1
         self._returned_full = full and not last
         if self._returned_full:
+            if self.shared is not None:
+                self.shared.stop()
             return self._full_length(hidden)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer, hidden, self._frame)

@@ -205,6 +205,8 @@ class PruningRun:
         elif prefill is not None and number in prefill.taps:
             # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
             output = original(*args, **kwargs)
+        elif prefill is not None and prefill.shared is not None and len(args) == 1:
+            output = prefill.shared.run(original, number, args[0], kwargs)
         else:
             output = run_compiled(number, original, *args, **kwargs)
         return self._after_layer(call, number, output)
@@ -276,7 +278,8 @@ class PruningRun:
             if now is not None:
                 now.begun = True
             return
-        layout = self._capture.prompt_masks(self._queries).layout(hidden, padding_mask(call.inputs))
+        masks = self._capture.prompt_masks(self._queries)
+        layout = masks.layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
             self.strategy,
             layout,
@@ -285,6 +288,7 @@ class PruningRun:
             tell=self.tell,
             seed=self._seed,
             strict=self.strict,
+            shared=masks.shared,
         )
         call.begin(prefill, self._lease, hidden.shape[1], generates=now is not None)
         if now is None or not now.begun or bool(layout.on_host.image_tokens.any()):

@@ -163,7 +163,8 @@ class DecoderRuns(Prompts, BoundModel):
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
             queries["seg"] = sequence.seg
-        return PromptMasks(sequence.image_tokens, queries, *self.image_cells(inputs), drafted=sequence.drafted)
+        cells = self.image_cells(inputs)
+        return PromptMasks(sequence.image_tokens, queries, *cells, drafted=sequence.drafted, shared=sequence.shared)
 
     def image_cells(self, inputs: SegmenterInputs) -> tuple[Tensor | None, Tensor | None]:
         """`grid` and `image_number` of `PromptMasks`; None = one square image per batch row, in row-major order."""

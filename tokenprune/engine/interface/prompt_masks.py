@@ -26,6 +26,8 @@ class PromptMasks:
         attention_mask: 0 on padding; None = the decoder's own argument.
         drafted: bool, True on the tokens of an expected answer after the prompt, see `SequenceLayout.drafted`.
         source: who created the masks, for messages; empty = the caller.
+        shared: how many columns from a row's first token on are the same in all rows, as those of several prompts about
+            one image are; they are computed once where that is possible, see `tokenprune.engine.shared_prefix`.
     """
 
     image_tokens: Tensor
@@ -35,6 +37,7 @@ class PromptMasks:
     attention_mask: Tensor | None = None
     drafted: Tensor | None = None
     source: str = ""
+    shared: int = 0
 
     def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
         """The layout of a prefill.

@@ -82,7 +82,7 @@ class Call:
         taps = {prefill.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
         self.taps.enter_context(tap(taps))
         self.prefill = prefill
-        drafted = prefill.layout.drafted
+        drafted = prefill.layout.on_host.drafted
         columns = 0 if drafted is None else int(drafted.any(0).sum())
         self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns)
 

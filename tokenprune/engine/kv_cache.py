@@ -274,9 +274,9 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
         keys, values, frame = own.keys, own.values, None
         if isinstance(own, DynamicSlidingWindowLayer):
             # it contains only the last positions, the same in all rows, as if the earlier ones had been pruned
-            last = torch.zeros_like(valid)
+            last = torch.zeros(valid.shape, dtype=torch.bool)
             last[:, valid.shape[1] - keys.shape[-2] :] = True
-            frame = GatheredSequence.of(last)
+            frame = GatheredSequence.of(last).to(valid.device)
         layer = PrunedCacheLayer(frame, None, prefill)
         # lazy_initialization() has another signature in older releases of transformers
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True

@@ -200,7 +200,7 @@ class PruningRun:
         args, kwargs = self._before_layer(call, number, args, kwargs)
         prefill = call.prefill
         if prefill is not None and prefill.keys_ahead is not None:
-            with prefill.keys_ahead.handed_on():
+            with prefill.keys_ahead.handed_on(args[0]):
                 output = original(*args, **kwargs)
         elif prefill is not None and number in prefill.taps:
             # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
@@ -291,7 +291,7 @@ class PruningRun:
             shared=masks.shared,
         )
         call.begin(prefill, self._lease, hidden.shape[1], generates=now is not None)
-        if now is None or not now.begun or bool(layout.image_tokens.any()):
+        if now is None or not now.begun or bool(layout.on_host.image_tokens.any()):
             self._latest = prefill
         if now is not None:
             now.begun = True

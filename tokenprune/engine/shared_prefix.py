@@ -65,8 +65,9 @@ class SharedPrefix:
         if frame is None:
             first, widths = self._starts, [self._length]
         else:
-            end = (self._first + self._length).to(frame.index.device)[:, None]
-            widths = list(set(((frame.index < end) & frame.filled).sum(1).tolist()))
+            known = frame.on_host
+            end = (self._first + self._length).to(known.index.device)[:, None]
+            widths = list(set(((known.index < end) & known.filled).sum(1).tolist()))
             first = [0] * len(hidden)
         if len(widths) == 1 and 0 < widths[0] < hidden.shape[1] - max(first):
             span = _Span(first, widths[0], hidden.device)

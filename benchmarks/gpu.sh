@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-build/gpu}" device="${DEVICE:-cuda}" python="${PYTHON:-python}"
-shapes="${SHAPES:-lisa-7b glamm-7b}" rounds="${ROUNDS:-5}" recommend="${RECOMMEND:---model-shape 7b}"
+shapes="${SHAPES:-lisa-7b glamm-7b pixellm-7b}" rounds="${ROUNDS:-5}" recommend="${RECOMMEND:---model-shape 7b}"
 mkdir -p "$out"
 
 "$python" - "$device" "$out/machine.json" <<'PY'

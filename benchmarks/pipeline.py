@@ -1,4 +1,4 @@
-"""What a user waits for: a LISA-shaped model from picture to mask, stage by stage, pruned and with drafted answers.
+"""What a user waits for, from picture to mask, stage by stage, in models of LISA's, GLaMM's and PixelLM's sizes.
 
 The baseline encodes the picture with both towers and answers by transformers' own `generate` (KV cache, sdpa, greedy).
 Each row runs in turn with the others in every round, so that drift of the machine hits all alike; ratios are to the
@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from random_lisa import SHAPES, LisaShape, random_lisa
+from random_pixellm import random_pixellm
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity
 
 import tokenprune as tp
 from tokenprune.evaluation.environment import describe
 from tokenprune.utils.stopwatch import TOTAL, recorded, stage
-from tokenprune_adapters.lisa.model import LisaModel
+from tokenprune_adapters.segmentation.segmenter import Segmenter
 
 QUERY = "the circle"
 QUERIES = ["the circle", "the red square", "the star", "the cat", "a dog", "the tree", "the left car", "the moon"]
@@ -67,7 +69,7 @@ class Pipeline:
         seed: of the picture.
     """
 
-    def __init__(self, model: LisaModel, seed: int = 0) -> None:
+    def __init__(self, model: Segmenter, seed: int = 0) -> None:
         self.model = model
         self.image = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), dtype=np.uint8)
         self.model.segment(self.image, QUERY, answer="generate")  # also teaches the answer
@@ -87,7 +89,8 @@ class Pipeline:
             )
         assert model.tokenizer.decode(ids[0].tolist()) == self.text
         with stage("mask decoder"):
-            states = sequence.inputs_embeds[:, -1]  # of the right shape; its values do not matter for the time
+            # of the right shape; its values do not matter for the time
+            states = sequence.inputs_embeds[:, -1].expand(len(model.seg_tokens), -1)
             low_res, _ = model.low_res_logits(states, encoded)
             model.to_original_size(low_res, encoded)
 
@@ -154,6 +157,20 @@ def report(rows: Sequence[Row], shape: LisaShape, about: dict[str, Any]) -> dict
     return {"shape": vars(shape), **about, "rows": found}
 
 
+def profile(row: Row, device: str) -> list[dict[str, Any]]:
+    """The operations that took longest in one more call of a row, with their share of its time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.startswith("cuda") else [])]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profiler:
+        row.run()
+    kind = "self_device_time_total" if device.startswith("cuda") else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, kind))
+    total = sum(getattr(event, kind) for event in events)
+    return [
+        {"operation": event.key, "calls": event.count, "share": round(getattr(event, kind) / total, 4)}
+        for event in events[:12]
+    ]
+
+
 def table(found: dict[str, Any]) -> Table:
     """Stages in seconds, and ratios to as many baseline calls."""
     made = Table(title=f"{found['shape']['name']}, {found['dtype']}, medians in seconds; ratios to the baseline")
@@ -178,6 +195,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before; the model has run twice before them")
     parser.add_argument("--rows", nargs="*", help="names, besides the baseline; all by default")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--profile", metavar="ROW", help="also profile one more call of this row")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.threads:
@@ -188,7 +206,8 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 140
-    pipeline = Pipeline(random_lisa(shape, getattr(torch, given.dtype), given.device))
+    make = random_pixellm if shape.sam is None else random_lisa
+    pipeline = Pipeline(make(shape, getattr(torch, given.dtype), given.device))
     rows = pipeline.rows()
     if given.rows:
         rows = [rows[0], *(row for row in rows[1:] if row.name in given.rows)]
@@ -196,6 +215,11 @@ def main() -> None:
     about = {"rounds": given.rounds, **describe(pipeline.model.decoder)}
     found = report(rows, shape, about)
     console.print(table(found))
+    if given.profile:
+        found["profile"] = {
+            given.profile: profile(next(row for row in rows if row.name == given.profile), given.device)
+        }
+        console.print(found["profile"])
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 

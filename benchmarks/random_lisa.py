@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,8 +32,10 @@ from transformers.initialization import no_init_weights
 import tokenprune
 from tokenprune_adapters.clip.tower import ClipPixels
 from tokenprune_adapters.lisa.model import LisaModel
+from tokenprune_adapters.segmentation.segmenter import Segmenter
 
-ANSWER_TOKENS = 10  # the mask token and the end of sequence included
+M = TypeVar("M", bound=Segmenter)
+ANSWER_TOKENS = 10  # mask tokens and the end of sequence included
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class LisaShape:
         name: for reports.
         layers, hidden, intermediate, heads: of the decoder.
         clip_pixels: side of CLIP-L/14's input: 224 for 256 image tokens, 336 for 576.
-        sam: hidden size, layers, heads, global-attention layers and image side of SAM's encoder.
+        sam: hidden size, layers, heads, global-attention layers and image side of SAM's encoder; None = PixelLM, which
+            has none.
     """
 
     name: str
@@ -53,7 +56,7 @@ class LisaShape:
     intermediate: int = 11008
     heads: int = 32
     clip_pixels: int = 224
-    sam: tuple[int, int, int, Sequence[int], int] = field(default=(1280, 32, 16, (7, 15, 23, 31), 1024))
+    sam: tuple[int, int, int, Sequence[int], int] | None = field(default=(1280, 32, 16, (7, 15, 23, 31), 1024))
 
 
 SHAPES = {
@@ -61,6 +64,7 @@ SHAPES = {
     for shape in (
         LisaShape("lisa-7b"),
         LisaShape("glamm-7b", clip_pixels=336),
+        LisaShape("pixellm-7b", clip_pixels=336, sam=None),
         LisaShape("lisa-13b", 40, 5120, 13824, 40),
         LisaShape("small", 4, 512, 1376, 8, sam=(256, 4, 4, (1, 3), 256)),
     )
@@ -70,8 +74,9 @@ SHAPES = {
 def random_lisa(shape: LisaShape, dtype: torch.dtype, device: str = "cpu") -> LisaModel:
     """A model of that shape; the tokenizer is lisa-tiny's."""
     tokenizer = tokenprune.load("lisa-tiny").tokenizer
+    assert shape.sam is not None
     width, layers, heads, wide, side = shape.sam
-    with _uninitialised(dtype):
+    with uninitialised(dtype):
         decoder = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=32004,
@@ -119,14 +124,40 @@ def random_lisa(shape: LisaShape, dtype: torch.dtype, device: str = "cpu") -> Li
         mark_image=True,
         name=f"{shape.name} (random weights)",
     )
-    with torch.no_grad():
-        _fill(model)
-        _teach(model)
-    return model.eval().to(device)
+    return taught(model).to(device)
+
+
+def llama(shape: LisaShape, end: int) -> LlamaForCausalLM:
+    """The decoder; answers end with the id `end`."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32010,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            eos_token_id=end,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def clip(shape: LisaShape) -> CLIPVisionModel:
+    """CLIP-L/14."""
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=shape.clip_pixels,
+            patch_size=14,
+        )
+    )
 
 
 @contextmanager
-def _uninitialised(dtype: torch.dtype) -> Iterator[None]:
+def uninitialised(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -134,6 +165,14 @@ def _uninitialised(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def taught(model: M) -> M:
+    """The model with random weights, and an answer."""
+    with torch.no_grad():
+        _fill(model)
+        _teach(model)
+    return model.eval()
 
 
 def _fill(model: nn.Module) -> None:
@@ -151,11 +190,13 @@ def _fill(model: nn.Module) -> None:
             part.copy_(source[: len(part)])
 
 
-def _teach(model: LisaModel) -> None:
+def _teach(model: Segmenter) -> None:
     """Let the head map the prompt's last token to an answer, token by token."""
     tokenizer, decoder = model.tokenizer, model.decoder
     last = tokenizer.encode("ASSISTANT:", bos=False)[-1]
-    words = [i for i in range(300, 300 + ANSWER_TOKENS) if i not in (last, *model.seg_ids)][: ANSWER_TOKENS - 2]
+    words = [i for i in range(300, 300 + ANSWER_TOKENS) if i not in (last, *model.seg_ids)][
+        : ANSWER_TOKENS - 1 - len(model.seg_ids)
+    ]
     chain = [last, *words, *model.seg_ids, tokenizer.eos_id]
     embeddings: Any = decoder.get_input_embeddings().weight
     decoder.lm_head.weight.mul_(0.1)

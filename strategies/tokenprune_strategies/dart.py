@@ -73,8 +73,11 @@ class DART(Strategy):
             row, index = image.row, image.index
             # (1) pivots: the image tokens, and the text tokens after the image, whose keys in layer K−1 have the
             # largest L1 norm (after the rotary embedding, all heads); an image with a small quota has fewer
-            pivots = index[_largest(norms[row, index], min(self.options.image_pivots, image.quota))]
-            text = (tokens.text[row] & (tokens.images_before[row] > index[-1])).nonzero().flatten()
+            largest = _largest(norms[row, index], min(self.options.image_pivots, image.quota))
+            pivots = index[largest]
+            # on the host, which knows where the text is: a device would have to be waited for
+            text = (tokens.on_host("images_before")[row] > image.index_on_host[-1]).nonzero().flatten()
+            text = text.to(tokens.device, non_blocking=True)
             text = text[_largest(text_norms[row, text], self.options.text_pivots)]
             # (2) cosine similarity of each pivot and each image token, of states after the decoder's final norm
             likeness = torch.cat((states[row, pivots], text_states[row, text])) @ states[row, index].T
@@ -82,7 +85,8 @@ class DART(Strategy):
                 places = torch.cat((tokens.places[row, pivots], tokens.text_places[row, text])).tolist()
                 likeness = likeness[[places.index(place) for place in set(places)]]
             # (3) keep the image pivots, and the least similar tokens of each pivot
-            chosen[row, index[_least_like(likeness, torch.isin(index, pivots), image.quota)]] = True
+            taken = torch.zeros_like(index, dtype=torch.bool).index_fill_(0, largest, True)
+            chosen[row, index] = _least_like(likeness, taken, image.quota - len(pivots))
         return Keep.where(chosen)
 
     def budget_ladders(self, shape: Shape) -> Iterable[Ladder]:
@@ -105,14 +109,14 @@ def _largest(norms: Tensor, count: int) -> Tensor:
 
 
 def _least_like(likeness: Tensor, taken: Tensor, count: int) -> Tensor:
-    """bool [n]: the tokens in `taken` and those that the pivots keep one after the other, `count` in total.
+    """bool [n]: the tokens in `taken` and `count` others, which the pivots keep one after the other.
 
     Args:
         likeness: float [pivots, n], cosine similarity.
         taken: bool [n], the image pivots.
-        count: total number of tokens.
+        count: number of other tokens.
     """
-    each, more = divmod(count - int(taken.sum()), max(1, len(likeness)))
+    each, more = divmod(count, max(1, len(likeness)))
     for turn, similar in enumerate(likeness):
         # taken tokens sort last: each pivot keeps the least similar of the remaining ones
         order = similar.masked_fill(taken, float("inf")).argsort(stable=True)

@@ -28,6 +28,7 @@ from tokenprune import (
 from tokenprune.core.options import COMPACT, KEPT, WORDING, Amount, Wording, tokens_of
 from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, ClsQuery, TowerKeys, TowerValues
 from tokenprune.core.stage import Positions
+from tokenprune.utils.host_copies import on_host
 
 
 class LiteLVLM(Strategy):
@@ -67,15 +68,17 @@ class LiteLVLM(Strategy):
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Select tokens of each crop."""
         texts, exists = tokens.clip_text_embeddings
+        (real,) = on_host(exists)  # one copy for all rows, since a device has to be waited for
         similar = tokens.clip_image_embeddings @ texts.transpose(1, 2)  # not normalised, as in the authors' code
         scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
         mask, groups = torch.zeros_like(tokens.exists), []
         for row, crops in enumerate(tokens.images_by_row()):
             chosen, slots = [tokens.image.new_zeros(0)], [tokens.image.new_zeros(0)]
+            which = real[row].nonzero().flatten().to(tokens.device, non_blocking=True)
             for crop in crops:
                 query, keys, values = (read[row, crop.index] for read in (tokens.cls_query, tokens.keys, tokens.values))
                 scores[row, crop.index] = context = context_scores(query, keys, values)
-                chosen.append(crop.index[select(similar[row, crop.index][:, exists[row]], context, crop.quota)])
+                chosen.append(crop.index[select(similar[row, crop.index][:, which], context, crop.quota)])
                 slots.append(crop.index[: crop.quota])
             order = torch.cat(chosen)
             mask[row, order] = True
@@ -113,6 +116,8 @@ def select(similar: Tensor, context: Tensor, count: int) -> Tensor:
     chosen = torch.zeros_like(context, dtype=torch.bool)
     lowest = similar.argsort(dim=0, stable=True)[: count // max(1, similar.shape[1])]
     chosen[lowest.flatten()] = True  # the union over texts: one patch may be the least similar to several
-    unlike = chosen.nonzero().flatten()
-    ranked = context.argsort(descending=True, stable=True)
-    return torch.cat((ranked[~chosen[ranked]][: count - len(unlike)], unlike))
+    ranked, numbers = context.argsort(descending=True, stable=True), torch.arange(len(context), device=context.device)
+    # the rank of each other patch; numbers rather than lists, whose length a device would have to be waited for
+    rank = torch.empty_like(ranked).scatter_(0, ranked, (~chosen[ranked]).long().cumsum(0) - 1)
+    others = torch.where(rank < count - chosen.sum(), rank, 2 * len(context))
+    return torch.where(chosen, len(context) + numbers, others).argsort(stable=True)[:count]

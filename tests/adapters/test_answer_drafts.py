@@ -201,6 +201,13 @@ def test_the_second_answer_of_a_template_needs_one_forward(lisa, scene):
     assert second.ids == first.ids == without.ids
 
 
+def test_a_given_draft_is_tokenised_once(lisa, scene, monkeypatch):
+    encoded, seen, encode = lisa.encode_image(scene.image), [], lisa.tokenizer.encode
+    monkeypatch.setattr(lisa.tokenizer, "encode", lambda text, **options: seen.append(text) or encode(text, **options))
+    lisa.segment(encoded, "the circle", answer="generate", draft="Sure, it is [SEG].", max_new_tokens=2)
+    assert seen.count("Sure, it is [SEG].") == 1
+
+
 def test_what_is_learnt_is_bounded_and_by_template():
     drafts = AnswerDrafts([[9, 9]])
     assert drafts.expect("a") == [9, 9]

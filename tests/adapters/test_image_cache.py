@@ -11,6 +11,7 @@ from PIL import Image
 
 import tokenprune as tp
 from tokenprune.errors import OptionError
+from tokenprune_adapters.segmentation import image_cache
 from tokenprune_adapters.segmentation.image_cache import ImageCache
 
 
@@ -117,6 +118,14 @@ def test_sizes():
     for wrong in (-1, 1.5, True, "2"):
         with pytest.raises(OptionError, match="expected a whole number of images"):
             cache.size = wrong
+
+
+def test_a_cache_that_is_off_looks_at_nothing(tower, monkeypatch):
+    looked = []
+    monkeypatch.setattr(image_cache, "_state", lambda modules: looked.append(modules))
+    run = Counted(tower, size=0)
+    run(picture(1)), run(picture(1))
+    assert (run.runs, looked) == (2, [])
 
 
 def test_segment_gives_the_same_masks_from_the_cache(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,7 @@ def test_the_answer_is_that_of_python(run: Runner, folder: Path, album: Path) ->
     assert ran.out == said.text + "\n"
     tokens, times = ran.err.strip().splitlines()[-2:]
     assert tokens == f"fastv at 0.5: {said.trace.summary()}"
-    assert times.startswith("preprocess ")
-    assert " ms, generation " in times
+    assert re.fullmatch(r"time: preprocess [\d.]+ m?s, generation [\d.]+ m?s; [\d.]+ m?s in all", times)
 
 
 def test_a_folder_of_images(run: Runner, folder: Path, album: Path) -> None:
@@ -59,6 +59,9 @@ def test_a_folder_of_images(run: Runner, folder: Path, album: Path) -> None:
     indented = ["\n    ".join(text.splitlines()) for text in said]
     assert ran.out == "".join(f"{path}: {text}\n" for path, text in zip(paths, indented, strict=True))
     assert [line.split(":")[0] for line in ran.out.splitlines() if not line.startswith("    ")] == [*map(str, paths)]
+    *_, times, count, _ = ran.err.splitlines()
+    assert re.fullmatch(r"time: preprocess [\d.]+ m?s, generation [\d.]+ m?s; [\d.]+ m?s in all", times)
+    assert re.fullmatch(r"2 of 3 answers in [\d.]+ s, [\d.]+ images/s", count)
     problems = [line for line in ran.err.splitlines() if line.startswith("error: ")]
     assert len(problems) == 2
     assert "third.png" in problems[0]

@@ -170,17 +170,22 @@ def test_what_is_wrong_for_every_image_is_told_once(run: Runner, album: dict[str
     assert_one_line(ran, "csp", "ClsAttention")
 
 
-def test_milliseconds_are_told(run: Runner, picture: Path, tmp_path: Path) -> None:
+def test_the_time_of_each_stage_is_told(run: Runner, picture: Path, tmp_path: Path) -> None:
     words = ("segment", picture, "thing", "--out", tmp_path / "m.png", "--model")
     stages = ("pruning context", "preprocess", "vision tower", "mask encoder", "prefill", "mask decoder")
-    told = re.escape(", ".join(f"{stage} # ms" for stage in stages) + "; # ms in all").replace(r"\#", r"([\d.]+)")
-    found = re.search(rf"^{told}$", run(*words, "lisa-tiny").out, re.MULTILINE)
+    told = ", ".join(rf"{stage} ([\d.]+) m?s" for stage in stages) + r"; ([\d.]+) m?s in all"
+    found = re.search(rf"^time: {told}$", run(*words, "lisa-tiny").out, re.MULTILINE)
     assert found is not None
     *parts, total = map(float, found.groups())
-    assert all(part > 0 for part in parts)
     assert sum(parts) <= total + 0.05 * len(parts)  # as rounded
     plain = run(*words, "fake").out  # which tells of no stages
-    assert re.search(r"^[\d.]+ ms in all$", plain, re.MULTILINE)
+    assert re.search(r"^time: [\d.]+ m?s in all$", plain, re.MULTILINE)
+
+
+def test_times_are_told_in_seconds_from_one_on() -> None:
+    assert stopwatch.summary({"prefill": 250.0, "total": 999.9}) == "time: prefill 250.0 ms; 999.9 ms in all"
+    assert stopwatch.summary({"prefill": 250.0, "total": 1000.0}) == "time: prefill 0.25 s; 1.00 s in all"
+    assert stopwatch.rate({"prefill": 1.0, "total": 500.0}, 4) == "0.5 s, 8.00 images/s"
 
 
 @pytest.mark.parametrize("write", [write_lisa, write_glamm, write_pixellm])
@@ -224,9 +229,87 @@ def test_stages_are_measured_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
         with stopwatch.stage("first"):  # from 36 to 49
             pass
     assert times == {"first": 16_000, "second": 7_000, "total": 64_000}
+    with stopwatch.recorded() as around:  # from 81
+        with stopwatch.stage("first"):  # from 100 to 121
+            pass
+        with stopwatch.recorded() as within, stopwatch.stage("first"):  # from 144; from 169 to 196
+            pass  # to 225
+    assert within == {"first": 27_000, "total": 81_000}
+    assert around == {"first": 48_000, "total": 175_000}
     with stopwatch.stage("late"):
         pass
     assert "late" not in times
+
+
+def test_a_remembered_image_is_told(picture: Path) -> None:
+    model = tp.load("lisa-tiny")
+    with stopwatch.recorded() as first:
+        model.segment(picture, "the red thing")
+    with stopwatch.recorded() as second:
+        model.segment(picture, "the blue thing")
+    assert {"vision tower", "mask encoder"} <= {*first}
+    assert list(second) == ["preprocess", "remembered image", "prefill", "mask decoder", "total"]
+
+
+# answers and sizes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose generated answers have any number of masks."""
+    return write_lisa(tmp_path_factory.mktemp("model") / "lisa")
+
+
+@pytest.mark.parametrize("model", ["lisa-tiny", "random"])
+@pytest.mark.parametrize("draft", [(), ("--no-draft",)])
+def test_a_generated_answer_is_printed_and_its_masks_are_one(
+    run: Runner, picture: Path, tmp_path: Path, checkpoint: Path, model: str, draft: tuple[str, ...]
+) -> None:
+    source = checkpoint if model == "random" else model
+    words = ("--model", source, "--answer", "generate", "--max-new-tokens", 9, *draft)
+    ran = run("segment", picture, "the red ring", *words, "--out", tmp_path / "m.png")
+    assert ran.code == 0, ran.err
+    found = tp.load(source).segment(picture, "the red ring", answer="generate", max_new_tokens=9)
+    said = " ".join(found.text.split())
+    many = {0: " without a mask", 1: ""}.get(len(found.masks), f", {len(found.masks)} masks in one")
+    assert f"\nanswer{many}: {said}\n" in ran.out
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "m.png")) == 255, found.masks.any(0).numpy())
+
+
+@pytest.mark.parametrize(("size", "shape"), [("20x10", (10, 20)), ("7×50", (50, 7)), ("low", None)])
+def test_the_size_of_a_mask(
+    run: Runner, picture: Path, tmp_path: Path, checkpoint: Path, size: str, shape: tuple[int, int] | None
+) -> None:
+    words = ("--model", checkpoint, "--mask-size", size)
+    assert run("segment", picture, "the cat", *words, "--out", tmp_path / "m.png").code == 0
+    wanted = tp.load(checkpoint).segment(picture, "the cat", mask_size=shape or "low").masks[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "m.png")) == 255, wanted.numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--max-new-tokens", "9"), ("--max-new-tokens has no effect", "--answer generate")),
+        (("--no-draft",), ("--no-draft has no effect", "--answer generate")),
+        (("--answer", "generate", "--max-new-tokens", "0"), ("--max-new-tokens: 0", "at least 1")),
+        (("--answer", "free"), ("--answer", "forced", "generate")),
+        (("--answer", "generate"), ("model 'fake'", "takes no answer=")),
+        (("--mask-size", "20x10"), ("model 'fake'", "takes no mask_size=")),
+        (("--mask-size", "20"), ("--mask-size: '20' found, expected WIDTHxHEIGHT",)),
+        (("--mask-size", "0x20"), ("--mask-size: '0x20' found",)),
+        (("--mask-size", "20x10", "--overlay", "{tmp}/o.png"), ("--mask-size has no effect on --overlay",)),
+    ],
+)
+def test_answers_and_sizes_that_are_refused(
+    run: Runner, picture: Path, tmp_path: Path, arguments: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    given = [part.format(tmp=tmp_path) for part in arguments]
+    out = tmp_path / "m.png"
+    assert_one_line(run("segment", picture, "thing", "--model", "fake", *given, "--out", out), *parts)
+    assert not out.exists()
+
+
+# inspect --------------------------------------------------------------------------------------------------------------
 
 
 def test_inspect_draws_a_sample_of_a_data_set(run: Runner, tmp_path: Path) -> None:

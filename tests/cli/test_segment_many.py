@@ -57,8 +57,11 @@ def test_masks_are_those_of_each_image_alone(run: Runner, checkpoint: Path, albu
     assert sorted(found) == [f"photo{number}.png" for number in range(5)]
     for name, mask in found.items():
         assert np.array_equal(mask == 255, model.segment(album / name, "the cat", csp).masks[0].numpy())
-    *lines, summary = ran.out.splitlines()
+    *lines, times, summary = ran.out.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"wrote {out / name}" for name in sorted(found)]
+    told = re.findall(r"([a-z ]+) [\d.]+ m?s", times.removeprefix("time: "))
+    stages = {"preprocess", "vision tower", "mask encoder", "prefill", "mask decoder", "writing"}
+    assert stages <= {name.strip() for name in told}
     assert re.fullmatch(r"5 of 5 images segmented in [\d.]+ s, [\d.]+ images/s", summary)
     assert all("equivalent tokens" in line for line in lines)
 
@@ -103,6 +106,19 @@ def test_json_of_one_image(run: Runner, album: Path, tmp_path: Path) -> None:
     found = json.loads(ran.out)
     assert found["mask"] == str(tmp_path / "m.png")
     assert found["milliseconds"]["total"] > 0
+
+
+def test_generated_answers_are_those_of_each_image_alone(run: Runner, checkpoint: Path, album: Path) -> None:
+    out = album.parent / "masks"
+    words = ("--answer", "generate", "--max-new-tokens", 12, "--strategy", "fastv", "--budget", 0.6)
+    ran = run("segment", album, "the cat", "--model", checkpoint, *words, "--format", "json", "--out", out)
+    assert ran.code == 0, ran.err
+    model, fastv = tp.load(checkpoint), tp.strategy("fastv", budget=0.6)
+    for line in map(json.loads, ran.out.splitlines()):
+        alone = model.segment(line["image"], "the cat", fastv, answer="generate", max_new_tokens=12)
+        assert (line["text"], line["masks"]) == (alone.text, len(alone.masks))
+        assert line["equivalent_tokens"] == pytest.approx(alone.trace.ledger.equivalent_tokens, abs=1e-3)
+        assert np.array_equal(np.asarray(Image.open(line["mask"])) == 255, alone.masks.any(0).numpy())
 
 
 def test_masks_are_replaced_only_if_told(run: Runner, album: Path, tmp_path: Path) -> None:

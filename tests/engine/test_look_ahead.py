@@ -309,3 +309,17 @@ def test_keys_read_without_padding_are_handed_on_too() -> None:
     assert looked(run) == LookAhead(keys=LENGTH, queries=0, reused=LENGTH)
     with torch.no_grad():
         assert torch.equal(found, model(**inputs("left"), use_cache=False)[0])
+
+
+def test_keys_are_handed_on_in_inference_mode_too() -> None:
+    """Its tensors do not tell whether they were modified: their values are compared."""
+    model: Any = tiny_llama(LAYERS, kv_heads=2).model
+    expected, run = prefill(model, Looking())
+    with torch.inference_mode():
+        found, again = prefill(model, Looking())
+    assert looked(again) == looked(run)
+    assert looked(run).reused
+    assert torch.equal(found, expected)
+    with_moving_norm(model)
+    with torch.inference_mode():
+        assert looked(prefill(model, Looking())[1]).reused == 0

@@ -33,10 +33,10 @@ class Pretender(Tensor):
         return self.claimed
 
     def tolist(self) -> Any:
-        return self.held.tolist()
+        return self.cpu().tolist()
 
     def cpu(self) -> Tensor:  # type: ignore[override]
-        return self.held
+        return self.to("cpu")
 
     def __repr__(self, **_: Any) -> str:
         return f"Pretender({self.device}, {self.held})"

@@ -66,6 +66,25 @@ def test_a_strategy_that_cannot_run_has_its_reason_and_the_others_run() -> None:
     assert "did not run" in str(found)
 
 
+def test_each_reason_is_one_line_of_the_table_and_whole_in_the_result() -> None:
+    names = ["fastv", "prumerge", "prumerge+", "csp:clustering=cls_attention", "fastv:layer=9,budget=none"]
+    found = quick(strategies=names, image_tokens=16)
+    lines = [line.strip() for line in str(found).splitlines() if "did not run" in line]
+    assert len(lines) == 3
+    assert all(len(line) < 120 for line in lines)
+    assert lines[0].startswith("prumerge at 0.35, prumerge+ at 0.35 did not run: requires ReceivedAttention")
+    assert "model provides" not in " ".join(lines)
+    assert "fastv (layer=9) did not run: option 'layer': found 9, but the model has 6 layers" in lines
+    assert all("; choose another strategy or another model" in str(row.reason) for row in found.strategies[1:3])
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens"), [(lambda: tp.load("lisa-tiny"), 256), (lambda: tiny_llama(layers=2), None)]
+)
+def test_the_patches_of_a_models_tower_are_known(make: Any, tokens: int | None) -> None:
+    assert MeasuredDecoder(make(), text_tokens=9).tower_tokens == tokens
+
+
 def test_a_size_at_which_a_strategy_cannot_run_is_named() -> None:
     found = quick(image_tokens=[1, 64], strategies=["fastv"])
     small, large = found.timings

@@ -64,6 +64,24 @@ def test_sizes_that_are_clearly_too_large_do_not_even_run_once() -> None:
     assert large.needs == 16 * 2 * (LEAST + 1)  # as if time were proportional
 
 
+def test_the_preferred_size_has_its_time_first() -> None:
+    clock = Clock()
+    cells = [cell(clock, tokens, tokens / 64, tokens / 64) for tokens in (64, 128, 256, 512)]
+    assert Rounds(cells, 80, clock=clock, first=256).run() >= LEAST
+    assert [bool(one.needs) for one in cells] == [False, True, False, True]
+    assert clock.ran[:4] == ["64/none", "64/none", "256/none", "256/0"]
+    again = [cell(clock, tokens, tokens / 64, tokens / 64) for tokens in (64, 128, 256, 512)]
+    Rounds(again, 80, clock=clock).run()
+    assert [bool(one.needs) for one in again] == [False, False, True, True]
+
+
+def test_a_preferred_size_for_which_there_is_no_time_leaves_it_to_the_others() -> None:
+    clock = Clock()
+    small, large = cell(clock, 64, 1.0, 1.0), cell(clock, 1024, 50.0, 40.0)
+    assert Rounds([large, small], 60, clock=clock, first=1024).run() == 28
+    assert not any(name.startswith("1024") for name in clock.ran)
+
+
 def test_a_size_that_proves_slow_only_with_its_contenders_is_left_out_too() -> None:
     clock = Clock()
     made = cell(clock, 64, 1.0, 100.0)

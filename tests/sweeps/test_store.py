@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_segmentation import FakeData
 
 import tokenprune as tp
 from tokenprune.datasets.base import Dataset, Query, Scene
@@ -158,6 +159,24 @@ def test_an_empty_dataset(tmp_path: Path) -> None:
     entry = {"name": f"{__name__}:Named", "split": "empty"}
     with pytest.raises(InputError, match=":Named', split 'empty': no query found; choose another split"):
         tp.sweep({**CONFIG, "datasets": entry}, tmp_path)
+
+
+class Counted(FakeData):
+    """How often it was made."""
+
+    name, made = "counted", 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+
+
+def test_a_dataset_is_made_once_for_all_groups(tmp_path: Path) -> None:
+    Counted.made = 0
+    config = {**CONFIG, "datasets": f"{__name__}:Counted", "seeds": [0, 1], "limit": 2}
+    assert tp.sweep(config, tmp_path).added > 0
+    assert Counted.made == 1
+    assert tp.sweep({**config, "limit": 3}, tmp_path).added > 0
+    assert Counted.made == 2  # files may have changed since
 
 
 def test_reasons_tell_where(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import tokenprune as tp
+from tokenprune.errors import InputError
 from tokenprune.sweeps.results import stored_masks
 from tokenprune.sweeps.store import reading
-from tokenprune.sweeps.summary import summarised
+from tokenprune.sweeps.summary import NEEDED, summarised
 
 pytestmark = pytest.mark.usefixtures("fakes")
 
@@ -38,3 +39,14 @@ def test_queries_without_a_target(tmp_path: Path) -> None:
     assert within
     assert line.no_target_accuracy == pytest.approx(np.mean(without))
     assert line.target_accuracy == pytest.approx(np.mean(within))
+
+
+def test_a_table_without_a_column_that_is_needed(tmp_path: Path) -> None:
+    tp.sweep({"models": "fake", "datasets": "rectangles", "strategies": "whole", "limit": 2}, tmp_path)
+    table = tp.read_results(tmp_path)
+    assert len(summarised(table[NEEDED])) == 1  # no other one is
+    for name in NEEDED:
+        with pytest.raises(InputError) as told:
+            summarised(table.drop(columns=name))
+        first = "dataset" if name == "model" else "model"
+        assert str(told.value).startswith(f"table: no column {name}; found {first}, ")

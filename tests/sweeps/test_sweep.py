@@ -291,7 +291,7 @@ def test_files(tmp_path: Path) -> None:
     assert [contender.label for contender in config.contenders()] == ["none", "csp (query=seg) at 0.5"]
     (tmp_path / "same.json").write_text(config.model_dump_json())
     assert read_config(tmp_path / "same.json") == config
-    for text, message in (("- a\n- b", "holds list, expected keys"), ("a: [", "is not YAML"), ("\xff", "is not YAML")):
+    for text, message in (("- a\n- b", "holds list, expected keys"), ("a: [", "not YAML"), ("\xff", "not UTF-8")):
         path.write_bytes(text.encode("latin1"))
         with pytest.raises(InputError, match=message):
             read_config(path)

@@ -10,7 +10,8 @@ import pytest
 from sweep_folders import START, folder_of
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.sweeps.config import MAX_SEED, DatasetEntry, read_config
+from tokenprune.sweeps.config import MAX_SEED, read_config
+from tokenprune.sweeps.entries import DatasetEntry
 from tokenprune.sweeps.plan import groups_of
 
 CONFIG: dict[str, Any] = {"models": "lisa-tiny", "datasets": "shapes", "strategies": ["none", "fastv"]}
@@ -80,8 +81,66 @@ def test_names_in_the_results_hold_no_path(name: str, label: str) -> None:
 )
 def test_a_key_that_occurs_twice(tmp_path: Path, text: str, key: str) -> None:
     (tmp_path / "sweep.yaml").write_text(text)
-    with pytest.raises(InputError, match=f"has the key '{key}' twice, again in line [1-4]; leave one out"):
+    with pytest.raises(InputError, match=f"sweep.yaml', line [1-4]: key '{key}' is there twice; leave one out"):
         read_config(tmp_path / "sweep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("models: lisa-tiny\ndatasets: [shapes\nseeds: 1\n", 3, "expected ',' or ']'"),
+        ("models: lisa-tiny\n\n  datasets: shapes: val\n", 3, "mapping values are not allowed here"),
+        ("models: lisa-tiny\nlimit: !!python/name:os\n", 2, "could not determine a constructor"),
+        ("models: lisa-tiny\nlimit: \x07\n", 2, "special characters are not allowed: '\\x07'"),
+        ("models: lisa-tiny\nlimit: *nowhere\n", 2, "found undefined alias 'nowhere'"),
+        (b"models: lisa-tiny\n\ndatasets: \xff\n", 3, "not UTF-8"),
+    ],
+)
+def test_what_is_not_yaml_is_told_with_its_line(tmp_path: Path, text: Any, line: int, problem: str) -> None:
+    (tmp_path / "sweep.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as told:
+        read_config(tmp_path / "sweep.yaml")
+    message = str(told.value)
+    assert message.startswith(f"configuration '{tmp_path / 'sweep.yaml'}', line {line}: not ")
+    assert problem in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"budget": 0.5}, "unknown option 'budget'; did you mean 'budgets'?"),
+        ({"seed": 1}, "unknown option 'seed'; did you mean 'seeds'?"),
+        (
+            {"models": {"source": "lisa-tiny", "devices": "cpu"}},
+            "'models.0.devices'; did you mean 'device'? (options: source",
+        ),
+        (
+            {"datasets": {"name": "shapes", "spilt": "test"}},
+            "options spilt; give its name alone (did you mean 'split' by",
+        ),
+        ({"datasets": {"name": "shapes", "titles": "mine"}}, "(did you mean 'title' by 'titles'?)"),
+        (
+            {"datasets": {"name": "folder", "path": ".", "protocols": "lisa"}},
+            "(did you mean 'protocol' by 'protocols'?)",
+        ),
+        ({"datasets": {"name": "folder", "path": ".", "whites": "target"}}, "did you mean 'white'?"),
+        ({"budgets": ["35%"]}, "option 'budgets': found ['35%'], but value error, write 0.35 for 35%"),
+        ({"budgets": "12.5 %"}, "write 0.125 for 12.5 %"),
+    ],
+)
+def test_what_was_meant(given: dict[str, Any], told: str) -> None:
+    assert told in refusal(given)
+
+
+def test_a_folder_alone_is_no_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(tmp_path / "my.data", START)
+    monkeypatch.chdir(tmp_path)
+    for place in (str(folder), "my.data"):
+        assert f"dataset {place!r} is a folder; say before it what reads it, as in folder:{place}" in refusal(
+            {"datasets": place}
+        )
+        read_config({**CONFIG, "datasets": f"folder:{place}"})
 
 
 def test_anchors_are_no_repetition(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,31 @@ from tokenprune.errors import PluginError
 
 if TYPE_CHECKING:
     from tokenprune.core.tokens import Tokens
+
+
+class _Index:
+    """The field `index` of a decision.
+
+    If it was given as a mask on a device, it is made when it is first asked for: the host has to wait for its size.
+    """
+
+    def __get__(self, decision: Any, owner: Any = None) -> Any:
+        if decision is None:
+            raise AttributeError("index")  # the field has no default
+        if "index" not in decision.__dict__:
+            decision.__dict__["index"] = true_positions(decision.__dict__["mask"])
+        return decision.__dict__["index"]
+
+    def __set__(self, decision: Any, given: Any) -> None:
+        if isinstance(given, _Marked):
+            decision.__dict__["mask"] = given.mask
+        else:
+            decision.__dict__["index"] = given
+
+
+@dataclass(frozen=True)
+class _Marked:
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,9 +51,15 @@ class Decision:
         scores: float [batch, N], the scores behind the choice, for the trace; NaN is refused.
     """
 
-    index: Tensor
+    index: Tensor = cast(Tensor, _Index())  # noqa: RUF009 - a descriptor, not a default
     values: Tensor | None = field(default=None, kw_only=True)
     scores: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [batch, N], the tokens of `index`, if the decision was given as such a mask on a device; else None."""
+        found: Tensor | None = self.__dict__.get("mask")
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,12 +91,12 @@ class Keep(Decision):
         Raises:
             PluginError: scores or counts of another shape.
         """
-        return cls(top_index(scores, count), rest=rest, scores=scores)
+        return cls(index_of(top_mask(scores, count)), rest=rest, scores=scores)
 
     @classmethod
     def where(cls, mask: Tensor, *, rest: str = "drop", scores: Tensor | None = None) -> Keep:
         """The tokens that bool [batch, N] marks. Raises PluginError for anything else."""
-        return cls(true_positions(_marks("Keep", mask)), rest=rest, scores=scores)
+        return cls(index_of(_marks("Keep", mask)), rest=rest, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -81,10 +112,10 @@ class Restore(Decision):
     @classmethod
     def where(cls, mask: Tensor, *, values: Tensor | None = None) -> Restore:
         """The tokens that bool [batch, N] marks; `values` is [batch, N, width] here. Raises PluginError as `Keep`."""
+        if values is None:
+            return cls(index_of(_marks("Restore", mask)))
         index = true_positions(_marks("Restore", mask))
-        if values is not None:
-            values = values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1]))
-        return cls(index, values=values)
+        return cls(index, values=values.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, values.shape[-1])))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +228,8 @@ class Merge(Decision):
         )
 
 
-def top_index(scores: Tensor, count: Tensor | int) -> Tensor:
-    """Numbers of the `count` highest of float [batch, N] per row, ascending, −1 behind: int64 [batch, max count].
+def top_mask(scores: Tensor, count: Tensor | int) -> Tensor:
+    """bool [batch, N]: the `count` highest of float [batch, N] per row; ties go to the lower number.
 
     Raises:
         PluginError: scores or counts of another shape.
@@ -209,10 +240,16 @@ def top_index(scores: Tensor, count: Tensor | int) -> Tensor:
     if counts not in (1, len(scores)):
         raise PluginError(f"{counts} counts and scores of shape {list(scores.shape)}; expected one count, or [batch]")
     order = scores.argsort(dim=1, descending=True, stable=True)
-    limit = torch.as_tensor(count, device=scores.device).reshape(-1, 1).expand(scores.shape[0], 1)
+    # one number for all rows stays on the host
+    limit = count if isinstance(count, int) else torch.as_tensor(count, device=scores.device).reshape(-1, 1)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen.scatter_(1, order, torch.arange(scores.shape[1], device=scores.device).expand_as(order) < limit)
-    return true_positions(chosen)
+    steps = torch.arange(scores.shape[1], device=scores.device)
+    return chosen.scatter_(1, order, (steps < limit).expand_as(order))
+
+
+def index_of(mask: Tensor) -> Tensor:
+    """The argument `index` of a decision that is given as bool [batch, N]."""
+    return true_positions(mask) if mask.device.type == "cpu" else cast(Tensor, _Marked(mask.clone()))
 
 
 def _marks(kind: str, mask: Tensor) -> Tensor:

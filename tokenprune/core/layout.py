@@ -28,6 +28,8 @@ class SequenceLayout:
         drafted: bool [batch, sequence], True on the tokens of an expected answer that the same forward checks. They
             follow the prompt, and are hidden from strategies, whose decisions are those of the prompt alone; None =
             there are none.
+        host: the same layout in the host's memory, from which everything whose size depends on values is made, since
+            the host would have to wait for a device to know the size; None = this one is there.
     """
 
     image_tokens: Tensor
@@ -36,6 +38,7 @@ class SequenceLayout:
     grid: Tensor
     queries: Mapping[str, Tensor] = field(default_factory=dict)
     drafted: Tensor | None = None
+    host: SequenceLayout | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_mask(
@@ -81,6 +84,32 @@ class SequenceLayout:
         marks = {name: mask.bool() for name, mask in (queries or {}).items()}
         return cls(image_tokens, valid, image_number, grid, marks, None if drafted is None else drafted.bool())
 
+    @property
+    def on_host(self) -> SequenceLayout:
+        """The layout in the host's memory."""
+        return self if self.host is None else self.host
+
+    def to(self, device: torch.device) -> SequenceLayout:
+        """This layout, which is in the host's memory, on a device."""
+        if device == self.valid.device:
+            return self
+
+        def sent(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
+        return SequenceLayout(
+            sent(self.image_tokens),
+            sent(self.valid),
+            sent(self.image_number),
+            sent(self.grid),
+            {name: sent(rows) for name, rows in self.queries.items()},
+            None if self.drafted is None else sent(self.drafted),
+            host=self,
+        )
+
+    def _sent(self, values: Tensor) -> Tensor:
+        return values.to(self.valid.device, non_blocking=True)
+
     @cached_property
     def counts(self) -> Tensor:
         """int64 [batch]: image tokens per row, N_row."""
@@ -89,11 +118,13 @@ class SequenceLayout:
     @cached_property
     def slots(self) -> Tensor:
         """int64 [batch, N]: sequence position of every image token, −1 where a row has fewer than N = max N_row."""
-        return true_positions(self.image_tokens)
+        return true_positions(self.image_tokens) if self.host is None else self._sent(self.host.slots)
 
     @cached_property
     def text_slots(self) -> Tensor:
         """int64 [batch, T]: sequence position of every text token, −1 where a row has fewer than T."""
+        if self.host is not None:
+            return self._sent(self.host.text_slots)
         return true_positions(self.prompt & ~self.image_tokens)
 
     @cached_property
@@ -119,16 +150,22 @@ class SequenceLayout:
 
         Args:
             name: of the rows.
-            text: bool [batch, T], the text tokens that are such rows.
+            text: bool [batch, T], the text tokens that are such rows, in the host's memory.
         """
+        if self.host is not None:
+            host = self.host.marked(name, text)
+            return replace(self, queries={**self.queries, name: self._sent(host.queries[name])}, host=host)
         length, slots = self.valid.shape[1], self.text_slots
         rows = torch.zeros(len(slots), length + 1, dtype=torch.bool, device=slots.device)
         rows.scatter_(1, torch.where(slots < 0, length, slots), text)  # the last column is where −1 points to
         return replace(self, queries={**self.queries, name: rows[:, :length]})
 
     def only(self, rows: Tensor) -> SequenceLayout:
-        """This layout without the image tokens of the rows that bool [batch] `rows` does not mark."""
-        others = self.image_tokens & ~rows.to(self.image_tokens.device)[:, None]
+        """This layout without the image tokens of the rows that bool [batch] `rows`, on the host, does not mark."""
+        if self.host is not None:
+            host = self.host.only(rows)
+            return replace(self, image_tokens=self._sent(host.image_tokens), valid=self._sent(host.valid), host=host)
+        others = self.image_tokens & ~rows[:, None]
         return replace(self, image_tokens=self.image_tokens & ~others, valid=self.valid & ~others)
 
     @staticmethod
@@ -152,6 +189,8 @@ class SequenceLayout:
         Raises:
             InputError: a name that the caller did not mark, or a row without such a position.
         """
+        if self.host is not None:
+            return self._sent(self.host.query_rows(name))
         if name not in self.queries and name in ("last", "mask_query"):
             length = self.valid.shape[1]
             steps = torch.arange(length, device=self.valid.device)

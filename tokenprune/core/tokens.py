@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tokenprune.core.reads import Crops, Read
 from tokenprune.core.scheduling.state import TokenState
 from tokenprune.errors import PluginError, nearest
 from tokenprune.plugins.readonly import ReadOnlyTensors
+from tokenprune.utils.host_copies import on_host
 
 if TYPE_CHECKING:
     from tokenprune.core.stage import Stage
@@ -30,12 +31,14 @@ class ImageTokens:
         image: which image of the row, counted from 0.
         index: int64 [n], n >= 1, image-token numbers in ascending order.
         quota: its share of the row's `tokens.target`; at most n.
+        index_on_host: `index` in the host's memory, for choices that the host makes.
     """
 
     row: int
     image: int
     index: Tensor
     quota: int
+    index_on_host: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -100,16 +103,20 @@ class Tokens:
         provide: Callable[[Read], Any],
         mark: Callable[[str, Tensor], None],
         stages: Sequence[Stage] = (),
+        active: Tensor | None = None,
         strict: bool = False,
     ) -> None:
         # copies, which are small: a strategy that modifies one in place must not change the state of the prefill
         self.exists, self.active, self.parked = state.exists.clone(), state.active.clone(), state.parked.clone()
-        self.mass, self.origin, target = state.mass.clone(), state.origin.clone(), target.clone()
+        self.mass, self.origin = state.mass.clone(), state.origin.clone()
         self.lineage = state.lineage
         self.counts = self.exists.sum(1)
-        self.target, self.memory, self.mark, self.stages = target, memory, mark, stages
+        self._target, self._active = target, active
+        self.target = target.to(self.exists.device, non_blocking=True).clone()
+        self.memory, self.mark, self.stages = memory, mark, stages
         self._layout, self._stage, self._seed, self._reads, self._provide = layout, stage, seed, list(reads), provide
         self._known: dict[Read, Any] = {}
+        self._hosted: dict[str, Tensor] = {}
         self._shown = ReadOnlyTensors() if strict else None
         for name in ("exists", "active", "parked", "mass", "origin", "lineage", "target"):
             self._show(name, getattr(self, name))
@@ -171,32 +178,47 @@ class Tokens:
     @cached_property
     def image(self) -> Tensor:
         """int64 [batch, N]: image number within the row."""
-        return self._layout.gather_slots(self._layout.image_number)
+        return _FROM_LAYOUT["image"](self._layout)
 
     @cached_property
     def grid(self) -> Tensor:
         """int64 [batch, N, 2]: (row, column) of the cell, −1 where there is none."""
-        return self._layout.gather_slots(self._layout.grid)
+        return _FROM_LAYOUT["grid"](self._layout)
 
     @cached_property
     def places(self) -> Tensor:
         """int64 [batch, N]: how many real tokens precede each."""
-        return self._layout.gather_slots(self._layout.places)
+        return _FROM_LAYOUT["places"](self._layout)
 
     @cached_property
     def text(self) -> Tensor:
         """bool [batch, T]: the text tokens of the row."""
-        return self._layout.text_slots >= 0
+        return _FROM_LAYOUT["text"](self._layout)
 
     @cached_property
     def text_places(self) -> Tensor:
         """int64 [batch, T]: how many real tokens precede each text token."""
-        return self._layout.gather_text(self._layout.places)
+        return _FROM_LAYOUT["text_places"](self._layout)
 
     @cached_property
     def images_before(self) -> Tensor:
         """int64 [batch, T]: how many image tokens precede each text token."""
-        return self._layout.gather_text(self._layout.image_tokens.long().cumsum(1))
+        return _FROM_LAYOUT["images_before"](self._layout)
+
+    def on_host(self, name: str) -> Tensor:
+        """`tokens.<name>` in the host's memory, for choices that the host makes: it need not wait for a device.
+
+        Args:
+            name: "active", "image", "grid", "places", "text", "text_places" or "images_before".
+        """
+        if name not in self._hosted:
+            if name == "active" and self._active is not None:
+                self._hosted[name] = self._active.clone()
+            elif name in _FROM_LAYOUT:
+                self._hosted[name] = _FROM_LAYOUT[name](self._layout.on_host)
+            else:
+                (self._hosted[name],) = on_host(getattr(self, name))
+        return self._hosted[name]
 
     @property
     def device(self) -> torch.device:
@@ -217,21 +239,26 @@ class Tokens:
     def images_by_row(self, *, least: int = 0) -> list[list[ImageTokens]]:
         """`images`, in a list for each batch row."""
         rows = []
-        for row, target in enumerate(self.target.tolist()):
-            parts = self._parts(row)
+        crops = on_host(self.read(Crops()))[0] if Crops() in self._reads else None
+        for row, target in enumerate(self._target.tolist()):
+            parts = self._parts(row, None if crops is None else crops[row])
             quotas = apportion(target, [len(index) for _, index in parts], least)
-            rows.append([ImageTokens(row, image, index, n) for (image, index), n in zip(parts, quotas, strict=True)])
+            rows.append(
+                [
+                    ImageTokens(row, image, index.to(self.device, non_blocking=True), n, index)
+                    for (image, index), n in zip(parts, quotas, strict=True)
+                ]
+            )
         return rows
 
-    def _parts(self, row: int) -> list[tuple[int, Tensor]]:
-        """(image, token numbers) of every image or crop of a row that has active tokens."""
-        numbers = self.image[row].masked_fill(~self.exists[row], -1)
+    def _parts(self, row: int, crop: Tensor | None) -> list[tuple[int, Tensor]]:
+        """(image, token numbers on the host) of every image or crop of a row that has active tokens."""
+        numbers = self.on_host("image")[row]  # −1 where the row has no token
         known = sorted({*numbers.tolist()} - {-1})
-        images = [(numbers.eq(number) & self.active[row]).nonzero().flatten() for number in known]
+        images = [(numbers.eq(number) & self.on_host("active")[row]).nonzero().flatten() for number in known]
         parts = list(enumerate(images))
-        if Crops() in self._reads:
-            crop = self.read(Crops())[row]
-            parts = [(image, index[crop[index] == one]) for image, index in parts for one in crop[index].unique()]
+        if crop is not None:
+            parts = [(image, index[crop[index] == one]) for image, index in parts for one in torch.unique(crop[index])]
         return [(image, index) for image, index in parts if len(index)]
 
     def count(self, share: float) -> Tensor:
@@ -245,3 +272,13 @@ class Tokens:
         Make one per row: a row in a batch then draws the same numbers as alone.
         """
         return torch.Generator().manual_seed(hash((seed, self._seed)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+_FROM_LAYOUT: dict[str, Callable[[SequenceLayout], Tensor]] = {
+    "image": lambda layout: layout.gather_slots(layout.image_number),
+    "grid": lambda layout: layout.gather_slots(layout.grid),
+    "places": lambda layout: layout.gather_slots(layout.places),
+    "text": lambda layout: layout.text_slots >= 0,
+    "text_places": lambda layout: layout.gather_text(layout.places),
+    "images_before": lambda layout: layout.gather_text(layout.image_tokens.long().cumsum(1)),
+}

@@ -12,6 +12,7 @@ from tokenprune.datasets.files.dataset import FileDataset
 from tokenprune.errors import OptionError, PluginError, UnknownNameError, nearest
 from tokenprune.plugins import registry
 from tokenprune.utils.arguments import instance
+from tokenprune.utils.files import expanded
 
 
 def dataset(name: str, **options: Any) -> Dataset:
@@ -47,6 +48,8 @@ def dataset(name: str, **options: Any) -> Dataset:
             raise UnknownNameError.among("dataset", head, known)
         return _with_splits(dataset_at(name), name)
     if head not in known:
+        if expanded(name).is_dir():
+            raise UnknownNameError(f"dataset {name!r} is a folder; say before it what reads it, as in folder:{name}")
         refuse_dotted(head)
     entry = registry.get("datasets", head)
     kind = entry.load()

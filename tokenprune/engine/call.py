@@ -78,7 +78,7 @@ class Call:
             if generates:
                 raise checkpointing.refuse_cached("generate()")
             self.uncached, self.cache = True, None
-        drafted = prefill.layout.drafted
+        drafted = prefill.layout.on_host.drafted
         columns = 0 if drafted is None else int(drafted.any(0).sum())
         self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns, max_cache_len(self.cache))
         if prefill.planned:

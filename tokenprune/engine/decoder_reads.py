@@ -36,7 +36,7 @@ def from_layer(
         return _at(keys, places(slots, frame)).to(slots.device)
     assert isinstance(read, AttentionFrom)
     positions = layout.query_rows(read.query)
-    weights = seen.attention(query_places(read.query, positions, frame))
+    weights = seen.attention(query_places(read.query, layout, frame))
     weights = weights.transpose(1, 2) if read.heads == "each" else weights.mean(1)  # [batch, Q, (heads,) K]
     weights = _reduced(weights, positions >= 0, read.reduce)
     where = places(layout.slots, frame)
@@ -65,7 +65,7 @@ def position_kernel(
         layout: layout of the batch.
         frame: the current shortened sequence; None = the full one.
     """
-    rows = query_places(read.query, layout.query_rows(read.query), frame)
+    rows = query_places(read.query, layout, frame)
     tokens = places(layout.slots, frame)
     kernel = torch.zeros(*rows.shape, tokens.shape[1], device=tokens.device)
     for table in tables:
@@ -82,12 +82,13 @@ def places(positions: Tensor, frame: GatheredSequence | None) -> Tensor:
     return positions if frame is None else frame.places(positions)
 
 
-def query_places(name: str, positions: Tensor, frame: GatheredSequence | None) -> Tensor:
-    """Indices of query rows in a frame, −1 for none. Raises EngineError if one was pruned; `name` is the query's."""
-    rows = places(positions, frame)
+def query_places(name: str, layout: SequenceLayout, frame: GatheredSequence | None) -> Tensor:
+    """Indices of the query rows `name` in a frame, −1 for none. Raises EngineError if one was pruned."""
+    positions = layout.on_host.query_rows(name)
+    rows = places(positions, None if frame is None else frame.on_host)
     if bool(((positions >= 0) & (rows < 0)).any()):
         raise EngineError(f"query row {name!r} is an image token that was pruned; mark a text position instead")
-    return rows
+    return rows.to(layout.valid.device, non_blocking=True)
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

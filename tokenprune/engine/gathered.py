@@ -24,11 +24,14 @@ class GatheredSequence:
         index: int64 [batch, M], full-sequence positions.
         filled: bool [batch, M], False on fillers.
         length: S, length of the full sequence.
+        host: the same frame in the host's memory, which answers what would have to be waited for; None = this one is
+            there, or it was not kept.
     """
 
     index: Tensor
     filled: Tensor
     length: int
+    host: GatheredSequence | None = None
 
     @classmethod
     def of(cls, present: Tensor) -> GatheredSequence:
@@ -37,6 +40,18 @@ class GatheredSequence:
         # fillers repeat a real position, to gather finite numbers, and come last, where causal attention hides them
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
+
+    def to(self, device: torch.device) -> GatheredSequence:
+        """This frame, which is in the host's memory, on a device."""
+        if device == self.index.device:
+            return self
+        index, filled = (part.to(device, non_blocking=True) for part in (self.index, self.filled))
+        return GatheredSequence(index, filled, self.length, host=self)
+
+    @property
+    def on_host(self) -> GatheredSequence:
+        """The frame in the host's memory, if it was kept; else this one."""
+        return self if self.host is None else self.host
 
     def rows(self, rows: Tensor) -> GatheredSequence:
         """The frame of a new batch whose rows are int64 [new batch] of this one's."""
@@ -51,7 +66,7 @@ class GatheredSequence:
     @cached_property
     def ragged(self) -> bool:
         """True if any row has fillers. Asked once, since a GPU has to be waited for."""
-        return not bool(self.filled.all())
+        return not bool(self.on_host.filled.all())
 
     @property
     def counts(self) -> Tensor:
@@ -61,6 +76,8 @@ class GatheredSequence:
     @cached_property
     def absent(self) -> Tensor:
         """int64 [batch, S − fewest real tokens]: positions that are not in the frame, −1 if a row has fewer."""
+        if self.host is not None:
+            return self.host.absent.to(self.index.device, non_blocking=True)
         present = as_mask(torch.where(self.filled, self.index, -1), self.length)
         return true_positions(~present)
 
@@ -80,6 +97,8 @@ class GatheredSequence:
     @cached_property
     def _joined(self) -> Tensor:
         """int64 [batch, S]: where each position is in the frame followed by the absent positions."""
+        if self.host is not None:
+            return self.host._joined.to(self.index.device, non_blocking=True)
         index = torch.cat((torch.where(self.filled, self.index, -1), self.absent), 1)
         steps = torch.arange(index.shape[1], device=index.device).expand_as(index)
         order = torch.zeros(len(index), self.length + 1, dtype=torch.int64, device=index.device)

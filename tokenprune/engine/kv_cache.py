@@ -147,9 +147,9 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
             frame, last = None, min(own.keys.shape[-2], prefill.length)
             if getattr(own, "is_sliding", False):
                 # it contains only the last positions, the same in all rows, as if the earlier ones had been pruned
-                present = torch.zeros_like(valid)
+                present = torch.zeros(valid.shape, dtype=torch.bool)
                 present[:, prefill.length - last :] = True
-                frame = GatheredSequence.of(present)
+                frame = GatheredSequence.of(present).to(valid.device)
             layers[number] = layer = _pruned_layer(frame, None, prefill)
         if isinstance(layer, PrunedStaticLayer):
             layer.hold(own.keys, own.values)

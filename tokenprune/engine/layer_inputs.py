@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.gathered import GatheredSequence
-from tokenprune.engine.positions import new_tables, tables_of, where_renumbered
+from tokenprune.engine.positions import first_tables, new_tables, tables_of, where_renumbered
 
 
 class SharedArguments:
@@ -50,7 +50,7 @@ class LayerInputs:
         self.length: Tensor | None = None
         self._ids: Tensor | None = None
         self._frame: GatheredSequence | None = None
-        self._cuts = SharedArguments()
+        self._cuts, self._firsts = SharedArguments(), SharedArguments()
 
     def renumber(self, rows: Tensor, present: Tensor, drafted: Tensor | None = None) -> None:
         """Renumber the positions of some rows from 0, without the pruned ones.
@@ -86,9 +86,14 @@ class LayerInputs:
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids)
         kwargs.update(self._cuts.once((mask, ids, *tables), make))
 
+    def first_tables(self, tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
+        """See `positions.first_tables`; asked once for the same tables, since a device has to be waited for."""
+        found: tuple[Tensor, ...] | None = self._firsts.once(tables, lambda: {"": first_tables(tables, valid)})[""]
+        return found
+
     def forget(self) -> None:
         """Release masks and tables after the last layer."""
-        self._frame, self._cuts = None, SharedArguments()
+        self._frame, self._cuts, self._firsts = None, SharedArguments(), SharedArguments()
 
     def _cut(
         self,

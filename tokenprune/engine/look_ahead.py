@@ -25,12 +25,14 @@ class KeysAhead:
     """Output of a layer's key projection, computed ahead, which the layer can use instead of computing it again.
 
     The projection works on each position alone, so that the rows of the kept tokens are the layer's own keys. They are
-    used only if the layer passes exactly the states that they were computed from: if the stage or a hook changed
-    them, the layer computes its keys itself.
+    used only if the layer passes the states that they were computed from, which it takes from here too: if the stage
+    or a hook changed them, the layer computes both itself. Outside inference mode this is known without comparing
+    their values, for which a device would have to be waited for.
 
     Args:
+        norm: the layer's norm before attention.
         projection: the layer's key projection.
-        states: [batch, M, width], its input.
+        states: [batch, M, width], its input: the norm's output.
         keys: [batch, M, width of keys], its output.
         frame: the shortened sequence of M positions; None = the full one.
 
@@ -38,9 +40,13 @@ class KeysAhead:
         used: positions per row whose keys the layer used.
     """
 
-    def __init__(self, projection: nn.Module, states: Tensor, keys: Tensor, frame: GatheredSequence | None) -> None:
-        self._projection, self._frame = projection, frame
+    def __init__(
+        self, norm: nn.Module, projection: nn.Module, states: Tensor, keys: Tensor, frame: GatheredSequence | None
+    ) -> None:
+        self._norm, self._projection, self._frame = norm, projection, frame
         self._ready: tuple[Tensor, Tensor] | None = (states, keys)
+        self._given: _Version | None = None
+        self._normed: _Version | None = None
         self.used = 0
 
     def keep(self, frame: GatheredSequence | None) -> None:
@@ -48,32 +54,65 @@ class KeysAhead:
         before, self._frame = self._frame, frame
         if self._ready is None or before is frame:
             return
-        places = None if frame is None else frame.index if before is None else before.places(frame.index)
-        if places is None or bool((places < 0).any()):
+        if frame is None:
+            self.forget()
+            return
+        index = frame.on_host.index
+        places = index if before is None else before.on_host.places(index)
+        if bool((places < 0).any()):
             self.forget()
         else:
+            places = places.to(frame.index.device, non_blocking=True)
             states, keys = (take_rows(part, places) for part in self._ready)
             self._ready = states, keys
 
     def forget(self) -> None:
         """Release the tensors; the layer computes its keys itself."""
-        self._ready = None
+        self._ready = self._given = self._normed = None
 
     @contextmanager
-    def handed_on(self) -> Iterator[None]:
-        """The layer uses the keys in its next call while the context is open."""
+    def handed_on(self, hidden: Tensor) -> Iterator[None]:
+        """The layer uses the keys in its next call, on `hidden`, while the context is open."""
+        self._given = _Version(hidden)
         try:
-            with shadowed(self._projection, "forward", self._project):
+            with shadowed(self._norm, "forward", self._normalise), shadowed(self._projection, "forward", self._project):
                 yield
         finally:
             self.forget()
 
+    def _normalise(self, norm: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        given, self._given = self._given, None
+        if self._ready is None or torch.is_grad_enabled() or given is None or not given.is_now(hidden):
+            return norm(hidden)
+        self._normed = _Version(self._ready[0])
+        return self._ready[0]
+
     def _project(self, project: Callable[..., Tensor], states: Tensor) -> Tensor:
-        ready, self._ready = self._ready, None  # free the memory as soon as the layer has its keys
-        if ready is None or torch.is_grad_enabled() or not _same(states, ready[0]):
+        # free the memory as soon as the layer has its keys
+        ready, normed, self._ready, self._normed = self._ready, self._normed, None, None
+        if ready is None:
+            return project(states)
+        # tensors of inference mode do not tell whether they were modified: only their values can be compared
+        by_value = states.is_inference() and states.shape == ready[0].shape and states.dtype == ready[0].dtype
+        if not (normed.is_now(states) if normed is not None else by_value and torch.equal(states, ready[0])):
             return project(states)
         self.used = states.shape[1]
         return ready[1]
+
+
+class _Version:
+    """A tensor as it was when this was made."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, _version(tensor)
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """Whether it is this tensor, and was not modified since. Those of inference mode do not say."""
+        return tensor is self._tensor and self._version is not None and self._version == _version(tensor)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)
@@ -120,17 +159,17 @@ def look_ahead(
     if norm is None:
         raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
     found: list[AttentionCall] = []
-    keys: list[KeysAhead] = []
+    keys: list[tuple[Tensor, Tensor]] = []
     names = ("attention_mask", "position_embeddings", "position_ids")
     placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
     device = next(placed, hidden.device)
     wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
-    rows = torch.empty(len(hidden), 0, dtype=torch.int64) if rows is None else rows.clamp(min=0)
+    rows = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device) if rows is None else rows.clamp(min=0)
     some: Callable[..., Tensor] = partial(_some_rows, rows)
     instead = {"q_proj": some, "v_proj": _no_rows, "o_proj": _no_rows}
-    projection: Any = attention.k_proj if _can_hand_on(block, attention) else None
-    if projection is not None:
-        instead["k_proj"] = partial(_remember, keys, projection, frame)
+    hand_on = _can_hand_on(block, attention, norm)
+    if hand_on:
+        instead["k_proj"] = partial(_remember, keys)
     with ExitStack() as undo:
         undo.enter_context(torch.no_grad())
         undo.enter_context(tap({attention: found.append}, instead=_nothing))
@@ -138,8 +177,12 @@ def look_ahead(
             projection = getattr(attention, name, None)
             if projection is not None:
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
-        attention(norm(hidden.to(device)), **wanted)
-    return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1]), keys[0] if keys else None)
+        normed = norm(hidden.to(device))
+        attention(normed, **wanted)
+    ready = None
+    if hand_on and keys and keys[0][0] is normed:
+        ready = KeysAhead(norm, getattr(attention, "k_proj"), *keys[0], frame)  # noqa: B009
+    return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1]), ready)
 
 
 def _cost(attention: nn.Module, length: int, rows: int) -> LookAhead:
@@ -147,21 +190,18 @@ def _cost(attention: nn.Module, length: int, rows: int) -> LookAhead:
     return LookAhead(length, rows if hasattr(attention, "q_proj") else length, length if fused else 0, rows)
 
 
-def _can_hand_on(block: nn.Module, attention: nn.Module) -> bool:
-    """True if the layer's key projection is plain, and nothing else needs it to run: gradients, hooks, a compiler."""
+def _can_hand_on(block: nn.Module, attention: nn.Module, norm: nn.Module) -> bool:
+    """True if the layer's key projection is plain, and nothing else needs it or the norm to run: gradients, hooks, a
+    compiler."""
     keys: Any = getattr(attention, "k_proj", None)
-    if torch.is_grad_enabled() or is_compiled_run() or type(keys) is not nn.Linear or "forward" in keys.__dict__:
+    if torch.is_grad_enabled() or is_compiled_run() or type(keys) is not nn.Linear:
+        return False
+    if "forward" in keys.__dict__ or "forward" in norm.__dict__ or uncompiled(norm) is not norm:
         return False
     if all(child is not attention for child in block.children()):  # compiled alone
         return False
-    compiled = any(part._compiled_call_impl is not None for part in (block, attention, keys))
+    compiled = any(part._compiled_call_impl is not None for part in (block, attention, norm, keys))
     return not (compiled or keys._forward_hooks or keys._forward_pre_hooks)
-
-
-def _same(states: Tensor, others: Tensor) -> bool:
-    if states.shape != others.shape or states.dtype != others.dtype or states.device != others.device:
-        return False
-    return torch.equal(states, others)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -181,15 +221,9 @@ def _some_rows(rows: Tensor, project: Callable[..., Tensor], states: Tensor, *ar
     return queries.scatter_(1, index, some)
 
 
-def _remember(
-    found: list[KeysAhead],
-    projection: nn.Module,
-    frame: GatheredSequence | None,
-    project: Callable[..., Tensor],
-    states: Tensor,
-) -> Tensor:
+def _remember(found: list[tuple[Tensor, Tensor]], project: Callable[..., Tensor], states: Tensor) -> Tensor:
     keys = project(states)
-    found.append(KeysAhead(projection, states, keys, frame))
+    found.append((states, keys))
     return keys
 
 

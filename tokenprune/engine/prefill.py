@@ -33,7 +33,8 @@ from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.interface.vision_source import VisionSource, check_aligned
 from tokenprune.engine.layer_inputs import LayerInputs
 from tokenprune.engine.look_ahead import KeysAhead, look_ahead
-from tokenprune.engine.positions import first_tables, shifted_tables, tables_of
+from tokenprune.engine.positions import shifted_tables, tables_of
+from tokenprune.engine.shared_prefix import SharedPrefix
 from tokenprune.errors import EngineError, InputError
 
 
@@ -47,6 +48,7 @@ class Prefill(TokenScheduler):
         full: [batch, S, width], the last state of every position; available only while a stage is entered.
         taps: per layer, the reads that its attention answers, for the stage that begins after it.
         keys_ahead: keys to hand on to the layer that is about to run; None = it computes them itself.
+        shared: runs the layers, if the rows are said to begin with the same tokens.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Prefill(TokenScheduler):
         tell: Callable[..., None] | None = None,
         seed: int = 0,
         strict: bool = False,
+        shared: int = 0,
     ) -> None:
         self.decoder, self.vision = decoder, vision or VisionSource()
         super().__init__(
@@ -90,6 +93,8 @@ class Prefill(TokenScheduler):
         self._entering: tuple[int, dict[str, Any]] | None = None
         self.keys_ahead: KeysAhead | None = None
         self._looked_ahead: list[LookAhead] = []
+        rows = len(layout.valid)
+        self.shared = SharedPrefix(decoder, shared, layout.on_host.valid) if shared and rows > 1 else None
 
     # the methods that TokenScheduler calls ---------------------------------------------------------------------------
 
@@ -137,13 +142,17 @@ class Prefill(TokenScheduler):
         # from image-token numbers to sequence positions; −1 is not written
         positions = torch.where(index < 0, -1, self.layout.slots.gather(1, index.clamp(min=0)))
         full = self.full
+        if self.keys_ahead is not None:
+            self.keys_ahead.forget()  # they are of the states before
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
     def settle(self, planned: PlannedStage) -> None:
         """Renumber positions if the stage's policy says so; see `TokenScheduler.settle`."""
         if self.policy(planned.stage) == "renumber":
-            rows = planned.group.rows.to(self.layout.valid.device)
-            self._inputs.renumber(rows, self._present(), self.layout.drafted)
+            rows, present = (
+                part.to(self.layout.valid.device, non_blocking=True) for part in (planned.group.rows, self._present())
+            )
+            self._inputs.renumber(rows, present, self.layout.drafted)
 
     # the layers ------------------------------------------------------------------------------------------------------
 
@@ -166,12 +175,14 @@ class Prefill(TokenScheduler):
             hidden = self._gather_again(layer, hidden)
         if layer in self._due:
             hidden = self._enter_stage(layer, kwargs)
+        if self.shared is not None and (layer == 0 or layer in self._due):
+            self.shared.begin(hidden, self._frame)
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # free the second copy of the states
         self.frames.append(self._frame)
         self.lengths.append(self._inputs.length)
         reads = self.taps.get(layer)
         keys = [read for read in reads if isinstance(read, (LayerKeys, TextKeys))] if reads else None
-        first = first_tables(tables_of(kwargs), self.layout.valid) if keys else None
+        first = self._inputs.first_tables(tables_of(kwargs), self.layout.valid) if keys else None
         if self._frame is not None:
             self._inputs.shorten(layer, kwargs, hidden, self._frame)
         if first is not None:  # padding shifts positions, which attention ignores but keys do not: undo the shift
@@ -219,6 +230,8 @@ class Prefill(TokenScheduler):
         last = layer == self.layers - 1
         self._returned_full = full and not last
         if self._returned_full:
+            if self.shared is not None:
+                self.shared.stop()
             return self._full_length(hidden)
         if self.deepstack is not None:
             hidden = self.deepstack.add(layer, hidden, self._frame)
@@ -275,7 +288,7 @@ class Prefill(TokenScheduler):
         if isinstance(read, PositionKernel):
             scaling = float(getattr(self.decoder.attention(layer), "scaling"))  # noqa: B009
             return position_kernel(read, tables_of(kwargs), scaling, self.layout, frame)
-        rows = query_places(read.query, self.layout.query_rows(read.query), frame)
+        rows = query_places(read.query, self.layout, frame)
         seen = self._look_ahead(layer, hidden, kwargs, frame, rows)
         return from_layer(read, seen, self.layout, frame, self.state.active)
 
@@ -297,21 +310,21 @@ class Prefill(TokenScheduler):
         return norm(states).to(states.device) if normed else states
 
     def _next_frame(self) -> GatheredSequence | None:
-        if torch.equal(self.state.active, self.state.exists) and self._inputs.length is None:
+        if self._inputs.length is None and torch.equal(self.active, self.layout.on_host.slots >= 0):
             return None  # nothing was pruned or renumbered: use the model's own masks and tables
         present = self._present()
         if not bool(present.any(1).all()):
             raise EngineError(
                 f"strategy {self.strategy.name!r} left a batch row without tokens; rows need at least one text token"
             )
-        return GatheredSequence.of(present)
+        return GatheredSequence.of(present).to(self.layout.valid.device)
 
     def _keep_embeddings(self, kind: type[Read]) -> None:
         if any(isinstance(read, kind) for planned in self.planned for read in planned.stage.reads):
             self._embeddings[kind] = self.hidden() if kind is Embeddings else self.provide(TextStates())
 
     def _present(self) -> Tensor:
-        """bool [batch, S]: text, and the image tokens that are active."""
-        layout = self.layout
-        flags = spread_rows(self.state.active, layout.slots, layout.image_tokens.shape[1])
+        """bool [batch, S], on the host: text, and the image tokens that are active."""
+        layout = self.layout.on_host
+        flags = spread_rows(self.active, layout.slots, layout.image_tokens.shape[1])
         return (layout.valid & ~layout.image_tokens) | flags

@@ -194,7 +194,7 @@ class PruningRun:
         args, kwargs = self._before_layer(call, number, args, kwargs)
         prefill = call.prefill
         if prefill is not None and prefill.keys_ahead is not None:
-            with prefill.keys_ahead.handed_on():
+            with prefill.keys_ahead.handed_on(args[0]):
                 output = original(*args, **kwargs)
         elif prefill is not None and number in prefill.taps:
             # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
@@ -202,6 +202,8 @@ class PruningRun:
         elif is_compiled_run():
             alike = call.first_alike(number, self.decoder.kind(number), args[0])
             output = run_compiled((alike, number), original, *args, **one_layer(number, kwargs))
+        elif prefill is not None and prefill.shared is not None and len(args) == 1:
+            output = prefill.shared.run(original, number, args[0], kwargs)
         else:
             output = original(*args, **kwargs)
         return self._after_layer(call, number, output)
@@ -273,7 +275,8 @@ class PruningRun:
             if now is not None:
                 now.begun = True
             return
-        layout = self._capture.prompt_masks(self._queries).layout(hidden, padding_mask(call.inputs))
+        masks = self._capture.prompt_masks(self._queries)
+        layout = masks.layout(hidden, padding_mask(call.inputs))
         prefill = Prefill(
             self.strategy,
             layout,
@@ -282,9 +285,10 @@ class PruningRun:
             tell=self.tell,
             seed=self._seed,
             strict=self.strict,
+            shared=masks.shared,
         )
         call.begin(prefill, self._lease, hidden.shape[1], generates=now is not None)
-        if now is None or not now.begun or bool(layout.image_tokens.any()):
+        if now is None or not now.begun or bool(layout.on_host.image_tokens.any()):
             self._latest = prefill
         if now is not None:
             now.begun = True

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError, TokenPruneError
 from tokenprune.evaluation.models import SegmentationModel
-from tokenprune.evaluation.samples import Outcome, SampleRecord, label_of, run_single
+from tokenprune.evaluation.samples import Outcome, SampleRecord, outcome_of, run_single
 
 OF_ONE_IMAGE = (InputError, BudgetError, EngineError, PluginError)
 """Errors that may concern one image of many; others, such as IncompatibleError, concern all."""
@@ -38,6 +39,7 @@ def run_many(
     strategy: Strategy | None = None,
     batch_size: int | None = None,
     alone: bool = False,
+    **options: Any,
 ) -> Iterator[ImageOutcome]:
     """The outcome of each image and query, in order; an image that cannot be used does not affect the others.
 
@@ -47,29 +49,29 @@ def run_many(
         strategy: None runs the untouched model.
         batch_size: images that run together; None = the model's own choice.
         alone: run each image by itself, and give its record.
+        options: further ones of the model's `segment` and `segment_many`.
 
     Raises:
         IncompatibleError: the strategy is incompatible with the model.
     """
     many = getattr(model, "segment_many", None)
     if many is None or alone:
-        yield from _one_by_one(model, pairs, strategy)
+        yield from _one_by_one(model, pairs, strategy, options)
         return
-    options = {} if batch_size is None else {"batch_size": batch_size}
-    for done in many(pairs, strategy, **options):
+    size = {} if batch_size is None else {"batch_size": batch_size}
+    for done in many(pairs, strategy, **size, **options):
         if done.error is not None:
             yield ImageOutcome(done.index, error=done.error)
             continue
-        mask = done.result.masks[0].cpu().numpy()
-        yield ImageOutcome(done.index, Outcome(label_of(strategy), mask, done.result.trace, done.result.row_index[0]))
+        yield ImageOutcome(done.index, outcome_of(done.result, strategy, options, done.result.prompt_rows[0]))
 
 
 def _one_by_one(
-    model: SegmentationModel, pairs: Iterable[tuple[Path, str]], strategy: Strategy | None
+    model: SegmentationModel, pairs: Iterable[tuple[Path, str]], strategy: Strategy | None, options: dict[str, Any]
 ) -> Iterator[ImageOutcome]:
     for index, (image, query) in enumerate(pairs):
         try:
-            record = run_single(model, image, query, strategy)
+            record = run_single(model, image, query, strategy, **options)
         except OF_ONE_IMAGE as error:
             yield ImageOutcome(index, error=error)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ class Outcome:
 
     Attributes:
         label: the strategy, with options or budget if several rows share its name.
-        mask: bool [H, W].
+        mask: bool [H, W]; of several masks of an answer, their union.
         trace: of the batch that the sample was in; None without a strategy.
         row: the sample's row in that batch.
         iou: against the target; None without one.
         budget: of the run; None without one.
         milliseconds: the time of each stage of the model and the total, from `stopwatch.recorded`; empty if it was not
             measured.
+        text: the answer that the model generated; None if it was given.
+        masks: how many the answer had.
     """
 
     label: str
@@ -46,6 +49,8 @@ class Outcome:
     iou: float | None = None
     budget: float | None = None
     milliseconds: dict[str, float] = field(default_factory=dict)
+    text: str | None = None
+    masks: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,27 +100,44 @@ def sample(dataset: Dataset | str, split: str, index: int, seed: int = 0) -> tup
 def run_query(model: SegmentationModel, scene: Scene, query: Query, strategy: Strategy | None = None) -> SampleRecord:
     """One query of a dataset, with its target."""
     result = model.segment(scene.image, [query.text], strategy, is_sentence=[query.is_sentence])
-    mask = _first(result.masks)
+    mask = _union(result.masks)
     iou = metrics.expression_iou(*metrics.overlap(mask, query.mask))
     outcome = Outcome(label_of(strategy), mask, result.trace, 0, iou)
     box = model.grid_box(*scene.image.shape[:2])
     return SampleRecord(scene.id, scene.image, query.text, query.mask, box, [outcome])
 
 
-def run_single(model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None) -> SampleRecord:
-    """A user's own image (see `tokenprune.utils.images.to_rgb`) and query.
+def run_single(
+    model: SegmentationModel, image: Any, query: str, strategy: Strategy | None = None, **options: Any
+) -> SampleRecord:
+    """A user's own image (see `tokenprune.utils.images.to_rgb`) and query; `options` are further ones of `segment`.
 
     Raises:
         InputError: no such file, not an image, an empty query.
     """
     with recorded() as milliseconds:
         pixels = np.asarray(to_rgb(image))  # the model must see the same pixels as overlays
-        result = model.segment(pixels, [query], strategy)
-    mask = _first(result.masks)
-    box = model.grid_box(*mask.shape)
+        result = model.segment(pixels, [query], strategy, **options)
+    box = model.grid_box(*pixels.shape[:2])
     name = str(image) if isinstance(image, (str, Path)) else "image"
-    outcome = Outcome(label_of(strategy), mask, result.trace, 0, milliseconds=milliseconds)
+    outcome = outcome_of(result, strategy, options, milliseconds=milliseconds)
     return SampleRecord(name, pixels, query, None, box, [outcome])
+
+
+def outcome_of(
+    result: Any, strategy: Strategy | None, options: Mapping[str, Any], row: int = 0, **known: Any
+) -> Outcome:
+    """The outcome of one query.
+
+    Args:
+        result: of `segment` with one query.
+        strategy, options: of that call.
+        row: of the query in the result's trace.
+        known: further attributes.
+    """
+    if options.get("answer") == "generate":
+        known |= {"text": result.text if isinstance(result.text, str) else result.text[0], "masks": len(result.masks)}
+    return Outcome(label_of(strategy), _union(result.masks), result.trace, row, **known)
 
 
 def token_summary(outcome: Outcome) -> str:
@@ -130,5 +152,6 @@ def label_of(strategy: Strategy | None) -> str:
     return "none" if strategy is None else f"{strategy.name}{budget_words(strategy)}"
 
 
-def _first(masks: torch.Tensor) -> NDArray[np.bool_]:
-    return np.asarray(masks[0].detach().cpu().numpy(), dtype=np.bool_)
+def _union(masks: torch.Tensor) -> NDArray[np.bool_]:
+    """Of the masks of a query: of a forced answer one, of a generated one any number."""
+    return np.asarray(masks.detach().any(0).cpu().numpy(), dtype=np.bool_)

@@ -32,6 +32,9 @@ class MeasuredDecoder:
         model: a model as `tokenprune.load` gives it, or what `prune` takes.
         text_tokens: tokens of the prompt beside the image's; half of them come before it.
 
+    Attributes:
+        tower_tokens: patches of the vision tower, which most models take as image tokens; None = not known.
+
     Raises:
         UnsupportedError: no adapter supports the model, or it contains no decoder.
     """
@@ -46,8 +49,9 @@ class MeasuredDecoder:
         parameter = next(one for one in self.module.parameters() if one.is_floating_point())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.hidden = int(self.module.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        width = _tower_width(unwrapped(model))
-        sizes = {} if width is None else {"width": width}
+        tower = _tower_config(unwrapped(model))
+        self.tower_tokens = _patches(tower)
+        sizes = {} if tower is None else {"width": int(tower.hidden_size)}
         layers = self.declared.tower_layers or LAYERS
         self._vision = RandomVision(self.hidden, self.dtype, self.device, layers=layers, **sizes)
 
@@ -162,12 +166,18 @@ class RandomModel:
         return RandomVision.kinds()
 
 
-def _tower_width(model: Any) -> int | None:
-    """The width of a model's vision tower: of its first part whose configuration has patches."""
+def _tower_config(model: Any) -> Any:
+    """The configuration of a model's vision tower: of its first part that has patches; None without one."""
     if not isinstance(model, nn.Module):
         return None
     for part in modules_of(model):
         config: Any = getattr(part, "config", None)
         if getattr(config, "patch_size", None) and isinstance(getattr(config, "hidden_size", None), int):
-            return int(config.hidden_size)
+            return config
     return None
+
+
+def _patches(config: Any) -> int | None:
+    """Patches of a tower's input, which most models take as image tokens."""
+    side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (side // patch) ** 2 if isinstance(side, int) and isinstance(patch, int) else None

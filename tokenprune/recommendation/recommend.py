@@ -77,7 +77,8 @@ def recommend(
         batch: prompts in a batch; one or several numbers.
         budget_ms: milliseconds that a batch's prefill may take; the result lists what fits.
         text_tokens: of one prompt.
-        seconds: for measuring; large sizes for which there is no time are left out.
+        seconds: for measuring; the model's own number of image tokens comes first, then the others by their size, and
+            those for which there is no time are left out.
         rounds: measured runs of everything at most; with fewer than 6 nothing is shown.
         results: where to look accuracies up: the folder of a sweep, or what `tokenprune compare --out` wrote. None =
             the results that bundled models come with.
@@ -133,7 +134,8 @@ def recommend(
     with torch.no_grad(), using(threads) as chosen:
         cells = [measured.cell(n, b, runs, traces.setdefault((n, b), {})) for b in batches for n in sizes]
         alone = partial(model_turn, measured.module)
-        done = Rounds(cells, seconds, rounds, alone=alone, progress=progress or _silent).run()
+        own = measured.tower_tokens
+        done = Rounds(cells, seconds, rounds, alone=alone, progress=progress or _silent, first=own).run()
     if not done:
         raise _no_time(cells, seconds)
     timings = [
@@ -271,9 +273,7 @@ def _place(timings: Sequence[Timing], advice: Advice) -> tuple[float, ...]:
 
 
 def _left_out(cell: Cell, seconds: float) -> LeftOut:
-    why = (
-        f"left out: it needs about {_rounded(cell.needs)} s, and smaller sizes leave less of {seconds:g} s; allow more"
-    )
+    why = f"left out: it needs about {_rounded(cell.needs)} s, and the others leave less of {seconds:g} s; allow more"
     return LeftOut(image_tokens=cell.image_tokens, batch=cell.batch, reason=why)
 
 

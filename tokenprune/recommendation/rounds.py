@@ -60,6 +60,7 @@ class Rounds:
         clock: seconds; replaced in tests.
         alone: a context for every run; the time to enter it is not measured.
         progress: called with (name of the phase, steps done, steps in all).
+        first: image tokens of the cells that get their time before the others; the others follow by their size.
     """
 
     cells: Sequence[Cell]
@@ -68,6 +69,7 @@ class Rounds:
     clock: Callable[[], float] = time.perf_counter
     alone: Callable[[], AbstractContextManager[object]] = nullcontext
     progress: Progress = lambda what, done, total: None
+    first: int | None = None
 
     def run(self) -> int:
         """Fill the cells' `seconds`; returns the number of rounds."""
@@ -91,21 +93,23 @@ class Rounds:
         return self._start + self.limit - self.clock()
 
     def _warm_up(self) -> None:
-        """Run everything once, smallest cells first; cells for which there is no time are left out."""
+        """Run everything once; cells for which there is no time are left out."""
         promised = 0.0  # to the cells so far
-        per_token = 0.0  # of the untouched model, in the cell before
         ordered = sorted(self.cells, key=lambda cell: cell.image_tokens * cell.batch)
+        smallest = ordered[0]
+        self._timed(smallest.untouched)  # threads are started, memory is touched
+        least = self._timed(smallest.untouched)
+        per_token = least / (smallest.image_tokens * smallest.batch)  # of the untouched model, in the cell before
+        ordered.sort(key=lambda cell: cell.image_tokens != self.first)
         for number, cell in enumerate(ordered):
             self.progress("warm-up", number, len(ordered))
             tokens = cell.image_tokens * cell.batch
             # a contender takes about as long as the untouched model; its own time is known once it ran
             runs = (1 + len(cell.contenders)) * (LEAST + 1)
             cell.needs = per_token * tokens * runs
-            if number and cell.needs > CLEARLY * (self._left() - promised):
+            if cell.needs > CLEARLY * (self._left() - promised):
                 continue  # a single run would take time from the others
-            if not number:
-                self._timed(cell.untouched)  # threads are started, memory is touched
-            base = self._timed(cell.untouched)
+            base = least if cell is smallest else self._timed(cell.untouched)
             per_token, cell.needs = base / tokens, base * runs
             if cell.needs > self._left() - promised:
                 continue

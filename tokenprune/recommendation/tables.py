@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from tokenprune.recommendation.results import Recommendation
 
 MISSING = "–"
+NAMED = 3  # that a line names
+LONGEST = 80  # characters of a reason
 NOT_SHOWN = "not shown"
 RATIO = (
     "Prefill with the strategy's own work, divided by no pruning in the same round: median and, in brackets, its 95 % "
@@ -42,17 +46,29 @@ def recommendation_tables(found: Recommendation) -> RenderableType:
 
 
 def _failures(found: Recommendation) -> list[RenderableType]:
-    """A note for each reason, with all that did not run for it."""
+    """A line for each reason, with all that did not run for it; `Recommendation` has the whole reasons."""
     names: dict[str, list[str]] = {}
     everywhere = {called(advice) for advice in found.strategies if advice.reason is not None}
     for advice in found.strategies:
         if advice.reason is not None:
-            names.setdefault(advice.reason, []).append(called(advice))
+            names.setdefault(_short(advice.reason), []).append(called(advice))
     for timing in found.timings:
         if timing.reason is not None and called(timing) not in everywhere:
             size = f"{called(timing)} with {timing.image_tokens} image tokens, batch {timing.batch}"
-            names.setdefault(timing.reason, []).append(size)
-    return [_note(f" did not run: {reason}", ", ".join(those)) for reason, those in names.items()]
+            names.setdefault(_short(timing.reason), []).append(size)
+    lines = [_note(f" did not run: {reason}", _named(those)) for reason, those in names.items()]
+    return [*lines, *([_note("Whole reasons: --format json, or .timings and .strategies in Python.")] if lines else [])]
+
+
+def _short(reason: str) -> str:
+    """The first clause of a reason, without the strategy and the model, which are named already."""
+    own = re.sub(r"^strategy '[^']*':? (is incompatible with model '[^']*': )?", "", reason)
+    return shorten(re.split(r"; |, model provides ", own, maxsplit=1)[0], LONGEST, placeholder=" …")
+
+
+def _named(names: list[str]) -> str:
+    first, more = names[:NAMED], len(names) - NAMED
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _break_even(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:

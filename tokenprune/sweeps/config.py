@@ -2,116 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tokenprune.core.by_name import parse_options
 from tokenprune.datasets.base import Dataset
-from tokenprune.datasets.by_name import dataset, split_path
 from tokenprune.errors import OptionError, TokenPruneError, UnknownNameError
 from tokenprune.evaluation.contenders import Contender, budgets_of, contenders
-from tokenprune.evaluation.protocols import ProtocolName
-from tokenprune.loading.checkpoints import find_checkpoint
-from tokenprune.loading.device_names import check_device, check_dtype
-from tokenprune.plugins import registry
-from tokenprune.utils.arguments import unicode_problem
+from tokenprune.sweeps.entries import DatasetEntry, ModelEntry
+from tokenprune.utils.arguments import listed, unicode_problem
 from tokenprune.utils.yaml_file import read_mapping
 
 ENGINES = ("local", "ray")
 MAX_SEED = 2**32 - 1  # of numpy's and Optuna's generators; its multiples fit into the 63 bits of the store and of torch
-
-
-class ModelEntry(BaseModel):
-    """A model of a sweep.
-
-    Attributes:
-        source: an argument of `tokenprune.load`: a name, a folder or a hub id.
-        name: in the results; by default the source.
-        vision_tower, dtype, device: as for `tokenprune.load`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: str
-    name: str = ""
-    vision_tower: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-
-    @property
-    def label(self) -> str:
-        """In the results."""
-        return self.name or self.source
-
-    def check(self) -> None:
-        """Raises a TokenPruneError if there is no such model, device or number format."""
-        if self.device is not None:
-            check_device(self.device)
-        if self.dtype is not None:
-            check_dtype(self.dtype)
-        find_checkpoint(self.source)
-
-    @property
-    def options(self) -> dict[str, str]:
-        """Options of `tokenprune.load`."""
-        found = {"vision_tower": self.vision_tower, "dtype": self.dtype, "device": self.device}
-        return {name: value for name, value in found.items() if value is not None}
-
-
-class DatasetEntry(BaseModel):
-    """A dataset of a sweep; further keys are options of the dataset, such as `splitby`.
-
-    Attributes:
-        name: of the dataset, with or without its path ("reasonseg", "reasonseg:/data/ReasonSeg", "my_data:MyData").
-        path: where it is read from.
-        title: in the results; by default the name without its path.
-        split: of the dataset.
-        protocol: how a query is asked and its mask found; see `evaluation.protocols`.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-    path: str | None = None
-    title: str = ""
-    split: str = "val"
-    protocol: ProtocolName = "forced"
-
-    @property
-    def text(self) -> str:
-        """The name with its path and the options behind it, as `tokenprune.dataset` takes it."""
-        return self.name if self.path is None else f"{self.name}:{self.path}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the dataset, also those written behind its path."""
-        written: dict[str, Any] = {}
-        if self._head is not None:
-            with suppress(OptionError):  # which `make` raises
-                written = parse_options(split_path(self.text.partition(":")[2])[1])
-        return {**written, **(self.model_extra or {})}
-
-    @property
-    def label(self) -> str:
-        """In the results: its title, or its name without the path."""
-        return self.title or self._head or self.name
-
-    @property
-    def _head(self) -> str | None:
-        """The registered name before a path; None of "module:Class"."""
-        head = self.text.partition(":")[0]
-        return head if head in registry.datasets() else None
-
-    def make(self) -> Dataset:
-        """The dataset. Raises a TokenPruneError if there is none, or if it has no such split."""
-        made = dataset(self.text, **(self.model_extra or {}))
-        if self.split not in made.splits:
-            raise UnknownNameError.among(f"split of dataset {made.name!r}", self.split, made.splits)
-        return made
 
 
 class SweepConfig(BaseModel):
@@ -155,6 +62,14 @@ class SweepConfig(BaseModel):
     def _several(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, int, float)) else value
 
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        for item in listed(value):
+            if percent := re.fullmatch(r"(\d+(?:\.\d+)?) ?%", str(item).strip()):
+                raise ValueError(f"write {float(percent[1]) / 100:g} for {percent[0]}")
+        return value
+
     @field_validator("budgets", "seeds", "limit", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
@@ -175,19 +90,24 @@ class SweepConfig(BaseModel):
         """Strategies at budgets; errors as in `evaluation.contenders.contenders`."""
         return contenders(self.strategies, self.budgets)
 
-    def check(self) -> None:
-        """Check everything that can be checked without loading a model.
+    def check(self) -> dict[DatasetEntry, Dataset]:
+        """Check everything that can be checked without loading a model; returns the datasets, which were made for it.
 
         Raises:
             OptionError: all problems at once: unknown names, options, splits and paths, budgets out of range, and
                 entries that occur twice, or have the same name in the results.
         """
-        if problems := self.problems():
+        made: dict[DatasetEntry, Dataset] = {}
+        if problems := self.problems(made):
             raise OptionError(joined(problems))
+        return made
 
-    def problems(self) -> list[str]:
-        """What `check` refuses, each in one line."""
+    def problems(self, made: dict[DatasetEntry, Dataset]) -> list[str]:
+        """What `check` refuses, each in one line; `made` is filled with the datasets."""
         found: list[str] = []
+
+        def make(entry: DatasetEntry) -> None:
+            made[entry] = entry.make()
 
         def attempt(where: str, run: Callable[[], object]) -> None:
             try:
@@ -201,7 +121,7 @@ class SweepConfig(BaseModel):
         for model in self.models:
             attempt("models", model.check)
         for entry in self.datasets:
-            attempt("datasets", entry.make)
+            attempt("datasets", partial(make, entry))
         before = len(found)
         for budget in dict.fromkeys(self.budgets):
             attempt("budgets", lambda budget=budget: budgets_of(budget))  # type: ignore[misc]
@@ -253,7 +173,14 @@ def joined(problems: list[str]) -> str:
 
 
 def read_config(source: SweepConfig | Mapping[str, Any] | str | Path) -> SweepConfig:
-    """A configuration from a YAML or JSON file, or from a mapping; checked.
+    """A configuration from a YAML or JSON file, or from a mapping; checked, see `read_checked`."""
+    return read_checked(source)[0]
+
+
+def read_checked(
+    source: SweepConfig | Mapping[str, Any] | str | Path,
+) -> tuple[SweepConfig, dict[DatasetEntry, Dataset]]:
+    """A configuration from a YAML or JSON file, or from a mapping; checked, with its datasets.
 
     Raises:
         InputError: the file cannot be read, or is not YAML.
@@ -267,8 +194,7 @@ def read_config(source: SweepConfig | Mapping[str, Any] | str | Path) -> SweepCo
             found = SweepConfig.model_validate(dict(given))
         except ValidationError as error:
             raise OptionError(joined(_problems_of(given, error))) from None
-    found.check()
-    return found
+    return found, found.check()
 
 
 def _problems_of(given: Mapping[str, Any], error: ValidationError) -> list[str]:
@@ -278,15 +204,20 @@ def _problems_of(given: Mapping[str, Any], error: ValidationError) -> list[str]:
         item["loc"][0] for item in every if len(item["loc"]) > 1
     }  # keys with a bad element, which pydantic counts
     told = [item for item in every if item["type"] != "too_short" or item["loc"][0] not in inside]
-    known = SweepConfig.model_fields
-    found = [str(OptionError.from_validation("", _Errors([item]), known)).removeprefix(": ") for item in told]
+    found = [_told(item) for item in told]
     parts: dict[str, tuple[Any, ...]] = {}
     for name, default in (("models", ()), ("datasets", ()), ("strategies", ()), ("budgets", (0.35,)), ("seeds", (0,))):
         value = given.get(name, default)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
         parts[name] = tuple(one for item in items for one in _valid(name, item))
     rest = SweepConfig.model_construct(**parts, limit=None)  # type: ignore[arg-type]
-    return [*found, *rest.problems()]
+    return [*found, *rest.problems({})]
+
+
+def _told(item: Mapping[str, Any]) -> str:
+    """One of pydantic's findings; unknown keys with those that exist beside them."""
+    known = ModelEntry.model_fields if item["loc"][0] == "models" else SweepConfig.model_fields
+    return str(OptionError.from_validation("", _Errors([item]), known)).removeprefix(": ")
 
 
 def _valid(name: str, item: Any) -> tuple[Any, ...]:

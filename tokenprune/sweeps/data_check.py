@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
+from tokenprune.datasets.base import Dataset
 from tokenprune.datasets.files.dataset import FileDataset, ListedQuery, ListedScene
 from tokenprune.datasets.validation import scenes_of
 from tokenprune.errors import DataWarning, InputError
 from tokenprune.sweeps import fingerprint
-from tokenprune.sweeps.config import DatasetEntry
+from tokenprune.sweeps.entries import DatasetEntry
 from tokenprune.sweeps.plan import Group
 from tokenprune.sweeps.store import Store, StoredScene
 
@@ -32,20 +33,18 @@ class Data:
 
     Args:
         entry: of the sweep.
+        made: its dataset, if it was made before.
     """
 
-    def __init__(self, entry: DatasetEntry) -> None:
+    def __init__(self, entry: DatasetEntry, made: Dataset | None = None) -> None:
         self.entry = entry
+        self.dataset: Any = entry.make() if made is None else made
         self._digests: dict[int, str] = {}
-
-    @cached_property
-    def _made(self) -> Any:
-        return self.entry.make()
 
     @property
     def is_listed(self) -> bool:
         """Whether it is read from files, which tell all scenes beforehand."""
-        return isinstance(self._made, FileDataset)
+        return isinstance(self.dataset, FileDataset)
 
     @property
     def listing(self) -> str:
@@ -65,7 +64,7 @@ class Data:
         return [len(scene.queries) for scene in scenes], [state_of(scene) for scene in scenes], listing
 
     def _listed(self) -> list[ListedScene]:
-        found: list[ListedScene] = self._made.selected(self.entry.split, None)
+        found: list[ListedScene] = self.dataset.selected(self.entry.split, None)
         return found
 
     @cached_property
@@ -113,7 +112,7 @@ class Data:
 
     def _check_made(self, known: dict[int, StoredScene], group: Group, limit: int | None) -> None:
         most, given = sys.maxsize if limit is None else limit, 0
-        for number, scene in enumerate(scenes_of(self._made, self.entry.split, most, group.seed)):
+        for number, scene in enumerate(scenes_of(self.dataset, self.entry.split, most, group.seed)):
             one, given = known.pop(number, None), given + len(scene.queries)
             if one is not None:
                 now = fingerprint.of_scene(scene)
@@ -128,7 +127,7 @@ class Data:
     def _digest(self, number: int) -> str:
         """Of a scene's content, read anew."""
         if number not in self._digests:
-            self._digests[number] = fingerprint.of_scene(self._made.read(self._to_read[number]))
+            self._digests[number] = fingerprint.of_scene(self.dataset.read(self._to_read[number]))
         return self._digests[number]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from tokenprune.datasets.base import Dataset
 from tokenprune.errors import OptionError
 from tokenprune.sweeps.config import SweepConfig, check_engine
 from tokenprune.sweeps.plan import Configuration, Group
@@ -28,6 +29,7 @@ class Task:
         keep_masks: whether masks and stages are stored.
         pending: from the number of a scene and of its queries to the configurations that are missing. Asked in the
             order of scenes, as late as possible: what could not run meanwhile is no longer among them.
+        data: the group's dataset, in this process; None = to be made.
     """
 
     config: SweepConfig
@@ -35,6 +37,7 @@ class Task:
     group: Group
     keep_masks: bool
     pending: Callable[[int, int], tuple[Configuration, ...]]
+    data: Dataset | None = None
 
 
 class Engine(Protocol):
@@ -70,7 +73,7 @@ class LocalEngine:
 
     def run(self, task: Task) -> Scenes:
         """See `Engine`."""
-        worker = Worker(task.group, task.config.limit, keep_masks=task.keep_masks, models=self._models)
+        worker = Worker(task.group, task.config.limit, keep_masks=task.keep_masks, models=self._models, data=task.data)
         for number, scene in worker.scenes(lambda number, queries: bool(task.pending(number, queries))):
             yield worker.run(number, scene, task.pending(number, len(scene.queries)))
 

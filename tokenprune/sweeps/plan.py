@@ -10,7 +10,8 @@ from typing import Any
 
 from tokenprune.evaluation.contenders import Contender
 from tokenprune.evaluation.protocols import Protocol, protocol_of
-from tokenprune.sweeps.config import DatasetEntry, ModelEntry, SweepConfig
+from tokenprune.sweeps.config import SweepConfig
+from tokenprune.sweeps.entries import DatasetEntry, ModelEntry
 
 SEED_STEP = 1_000_003  # between the draws of two seeds lie those of more scenes than any dataset has
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.sweeps.config import DatasetEntry, SweepConfig, read_config
+from tokenprune.sweeps.config import SweepConfig, read_checked
 from tokenprune.sweeps.data_check import Data, warned_once
 from tokenprune.sweeps.engines import Engine, Task, engine_of
+from tokenprune.sweeps.entries import DatasetEntry
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Group, groups_of
 from tokenprune.sweeps.results import reasons_of
@@ -101,7 +102,7 @@ def sweep(
         >>> first, again
         (4, 0)
     """
-    checked = read_config(config)
+    checked, made = read_checked(config)
     for name, flag in (("keep_masks", keep_masks), ("accept_changes", accept_changes)):
         instance(name, flag, bool, "True or False")
     if progress is not None and not callable(progress):
@@ -111,7 +112,7 @@ def sweep(
     with writing(out) as store, using(threads), engine_of(engine, threads) as running, warned_once():
         refuse_tuning(store, out)
         _check_same_shard(store, part, out)
-        data = {group.dataset: Data(group.dataset) for group in groups}
+        data = {entry: Data(entry, made[entry]) for entry in checked.datasets}
         for group in groups:
             data[group.dataset].check(store, group, checked.limit)
         with store.transaction():
@@ -128,7 +129,7 @@ def sweep(
             for group in groups
         ]
         for place, run in enumerate(runs):
-            task = Task(checked, place, run.group, keep_masks, run.pending)
+            task = Task(checked, place, run.group, keep_masks, run.pending, data[run.group.dataset].dataset)
             for added in _run_group(run, running, task):
                 found.added += added
                 if progress is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.errors import InputError
 from tokenprune.evaluation.comparison.tables import si
 from tokenprune.evaluation.metrics import precision_at, target_accuracy
 from tokenprune.evaluation.statistics import (
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 TOGETHER = ["model", "dataset", "split", "protocol"]
 PAIRED = ["seed", "scene", "query"]
+MEASURED = ["iou", "intersection", "union", "predicted", "size", "image_tokens", "equivalent_tokens", "flops"]
+NEEDED = [*TOGETHER, *PAIRED, "label", "strategy", "budget", "scene_digest", "kv_bytes", *MEASURED]
 REFERENCE = "none"
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -73,7 +76,15 @@ def summarised(table: pd.DataFrame, reference: str = REFERENCE) -> list[Line]:
     Args:
         table: with at least one row.
         reference: label of the strategy that others are compared with.
+
+    Raises:
+        InputError: a column is missing.
     """
+    if missing := [name for name in NEEDED if name not in table.columns]:
+        found = ", ".join(map(str, table.columns)) or "none"
+        raise InputError(
+            f"table: no column {', '.join(missing)}; found {found}; give what tokenprune.read_results returns"
+        )
     lines: list[Line] = []
     for where, group in table.groupby(TOGETHER, sort=False, dropna=False):
         parts = dict(iter(group.groupby("label", sort=False)))

@@ -22,7 +22,7 @@ from tokenprune.evaluation.records import Record
 from tokenprune.evaluation.scene_run import SceneRun, sample_names
 from tokenprune.plugins.attribution import brief
 from tokenprune.sweeps import fingerprint
-from tokenprune.sweeps.config import ModelEntry
+from tokenprune.sweeps.entries import ModelEntry
 from tokenprune.sweeps.plan import SEED_STEP, Configuration, Group, digest
 from tokenprune.sweeps.store import row_of
 from tokenprune.utils.arguments import unicode_problem
@@ -98,14 +98,22 @@ class Worker:
         keep_masks: whether records hold masks and stages.
         models: gives the model.
         where: see `Origin`.
+        data: the group's dataset, if it was made before.
     """
 
     def __init__(
-        self, group: Group, limit: int | None = None, *, keep_masks: bool = True, models: Models, where: str = ""
+        self,
+        group: Group,
+        limit: int | None = None,
+        *,
+        keep_masks: bool = True,
+        models: Models,
+        where: str = "",
+        data: Dataset | None = None,
     ) -> None:
         self.group, self.limit, self._keep_masks = group, limit, keep_masks
         self._models, self._where = models, where
-        self._data: Dataset = group.dataset.make()
+        self._data: Dataset = group.dataset.make() if data is None else data
         self._reader: Iterator[tuple[int, Scene]] = iter(())
         self._sought = self._read = -1
         self._measured: tuple[Any, dict[str, float]] | None = None

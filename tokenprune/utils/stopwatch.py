@@ -16,8 +16,17 @@ _recording: ContextVar[dict[str, float] | None] = ContextVar("stages", default=N
 def recorded() -> Iterator[dict[str, float]]:
     """The times of the stages that run in this thread in this context, in milliseconds, by name and in order.
 
-    `TOTAL` is the time of the whole context, set at its end.
+    `TOTAL` is the time of the whole context, set at its end. Stages also count in a context around this one.
+
+    Example:
+        >>> import numpy as np, tokenprune as tp
+        >>> from tokenprune.utils.stopwatch import recorded
+        >>> with recorded() as times:
+        ...     found = tp.load("lisa-tiny").segment(np.zeros((24, 32, 3), np.uint8), "the red ring")
+        >>> list(times)
+        ['preprocess', 'vision tower', 'mask encoder', 'prefill', 'mask decoder', 'total']
     """
+    around = _recording.get()
     times: dict[str, float] = {}
     token = _recording.set(times)
     start = _now()
@@ -25,6 +34,9 @@ def recorded() -> Iterator[dict[str, float]]:
         yield times
     finally:
         _recording.reset(token)
+        if around is not None:
+            for name, milliseconds in times.items():
+                around[name] = around.get(name, 0.0) + milliseconds
         times[TOTAL] = _now() - start
 
 
@@ -41,9 +53,17 @@ def stage(name: str) -> Iterator[None]:
 
 
 def summary(times: dict[str, float]) -> str:
-    """All stages and the total in one line."""
-    parts = [f"{name} {milliseconds:.1f} ms" for name, milliseconds in times.items() if name != TOTAL]
-    return "; ".join(part for part in (", ".join(parts), f"{times[TOTAL]:.1f} ms in all") if part)
+    """All stages and the total in one line, in seconds from one second on."""
+    unit, scale, digits = ("s", 1e-3, 2) if times[TOTAL] >= 1e3 else ("ms", 1, 1)
+    told = {name: f"{milliseconds * scale:.{digits}f} {unit}" for name, milliseconds in times.items()}
+    parts = [f"{name} {time}" for name, time in told.items() if name != TOTAL]
+    return f"time: {'; '.join(part for part in (', '.join(parts), f'{told[TOTAL]} in all') if part)}"
+
+
+def rate(times: dict[str, float], number: int) -> str:
+    """The total of some images, and how many it is in a second."""
+    seconds = times[TOTAL] / 1e3
+    return f"{seconds:.1f} s, {number / max(seconds, 1e-9):.2f} images/s"
 
 
 def _now() -> float:

@@ -17,6 +17,7 @@ from tokenprune_adapters.llava.prompt import dialogue
 from tokenprune_adapters.segmentation.data import Answered, Segmentation
 from tokenprune_adapters.segmentation.drafts import Draft
 from tokenprune_adapters.segmentation.queries import as_list, checked_query, sentence_flags
+from tokenprune_adapters.segmentation.sam.masks import MaskSize
 from tokenprune_adapters.segmentation.sam.segmenter import SamSegmenter
 
 
@@ -50,6 +51,7 @@ class GlammModel(SamSegmenter):
         max_new_tokens: int = 64,
         is_sentence: bool | Sequence[bool] | None = None,
         draft: Draft = True,
+        mask_size: MaskSize = "image",
         boxes: object = None,
     ) -> GroundedSegmentation:
         """Masks for one query, or several, about one image; otherwise as `Segmenter.segment`.
@@ -66,6 +68,7 @@ class GlammModel(SamSegmenter):
             max_new_tokens: limit of a generated answer. A grounded description of a whole image takes a few hundred.
             is_sentence: whether each query is a sentence.
             draft: as in `Segmenter.segment`.
+            mask_size: as in `Segmenter.segment`.
             boxes: regions to talk about; not supported, since the region encoder is left out.
 
         Raises:
@@ -78,7 +81,7 @@ class GlammModel(SamSegmenter):
                 "boxes= was given, but GLaMM's region encoder is left out, so that regions cannot be put into a "
                 "prompt; say in words what to segment, and leave boxes= out"
             )
-        found = super().segment(image, query, strategy, answer, prompt, max_new_tokens, is_sentence, draft)
+        found = super().segment(image, query, strategy, answer, prompt, max_new_tokens, is_sentence, draft, mask_size)
         if query is not None:
             found = self.by_query(found, query, answer, is_sentence)
         assert isinstance(found, GroundedSegmentation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class DecoderInputs:
         mask_query: bool [B, S], the position before each [SEG], whose final state becomes the mask embedding.
         positions: int64 [B, S], 0 at the first token of a row; None = arange, the decoder's default.
         drafted: bool [B, S], the tokens of an expected answer after the prompt; None = there are none.
+        shared: how many columns from the first token of a row on are the same in all rows.
     """
 
     inputs_embeds: Tensor
@@ -80,6 +82,7 @@ class DecoderInputs:
     mask_query: Tensor
     positions: Tensor | None = None
     drafted: Tensor | None = None
+    shared: int = 0
 
 
 def splice(
@@ -133,4 +136,8 @@ def splice(
         shown = image_valid.to(device).expand(len(expanded), -1)
         attention_mask = attention_mask.masked_scatter(image_tokens, shown.to(attention_mask.dtype))
         image_tokens = image_tokens & attention_mask.bool()
-    return DecoderInputs(inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query, positions)
+    same = list(takewhile(lambda ids: len({*ids}) == 1, zip(*prompts, strict=False)))
+    shared = sum(count if ids[0] == IMAGE_ID else 1 for ids in same)
+    return DecoderInputs(
+        inputs_embeds, attention_mask, token_ids, image_tokens, seg, mask_query, positions, shared=shared
+    )

@@ -140,6 +140,7 @@ class Segmentation:
         query_index: the query of each mask. With generated answers, a query may have no mask or several.
         trace: trace of the prefill, if it was pruned by a strategy or a surrounding context; else None.
         row_index: the batch row of each mask in `trace`.
+        prompt_rows: the batch row of each prompt in `trace`, of those without a mask too.
     """
 
     masks: Tensor
@@ -150,6 +151,7 @@ class Segmentation:
     query_index: list[int]
     trace: Trace | None = None
     row_index: list[int] = field(default_factory=list)
+    prompt_rows: list[int] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Number and size of the masks, the text and the tokens, in a few lines without tensors."""
@@ -159,7 +161,7 @@ class Segmentation:
         """The lines of the repr."""
         shares = ", ".join(f"{int(mask.sum()) / max(mask.numel(), 1):.1%}" for mask in self.masks[:SHOWN])
         covering = f", covering {shares}{', …' if len(self.masks) > SHOWN else ''} of the image" if shares else ""
-        rows = sorted(set(self.row_index)) or [0]
+        rows = sorted({*self.row_index, *self.prompt_rows}) or [0]
         tokens = [] if self.trace is None else [f"row {row}: {self.trace.summary(row)}" for row in rows[:SHOWN]]
         if len(rows) > SHOWN:
             tokens += ["…"] * bool(tokens)

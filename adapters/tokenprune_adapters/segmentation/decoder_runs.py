@@ -83,7 +83,7 @@ class DecoderRuns(Prompts, BoundModel):
         inputs: SegmenterInputs,
         strategy: Strategy | None = None,
         max_new_tokens: int = 64,
-        draft: Draft = True,
+        draft: Draft | AnswerDrafts = True,
     ) -> tuple[Generated, Trace | None]:
         """Greedy answers to prompts that the model continues, and the trace of their prefill.
 
@@ -93,14 +93,12 @@ class DecoderRuns(Prompts, BoundModel):
         """
         instance("inputs", inputs, SegmenterInputs, "the result of inputs_of(…, continues=True)", InputError)
         whole_number("max_new_tokens", max_new_tokens, 1)
-        given = given_drafts(draft, self.tokenizer)
+        memory = self.expected(draft)
         with self.pruned(strategy) as run, stage("generation"):
-            memory = self.drafts if given is None else AnswerDrafts(given)
-
             templates = inputs.templates or [None] * len(inputs.prompts)
 
             def expect(row: int, said: Sequence[int]) -> list[int]:
-                return [] if draft is False else memory.expect(templates[row], said)
+                return memory.expect(templates[row], said)
 
             first = [expect(row, ())[: max_new_tokens - 1] for row in range(len(inputs.prompts))]
             sequence = with_drafts(inputs.sequence, first, self.decoder.get_input_embeddings())
@@ -115,12 +113,20 @@ class DecoderRuns(Prompts, BoundModel):
         """The answers that the model is expected to give; it learns from those that it gives."""
         return AnswerDrafts(answer_ids(self.usual_answers, self.tokenizer))
 
+    def expected(self, draft: Draft | AnswerDrafts) -> AnswerDrafts:
+        """What the model is expected to answer, by the `draft` of `segment`, which raises the errors of it."""
+        if isinstance(draft, AnswerDrafts):
+            return draft
+        if isinstance(draft, bool):
+            return self.drafts if draft else AnswerDrafts()
+        return AnswerDrafts(given_drafts(draft, self.tokenizer))
+
     def answer(
         self,
         inputs: SegmenterInputs,
         strategy: Strategy | None = None,
         max_new_tokens: int | None = None,
-        draft: Draft = True,
+        draft: Draft | AnswerDrafts = True,
     ) -> Answered:
         """The states for the masks: those before forced mask tokens, or those that predicted generated ones.
 
@@ -163,7 +169,8 @@ class DecoderRuns(Prompts, BoundModel):
         queries = {"mask_query": sequence.mask_query}
         if sequence.seg.any(1).all():
             queries["seg"] = sequence.seg
-        return PromptMasks(sequence.image_tokens, queries, *self.image_cells(inputs), drafted=sequence.drafted)
+        cells = self.image_cells(inputs)
+        return PromptMasks(sequence.image_tokens, queries, *cells, drafted=sequence.drafted, shared=sequence.shared)
 
     def image_cells(self, inputs: SegmenterInputs) -> tuple[Tensor | None, Tensor | None]:
         """`grid` and `image_number` of `PromptMasks`; None = one square image per batch row, in row-major order."""

@@ -54,15 +54,13 @@ def template_of(prompt: str, query: str | None) -> str | None:
     return None if query is None else prompt.replace(query.strip(), "{}")
 
 
-def given_drafts(draft: object, tokenizer: LlamaSlowTokenizer) -> list[list[int]] | None:
-    """The ids of the answers in `draft=`; None if it is True or False.
+def given_drafts(draft: object, tokenizer: LlamaSlowTokenizer) -> list[list[int]]:
+    """The ids of the answers in `draft=`.
 
     Raises:
-        OptionError: not True, False or texts.
+        OptionError: not texts.
         InputError: an empty text, or one that is not Unicode.
     """
-    if isinstance(draft, bool):
-        return None
     if not isinstance(draft, (str, Sequence)) or isinstance(draft, bytes):
         raise OptionError(f"draft={shown(draft)} found, expected True, False, an answer, or a list of answers")
     texts = as_list(draft, "draft")

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
 from tokenprune.engine import model_turn
@@ -66,6 +67,8 @@ class ImageEncoding(ABC):
             prepared = image if isinstance(image, self.prepared_type) else self.prepare_image(image)
         return self.encode_prepared([prepared])[0]
 
+    @torch.inference_mode()
+    @in_turn
     def encoded(self, image: Any) -> Any:
         """As `encode_image`, from `image_cache` if the same picture was encoded lately. Preserves no gradients."""
         assert isinstance(self, nn.Module)

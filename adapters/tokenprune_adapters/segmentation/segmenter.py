@@ -21,7 +21,7 @@ from tokenprune_adapters.llava.prompt import prompt_ids, splice
 from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
-from tokenprune_adapters.segmentation.drafts import Draft, given_drafts, template_of
+from tokenprune_adapters.segmentation.drafts import Draft, template_of
 from tokenprune_adapters.segmentation.image_cache import ImageCache
 from tokenprune_adapters.segmentation.image_encoding import ImageEncoding
 from tokenprune_adapters.segmentation.many.many_images import ManyImages
@@ -129,6 +129,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
         max_new_tokens: int = 64,
         is_sentence: bool | Sequence[bool] | None = None,
         draft: Draft = True,
+        mask_size: sam_masks.MaskSize = "image",
     ) -> Segmentation:
         """Masks for one or several queries about one image. The towers run once, and not again for the pictures that
         `image_cache` has.
@@ -150,25 +151,29 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
                 that comes as expected needs no decoding steps; the text is the same with any draft. True expects what
                 the model said to prompts of the same template, False nothing; or an answer, or several, such as
                 "Sure, it is [SEG].", of which the most suitable one is tried first.
+            mask_size: "image", (height, width) in pixels for another size of the whole image, or "low" for the masks
+                as the mask head makes them, over its padded square input, which costs no resizing.
 
         Raises:
             InputError: not an image; an empty query; neither or both of query and prompt; a prompt without <image> or,
                 if forced, without mask tokens; a prompt longer than the model's context.
-            OptionError: an unknown `answer` or `draft`, `max_new_tokens` below 1, or `strategy` is not a strategy.
+            OptionError: an unknown `answer`, `draft` or `mask_size`, `max_new_tokens` below 1, or `strategy` is not a
+                strategy.
             IncompatibleError: the strategy is incompatible with the model; raised before anything runs.
         """
         whole_number("max_new_tokens", max_new_tokens, 1)
-        given_drafts(draft, self.tokenizer)
+        size = sam_masks.checked_mask_size(mask_size)
+        expected = self.expected(draft)
         texts = self.prompts(query, answer, prompt, is_sentence)
         queries = None if query is None else as_list(query, "query")
         with self.pruned(strategy):  # first, so that incompatible strategies are refused before a tower runs
             encoded = self.encoded(image)
             inputs = self.inputs_of(texts, encoded, continues=answer == "generate", queries=queries)
             limit = max_new_tokens if answer == "generate" else None
-            answered = self.answer(inputs, max_new_tokens=limit, draft=draft)
+            answered = self.answer(inputs, max_new_tokens=limit, draft=expected)
             said = self.texts(inputs, answered, answer)
             single = isinstance(prompt if query is None else query, str)
-            return self.masks_of(answered, inputs, text=said[0] if single else said)
+            return self.masks_of(answered, inputs, text=said[0] if single else said, size=size)
 
     def build_inputs(
         self, image: ImageInput | Any, queries: Sequence[str], *, is_sentence: Sequence[bool] | None = None
@@ -240,6 +245,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
             query_index=list(answered.rows),
             trace=answered.trace,
             row_index=list(answered.rows),
+            prompt_rows=list(range(len(inputs.prompts))),
         )
         return self.described(found, answered)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,11 @@ def model() -> Any:
     return tp.load("lisa-tiny")
 
 
-@pytest.fixture(scope="module")
-def address(model: Any) -> Iterator[str]:
-    """Where the server listens."""
+@contextmanager
+def served(model: Any) -> Iterator[tuple[str, Any]]:
+    """The address of a server, and the server."""
     running = uvicorn.Server(
-        uvicorn.Config(server.create_app(model), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+        uvicorn.Config(server.create_app(model, 8), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
     )
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
@@ -62,9 +64,19 @@ def address(model: Any) -> Iterator[str]:
         time.sleep(0.1)
     assert running.started, "the server did not start"
     port = running.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}"
-    running.should_exit = True
-    thread.join(30)
+    try:
+        yield f"http://127.0.0.1:{port}", running
+    finally:
+        running.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(model: Any) -> Iterator[str]:
+    """Where the server listens."""
+    with served(model) as (address, _):
+        yield address
 
 
 def png(image: np.ndarray, kind: str = "PNG") -> bytes:
@@ -110,6 +122,61 @@ def test_eight_clients_with_mixed_strategies(model: Any, address: str) -> None:
     print(f"{len(answers)} requests, {len(errors)} errors, {equal} masks equal to the sequential ones")
     assert equal == len(answers)
     assert len({answer.json()["equivalent_tokens"] for answer in answers}) >= 3  # they did differ
+
+
+def test_bad_requests_among_good_ones_fail_alone(model: Any, address: str) -> None:
+    scenes = list(Shapes().scenes("test", limit=20, seed=7))
+    good = [(scene.image, scene.queries[0].text) for scene in scenes]
+    bad = {"a [SEG] of it": "contains [SEG]", "word " * 5000: "shorten the prompt"}
+    requests = [(*good[0], "")]
+    for (image, query), (wrong, problem) in zip(good, itertools.cycle(bad.items()), strict=False):
+        requests += [(image, query, ""), (image, wrong, problem)]
+    with ThreadPoolExecutor(len(requests)) as clients:
+        sent = [clients.submit(post, address, png(image), query=query) for image, query, _ in requests]
+        answers = [future.result(SECONDS) for future in sent]
+    for (image, query, problem), answer in zip(requests, answers, strict=True):
+        assert answer.status_code == (422 if problem else 200), answer.text
+        if problem:
+            assert problem in answer.json()["detail"]
+        else:
+            (mask,) = map(mask_of, answer.json()["masks"])
+            assert np.array_equal(mask, model.segment(image, query).masks[0].numpy())
+
+
+def test_too_many_requests_are_refused_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MOST_REQUESTS", 0)
+    answer = post(address, PICTURE, query="it")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "try again" in answer.json()["detail"]
+    assert httpx.get(f"{address}/health").json()["status"] == "ok"
+    monkeypatch.undo()
+    assert post(address, PICTURE, query="it").status_code == 200  # every request that came has left
+
+
+def test_a_server_that_stops_answers_what_it_has(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that are connected get their masks, and no thread stays."""
+    many, began = model.segment_many, threading.Event()
+
+    def slow(*given: Any, **options: Any) -> Any:
+        began.set()
+        time.sleep(0.3)
+        return many(*given, **options)
+
+    monkeypatch.setattr(model, "segment_many", slow)
+    scene = next(iter(Shapes().scenes("test", limit=1, seed=5)))
+    query = scene.queries[0].text
+    with ThreadPoolExecutor(4) as clients:
+        with served(model) as (address, running):
+            sent = [clients.submit(post, address, png(scene.image), query=query) for _ in range(4)]
+            assert began.wait(SECONDS)
+            running.should_exit = True
+        answers = [future.exception(SECONDS) or future.result() for future in sent]
+    # one that had not been accepted yet is refused by the operating system
+    masks = [mask_of(answer.json()["masks"][0]) for answer in answers if not isinstance(answer, httpx.TransportError)]
+    assert masks
+    assert all(np.array_equal(mask, model.segment(scene.image, query).masks[0].numpy()) for mask in masks)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{address}/health")
 
 
 def test_a_picture_of_the_mask(model: Any, address: str) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.apportion import apportion
-from tokenprune.core.decisions import top_index
+from tokenprune.core.decisions import top_mask
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
-from tokenprune.core.scheduling.state import as_mask
 from tokenprune.core.tokens import ImageTokens, Tokens
 from tokenprune_strategies.csp.instance_masks import instance_labels, segment
 from tokenprune_strategies.ops.even_and_random import evenly, grid_mask, random_scores
@@ -140,7 +139,7 @@ def _strided(tokens: Tokens) -> Tensor:
 
 
 def _top(scores: Tensor, tokens: Tokens) -> Tensor:
-    return as_mask(top_index(scores, tokens.target), scores.shape[1])
+    return top_mask(scores, tokens.target)
 
 
 def _instances(options: CSP.Options, tokens: Tokens, image: ImageTokens) -> Tensor:

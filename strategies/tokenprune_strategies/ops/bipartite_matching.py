@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenprune_strategies.ops.others import without
+
 
 def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float = 0.5) -> Tensor:
     """int64 [n]: the token that each of n tokens is merged into, or itself if it is not; `count` different ones.
@@ -33,7 +35,7 @@ def bipartite_merge(metric: Tensor, mass: Tensor, count: int, per_round: float =
         # tokens merged into a token of A in an earlier round move with it
         moves = torch.arange(len(metric), device=metric.device)
         moves[source] = target
-        into, alive = moves[into], alive[~torch.isin(alive, source)]
+        into, alive = moves[into], without(alive, source, len(metric))
     return into
 
 

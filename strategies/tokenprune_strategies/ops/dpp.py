@@ -16,9 +16,11 @@ def map_picks(states: Tensor, weights: Tensor, exists: Tensor, counts: Tensor) -
         states: [G, n, width]; the kernel is their cosine similarity.
         weights: float32 [G, n], which multiply the kernel on both sides.
         exists: bool [G, n].
-        counts: int64 [G], number of picks; at most the number of existing rows.
+        counts: int64 [G], number of picks; at most the number of existing rows. Best in the host's memory, where the
+            largest is known without waiting for a device.
     """
     groups, most = torch.arange(len(states), device=states.device), int(counts.max()) if counts.numel() else 0
+    counts = counts.to(states.device, non_blocking=True)
     rows = normalize(states.float(), dim=-1)
     kernel = rows @ rows.transpose(1, 2)
     gains = kernel.diagonal(dim1=1, dim2=2) * weights**2

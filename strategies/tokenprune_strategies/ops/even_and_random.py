@@ -30,23 +30,20 @@ def grid_mask(tokens: Tokens) -> Tensor:
 
     Without a full rectangular grid, tokens are spaced evenly in sequence order.
     """
-    mask = torch.zeros_like(tokens.exists)
+    mask = torch.zeros(tokens.exists.shape, dtype=torch.bool)  # on the host, which knows the grid
     for image in tokens.images():
-        cells = tokens.grid[image.row, image.index]
+        cells = tokens.on_host("grid")[image.row, image.index_on_host]
         rows, columns = (cells.amax(0) + 1).tolist()
-        raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(cells)
+        raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         full = torch.equal(cells, raster)
         chosen = even_cells(image.quota, rows, columns) if full else evenly(image.quota, len(image))
-        mask[image.row, image.index[chosen]] = True
-    return mask
+        mask[image.row, image.index_on_host[chosen]] = True
+    return mask.to(tokens.device, non_blocking=True)
 
 
 def random_scores(tokens: Tokens, seed: int) -> Tensor:
     """float32 [batch, N]: a random number from [0, 1) for each token, independent of other rows; −inf on padding."""
-    scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32, device=tokens.device)
-    for row, count in enumerate(tokens.counts.tolist()):
-        drawn = torch.rand(
-            count, generator=tokens.generator(seed), dtype=torch.float32
-        )  # whatever torch's default dtype is
-        scores[row, :count] = drawn.to(tokens.device)
-    return scores
+    scores = torch.full(tokens.exists.shape, float("-inf"), dtype=torch.float32)  # whatever torch's default dtype is
+    for row, count in enumerate((tokens.on_host("image") >= 0).sum(1).tolist()):
+        scores[row, :count] = torch.rand(count, generator=tokens.generator(seed), dtype=torch.float32)
+    return scores.to(tokens.device, non_blocking=True)

@@ -15,7 +15,8 @@ def farthest_first(states: Tensor, exists: Tensor, count: Tensor, *, repeats: bo
     Args:
         states: [G, n, width].
         exists: bool [G, n].
-        count: int64 [G], number of picks; at most the number of existing rows.
+        count: int64 [G], number of picks; at most the number of existing rows. Best in the host's memory, where the
+            largest is known without waiting for a device.
         repeats: whether a row may be picked again if all other rows are copies of picked ones.
     """
     groups = torch.arange(len(states), device=states.device)
@@ -24,6 +25,7 @@ def farthest_first(states: Tensor, exists: Tensor, count: Tensor, *, repeats: bo
     own = distance.diagonal(dim1=1, dim2=2)
     # a row is not its own neighbour: mask the diagonal for the first pick
     kept, most = own.clone(), int(count.max()) if count.numel() else 0
+    count = count.to(states.device, non_blocking=True)
     own.fill_(float("inf"))
     reach = distance.amin(2)  # distance to the nearest other row, later to the nearest pick
     own.copy_(kept)

@@ -18,7 +18,7 @@ class StackedImages:
     Attributes:
         rows: int64 [G], the batch row of each.
         index: int64 [G, n], image-token numbers within the row, −1 as padding.
-        quotas: int64 [G], number of tokens to keep in each.
+        quotas: int64 [G], number of tokens to keep in each, in the host's memory.
     """
 
     rows: Tensor
@@ -30,9 +30,11 @@ class StackedImages:
         """From `tokens.images()`."""
         images = tokens.images()
         if not images:
-            return cls(tokens.counts[:0], tokens.image[:0], tokens.counts[:0])
-        index = pad_sequence([image.index for image in images], batch_first=True, padding_value=-1)
-        rows, quotas = (index.new_tensor([getattr(image, name) for image in images]) for name in ("row", "quota"))
+            none = torch.empty(0, dtype=torch.int64)
+            return cls(tokens.counts[:0], tokens.image[:0], none)
+        index = pad_sequence([image.index_on_host for image in images], batch_first=True, padding_value=-1)
+        rows, quotas = (torch.tensor([getattr(image, name) for image in images]) for name in ("row", "quota"))
+        rows, index = (part.to(tokens.device, non_blocking=True) for part in (rows, index))
         return cls(rows, index, quotas)
 
     @property
@@ -50,7 +52,8 @@ class StackedImages:
 
     def mask(self, picks: Tensor, tokens: Tokens) -> Tensor:
         """The picks as bool [batch, N]."""
-        chosen = torch.zeros_like(tokens.exists)
-        for row, numbers in zip(self.rows.tolist(), self.picked(picks), strict=True):
-            chosen[row, numbers] = True
-        return chosen
+        batch, size = tokens.exists.shape
+        chosen = torch.zeros(batch, size + 1, dtype=torch.bool, device=tokens.device)  # the last column is for −1
+        numbers = torch.where(picks < 0, size, self.index.gather(1, picks.clamp(min=0)))
+        chosen[self.rows[:, None], numbers] = True
+        return chosen[:, :size]

@@ -57,9 +57,11 @@ def place(image: ImageTokens, kept: Tensor, weights: Tensor, positions: Position
     if len(weights) > len(kept):
         free = torch.ones(len(image), dtype=torch.bool, device=kept.device)
         free[kept] = False
-        free_slots = free.nonzero().flatten()
-        behind = free_slots[free_slots > (kept.max() if len(kept) else -1)]
-        slots = torch.cat((kept, behind[:1] if len(behind) else free_slots[-1:]))
+        numbers = torch.arange(len(image), device=kept.device)
+        last = kept.amax(0, keepdim=True) if len(kept) else -1
+        behind = torch.where(free & (numbers > last), numbers, len(image)).amin(0, keepdim=True)
+        last_free = torch.where(free, numbers, -1).amax(0, keepdim=True)
+        slots = torch.cat((kept, torch.where(behind < len(image), behind, last_free)))
         origins = torch.cat((origins, origins.new_full((1,), -1)))  # without origin
     if positions == "renumber":
         slots = torch.arange(len(slots), device=slots.device)

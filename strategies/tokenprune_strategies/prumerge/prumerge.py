@@ -117,7 +117,8 @@ class PruMergePlus(PruMerge):
             count = without_extra(number, size)  # half and half, with the exact total (ours)
             top = order[: (count + 1) // 2]
             rest = order[len(top) :].sort().values
-            return torch.cat((top, rest[evenly(count - len(top), len(rest))]))
+            even = torch.tensor(evenly(count - len(top), len(rest)), dtype=torch.int64)
+            return torch.cat((top, rest[even.to(rest.device, non_blocking=True)]))
         ratio = max(self.share(attention), 1 / size)
         top, step = order[: max(1, int(size * ratio))], int(1 / ratio)
         adaptive = self.options.ratio == "adaptive"

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from tokenprune.core.decisions import MergeGroup
 from tokenprune.core.stage import Positions
 from tokenprune.core.tokens import ImageTokens
+from tokenprune_strategies.ops.others import without
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ def zip_crop(crop: ImageTokens, attention: Tensor, keys: Tensor, contextual: int
     weights = attention.new_zeros(contextual, size)
     if contextual:
         # … and every other one joins the target with the most similar key
-        others = rest[~torch.isin(rest, targets)]
+        others = without(rest, targets, size)
         joined = (normalize(keys[others], dim=-1) @ normalize(keys[targets], dim=-1).T).argmax(1)
         weights[joined, others] = 1
         weights /= weights.sum(1, keepdim=True).clamp(min=1)
@@ -84,5 +85,7 @@ def new_tokens(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
     slots = image[: len(origins)]
     if positions == "keep":
         slots = origins.clone()
-        slots[origins < 0] = image[~torch.isin(image, origins)][: len(none)]
+        taken = (image[:, None] == origins).any(1)
+        first = 0 if len(zipped) == 1 else len(dominant)
+        slots[first : first + len(none)] = image[taken.int().argsort(stable=True)[: len(none)]]
     return MergeGroup(zipped[0].crop.row, slots, members, weights, origins)

@@ -61,7 +61,7 @@ class VisionZip(Strategy):
             ]
             parts = groupby(zipped, key=lambda one: one.crop.image)
             groups += [new_tokens(list(image), self.positions) for _, image in parts]
-            cls += [(row, one.crop.index[0]) for one in zipped if one.cls]
+            cls += [(row, int(one.crop.index_on_host[0])) for one in zipped if one.cls]
         scores = tokens.cls_attention.masked_fill(~tokens.exists, float("-inf"))
         merged = Merge.from_groups(tokens, groups, scores=scores)
         assert merged.origin is not None
@@ -70,7 +70,9 @@ class VisionZip(Strategy):
         # tokens without an origin are [CLS], in the order of the crops, row by row
         where = (merged.index >= 0) & (merged.origin < 0)
         if cls:
-            rows[where] = torch.stack([tokens.cls_features[row, token] for row, token in cls]).float()
+            found = torch.stack([tokens.cls_features[row, token] for row, token in cls]).to(rows)
+            number = (where.flatten().cumsum(0) - 1).clamp(min=0).view_as(where)
+            rows = torch.where(where[..., None], found[number], rows)
         return replace(merged, values=tokens.project(rows.to(features.dtype)))
 
     def contextual(self, shares: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -34,7 +35,7 @@ def command(
     from tokenprune.cli.printing import note
     from tokenprune.core.budget import budget_words
     from tokenprune.utils.arguments import whole_number
-    from tokenprune.utils.stopwatch import recorded, summary
+    from tokenprune.utils.stopwatch import rate, recorded, summary
     from tokenprune.utils.threads import checked, choose, using
 
     quiet_loading()
@@ -47,8 +48,10 @@ def command(
     chosen = api.strategy(name, budget, **options)
 
     failed = 0
-    with using(choose(threads)):
+    with ExitStack() as stack:
+        stack.enter_context(using(choose(threads)))
         loaded = load_answering_model(model, dtype=dtype, device=device)
+        times = stack.enter_context(recorded())
         for image in found.paths:
             with unusable(image, found) as problem, recorded() as milliseconds:
                 said = loaded.answer(image, question, strategy=chosen, max_new_tokens=max_new_tokens)
@@ -59,6 +62,9 @@ def command(
             label = f"{chosen.name}{budget_words(chosen)}"
             note(f"{label}: {said.trace.summary(said.row)}" if said.trace else f"{label}: no pruning")
             note(summary(milliseconds))
+    if found.many:
+        note(summary(times))
+        note(f"{len(found.paths) - failed} of {len(found.paths)} answers in {rate(times, len(found.paths))}")
     if failed:
         note(f"error: {failed} of {len(found.paths)} images could not be used")
         raise typer.Exit(1)

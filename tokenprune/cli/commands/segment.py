@@ -29,6 +29,13 @@ class Output(str, Enum):
     json = "json"
 
 
+class Answer(str, Enum):
+    """Who says what is in the image."""
+
+    forced = "forced"
+    generate = "generate"
+
+
 # ruff: noqa: UP045 - Typer reads annotations at run time, on Python 3.10 too: hence Optional
 def command(
     images: Images,
@@ -56,6 +63,24 @@ def command(
     batch_size: Annotated[
         Optional[int], typer.Option(help="Images that run together, of several.", show_default="8; 2 on a CPU")
     ] = None,
+    answer: Annotated[
+        Answer,
+        typer.Option(help="Whether the model's answer is given, as in its evaluation, or the model generates it."),
+    ] = Answer.forced,
+    max_new_tokens: Annotated[
+        Optional[int], typer.Option(help="Limit of a generated answer.", show_default="64")
+    ] = None,
+    no_draft: Annotated[
+        bool, typer.Option("--no-draft", help="Generate token by token; the answer is the same.")
+    ] = False,
+    mask_size: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="Size of the mask, or 'low': as the mask head makes it.",
+            show_default="the image's",
+        ),
+    ] = None,
     output: Annotated[Output, typer.Option("--format", help="Text, or a JSON object for each image.")] = Output.text,
     vision_tower: VisionTower = None,
     dtype: Dtype = None,
@@ -72,7 +97,7 @@ def command(
     from tokenprune.cli.images import find_images, listed_images, words
     from tokenprune.cli.models import load_model, quiet_loading
     from tokenprune.cli.printing import note, say_json, working_first
-    from tokenprune.cli.segmenting import Job, segment_all, segment_one
+    from tokenprune.cli.segmenting import Job, check_options, options_of, segment_all, segment_one
     from tokenprune.errors import OptionError
     from tokenprune.report.files import check_drawing
     from tokenprune.utils.arguments import whole_number
@@ -82,8 +107,11 @@ def command(
     checked(threads, "--threads")
     if batch_size is not None:
         whole_number("--batch-size", batch_size, 1)
+    options_of_model = options_of(answer.value, max_new_tokens, no_draft, mask_size)
     if overlay is not None:
         check_drawing("--overlay")
+        if mask_size is not None:
+            raise OptionError("--mask-size has no effect on --overlay, which draws on the image; leave one out")
     name, budget, options = strategy_request(strategy, option or [], budget)
     if queries is not None:
         if images or query is not None:
@@ -107,11 +135,12 @@ def command(
 
     with using(choose(threads)), working_first(say_json if output is Output.json else typer.echo) as say:
         loaded = load_model(model, vision_tower=vision_tower, dtype=dtype, device=device)
+        check_options(loaded, options_of_model)
         if found.many:
-            failed = segment_all(loaded, jobs, chosen, batch_size, say, output is Output.json)
+            failed = segment_all(loaded, jobs, chosen, batch_size, say, output is Output.json, options_of_model)
         else:
             failed = []
-            segment_one(loaded, jobs[0], chosen, say, output is Output.json)
+            segment_one(loaded, jobs[0], chosen, say, output is Output.json, options_of_model)
     if failed:
         from tokenprune.datasets.files.dataset import listing
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.core.decisions import Decision, Merge
+from tokenprune.core.decisions import Decision, Merge, index_of
 from tokenprune.core.layout import true_positions
 from tokenprune.core.reads import Read
 from tokenprune.core.scheduling.state import TokenState, spread_rows
 from tokenprune.core.stage import Stage
 from tokenprune.core.tokens import Tokens
+from tokenprune.utils.host_copies import on_host
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,21 @@ class RemainingTokens:
         index: int64 [batch, n], their numbers among all image tokens, −1 where a row has fewer.
         origin: int64 [batch, n], the original token whose place each has, −1 for none.
         carried: bool [batch, n, N], the original tokens that contribute to each; None = each only itself.
+        index_on_host: `index` in the host's memory.
     """
 
     index: Tensor
     origin: Tensor
     carried: Tensor | None
+    index_on_host: Tensor
 
     @classmethod
     def of(cls, tokens: Tokens) -> RemainingTokens:
         """Those that are active now."""
-        index = true_positions(tokens.active)
+        known = true_positions(tokens.on_host("active"))
+        index = known.to(tokens.device, non_blocking=True)
         carried = None if tokens.lineage is None else _take(tokens.lineage, index, 1)
-        return cls(index, _take(tokens.origin, index, 1, -1), carried)
+        return cls(index, _take(tokens.origin, index, 1, -1), carried, known)
 
     @property
     def exists(self) -> Tensor:
@@ -86,6 +90,9 @@ class RemainingTokens:
         if scores is not None:
             base = scores.new_full((len(scores), size), float("-inf"))
             scores = spread_rows(scores, self.index, size, base=base)
+        if decision.mask is not None and decision.mask.shape == self.index.shape:
+            marked = spread_rows(decision.mask, self.index, size)
+            return replace(decision, index=index_of(marked), scores=scores)
         moved = replace(decision, index=self._numbers(decision.index), scores=scores)
         if not isinstance(moved, Merge):
             return moved
@@ -108,7 +115,7 @@ class PartTokens(Tokens):
             stage=stage.name,
             layout=whole._layout,
             state=self.left_state,
-            target=whole.target,
+            target=whole._target,
             memory=memory,
             seed=whole._seed,
             reads=stage.reads,
@@ -122,6 +129,14 @@ class PartTokens(Tokens):
     def image(self) -> Tensor:
         """See `Tokens`."""
         return _take(self._whole.image, self._left.index, 1, -1)
+
+    def on_host(self, name: str) -> Tensor:
+        """See `Tokens`; others than "active" and "image" are waited for."""
+        if name in ("active", "image"):
+            return _take(self._whole.on_host(name), self._left.index_on_host, 1, -1 if name == "image" else 0)
+        if name not in self._hosted:
+            (self._hosted[name],) = on_host(getattr(self, name))
+        return self._hosted[name]
 
     @cached_property
     def grid(self) -> Tensor:

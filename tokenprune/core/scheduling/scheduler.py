@@ -19,8 +19,8 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
 from tokenprune.core.reads import Read
 from tokenprune.core.scheduling.plan import PlannedStage, RowGroup, plan
-from tokenprune.core.scheduling.state import TokenState
-from tokenprune.core.scheduling.validation import check_decision, check_target
+from tokenprune.core.scheduling.state import TokenState, in_range
+from tokenprune.core.scheduling.validation import check_target, decision_checks
 from tokenprune.core.stage import Positions, Shape, Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.tokens import Tokens
@@ -28,6 +28,7 @@ from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed_strategy
 from tokenprune.plugins.readonly import LeakDetector
+from tokenprune.utils.host_copies import on_host
 from tokenprune.utils.torch_state import same_settings
 
 
@@ -42,6 +43,7 @@ class TokenScheduler(ABC):
         model: name of the model, for messages.
         layout: of the batch.
         state: the current state of the image tokens.
+        active: bool [batch, N], `state.active` in the host's memory.
         trace: of all stages so far.
     """
 
@@ -59,8 +61,9 @@ class TokenScheduler(ABC):
         strict: bool = False,
     ) -> None:
         """Raises IncompatibleError if a stage requires a read that is not provided, and the errors of `plan`."""
-        counts = layout.counts.tolist()
-        others = (layout.prompt.sum(1) - layout.counts).tolist()  # budgets and counts are of the prompt
+        known = layout.on_host
+        counts = known.counts.tolist()
+        others = (known.prompt.sum(1) - known.counts).tolist()  # budgets and counts are of the prompt
         shapes = [Shape(layers, n, t, tower_layers, self.offers(), heads) for n, t in zip(counts, others, strict=True)]
         self.model, self.layout, self.layers, self.seed, self.strict = model, layout, layers, seed, strict
         self._tell = tell or _ignore
@@ -70,7 +73,9 @@ class TokenScheduler(ABC):
             self._due.setdefault(planned.stage.layer, []).append(planned)
         exists = layout.slots >= 0
         self.state = TokenState.start(exists)
+        self.active = known.slots >= 0
         self._counts = tuple(counts)
+        self._marks: list[tuple[RowGroup, str, Tensor]] = []
         self._leaks = LeakDetector()
         policies: dict[str, str] = {"positions": self._position_policy()}
         ledger = Ledger(tuple(counts), tuple(others), sequence=layout.valid.shape[1])
@@ -143,16 +148,29 @@ class TokenScheduler(ABC):
         stage, group, name = planned.stage, planned.group, self.strategy.name
         self._tell("tokenprune_stage_entered", stage=stage)
         before = self.state if group.whole else self.state.only(group.rows, group.size)
-        target = planned.target.to(before.exists.device)
-        answer = self._chosen(planned, self._view(planned, before, target))
-        decision = check_decision(answer, before, who=name, stage=stage.name, width=self.width, dtype=self.dtype)
-        state = before.after(decision)
-        check_target(state, target, who=name, stage=stage.name)
+        here = self.active if group.whole else self.active[:, : group.size] & group.rows[:, None]
+        answer = self._chosen(planned, self._view(planned, before, planned.target, here))
+        decision, checks = decision_checks(
+            answer, before, who=name, stage=stage.name, width=self.width, dtype=self.dtype
+        )
+        # the state is made before the checks are read, since all that the host asks for is read at once
+        state = before.after(in_range(decision, before.exists.shape[1]))
+        found, active, *marks = on_host(checks.found(), state.active, *(rows for _, _, rows in self._marks))
+        checks.verify(found)
+        check_target(active.sum(1).tolist(), planned.target.tolist(), who=name, stage=stage.name)
+        for (own, query, _), rows in zip(self._marks, marks, strict=True):
+            self._mark(own, query, rows)
+        self._marks.clear()
         values = self._merge(decision) if isinstance(decision, Merge) and decision.values is None else decision.values
         if values is not None:
             self.write(decision.index, values)
         self.state = state if group.whole else self.state.replaced(group.rows, state)
-        self._counts = tuple(self.state.active.sum(1).tolist())
+        if group.whole:
+            self.active = active
+        else:
+            self.active = self.active.clone()
+            self.active[group.rows, : active.shape[1]] = active[group.rows]
+        self._counts = tuple(self.active.sum(1).tolist())
         self.settle(planned)
         self._record(stage, group, decision)
 
@@ -202,19 +220,20 @@ class TokenScheduler(ABC):
         self.trace.ledger.merge_weights += weights.numel()
         return torch.einsum("bkj,bjd->bkd", weights.to(hidden.dtype), hidden)
 
-    def _view(self, planned: PlannedStage, state: TokenState, target: Tensor) -> Tokens:
+    def _view(self, planned: PlannedStage, state: TokenState, target: Tensor, active: Tensor | None = None) -> Tokens:
         group = planned.group
         return Tokens(
             stage=planned.stage.name,
             stages=planned.own,
             layout=self.layout if group.whole else self.layout.only(group.rows),
             state=state,
+            active=active,
             target=target,
             memory=group.memory,
             seed=self.seed,
             reads=planned.stage.reads,
             provide=partial(self._provided, group, state.exists),
-            mark=partial(self._mark, group),
+            mark=partial(self._note_mark, group),
             strict=self.strict,
         )
 
@@ -223,21 +242,22 @@ class TokenScheduler(ABC):
         if group.whole or read.axis is None:
             return value
         value = value.narrow(read.axis, 0, exists.shape[1])
-        others = ~group.rows.to(value.device).reshape(-1, *[1] * (value.dim() - 1))
+        others = ~group.rows.to(value.device, non_blocking=True).reshape(-1, *[1] * (value.dim() - 1))
         return value.masked_fill(others, read.missing)
 
-    def _mark(self, group: RowGroup, name: str, rows: Tensor) -> None:
-        text = self.layout.text_slots
+    def _note_mark(self, group: RowGroup, name: str, rows: Tensor) -> None:
+        text = self.layout.on_host.text_slots
         if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != text.shape:
             found = f"{list(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows).__name__
             raise PluginError(f"tokens.mark({name!r}) was given {found}; expected bool [batch, T] = {list(text.shape)}")
+        self._marks.append((group, name, rows.clone()))
+
+    def _mark(self, group: RowGroup, name: str, rows: Tensor) -> None:
         if not group.whole:  # what other groups marked, or else any token: every row needs one
-            others = (
-                self.layout.gather_text(self.layout.queries[name])
-                if name in self.layout.queries
-                else text == text[:, :1]
-            )
-            rows = torch.where(group.rows.to(rows.device)[:, None], rows, others)
+            known = self.layout.on_host
+            text = known.text_slots
+            others = known.gather_text(known.queries[name]) if name in known.queries else text == text[:, :1]
+            rows = torch.where(group.rows[:, None], rows, others)
         self.layout = self.layout.marked(name, rows)
 
     def _record(self, stage: Stage, group: RowGroup, decision: Decision) -> None:
@@ -260,7 +280,7 @@ class TokenScheduler(ABC):
             state.mass,
             scores,
             state.lineage,
-            None if group.whole else group.rows.to(state.exists.device),
+            None if group.whole else group.rows.to(state.exists.device, non_blocking=True),
         )
         self.trace.stages.append(record)
         self._tell("tokenprune_decision_taken", stage=record, decision=decision)

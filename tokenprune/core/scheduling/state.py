@@ -60,10 +60,10 @@ class TokenState:
         """The state that a strategy sees when it chooses for some of the rows: the others have no tokens.
 
         Args:
-            rows: bool [batch].
+            rows: bool [batch], in the host's memory.
             size: the largest number of tokens in one of these rows.
         """
-        here = rows.to(self.exists.device)[:, None]
+        here = rows.to(self.exists.device, non_blocking=True)[:, None]
 
         def cut(values: Tensor, missing: int = 0) -> Tensor:
             return torch.where(here, values[:, :size], missing)
@@ -74,7 +74,7 @@ class TokenState:
 
     def replaced(self, rows: Tensor, part: TokenState) -> TokenState:
         """This state with `rows` taken from `part`; see `only`."""
-        size, here = part.exists.shape[1], rows.to(self.exists.device)[:, None]
+        size, here = part.exists.shape[1], rows.to(self.exists.device, non_blocking=True)[:, None]
 
         def joined(values: Tensor, new: Tensor) -> Tensor:
             return torch.cat((torch.where(here, new, values[:, :size]), values[:, size:]), 1)
@@ -91,7 +91,7 @@ class TokenState:
 
     def after(self, decision: Decision) -> TokenState:
         """The state after a (validated) decision."""
-        chosen = as_mask(decision.index, self.exists.shape[1])
+        chosen = chosen_tokens(decision, self.exists)
         if isinstance(decision, Restore):
             return replace(self, active=self.active | chosen, parked=self.parked & ~chosen)
         if isinstance(decision, Merge):
@@ -127,6 +127,25 @@ class TokenState:
             origin=torch.where(chosen, placed, self.origin),
             lineage=(lineage & chosen[:, :, None]) | kept_parked,
         )
+
+
+def chosen_tokens(decision: Decision, exists: Tensor) -> Tensor:
+    """bool [batch, N] like `exists`: the tokens that a decision names; numbers out of range count as the nearest."""
+    size, mask = exists.shape[1], decision.mask
+    if mask is not None and mask.shape == exists.shape and mask.device == exists.device:
+        return mask
+    return as_mask(decision.index.clamp(-1, size - 1), size)
+
+
+def in_range(decision: Decision, size: int) -> Decision:
+    """A decision whose numbers out of range are replaced by the nearest in range.
+
+    A device that is given others fails for good, even if the decision is refused afterwards.
+    """
+    if not isinstance(decision, Merge):
+        return decision
+    origin = None if decision.origin is None else decision.origin.clamp(-1, size - 1)
+    return replace(decision, index=decision.index.clamp(-1, size - 1), origin=origin)
 
 
 def as_mask(index: Tensor, size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -10,11 +10,35 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
-from tokenprune.core.scheduling.state import TokenState, as_mask
+from tokenprune.core.scheduling.state import TokenState, chosen_tokens
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed
+from tokenprune.utils.host_copies import on_host
 
 _Refuse: TypeAlias = Callable[[str, str], PluginError]
+
+
+class ValueChecks:
+    """What is wrong with a decision if certain values are True. All are read together: the host waits for each read."""
+
+    def __init__(self) -> None:
+        self._wrong: list[Tensor] = []
+        self._errors: list[Callable[[], PluginError]] = []
+
+    def add(self, wrong: Tensor, error: Callable[[], PluginError]) -> None:
+        """Add a check: `error` makes the error if any entry of bool `wrong` is True."""
+        self._wrong.append(wrong.any())
+        self._errors.append(error)
+
+    def found(self) -> Tensor:
+        """bool [checks]: which failed, on the decision's device."""
+        return torch.stack(self._wrong)
+
+    def verify(self, found: Tensor) -> None:
+        """Raise the first error, given `found` in the host's memory."""
+        for failed, error in zip(found.tolist(), self._errors, strict=True):
+            if failed:
+                raise error()
 
 
 def check_decision(
@@ -26,7 +50,22 @@ def check_decision(
     width: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Decision:
-    """The decision, if it is valid.
+    """The decision, if it is valid; arguments and errors as for `decision_checks`."""
+    checked, checks = decision_checks(decision, state, who=who, stage=stage, width=width, dtype=dtype)
+    checks.verify(*on_host(checks.found()))
+    return checked
+
+
+def decision_checks(
+    decision: object,
+    state: TokenState,
+    *,
+    who: str,
+    stage: str,
+    width: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Decision, ValueChecks]:
+    """The decision, if its kind and the shapes of its tensors are valid, and the checks of their values.
 
     Args:
         decision: what `choose` returned.
@@ -39,46 +78,47 @@ def check_decision(
     Raises:
         PluginError: the decision is not valid; names strategy, stage, what was found and what was expected.
     """
-    refuse = partial(_refusal, who, stage)
+    refuse, checks = partial(_refusal, who, stage), ValueChecks()
     if not isinstance(decision, (Keep, Restore, Merge)):
         raise refuse(f"choose() returned {type(decision).__name__}", "a Keep, Restore or Merge decision")
     with blamed(lambda found: refuse(f"the check of the decision's tensors failed with {found}", "ordinary tensors")):
-        _check_index(decision.index, state.exists, refuse)
+        _check_index(decision, state.exists, refuse, checks)
         if isinstance(decision, (Keep, Merge)) and decision.rest not in ("drop", "park"):
             raise refuse(f"{type(decision).__name__}(rest={decision.rest!r})", "rest='drop' or rest='park'")
         pool, what = (state.parked, "parked") if isinstance(decision, Restore) else (state.active, "active")
-        chosen = as_mask(decision.index, state.exists.shape[1])
-        if (chosen & ~pool).any():
-            row, token = (chosen & ~pool).nonzero()[0].tolist()
-            raise refuse(f"image token {token} of batch row {row} chosen, which is not {what}", f"{what} tokens only")
-        _check_floats(decision, state, width, dtype, refuse)
+        outside = chosen_tokens(decision, state.exists) & ~pool
+
+        def absent() -> PluginError:
+            row, token = _first(outside)
+            return refuse(f"image token {token} of batch row {row} chosen, which is not {what}", f"{what} tokens only")
+
+        checks.add(outside, absent)
+        _check_floats(decision, state, width, dtype, refuse, checks)
         if isinstance(decision, Merge):
-            _check_merge(decision, state, dtype, refuse)
-    return decision
+            _check_merge(decision, state, dtype, refuse, checks)
+    return decision, checks
 
 
-def check_target(state: TokenState, target: Tensor, *, who: str, stage: str) -> None:
+def check_target(active: Sequence[int], target: Sequence[int], *, who: str, stage: str) -> None:
     """Check the state after a decision against the declared number of tokens.
 
     Args:
-        state: the tokens after the decision.
-        target: int64 [batch], declared active tokens, −1 where none was declared.
+        active: active tokens of each batch row after the decision.
+        target: those declared, −1 where none was declared.
         who: strategy name, for messages.
         stage: stage name, for messages.
 
     Raises:
         PluginError: another number of active tokens.
     """
-    active = state.active.sum(1)
-    wrong = ((target >= 0) & (active != target)).nonzero().flatten().tolist()
-    if wrong:
-        row = wrong[0]
-        raise _refusal(
-            who,
-            stage,
-            f"{int(active[row])} active tokens in batch row {row} after the choice",
-            f"the {int(target[row])} that the stage declared",
-        )
+    for row, (found, expected) in enumerate(zip(active, target, strict=True)):
+        if expected not in (-1, found):
+            raise _refusal(
+                who,
+                stage,
+                f"{found} active tokens in batch row {row} after the choice",
+                f"the {expected} that the stage declared",
+            )
 
 
 def _refusal(who: str, stage: str, found: str, expected: str) -> PluginError:
@@ -95,54 +135,67 @@ def _check_tensor(name: str, value: object, device: torch.device, refuse: _Refus
         raise refuse(f"{name} is on {value.device}", f"{device}, where the tokens are (tokens.device)")
 
 
-def _check_index(index: Tensor, exists: Tensor, refuse: _Refuse) -> None:
+def _check_index(decision: Decision, exists: Tensor, refuse: _Refuse, checks: ValueChecks) -> None:
     batch, size = exists.shape
+    if decision.mask is not None and decision.mask.shape == exists.shape and decision.mask.device == exists.device:
+        return  # its numbers are in range, in order and different
+    index = decision.index
     _check_tensor("index", index, exists.device, refuse)
     if index.dtype != torch.int64 or index.dim() != 2 or len(index) != batch:
         raise refuse(f"index is {list(index.shape)} {index.dtype}", f"int64 [batch = {batch}, k]")
-    if index.numel() == 0:
-        return
-    low, high = int(index.min()), int(index.max())
-    if low < -1 or high >= size:
-        raise refuse(
+    before, after = index[:, :-1], index[:, 1:]
+
+    def out_of_range() -> PluginError:
+        low, high = int(index.min()), int(index.max())
+        return refuse(
             f"index out of range: {low if low < -1 else high}", f"image-token numbers 0 … {size - 1}, −1 as padding"
         )
-    before, after = index[:, :-1], index[:, 1:]
-    if ((before < 0) & (after >= 0)).any():
-        raise refuse("−1 before a token number", "the padding −1 at the end of a row")
-    ordered = index.sort(1).values
-    if found := _first((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)):
-        row, place = found
-        raise refuse(f"image token {int(ordered[row, place])} twice in batch row {row}", "every token once")
-    if found := _first((after >= 0) & (after < before)):
-        row, place = found
-        found_order = (
-            f"unsorted token numbers, {int(before[row, place])} before {int(after[row, place])} in batch row {row}"
-        )
-        raise refuse(found_order, "ascending order (use torch.sort, Keep.top or Keep.where)")
+
+    def out_of_order() -> PluginError:
+        if bool(((before < 0) & (after >= 0)).any()):
+            return refuse("−1 before a token number", "the padding −1 at the end of a row")
+        ordered = index.sort(1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if bool(twice.any()):
+            row, place = _first(twice)
+            return refuse(f"image token {int(ordered[row, place])} twice in batch row {row}", "every token once")
+        row, place = _first((after >= 0) & (after < before))
+        found = f"unsorted token numbers, {int(before[row, place])} before {int(after[row, place])} in batch row {row}"
+        return refuse(found, "ascending order (use torch.sort, Keep.top or Keep.where)")
+
+    checks.add((index < -1) | (index >= size), out_of_range)
+    checks.add((after >= 0) & ((before < 0) | (after <= before)), out_of_order)
 
 
-def _first(wrong: Tensor) -> list[int] | None:
-    """The first place where a mask holds, or None."""
-    places: list[list[int]] = wrong.nonzero()[:1].tolist()
-    return places[0] if places else None
+def _first(wrong: Tensor) -> list[int]:
+    """The first place where a mask holds."""
+    place: list[int] = wrong.nonzero()[0].tolist()
+    return place
 
 
 def _check_floats(
-    decision: Decision, state: TokenState, width: int | None, dtype: torch.dtype | None, refuse: _Refuse
+    decision: Decision,
+    state: TokenState,
+    width: int | None,
+    dtype: torch.dtype | None,
+    refuse: _Refuse,
+    checks: ValueChecks,
 ) -> None:
-    device = state.exists.device
-    if decision.scores is not None:
-        _check_tensor("scores", decision.scores, device, refuse)
-        if decision.scores.shape != state.exists.shape:
-            raise refuse(f"scores of shape {list(decision.scores.shape)}", f"[batch, N] = {list(state.exists.shape)}")
-        if decision.scores.is_complex():
-            raise refuse(f"scores are {decision.scores.dtype}", "real numbers")
-        if found := _first(torch.isnan(decision.scores)):
-            row, token = found
-            found_nan = f"NaN among the scores, at image token {token} of batch row {row}"
-            raise refuse(found_nan, "numbers; −inf means never")
-    values = decision.values
+    device, scores, values = state.exists.device, decision.scores, decision.values
+    if scores is not None:
+        _check_tensor("scores", scores, device, refuse)
+        if scores.shape != state.exists.shape:
+            raise refuse(f"scores of shape {list(scores.shape)}", f"[batch, N] = {list(state.exists.shape)}")
+        if scores.is_complex():
+            raise refuse(f"scores are {scores.dtype}", "real numbers")
+        missing = torch.isnan(scores)
+
+        def not_a_number() -> PluginError:
+            row, token = _first(missing)
+            found = f"NaN among the scores, at image token {token} of batch row {row}"
+            return refuse(found, "numbers; −inf means never")
+
+        checks.add(missing, not_a_number)
     if values is not None:
         _check_tensor("values", values, device, refuse)
         wanted = [*decision.index.shape, width if width is not None else values.shape[-1]]
@@ -150,11 +203,14 @@ def _check_floats(
             raise refuse(f"values of shape {list(values.shape)}", f"[batch, k, width] = {wanted}")
         if not values.is_floating_point():
             raise refuse(f"values are {values.dtype}", "floating point")
-        if not _finite(values[decision.index >= 0], dtype):
-            raise refuse("NaN or infinity among the values", f"states that are finite{_in(dtype)}")
+        expected = f"states that are finite{_in(dtype)}"
+        wrong = ~_finite(values, dtype).all(-1) & (decision.index >= 0)
+        checks.add(wrong, lambda: refuse("NaN or infinity among the values", expected))
 
 
-def _check_merge(decision: Merge, state: TokenState, dtype: torch.dtype | None, refuse: _Refuse) -> None:
+def _check_merge(
+    decision: Merge, state: TokenState, dtype: torch.dtype | None, refuse: _Refuse, checks: ValueChecks
+) -> None:
     weights, device, size = decision.weights, state.exists.device, state.exists.shape[1]
     _check_tensor("weights", weights, device, refuse)
     wanted = [*decision.index.shape, size]
@@ -163,36 +219,44 @@ def _check_merge(decision: Merge, state: TokenState, dtype: torch.dtype | None, 
     if not weights.is_floating_point():
         raise refuse(f"weights are {weights.dtype}", "floating point")
     if decision.origin is not None:
-        _check_origin(decision.origin, decision.index, size, refuse)
+        _check_origin(decision.origin, decision.index, size, refuse, checks)
     real = weights.masked_fill((decision.index < 0)[..., None], 0)
-    if found := _first(real.ne(0) & ~state.active[:, None, :]):
-        row, _, token = found
-        raise refuse(f"a weight on image token {token} of batch row {row}, which is not active", "weights of 0 there")
-    if not _finite(real, dtype):
-        raise refuse("NaN or infinity among the weights", f"numbers that are finite{_in(dtype)}")
-    if decision.conserves_mass:
-        given, counted = real.sum(1), state.active
-        if decision.rest == "park":
-            counted = counted & (as_mask(decision.index, size) | real.ne(0).any(1))
-        if found := _first(((given - 1).abs() > 1e-4) & counted):
-            row, token = found
-            share = f"image token {token} of batch row {row} goes {float(given[row, token]):.3f} times into those kept"
-            expected = "weights that sum to 1 over k for every active token"
-            raise refuse(f"a merge that says it conserves mass but does not: {share}", expected)
+    inactive = real.ne(0) & ~state.active[:, None, :]
+
+    def not_active() -> PluginError:
+        row, _, token = _first(inactive)
+        return refuse(f"a weight on image token {token} of batch row {row}, which is not active", "weights of 0 there")
+
+    checks.add(inactive, not_active)
+    expected = f"numbers that are finite{_in(dtype)}"
+    checks.add(~_finite(real, dtype), lambda: refuse("NaN or infinity among the weights", expected))
+    if not decision.conserves_mass:
+        return
+    given, counted = real.sum(1), state.active
+    if decision.rest == "park":
+        counted = counted & (chosen_tokens(decision, state.exists) | real.ne(0).any(1))
+    wrong = ((given - 1).abs() > 1e-4) & counted
+
+    def not_conserved() -> PluginError:
+        row, token = _first(wrong)
+        share = f"image token {token} of batch row {row} goes {float(given[row, token]):.3f} times into those kept"
+        sums = "weights that sum to 1 over k for every active token"
+        return refuse(f"a merge that says it conserves mass but does not: {share}", sums)
+
+    checks.add(wrong, not_conserved)
 
 
-def _check_origin(origin: Tensor, index: Tensor, size: int, refuse: _Refuse) -> None:
+def _check_origin(origin: Tensor, index: Tensor, size: int, refuse: _Refuse, checks: ValueChecks) -> None:
     _check_tensor("origin", origin, index.device, refuse)
     if origin.shape != index.shape or origin.dtype != torch.int64:
         raise refuse(f"origin is {list(origin.shape)} {origin.dtype}", f"int64 {list(index.shape)} like index")
     outside = (origin < -1) | (origin >= size)
-    if outside.any():
-        found = int(origin[outside][0])
-        raise refuse(f"origin out of range: {found}", f"image-token numbers 0 … {size - 1}, −1 for no place")
+    expected = f"image-token numbers 0 … {size - 1}, −1 for no place"
+    checks.add(outside, lambda: refuse(f"origin out of range: {int(origin[outside][0])}", expected))
 
 
-def _finite(values: Tensor, dtype: torch.dtype | None) -> bool:
-    return bool(torch.isfinite(values if dtype is None else values.to(dtype)).all())
+def _finite(values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.isfinite(values if dtype is None else values.to(dtype))
 
 
 def _in(dtype: torch.dtype | None) -> str:

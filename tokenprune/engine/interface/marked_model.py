@@ -132,15 +132,18 @@ class _PromptMarks(PromptMasks):
         Raises:
             InputError: masks that do not match the input, or another prompt.
         """
-        image, (batch, length) = self.image_tokens, hidden.shape[:2]
+        image, (batch, length) = self.image_tokens, hidden.shape[:2]  # of any type: the caller's
         if not isinstance(image, Tensor) or image.dim() != 2 or not len(image) or batch % len(image):
             return super().layout(hidden, attention_mask)  # raises the error
         rows, own = image.shape
-        fingerprint = self._fingerprint(hidden)
+        masks, (attention_mask, numbers) = self.on_host(attention_mask, _numbers(hidden[:, :own]))
+        marked = masks.image_tokens.bool().repeat_interleave(batch // rows, 0)
+        # only text: image features are recomputed in each call and need not be bit-identical
+        fingerprint = numbers.masked_fill(marked[:, : numbers.shape[1]], 0)
         same = self.seen.prompt is not None and torch.equal(fingerprint, self.seen.prompt)
         if self.others and not same:
             text = torch.zeros(batch, length, dtype=torch.bool)
-            return PromptMasks(text, attention_mask=self.attention_mask).layout(hidden, attention_mask)
+            return PromptMasks(text, attention_mask=masks.attention_mask).layout(hidden, attention_mask)
         if length != own and not same:
             raise InputError(
                 f"image_tokens: the mask of shape {[rows, own]} does not match a forward of {[batch, length]}, which "
@@ -154,13 +157,11 @@ class _PromptMarks(PromptMasks):
                 "prompts, each repeated; pass a mask with one row for each row of the batch"
             )
         self.seen.prompt = fingerprint
-        return super().layout(hidden, attention_mask)
+        return PromptMasks.layout(masks, hidden, attention_mask)
 
-    def _fingerprint(self, hidden: Tensor) -> Tensor:
-        rows, own = self.image_tokens.shape
-        # bits as integers: their sum does not depend on the order of addition, and NaN equals itself
-        tokens = hidden[:, :own].detach()
-        numbers = tokens.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()]).sum(-1)
-        image = self.image_tokens.to(hidden.device, torch.bool).repeat_interleave(len(hidden) // rows, 0)
-        # only text: image features are recomputed in each call and need not be bit-identical
-        return numbers.masked_fill(image[:, : numbers.shape[1]], 0)
+
+def _numbers(tokens: Tensor) -> Tensor:
+    """int64 [batch, n]: the sum of each embedding's bits."""
+    tokens = tokens.detach()
+    # bits as integers: their sum does not depend on the order of addition, and NaN equals itself
+    return tokens.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()]).sum(-1)

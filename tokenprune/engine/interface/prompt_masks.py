@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.errors import InputError
+from tokenprune.utils.host_copies import on_host
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class PromptMasks:
         attention_mask: 0 on padding; None = the decoder's own argument.
         drafted: bool, True on the tokens of an expected answer after the prompt, see `SequenceLayout.drafted`.
         source: who created the masks, for messages; empty = the caller.
+        shared: how many columns from a row's first token on are the same in all rows, as those of several prompts about
+            one image are; they are computed once where that is possible, see `tokenprune.engine.shared_prefix`.
     """
 
     image_tokens: Tensor
@@ -33,6 +37,7 @@ class PromptMasks:
     attention_mask: Tensor | None = None
     drafted: Tensor | None = None
     source: str = ""
+    shared: int = 0
 
     def layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
         """The layout of a prefill.
@@ -44,11 +49,26 @@ class PromptMasks:
         Raises:
             InputError: masks that do not match the input.
         """
+        masks, (attention_mask,) = self.on_host(attention_mask)
+        return masks._layout(hidden, attention_mask).to(hidden.device)
+
+    def on_host(self, *others: Tensor | None) -> tuple[PromptMasks, list[Any]]:
+        """These masks, and other tensors, in the host's memory: copied together, since the host waits for each copy."""
+        names = ("image_tokens", "grid", "image_number", "attention_mask", "drafted")
+        given = [*others, *(getattr(self, name) for name in names), *self.queries.values()]
+        copies = iter(on_host(*(one for one in given if isinstance(one, Tensor))))
+        found = [next(copies) if isinstance(one, Tensor) else one for one in given]
+        first, queries = len(others), len(others) + len(names)
+        own: dict[str, Any] = dict(zip(names, found[first:queries], strict=True))
+        rows = dict(zip(self.queries, found[queries:], strict=True))
+        return replace(self, **own, queries=rows), found[:first]
+
+    def _layout(self, hidden: Tensor, attention_mask: Tensor | None) -> SequenceLayout:
         batch, length = hidden.shape[:2]
 
         def fit(name: str, mask: Tensor, fill: int) -> Tensor:
             _check(name, mask)
-            return _fit(name, mask.to(hidden.device), batch, length, fill)
+            return _fit(name, mask, batch, length, fill)
 
         def optional(name: str, values: Tensor | None) -> Tensor | None:
             if values is None:

@@ -15,7 +15,8 @@ from tokenprune.datasets.validation import numbered_scenes
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.report.page.data import Group, Study
 from tokenprune.report.page.pictures import image_uri, mask_uri, packed_cells
-from tokenprune.sweeps.config import DatasetEntry, SweepConfig
+from tokenprune.sweeps.config import SweepConfig
+from tokenprune.sweeps.entries import DatasetEntry
 from tokenprune.sweeps.fingerprint import of_scene, same_scene
 from tokenprune.sweeps.plan import groups_of
 from tokenprune.sweeps.results import stored_masks

@@ -13,8 +13,9 @@ from tokenprune.core.budget import checked_budget
 from tokenprune.core.by_name import parse_text
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.contenders import Contender
-from tokenprune.sweeps.config import MAX_SEED, DatasetEntry, ModelEntry, SweepConfig, read_config
+from tokenprune.sweeps.config import MAX_SEED, SweepConfig, read_config
 from tokenprune.sweeps.data_check import Data, warned_once
+from tokenprune.sweeps.entries import DatasetEntry, ModelEntry
 from tokenprune.sweeps.fingerprint import image_of
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Configuration, Group, configuration_of
@@ -173,7 +174,7 @@ class _Runs:
         self.group = Group(*entry, group.seed, (configuration_of(*entry, default, group.seed),))
         self.store, self._accept, self._data = store, accept_changes, Data(group.dataset)
         self._data.check(store, self.group, limit)
-        self.worker = Worker(self.group, limit, keep_masks=False, models=models)
+        self.worker = Worker(self.group, limit, keep_masks=False, models=models, data=self._data.dataset)
         self._asked: list[tuple[int, int]] | None = None
 
     def outcomes(self, contenders: Sequence[Contender]) -> list[Outcome]:

@@ -11,7 +11,9 @@ import torch
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import BudgetError, EngineError, InputError, PluginError, TokenPruneError
+from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.segmentation.data import Answered, Segmentation, SegmenterInputs
+from tokenprune_adapters.segmentation.drafts import AnswerDrafts
 from tokenprune_adapters.segmentation.many.joined import joined
 from tokenprune_adapters.segmentation.sam.masks import MaskSize
 
@@ -30,6 +32,7 @@ class Settings:
     strategy: Strategy | None
     answer: Literal["forced", "generate"]
     max_new_tokens: int
+    draft: AnswerDrafts
     batch_size: int
     mask_size: MaskSize
     keep_logits: bool
@@ -42,7 +45,7 @@ class Ready:
     Args:
         query: as the user gave it.
         prompts: whole prompts.
-        prepared: from `Segmenter.prepare_image`.
+        prepared: from `Segmenter.prepare_image`, or what `Segmenter.encode_image` returned.
     """
 
     query: str | list[str]
@@ -80,7 +83,10 @@ def run_batch(model: Segmenter, images: Sequence[Ready], settings: Settings) -> 
 
 
 def _encoded(model: Segmenter, images: Sequence[Ready]) -> list[Any]:
-    return model.encode_prepared([image.prepared for image in images]) if images else []
+    """The images after the towers, which run on those that are not encoded yet."""
+    prepared = [image.prepared for image in images if isinstance(image.prepared, model.prepared_type)]
+    fresh = iter(model.encode_prepared(prepared) if prepared else ())
+    return [next(fresh) if isinstance(image.prepared, model.prepared_type) else image.prepared for image in images]
 
 
 def _alone(
@@ -122,10 +128,12 @@ def _run(
         answered = model.answer(
             joined(parts, model.tokenizer.pad_id, generate),
             max_new_tokens=settings.max_new_tokens if generate else None,
+            draft=settings.draft,
         )
     ends = list(accumulate(len(part.prompts) for part in parts))
     owners = [next(owner for owner, end in enumerate(ends) if row < end) for row in answered.rows]
-    low_res, scores = model.low_res_logits_of(answered.states, [part.encoded for part in parts], owners)
+    with stage("mask decoder"):
+        low_res, scores = model.low_res_logits_of(answered.states, [part.encoded for part in parts], owners)
     results, first = [], 0  # first mask of the image; masks are in order of rows
     for owner, (number, part, end) in enumerate(zip(group, parts, ends, strict=True)):
         masks = slice(first, first + owners.count(owner))
@@ -141,8 +149,10 @@ def _run(
             size=settings.mask_size,
             keep_logits=settings.keep_logits,
         )
-        rows = [row + end - len(part.prompts) for row in own.rows]  # those of the trace
-        results.append(replace(model.by_query(result, query, settings.answer), row_index=rows))
+        before = end - len(part.prompts)  # rows of the trace
+        result = model.by_query(result, query, settings.answer)
+        rows = [row + before for row in own.rows]
+        results.append(replace(result, row_index=rows, prompt_rows=list(range(before, end))))
     return results
 
 

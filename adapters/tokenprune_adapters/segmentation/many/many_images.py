@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import OptionError
 from tokenprune.utils.arguments import one_of, shown, whole_number
-from tokenprune.utils.images import ImageInput
+from tokenprune_adapters.segmentation.drafts import Draft
 from tokenprune_adapters.segmentation.many.batch import Settings
 from tokenprune_adapters.segmentation.many.stream import ImageResult, stream
 from tokenprune_adapters.segmentation.sam import masks as sam_masks
@@ -22,7 +22,7 @@ class ManyImages:
 
     def segment_many(
         self,
-        requests: Iterable[tuple[ImageInput, str | Sequence[str]]],
+        requests: Iterable[tuple[Any, str | Sequence[str]]],
         strategy: Strategy | None = None,
         answer: Literal["forced", "generate"] = "forced",
         *,
@@ -32,6 +32,7 @@ class ManyImages:
         keep_logits: bool = False,
         on_error: Literal["return", "raise"] = "return",
         max_new_tokens: int = 64,
+        draft: Draft = True,
     ) -> Iterator[ImageResult]:
         """Masks for many images, each with its own query or queries, in order.
 
@@ -42,7 +43,7 @@ class ManyImages:
 
         Args:
             requests: pairs (image, query) or (image, [query, …]), from a list or a generator; taken one by one. Images
-                are as in `segment`, but not encoded.
+                are as in `segment`.
             strategy: as in `segment`.
             answer: as in `segment`.
             batch_size: images per run of the towers, and largest number of rows of a prefill (an image with more
@@ -53,14 +54,14 @@ class ManyImages:
             keep_logits: whether results have `mask_logits`, which are four times as large as masks.
             on_error: "return" gives a result with the error for an image or query that cannot be used, and continues;
                 "raise" raises it.
-            max_new_tokens: as in `segment`.
+            max_new_tokens, draft: as in `segment`.
 
         Returns:
             An iterator of `ImageResult`: `index`, `image`, and `result` (as from `segment`) or `error`. The images of a
             prefill share its `trace`; `row_index` gives the row of each mask in it.
 
         Raises:
-            OptionError: an argument is not as described; raised at once.
+            OptionError, InputError: an argument is not as described; raised at once.
             IncompatibleError: the strategy is incompatible with the model; raised at once.
 
         Example:
@@ -82,6 +83,7 @@ class ManyImages:
             strategy=strategy,
             answer=answer,
             max_new_tokens=whole_number("max_new_tokens", max_new_tokens, 1),
+            draft=model.expected(draft),
             batch_size=_usual_batch(model) if batch_size is None else whole_number("batch_size", batch_size, 1),
             mask_size=sam_masks.checked_mask_size(mask_size),
             keep_logits=bool(keep_logits),

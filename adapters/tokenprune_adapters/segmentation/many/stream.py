@@ -103,8 +103,8 @@ def _ready(model: Segmenter, request: Any, settings: Settings, turns: threading.
     if isinstance(image, Image.Image):
         with turns:  # PIL reads the pixels of an image on first use, and one image may be in several requests
             image = to_rgb(image)
-    prepared = model.prepare_image(image)
-    if next(model.tower.parameters()).device.type == "cuda":
+    prepared = image if isinstance(image, model.encoded_type) else model.prepare_image(image)
+    if prepared is not image and next(model.tower.parameters()).device.type == "cuda":
         prepared = pinned(prepared)
     return Ready(query if isinstance(query, str) else as_list(query, "query"), prompts, prepared)
 

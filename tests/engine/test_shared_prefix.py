@@ -1,0 +1,232 @@
+"""Rows that begin with the same tokens: the prefix is computed once, and the result is that of whole rows."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle_cases import LAYERS, MODELS, WIDTH
+
+from tokenprune.core.decisions import Keep
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.stage import Stage
+from tokenprune.core.strategy import Strategy
+from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, prune
+from tokenprune.testing.oracle import masked_full_length
+from tokenprune.testing.scripted import Scripted, Step, random_script
+
+NO_STAGE = Scripted([])
+
+
+class SamePrompts(BoundModel, VisionCapture):
+    """A bare decoder whose rows are said to begin with `shared` common columns."""
+
+    name, tower_layers = "same prompts", 0
+
+    def __init__(self, decoder, image_tokens, shared):
+        self.decoder, self.masks = decoder, PromptMasks(image_tokens, shared=shared)
+
+    def offers(self):
+        return frozenset()
+
+    @contextmanager
+    def capture(self, reads):
+        yield self
+
+    def prompt_masks(self, queries):
+        return self.masks
+
+    def provide(self, read):
+        raise AssertionError(read)
+
+
+class Case:
+    """Rows with a common prefix that contains the image, and texts of their own behind it.
+
+    Attributes:
+        common: columns of the prefix.
+    """
+
+    def __init__(self, seed, batch, padding):
+        draw = torch.Generator().manual_seed(seed)
+        self.common = int(torch.randint(3, 10, (1,), generator=draw))
+        image = torch.rand(self.common, generator=draw) < 0.6
+        image[0] = False
+        own = [int(torch.randint(1, 5, (1,), generator=draw)) for _ in range(batch)]
+        if padding == "none":
+            own = own[:1] * batch
+        length = self.common + max(own)
+        self.embeds = torch.randn(batch, length, WIDTH, generator=draw)
+        prefix = torch.randn(self.common, WIDTH, generator=draw)
+        images, valid = torch.zeros(2, batch, length, dtype=torch.bool)
+        for row, text in enumerate(own):
+            start = length - self.common - text if padding == "left" else 0
+            self.embeds[row, start : start + self.common] = prefix
+            images[row, start : start + self.common] = image
+            valid[row, start : start + self.common + text] = True
+        self.ids = (valid.long().cumsum(1) - 1).clamp(min=0)
+        self.layout = SequenceLayout.from_mask(images, valid)
+        self.padded = padding != "none"
+
+    def run(self, model, script, shared, **kwargs):
+        """The output, the trace, and how many rows each layer was called with."""
+        rows = [[] for _ in range(LAYERS)]
+        bound = SamePrompts(model, self.layout.image_tokens, shared)
+        with rows_of_calls(model, rows), torch.no_grad(), prune(bound, script) as run:
+            output = model.model(
+                inputs_embeds=self.embeds,
+                attention_mask=self.layout.valid.long() if self.padded else None,
+                position_ids=self.ids if self.padded else None,
+                **kwargs,
+            )
+        return output, run.trace, rows
+
+    def same_in_all_rows(self, script):
+        """A script for one row, for all rows."""
+        batch = len(self.embeds)
+
+        def repeated(decision):
+            parts = {name: getattr(decision, name, None) for name in ("index", "values", "weights")}
+            parts = {name: part.expand(batch, *part.shape[1:]) for name, part in parts.items() if part is not None}
+            return replace(decision, **parts)
+
+        steps = [Step(step.layer, repeated(step.decision), step.positions) for step in script.steps]
+        return Scripted(steps, positions=script.positions)
+
+
+@contextmanager
+def rows_of_calls(model, rows):
+    """Record the rows of each call of a layer's MLP, without hooks, which would stop the sharing."""
+    mlps = [layer.mlp for layer in model.model.layers]
+    for number, mlp in enumerate(mlps):
+        mlp.forward = counted(mlp.forward, rows[number])
+    try:
+        yield
+    finally:
+        for mlp in mlps:
+            del mlp.forward
+
+
+def counted(forward, found):
+    def call(states):
+        found.append(len(states))
+        return forward(states)
+
+    return call
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(sorted(MODELS)),
+    st.integers(0, 10**6),
+    st.integers(2, 4),
+    st.sampled_from(["none", "left", "right"]),
+    st.sampled_from(["keep", "renumber"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_equals_the_oracle(kind, seed, batch, padding, positions, same, cached):
+    model, case = MODELS[kind], Case(seed, batch, padding)
+    exists = case.layout.slots >= 0
+    script = random_script(exists[:1] if same else exists, LAYERS, WIDTH, seed, positions=positions)
+    if same:
+        script = case.same_in_all_rows(script)
+    output, trace, rows = case.run(model, script, case.common, use_cache=cached)
+    expected = masked_full_length(model.model, case.embeds, case.layout, script, case.ids)
+    assert (output.last_hidden_state - expected)[case.layout.valid].abs().max() < 2e-5
+    whole, other, alone = case.run(model, script, 0, use_cache=cached)
+    assert trace.ledger.entries == other.ledger.entries
+    assert rows == [[1, batch]] * LAYERS if same else rows[0] in ([1, batch], [batch])
+    assert alone == [[batch]] * LAYERS
+    if cached:
+        for layer in range(LAYERS):
+            ours, theirs = (made.past_key_values.layers[layer] for made in (output, whole))
+            frame = getattr(ours, "frame", None)
+            filled = case.layout.valid if frame is None else frame.filled
+            for name in ("keys", "values"):
+                one, two = (getattr(own, name).transpose(1, 2)[filled] for own in (ours, theirs))
+                assert (one - two).abs().max() < 2e-5
+
+
+def test_rows_that_differ_are_computed_whole():
+    case = Case(3, 3, "none")
+    case.embeds[1, 0] += 1
+    _, _, rows = case.run(MODELS["sdpa", 4], NO_STAGE, case.common)
+    assert rows == [[3]] * LAYERS
+
+
+def test_sharing_ends_where_a_stage_chooses_by_the_text():
+    case = Case(8, 2, "none")
+    layout = case.layout
+    assert layout.counts[0] >= 2
+    kept = torch.zeros_like(layout.slots, dtype=torch.bool)
+    kept[0, 0] = kept[1, 1] = True
+    _, _, rows = case.run(MODELS["sdpa", 4], Scripted([Step(2, Keep.where(kept))]), case.common)
+    assert rows == [[1, 2], [1, 2], [2], [2]]
+
+
+class ByText(Strategy):
+    """Keeps the image token that the last token attends to most."""
+
+    name = "by text"
+
+    def stages(self, shape):
+        return [Stage("one", 2, reads=(AttentionFrom("last"),))]
+
+    def choose(self, stage, tokens):
+        return Keep.where(tokens.active & (tokens.read(AttentionFrom("last")).mean(1) > 0.1))
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_a_layer_whose_attention_is_read_sees_whole_rows(padding):
+    case, model = Case(5, 3, padding), MODELS["eager", 4]
+    shared, trace, rows = case.run(model, ByText(), case.common)
+    whole, other, _ = case.run(model, ByText(), 0)
+    assert rows[0] == [1, 3]
+    assert torch.equal(trace.active(3), other.active(3))
+    valid = case.layout.valid
+    assert (shared.last_hidden_state - whole.last_hidden_state)[valid].abs().max() < 2e-5
+
+
+def test_equal_prompts_keep_a_column_of_their_own():
+    case = Case(2, 2, "none")
+    case.embeds[1] = case.embeds[0]
+    output, _, rows = case.run(MODELS["sdpa", 4], NO_STAGE, case.embeds.shape[1])
+    assert rows == [[1, 2]] * LAYERS
+    assert (output.last_hidden_state[0] - output.last_hidden_state[1]).abs().max() < 2e-5
+
+
+def see_everything(case):
+    """A mask with which image tokens see the text behind them, as in models with bidirectional prompts."""
+    length = case.embeds.shape[1]
+    return torch.ones(len(case.embeds), 1, length, length, dtype=torch.bool)
+
+
+def test_a_prefix_that_sees_the_text_is_not_shared():
+    case, model = Case(4, 2, "none"), MODELS["sdpa", 4]
+    rows = [[] for _ in range(LAYERS)]
+    with rows_of_calls(model, rows), torch.no_grad():
+        expected = model.model(inputs_embeds=case.embeds, attention_mask=see_everything(case)).last_hidden_state
+        with prune(SamePrompts(model, case.layout.image_tokens, case.common), NO_STAGE):
+            found = model.model(inputs_embeds=case.embeds, attention_mask=see_everything(case)).last_hidden_state
+    assert rows == [[2, 2]] * LAYERS
+    assert torch.equal(found, expected)
+
+
+def test_not_with_gradients_or_hooks():
+    case, model = Case(6, 2, "none"), MODELS["sdpa", 4]
+    inputs = {"inputs_embeds": case.embeds}
+    bound = SamePrompts(model, case.layout.image_tokens, case.common)
+    rows = [[] for _ in range(LAYERS)]
+    with rows_of_calls(model, rows), prune(bound, NO_STAGE):
+        model.model(**inputs)
+        handle = model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+        with torch.no_grad():
+            model.model(**inputs)
+        handle.remove()
+    assert rows == [[2, 2]] * LAYERS

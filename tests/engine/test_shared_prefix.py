@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle_cases import LAYERS, MODELS, WIDTH
+from oracle_cases import LAYERS, MODELS, WIDTH, empty_cache
 
 from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
@@ -151,6 +151,17 @@ def test_equals_the_oracle(kind, seed, batch, padding, positions, same, cached):
             for name in ("keys", "values"):
                 one, two = (getattr(own, name).transpose(1, 2)[filled] for own in (ours, theirs))
                 assert (one - two).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_fill_a_static_cache_are_computed_whole(seed):
+    model, case = MODELS["sdpa", 2], Case(seed, 3, "left")
+    script = case.same_in_all_rows(random_script(case.layout.slots[:1] >= 0, LAYERS, WIDTH, seed))
+    cache = empty_cache("static", model, case.embeds.shape[1] + 2)
+    output, _, rows = case.run(model, script, case.common, past_key_values=cache)
+    expected = masked_full_length(model.model, case.embeds, case.layout, script, case.ids)
+    assert (output.last_hidden_state - expected)[case.layout.valid].abs().max() < 2e-5
+    assert rows == [[3]] * LAYERS
 
 
 def test_rows_that_differ_are_computed_whole():

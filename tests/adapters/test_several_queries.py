@@ -51,10 +51,10 @@ def rows_of_calls(model):
             del mlp.forward
 
 
-@pytest.mark.parametrize("name", ["none", "csp", "visionzip"])
+@pytest.mark.parametrize("name", [None, "none", "csp", "visionzip"])
 @pytest.mark.parametrize("answer", ["forced", "generate"])
 def test_several_prompts_give_what_each_alone_gives(model, name, answer):
-    strategy = tp.strategy(name) if name == "none" else tp.strategy(name, budget=0.5)
+    strategy = {None: None, "none": tp.strategy("none")}.get(name) or (name and tp.strategy(name, budget=0.5))
     # one by one, since GLaMM asks several queries in one conversation, which is one row
     prompts = [model.prompts([query], answer)[0] for query in QUERIES]
     options = {"strategy": strategy, "answer": answer, "max_new_tokens": 4, "draft": False}
@@ -69,6 +69,22 @@ def test_several_prompts_give_what_each_alone_gives(model, name, answer):
         mine = together.low_res_logits[torch.tensor(together.query_index) == row]
         assert mine.shape == alone.low_res_logits.shape
         assert torch.allclose(mine, alone.low_res_logits, atol=1e-3)
+
+
+def test_unpruned_rows_are_computed_whole_where_others_look(model):
+    prompts = [model.prompts([query])[0] for query in QUERIES]
+    count, layers = len(QUERIES), model.decoder.config.num_hidden_layers
+    seen = []
+    handle = model.decoder.model.layers[0].register_forward_hook(lambda *call: seen.append(call[-1]))
+    with rows_of_calls(model) as rows:
+        model.segment(IMAGE, prompt=prompts)
+    handle.remove()
+    assert (rows, len(seen)) == ([count] * layers, 1)
+    with rows_of_calls(model) as rows, torch.enable_grad():
+        inputs = model.inputs_of(prompts, model.encode_image(IMAGE))
+        states, _ = model.run_decoder(inputs)
+    assert rows == [count] * layers
+    assert states.requires_grad
 
 
 def test_the_common_columns_of_prompts():

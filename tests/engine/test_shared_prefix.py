@@ -16,9 +16,10 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, prune
+from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, prune, shared_prefill
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripted import Scripted, Step, random_script
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 NO_STAGE = Scripted([])
 
@@ -210,6 +211,47 @@ def test_equal_prompts_keep_a_column_of_their_own():
     output, _, rows = case.run(MODELS["sdpa", 4], NO_STAGE, case.embeds.shape[1])
     assert rows == [[1, 2]] * LAYERS
     assert (output.last_hidden_state[0] - output.last_hidden_state[1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_an_unpruned_prefill_and_what_follows(kind, padding):
+    model, case = MODELS[kind], Case(7, 3, padding)
+    rows, new = [[] for _ in range(LAYERS)], torch.randn(3, 1, WIDTH)
+
+    def run():
+        mask = case.layout.valid.long() if case.padded else None
+        ids = case.ids if case.padded else None
+        first = model.model(inputs_embeds=case.embeds, attention_mask=mask, position_ids=ids, use_cache=True)
+        if padding == "right":
+            return [first.last_hidden_state]
+        step = (
+            {"attention_mask": torch.cat((mask, mask[:, -1:]), 1), "position_ids": ids[:, -1:] + 1}
+            if case.padded
+            else {}
+        )
+        second = model.model(inputs_embeds=new, past_key_values=first.past_key_values, **step)
+        return [first.last_hidden_state, second.last_hidden_state]
+
+    with torch.no_grad():
+        expected = run()
+        with shared_prefill(model, case.common, case.layout.valid), rows_of_calls(model, rows):
+            found = run()
+        whole = run()
+    assert rows == [[1, 3, 3] if padding != "right" else [1, 3]] * LAYERS
+    valid = case.layout.valid
+    assert (found[0] - expected[0])[valid].abs().max() < 2e-5
+    assert all((one - two).abs().max() < 2e-5 for one, two in zip(found[1:], expected[1:], strict=True))
+    assert torch.equal(whole[0], expected[0])
+
+
+def test_a_compiled_decoder_is_left_alone():
+    case, model = Case(7, 2, "none"), tiny_llama(LAYERS)
+    model.model.layers[1].compile(backend="eager")
+    rows = [[] for _ in range(LAYERS)]
+    with torch.no_grad(), rows_of_calls(model, rows), shared_prefill(model, case.common, case.layout.valid):
+        model.model(inputs_embeds=case.embeds)
+    assert rows == [[2]] * LAYERS
 
 
 def see_everything(case):

@@ -15,6 +15,7 @@ from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.pruning import open_run, prune
 from tokenprune.engine.run import PruningRun
+from tokenprune.engine.unpruned import shared_prefill
 
 __all__ = [
     "BoundModel",
@@ -28,5 +29,6 @@ __all__ = [
     "padding_mask",
     "prune",
     "shadowed",
+    "shared_prefill",
     "uncompiled",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,12 +24,14 @@ from tokenprune.engine import (
     model_turn,
     open_run,
     prune,
+    shared_prefill,
 )
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import instance, whole_number
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.llava.draft import with_drafts
+from tokenprune_adapters.llava.prompt import DecoderInputs
 from tokenprune_adapters.llava.vision import offers, vision_source
 from tokenprune_adapters.segmentation.capture import SegmenterCapture, decoding
 from tokenprune_adapters.segmentation.data import Answered, Encoded, SegmenterInputs
@@ -69,7 +71,7 @@ class DecoderRuns(Prompts, BoundModel):
             OptionError: `strategy` is not a strategy.
         """
         instance("inputs", inputs, SegmenterInputs, "the result of build_inputs(image, queries)", InputError)
-        with self.pruned(strategy) as run, decoding(self, inputs), stage("prefill"):
+        with self.pruned(strategy) as run, decoding(self, inputs), self._sharing(inputs.sequence), stage("prefill"):
             states: Tensor = self.decoder.model(
                 inputs_embeds=inputs.sequence.inputs_embeds,
                 attention_mask=inputs.sequence.attention_mask,
@@ -102,7 +104,7 @@ class DecoderRuns(Prompts, BoundModel):
 
             first = [expect(row, ())[: max_new_tokens - 1] for row in range(len(inputs.prompts))]
             sequence = with_drafts(inputs.sequence, first, self.decoder.get_input_embeddings())
-            with decoding(self, replace(inputs, sequence=sequence)):
+            with decoding(self, replace(inputs, sequence=sequence)), self._sharing(sequence):
                 generated = generate(self.decoder, sequence, max_new_tokens, self._end_ids(), expect)
             for template, ids in zip(templates, generated.ids, strict=True):
                 self.drafts.learn(template, ids)
@@ -157,6 +159,12 @@ class DecoderRuns(Prompts, BoundModel):
                 with stage("pruning context"):
                     stack.enter_context(prune(self, strategy))
             yield open_run(self.decoder.model)
+
+    def _sharing(self, sequence: DecoderInputs) -> AbstractContextManager[None]:
+        """What the prompts have in common is computed once, if the decoder is not pruned; the engine does it else."""
+        if open_run(self.decoder.model) is not None or not sequence.shared or len(sequence.token_ids) == 1:
+            return nullcontext()
+        return shared_prefill(self.decoder.model, sequence.shared, sequence.attention_mask.bool())
 
     @contextmanager
     def capture(self, reads: Collection[Read]) -> Iterator[VisionCapture]:

@@ -9,16 +9,14 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune import ScorerStrategy, Shape, Stage, StrategyOptions, Tokens
-from tokenprune.core.options import COMPACT, KEPT, Amount, layer_of, tokens_of
+from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
 from tokenprune.core.reads import LayerKeys
-from tokenprune.core.stage import Positions
 
 
 class KNorm(ScorerStrategy):
     """From layer K on, only the image tokens whose keys in layer K−1 have the smallest norm; no attention is needed.
 
-    Ours: a method of its own, without ViTCoP's steps before it; images and batch rows are independent; positions are
-    kept by default (the authors renumber)."""
+    Ours: a method of its own, without ViTCoP's steps before it; images and batch rows are independent."""
 
     name = "knorm"
     by_image = True
@@ -30,7 +28,6 @@ class KNorm(ScorerStrategy):
 
         layer: int = Field(2, ge=1, description="K, the first layer without the dropped tokens")
         keep: Amount = Field(0.5, description=KEPT)
-        positions: Positions = Field("keep", description=COMPACT)
 
     options: Options
 

@@ -76,7 +76,7 @@ class HoloV(Strategy):
         (means,) = on_host(scores.sum(1) / blocks.exists.sum(1))
         # (3) the blocks share the quota in proportion to their scores
         quotas: list[int] = []
-        for crop, own, mean in zip(crops, runs, means.split([len(own) for own in runs]), strict=True):
+        for crop, own, mean in zip(crops, runs, means.split_with_sizes([len(own) for own in runs]), strict=True):
             quotas += block_quotas(mean, [len(one) for one in own], crop.quota, faithful=faithful)
         # (4) the tokens of each block that [CLS] attends to most
         picks = highest(attention, blocks.exists, torch.tensor(quotas, dtype=torch.int64))

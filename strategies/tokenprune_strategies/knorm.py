@@ -38,4 +38,5 @@ class KNorm(ScorerStrategy):
 
     def score(self, stage: Stage, tokens: Tokens) -> Tensor:
         """L2 norm of the mean over key heads; the smallest is kept."""
-        return -tokens.layer_keys.float().norm(dim=-1)
+        norms: Tensor = tokens.layer_keys.float().norm(dim=-1)
+        return -norms

@@ -69,3 +69,9 @@ def tokenprune_register_strategies(register: Register) -> None:
         f"{here}.dart:DART",
         summary="the image tokens least similar to a few pivots, so that duplicates are dropped",
     )
+    register(
+        "holov", f"{here}.holov:HoloV", summary="image tokens that [CLS] attends to most in each block of the image"
+    )
+    register(
+        "knorm", f"{here}.knorm:KNorm", summary="the image tokens whose keys have the smallest norm in an early layer"
+    )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.core.tokens import Tokens
+from tokenprune.core.tokens import ImageTokens, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class StackedImages:
-    """The active tokens of all G images (or crops) of a batch, padded to the largest.
+    """The active tokens of all G images (or crops, or parts of them) of a batch, padded to the largest.
 
     Attributes:
         rows: int64 [G], the batch row of each.
@@ -26,9 +27,9 @@ class StackedImages:
     quotas: Tensor
 
     @classmethod
-    def of(cls, tokens: Tokens) -> StackedImages:
-        """From `tokens.images()`."""
-        images = tokens.images()
+    def of(cls, tokens: Tokens, parts: Sequence[ImageTokens] | None = None) -> StackedImages:
+        """Of these parts, by default of `tokens.images()`."""
+        images = tokens.images() if parts is None else parts
         if not images:
             none = torch.empty(0, dtype=torch.int64)
             return cls(tokens.counts[:0], tokens.image[:0], none)
@@ -57,3 +58,10 @@ class StackedImages:
         numbers = torch.where(picks < 0, size, self.index.gather(1, picks.clamp(min=0)))
         chosen[self.rows[:, None], numbers] = True
         return chosen[:, :size]
+
+    def spread(self, values: Tensor, tokens: Tokens) -> Tensor:
+        """Float values [G, n] of the tokens as [batch, N], with −inf where there are none."""
+        batch, size = tokens.exists.shape
+        result = values.new_full((batch, size + 1), float("-inf"))  # the last column is for padding
+        result[self.rows[:, None], self.index.where(self.index >= 0, size)] = values
+        return result[:, :size]

@@ -40,6 +40,14 @@ def tokenprune_register_strategies(register: Register) -> None:
         summary="image tokens that [CLS] attends to most, the others merged into a few",
     )
     register(
+        "vispruner",
+        f"{here}.vispruner.vispruner:VisPruner",
+        summary="image tokens that [CLS] attends to most, and distinct ones of the others",
+    )
+    register(
+        "fastervlm", f"{here}.vispruner.vispruner:FasterVLM", summary="the image tokens that [CLS] attends to most"
+    )
+    register(
         "cdpruner",
         f"{here}.cdpruner:CDPruner",
         summary="diverse image tokens, weighted by relevance to the question (CLIP)",

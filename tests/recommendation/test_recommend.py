@@ -98,7 +98,8 @@ def test_all_that_take_a_budget_are_measured_on_a_random_model() -> None:
     found = quick(RandomModel(SPEC, torch.float32, "cpu"), None, image_tokens=[36, 50], budget=0.5)
     ran = {row.strategy for row in found.strategies if row.reason is None}
     assert ran == {"random", "uniform", "csp", "fastv", "prumerge", "prumerge+", "divprune", "similarity", "tome"} | {
-        *("visionzip", "cdpruner", "litelvlm", "pyramiddrop", "sparsevlm", "sparsevlm+", "dart", "holov", "knorm")
+        *("visionzip", "cdpruner", "litelvlm", "pyramiddrop", "sparsevlm", "sparsevlm+", "dart", "holov", "knorm"),
+        *("vispruner", "fastervlm"),
     }
     assert not [one.reason for one in found.timings if one.reason]
 

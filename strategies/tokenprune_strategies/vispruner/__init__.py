@@ -1,0 +1,1 @@
+"""VisPruner and FasterVLM: tokens that [CLS] attends to, and distinct ones of the others."""

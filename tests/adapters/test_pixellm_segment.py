@@ -173,10 +173,13 @@ def test_every_strategy_runs_and_rows_are_independent(model: PixelLMModel, name:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_keeping_all_changes_nothing(model: PixelLMModel, shape: str) -> None:
     encoded = model.encode_image(picture(shape))
-    plain = model.segment(encoded, QUERIES)
+    one, plain = model.segment(encoded, QUERIES[0]), model.segment(encoded, QUERIES)
     for name, options in (("none", {}), ("uniform", {"keep": 1.0}), ("fastv", {"keep": 1.0})):
-        kept = model.segment(encoded, QUERIES, strategy=tp.strategy(name, **options))
-        assert torch.equal(plain.mask_logits, kept.mask_logits)
+        strategy = tp.strategy(name, **options)
+        assert torch.equal(one.mask_logits, model.segment(encoded, QUERIES[0], strategy).mask_logits)
+        # what several prompts have in common is computed once, but not where attention is read: rounding differs
+        kept = model.segment(encoded, QUERIES, strategy)
+        assert torch.allclose(plain.mask_logits, kept.mask_logits, atol=1e-5)
     generated = model.segment(encoded, QUERIES, answer="generate", max_new_tokens=3)
     again = model.segment(encoded, QUERIES, tp.strategy("none"), answer="generate", max_new_tokens=3)
     assert generated.text == again.text

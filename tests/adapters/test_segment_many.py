@@ -260,6 +260,8 @@ def test_an_image_that_a_strategy_refuses_is_found_among_its_batch(lisa: Any) ->
         ({"mask_size": "full"}, "mask_size='full' found, expected 'image', 'low' or (height, width)"),
         ({"mask_size": (3,)}, "mask_size"),
         ({"mask_size": (3, 0)}, "mask_size"),
+        ({"mask_size": (99999, 99999)}, "at most 268,435,456 pixels"),
+        ({"mask_size": (2**40, 2**40)}, "at most 268,435,456 pixels"),
         ({"mask_size": None}, "mask_size"),
         ({"answer": "maybe"}, "answer"),
         ({"on_error": "ignore"}, "on_error"),

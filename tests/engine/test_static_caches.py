@@ -205,6 +205,20 @@ def test_a_step_that_failed_is_overwritten(model, layer):
         assert torch.equal(model(IDS[:, :1], past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("script", [Scripted([]), Scripted([Step(1, Keep.where(IMAGE[:, IMAGE.any(0)]))])])
+def test_a_step_that_failed_in_layers_of_transformers_is_not_continued(model, layer, script):
+    with prune(model, script, image_tokens=IMAGE):
+        cache = filled(model)
+        with shadowed(model.model.layers[layer].self_attn, "forward", fail), pytest.raises(ZeroDivisionError):
+            model(IDS[:, 3:5], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match=r"StaticCache failed.*start with an empty cache"):
+            model(IDS[:, 3:5], past_key_values=cache)
+        cache.reset()
+        again = model(IDS, past_key_values=cache).logits
+        assert torch.equal(again, model(IDS, past_key_values=empty_cache("static", model, 40)).logits)
+
+
 def test_a_prefill_that_failed_leaves_no_layer_filled_unseen(model):
     """Layer 0 lacks tokens, and layer 2 has all again; a retry must not append to it."""
     kept = HALF.index

@@ -39,6 +39,9 @@ class CachedPrefill:
         ledger: ledger of the prefill.
         drafted: how many of the last positions are of drafted answers: later steps count them as decoded.
         max_cache_len: of a static cache; None = the cache grows.
+
+    Attributes:
+        failed: whether a step failed that may have filled some layers only.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class CachedPrefill:
     ) -> None:
         self.lease, self.length, self.ledger, self.drafted = lease, length, ledger, drafted
         self.max_cache_len = max_cache_len
+        self.failed = False
 
     def check_room(self, length: int) -> None:
         """Raise UnsupportedError if the cache is too short for that many positions."""

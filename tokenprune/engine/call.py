@@ -131,6 +131,11 @@ class Call:
         absent = getattr(held[number], "absent", 0) if number < len(held) else 0
         return self.alike.setdefault((kind, hidden.shape[1], hidden.device, absent), number)
 
+    def fail(self) -> None:
+        """After an error: note whether a step may have filled some layers of its cache."""
+        if self.step is not None and (self.ran or self.inside is not None):
+            self.step.fail(self.cache)
+
     def filled(self) -> None:
         """After the last layer of a prefill: convert the cache's layers to one kind, and mark it with the prefill."""
         assert self.prefill is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from tokenprune.core.ledger import LaterTurn
 from tokenprune.engine.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
@@ -100,6 +101,16 @@ class CachedStep:
                 self._since = since_prefill(self._mask, prompt, self._past + drafted, self._new)
             renumber_step(self._decoder, number, hidden, kwargs, own.renumbered, self._since)
         return kwargs
+
+    def fail(self, cache: Any) -> None:
+        """After an error: some layers of the cache may hold the new tokens already.
+
+        Pruned layers are written anew by the next step, and growing ones tell their lengths. A static layer of
+        transformers does not, without waiting for the device.
+        """
+        for own in getattr(cache, "layers", ()):
+            if isinstance(own, StaticLayer) and not isinstance(own, PrunedLayer):
+                self._cached.failed = True
 
     def finish(self) -> None:
         """After the last layer: count the tokens of static layers, and record a turn with images.

@@ -99,6 +99,11 @@ def check_same_context(known: CachedPrefill | None, lease: Lease) -> CachedPrefi
             f"the KV cache was not filled in this pruning context but in {state}; continue inside the context that "
             "filled it, or start with an empty cache"
         )
+    if known.failed:
+        raise UnsupportedError(
+            "a call that continued this StaticCache failed, so that some of its layers may hold other tokens than the "
+            "rest; start with an empty cache"
+        )
     return known
 
 

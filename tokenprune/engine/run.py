@@ -149,6 +149,10 @@ class PruningRun:
                 output = original(*args, **kwargs)
                 check_all_ran(self._call, self.decoder, self.never_prunes)
                 return output
+            except BaseException:
+                if self._call is not None:
+                    self._call.fail()
+                raise
             finally:
                 self._leave_forward()
 

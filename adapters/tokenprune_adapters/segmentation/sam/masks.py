@@ -110,6 +110,10 @@ def low_res_logits(
     return torch.cat(masks), torch.cat(scores)
 
 
+LARGEST_MASK = 2**28
+"""Pixels of a mask that may be asked for; its logits have a gigabyte then."""
+
+
 def checked_mask_size(size: object) -> MaskSize:
     """A size of masks that a user asked for, see `masks_at`.
 
@@ -122,6 +126,10 @@ def checked_mask_size(size: object) -> MaskSize:
     if isinstance(size, str) or len(sides) != 2:
         raise OptionError(f"mask_size={shown(size)} found, expected 'image', 'low' or (height, width) in pixels")
     height, width = (whole_number("mask_size", side, 1) for side in sides)
+    if height * width > LARGEST_MASK:
+        raise OptionError(
+            f"mask_size={shown((height, width))} found, expected at most {LARGEST_MASK:,} pixels (16384 × 16384)"
+        )
     return height, width
 
 

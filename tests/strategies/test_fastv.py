@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tokenprune
-from tokenprune.errors import OptionError
 from tokenprune_strategies.fastv import FastV
 
 
@@ -61,9 +60,3 @@ def test_scores_kept_tokens_lengths_and_logits(
     lengths = [entry.image[0] + entry.other[0] for entry in run.trace.ledger.entries]
     assert lengths == [layer[0] for layer in chosen["attention_lengths"]]
     torch.testing.assert_close(logits[:, kept], tensors[f"setting{setting}.logits_inplace"], atol=1e-4, rtol=0)
-
-
-def test_true_is_no_number_of_tokens():
-    for given in (True, False):
-        with pytest.raises(OptionError, match=r"keep.*true or false, expected a number"):
-            FastV(keep=given)

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator
 
 from tokenprune.errors import OptionError
-
-
-def _number(value: object) -> object:
-    if isinstance(value, bool):  # would count as 0 or 1
-        raise ValueError("found true or false, expected a number")
-    return value
 
 
 def _checked(amount: int | float) -> int | float:
@@ -23,7 +17,7 @@ def _checked(amount: int | float) -> int | float:
     return amount
 
 
-Amount = Annotated[int | float, BeforeValidator(_number), AfterValidator(_checked)]
+Amount = Annotated[int | float, AfterValidator(_checked)]
 """Tokens of a batch row: an int counts them, a float is a share of the row's image tokens (1.0 = all, 1 = one)."""
 
 
@@ -35,7 +29,7 @@ def _checked_depth(depth: int | float) -> int | float:
     return depth
 
 
-Depth = Annotated[int | float, BeforeValidator(_number), AfterValidator(_checked_depth)]
+Depth = Annotated[int | float, AfterValidator(_checked_depth)]
 """A decoder layer: an int is its number, a float a fraction of the model's depth."""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
 
 import pytest
 import torch
+from bare_decoder import BareDecoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cases import LAYERS, MODELS, WIDTH, random_layout
@@ -18,7 +18,7 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom, TextKeys, TextStates
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, prune
+from tokenprune.engine import PromptMasks, prune
 from tokenprune.errors import InputError, OptionError
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripted import random_script
@@ -28,28 +28,6 @@ from tokenprune_adapters.segmentation.drafts import ANSWERS, TEMPLATES, TOKENS, 
 from tokenprune_adapters.segmentation.generation import generate
 
 NO_END = (10**6,)  # an id outside the vocabulary
-
-
-class Drafting(BoundModel, VisionCapture):
-    """A bare decoder whose prompts are followed by drafted answers."""
-
-    name, tower_layers = "drafting", 0
-
-    def __init__(self, decoder, inputs):
-        self.decoder, self.inputs = decoder, inputs
-
-    def offers(self):
-        return frozenset()
-
-    @contextmanager
-    def capture(self, reads):
-        yield self
-
-    def prompt_masks(self, queries):
-        return PromptMasks(self.inputs.image_tokens, queries, drafted=self.inputs.drafted)
-
-    def provide(self, read):
-        raise AssertionError(read)
 
 
 def prompts(model, layout, ids, seed):
@@ -64,7 +42,8 @@ def prompts(model, layout, ids, seed):
 
 def decode(model, inputs, script, expect, steps, drafts=None):
     sequence = with_drafts(inputs, drafts, model.get_input_embeddings()) if drafts else inputs
-    with torch.no_grad(), prune(Drafting(model, sequence), script) as run:
+    masks = PromptMasks(sequence.image_tokens, drafted=sequence.drafted)
+    with torch.no_grad(), prune(BareDecoder(model, masks), script) as run:
         return generate(model, sequence, steps, NO_END, expect), run.trace
 
 

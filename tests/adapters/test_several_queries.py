@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 import transformers
+from bare_decoder import rows_of_calls
 from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa
 from pixellm_checkpoints import write_pixellm
@@ -30,27 +29,6 @@ def model(request, tmp_path_factory):
     return tp.load(WRITE[request.param](tmp_path_factory.mktemp(request.param) / "model"))
 
 
-@contextmanager
-def rows_of_calls(model):
-    """How many rows the decoder's MLPs are called with; not by hooks, which would stop the sharing."""
-    rows, mlps = [], [layer.mlp for layer in model.decoder.model.layers]
-
-    def counted(forward):
-        def call(states):
-            rows.append(len(states))
-            return forward(states)
-
-        return call
-
-    for mlp in mlps:
-        mlp.forward = counted(mlp.forward)
-    try:
-        yield rows
-    finally:
-        for mlp in mlps:
-            del mlp.forward
-
-
 @pytest.mark.parametrize("name", [None, "none", "csp", "visionzip"])
 @pytest.mark.parametrize("answer", ["forced", "generate"])
 def test_several_prompts_give_what_each_alone_gives(model, name, answer):
@@ -58,11 +36,11 @@ def test_several_prompts_give_what_each_alone_gives(model, name, answer):
     # one by one, since GLaMM asks several queries in one conversation, which is one row
     prompts = [model.prompts([query], answer)[0] for query in QUERIES]
     options = {"strategy": strategy, "answer": answer, "max_new_tokens": 4, "draft": False}
-    with rows_of_calls(model) as rows:
+    with rows_of_calls(model.decoder.model.layers) as rows:
         together = model.segment(IMAGE, prompt=prompts, **options)
     count, layers = len(QUERIES), model.decoder.config.num_hidden_layers
     if name != "csp":  # those do not look at the text
-        assert rows[: 2 * layers] == [1, count] * layers
+        assert [calls[:2] for calls in rows] == [[1, count]] * layers
     for row, prompt in enumerate(prompts):
         alone = model.segment(IMAGE, prompt=prompt, **options)
         assert together.text[row] == alone.text
@@ -76,14 +54,14 @@ def test_unpruned_rows_are_computed_whole_where_others_look(model):
     count, layers = len(QUERIES), model.decoder.config.num_hidden_layers
     seen = []
     handle = model.decoder.model.layers[0].register_forward_hook(lambda *call: seen.append(call[-1]))
-    with rows_of_calls(model) as rows:
+    with rows_of_calls(model.decoder.model.layers) as rows:
         model.segment(IMAGE, prompt=prompts)
     handle.remove()
-    assert (rows, len(seen)) == ([count] * layers, 1)
-    with rows_of_calls(model) as rows, torch.enable_grad():
+    assert (rows, len(seen)) == ([[count]] * layers, 1)
+    with rows_of_calls(model.decoder.model.layers) as rows, torch.enable_grad():
         inputs = model.inputs_of(prompts, model.encode_image(IMAGE))
         states, _ = model.run_decoder(inputs)
-    assert rows == [count] * layers
+    assert rows == [[count]] * layers
     assert states.requires_grad
 
 

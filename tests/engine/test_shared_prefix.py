@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from bare_decoder import BareDecoder, rows_of_calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle_cases import LAYERS, MODELS, WIDTH, empty_cache
@@ -16,34 +16,12 @@ from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine import BoundModel, PromptMasks, VisionCapture, prune, shared_prefill
+from tokenprune.engine import PromptMasks, prune, shared_prefill
 from tokenprune.testing.oracle import masked_full_length
 from tokenprune.testing.scripted import Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 NO_STAGE = Scripted([])
-
-
-class SamePrompts(BoundModel, VisionCapture):
-    """A bare decoder whose rows are said to begin with `shared` common columns."""
-
-    name, tower_layers = "same prompts", 0
-
-    def __init__(self, decoder, image_tokens, shared):
-        self.decoder, self.masks = decoder, PromptMasks(image_tokens, shared=shared)
-
-    def offers(self):
-        return frozenset()
-
-    @contextmanager
-    def capture(self, reads):
-        yield self
-
-    def prompt_masks(self, queries):
-        return self.masks
-
-    def provide(self, read):
-        raise AssertionError(read)
 
 
 class Case:
@@ -74,11 +52,17 @@ class Case:
         self.layout = SequenceLayout.from_mask(images, valid)
         self.padded = padding != "none"
 
+    def bound(self, model, shared):
+        """The model, whose rows are said to begin with `shared` common columns."""
+        return BareDecoder(model, PromptMasks(self.layout.image_tokens, shared=shared))
+
     def run(self, model, script, shared, **kwargs):
         """The output, the trace, and how many rows each layer was called with."""
-        rows = [[] for _ in range(LAYERS)]
-        bound = SamePrompts(model, self.layout.image_tokens, shared)
-        with rows_of_calls(model, rows), torch.no_grad(), prune(bound, script) as run:
+        with (
+            rows_of_calls(model.model.layers) as rows,
+            torch.no_grad(),
+            prune(self.bound(model, shared), script) as run,
+        ):
             output = model.model(
                 inputs_embeds=self.embeds,
                 attention_mask=self.layout.valid.long() if self.padded else None,
@@ -98,27 +82,6 @@ class Case:
 
         steps = [Step(step.layer, repeated(step.decision), step.positions) for step in script.steps]
         return Scripted(steps, positions=script.positions)
-
-
-@contextmanager
-def rows_of_calls(model, rows):
-    """Record the rows of each call of a layer's MLP, without hooks, which would stop the sharing."""
-    mlps = [layer.mlp for layer in model.model.layers]
-    for number, mlp in enumerate(mlps):
-        mlp.forward = counted(mlp.forward, rows[number])
-    try:
-        yield
-    finally:
-        for mlp in mlps:
-            del mlp.forward
-
-
-def counted(forward, found):
-    def call(states):
-        found.append(len(states))
-        return forward(states)
-
-    return call
 
 
 @settings(deadline=None, max_examples=80)
@@ -217,7 +180,7 @@ def test_equal_prompts_keep_a_column_of_their_own():
 @pytest.mark.parametrize("kind", sorted(MODELS))
 def test_an_unpruned_prefill_and_what_follows(kind, padding):
     model, case = MODELS[kind], Case(7, 3, padding)
-    rows, new = [[] for _ in range(LAYERS)], torch.randn(3, 1, WIDTH)
+    new = torch.randn(3, 1, WIDTH)
 
     def run():
         mask = case.layout.valid.long() if case.padded else None
@@ -235,7 +198,7 @@ def test_an_unpruned_prefill_and_what_follows(kind, padding):
 
     with torch.no_grad():
         expected = run()
-        with shared_prefill(model, case.common, case.layout.valid), rows_of_calls(model, rows):
+        with shared_prefill(model, case.common, case.layout.valid), rows_of_calls(model.model.layers) as rows:
             found = run()
         whole = run()
     assert rows == [[1, 3, 3] if padding != "right" else [1, 3]] * LAYERS
@@ -248,8 +211,11 @@ def test_an_unpruned_prefill_and_what_follows(kind, padding):
 def test_a_compiled_decoder_is_left_alone():
     case, model = Case(7, 2, "none"), tiny_llama(LAYERS)
     model.model.layers[1].compile(backend="eager")
-    rows = [[] for _ in range(LAYERS)]
-    with torch.no_grad(), rows_of_calls(model, rows), shared_prefill(model, case.common, case.layout.valid):
+    with (
+        torch.no_grad(),
+        rows_of_calls(model.model.layers) as rows,
+        shared_prefill(model, case.common, case.layout.valid),
+    ):
         model.model(inputs_embeds=case.embeds)
     assert rows == [[2]] * LAYERS
 
@@ -262,10 +228,9 @@ def see_everything(case):
 
 def test_a_prefix_that_sees_the_text_is_not_shared():
     case, model = Case(4, 2, "none"), MODELS["sdpa", 4]
-    rows = [[] for _ in range(LAYERS)]
-    with rows_of_calls(model, rows), torch.no_grad():
+    with rows_of_calls(model.model.layers) as rows, torch.no_grad():
         expected = model.model(inputs_embeds=case.embeds, attention_mask=see_everything(case)).last_hidden_state
-        with prune(SamePrompts(model, case.layout.image_tokens, case.common), NO_STAGE):
+        with prune(case.bound(model, case.common), NO_STAGE):
             found = model.model(inputs_embeds=case.embeds, attention_mask=see_everything(case)).last_hidden_state
     assert rows == [[2, 2]] * LAYERS
     assert torch.equal(found, expected)
@@ -274,9 +239,8 @@ def test_a_prefix_that_sees_the_text_is_not_shared():
 def test_not_with_gradients_or_hooks():
     case, model = Case(6, 2, "none"), MODELS["sdpa", 4]
     inputs = {"inputs_embeds": case.embeds}
-    bound = SamePrompts(model, case.layout.image_tokens, case.common)
-    rows = [[] for _ in range(LAYERS)]
-    with rows_of_calls(model, rows), prune(bound, NO_STAGE):
+    bound = case.bound(model, case.common)
+    with rows_of_calls(model.model.layers) as rows, prune(bound, NO_STAGE):
         model.model(**inputs)
         handle = model.model.layers[0].mlp.register_forward_hook(lambda *args: None)
         with torch.no_grad():

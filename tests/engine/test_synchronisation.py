@@ -31,8 +31,15 @@ BATCHES = {
 # Tokens and padding come in one copy. Some strategies ask for more, once: whether positions begin at 0, which
 # crops the tokens are of, the scores of blocks, how many texts or merged tokens there are.
 CONSTANT = {
-    **{"dart": 2, "holov": 3, "knorm": 2, "tome": 3, "visionzip": 2, "vispruner": 2, "fastervlm": 2},
-    **{"cdpruner": 2, "litelvlm": 3},
+    "dart": 2,
+    "holov": 3,
+    "knorm": 2,
+    "tome": 3,
+    "visionzip": 2,
+    "vispruner": 2,
+    "fastervlm": 2,
+    "cdpruner": 2,
+    "litelvlm": 3,
 }
 NAMES = ["blind", "uniform", "random", "fastv", "divprune", "similarity", "pyramiddrop", "csp", "prumerge", "prumerge+"]
 NAMES += ["sparsevlm", "sparsevlm+", *CONSTANT]

@@ -37,7 +37,7 @@ class CachedStep:
         self._decoder, self._cached = decoder, cached
         self._new, self._past, self._mask = new, past, mask
         self._since: Tensor | None = None
-        self._cuts = SharedArguments()
+        self._cuts = SharedArguments[dict[str, Any]]()
         self._slots: dict[tuple[int, torch.device], Tensor] = {}
         self._placed: list[PrunedStaticLayer] = []
         self._turn: LaterTurn | None = None

@@ -177,3 +177,8 @@ class GatheredSequence:
         # the smallest finite number, since −inf would give NaN in a row without visible keys
         hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return cut.masked_fill(~filled[:, None, None], hidden)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Which keys an attention mask shows: of a bool one those that are True, of an additive one those not hidden."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()

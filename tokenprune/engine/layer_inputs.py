@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.positions import first_tables, new_tables, tables_of, where_renumbered
 
+T = TypeVar("T")
 
-class SharedArguments:
+
+class SharedArguments(Generic[T]):
     """Shortened arguments of layers, made once for all layers that receive the same tensors, as those of a stage do."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._made: dict[tuple[int, ...], tuple[tuple[Any, ...], T]] = {}
 
-    def once(self, given: tuple[Any, ...], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def once(self, given: tuple[Any, ...], make: Callable[[], T]) -> T:
         """What `make` returned when these objects were given before, else what it returns now.
 
         Args:
@@ -50,7 +52,8 @@ class LayerInputs:
         self.length: Tensor | None = None
         self._ids: Tensor | None = None
         self._frame: GatheredSequence | None = None
-        self._cuts, self._firsts = SharedArguments(), SharedArguments()
+        self._cuts = SharedArguments[dict[str, Any]]()
+        self._firsts = SharedArguments[tuple[Tensor, ...] | None]()
 
     def renumber(self, rows: Tensor, present: Tensor, drafted: Tensor | None = None) -> None:
         """Renumber the positions of some rows from 0, without the pruned ones.
@@ -88,8 +91,7 @@ class LayerInputs:
 
     def first_tables(self, tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
         """See `positions.first_tables`; asked once for the same tables, since a device has to be waited for."""
-        found: tuple[Tensor, ...] | None = self._firsts.once(tables, lambda: {"": first_tables(tables, valid)})[""]
-        return found
+        return self._firsts.once(tables, partial(first_tables, tables, valid))
 
     def forget(self) -> None:
         """Release masks and tables after the last layer."""

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune.engine.calls.interception import is_compiled_run
 from tokenprune.engine.calls.torch_compile import hooks_on
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.engine.gathered import GatheredSequence, visible
 from tokenprune.engine.positions import tables_of
 
 _SPLIT = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
@@ -124,8 +124,7 @@ class SharedPrefix:
         seen = span.every(mask.transpose(0, 1))  # [heads or 1, batch, P, T]
         columns = span.columns.to(mask.device)[None, :, None].expand(*seen.shape[:3], -1)
         inside = seen.gather(3, columns)
-        visible = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
-        outside = visible.scatter(3, columns, False)
+        outside = visible(seen).scatter(3, columns, False)
         return _all_equal(inside) and not bool(outside.any())
 
 

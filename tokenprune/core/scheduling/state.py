@@ -131,10 +131,14 @@ class TokenState:
 
 def chosen_tokens(decision: Decision, exists: Tensor) -> Tensor:
     """bool [batch, N] like `exists`: the tokens that a decision names; numbers out of range count as the nearest."""
-    size, mask = exists.shape[1], decision.mask
-    if mask is not None and mask.shape == exists.shape and mask.device == exists.device:
-        return mask
-    return as_mask(decision.index.clamp(-1, size - 1), size)
+    mask, size = given_mask(decision, exists), exists.shape[1]
+    return as_mask(decision.index.clamp(-1, size - 1), size) if mask is None else mask
+
+
+def given_mask(decision: Decision, exists: Tensor) -> Tensor | None:
+    """bool [batch, N]: the mask that a decision was given as, if it is one of these tokens."""
+    mask = decision.mask
+    return mask if mask is not None and mask.shape == exists.shape and mask.device == exists.device else None
 
 
 def in_range(decision: Decision, size: int) -> Decision:

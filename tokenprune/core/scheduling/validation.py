@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
-from tokenprune.core.scheduling.state import TokenState, chosen_tokens
+from tokenprune.core.scheduling.state import TokenState, chosen_tokens, given_mask
 from tokenprune.errors import PluginError
 from tokenprune.plugins.attribution import blamed
 from tokenprune.utils.host_copies import on_host
@@ -137,7 +137,7 @@ def _check_tensor(name: str, value: object, device: torch.device, refuse: _Refus
 
 def _check_index(decision: Decision, exists: Tensor, refuse: _Refuse, checks: ValueChecks) -> None:
     batch, size = exists.shape
-    if decision.mask is not None and decision.mask.shape == exists.shape and decision.mask.device == exists.device:
+    if given_mask(decision, exists) is not None:
         return  # its numbers are in range, in order and different
     index = decision.index
     _check_tensor("index", index, exists.device, refuse)

@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenprune.core.reads import Read
+from tokenprune.engine.gathered import visible
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, OptionError, UnsupportedError
 from tokenprune.plugins import registry
@@ -101,7 +101,7 @@ def padding_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
 def _seen_keys(mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """bool [batch, tokens so far] of a mask [batch or 1, heads or 1, queries, tokens so far or more]."""
-    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask.bool()
+    seen = visible(mask)
     cache = inputs.get("past_key_values")
     length = mask.shape[2] + (0 if cache is None else int(cache.get_seq_length()))
     ids = inputs.get("input_ids")

@@ -16,7 +16,7 @@ LONGEST = 200  # characters of an option's value that a message shows
 class TokenPruneError(Exception):
     """Base of all errors raised on purpose by tokenprune.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> try:
         ...     tp.strategy("fastv", budget=1.5)

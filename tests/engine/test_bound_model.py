@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_plugins import AdapterPlugin, LoadsNothing
 from torch import Tensor, nn
 
-from tokenprune import hookimpl
 from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import Read
 from tokenprune.engine import PromptMasks, prune
-from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture, bound_model_of
+from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture
+from tokenprune.engine.interface.checked_model import bound_model_of
 from tokenprune.engine.interface.marked_model import MarkedModel
 from tokenprune.errors import InputError, PluginError, UnsupportedError
-from tokenprune.loading.adapter import Adapter
 from tokenprune.plugins import registry
 from tokenprune.testing.scripted import Scripted, Step
 from tokenprune.testing.tiny_decoders import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("fresh_registry")
 IMAGE = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]]).bool()
 
 
@@ -30,57 +31,30 @@ class Known(nn.Module):
     """A model that `Knows` knows."""
 
 
-class Knows(Adapter):
+class Knows(LoadsNothing):
     """Binds one kind of model."""
 
     model_types = ("known", "known_too")
-
-    @classmethod
-    def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
-        return False
-
-    @classmethod
-    def load(cls, source: str, **options: Any) -> Any:
-        raise NotImplementedError
 
     @classmethod
     def bind(cls, model: Any) -> Any:
         return MarkedModel(model, image_tokens=None) if isinstance(model, Known) else None  # type: ignore[arg-type]
 
 
-class Plugin:
-    """Registers adapters in the given order."""
-
-    def __init__(self, **adapters: Any) -> None:
-        self.adapters = adapters
-
-    @hookimpl
-    def tokenprune_register_adapters(self, register: Any) -> None:
-        for name, adapter in self.adapters.items():
-            register(name, adapter, summary="of this test")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_registry() -> Iterator[None]:
-    registry.reset()
-    yield
-    registry.reset()
-
-
 def test_adapters_after_the_one_that_knows_the_model_are_not_imported() -> None:
-    registry.register_plugin(Plugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
+    registry.register_plugin(AdapterPlugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
     model = Known()
     assert bound_model_of(model).decoder is model
 
 
 def test_one_that_is_asked_and_cannot_be_imported_is_named() -> None:
-    registry.register_plugin(Plugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
+    registry.register_plugin(AdapterPlugin(knows=Knows, later="surely_not_installed:Adapter"), "ours")
     with pytest.raises(PluginError, match=r"'ours'.*'later'.*No module named 'surely_not_installed'"):
         bound_model_of(tiny_llama())
 
 
 def test_a_model_that_nobody_knows() -> None:
-    registry.register_plugin(Plugin(knows=Knows), "ours")
+    registry.register_plugin(AdapterPlugin(knows=Knows), "ours")
     with pytest.raises(InputError, match="where are the image tokens"):
         bound_model_of(tiny_llama())
     model = nn.Module()
@@ -114,7 +88,7 @@ def test_a_capture_needs_no_more_than_masks_and_answers() -> None:
         def bind(cls, model: Any) -> Any:
             return Bound()
 
-    registry.register_plugin(Plugin(binds=Binds), name="binds")
+    registry.register_plugin(AdapterPlugin(binds=Binds), name="binds")
     model, ids = Bound.decoder, torch.arange(1, 9)[None]
     script = Scripted([Step(1, Keep(torch.tensor([[0, 2]])))])
     with torch.no_grad(), prune(model, script) as run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -176,6 +177,16 @@ def test_reads_follow_what_the_model_offers() -> None:
     assert tp.compatible("fastv", row(PLAIN).model) == tp.Compatibility("fastv", "LlamaForCausalLM", ("AttentionFrom",))
 
 
+def test_renumbered_positions_are_told_on_segmentation_models() -> None:
+    told = tp.compatible("prumerge", row("lisa").model).warning
+    assert (
+        told
+        == "prumerge renumbers positions, from which a model tells places in the image; compare with positions=keep"
+    )
+    assert not tp.compatible(tp.strategy("prumerge", positions="keep"), row("lisa").model).warning
+    assert not tp.compatible("prumerge", row("llava").model).warning
+
+
 def test_a_loaded_model_answers_as_the_model_inside() -> None:
     from tokenprune_adapters.hf.model import VisionLanguageModel
 
@@ -252,3 +263,36 @@ def test_the_page_has_the_matrix_of_today() -> None:
     script = ROOT / "tools" / "figures" / "matrix.py"
     found = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+@current
+@rows
+def test_every_pair_can_be_read_off_the_page(name: str) -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    text = page[page.index("<!-- compatibility: matrix -->") : page.index("<!-- end -->")]
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    called = "a decoder alone," if name == PLAIN else f"(`{name}`)"
+    (letter,) = [cells[0] for cells in lines if len(cells[0]) == 1 and called in cells[1]]
+    (head,) = [cells for cells in lines if cells[0] == "strategy"]
+    column = [re.sub("<.*?>", "", cell) for cell in head].index(letter)
+    found = dict.fromkeys(labels(text[text.index("On every model: ") :].split(".\n")[0]), "✓")
+    for cells in lines:
+        if len(cells) == len(head):
+            found |= dict.fromkeys(labels(cells[0]), cells[column])
+    reasons = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    for label, strategy in COLUMNS.items():
+        verdict, answer = found[label], tp.compatible(strategy, row(name).model)
+        if answer.runs:
+            assert verdict == "✓"
+        else:
+            why = reasons[verdict.removeprefix("✗&nbsp;")].replace("`", "")
+            if answer.missing:
+                assert why == f"Requires {', '.join(answer.missing)}, which the model does not provide."
+            else:
+                assert answer.reason.endswith(f": {why[0].lower()}{why[1:-1]}")
+
+
+def labels(cell: str) -> list[str]:
+    """The strategies that a cell names, as the matrix's columns are called."""
+    found = re.findall(r"`([^`]+)`((?: (?:with )?`[^`]+`)*)", cell)
+    return [", ".join((name, *re.findall(r"`([^`]+)`", options))) for name, options in found]

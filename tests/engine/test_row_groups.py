@@ -141,7 +141,10 @@ def test_marks_memory_and_reads_belong_to_the_rows_of_a_stage(padding: str) -> N
     invariants.cached_equals_recomputed(case, Remembering())
 
 
-@pytest.mark.parametrize("name", ["csp", "fastv", "similarity", "tome", "pyramiddrop", "dart", "knorm"])
+NAMES = ["csp", "fastv", "similarity", "tome", "pyramiddrop", "dart", "knorm", "feather", "ivcprune"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_budgets_that_want_different_layers_run_together(name: str, padding: str) -> None:
     """At 0.6 rows of two tokens need an earlier stage than longer ones."""

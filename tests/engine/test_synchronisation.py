@@ -29,10 +29,12 @@ BATCHES = {
     "padded left": SyntheticBatch((SMALL, LARGE, SMALL), "left"),
 }
 # Tokens and padding come in one copy. Some strategies ask for more, once: whether positions begin at 0, which
-# crops the tokens are of, the scores of blocks, how many texts or merged tokens there are.
+# crops the tokens are of, the scores of blocks, similar patches, how many texts or merged tokens there are.
 CONSTANT = {
     "dart": 2,
     "holov": 3,
+    "ivcprune": 2,
+    "prunesid": 3,
     "knorm": 2,
     "tome": 3,
     "visionzip": 2,
@@ -40,9 +42,11 @@ CONSTANT = {
     "fastervlm": 2,
     "cdpruner": 2,
     "litelvlm": 3,
+    "vscan": 2,
+    "vitcop": 4,
 }
 NAMES = ["blind", "uniform", "random", "fastv", "divprune", "similarity", "pyramiddrop", "csp", "prumerge", "prumerge+"]
-NAMES += ["sparsevlm", "sparsevlm+", *CONSTANT]
+NAMES += ["sparsevlm", "sparsevlm+", "feather", "nuwa", *CONSTANT]
 
 
 @pytest.fixture(autouse=True)

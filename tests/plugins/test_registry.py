@@ -19,14 +19,8 @@ from tokenprune.core import reads
 from tokenprune.errors import OptionError, PluginError, UnknownNameError
 from tokenprune.plugins import observers, registry
 
-STRATEGIES = {"none", "blind", "random", "uniform", "csp", "csp-65", "csp-70", "fastv", "prumerge", "prumerge+"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_registry() -> Iterator[None]:
-    registry.reset()
-    yield
-    registry.reset()
+pytestmark = pytest.mark.usefixtures("fresh_registry")
+STRATEGIES = {"none", "blind", "random", "uniform", "csp", "csp+", "csp-65", "csp-70", "fastv", "prumerge", "prumerge+"}
 
 
 class Widget(Strategy):

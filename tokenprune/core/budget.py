@@ -50,10 +50,7 @@ def solve(strategy: Strategy, budget: float, shape: Shape) -> dict[str, Any]:
             return ladder[found] if by_user else _topped_up(strategy, ladder[found], shape, room)
         least, setting = min(least, *spent), ladder[0]
     if least == inf:  # the options that the user set are not possible, or stages declare no number of tokens
-        try:
-            equivalent_tokens(declared_stages(strategy.with_options(**setting), shape), shape)
-        except BudgetError as error:
-            raise BudgetError(f"strategy {strategy.name!r} cannot meet budget {budget:g}: {error}") from error
+        check_counted(strategy.with_options(**setting), budget, shape)
     elif least > shape.image_tokens:
         check_tokens(strategy, declared_stages(strategy.with_options(**setting), shape), shape)
     raise too_small(strategy, budget, shape, least)
@@ -102,6 +99,14 @@ def equivalent_tokens_with(strategy: Strategy, changes: dict[str, Any], shape: S
         return equivalent_tokens(declared_stages(strategy.with_options(**changes), shape), shape)
     except OptionError:
         return inf
+
+
+def check_counted(strategy: Strategy, budget: float, shape: Shape) -> None:
+    """Raise BudgetError if a stage keeps a number of tokens that depends on the image, so that no budget can be met."""
+    try:
+        equivalent_tokens(declared_stages(strategy, shape), shape)
+    except BudgetError as error:
+        raise BudgetError(f"strategy {strategy.name!r} cannot meet budget {budget:g}: {error}") from error
 
 
 def too_small(strategy: Strategy, budget: float, shape: Shape, least: float) -> BudgetError:

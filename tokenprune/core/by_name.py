@@ -1,4 +1,4 @@
-"""From text to a strategy: a name, or several joined by "+", and options as in "csp:query=seg,keep=0.5"."""
+"""Text that names strategies: several joined by "+", and options as in "csp:query=seg,keep=0.5"."""
 
 from __future__ import annotations
 
@@ -9,55 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import OptionError
 from tokenprune.plugins import registry
-from tokenprune.utils.arguments import instance
 
 if TYPE_CHECKING:
     from tokenprune.core.strategy import Strategy
     from tokenprune.plugins.entries import Entry
 
 
-def strategy(name: str, budget: float | None = None, **options: Any) -> Strategy:
-    """A strategy by name.
-
-    Args:
-        name: a name of `tokenprune.strategies()`, or several joined by "+", which run one after the other (see
-            `tokenprune.Sequence`; its options are `budgets` and `parts`). A registered name may contain a "+".
-        budget: equivalent image tokens as a fraction of all image tokens, in (0, 1]; solved for when the strategy runs.
-        options: fields of the strategy's `Options`.
-
-    Raises:
-        UnknownNameError: no such strategy.
-        OptionError: no name, an unknown option, a value out of range, or an option that would have no effect.
-        BudgetError: a budget out of range, or for a strategy without an option that it could move.
-        PluginError: the strategy's module cannot be imported, or its class cannot be instantiated.
-
-    Example:
-        >>> import tokenprune as tp
-        >>> tp.strategy("fastv", layer=3, budget=0.35)
-        FastV(budget=0.35, layer=3)
-        >>> tp.strategy("uniform+fastv")
-        Sequence(Uniform(), FastV())
-    """
-    parts = parts_of(instance("name", name, str, "the name of a strategy, such as 'csp'"))
-    if len(parts) > 1:
-        from tokenprune.core.composition.sequence import Sequence  # imports torch
-
-        joined = Sequence(*(part.name for part in parts), budget=budget, **options)
-        for part in joined.parts:
-            _check_effects(part)
-        return joined
-    (entry,) = parts
+def made(entry: Entry, budget: float | None = None, **options: Any) -> Strategy:
+    """A registered strategy with these options; errors as in `tokenprune.strategy`."""
     kind = entry.load()
     with entry.running():
-        made: Strategy = kind(budget=budget, **options)
-        _check_effects(made)
-    return made
+        found: Strategy = kind(budget=budget, **options)
+        check_effects(found)
+    return found
 
 
-def _check_effects(made: Strategy) -> None:
-    for option, why in made.without_effect().items():
-        if option in made.options.model_fields_set:
-            raise OptionError(f"strategy {made.name!r}: option {option!r} has no effect {why}; leave it out")
+def check_effects(strategy: Strategy) -> None:
+    """Raise OptionError if an option that was given changes nothing, given the others."""
+    for option, why in strategy.without_effect().items():
+        if option in strategy.options.model_fields_set:
+            raise OptionError(f"strategy {strategy.name!r}: option {option!r} has no effect {why}; leave it out")
 
 
 def parts_of(name: str) -> list[Entry]:
@@ -117,7 +88,7 @@ def split_list(text: str) -> list[str]:
         OptionError: an empty part, or options before any strategy.
     """
     found: list[str] = []
-    for part in (piece.strip() for piece in text.split(",")):
+    for part in (piece.strip() for piece in split_at_commas(text)):
         if not part:
             raise OptionError(f"strategies: an empty name found in {text!r}, expected names separated by commas")
         is_option = "=" in part and ":" not in part.split("=", 1)[0]
@@ -130,6 +101,18 @@ def split_list(text: str) -> list[str]:
     return found
 
 
+def split_at_commas(text: str) -> list[str]:
+    """The parts between commas, but for commas inside of brackets or double quotes, which belong to a value."""
+    parts, depth = [""], 0
+    for piece in re.findall(r'"(?:\\.|[^"\\])*"|.', text, re.DOTALL):
+        depth += (piece in ("[", "{")) - (piece in ("]", "}"))
+        if piece == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
 def parse_text(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options, `budget` included, of "name:key=value,key=value"; values as `parse_options` reads them.
 
@@ -138,7 +121,7 @@ def parse_text(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.partition(":")
     try:
-        return name.strip(), parse_options(part.strip() for part in rest.split(",") if part.strip())
+        return name.strip(), parse_options(part.strip() for part in split_at_commas(rest) if part.strip())
     except OptionError as error:
         raise OptionError(f"strategy {name.strip()!r}: {error}") from error
 

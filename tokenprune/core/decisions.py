@@ -69,7 +69,7 @@ class Keep(Decision):
     Attributes:
         rest: "drop" or "park".
 
-    Example:
+    Examples:
         >>> import torch, tokenprune as tp
         >>> scores = torch.tensor([[0.1, 0.7, 0.2, 0.9]])
         >>> tp.Keep.top(scores, 2).index
@@ -103,7 +103,7 @@ class Keep(Decision):
 class Restore(Decision):
     """These parked tokens become active again, with the state they had when parked, or with `values`.
 
-    Example:
+    Examples:
         >>> import torch, tokenprune as tp
         >>> tp.Restore.where(torch.tensor([[True, False, True]])).index
         tensor([[0, 2]])
@@ -129,7 +129,7 @@ class MergeGroup:
         weights: float [m, n], the share of each member's state that goes into each new token.
         origin: int64 [m], the token whose place in the image each new one has; −1 for none. Default: `index`.
 
-    Example:
+    Examples:
         >>> import torch, tokenprune as tp
         >>> tokens, members = torch.tensor([5]), torch.tensor([5, 6])
         >>> tp.MergeGroup(row=0, index=tokens, members=members, weights=torch.tensor([[0.5, 0.5]])).weights
@@ -171,7 +171,7 @@ class Merge(Decision):
             True).
         rest: "drop" or "park".
 
-    Example:
+    Examples:
         The first of three tokens stays, and becomes the mean of all of them:
 
         >>> import torch, tokenprune as tp

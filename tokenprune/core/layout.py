@@ -128,6 +128,18 @@ class SequenceLayout:
         return true_positions(self.prompt & ~self.image_tokens)
 
     @cached_property
+    def grid_sizes(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(rows, columns) of every image's grid, by batch row and image number; images without cells are left out."""
+        images, cells = self.on_host.image_number, self.on_host.grid
+        known = self.on_host.image_tokens & (cells >= 0).all(-1)
+        sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        for row in range(len(images)):
+            for image in sorted({*images[row][known[row]].tolist()}):
+                height, width = (cells[row][known[row] & (images[row] == image)].amax(0) + 1).tolist()
+                sizes[row, image] = height, width
+        return sizes
+
+    @cached_property
     def prompt(self) -> Tensor:
         """bool [batch, sequence]: the real tokens of the prompt, without those of a drafted answer."""
         return self.valid if self.drafted is None else self.valid & ~self.drafted

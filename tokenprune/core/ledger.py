@@ -38,6 +38,7 @@ class LayerEntry:
         width: positions computed per row, including the filling of shorter rows and padding.
         scored_rows: query rows per batch row whose attention in this layer was read.
         ahead: for each time that this layer's attention was computed ahead, what was computed.
+        cached: image tokens in its KV cache after the prefill, per batch row; None = all that entered it.
     """
 
     layer: int
@@ -46,6 +47,12 @@ class LayerEntry:
     width: int
     scored_rows: int = 0
     ahead: tuple[LookAhead, ...] = ()
+    cached: tuple[int, ...] | None = None
+
+    @property
+    def in_cache(self) -> tuple[int, ...]:
+        """Image tokens in its KV cache after the prefill, per batch row."""
+        return self.image if self.cached is None else self.cached
 
 
 @dataclass(frozen=True)

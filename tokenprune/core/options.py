@@ -33,11 +33,11 @@ Depth = Annotated[int | float, AfterValidator(_checked_depth)]
 """A decoder layer: an int is its number, a float a fraction of the model's depth."""
 
 
-def layer_of(layer: int, layers: int, who: str, *, least: int = 0) -> int:
+def layer_of(layer: int | float, layers: int, who: str, *, least: int = 0) -> int:
     """The decoder layer that the option `layer` names.
 
     Args:
-        layer: its number.
+        layer: its number, or a fraction of the depth, which is rounded to the nearest layer that is allowed.
         layers: of the model.
         who: name of the strategy, for the message.
         least: the lowest allowed layer, for the message.
@@ -45,6 +45,8 @@ def layer_of(layer: int, layers: int, who: str, *, least: int = 0) -> int:
     Raises:
         OptionError: the model has no such layer.
     """
+    if isinstance(layer, float):
+        layer = max(least, min(int(layer * layers + 0.5), layers - 1))
     if layer >= layers:
         raise OptionError(
             f"strategy {who!r}: option 'layer': found {layer}, but the model has {layers} layers; "
@@ -73,6 +75,8 @@ Wording = Literal["question", "query"]
 """See `tokenprune.core.reads.ClipTextEmbeddings`."""
 WORDING = "text compared with the image: question (the whole question to the model) or query (the user's words)"
 
+POSITIONS = "position policy: keep (original positions) or renumber (as if the prompt were shorter)"
+"""Description of the option `positions` of methods whose authors keep them."""
 COMPACT = "position policy: renumber (as in the authors' code) or keep (original positions)"
 """Description of the option `positions` of methods whose authors renumber."""
 KEPT = "image tokens to keep: number (int) or share (float)"

@@ -28,7 +28,7 @@ class ScorerStrategy(Strategy):
         by_image: whether every image of a row keeps its own highest tokens, the row's number divided over the images
             by their sizes; else the row keeps its highest tokens, from any image.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> class LargestNorm(tp.ScorerStrategy):
         ...     name = "largest-norm"

@@ -1,4 +1,12 @@
-"""What a strategy declares: the stages of a run; and what it knows about the run before it starts."""
+"""What a strategy declares: the stages of a run; and what it knows about the run before it starts.
+
+Examples:
+    Positions are a policy of a strategy, or of a stage:
+
+    >>> import typing, tokenprune as tp
+    >>> typing.get_args(tp.Positions)
+    ('keep', 'renumber')
+"""
 
 from __future__ import annotations
 
@@ -8,6 +16,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tokenprune.core.reads import Read
+from tokenprune.core.reads.own import provides
 from tokenprune.errors import BudgetError, PluginError
 from tokenprune.plugins.attribution import blame_strategy
 
@@ -15,6 +24,7 @@ if TYPE_CHECKING:
     from tokenprune.core.strategy import Strategy
 
 Positions = Literal["keep", "renumber"]
+RENUMBERS = "renumbers positions, from which a model tells places in the image; compare with positions=keep"
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Shape:
         readable: kinds of reads that the model provides, None if unknown.
         heads: attention heads of the decoder, 0 if unknown.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> shape = tp.Shape(layers=32, image_tokens=576, readable=frozenset({tp.HiddenStates}))
         >>> shape.offers(tp.HiddenStates), shape.offers(tp.TowerKeys)
@@ -45,7 +55,8 @@ class Shape:
 
     def offers(self, *kinds: type[Read]) -> bool:
         """Whether the model provides all of these reads, for stages that have alternatives; True if unknown."""
-        return self.readable is None or self.readable.issuperset(kinds)
+        readable = self.readable
+        return readable is None or all(provides(readable, kind) for kind in kinds)
 
     def offered(self, *reads: Read) -> tuple[Read, ...]:
         """These reads if the model provides all of them, else none: for stages that do not depend on them."""
@@ -66,12 +77,15 @@ class Stage:
         reads: what `choose` reads.
         positions: the position policy from this stage on: "renumber", or "keep" the current positions; None = the
             strategy's `positions`.
+        prune_earlier_caches: whether, after the prefill, the KV caches of earlier layers lose the tokens that are not
+            active from here on. They have computed them, but decoding needs no memory for them (IVC-Prune).
+        caches_from: the first of these earlier layers.
 
     Raises:
         PluginError: a layer or a number of tokens that is not a whole number, a read that is not a
-            `Read` object, or an unknown position policy.
+            `Read` object, an unknown position policy, or caches of no earlier layer.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> stage = tp.Stage("prune", layer=2, tokens=144, reads=(tp.AttentionFrom("last"),))
         >>> stage.layer, stage.tokens
@@ -83,6 +97,8 @@ class Stage:
     tokens: int | None = None
     reads: tuple[Read, ...] = ()
     positions: Positions | None = field(default=None, kw_only=True)
+    prune_earlier_caches: bool = field(default=False, kw_only=True, repr=False)
+    caches_from: int = field(default=0, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -96,10 +112,24 @@ class Stage:
                 call = f"{found}()" if isinstance(read, type) and issubclass(read, Read) else "HiddenStates()"
                 raise PluginError(f"stage {self.name!r}: {found} among its reads; expected objects such as {call}")
         object.__setattr__(self, "reads", reads)
-        for name in ("layer", "tokens"):
+        for name in ("layer", "tokens", "caches_from"):
             if (number := getattr(self, name)) is not None:
                 object.__setattr__(self, name, self._whole(name, number))
         check_positions(f"stage {self.name!r}", self.positions)
+        if not isinstance(self.prune_earlier_caches, bool) or self.caches_from is None:
+            raise PluginError(
+                f"stage {self.name!r}: prune_earlier_caches={self.prune_earlier_caches!r}, caches_from="
+                f"{self.caches_from!r}; expected True or False, and the number of a layer"
+            )
+        if self.prune_earlier_caches and not 0 <= self.caches_from < self.layer:
+            raise PluginError(
+                f"stage {self.name!r}: prune_earlier_caches=True from layer {self.caches_from} on, but the stage is at "
+                f"layer {self.layer}; expected caches_from in 0 … {self.layer - 1}, and a stage at layer 1 or later"
+            )
+        if self.caches_from and not self.prune_earlier_caches:
+            raise PluginError(
+                f"stage {self.name!r}: caches_from={self.caches_from} has no effect without prune_earlier_caches=True"
+            )
 
     def _whole(self, name: str, number: Any) -> int:
         try:

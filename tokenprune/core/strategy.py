@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class StrategyOptions(BaseModel):
     """Base of every strategy's options: unknown names are refused, values are checked, instances do not change.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> class Options(tp.StrategyOptions):
         ...     layer: int = 2
@@ -47,7 +47,7 @@ class Strategy(ABC):
         positions: "keep" (RoPE at original positions) or "renumber" (as if the input were shorter), for stages without
             a policy of their own; "renumber" if any stage renumbers. An option of that name sets it.
 
-    Example:
+    Examples:
         >>> import torch, tokenprune as tp
         >>> class EverySecond(tp.Strategy):
         ...     name = "every-second"

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenprune.core.apportion import apportion
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.reads import Crops, Read
+from tokenprune.core.reads.base import kinds_of_reads
 from tokenprune.core.scheduling.state import TokenState
 from tokenprune.errors import PluginError, nearest
 from tokenprune.plugins.readonly import ReadOnlyTensors
@@ -66,7 +67,7 @@ class Tokens:
     The stage's declared `reads` are attributes too: `attention`, `hidden`, `features`, … (see `tokenprune.core.reads`);
     `tokens.read(...)` distinguishes several reads of one kind. A read that was not declared raises PluginError.
 
-    Example:
+    Examples:
         A `choose` that keeps the first tokens of every image, as many as its share of the stage's number:
 
         >>> import torch, tokenprune as tp
@@ -120,6 +121,9 @@ class Tokens:
         self._shown = ReadOnlyTensors() if strict else None
         for name in ("exists", "active", "parked", "mass", "origin", "lineage", "target"):
             self._show(name, getattr(self, name))
+        hidden = [read for read in self._reads if read.field in self.__dict__ or hasattr(type(self), read.field)]
+        if hidden:
+            raise PluginError(f"read {hidden[0]}: tokens.{hidden[0].field} is something else; choose another `field`")
         self._is_made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -139,7 +143,7 @@ class Tokens:
                 f"stage {self._stage!r} declares {len(declared)} reads that give tokens.{name}; select one with "
                 f"tokens.read({declared[0]!r})"
             )
-        known = {kind.field: kind.__name__ for kind in Read.__subclasses__()}
+        known = {kind.field: kind.__name__ for kind in kinds_of_reads()}
         if name not in known:
             near = nearest(name, [*known, *(word for word in dir(self) if not word.startswith("_"))], limit=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -260,6 +264,11 @@ class Tokens:
         if crop is not None:
             parts = [(image, index[crop[index] == one]) for image, index in parts for one in torch.unique(crop[index])]
         return [(image, index) for image, index in parts if len(index)]
+
+    def grid_size(self, image: ImageTokens) -> tuple[int, int] | None:
+        """(rows, columns) of the whole image's grid, whichever of its tokens remain; None if it has no cells."""
+        number = int(self.on_host("image")[image.row, image.index_on_host[0]])
+        return self._layout.grid_sizes.get((image.row, number))
 
     def count(self, share: float) -> Tensor:
         """int64 [batch]: floor(share · N_row), at least 1 where share > 0 and the row has image tokens."""

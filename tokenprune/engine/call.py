@@ -10,16 +10,17 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.engine.attention_tap import tap
-from tokenprune.engine.cache_layers import CachedPrefill, Lease
+from tokenprune.engine.caches.cache_layers import CachedPrefill, Lease
+from tokenprune.engine.caches.decoding import CachedStep
+from tokenprune.engine.caches.kv_cache import check_cache, clear, max_cache_len, shorten_layer, unify_layers
 from tokenprune.engine.calls import checkpointing
+from tokenprune.engine.calls.interception import is_compiled_run, run_compiled
+from tokenprune.engine.calls.torch_compile import one_layer
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.decoding import CachedStep
-from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.kv_cache import check_cache, clear, max_cache_len, shorten_layer, unify_layers
 from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.reads.attention_tap import tap
+from tokenprune.engine.sequence.deepstack import DeepStack
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
 
@@ -74,6 +75,7 @@ class Call:
             UnsupportedError: a prefill with stages that cannot be pruned correctly.
         """
         prefill.deepstack, self.deepstack = self.deepstack, None
+        prefill.note_positions(self.inputs.get("position_ids"))
         if prefill.planned and prefill.decoder.checkpoints:
             if generates:
                 raise checkpointing.refuse_cached("generate()")
@@ -85,7 +87,8 @@ class Call:
             self.check_prunable(prefill)
         if self.cache is not None and hasattr(self.cache, "layers"):
             clear(self.cache)
-        taps = {prefill.decoder.attention(layer): partial(prefill.record_attention, layer) for layer in prefill.taps}
+        decoder, record = prefill.decoder, prefill.record_attention
+        taps = {decoder.attention(layer): partial(record, layer) for layer in prefill.reads.taps}
         self.taps.enter_context(tap(taps))
         self.prefill = prefill
 
@@ -125,11 +128,37 @@ class Call:
                     raise _attentions_unsupported()
                 self.step.shorten(own, number, hidden, kwargs)
 
-    def first_alike(self, number: int, kind: Any, hidden: Tensor) -> int:
+    def _first_alike(self, number: int, kind: Any, hidden: Tensor) -> int:
         """The first layer of this call whose compiled code may fit a layer: of its kind, on as many tokens and keys."""
         held = getattr(self.cache, "layers", ())
         absent = getattr(held[number], "absent", 0) if number < len(held) else 0
         return self.alike.setdefault((kind, hidden.shape[1], hidden.device, absent), number)
+
+    def run_layer(
+        self, decoder: Decoder, number: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of a layer on its new arguments: with keys from the stage before it, compiled, or sharing columns.
+
+        Args:
+            decoder: the decoder.
+            number: the layer's number.
+            original: its forward.
+            args: its arguments, the states first.
+            kwargs: its keyword arguments.
+        """
+        prefill = self.prefill
+        if prefill is not None and prefill.reads.keys_ahead is not None:
+            with prefill.reads.keys_ahead.handed_on(args[0]):
+                return original(*args, **kwargs)
+        if prefill is not None and number in prefill.reads.taps:
+            # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
+            return original(*args, **kwargs)
+        if is_compiled_run():
+            alike = self._first_alike(number, decoder.kind(number), args[0])
+            return run_compiled((alike, number), original, *args, **one_layer(number, kwargs))
+        if prefill is not None and prefill.shared is not None and len(args) == 1:
+            return prefill.shared.run(original, number, args[0], kwargs)
+        return original(*args, **kwargs)
 
     def fail(self) -> None:
         """After an error: note whether a step may have filled some layers of its cache."""
@@ -143,26 +172,8 @@ class Call:
         if self.cache is None:
             return
         if any(frame is not None for frame in self.prefill.frames):
-            unify_layers(self.cache, self.prefill.layout.valid, self.cached)
+            unify_layers(self.cache, self.prefill.layout.valid, self.cached, self.prefill.earlier_caches)
         self.cached.sign(self.cache)
-
-
-def is_observed(decoder: Decoder, number: int) -> bool:
-    """True if other code observes the states between a layer and the next one, as `output_hidden_states=True` does.
-
-    It may use hooks of any kind, on either layer or on all modules, or, in older releases of transformers, replace
-    `forward`. Checked at each layer, since hooks may be added and removed while the model runs.
-    """
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return True
-    ends = slice(number, number + 2)
-    for layer in decoder.layers[ends]:
-        if not hasattr(layer.forward, "__tokenprune__"):
-            return True
-    for part in (*decoder.layers[ends], *decoder.called[ends]):
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return True
-    return False
 
 
 def check_order(call: Call, decoder: Decoder, number: int) -> None:

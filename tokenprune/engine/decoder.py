@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from tokenprune.core.reads import PositionKernel, Read
 from tokenprune.core.scheduling.requirements import DECODER_READS, TYPICAL_TOKENS
@@ -42,6 +43,23 @@ class Decoder:
             f"layer {layer} of {type(self.module).__name__} has no attention module of transformers; its attention "
             "cannot be read"
         )
+
+    def is_observed(self, layer: int) -> bool:
+        """True if other code observes the states between a layer and the next one, as `output_hidden_states=True` does.
+
+        It may use hooks of any kind, on either layer or on all modules, or, in older releases of transformers, replace
+        `forward`. Checked at each layer, since hooks may be added and removed while the model runs.
+        """
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return True
+        ends = slice(layer, layer + 2)
+        for own in self.layers[ends]:
+            if not hasattr(own.forward, "__tokenprune__"):
+                return True
+        for part in (*self.layers[ends], *self.called[ends]):
+            if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+                return True
+        return False
 
     def kind(self, layer: int) -> tuple[type, str | None]:
         """What tells a layer's code from that of others: its class, and the kind of its attention."""
@@ -147,7 +165,7 @@ def find_decoder(model: nn.Module) -> Decoder:
             "BoundModel"
         )
     module = found[0]
-    other = _other_layers(module)
+    other = other_layers(getattr(module, "config", None))
     if other:
         raise UnsupportedError(
             f"{type(module).__name__} has layers of type {', '.join(other)}; only decoders whose layers are all "
@@ -168,9 +186,8 @@ def _near(model: nn.Module) -> str:
     return f" ({'; '.join(lacking)})" if lacking else ""
 
 
-def _other_layers(module: nn.Module) -> list[str]:
-    """The types of layers in the configuration that are not self-attention over the sequence."""
-    config: Any = getattr(module, "config", None)
+def other_layers(config: Any) -> list[str]:
+    """The types of layers in a decoder's configuration that are not self-attention over the sequence."""
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if getattr(config, "cross_attention_layers", None):
         kinds.add("cross_attention")

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.ledger import LookAhead
 from tokenprune.core.reads import (
     AttentionFrom,
     Embeddings,
     HiddenStates,
-    LayerKeys,
     PositionKernel,
     Read,
+    RotaryTables,
     TextEmbeddings,
-    TextKeys,
     TextStates,
 )
 from tokenprune.core.scheduling.plan import PlannedStage
 from tokenprune.core.scheduling.scheduler import TokenScheduler
 from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.attention_tap import AttentionCall
+from tokenprune.engine.caches.earlier import EarlierCaches
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.decoder_reads import from_layer, position_kernel, query_places
-from tokenprune.engine.deepstack import DeepStack
-from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.interface.vision_source import VisionSource, check_aligned
-from tokenprune.engine.layer_inputs import LayerInputs
-from tokenprune.engine.look_ahead import KeysAhead, look_ahead
-from tokenprune.engine.positions import shifted_tables, tables_of
-from tokenprune.engine.shared_prefix import SharedPrefix
-from tokenprune.errors import EngineError, InputError
+from tokenprune.engine.reads.attention_tap import AttentionCall
+from tokenprune.engine.reads.decoder_reads import DecoderReads, LayerInput
+from tokenprune.engine.sequence.deepstack import DeepStack
+from tokenprune.engine.sequence.gathered import GatheredSequence
+from tokenprune.engine.sequence.layer_inputs import LayerInputs
+from tokenprune.engine.sequence.shared_prefix import SharedPrefix
+from tokenprune.errors import EngineError
 
 
 class Prefill(TokenScheduler):
@@ -46,8 +43,8 @@ class Prefill(TokenScheduler):
         lengths: per layer, int64 [batch], the number of positions when they were renumbered, −1 in rows that were
             not renumbered; None = no row was.
         full: [batch, S, width], the last state of every position; available only while a stage is entered.
-        taps: per layer, the reads that its attention answers, for the stage that begins after it.
-        keys_ahead: keys to hand on to the layer that is about to run; None = it computes them itself.
+        reads: what the stages read of the decoder.
+        earlier_caches: what the KV caches of earlier layers lose after the prefill.
         shared: runs the layers, if the rows are said to begin with the same tokens.
     """
 
@@ -75,11 +72,9 @@ class Prefill(TokenScheduler):
             seed=seed,
             strict=strict,
         )
-        self.taps: dict[int, list[Read]] = {
-            layer - 1: reads
-            for layer in self._due
-            if (reads := [read for read in self.reads_before(layer) if read.looks_back])
-        }
+        due = {layer: self.reads_before(layer) for layer in self._due}
+        self.reads = DecoderReads(decoder, due, self.strategy.name)
+        self.earlier_caches = EarlierCaches(layout.on_host.valid)
         self.frames: list[GatheredSequence | None] = []
         self.lengths: list[Tensor | None] = []
         self._inputs = LayerInputs(decoder)
@@ -88,11 +83,7 @@ class Prefill(TokenScheduler):
         self._absent_states: Tensor | None = None
         self._returned_full = False
         self.deepstack: DeepStack | None = None
-        self._embeddings: dict[type[Read], Tensor] = {}
-        self._answers: dict[Read, Tensor] = {}
         self._entering: tuple[int, dict[str, Any]] | None = None
-        self.keys_ahead: KeysAhead | None = None
-        self._looked_ahead: list[LookAhead] = []
         rows = len(layout.valid)
         self.shared = SharedPrefix(decoder, shared, layout.on_host.valid) if shared and rows > 1 else None
 
@@ -105,18 +96,16 @@ class Prefill(TokenScheduler):
     def provide(self, read: Read) -> Any:
         """See `TokenScheduler.provide`."""
         if read.looks_back:
-            return self._answers[read]
-        if isinstance(read, (Embeddings, TextEmbeddings)) and type(read) in self._embeddings:
-            return self._embeddings[type(read)]
-        if isinstance(read, Embeddings):  # a stage before the first layer
-            return self.hidden()
+            return self.reads.known(read)
+        if isinstance(read, (Embeddings, TextEmbeddings)):
+            kept = self.reads.embeddings(type(read))
+            return self.hidden() if kept is None else kept  # in a stage before the first layer
         if isinstance(read, HiddenStates):
             return self._normed(self.hidden(), read.normed)
         if isinstance(read, TextStates):
-            text = self.layout.gather_text(self.full.to(self.layout.slots.device))
-            return self._normed(text, read.normed)
-        if isinstance(read, (AttentionFrom, PositionKernel)):
-            return self._compute_ahead(read)
+            return self._normed(self._text(), read.normed)
+        if isinstance(read, (AttentionFrom, PositionKernel, RotaryTables)):
+            return self.reads.ahead(read, self._entering_layer(), self.layout, self._inputs)
         return check_aligned(self.vision.provide(read), read, self.state.exists.shape, self.vision.source or self.model)
 
     def owns(self, read: Read) -> bool:
@@ -126,6 +115,10 @@ class Prefill(TokenScheduler):
     def hidden(self) -> Tensor:
         """[batch, N, width], on the layout's device, whichever device the current layer is on."""
         return self.layout.gather_slots(self.full.to(self.layout.slots.device))
+
+    def _text(self) -> Tensor:
+        """[batch, T, width], as `hidden`."""
+        return self.layout.gather_text(self.full.to(self.layout.slots.device))
 
     @property
     def width(self) -> int:
@@ -142,12 +135,13 @@ class Prefill(TokenScheduler):
         # from image-token numbers to sequence positions; −1 is not written
         positions = torch.where(index < 0, -1, self.layout.slots.gather(1, index.clamp(min=0)))
         full = self.full
-        if self.keys_ahead is not None:
-            self.keys_ahead.forget()  # they are of the states before
+        self.reads.states_changed()
         self.full = spread_rows(values.to(full), positions.to(full.device), full.shape[1], base=full)
 
     def settle(self, planned: PlannedStage) -> None:
-        """Renumber positions if the stage's policy says so; see `TokenScheduler.settle`."""
+        """Renumber positions if the stage's policy says so, and note what caches lose; see `TokenScheduler.settle`."""
+        if planned.stage.prune_earlier_caches:
+            self.earlier_caches.prune(planned.stage, planned.group.rows, self._present())
         if self.policy(planned.stage) == "renumber":
             rows, present = (
                 part.to(self.layout.valid.device, non_blocking=True) for part in (planned.group.rows, self._present())
@@ -155,6 +149,10 @@ class Prefill(TokenScheduler):
             self._inputs.renumber(rows, present, self.layout.drafted)
 
     # the layers ------------------------------------------------------------------------------------------------------
+
+    def note_positions(self, ids: Any) -> None:
+        """Before the first layer: the position ids that the decoder was given, or None."""
+        self._inputs.ids = ids
 
     def before_layer(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Prune a layer's input: returns the hidden states to use, and changes `kwargs` in place.
@@ -168,9 +166,9 @@ class Prefill(TokenScheduler):
             if self.planned:  # now, rather than when the first token is pruned
                 self.decoder.check_mask(kwargs.get("attention_mask"))
             self.full = hidden
-            self._keep_embeddings(TextEmbeddings)
+            self.reads.keep_embeddings(TextEmbeddings, self._text)
             if 0 not in self._due:
-                self._keep_embeddings(Embeddings)
+                self.reads.keep_embeddings(Embeddings, self.hidden)
         elif self._returned_full:
             hidden = self._gather_again(layer, hidden)
         if layer in self._due:
@@ -180,17 +178,15 @@ class Prefill(TokenScheduler):
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # free the second copy of the states
         self.frames.append(self._frame)
         self.lengths.append(self._inputs.length)
-        reads = self.taps.get(layer)
-        keys = [read for read in reads if isinstance(read, (LayerKeys, TextKeys))] if reads else None
-        first = self._inputs.first_tables(tables_of(kwargs), self.layout.valid) if keys else None
+        is_read, scored = layer in self.reads.before, 0
+        whole = dict(kwargs) if is_read else kwargs
         if self._frame is not None:
             self._inputs.shorten(layer, kwargs, hidden, self._frame)
-        if first is not None:  # padding shifts positions, which attention ignores but keys do not: undo the shift
-            moved = shifted_tables(tables_of(kwargs), first, self._inputs.length)
-            seen = self._look_ahead(layer, hidden, {**kwargs, "position_embeddings": moved}, self._frame)
-            self.record_attention(layer, seen, keys)
-        self.account(layer, hidden.shape[1], self._scored(reads) if reads else 0, tuple(self._looked_ahead))
-        self._looked_ahead.clear()
+        if is_read:
+            given = LayerInput(layer, hidden, kwargs, whole, self._frame, self.state.active)
+            scored = self.reads.before_layer(given, self.layout, self._inputs)
+        self.account(layer, hidden.shape[1], scored, tuple(self.reads.costs))
+        self.reads.costs.clear()
         return hidden
 
     def _enter_stage(self, layer: int, kwargs: dict[str, Any]) -> Tensor:
@@ -199,18 +195,11 @@ class Prefill(TokenScheduler):
         self.enter(layer)
         self._entering = None
         if layer == 0:
-            self._keep_embeddings(Embeddings)
-        self._answers.clear()
+            self.reads.keep_embeddings(Embeddings, self.hidden)
         self._frame = self._next_frame()
-        if self.keys_ahead is not None:
-            self.keys_ahead.keep(self._frame)
+        self.reads.stage_entered(self._frame)
         hidden, self._absent_states = (self.full, None) if self._frame is None else self._frame.split(self.full)
         return hidden
-
-    def _scored(self, reads: Sequence[Read]) -> int:
-        """Number of query rows whose attention these reads require."""
-        rows = [read.query for read in reads if isinstance(read, AttentionFrom)]
-        return sum(self.layout.query_rows(query).shape[1] for query in rows)
 
     def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
         """The states to pass to the next layer.
@@ -224,9 +213,9 @@ class Prefill(TokenScheduler):
             hidden: its output.
             full: whether other code observes the result.
         """
-        if self.keys_ahead is not None:
-            self.account_reused(self.keys_ahead.used)
-            self.keys_ahead = None
+        if self.reads.keys_ahead is not None:
+            self.account_reused(self.reads.keys_ahead.used)
+            self.reads.keys_ahead = None
         last = layer == self.layers - 1
         self._returned_full = full and not last
         if self._returned_full:
@@ -261,49 +250,32 @@ class Prefill(TokenScheduler):
     def _finish_states(self) -> Tensor:
         full = self.full
         del self.full
-        self._embeddings.clear()
+        self.reads.forget()
         self.deepstack = None
         self._inputs.forget()
+        image_tokens = self.layout.on_host.image_tokens
+        for layer in self.earlier_caches.layers:
+            kept = self.earlier_caches.kept(layer, self.frames[layer])
+            self.account_cached(layer, (kept & image_tokens).sum(1).tolist())
         self.finish()
         return full
 
-    def record_attention(self, layer: int, seen: AttentionCall, reads: Sequence[Read] | None = None) -> None:
-        """Callback of the attention tap in `layer`: store the answers to its reads, or to `reads`."""
-        for read in reads or [read for read in self.taps[layer] if read not in self._answers]:
-            try:
-                self._answers[read] = from_layer(read, seen, self.layout, self._frame, self.state.active)
-            except (InputError, EngineError) as error:
-                raise type(error)(f"strategy {self.strategy.name!r}: {error}") from error
+    def record_attention(self, layer: int, seen: AttentionCall) -> None:
+        """Callback of the attention tap in `layer`."""
+        self.reads.record(self.reads.taps[layer], seen, self.layout, self._frame, self.state.active)
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _compute_ahead(self, read: AttentionFrom | PositionKernel) -> Tensor:
-        """The answer of the stage's first layer, computed ahead of it on the states that enter it."""
+    def _entering_layer(self) -> LayerInput:
+        """What would enter the stage's first layer if the stages so far were all."""
         assert self._entering is not None
-        layer, kwargs = self._entering[0], dict(self._entering[1])
+        layer, whole = self._entering
+        kwargs = dict(whole)
         frame = self._next_frame()
         hidden = self.full if frame is None else frame.gather(self.full)
         if frame is not None:
             self._inputs.shorten(layer, kwargs, hidden, frame)
-        if isinstance(read, PositionKernel):
-            scaling = float(getattr(self.decoder.attention(layer), "scaling"))  # noqa: B009
-            return position_kernel(read, tables_of(kwargs), scaling, self.layout, frame)
-        rows = query_places(read.query, self.layout, frame)
-        seen = self._look_ahead(layer, hidden, kwargs, frame, rows)
-        return from_layer(read, seen, self.layout, frame, self.state.active)
-
-    def _look_ahead(
-        self,
-        layer: int,
-        hidden: Tensor,
-        kwargs: dict[str, Any],
-        frame: GatheredSequence | None,
-        rows: Tensor | None = None,
-    ) -> AttentionCall:
-        ahead = look_ahead(self.decoder, layer, hidden, kwargs, frame, rows)
-        self._looked_ahead.append(ahead.cost)
-        self.keys_ahead = ahead.keys
-        return ahead.seen
+        return LayerInput(layer, hidden, kwargs, whole, frame, self.state.active)
 
     def _normed(self, states: Tensor, normed: bool) -> Tensor:
         norm: Any = self.decoder.module.norm
@@ -318,10 +290,6 @@ class Prefill(TokenScheduler):
                 f"strategy {self.strategy.name!r} left a batch row without tokens; rows need at least one text token"
             )
         return GatheredSequence.of(present).to(self.layout.valid.device)
-
-    def _keep_embeddings(self, kind: type[Read]) -> None:
-        if any(isinstance(read, kind) for planned in self.planned for read in planned.stage.reads):
-            self._embeddings[kind] = self.hidden() if kind is Embeddings else self.provide(TextStates())
 
     def _present(self) -> Tensor:
         """bool [batch, S], on the host: text, and the image tokens that are active."""

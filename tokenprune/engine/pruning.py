@@ -22,12 +22,13 @@ from tokenprune.engine.calls.torch_compile import (
     translate_compile_errors,
     uncompiled_forward,
 )
-from tokenprune.engine.calls.turns import decoder_in, open_context
 from tokenprune.engine.calls.wrappers import outermost_module, unwrapped
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import BoundModel, bound_model_of
+from tokenprune.engine.interface.bound_model import BoundModel
+from tokenprune.engine.interface.checked_model import bound_model_of
 from tokenprune.engine.interface.compatibility import check_on
 from tokenprune.engine.interface.marked_model import MarkedModel
+from tokenprune.engine.interface.turns import decoder_in, open_context
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.run import PruningRun
 from tokenprune.errors import InputError, PluginError, PluginWarning, PruningWarning, UnsupportedError
@@ -161,7 +162,7 @@ def prune(
         EngineError: the model was changed so that pruning would be bypassed, or the context is closed during a forward.
         PluginError: an adapter, the strategy or an observer fails; the error names it.
 
-    Example:
+    Examples:
         >>> import torch, tokenprune as tp
         >>> from tokenprune.testing.tiny_decoders import tiny_llama
         >>> model, ids = tiny_llama(layers=4), torch.arange(1, 25)[None]

@@ -15,27 +15,26 @@ from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine.cache_layers import CachedPrefill, Lease
+from tokenprune.engine.caches.cache_layers import CachedPrefill, Lease
+from tokenprune.engine.caches.decoding import CachedStep
+from tokenprune.engine.caches.kv_cache import check_same_context, end_update, held_tokens, is_pruned
 from tokenprune.engine.call import (
     Call,
     check_all_ran,
     check_order,
     closed_in_forward,
-    is_observed,
     reentry,
     requests_attentions,
 )
 from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.calls.generate import Generations
-from tokenprune.engine.calls.interception import Shadow, is_compiled_run, run_compiled, shadowed
-from tokenprune.engine.calls.torch_compile import check_not_traced, one_layer
+from tokenprune.engine.calls.interception import Shadow, shadowed
+from tokenprune.engine.calls.torch_compile import check_not_traced
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.decoding import CachedStep
-from tokenprune.engine.deepstack import DeepStack
 from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.vision_source import VisionSource
-from tokenprune.engine.kv_cache import check_same_context, end_update, held_tokens, is_pruned
 from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.sequence.deepstack import DeepStack
 from tokenprune.errors import EngineError, TokenPruneError
 from tokenprune.plugins.observers import notify
 
@@ -174,42 +173,19 @@ class PruningRun:
         call.taps.close()
         end_update(call.cache)
 
-    def _check_intercepted(self) -> None:
-        """Refuse a layer's call outside an intercepted forward if forwards are no longer intercepted."""
-        shadow = self._shadow
-        if (
-            shadow is not None
-            and shadow.open
-            and shadow.applies()
-            and not shadow.is_installed()
-            and not self.never_prunes()
-        ):
-            raise shadow.bypass_error()
-
     def _layer_forward(self, number: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around a layer's forward."""
         call = self._call
         # the layer was called directly, or by another thread's forward that began before the context
         if call is None or call.thread != threading.get_ident():
-            self._check_intercepted()
+            # its forward is not intercepted any more
+            if self._shadow is not None and self._shadow.is_bypassed() and not self.never_prunes():
+                raise self._shadow.bypass_error()
             return original(*args, **kwargs)
         if call.inside == number:
             return original(*args, **kwargs)
         args, kwargs = self._before_layer(call, number, args, kwargs)
-        prefill = call.prefill
-        if prefill is not None and prefill.keys_ahead is not None:
-            with prefill.keys_ahead.handed_on(args[0]):
-                output = original(*args, **kwargs)
-        elif prefill is not None and number in prefill.taps:
-            # a tapped attention breaks the graph: torch.compile would compile each piece of the layer separately
-            output = original(*args, **kwargs)
-        elif is_compiled_run():
-            alike = call.first_alike(number, self.decoder.kind(number), args[0])
-            output = run_compiled((alike, number), original, *args, **one_layer(number, kwargs))
-        elif prefill is not None and prefill.shared is not None and len(args) == 1:
-            output = prefill.shared.run(original, number, args[0], kwargs)
-        else:
-            output = original(*args, **kwargs)
+        output = call.run_layer(self.decoder, number, original, args, kwargs)
         return self._after_layer(call, number, output)
 
     def _layer_checkpoint(
@@ -221,7 +197,7 @@ class PruningRun:
             return original(function, *args, **kwargs)
         layer, keywords = given
         args, keywords = self._before_layer(call, number, args, keywords)
-        if call.prefill is not None and call.prefill.planned and is_observed(self.decoder, number):
+        if call.prefill is not None and call.prefill.planned and self.decoder.is_observed(number):
             raise checkpointing.refuse_observed(self.strategy.name)
         output = original(partial(layer, **keywords), *args, **kwargs)
         return self._after_layer(call, number, output)
@@ -261,7 +237,7 @@ class PruningRun:
         hidden = output[0] if isinstance(output, tuple) else output
         call.in_plugin_code = True
         try:
-            first = call.prefill.after_layer(number, hidden, full=not last and is_observed(self.decoder, number))
+            first = call.prefill.after_layer(number, hidden, full=not last and self.decoder.is_observed(number))
         finally:
             call.in_plugin_code = False
         if last:

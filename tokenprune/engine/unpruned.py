@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.engine.call import is_observed
+from tokenprune.engine.caches.kv_cache import held_tokens
 from tokenprune.engine.calls.interception import is_compiled_run, shadowed
 from tokenprune.engine.decoder import Decoder, find_decoder
-from tokenprune.engine.kv_cache import held_tokens
-from tokenprune.engine.shared_prefix import SharedPrefix
+from tokenprune.engine.sequence.shared_prefix import SharedPrefix
 
 
 @contextmanager
@@ -60,6 +59,6 @@ def _layer(
         prefix.stop()
         return original(*args, **kwargs)
     output = prefix.run(original, number, hidden, kwargs)
-    if number < len(decoder.layers) - 1 and is_observed(decoder, number):
+    if number < len(decoder.layers) - 1 and decoder.is_observed(number):
         prefix.stop()
     return output

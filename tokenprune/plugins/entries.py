@@ -39,7 +39,7 @@ class Kind:
 COMMANDS = frozenset(
     {
         *("list", "compare", "recommend", "sweep", "merge", "report", "tune"),
-        *("segment", "answer", "inspect", "flops", "data", "new"),
+        *("segment", "answer", "inspect", "demo", "serve", "flops", "data", "new"),
     }
 )
 KINDS = {

@@ -9,7 +9,7 @@ that is removed or changes its meaning raises the first. A plugin declares the v
 attribute next to its hooks, `tokenprune_hook_api = "1.0"` (the default). Another first number is refused, and so is a
 higher second number.
 
-Example:
+Examples:
     >>> import tokenprune as tp
     >>> from tokenprune.plugins import registry
     >>> class MyPlugin:

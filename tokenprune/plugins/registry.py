@@ -6,7 +6,7 @@ two packages register is an error when it is used. TOKENPRUNE_PLUGINS=a,b loads 
 
 The methods of one `Registry` are the functions of this module: `registry.plugins()`, `registry.register_plugin(…)`.
 
-Example:
+Examples:
     >>> import tokenprune as tp
     >>> tp.strategies()["fastv"].target, "lisa" in tp.adapters(), "shapes" in tp.datasets(), "lisa-tiny" in tp.models()
     ('tokenprune_strategies.fastv:FastV', True, True, True)

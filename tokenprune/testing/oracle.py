@@ -22,7 +22,7 @@ from tokenprune.testing.scripted import Scripted, Step
 
 
 def masked_full_length(
-    decoder: Any, embeds: Tensor, layout: SequenceLayout, script: Scripted, position_ids: Tensor
+    decoder: Any, embeds: Tensor, layout: SequenceLayout, script: Scripted, position_ids: Tensor, *, decoded: int = 0
 ) -> Tensor:
     """Final hidden states (after the final norm) [batch, S, width] of a scripted schedule; gradients flow.
 
@@ -32,11 +32,14 @@ def masked_full_length(
         layout: of the batch.
         script: the decisions.
         position_ids: int64 [batch, S] (or [3, batch, S]), the positions that the untouched model would use.
+        decoded: how many of the last positions come after the prefill: tokens that a later stage removes from the
+            caches of earlier layers are masked for them alone.
     """
     hidden = embeds.clone()
     present = layout.valid.clone()
     alive = all_active(layout)
     renumbered: Tensor | None = None
+    removed = _removed_from_caches(embeds, layout, script, len(decoder.layers))
     for number, layer in enumerate(decoder.layers):
         for step in script.steps:
             if step.layer == number:
@@ -49,7 +52,7 @@ def masked_full_length(
         ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
-            attention_mask=_mask(present, _window(decoder.config, number)),
+            attention_mask=_mask(present, _window(decoder.config, number), removed[number], decoded),
             position_embeddings=rotary_tables(decoder, number, hidden, ids),
             position_ids=ids,
         )
@@ -144,13 +147,28 @@ def rotary_tables(decoder: Any, layer: int, hidden: Tensor, ids: Tensor) -> Any:
     return decoder.rotary_emb(hidden, position_ids=ids)
 
 
-def _mask(present: Tensor, window: int | None) -> Tensor:
+def _removed_from_caches(embeds: Tensor, layout: SequenceLayout, script: Scripted, layers: int) -> list[Tensor]:
+    """Per layer, bool [batch, S], the image tokens that its cache loses after the prefill."""
+    removed = [torch.zeros_like(layout.image_tokens) for _ in range(layers)]
+    alive = all_active(layout)
+    for step in script.steps:
+        apply_step(step, embeds, layout, alive)
+        if step.prune_earlier_caches:
+            gone = layout.image_tokens & ~alive["active"]
+            rows = torch.tensor([step.is_for(row) for row in range(len(gone))])
+            for earlier in removed[step.caches_from : step.layer]:
+                earlier |= gone & rows[:, None]
+    return removed
+
+
+def _mask(present: Tensor, window: int | None, removed: Tensor, decoded: int) -> Tensor:
     length = present.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     if window is not None:
         causal = causal.triu(1 - window)
     itself = torch.eye(length, dtype=torch.bool)  # hidden positions see themselves: their output is discarded
-    seen = (causal & present[:, None, :]) | itself
+    later = (torch.arange(length) >= length - decoded)[:, None]
+    seen = (causal & present[:, None, :] & ~(later & removed[:, None, :])) | itself
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from tokenprune.core.tokens import Tokens
 
 @dataclass(frozen=True)
 class Step:
-    """One scripted decision on entering `layer`, and a position policy from there on.
+    """One scripted decision on entering `layer`, and what its stage declares.
 
     `rows`, bool [batch], are the batch rows of the decision if it is not for all; for the oracle.
     """
@@ -26,6 +26,8 @@ class Step:
     decision: Decision
     positions: Positions | None = None
     rows: Tensor | None = None
+    prune_earlier_caches: bool = False
+    caches_from: int = 0
 
     def is_for(self, row: int) -> bool:
         """Whether the decision is for that batch row."""
@@ -44,7 +46,16 @@ class Scripted(Strategy):
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage per step."""
-        return [Stage(str(n), step.layer, positions=step.positions) for n, step in enumerate(self.steps)]
+        return [
+            Stage(
+                str(n),
+                step.layer,
+                positions=step.positions,
+                prune_earlier_caches=step.prune_earlier_caches,
+                caches_from=step.caches_from,
+            )
+            for n, step in enumerate(self.steps)
+        ]
 
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """The scripted decision."""
@@ -52,7 +63,7 @@ class Scripted(Strategy):
 
     def row(self, number: int, count: int) -> Scripted:
         """The same script for one batch row alone, of `count` image tokens."""
-        steps = [Step(s.layer, _row(s.decision, number, count), s.positions) for s in self.steps]
+        steps = [replace(step, decision=_row(step.decision, number, count), rows=None) for step in self.steps]
         return Scripted(steps, positions=self.positions)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from tokenprune.core.budget import in_vain, too_small
+from tokenprune.core.by_name import made, parts_of
 from tokenprune.core.composition.remaining_tokens import PartTokens, RemainingTokens
 from tokenprune.core.decisions import Decision
 from tokenprune.core.scheduling.validation import check_decision
@@ -43,7 +44,7 @@ class Sequence(Strategy):
         parts: the strategies.
         positions: "renumber" where any part renumbers.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> both = tp.Sequence("uniform", tp.strategy("fastv", layer=3), budget=0.25)
         >>> both
@@ -234,9 +235,7 @@ class Sequence(Strategy):
 
 def _flat(part: Strategy | str) -> tuple[Strategy, ...]:
     if isinstance(part, str):
-        from tokenprune.core.by_name import strategy  # which imports this module
-
-        part = strategy(part)
+        return tuple(made(entry) for entry in parts_of(part))
     instance("part of a Sequence", part, Strategy, "a strategy, or the name of one")
     if not isinstance(part, Sequence):
         return (part,)

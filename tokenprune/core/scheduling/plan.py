@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
-from tokenprune.core.reads import AttentionFrom
+from tokenprune.core.reads import AttentionFrom, LayerRead
 from tokenprune.core.scheduling.requirements import incompatibility
 from tokenprune.core.stage import Shape, Stage, check_tokens, declared_stages
 from tokenprune.core.strategy import Strategy
@@ -93,7 +93,10 @@ def plan(strategy: Strategy, shapes: list[Shape], model: str = "") -> tuple[Stra
 
 def _walk(stages: list[Stage]) -> tuple[Any, ...]:
     """What the stages of all rows of a group have in common."""
-    return tuple((stage.name, stage.layer, stage.reads, stage.positions) for stage in stages)
+    return tuple(
+        (stage.name, stage.layer, stage.reads, stage.positions, stage.prune_earlier_caches, stage.caches_from)
+        for stage in stages
+    )
 
 
 def _grouped(
@@ -169,11 +172,12 @@ def _checked_stages(strategy: Strategy, shape: Shape) -> list[Stage]:
     stages = declared_stages(strategy, shape)
     _check_layers(strategy, stages, shape)
     for stage in stages:
-        if stage.layer == 0 and any(read.looks_back for read in stage.reads):
+        back = [read for read in stage.reads if read.looks_back]
+        if stage.layer == 0 and back:
+            ahead = " (attention of the stage's own first layer is AttentionFrom(layer='next'))"
             raise PluginError(
-                f"strategy {strategy.name!r}, stage {stage.name!r}: reads attention or keys of the layer before layer "
-                "0, which does not exist; begin it at layer 1 or later (attention of the stage's own first layer is "
-                "AttentionFrom(layer='next'))"
+                f"strategy {strategy.name!r}, stage {stage.name!r}: {back[0]} reads the layer before layer 0, which "
+                f"does not exist; begin it at layer 1 or later{ahead if isinstance(back[0], AttentionFrom) else ''}"
             )
     check_tokens(strategy, stages, shape)
     return stages
@@ -212,9 +216,18 @@ def declared_ledger(strategy: Strategy, shape: Shape) -> Ledger:
                     "image; give it a fixed number"
                 )
             active = stage.tokens
+            if stage.prune_earlier_caches:
+                for number in range(stage.caches_from, layer):
+                    entry = ledger.entries[number]
+                    ledger.entries[number] = replace(entry, cached=(min(active, *entry.in_cache),))
         after = [read for p in planned if p.stage.layer == layer + 1 for read in p.stage.reads]
-        scored = int(any(isinstance(read, AttentionFrom) and read.looks_back for read in after))
+        attention = [read for read in after if isinstance(read, AttentionFrom) and read.looks_back]
+        scored = int(any(read.rotary for read in attention))
         width = active + shape.text_tokens
-        ahead[-1:] = [replace(own, reused=width) for own in ahead[-1:]]
+        own = any(isinstance(read, LayerRead) and not read.rotary for read in after)
+        plain = int(not all(read.rotary for read in attention))
+        if own or plain:  # a plugin's read needs every row, and values too
+            ahead.append(LookAhead(width, width if own else 1, width if own else 0, scored=plain))
+        ahead[-1:] = [replace(last, reused=width) for last in ahead[-1:]]
         ledger.entries.append(LayerEntry(layer, (active,), (shape.text_tokens,), width, scored, tuple(ahead)))
     return ledger

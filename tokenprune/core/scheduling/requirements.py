@@ -9,18 +9,38 @@ from tokenprune.core.reads import (
     Embeddings,
     HiddenStates,
     LayerKeys,
+    LayerRead,
+    LayerValues,
     PositionKernel,
+    PositionPrior,
     Read,
+    RotaryTables,
     TextEmbeddings,
     TextKeys,
     TextStates,
+    TextValues,
 )
-from tokenprune.core.stage import Shape, declared_stages
+from tokenprune.core.reads.own import provides
+from tokenprune.core.stage import Shape, Stage, declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import IncompatibleError, PluginError, TokenPruneError
 
 DECODER_READS: frozenset[type[Read]] = frozenset(
-    (AttentionFrom, PositionKernel, HiddenStates, TextStates, LayerKeys, TextKeys, Embeddings, TextEmbeddings)
+    (
+        AttentionFrom,
+        PositionKernel,
+        PositionPrior,
+        RotaryTables,
+        HiddenStates,
+        TextStates,
+        LayerKeys,
+        TextKeys,
+        LayerValues,
+        TextValues,
+        Embeddings,
+        TextEmbeddings,
+        LayerRead,
+    )
 )
 """The reads that the engine provides for any decoder."""
 
@@ -31,7 +51,7 @@ def incompatibility(
     strategy: str, model: str, reads: Iterable[Read], offers: frozenset[type[Read]]
 ) -> IncompatibleError | None:
     """The error that lists the reads that a model does not provide, or None."""
-    kinds = {type(read) for read in reads if type(read) not in offers}
+    kinds = {type(read) for read in reads if not provides(offers, type(read))}
     if not kinds:
         return None
     missing = sorted(kind.__name__ for kind in kinds)
@@ -56,12 +76,16 @@ def declared_reads(strategy: Strategy, shape: Shape) -> set[Read]:
 
 
 def _reads(strategy: Strategy, shape: Shape) -> set[Read]:
+    return {read for stage in _stages(strategy, shape) for read in stage.reads}
+
+
+def _stages(strategy: Strategy, shape: Shape) -> list[Stage]:
     try:
-        return {read for stage in declared_stages(strategy, shape) for read in stage.reads}
+        return declared_stages(strategy, shape)
     except (IncompatibleError, PluginError):
         raise
     except TokenPruneError:
-        return set()
+        return []
 
 
 def check_fit(strategy: Strategy, model: str, shape: Shape, *, multimodal_rope: bool = False) -> set[Read]:
@@ -77,11 +101,13 @@ def check_fit(strategy: Strategy, model: str, shape: Shape, *, multimodal_rope: 
         IncompatibleError: the model does not provide a read, the strategy renumbers positions that have several axes,
             or its `stages` raised it (too few layers, too few heads).
     """
-    reads = _reads(strategy, shape)
+    stages = _stages(strategy, shape)
+    reads = {read for stage in stages for read in stage.reads}
     error = incompatibility(strategy.name, model, reads, shape.readable or frozenset())
     if error is not None:
         raise error
-    if multimodal_rope and strategy.positions == "renumber":
+    policies = [stage.positions or strategy.positions for stage in stages] or [strategy.positions]
+    if multimodal_rope and "renumber" in policies:
         raise IncompatibleError(
             f"strategy {strategy.name!r} is incompatible with model {model!r}: it renumbers positions, which is not "
             "defined for a multimodal rotary embedding (time, height, width); use positions='keep'"

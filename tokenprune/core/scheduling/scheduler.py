@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.ledger import LayerEntry, Ledger, LookAhead
-from tokenprune.core.reads import Read
+from tokenprune.core.reads import PositionPrior, Read
 from tokenprune.core.scheduling.plan import PlannedStage, RowGroup, plan
+from tokenprune.core.scheduling.read_checks import read_checks
 from tokenprune.core.scheduling.state import TokenState, in_range
 from tokenprune.core.scheduling.validation import check_target, decision_checks
 from tokenprune.core.stage import Positions, Shape, Stage
@@ -134,6 +135,11 @@ class TokenScheduler(ABC):
         *others, latest = entries[-1].ahead
         entries[-1] = replace(entries[-1], ahead=(*others, replace(latest, reused=keys)))
 
+    def account_cached(self, layer: int, tokens: Sequence[int]) -> None:
+        """Add to the ledger how many image tokens a layer's KV cache keeps after the prefill, per batch row."""
+        entries = self.trace.ledger.entries
+        entries[layer] = replace(entries[layer], cached=tuple(tokens))
+
     def finish(self) -> None:
         """Called after the last layer: notify observers, clear the memory."""
         self._tell("tokenprune_prefill_done")
@@ -149,10 +155,9 @@ class TokenScheduler(ABC):
         self._tell("tokenprune_stage_entered", stage=stage)
         before = self.state if group.whole else self.state.only(group.rows, group.size)
         here = self.active if group.whole else self.active[:, : group.size] & group.rows[:, None]
-        answer = self._chosen(planned, self._view(planned, before, planned.target, here))
-        decision, checks = decision_checks(
-            answer, before, who=name, stage=stage.name, width=self.width, dtype=self.dtype
-        )
+        view = self._view(planned, before, planned.target, here)
+        answer, checks = self._chosen(planned, view), read_checks(view, name, stage.name)
+        decision = decision_checks(answer, before, checks, name, stage.name, width=self.width, dtype=self.dtype)
         # the state is made before the checks are read, since all that the host asks for is read at once
         state = before.after(in_range(decision, before.exists.shape[1]))
         found, active, *marks = on_host(checks.found(), state.active, *(rows for _, _, rows in self._marks))
@@ -183,8 +188,12 @@ class TokenScheduler(ABC):
             if self.strict
             else nullcontext()
         )
-        with checks, blamed_strategy(name, f", stage {stage.name!r}"):
-            answer = strategy.choose(stage, tokens)
+        try:
+            with checks, blamed_strategy(name, f", stage {stage.name!r}"):
+                answer = strategy.choose(stage, tokens)
+        except PluginError:
+            read_checks(tokens, name, stage.name).verify()  # if they fail, they are the cause
+            raise
         if not self.strict:
             return answer
         tokens.check_unwritten(name)
@@ -238,7 +247,7 @@ class TokenScheduler(ABC):
         )
 
     def _provided(self, group: RowGroup, exists: Tensor, read: Read) -> Any:
-        value = self.provide(read)
+        value = read.at(self.layout) if isinstance(read, PositionPrior) else self.provide(read)
         if group.whole or read.axis is None:
             return value
         value = value.narrow(read.axis, 0, exists.shape[1])

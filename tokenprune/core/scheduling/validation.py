@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune.core.decisions import Decision, Keep, Merge, Restore
 from tokenprune.core.scheduling.state import TokenState, chosen_tokens, given_mask
-from tokenprune.errors import PluginError
+from tokenprune.errors import PluginError, TokenPruneError
 from tokenprune.plugins.attribution import blamed
 from tokenprune.utils.host_copies import on_host
 
@@ -23,19 +23,20 @@ class ValueChecks:
 
     def __init__(self) -> None:
         self._wrong: list[Tensor] = []
-        self._errors: list[Callable[[], PluginError]] = []
+        self._errors: list[Callable[[], TokenPruneError]] = []
 
-    def add(self, wrong: Tensor, error: Callable[[], PluginError]) -> None:
+    def add(self, wrong: Tensor, error: Callable[[], TokenPruneError]) -> None:
         """Add a check: `error` makes the error if any entry of bool `wrong` is True."""
         self._wrong.append(wrong.any())
         self._errors.append(error)
 
     def found(self) -> Tensor:
         """bool [checks]: which failed, on the decision's device."""
-        return torch.stack(self._wrong)
+        return torch.stack(self._wrong) if self._wrong else torch.zeros(0, dtype=torch.bool)
 
-    def verify(self, found: Tensor) -> None:
-        """Raise the first error, given `found` in the host's memory."""
+    def verify(self, found: Tensor | None = None) -> None:
+        """Raise the first error, given `found` in the host's memory, if it was read already."""
+        (found,) = on_host(self.found()) if found is None else (found,)
         for failed, error in zip(found.tolist(), self._errors, strict=True):
             if failed:
                 raise error()
@@ -51,25 +52,28 @@ def check_decision(
     dtype: torch.dtype | None = None,
 ) -> Decision:
     """The decision, if it is valid; arguments and errors as for `decision_checks`."""
-    checked, checks = decision_checks(decision, state, who=who, stage=stage, width=width, dtype=dtype)
-    checks.verify(*on_host(checks.found()))
+    checks = ValueChecks()
+    checked = decision_checks(decision, state, checks, who, stage, width=width, dtype=dtype)
+    checks.verify()
     return checked
 
 
 def decision_checks(
     decision: object,
     state: TokenState,
-    *,
+    checks: ValueChecks,
     who: str,
     stage: str,
+    *,
     width: int | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Decision, ValueChecks]:
-    """The decision, if its kind and the shapes of its tensors are valid, and the checks of their values.
+) -> Decision:
+    """The decision, if its kind and the shapes of its tensors are valid.
 
     Args:
         decision: what `choose` returned.
         state: the tokens on entering the stage.
+        checks: to which those of the tensors' values are added.
         who: strategy name, for messages.
         stage: stage name, for messages.
         width: hidden size that `values` must have; None = not checked.
@@ -78,7 +82,7 @@ def decision_checks(
     Raises:
         PluginError: the decision is not valid; names strategy, stage, what was found and what was expected.
     """
-    refuse, checks = partial(_refusal, who, stage), ValueChecks()
+    refuse = partial(_refusal, who, stage)
     if not isinstance(decision, (Keep, Restore, Merge)):
         raise refuse(f"choose() returned {type(decision).__name__}", "a Keep, Restore or Merge decision")
     with blamed(lambda found: refuse(f"the check of the decision's tensors failed with {found}", "ordinary tensors")):
@@ -96,7 +100,7 @@ def decision_checks(
         _check_floats(decision, state, width, dtype, refuse, checks)
         if isinstance(decision, Merge):
             _check_merge(decision, state, dtype, refuse, checks)
-    return decision, checks
+    return decision
 
 
 def check_target(active: Sequence[int], target: Sequence[int], *, who: str, stage: str) -> None:

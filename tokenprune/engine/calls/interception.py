@@ -163,6 +163,10 @@ class Shadow:
         """True if calls of the method arrive here, directly or through later wrappers that set `__wrapped__`."""
         return any(function is self for function in _functions(self._thing.__dict__.get(self._name)))
 
+    def is_bypassed(self) -> bool:
+        """Whether calls of this thread should be intercepted and are not, since other code replaced the method."""
+        return self.open and self.applies() and not self.is_installed()
+
     def was_removed(self) -> bool:
         """True if the earlier method, or a wrapper of it, was restored, as code that stores `module.forward` may do
         (accelerate's hooks)."""

@@ -1,4 +1,4 @@
-"""Checks of an adapter's results, and attribution of its errors: each error names the adapter and its package."""
+"""The bound model of a live model, whose results are checked: each error names the adapter and its package."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ from torch import Tensor, nn
 from tokenprune.core.reads import Read
 from tokenprune.engine.interface.bound_model import BoundModel, VisionCapture
 from tokenprune.engine.interface.prompt_masks import PromptMasks
-from tokenprune.errors import PluginError, PluginWarning, TokenPruneError
+from tokenprune.errors import (
+    InputError,
+    OptionError,
+    PluginError,
+    PluginWarning,
+    TokenPruneError,
+    UnsupportedError,
+)
+from tokenprune.loading.model_support import refusal_of
+from tokenprune.plugins import registry
 from tokenprune.plugins.attribution import brief
-from tokenprune.plugins.entries import Entry
+from tokenprune.plugins.entries import Entry, not_loaded
+from tokenprune.utils.arguments import shown
 
 
 @contextmanager
@@ -116,3 +126,54 @@ class _CheckedCapture(VisionCapture):
     def padding(self) -> Tensor | None:
         found: Tensor | None = self._call("padding")
         return found
+
+
+def bound_model_of(model: Any) -> BoundModel:
+    """Bind a live model with the first installed adapter that supports it; errors name the adapter.
+
+    A `BoundModel` is returned as it is. Adapters are imported and tried in the order of registration, so that the
+    result depends only on what is installed; those after the first match are not imported.
+
+    Raises:
+        InputError: a plain language model, whose image tokens the caller must mark.
+        OptionError: not a model.
+        UnsupportedError: no adapter supports the model, or it is pruned through its own `segment`.
+        PluginError: an adapter cannot be imported, raises, or returns an object of the wrong type.
+    """
+    if isinstance(model, BoundModel):
+        return model
+    asked: dict[str, Any] = {}
+    for name, entry in registry.adapters().items():
+        asked[name] = entry.load()
+        bound = entry.call(model, method="bind")
+        if isinstance(bound, BoundModel):
+            return CheckedBoundModel(bound, entry)
+        if bound is not None:
+            raise entry.refusal(f"returned {bound!r} from bind(), expected a BoundModel or None", "fix or uninstall it")
+    if hasattr(model, "segment") and not isinstance(model, type):
+        raise UnsupportedError(
+            f"{type(model).__name__} is pruned through its own methods; call its segment(image, query, strategy=…), or "
+            "pass its decoder to tokenprune.prune(), with image_tokens="
+        )
+    if not isinstance(model, nn.Module):
+        name = f", such as tokenprune.load({model!r})" if isinstance(model, str) else ""
+        raise OptionError(
+            f"model={shown(model)} found, expected a torch.nn.Module or the result of tokenprune.load(){name}"
+        )
+    config = getattr(model, "config", None)
+    refused = refusal_of(getattr(config, "model_type", None))
+    if refused:
+        raise UnsupportedError(f"{type(model).__name__} {refused}")
+    if getattr(config, "vision_config", None) is None:
+        raise InputError(
+            f"{type(model).__name__}: where are the image tokens? Pass image_tokens=, a bool [batch, sequence] "
+            "mask over the decoder's input"
+        )
+    families = "; ".join(
+        f"{name}: {', '.join(adapter.model_types)}" for name, adapter in asked.items() if adapter.model_types
+    )
+    raise UnsupportedError(
+        f"no adapter knows the model {type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}); "
+        f"adapters know {families or 'no live models'}; mark its image tokens with image_tokens= to prune it anyway, "
+        f"or write an adapter{not_loaded(registry.broken_plugins())}"
+    )

@@ -10,11 +10,11 @@ from torch import nn
 from tokenprune import api
 from tokenprune.core.reads import Read
 from tokenprune.core.scheduling.requirements import check_fit, declared_reads
-from tokenprune.core.stage import Shape
+from tokenprune.core.stage import RENUMBERS, Shape
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.engine.calls.wrappers import unwrapped
 from tokenprune.engine.decoder import Decoder, find_decoder
-from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.engine.interface.checked_model import bound_model_of
 from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
 
 
@@ -76,8 +76,9 @@ class Compatibility:
         reads: names of the strategy's reads on this model, sorted.
         missing: those of them that the model does not provide.
         reason: the message of the `IncompatibleError` that running the pair would raise; empty if compatible.
+        warning: what is likely to cost accuracy: that a strategy renumbers positions on a segmentation model.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> from tokenprune.testing.tiny_decoders import tiny_llama
         >>> found = tp.compatible("cdpruner", tiny_llama(layers=4))
@@ -90,6 +91,7 @@ class Compatibility:
     reads: tuple[str, ...]
     missing: tuple[str, ...] = ()
     reason: str = ""
+    warning: str = ""
 
     @property
     def runs(self) -> bool:
@@ -117,7 +119,7 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
         OptionError: `strategy` is not a strategy, or `model` not a model.
         UnsupportedError: no adapter supports the model, it contains no decoder, or it does not declare its reads.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> bool(tp.compatible("csp", tp.load("lisa-tiny")))
         True
@@ -132,7 +134,8 @@ def compatible(strategy: Strategy | str, model: Any) -> Compatibility:
         check_on(chosen, declared, decoder)
     except IncompatibleError as error:
         return Compatibility(chosen.name, declared.name, reads, missing, str(error))
-    return Compatibility(chosen.name, declared.name, reads)
+    moved = hasattr(declared, "segment") and chosen.positions == "renumber"
+    return Compatibility(chosen.name, declared.name, reads, warning=f"{chosen.name} {RENUMBERS}" if moved else "")
 
 
 def _not_in(shape: Shape, reads: set[Read]) -> set[Read]:

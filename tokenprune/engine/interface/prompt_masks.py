@@ -27,7 +27,7 @@ class PromptMasks:
         drafted: bool, True on the tokens of an expected answer after the prompt, see `SequenceLayout.drafted`.
         source: who created the masks, for messages; empty = the caller.
         shared: how many columns from a row's first token on are the same in all rows, as those of several prompts about
-            one image are; they are computed once where that is possible, see `tokenprune.engine.shared_prefix`.
+            one image are; they are computed once where that is possible, see `SharedPrefix`.
     """
 
     image_tokens: Tensor

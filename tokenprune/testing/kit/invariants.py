@@ -261,7 +261,7 @@ def _oracle(case: Case, strategy: Strategy, done: Run, new: int = 0) -> Tensor:
     made = SyntheticBatch(case.rows, case.padding, new=new)
     ids = FAMILIES[case.family].positions(made)
     stack = stack_of(model_of(case.family))
-    return masked_full_length(stack, made.embeds(WIDTH), made.layout, done.script(strategy), ids)
+    return masked_full_length(stack, made.embeds(WIDTH), made.layout, done.script(strategy), ids, decoded=new)
 
 
 def _close(

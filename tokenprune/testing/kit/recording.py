@@ -114,7 +114,8 @@ class Watched(Strategy):
         decision = self.inner.choose(stage, tokens)
         self.log.look(f"in stage {stage.name!r}")
         policy: Positions = stage.positions or self.inner.positions
-        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy, tokens.exists.any(1)))
+        shorter = stage.prune_earlier_caches, stage.caches_from
+        self.log.steps.append(Step(stage.layer, _without_scores(decision), policy, tokens.exists.any(1), *shorter))
         return decision
 
     def __repr__(self) -> str:

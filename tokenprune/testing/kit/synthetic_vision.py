@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.core import reads
-from tokenprune.core.reads import Read
-from tokenprune.core.scheduling.requirements import DECODER_READS
+from tokenprune.core.reads import Read, vision
+from tokenprune.core.reads.base import kinds_of_reads
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.testing.kit.cases import SyntheticBatch, drawn
 
@@ -26,8 +25,7 @@ def synthetic_vision_of(made: SyntheticBatch, width: int) -> VisionSource:
         made: the batch; a row's answers depend on its seed and images only.
         width: hidden size of the decoder, for the projector.
     """
-    known = [kind for kind in Read.__subclasses__() if kind.__module__ == reads.__name__]
-    kinds = [kind for kind in known if kind not in DECODER_READS]
+    kinds = [kind for kind in kinds_of_reads() if kind.__module__ == vision.__name__]
     return VisionSource({kind: _answer(kind.field, made, width) for kind in kinds}, TOWER_LAYERS)
 
 

@@ -18,7 +18,7 @@ import tokenprune as tp
 from tokenprune.core.decisions import Keep, Restore
 from tokenprune.engine import padding_mask, prune
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.scripted import Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.engine.sequence.gathered import GatheredSequence
 
 
 @dataclass(frozen=True)

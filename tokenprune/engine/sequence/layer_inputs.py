@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.gathered import GatheredSequence
-from tokenprune.engine.positions import first_tables, new_tables, tables_of, where_renumbered
+from tokenprune.engine.sequence.gathered import GatheredSequence
+from tokenprune.engine.sequence.positions import first_tables, new_tables, tables_of, where_renumbered
 
 T = TypeVar("T")
 
@@ -45,10 +45,12 @@ class LayerInputs:
     Attributes:
         length: int64 [batch], the number of positions when they were renumbered, −1 in rows that were not renumbered;
             None = no row was.
+        ids: the position ids that the decoder was given, if any.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
+        self.ids: Any = None
         self.length: Tensor | None = None
         self._ids: Tensor | None = None
         self._frame: GatheredSequence | None = None
@@ -93,8 +95,33 @@ class LayerInputs:
         """See `positions.first_tables`; asked once for the same tables, since a device has to be waited for."""
         return self._firsts.once(tables, partial(first_tables, tables, valid))
 
+    def tables_by_axis(
+        self, layer: int, tables: tuple[Tensor, ...], hidden: Tensor, valid: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """Rotary tables [axes, batch, S, D] of each axis of M-RoPE, at positions counted from a row's first token.
+
+        None if the model has one axis, or keeps the tables of several apart.
+
+        Args:
+            layer: decoder layer.
+            tables: its cos and sin for the full sequence.
+            hidden: for the device.
+            valid: bool [batch, S], False on padding.
+        """
+        ids = self.ids
+        if not (self.decoder.multimodal_rope and tables[0].dim() == 3 and isinstance(ids, Tensor) and ids.dim() == 3):
+            return None
+        axes = ids[-3:].expand(-1, len(valid), -1)  # those of text may stand before them
+        first = valid.int().argmax(1).to(axes.device)[None, :, None].expand(len(axes), -1, 1)
+        counted = (axes - axes.gather(2, first)).to(hidden.device)
+        # where all axes are at the same positions, the joined table is that of each
+        alone = [new_tables(self.decoder, layer, hidden[:1, :1].float(), one.expand(3, -1, -1)) for one in counted]
+        cos, sin = (torch.stack(parts) for parts in zip(*alone, strict=True))
+        return cos, sin
+
     def forget(self) -> None:
         """Release masks and tables after the last layer."""
+        self.ids = None
         self._frame, self._cuts, self._firsts = None, SharedArguments(), SharedArguments()
 
     def _cut(

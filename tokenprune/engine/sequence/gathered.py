@@ -78,8 +78,11 @@ class GatheredSequence:
         """int64 [batch, S − fewest real tokens]: positions that are not in the frame, −1 if a row has fewer."""
         if self.host is not None:
             return self.host.absent.to(self.index.device, non_blocking=True)
-        present = as_mask(torch.where(self.filled, self.index, -1), self.length)
-        return true_positions(~present)
+        return true_positions(~self.present())
+
+    def present(self) -> Tensor:
+        """bool [batch, S]: the positions that are in the frame."""
+        return as_mask(torch.where(self.filled, self.index, -1), self.length)
 
     def gather(self, full: Tensor) -> Tensor:
         """[batch, S, width] -> [batch, M, width]."""

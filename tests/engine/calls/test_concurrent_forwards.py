@@ -22,11 +22,11 @@ from tokenprune.core.reads import AttentionFrom, ClsAttention, Crops, ReceivedAt
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
-from tokenprune.engine.attention_tap import tap
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune.engine.calls.turns import decoder_in
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.engine.interface.checked_model import bound_model_of
+from tokenprune.engine.interface.turns import decoder_in
+from tokenprune.engine.reads.attention_tap import tap
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -335,7 +335,7 @@ def test_the_towers_are_not_mixed(name: str, threads: Any) -> None:
     model = family(name)
     mine, other = (FAMILIES[name].inputs([size], seed=9) for size in [(24, 32), (40, 20)])
     binding = bound_model_of(model)._inner  # type: ignore[attr-defined]
-    projector = binding.part(binding.family.images.projector)
+    projector = binding.projector
 
     def run(inputs: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad():

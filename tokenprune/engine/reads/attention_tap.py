@@ -55,11 +55,13 @@ class AttentionCall:
         length = self.query.shape[2]
         return replace(self, key=self.key[:, :, :length], value=self.value[:, :, :length])
 
-    def attention(self, rows: Tensor) -> Tensor:
+    def attention(self, rows: Tensor, among: Tensor | None = None) -> Tensor:
         """Attention weights of single query rows: float32 [batch, heads, R, K], a softmax over all visible keys.
 
         Args:
             rows: int64 [batch, R], positions on the query axis; rows for negative ones are undefined.
+            among: bool [batch, K], the only keys that the softmax is over, 0 elsewhere; None = all that are visible.
+                Rows that see none of them, as behind a sliding window, are 0.
         """
         query, key = self.query, self.key
         batch, heads, length, size = query.shape
@@ -71,7 +73,13 @@ class AttentionCall:
         logits = (picked @ key.float().transpose(2, 3)).reshape(batch, heads, rows.shape[1], keys) * self.scaling
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return self._masked(logits, rows, length).softmax(-1)
+        logits = self._masked(logits, rows, length)
+        if among is None:
+            return logits.softmax(-1)
+        logits = logits.masked_fill(~among[:, None, None].to(logits.device), float("-inf"))
+        # an additive mask hides by the smallest finite number
+        blind = (logits < torch.finfo(logits.dtype).min / 2).all(-1, keepdim=True)
+        return logits.softmax(-1).masked_fill(blind, 0)
 
     def _masked(self, logits: Tensor, rows: Tensor, length: int) -> Tensor:
         keys = logits.shape[-1]

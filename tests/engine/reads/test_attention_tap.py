@@ -13,7 +13,7 @@ from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
-from tokenprune.engine.attention_tap import tap
+from tokenprune.engine.reads.attention_tap import tap
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 

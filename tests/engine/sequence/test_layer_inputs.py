@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.gathered import GatheredSequence
-from tokenprune.engine.layer_inputs import LayerInputs
+from tokenprune.engine.sequence.gathered import GatheredSequence
+from tokenprune.engine.sequence.layer_inputs import LayerInputs
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 

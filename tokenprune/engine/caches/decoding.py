@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokenprune.core.ledger import LaterTurn
-from tokenprune.engine.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
+from tokenprune.engine.caches.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.layer_inputs import SharedArguments
-from tokenprune.engine.positions import renumber_step, since_prefill, tables_of
+from tokenprune.engine.sequence.layer_inputs import SharedArguments
+from tokenprune.engine.sequence.positions import renumber_step, since_prefill, tables_of
 from tokenprune.errors import PruningWarning
 
 

@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from tokenprune.engine.calls.interception import is_compiled_run
 from tokenprune.engine.calls.torch_compile import hooks_on
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.gathered import GatheredSequence, visible
-from tokenprune.engine.positions import tables_of
+from tokenprune.engine.sequence.gathered import GatheredSequence, visible
+from tokenprune.engine.sequence.positions import tables_of
 
 _SPLIT = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
 

@@ -16,7 +16,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from tokenprune.engine.decoder import find_decoder
-from tokenprune.engine.interface.bound_model import BoundModel, bound_model_of
+from tokenprune.engine.interface.bound_model import BoundModel
+from tokenprune.engine.interface.checked_model import bound_model_of
 from tokenprune.errors import BusyError, OptionError, TokenPruneError, UnsupportedError
 from tokenprune.utils.arguments import one_of, shown
 

@@ -9,8 +9,15 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from tokenprune.engine.cache_layers import CachedPrefill, Lease, PrunedDynamicLayer, PrunedLayer, PrunedStaticLayer
-from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.engine.caches.cache_layers import (
+    CachedPrefill,
+    Lease,
+    PrunedDynamicLayer,
+    PrunedLayer,
+    PrunedStaticLayer,
+)
+from tokenprune.engine.caches.earlier import EarlierCaches
+from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 
 _OLD: Any = getattr(cache_utils, "SlidingWindowLayer", None)  # its name in older releases
@@ -133,7 +140,7 @@ def end_update(cache: Any) -> None:
             own.expected = False
 
 
-def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
+def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill, earlier: EarlierCaches) -> None:
     """Convert the other layers of a filled cache, some of whose layers lack tokens, to `PrunedLayer`.
 
     Sliding-window layers then receive masks of the true length, as pruned layers do. Static layers get their slots.
@@ -142,23 +149,35 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill) -> None:
         cache: the cache, filled by a prefill.
         valid: bool [batch, S], False on padding.
         prefill: the prefill that filled it.
+        earlier: what caches lose after it.
     """
     layers: list[Any] = cache.layers
     for number, own in enumerate(layers):
         if own.keys is None:
             continue
-        layer = own
-        if not isinstance(own, PrunedLayer):
-            frame, last = None, min(own.keys.shape[-2], prefill.length)
-            if getattr(own, "is_sliding", False):
-                # it contains only the last positions, the same in all rows, as if the earlier ones had been pruned
-                present = torch.zeros(valid.shape, dtype=torch.bool)
-                present[:, prefill.length - last :] = True
-                frame = GatheredSequence.of(present).to(valid.device)
-            layers[number] = layer = _pruned_layer(frame, None, prefill)
+        frame, renumbered = (own.frame, own.renumbered) if isinstance(own, PrunedLayer) else (None, None)
+        if getattr(own, "is_sliding", False) and frame is None:
+            # it contains only the last positions, the same in all rows, as if the earlier ones had been pruned
+            last = min(own.keys.shape[-2], prefill.length)
+            present = torch.zeros(valid.shape, dtype=torch.bool)
+            present[:, prefill.length - last :] = True
+            frame = GatheredSequence.of(present).to(valid.device)
+        layer, keys, values = own, own.keys, own.values
+        if number in earlier.layers:
+            shorter = GatheredSequence.of(earlier.kept(number, frame)).to(valid.device)
+            places = shorter.index if frame is None else frame.places(shorter.index)
+            frame, (keys, values) = shorter, (_at(states, places) for states in (keys, values))
+        if frame is not getattr(own, "frame", None) or not isinstance(own, PrunedLayer):
+            layers[number] = layer = _pruned_layer(frame, renumbered, prefill)
         if isinstance(layer, PrunedStaticLayer):
-            layer.hold(own.keys, own.values)
+            layer.hold(keys, values)
         elif layer is not own:
             # lazy_initialization() has another signature in older releases of transformers
             layer.dtype, layer.device, layer.is_initialized = own.keys.dtype, own.keys.device, True
-            layer.keys, layer.values = own.keys, own.values
+            layer.keys, layer.values = keys, values
+
+
+def _at(states: Tensor, places: Tensor) -> Tensor:
+    """Keys or values [batch, heads, K, size] at places int64 [batch, n]: [batch, heads, n, size]."""
+    index = places.to(states.device)[:, None, :, None]
+    return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tokenprune.core.ledger import LookAhead
 from tokenprune.core.scheduling.state import take_rows
-from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.calls.interception import is_compiled_run, shadowed
 from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.decoder import Decoder
-from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.engine.reads.attention_tap import AttentionCall, tap
+from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 
 
@@ -137,11 +137,12 @@ def look_ahead(
     kwargs: dict[str, Any],
     frame: GatheredSequence | None,
     rows: Tensor | None = None,
+    values: bool = False,
 ) -> Ahead:
     """Queries and keys that a layer would compute from these states, with its own norm, projections and rotation.
 
-    Queries are projected only in the rows that are needed, and values and output not at all, if their projections have
-    the usual names.
+    Queries are projected only in the rows that are needed, values only if they are, and the output not at all, if
+    their projections have the usual names.
 
     Args:
         decoder: the decoder.
@@ -150,6 +151,7 @@ def look_ahead(
         kwargs: the layer's keyword arguments for these states.
         frame: the shortened sequence of these states; None = the full one.
         rows: int64 [batch, R], the query rows that are needed, −1 for none; None = only keys are needed.
+        values: whether values are needed too.
 
     Raises:
         UnsupportedError: the layer has no `input_layernorm` or readable attention.
@@ -166,7 +168,9 @@ def look_ahead(
     wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
     rows = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device) if rows is None else rows.clamp(min=0)
     some: Callable[..., Tensor] = partial(_some_rows, rows)
-    instead = {"q_proj": some, "v_proj": _no_rows, "o_proj": _no_rows}
+    instead = (
+        {"q_proj": some, "o_proj": _no_rows} if values else {"q_proj": some, "v_proj": _no_rows, "o_proj": _no_rows}
+    )
     hand_on = _can_hand_on(block, attention, norm)
     if hand_on:
         instead["k_proj"] = partial(_remember, keys)
@@ -182,12 +186,12 @@ def look_ahead(
     ready = None
     if hand_on and keys and keys[0][0] is normed:
         ready = KeysAhead(norm, getattr(attention, "k_proj"), *keys[0], frame)  # noqa: B009
-    return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1]), ready)
+    return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1], values), ready)
 
 
-def _cost(attention: nn.Module, length: int, rows: int) -> LookAhead:
+def _cost(attention: nn.Module, length: int, rows: int, values: bool) -> LookAhead:
     fused = not hasattr(attention, "k_proj")  # one projection of queries, keys and values, or another kind
-    return LookAhead(length, rows if hasattr(attention, "q_proj") else length, length if fused else 0, rows)
+    return LookAhead(length, rows if hasattr(attention, "q_proj") else length, length if fused or values else 0, rows)
 
 
 def _can_hand_on(block: nn.Module, attention: nn.Module, norm: nn.Module) -> bool:

@@ -97,6 +97,12 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
     return tuple(taken) if bool(taken[1].any()) else None  # sin 0 = 0
 
 
+def no_rotation(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rotary tables (cos, sin) with which queries and keys stay as they were projected."""
+    cos, sin = tables
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
 def shifted_tables(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Tensor | None) -> tuple[Tensor, ...]:
     """Rotary tables shifted so that the position of `first` becomes 0: its angle is subtracted in each channel.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from tokenprune.core.ledger import Ledger
-from tokenprune.engine.gathered import GatheredSequence
+from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.errors import UnsupportedError
 
 _MARK = "_tokenprune_prefill"

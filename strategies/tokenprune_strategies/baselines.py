@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
-from tokenprune.core.options import KEPT, Amount, tokens_of
+from tokenprune.core.options import KEPT, POSITIONS, Amount, tokens_of
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.ops.even_and_random import grid_mask, random_scores
 
 
@@ -48,6 +49,7 @@ class FixedShare(Strategy):
         """Options of these baselines."""
 
         keep: Amount = Field(0.25, description=KEPT)
+        positions: Positions = Field("keep", description=POSITIONS)
 
     options: Options
 

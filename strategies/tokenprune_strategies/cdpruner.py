@@ -14,7 +14,7 @@ from tokenprune.core.options import COMPACT, KEPT, WORDING, Amount, Wording, tok
 from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Crops, HiddenStates
 from tokenprune.core.stage import Positions
 from tokenprune_strategies.ops.dpp import map_picks
-from tokenprune_strategies.ops.stacked_images import StackedImages
+from tokenprune_strategies.ops.stacked_images import StackedImages, halves
 
 
 class CDPruner(Strategy):
@@ -35,6 +35,9 @@ class CDPruner(Strategy):
 
         keep: Amount = Field(0.112, description=KEPT)
         wording: Wording = Field("question", description=WORDING)
+        split: bool = Field(
+            False, description="choose half of the tokens in each half of the image, as OpenVINO GenAI does by default"
+        )
         positions: Positions = Field("renumber", description=COMPACT)
 
     options: Options
@@ -49,25 +52,30 @@ class CDPruner(Strategy):
         """Pick tokens of each crop, all crops of the batch at once."""
         texts, exists = tokens.clip_text_embeddings
         # (1) relevance q, scaled over the whole row: crops of an image are scaled together, but pruned separately
-        scores = relevance(tokens.clip_image_embeddings, texts, exists, tokens.active)
+        values = dissimilarity(tokens.clip_image_embeddings, texts, exists)
+        scores = scaled(values, tokens.active)
+        crops = StackedImages.of(tokens, halves(tokens.images()) if self.options.split else None)
+        weights = scaled(crops.take(values), crops.exists) if self.options.split else crops.take(scores)
         # (2) diversity S, the cosine similarity of tokens as they enter the decoder; (3) greedy MAP inference of the
         # process with the kernel q_i S_ij q_j
-        crops = StackedImages.of(tokens)
-        picks = map_picks(crops.take(tokens.hidden), crops.take(scores), crops.exists, crops.quotas)
+        picks = map_picks(crops.take(tokens.hidden), weights, crops.exists, crops.quotas)
         return Keep.where(crops.mask(picks, tokens), scores=scores.masked_fill(~tokens.active, float("-inf")))
 
 
-def relevance(images: Tensor, texts: Tensor, exists: Tensor, active: Tensor) -> Tensor:
-    """float32 [batch, N]: the dissimilarity of each image token to the texts, scaled to 0 … 1 over the row.
+def dissimilarity(images: Tensor, texts: Tensor, exists: Tensor) -> Tensor:
+    """float32 [batch, N]: how little each image token is like the texts, on average over them.
 
     Args:
         images: float32 [batch, N, P].
         texts: float32 [batch, M, P], the segments of the question.
         exists: bool [batch, M], which texts exist.
-        active: bool [batch, N], the tokens to choose from.
     """
     likeness = normalize(images, dim=-1) @ normalize(texts, dim=-1).transpose(1, 2)
-    values = -(likeness * exists[:, None]).sum(2) / exists.sum(1, keepdim=True)  # mean over segments
+    return -(likeness * exists[:, None]).sum(2) / exists.sum(1, keepdim=True)
+
+
+def scaled(values: Tensor, active: Tensor) -> Tensor:
+    """Values float [rows, n] scaled to 0 … 1 among those that bool `active` marks; 0 elsewhere."""
     low = values.masked_fill(~active, float("inf")).amin(1, keepdim=True)
     high = values.masked_fill(~active, float("-inf")).amax(1, keepdim=True)
     # 1e-6 as in the authors' code, to keep every relevance above 0; the clamp, for equal values, is ours

@@ -12,15 +12,16 @@ from torch.nn.functional import normalize
 
 from tokenprune import Decision, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
 from tokenprune.core.budget import Ladder, ladders
-from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
-from tokenprune.core.reads import HiddenStates, LayerKeys, TextKeys, TextStates
+from tokenprune.core.options import KEPT, POSITIONS, Amount, layer_of, tokens_of
+from tokenprune.core.reads import Embeddings, HiddenStates, LayerKeys, TextEmbeddings, TextKeys, TextStates
+from tokenprune.core.stage import Positions
 from tokenprune.errors import BudgetError
 
 
 class DART(Strategy):
     """Keep the image tokens that are least similar to a few pivots: duplicates are dropped, important or not.
 
-    Pivots are the image and text tokens whose keys have the largest norm (section 4). Positions are kept.
+    Pivots are the image and text tokens whose keys have the largest norm (section 4).
 
     Ours: the pivots choose in the order of their norm, those of the image first; `keep` includes the image pivots, and
     if it does not divide evenly the first pivots keep one more; batch rows and images are independent.
@@ -33,10 +34,15 @@ class DART(Strategy):
     class Options(StrategyOptions):
         """Options of DART."""
 
-        layer: int = Field(2, ge=1, description="K, the first layer without the dropped tokens")
+        layer: int = Field(
+            2,
+            ge=0,
+            description="K, the first layer without the dropped tokens; 0: embeddings are keys and states",
+        )
         keep: Amount = Field(0.222, description=KEPT)
         image_pivots: int = Field(4, ge=1, description="pivots among the tokens of each image")
         text_pivots: int = Field(4, ge=0, description="pivots among the text tokens after the image")
+        positions: Positions = Field("keep", description=POSITIONS)
         faithful: bool = Field(
             False,
             description="as in the authors' code: `keep` does not include image pivots, all pivots keep the same "
@@ -47,8 +53,9 @@ class DART(Strategy):
 
     def stages(self, shape: Shape) -> Iterable[Stage]:
         """One stage at layer K. Raises OptionError without such a layer, BudgetError for fewer tokens than pivots."""
-        layer = layer_of(self.options.layer, shape.layers, self.name, least=1)
-        reads = (LayerKeys(), TextKeys(), HiddenStates(normed=True), TextStates(normed=True))
+        layer = layer_of(self.options.layer, shape.layers, self.name)
+        inside = (LayerKeys(), TextKeys(), HiddenStates(normed=True), TextStates(normed=True))
+        reads = inside if layer else (Embeddings(), TextEmbeddings())
         yield Stage("prune", layer, self.kept(tokens_of(self.options.keep, shape.image_tokens), shape), reads)
 
     def kept(self, keep: int, shape: Shape) -> int:
@@ -67,8 +74,11 @@ class DART(Strategy):
     def choose(self, stage: Stage, tokens: Tokens) -> Decision:
         """Select, image by image."""
         chosen = torch.zeros_like(tokens.exists)
-        norms, text_norms = (keys.float().abs().sum(-1) for keys in (tokens.layer_keys, tokens.text_keys))
-        states, text_states = (normalize(x.float(), dim=-1) for x in (tokens.hidden, tokens.text_hidden))
+        embedded = (tokens.embeddings, tokens.text_embeddings) if stage.layer == 0 else None  # as deployed runtimes do
+        both = embedded or (tokens.layer_keys, tokens.text_keys)
+        norms, text_norms = (keys.float().abs().sum(-1) for keys in both)
+        both = embedded or (tokens.hidden, tokens.text_hidden)
+        states, text_states = (normalize(x.float(), dim=-1) for x in both)
         for image in tokens.images():
             row, index = image.row, image.index
             # (1) pivots: the image tokens, and the text tokens after the image, whose keys in layer K−1 have the

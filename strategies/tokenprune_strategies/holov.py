@@ -122,7 +122,7 @@ def block_quotas(means: Tensor, sizes: Sequence[int], total: int, *, faithful: b
         total: the crop's quota.
         faithful: see the option.
     """
-    weights = (means / (means.sum() + 1e-6)).nan_to_num(0, 0, 0)  # NaN among the scores is refused later
+    weights = (means / (means.sum() + 1e-6)).nan_to_num(0, 0, 0)  # NaN is refused later
     quotas = [int(quota) for quota in (weights * total).floor()]
     if not faithful:
         quotas = [min(quota, size) for quota, size in zip(quotas, sizes, strict=True)]

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenprune import ScorerStrategy, Shape, Stage, StrategyOptions, Tokens
-from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
+from tokenprune.core.options import KEPT, POSITIONS, Amount, layer_of, tokens_of
 from tokenprune.core.reads import LayerKeys
+from tokenprune.core.stage import Positions
 
 
 class KNorm(ScorerStrategy):
@@ -28,6 +29,7 @@ class KNorm(ScorerStrategy):
 
         layer: int = Field(2, ge=1, description="K, the first layer without the dropped tokens")
         keep: Amount = Field(0.5, description=KEPT)
+        positions: Positions = Field("keep", description=POSITIONS)
 
     options: Options
 

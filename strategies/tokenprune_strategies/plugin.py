@@ -16,6 +16,7 @@ def tokenprune_register_strategies(register: Register) -> None:
     register(
         "csp", f"{here}.csp.csp:CSP", summary="cluster, scatter, prune: few tokens, all tokens, most attended tokens"
     )
+    register("csp+", f"{here}.csp.plus:CSPPlus", summary="csp with all tokens in one layer alone")
     register("csp-65", f"{here}.csp.presets:CSP65", summary="csp with 65 % fewer equivalent tokens")
     register("csp-70", f"{here}.csp.presets:CSP70", summary="csp with 70 % fewer equivalent tokens")
     register(
@@ -48,6 +49,11 @@ def tokenprune_register_strategies(register: Register) -> None:
         "fastervlm", f"{here}.vispruner.vispruner:FasterVLM", summary="the image tokens that [CLS] attends to most"
     )
     register(
+        "vscan",
+        f"{here}.vscan.vscan:VScan",
+        summary="patches of each window and of the whole image, then the tokens that the query attends to",
+    )
+    register(
         "cdpruner",
         f"{here}.cdpruner:CDPruner",
         summary="diverse image tokens, weighted by relevance to the question (CLIP)",
@@ -61,6 +67,11 @@ def tokenprune_register_strategies(register: Register) -> None:
         "pyramiddrop",
         f"{here}.pyramiddrop:PyramidDrop",
         summary="fewer image tokens at each of several layers, by the attention of the next layer",
+    )
+    register(
+        "feather",
+        f"{here}.feather.feather:Feather",
+        summary="an even grid and the image tokens that unrotated attention prefers, at two layers",
     )
     register(
         "sparsevlm",
@@ -81,5 +92,25 @@ def tokenprune_register_strategies(register: Register) -> None:
         "holov", f"{here}.holov:HoloV", summary="image tokens that [CLS] attends to most in each block of the image"
     )
     register(
+        "ivcprune",
+        f"{here}.ivcprune.ivcprune:IVCPrune",
+        summary="image tokens whose positions serve as coordinates, and those whose values resemble the text's",
+    )
+    register(
+        "prunesid",
+        f"{here}.prunesid.prunesid:PruneSID",
+        summary="image tokens that [CLS] attends to most, and distinct ones, of each group of similar features",
+    )
+    register(
+        "nuwa",
+        f"{here}.nuwa.nuwa:Nuwa",
+        summary="anchors in all parts of the image that take in similar near tokens, then those most attended to",
+    )
+    register(
         "knorm", f"{here}.knorm:KNorm", summary="the image tokens whose keys have the smallest norm in an early layer"
+    )
+    register(
+        "vitcop",
+        f"{here}.vitcop.vitcop:ViTCoP",
+        summary="patches that [CLS] attends to, merged by clusters, then those whose keys have the smallest norm",
     )

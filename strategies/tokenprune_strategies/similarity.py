@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pydantic import Field
 
 from tokenprune import Decision, HiddenStates, Keep, Shape, Stage, Strategy, StrategyOptions, Tokens
-from tokenprune.core.options import KEPT, Amount, layer_of, tokens_of
+from tokenprune.core.options import KEPT, POSITIONS, Amount, layer_of, tokens_of
+from tokenprune.core.stage import Positions
 from tokenprune_strategies.ops.farthest_point import farthest_first
 from tokenprune_strategies.ops.stacked_images import StackedImages
 
@@ -16,7 +17,7 @@ class Similarity(Strategy):
     """Keep the image tokens whose hidden states are most dissimilar on entering a layer (ours).
 
     Farthest-first on 1 − cosine similarity, as DivPrune (https://arxiv.org/abs/2503.02175) on the projector's output,
-    but after the decoder's first layers. Images are independent, positions are kept.
+    but after the decoder's first layers. Images are independent.
     """
 
     name = "similarity"
@@ -28,6 +29,7 @@ class Similarity(Strategy):
 
         layer: int = Field(2, ge=0, description="the first layer without the dropped tokens")
         keep: Amount = Field(0.5, description=KEPT)
+        positions: Positions = Field("keep", description=POSITIONS)
 
     options: Options
 

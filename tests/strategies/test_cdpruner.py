@@ -16,12 +16,13 @@ from strategy_bench import Bench, check_budget_is_met_within_a_token
 from torch import Tensor, nn
 
 import tokenprune
+from tokenprune.core.apportion import apportion
 from tokenprune.core.reads import ClipImageEmbeddings, ClipTextEmbeddings, Read
 from tokenprune.errors import IncompatibleError, OptionError, PluginError
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.clip.tower import load_tower
 from tokenprune_adapters.llava.vision import run_tower
-from tokenprune_strategies.cdpruner import CDPruner, relevance
+from tokenprune_strategies.cdpruner import CDPruner, dissimilarity, scaled
 from tokenprune_strategies.ops.dpp import map_picks
 
 QUICK = settings(max_examples=30, deadline=None)
@@ -88,7 +89,8 @@ def test_golden_choice(text: int, number: int, source: str, case: dict[str, Tens
 def test_golden_picking_order(text: int, number: int, case: dict[str, Tensor]) -> None:
     reads = tiles(case, text)
     texts, exist = reads["clip_text_embeddings"]
-    scores = relevance(reads["clip_image_embeddings"], texts, exist, torch.ones(1, 288, dtype=torch.bool))
+    values = dissimilarity(reads["clip_image_embeddings"], texts, exist)
+    scores = scaled(values, torch.ones(1, 288, dtype=torch.bool))
     counts = torch.tensor([KEEP[number]] * 2)
     picks = map_picks(case["image_features"], scores.view(2, 144), torch.ones(2, 144, dtype=torch.bool), counts)
     assert torch.equal(picks, case[f"text{text}.setting{number}.selection_order"])
@@ -127,15 +129,40 @@ def test_keep_is_exact_per_row_and_alone(images: list[int], keep: int | float, p
     assert strategy.positions == positions
 
 
+@QUICK
+@given(IMAGES, st.one_of(st.integers(1, 90), st.floats(0.01, 1)))
+def test_split_each_half_of_an_image_is_pruned_as_an_image_of_its_own(images: list[int], keep: int | float) -> None:
+    bench = Bench(CDPruner(keep=keep, split=True), [images])
+    kept, target = bench.run().trace.stages[0].kept[0], int(bench.planned[0].target)
+    assert len(kept) == target
+    texts, exist = bench.provide(ClipTextEmbeddings(cut="segments"))
+    values = dissimilarity(bench.provide(ClipImageEmbeddings()), texts, exist)[0]
+    expected, start = [], 0
+    for size, quota in zip(images, apportion(target, images), strict=True):
+        first = min(size // 2, (quota + 1) // 2)
+        for begin, end, count in ((0, size // 2, first), (size // 2, size, quota - first)):
+            part = slice(start + begin, start + end)
+            if begin == end:
+                continue
+            every = torch.ones(1, end - begin, dtype=torch.bool)
+            weights = scaled(values[None, part], every)
+            picks = map_picks(bench.embeddings[:, part], weights, every, torch.tensor([count]))[0]
+            expected += [start + begin + pick for pick in picks.tolist()]
+        start += size
+    assert kept == sorted(expected)
+
+
 def test_tokens_less_like_the_text_weigh_more() -> None:
     images = torch.tensor([[[1.0, 0], [0, 2], [-3, 0], [1, 1]]])
     texts = torch.tensor([[[1.0, 0], [9, 9]]])
-    scores = relevance(images, texts, torch.tensor([[True, False]]), torch.ones(1, 4, dtype=torch.bool))
+    values = dissimilarity(images, texts, torch.tensor([[True, False]]))
+    scores = scaled(values, torch.ones(1, 4, dtype=torch.bool))
     torch.testing.assert_close(scores[0], torch.tensor([0, 0.5, 1, 0.5 - 0.5**1.5]), atol=1e-5, rtol=0)
 
 
 def test_equal_relevance_is_no_division_by_zero() -> None:
-    scores = relevance(torch.ones(1, 4, 3), torch.ones(1, 1, 3), torch.ones(1, 1).bool(), torch.ones(1, 4).bool())
+    values = dissimilarity(torch.ones(1, 4, 3), torch.ones(1, 1, 3), torch.ones(1, 1).bool())
+    scores = scaled(values, torch.ones(1, 4).bool())
     assert scores.isfinite().all()
     assert (scores[0] == scores[0, 0]).all()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from strategy_bench import PIXELS, Bench
 
 import tokenprune
 from tokenprune.core.options import tokens_of
+from tokenprune.core.reads import ClsAttention
+from tokenprune.core.scheduling.requirements import declared_reads
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.errors import BudgetError, InputError, OptionError
 from tokenprune_strategies.csp.clustering import k_means, sample_instances
@@ -85,6 +89,33 @@ def test_cls_attention_takes_the_most_attended() -> None:
     assert bench.run().trace.stages[0].kept[0] == expected
 
 
+def test_as_published_cls_attention_is_one_softmax_at_full_width() -> None:
+    assert ClsAttention(heads="joint") in declared_reads(CSP(clustering="cls_attention", faithful=True), Shape(12, 64))
+    assert ClsAttention() in declared_reads(CSP(clustering="cls_attention"), Shape(12, 64))
+
+
+@QUICK
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.integers(1, 60))
+def test_as_published_each_instance_gets_its_share_rounded_down_or_one(labels: list[int], count: int) -> None:
+    count = min(count, len(labels))
+    picked = sample_instances(torch.tensor(labels), count, published=True).tolist()
+    for label in set(labels):
+        share = Fraction(count * labels.count(label), len(labels))
+        assert sum(labels[token] == label for token in picked) == max(1, floor(share))
+
+
+@pytest.mark.parametrize("images", [[64], [36, 64]])
+def test_as_published_the_number_of_representatives_varies_and_no_budget_is_met(images: list[int]) -> None:
+    strategy = CSP(clustering="seg_first", regions=5, representatives=10, faithful=True)
+    stages = Bench(strategy, [images]).run().trace.stages
+    assert len(images) * 1 <= len(stages[0].kept[0]) <= 10 + 5 * len(images)
+    assert len(stages[1].kept[0]) == sum(images)
+    with pytest.raises(BudgetError, match=r"'csp' cannot meet budget 0\.35: stage 'cluster' keeps a number of tokens"):
+        CSP(clustering="seg_first", faithful=True, budget=0.35).bind(Shape(12, 64))
+    with pytest.raises(OptionError, match="'faithful' has no effect with clustering=grid"):
+        tokenprune.strategy("csp", faithful=True)
+
+
 def test_kept_are_the_most_attended_at_the_prune_layer() -> None:
     bench = Bench(CSP(keep=7), [[64]])
     expected = bench.drawn("attention")[0].topk(7).indices.sort().values.tolist()
@@ -118,7 +149,7 @@ def test_instances_by_area_as_published() -> None:
 def test_any_masks_label_every_token(instances: int, rows: int, columns: int, seed: int) -> None:
     masks = torch.rand(instances, 30, 20, generator=torch.Generator().manual_seed(seed)) > 0.4
     cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    labels = instance_labels(masks, cells)
+    labels = instance_labels(masks, cells, (rows, columns))
     assert labels.shape == (rows * columns,)
     assert labels.min() >= 0
     assert labels.max() <= instances
@@ -129,7 +160,7 @@ def test_labels_follow_the_mask_that_covers_most() -> None:
     masks[0, :20] = True
     masks[1, :12, :20] = True
     cells = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-    labels = instance_labels(masks, torch.cat((cells, torch.tensor([[-1, -1]]))))
+    labels = instance_labels(masks, torch.cat((cells, torch.tensor([[-1, -1]]))), (4, 4))
     assert labels.tolist() == [1] * 8 + [0] * 8 + [0]
 
 

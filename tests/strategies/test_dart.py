@@ -16,7 +16,7 @@ from strategy_bench import Bench
 from tokenprune.core.decisions import Keep
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.options import tokens_of
-from tokenprune.core.reads import HiddenStates, LayerKeys, TextStates
+from tokenprune.core.reads import Embeddings, HiddenStates, LayerKeys, TextEmbeddings, TextStates
 from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import Shape, equivalent_tokens
 from tokenprune.core.tokens import Tokens
@@ -172,6 +172,22 @@ def test_a_pivot_keeps_what_is_unlike_it() -> None:
     states = torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 3 + [[1.0, 1.0]] * 2)
     kept = selected(DART(keep=4, image_pivots=1, text_pivots=0), keys, states, 0, 8)
     assert kept == [1, 5, 6, 7]
+
+
+def test_before_the_decoder_embeddings_stand_for_keys_and_states() -> None:
+    """As in the decoder with the same tensors, so that only where they come from differs; positions are kept."""
+    bench = Bench(DART(layer=0, keep=12, image_pivots=2, text_pivots=3), [[40]])
+    assert {type(read) for stage in bench.planned for read in stage.stage.reads} == {Embeddings, TextEmbeddings}
+    assert bench.planned[0].stage.layer == 0
+    kept = bench.run().trace.stages[0].kept[0]
+    embedded, text = bench.embeddings[0], bench.provide(TextEmbeddings())[0]
+    pivots = embedded.abs().sum(-1).topk(2).indices.tolist()
+    states = torch.nn.functional.normalize(torch.cat((embedded, text)), dim=-1)
+    assert len(kept) == 12
+    assert set(pivots) <= set(kept)
+    first = (states[:40] @ states[pivots[0]]).masked_fill(torch.isin(torch.arange(40), torch.tensor(pivots)), 9)
+    assert set(first.topk(2, largest=False).indices.tolist()) <= set(kept)
+    assert DART(layer=0).positions == "keep"
 
 
 @QUICK

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import tokenprune
 from tokenprune.core.reads import ClsAttention, Crops, Read
 from tokenprune.core.trace import StageTrace
-from tokenprune.errors import IncompatibleError, OptionError, PluginError
+from tokenprune.errors import IncompatibleError, InputError, OptionError
 from tokenprune_adapters.clip.tower import load_tower
 from tokenprune_adapters.llava.vision import run_tower
 from tokenprune_strategies.holov import HoloV, block_quotas
@@ -214,7 +214,9 @@ def test_a_block_of_one_token_counts_like_the_others() -> None:
 def test_nan_is_refused(name: str) -> None:
     given = {"embeddings": torch.ones(1, 20, 6), "cls_attention": torch.ones(1, 20)}
     given[name][0, 3] = float("nan")
-    with pytest.raises(PluginError, match="NaN among the scores, at image token"):
+    with pytest.raises(
+        InputError, match=rf"'holov', stage 'select': NaN or infinity in tokens\.{name} .*image token 3"
+    ):
         Bench(HoloV(keep=4), [[20]], given=given).enter(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from tokenprune.core.apportion import apportion
 from tokenprune.core.decisions import top_mask
+from tokenprune.core.options import tokens_of
 from tokenprune.core.reads import ClsAttention, Pixels, Read, TowerFeatures
+from tokenprune.core.stage import Shape
 from tokenprune.core.tokens import ImageTokens, Tokens
 from tokenprune_strategies.csp.instance_masks import instance_labels, segment
 from tokenprune_strategies.ops.even_and_random import evenly, grid_mask, random_scores
@@ -31,36 +34,55 @@ class Clusters(NamedTuple):
     regions: Tensor
 
 
-def reads_of(options: CSP.Options) -> tuple[Read, ...]:
+def reads_of(options: CSP.Options, shape: Shape) -> tuple[Read, ...]:
     """The reads of the clustering module."""
+    attention = ClsAttention(heads="joint" if options.faithful else "mean")
+    if options.clustering is None:
+        return shape.offered(attention)
     if options.clustering == "cls_attention":
-        return (ClsAttention(),)
+        return (attention,)
     if options.clustering == "kmeans" or (options.clustering == "seg_first" and options.segmenter is None):
         return (TowerFeatures(),)
     return (Pixels(),) if options.clustering == "seg_first" else ()
 
 
-def cluster(options: CSP.Options, tokens: Tokens) -> Clusters:
-    """Choose representatives, and divide the image into regions if the clustering module does so."""
+def cluster(options: CSP.Options, tokens: Tokens, reads: Sequence[Read]) -> Clusters:
+    """Choose representatives, and divide the image into regions if the clustering module does so.
+
+    Args:
+        options: of the strategy.
+        tokens: all image tokens.
+        reads: of the stage, which tell whether the tower has a [CLS] token if no module was chosen.
+    """
     regions = torch.zeros_like(tokens.image)
-    if options.clustering == "uniform":
+    kind = options.clustering or ("cls_attention" if reads else "grid")
+    if kind == "uniform":
         return Clusters(_strided(tokens), regions)
-    if options.clustering == "grid":
+    if kind == "grid":
         return Clusters(grid_mask(tokens), regions)
-    if options.clustering == "random":
+    if kind == "random":
         return Clusters(_top(random_scores(tokens, options.seed), tokens), regions)
-    if options.clustering == "cls_attention":
+    if kind == "cls_attention":
         return Clusters(_top(tokens.cls_attention.masked_fill(~tokens.exists, float("-inf")), tokens), regions)
     chosen = torch.zeros_like(tokens.exists)
-    for image in tokens.images():
-        if options.clustering == "kmeans":
-            labels, picked = k_means(tokens.features[image.row, image.index], image.quota, options.seed)
+    for image, count in _counted(options, tokens):
+        if kind == "kmeans":
+            labels, picked = k_means(tokens.features[image.row, image.index], count, options.seed)
         else:
             labels = _instances(options, tokens, image)
-            picked = sample_instances(labels, image.quota)
+            picked = sample_instances(labels, count, published=options.faithful)
         regions[image.row, image.index] = labels.to(tokens.device)
         chosen[image.row, image.index[picked.to(tokens.device)]] = True
     return Clusters(chosen, regions)
+
+
+def _counted(options: CSP.Options, tokens: Tokens) -> Iterator[tuple[ImageTokens, int]]:
+    """Each image with its part of N_c, which a stage of `seg_first` as published does not declare."""
+    for images in tokens.images_by_row():
+        sizes = [len(image) for image in images]
+        given = options.faithful and options.clustering == "seg_first"
+        shares = apportion(tokens_of(options.representatives, sum(sizes)), sizes) if given else []
+        yield from zip(images, shares or [image.quota for image in images], strict=True)
 
 
 def nearest_representative(tokens: Tokens, clusters: Clusters) -> Tensor:
@@ -115,7 +137,7 @@ def k_means(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return labels, torch.cat((picked, others[evenly(missing, len(others))])).sort().values
 
 
-def sample_instances(labels: Tensor, count: int) -> Tensor:
+def sample_instances(labels: Tensor, count: int, *, published: bool = False) -> Tensor:
     """`count` token numbers, int64: from each instance in proportion to its tokens, at least one, evenly spaced.
 
     Rounding by largest remainders, and even spacing in raster order, are ours. If there are more instances than
@@ -124,9 +146,13 @@ def sample_instances(labels: Tensor, count: int) -> Tensor:
     Args:
         labels: int64 [n], the instance of each token.
         count: tokens to pick.
+        published: max(1, ⌊count · tokens of the instance / n⌋) of each instead, which may be more or fewer in all.
     """
     members = [(labels == label).nonzero().flatten() for label in sorted(set(labels.tolist()))]
-    shares = apportion(count, [len(member) for member in members], least=1)
+    if published:
+        shares = [max(1, count * len(member) // len(labels)) for member in members]
+    else:
+        shares = apportion(count, [len(member) for member in members], least=1)
     picked = [member[evenly(share, len(member))] for member, share in zip(members, shares, strict=True)]
     return torch.cat(picked).sort().values if picked else labels.new_zeros(0)
 
@@ -148,5 +174,9 @@ def _instances(options: CSP.Options, tokens: Tokens, image: ImageTokens) -> Tens
         features = tokens.features[image.row, image.index]
         return k_means(features, min(options.regions, len(image)), options.seed)[0]
     pictures = tokens.pixels[image.row].reshape(-1, *tokens.pixels.shape[-3:])
-    masks = segment(options.segmenter, pictures[min(image.image, len(pictures) - 1)].cpu().numpy())
-    return instance_labels(masks, tokens.grid[image.row, image.index].cpu())
+    picture = pictures[min(image.image, len(pictures) - 1)].cpu().numpy()
+    known = tokens.memory.setdefault("masks", {})  # several queries about one picture need its masks once
+    if (key := picture.tobytes()) not in known:
+        known[key] = segment(options.segmenter, picture)
+    cells = tokens.on_host("grid")[image.row, image.index_on_host]
+    return instance_labels(known[key], cells, tokens.grid_size(image))

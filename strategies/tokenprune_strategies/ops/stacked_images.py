@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,3 +65,16 @@ class StackedImages:
         result = values.new_full((batch, size + 1), float("-inf"))  # the last column is for padding
         result[self.rows[:, None], self.index.where(self.index >= 0, size)] = values
         return result[:, :size]
+
+
+def halves(images: Sequence[ImageTokens]) -> list[ImageTokens]:
+    """The first ⌊n/2⌋ tokens of each image and the rest, with half of its quota each; of an odd one the first gets one
+    more, where it has as many (ours: OpenVINO GenAI keeps an even number)."""
+    parts = []
+    for image in images:
+        middle = len(image) // 2
+        first = min(middle, (image.quota + 1) // 2)
+        for part, quota in ((slice(middle), first), (slice(middle, None), image.quota - first)):
+            index, on_host = image.index[part], image.index_on_host[part]
+            parts.append(replace(image, index=index, index_on_host=on_host, quota=quota))
+    return [part for part in parts if len(part)]

@@ -4,7 +4,6 @@ Models", https://arxiv.org/abs/2403.15388)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -15,6 +14,7 @@ from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions,
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, Projector, Read, ReceivedAttention, TowerFeatures, TowerKeys
 from tokenprune.core.stage import Positions
+from tokenprune_strategies.ops.before_projector import projected
 from tokenprune_strategies.ops.even_and_random import evenly
 from tokenprune_strategies.prumerge.merging import merge_weights, outlier_share, place, without_extra
 
@@ -79,9 +79,7 @@ class PruMerge(Strategy):
         merged = Merge.from_groups(tokens, groups, scores=scores)
         if Projector not in reads:
             return merged  # the sums are over the tokens in the decoder
-        # sums of the tower's features, which are then projected; padding may contain NaN
-        features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
-        return replace(merged, values=tokens.project((merged.weights @ features.float()).to(features.dtype)))
+        return projected(merged, tokens)  # sums of the tower's features
 
     def selected(self, attention: Tensor, number: int | None) -> Tensor:
         """Kept tokens of one image, int64 [k], by descending attention.

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from tokenprune.core.decisions import MergeGroup
 from tokenprune.core.stage import Positions
 from tokenprune.core.tokens import ImageTokens
+from tokenprune_strategies.ops.before_projector import slots_of
 from tokenprune_strategies.ops.others import without
 
 
@@ -68,8 +69,7 @@ def new_tokens(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
     """The new tokens of one image, from its reduced crops; [CLS] has origin −1.
 
     With one crop, the order is [CLS], dominant, contextual tokens; with several crops, dominant tokens in image order,
-    [CLS] of each crop, contextual tokens. "renumber" uses the image's first slots in this order. "keep" leaves tokens
-    at their slots, and puts [CLS] at the first free ones (ours).
+    [CLS] of each crop, contextual tokens. For the slots see `slots_of`.
     """
     dominant = torch.cat([one.crop.index[one.dominant] for one in zipped]).sort().values
     merged = torch.cat([one.crop.index[one.targets] for one in zipped])
@@ -81,11 +81,6 @@ def new_tokens(zipped: Sequence[Zipped], positions: Positions) -> MergeGroup:
     for one in zipped:  # contextual tokens come last, crop by crop
         weights[new : new + len(one.targets), old : old + len(one.crop)] = one.weights
         new, old = new + len(one.targets), old + len(one.crop)
-    image = members.sort().values
-    slots = image[: len(origins)]
-    if positions == "keep":
-        slots = origins.clone()
-        taken = (image[:, None] == origins).any(1)
-        first = 0 if len(zipped) == 1 else len(dominant)
-        slots[first : first + len(none)] = image[taken.int().argsort(stable=True)[: len(none)]]
+    first = 0 if len(zipped) == 1 else len(dominant)
+    slots = slots_of(origins, members, range(first, first + len(none)), positions)
     return MergeGroup(zipped[0].crop.row, slots, members, weights, origins)

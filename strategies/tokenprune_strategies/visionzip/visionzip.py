@@ -4,11 +4,9 @@ https://arxiv.org/abs/2412.04467)."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from tokenprune import Decision, Merge, Shape, Stage, Strategy, StrategyOptions, Tokens
@@ -16,6 +14,7 @@ from tokenprune.core.apportion import apportion
 from tokenprune.core.options import COMPACT, Amount, tokens_of
 from tokenprune.core.reads import ClsAttention, ClsFeatures, Crops, Projector, TowerFeatures, TowerKeys
 from tokenprune.core.stage import Positions
+from tokenprune_strategies.ops.before_projector import projected
 from tokenprune_strategies.visionzip.contextual import new_tokens, zip_crop
 
 
@@ -63,17 +62,7 @@ class VisionZip(Strategy):
             groups += [new_tokens(list(image), self.positions) for _, image in parts]
             cls += [(row, int(one.crop.index_on_host[0])) for one in zipped if one.cls]
         scores = tokens.cls_attention.masked_fill(~tokens.exists, float("-inf"))
-        merged = Merge.from_groups(tokens, groups, scores=scores)
-        assert merged.origin is not None
-        features = tokens.features.masked_fill(~tokens.exists[..., None], 0)
-        rows = merged.weights @ features.float()
-        # tokens without an origin are [CLS], in the order of the crops, row by row
-        where = (merged.index >= 0) & (merged.origin < 0)
-        if cls:
-            found = torch.stack([tokens.cls_features[row, token] for row, token in cls]).to(rows)
-            number = (where.flatten().cumsum(0) - 1).clamp(min=0).view_as(where)
-            rows = torch.where(where[..., None], found[number], rows)
-        return replace(merged, values=tokens.project(rows.to(features.dtype)))
+        return projected(Merge.from_groups(tokens, groups, scores=scores), tokens, cls)
 
     def contextual(self, shares: Sequence[int]) -> list[int]:
         """Number of contextual tokens in each crop's share; at least one token remains for [CLS]."""

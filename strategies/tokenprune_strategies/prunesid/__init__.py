@@ -1,0 +1,1 @@
+"""PruneSID: groups of patches along principal directions, and the most attended distinct ones of each."""

@@ -48,6 +48,7 @@ OTHER_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     'prumerge+, positions="keep"': ("prumerge+", {"positions": "keep"}),
     'pyramiddrop, positions="keep"': ("pyramiddrop", {"positions": "keep"}),
     'sparsevlm, positions="keep"': ("sparsevlm", {"positions": "keep"}),
+    'vscan, variant="qwen"': ("vscan", {"variant": "qwen"}),
 }
 """Options with which a strategy reads something else than with its defaults."""
 

@@ -71,9 +71,16 @@ class Ran:
         return present.nonzero().flatten().tolist()
 
 
-def run(model: Any, strategy: Strategy, embeddings: Tensor, image_tokens: Tensor, fed: list[int] | None = None) -> Ran:
-    """Prefill, and then a decode step for each token of `fed` (batch of one)."""
-    with torch.no_grad(), tokenprune.prune(model, strategy, image_tokens=image_tokens) as pruning:
+def run(
+    model: Any,
+    strategy: Strategy,
+    embeddings: Tensor,
+    image_tokens: Tensor,
+    fed: list[int] | None = None,
+    **given: Any,
+) -> Ran:
+    """Prefill, and then a decode step for each token of `fed` (batch of one); `given` goes to `tokenprune.prune`."""
+    with torch.no_grad(), tokenprune.prune(model, strategy, image_tokens=image_tokens, **given) as pruning:
         output = model(inputs_embeds=embeddings.float(), use_cache=True, output_hidden_states=True)
         cache, steps = output.past_key_values, []
         for token in fed or []:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenprune.engine.calls.turns import _queue_of, decoder_in
+from tokenprune.engine.interface.turns import _queue_of, decoder_in
 
 PATIENCE = 60  # seconds until a test fails that would hang
 

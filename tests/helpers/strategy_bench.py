@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.core.layout import SequenceLayout
-from tokenprune.core.reads import AttentionFrom, PositionKernel, Projector, Read
+from tokenprune.core.reads import (
+    AttentionFrom,
+    LayerValues,
+    PositionKernel,
+    Projector,
+    Read,
+    RotaryTables,
+    TextValues,
+)
 from tokenprune.core.scheduling.scheduler import TokenScheduler
 from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.stage import Shape, equivalent_tokens
@@ -21,13 +29,23 @@ from tokenprune.errors import BudgetError
 WIDTH, CHANNELS, PIXELS, HEADS = 6, 8, 56, 4
 
 
-def layout_of(rows: Sequence[Sequence[int]]) -> SequenceLayout:
-    """A right-padded batch: row r holds images of `rows[r]` tokens, with a text token before each and two behind."""
+def layout_of(
+    rows: Sequence[Sequence[int]], grids: Sequence[Sequence[tuple[int, int]]] | None = None
+) -> SequenceLayout:
+    """A right-padded batch: row r holds images of `rows[r]` tokens, with a text token before each and two behind.
+
+    With `grids`, height and width of each image's grid, they have these cells; else only square ones have cells.
+    """
     masks = [[t for n in images for t in [False] + [True] * n] + [False, False] for images in rows]
     length = max(len(mask) for mask in masks)
     image_tokens = torch.tensor([mask + [False] * (length - len(mask)) for mask in masks])
     valid = torch.tensor([[i < len(mask) for i in range(length)] for mask in masks])
-    return SequenceLayout.from_mask(image_tokens, valid)
+    if grids is None:
+        return SequenceLayout.from_mask(image_tokens, valid)
+    cells = torch.full((*image_tokens.shape, 2), -1)
+    shapes = [shape for row in grids for shape in row]
+    cells[image_tokens] = torch.cat([torch.cartesian_prod(*map(torch.arange, shape)).view(-1, 2) for shape in shapes])
+    return SequenceLayout.from_mask(image_tokens, valid, grid=cells)
 
 
 class Bench(TokenScheduler):
@@ -43,8 +61,9 @@ class Bench(TokenScheduler):
         given: dict[str, Any] | None = None,
         readable: Iterable[type[Read]] | None = None,
         seed: int = 0,
+        grids: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
-        layout = layout_of(rows)
+        layout = layout_of(rows, grids)
         self.seeds, self.given = list(seeds or range(len(rows))), given or {}
         self.readable = frozenset(Read.__subclasses__()) if readable is None else frozenset(readable)
         super().__init__(strategy, layout, layers, model="bench", seed=seed)
@@ -78,13 +97,21 @@ class Bench(TokenScheduler):
             return self.drawn("kernel", self.queries(read.query)).exp().transpose(1, 2)
         if read.field in ("text_hidden", "text_embeddings", "text_keys"):
             return self.drawn_text(read.field, CHANNELS if read.field == "text_keys" else WIDTH)
+        if isinstance(read, RotaryTables):
+            return self.rotary_tables()
+        if isinstance(read, (LayerValues, TextValues)):
+            size = HEADS * CHANNELS if read.heads != "mean" else CHANNELS
+            text = isinstance(read, TextValues)
+            drawn = self.drawn_text("text_values", size) if text else self.drawn("layer_values", size)
+            values = drawn if text else drawn.masked_fill(~self.state.active[..., None], 0)
+            return values.unflatten(-1, (HEADS, CHANNELS)) if read.heads == "each" else values
         if read.field == "layer_keys":
             return self.drawn("layer_keys", CHANNELS).masked_fill(~self.state.active[..., None], 0)
         if read.field in ("cls_attention", "received_attention"):
             return self.drawn(read.field).exp()
         if read.field in ("keys", "layer_keys"):
             return self.drawn(read.field, CHANNELS)
-        if read.field in ("features", "cls_features", "cls_query", "values", "clip_image_embeddings"):
+        if read.field in ("features", "cls_features", "cls_query", "values", "tower_states", "clip_image_embeddings"):
             return self.drawn(read.field, CHANNELS)
         if read.field == "crops":  # an image is one crop
             return self.layout.gather_slots(self.layout.image_number)
@@ -103,6 +130,13 @@ class Bench(TokenScheduler):
         for row, (count, seed) in enumerate(zip(counts, self.seeds, strict=True)):
             result[row, :count] = self.drawn_row(field, seed, count, width)
         return result
+
+    def rotary_tables(self) -> Tensor:
+        """float32 [batch, N, 1, 2, CHANNELS], at positions that count real tokens; zeros where one is not active."""
+        places = self.layout.gather_slots(self.layout.places)
+        angles = places[..., None] * 10000.0 ** (-torch.arange(CHANNELS) / CHANNELS)
+        tables = torch.stack((angles.cos(), angles.sin()), -2)[:, :, None]
+        return tables.masked_fill(~self.state.active[..., None, None, None], 0)
 
     def queries(self, name: str) -> int:
         """The most query rows of that name that a batch row has."""

@@ -35,6 +35,9 @@ TOKENS: dict[str, dict[str, int]] = {
     "internvl": {"<IMG_CONTEXT>": IMAGE, "<video>": VIDEO, "<img>": START, "</img>": END},
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
+    "vipllava": {"<image>": IMAGE},
+    "deepseek_vl": {"<image_placeholder>": IMAGE},
+    "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
 }
@@ -46,9 +49,10 @@ NAMED = {
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     },
+    "deepseek_vl": {"image_token": "<image_placeholder>"},
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
 }
-PLACEHOLDERS = {"gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
+PLACEHOLDERS = {"aya_vision": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
 HUB = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -60,6 +64,9 @@ HUB = {
     "internvl": "OpenGVLab/InternVL3-8B-hf",
     "smolvlm": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     "idefics3": "HuggingFaceM4/Idefics3-8B-Llama3",
+    "vipllava": "llava-hf/vip-llava-7b-hf",
+    "deepseek_vl": "deepseek-community/deepseek-vl-1.3b-chat",
+    "aya_vision": "CohereLabs/aya-vision-8b",
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
 }
@@ -96,9 +103,12 @@ def write_vlm(folder: Path, name: str) -> Path:
     return folder
 
 
-PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor"}
+PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor", "vipllava": "LlavaProcessor"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "deepseek_vl": {"num_image_tokens": 16},
+    "aya_vision": {"patch_size": PATCH, "img_size": 24, "downsample_factor": 2, "image_token": "<image>"},
     "llava_next": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "llava_onevision": {
         "num_image_tokens": (SMALL_CROP // PATCH) ** 2,
@@ -143,6 +153,12 @@ def image_processor(name: str) -> Any:
     longest: dict[str, Any] = {"size": {"longest_edge": 2 * CROP}, "max_image_size": {"longest_edge": CROP}}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "llava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
+        "vipllava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
+        "deepseek_vl": ("DeepseekVL", {"size": square}),
+        "aya_vision": (
+            "GotOcr2",
+            {"size": {"height": 24, "width": 24}, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        ),
         "llava_next": (
             "LlavaNext",
             {"size": {"shortest_edge": SMALL_CROP}, "crop_size": small, "image_grid_pinpoints": PINPOINTS},

@@ -55,7 +55,7 @@ SMALL_CROP = 12
 PINPOINTS = [[12, 24], [24, 12], [24, 24], [12, 36]]
 
 
-def _llava(kind: str = "LlavaConfig", tower: dict[str, Any] | None = None, **more: Any) -> Any:
+def llava_like(kind: str = "LlavaConfig", tower: dict[str, Any] | None = None, **more: Any) -> Any:
     vision = {"model_type": "clip_vision_model", "projection_dim": 32, "initializer_factor": 4.0, **TOWER}
     return getattr(transformers, kind)(
         text_config={"model_type": "llama", **TEXT_MODEL},
@@ -67,16 +67,16 @@ def _llava(kind: str = "LlavaConfig", tower: dict[str, Any] | None = None, **mor
 
 
 def llava() -> Any:
-    return _llava(vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=16)
+    return llava_like(vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=16)
 
 
 def llava_siglip() -> Any:
     tower = {"model_type": "siglip_vision_model", **TOWER, "vision_use_head": False}
-    return _llava(tower=tower, vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=16)
+    return llava_like(tower=tower, vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=16)
 
 
 def llava_next() -> Any:
-    config = _llava("LlavaNextConfig", image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2)
+    config = llava_like("LlavaNextConfig", image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2)
     config.vision_config.image_size = SMALL_CROP
     return config
 
@@ -98,14 +98,14 @@ def llava_onevision() -> Any:
     )
 
 
-def _mrope(*sections: int) -> dict[str, Any]:
+def mrope(*sections: int) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
     return {"rope_parameters" if int(transformers.__version__.split(".")[0]) >= 5 else "rope_scaling": rope}
 
 
 def qwen2_vl() -> Any:
     return transformers.Qwen2VLConfig(
-        text_config={**TEXT_MODEL, **_mrope(2, 1, 1)},
+        text_config={**TEXT_MODEL, **mrope(2, 1, 1)},
         vision_config={**QWEN_TOWER, "embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2},
         **QWEN_TOKENS,
     )
@@ -114,7 +114,7 @@ def qwen2_vl() -> Any:
 def qwen2_5_vl() -> Any:
     """Blocks 0 and 2 of the tower attend in windows of 2 x 2 merged patches, 1 and 3 to the whole image."""
     return transformers.Qwen2_5_VLConfig(
-        text_config={**TEXT_MODEL, **_mrope(2, 1, 1)},
+        text_config={**TEXT_MODEL, **mrope(2, 1, 1)},
         vision_config={
             **QWEN_TOWER,
             "hidden_size": 32,
@@ -130,7 +130,7 @@ def qwen2_5_vl() -> Any:
 def _qwen3(kind: str, **text: Any) -> Any:
     """Tower blocks 0 and 2 are added to the image tokens behind decoder layers 0 and 1 (DeepStack)."""
     return getattr(transformers, kind)(
-        text_config={**TEXT_MODEL, "head_dim": 16, **_mrope(4, 2, 2), **text},
+        text_config={**TEXT_MODEL, "head_dim": 16, **mrope(4, 2, 2), **text},
         vision_config={
             **QWEN_TOWER,
             "hidden_size": 32,

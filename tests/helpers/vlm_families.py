@@ -7,27 +7,47 @@ processor would give for a batch of two rows with an image each, random text aro
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
 import vlm_configs as configs
-from PIL import Image
+import vlm_more_configs as more
 from torch import Tensor, nn
-from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, SMALL_CROP, SPECIAL, START, TEXT, VIDEO
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from vlm_configs import BOS, CROP, IMAGE, PAD, SPECIAL, VIDEO
+from vlm_inputs import (
+    AttentionCall,
+    Pictures,
+    fixed,
+    image_blocks,
+    modalities,
+    padded,
+    prefix,
+    see_deepseek_vl_hybrid,
+    see_idefics2,
+    see_idefics3,
+    see_internvl,
+    see_lighton_ocr,
+    see_llava_next,
+    see_llava_onevision,
+    see_qwen,
+    text_ids,
+    watch_llava_next_video,
+    watch_llava_onevision,
+    watch_omni,
+    watch_qwen,
+    wrapped,
+)
+from vlm_inputs import (
+    picture as _picture,
+)
 
 from tokenprune_adapters.hf.adapter import OLDEST
-
-Pictures = list[list[Image.Image]]  # by batch row
-AttentionCall = tuple[
-    dict[str, Tensor], list[list[list[int]]]
-]  # model inputs; per row and image, the ids that stand for it
+from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,7 @@ class Family:
         watch: the same for one video a row, given as (frames / 2, height, width); None where there is no video.
         finish: adds what else the model wants, given the inputs so far.
         image_first: whether no text may stand before the image.
+        eager_tower: whether transformers runs the tower with eager attention only.
         eager_text: whether transformers runs the text stack with eager attention only.
     """
 
@@ -51,11 +72,14 @@ class Family:
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     image_first: bool = False
     eager_text: bool = False
+    eager_tower: bool = False
 
     def build(self, attention: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         """The model in eval mode, with random weights. Its generate() never stops early nor names an image token."""
         self._skip_where_lacking()
-        chosen = {"text_config": "eager", "vision_config": attention} if self.eager_text else attention
+        own = {"text_config": self.eager_text, "vision_config": self.eager_tower}
+        parts = {part: "eager" if eager else attention for part, eager in own.items()}
+        chosen = parts if any(own.values()) else attention
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = transformers.AutoModelForImageTextToText.from_config(
@@ -100,11 +124,11 @@ class Family:
         ids = []
         for row, (images, draw) in enumerate(zip(spans, draws, strict=True)):
             before, after = self._texts(first + row, draw) if texts is None else texts[row]
-            start = [] if self.image_first else [BOS, *_text(before, draw)]
+            start = [] if self.image_first else [BOS, *text_ids(before, draw)]
             between = 0 if self.image_first else 2
-            middle = [token for span in images for token in (*_text(between, draw), *span)]
-            ids.append([*start, *middle, *([BOS] if self.image_first else []), *_text(after, draw)])
-        return self.finish({**_padded(ids, padding), **seen})
+            middle = [token for span in images for token in (*text_ids(between, draw), *span)]
+            ids.append([*start, *middle, *([BOS] if self.image_first else []), *text_ids(after, draw)])
+        return self.finish({**padded(ids, padding), **seen})
 
     def _skip_where_lacking(self) -> None:
         """Skips the test that runs, with a reason, where an older release of transformers lacks something."""
@@ -127,190 +151,53 @@ class Family:
         return found
 
 
-def _picture(height: int, width: int, draw: torch.Generator) -> Image.Image:
-    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=draw).numpy().astype(np.uint8))
-
-
-def _text(count: int, draw: torch.Generator) -> list[int]:
-    return torch.randint(TEXT.start, TEXT.stop, (count,), generator=draw).tolist()
-
-
-def _padded(ids: list[list[int]], padding: str) -> dict[str, Tensor]:
-    width = max(map(len, ids))
-    rows, masks = [], []
-    for row in ids:
-        fill, ones = [PAD] * (width - len(row)), [1] * len(row)
-        rows.append(fill + row if padding == "left" else row + fill)
-        masks.append([0] * len(fill) + ones if padding == "left" else ones + [0] * len(fill))
-    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
-
-
-def _spans(pictures: Pictures, counts: Sequence[int], wrap: Callable[[int], list[int]]) -> list[list[list[int]]]:
-    """Ids for the pictures of each row, where `counts` runs over all pictures of the batch."""
-    left = iter(counts)
-    return [[wrap(next(left)) for _ in row] for row in pictures]
-
-
-def _processor(name: str) -> Any:
-    """The image processor that needs no torchvision; older releases call it by the plain name."""
-    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-
-
-def _plain(count: int) -> list[int]:
-    return [IMAGE] * count
-
-
-def _wrapped(count: int) -> list[int]:
-    return [START, *[IMAGE] * count, END]
-
-
-def _flat(pictures: Pictures) -> list[Image.Image]:
-    return [picture for row in pictures for picture in row]
-
-
-# families ------------------------------------------------------------------------------------------------------------
-
-
-def _fixed(processor: str, side: int, count: int, wrap: Callable[[int], list[int]] = _plain, **options: Any) -> Any:
-    """One square crop, `count` tokens."""
-
-    def see(config: Any, pictures: Pictures) -> AttentionCall:
-        make = _processor(processor)(size={"height": side, "width": side}, **options)
-        pixels = make(images=_flat(pictures), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels}, _spans(pictures, [count] * len(pixels), wrap)
-
-    return see
-
-
-def _see_llava_next(config: Any, pictures: Pictures) -> AttentionCall:
-    size = {"height": SMALL_CROP, "width": SMALL_CROP}
-    make = _processor("LlavaNextImageProcessor")(
-        size={"shortest_edge": SMALL_CROP}, crop_size=size, image_grid_pinpoints=configs.PINPOINTS
-    )
-    seen = dict(make(images=_flat(pictures), return_tensors="pt"))
-    pack = transformers.LlavaNextModel.pack_image_features
-    crops = [_crops(size) for size in seen["image_sizes"]]
-    return seen, _spans(pictures, _lengths(pack, config, crops, seen["image_sizes"], "default"), _plain)
-
-
-def _see_llava_onevision(config: Any, pictures: Pictures) -> AttentionCall:
-    make = _processor("LlavaOnevisionImageProcessor")(
-        size={"height": SMALL_CROP, "width": SMALL_CROP}, image_grid_pinpoints=configs.PINPOINTS
-    )
-    seen = dict(make(images=pictures, return_tensors="pt"))
-    alone = [count == 1 for count in seen["batch_num_images"].tolist() for _ in range(count)]
-    crops = [_crops(size) if one else 1 for size, one in zip(seen["image_sizes"], alone, strict=True)]
-    pack = transformers.LlavaOnevisionModel.pack_image_features
-    ratio = {"vision_aspect_ratio": config.vision_aspect_ratio}
-    return seen, _spans(pictures, _lengths(pack, config, crops, seen["image_sizes"], **ratio), _plain)
-
-
-def _crops(size: Tensor) -> int:
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    return int(image_size_to_num_patches(size, configs.PINPOINTS, SMALL_CROP))
-
-
-def _lengths(pack: Any, config: Any, crops: list[int], sizes: Tensor, *args: Any, **options: Any) -> list[int]:
-    features = [torch.zeros(count, (SMALL_CROP // PATCH) ** 2, 1) for count in crops]
-    _, lengths = pack(SimpleNamespace(config=config), features, sizes, *args, image_newline=torch.zeros(1), **options)
-    return lengths.tolist()
-
-
-def _watch_llava_onevision(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
-    frames = 2 * videos[0][0]  # every video of a batch has as many
-    pixels = torch.randn(len(videos), frames, 3, SMALL_CROP, SMALL_CROP, generator=draw)
-    pooled = -(-SMALL_CROP // PATCH // 2)
-    return {"pixel_values_videos": pixels}, [[[VIDEO] * (frames * pooled**2 + 1)]] * len(videos)
-
-
-def _see_qwen(config: Any, pictures: Pictures) -> AttentionCall:
-    make = _processor("Qwen2VLImageProcessor")(
-        patch_size=PATCH, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
-    )
-    seen = dict(make(images=_flat(pictures), return_tensors="pt"))
-    return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), _wrapped)
-
-
-def _watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
-    grids = torch.tensor([[t, h // PATCH, w // PATCH] for t, h, w in videos])
-    pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * PATCH**2, generator=draw)
-    frame_by_frame = config.model_type.startswith("qwen3")  # which writes the time before every frame
-    spans = []
-    for t, h, w in grids.tolist():
-        times, count = (t, h * w // 4) if frame_by_frame else (1, t * h * w // 4)
-        stamp = [TEXT.start] if frame_by_frame else []
-        spans.append([[*stamp, START, *[VIDEO] * count, END] * times])
-    return {"pixel_values_videos": pixels, "video_grid_thw": grids}, spans
-
-
-def _modalities(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    ids = inputs["input_ids"]
-    known = inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters
-    if "mm_token_type_ids" not in known:  # older releases find the images by their start tokens
-        return inputs
-    return {**inputs, "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
-
-
-def _see_internvl(config: Any, pictures: Pictures) -> AttentionCall:
-    make = _processor("GotOcr2ImageProcessor")(
-        size={"height": CROP, "width": CROP}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
-    seen = make(images=_flat(pictures), return_tensors="pt")
-    counts = [4 * int(crops) for crops in seen["num_patches"]]
-    return {"pixel_values": seen["pixel_values"]}, _spans(pictures, counts, _wrapped)
-
-
-def _see_idefics3(config: Any, pictures: Pictures) -> AttentionCall:
-    kind = "SmolVLMImageProcessor" if config.model_type == "smolvlm" else "Idefics3ImageProcessor"
-    make = _processor(kind)(size={"longest_edge": 2 * CROP}, max_image_size={"longest_edge": CROP})
-    seen = make(images=pictures, return_tensors="pt", return_row_col_info=True)
-    spans = [
-        [_idefics3_ids(*shape) for shape in zip(rows, columns, strict=True)]
-        for rows, columns in zip(seen["rows"], seen["cols"], strict=True)
-    ]
-    return {name: seen[name] for name in ("pixel_values", "pixel_attention_mask")}, spans
-
-
-def _idefics3_ids(rows: int, columns: int) -> list[int]:
-    cells = [token for cell in range(rows * columns) for token in (FAKE, CELL + cell, *[IMAGE] * 4)]
-    return [*cells, FAKE, GLOBAL, *[IMAGE] * 4, FAKE]
-
-
-def _prefix(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
-
-
-def _image_blocks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**inputs, "token_type_ids": (inputs["input_ids"] == IMAGE).long()}
-
-
-_clip = _fixed("CLIPImageProcessor", CROP, 16, crop_size={"height": CROP, "width": CROP})
-_siglip = _fixed("SiglipImageProcessor", CROP, 16)
-_qwen: dict[str, Any] = {"see": _see_qwen, "watch": _watch_qwen, "finish": _modalities}
+clip = fixed("CLIPImageProcessor", CROP, 16, crop_size={"height": CROP, "width": CROP})
+siglip = fixed("SiglipImageProcessor", CROP, 16)
+sixteen = fixed("SiglipImageProcessor", CROP, 16, wrapped)
+queries = fixed("SiglipImageProcessor", CROP, 9, wrapped)
+nines = fixed("SiglipImageProcessor", 24, 9, wrapped)
+qwen: dict[str, Any] = {"see": see_qwen, "watch": watch_qwen, "finish": modalities}
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llava", configs.llava, _clip),
-        Family("llava_siglip", configs.llava_siglip, _siglip),
-        Family("llava_next", configs.llava_next, _see_llava_next),
-        Family("llava_onevision", configs.llava_onevision, _see_llava_onevision, _watch_llava_onevision),
-        Family("qwen2_vl", configs.qwen2_vl, **_qwen),
-        Family("qwen2_5_vl", configs.qwen2_5_vl, **_qwen),
-        Family("qwen3_vl", configs.qwen3_vl, **_qwen),
-        Family("qwen3_vl_moe", configs.qwen3_vl_moe, **_qwen),
-        Family("internvl", configs.internvl, _see_internvl),
-        Family("smolvlm", configs.smolvlm, _see_idefics3),
-        Family("idefics3", configs.idefics3, _see_idefics3),
-        Family("paligemma", configs.paligemma, _siglip, finish=_prefix, image_first=True),
-        Family("paligemma2", configs.paligemma2, _siglip, finish=_prefix, image_first=True, eager_text=True),
-        Family(
-            "gemma3",
-            configs.gemma3,
-            _fixed("SiglipImageProcessor", 24, 9, _wrapped),
-            finish=_image_blocks,
-        ),
+        Family("llava", configs.llava, clip),
+        Family("llava_siglip", configs.llava_siglip, siglip),
+        Family("vipllava", more.vipllava, clip),
+        Family("deepseek_vl", more.deepseek_vl, siglip),
+        Family("janus", more.janus, siglip),
+        Family("aya_vision", more.aya_vision, nines),
+        Family("cohere2_vision", more.cohere2_vision, nines),
+        Family("llava_next", configs.llava_next, see_llava_next),
+        Family("llava_next_video", more.llava_next_video, see_llava_next, watch_llava_next_video),
+        Family("llava_onevision", configs.llava_onevision, see_llava_onevision, watch_llava_onevision),
+        Family("qwen2_vl", configs.qwen2_vl, **qwen),
+        Family("qwen2_5_vl", configs.qwen2_5_vl, **qwen),
+        Family("qwen3_vl", configs.qwen3_vl, **qwen),
+        Family("qwen3_vl_moe", configs.qwen3_vl_moe, **qwen),
+        Family("glm4v", more.glm4v, see_qwen, finish=modalities),
+        Family("glm46v", more.glm46v, see_qwen, finish=modalities),
+        Family("glm4v_moe", more.glm4v_moe, see_qwen, finish=modalities),
+        Family("glm_ocr", more.glm_ocr, see_qwen, finish=modalities),
+        Family("internvl", configs.internvl, see_internvl),
+        Family("qianfan_ocr", more.qianfan_ocr, see_internvl),
+        Family("smolvlm", configs.smolvlm, see_idefics3),
+        Family("idefics3", configs.idefics3, see_idefics3),
+        Family("cosmos3_omni", more.cosmos3_omni, **qwen),
+        Family("qwen2_5_omni_thinker", more.qwen2_5_omni_thinker, see_qwen, watch_omni),
+        Family("qwen3_omni_moe_thinker", more.qwen3_omni_moe_thinker, see_qwen, watch_omni),
+        Family("glmga", more.glmga, see_qwen, finish=modalities),
+        Family("got_ocr2", more.got_ocr2, sixteen, eager_tower=True),
+        Family("pp_chart2table", more.pp_chart2table, sixteen, eager_tower=True),
+        Family("deepseek_vl_hybrid", more.deepseek_vl_hybrid, see_deepseek_vl_hybrid),
+        Family("idefics2", more.idefics2, see_idefics2),
+        Family("aria", more.aria, queries),
+        Family("ovis2", more.ovis2, nines),
+        Family("lighton_ocr", more.lighton_ocr, see_lighton_ocr),
+        Family("paligemma", configs.paligemma, siglip, finish=prefix, image_first=True),
+        Family("paligemma2", configs.paligemma2, siglip, finish=prefix, image_first=True, eager_text=True),
+        Family("gemma3", configs.gemma3, nines, finish=image_blocks),
+        Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
     )
 }
 
@@ -327,6 +214,8 @@ def _lacking(name: str) -> str | None:
     """What an older release lacks for a family: its classes, or its image processor without torchvision."""
     if RELEASE < OLDEST:
         return f"transformers {transformers.__version__}: the adapter for its own models needs {OLDEST[0]}.{OLDEST[1]}"
+    if VARIANTS.get(name, name) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return f"transformers {transformers.__version__}: {name} is not among its image-text-to-text models"
     try:
         family = FAMILIES[name]
         family.see(family.config(), [[_picture(CROP, CROP, torch.Generator())]])
@@ -348,3 +237,6 @@ def generates_otherwise(name: str, options: dict[str, Any]) -> str | None:
 NAMES = list(FAMILIES)
 """Parameters of tests. Models and inputs skip the test where an older release of transformers has no such family."""
 VIDEO_NAMES = [name for name, family in FAMILIES.items() if family.watch]
+VARIANTS = {"llava_siglip": "llava", "paligemma2": "paligemma"}  # of one `model_type`
+READABLE = [name for name in NAMES if KNOWN[VARIANTS.get(name, name)].images.reads_tower]
+"""Families whose towers are read."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vlm_configs import PINPOINTS, SMALL_CROP
-from vlm_families import FAMILIES
+from vlm_families import FAMILIES, READABLE
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -21,8 +21,12 @@ from tokenprune.core.reads import AttentionFrom, ReceivedAttention
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 
-SEPARATED = ("llava_next", "llava_onevision")
-WITH_CLS = ("llava", "llava_next", "internvl")
+SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
+WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr")
+PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
+NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
+SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
+QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
 
 CASES = {
@@ -30,8 +34,8 @@ CASES = {
     "several images": [[(24, 32), (32, 24)], (40, 20)],
     "videos": [(2, 16, 24), (2, 24, 16)],
 }
-WITH_VIDEO = [name for name, family in FAMILIES.items() if family.watch]
-RUNS = [(name, case) for name in FAMILIES for case in CASES if case != "videos" or name in WITH_VIDEO]
+WITH_VIDEO = [name for name in READABLE if FAMILIES[name].watch]
+RUNS = [(name, case) for name in READABLE for case in CASES if case != "videos" or name in WITH_VIDEO]
 
 
 @functools.cache
@@ -107,7 +111,8 @@ def blocks_of(model):
     tower = tower_of(model)
     if hasattr(tower, "blocks"):
         return list(tower.blocks)
-    return list(getattr(tower.encoder, "layers", None) or tower.encoder.layer)
+    inner = getattr(tower, "encoder", tower)
+    return list(getattr(inner, "layers", None) or inner.layer)
 
 
 def attention_of(block):
@@ -118,6 +123,8 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
+    if hasattr(base, "aligner"):
+        return base.aligner
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -132,7 +139,7 @@ def encoded(model, inputs, mode=torch.no_grad):
             names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
             out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
     parts = out.pooler_output
-    if hasattr(base, "image_newline") and "pixel_values_videos" in inputs and parts.shape[1] % 4 == 0:
+    if hasattr(base, "apply_pooling") and "pixel_values_videos" in inputs and parts.shape[1] % 4 == 0:
         newline = base.image_newline.expand(len(parts), 1, -1)  # which older releases add later
         parts = torch.cat((parts, newline), 1)
     return torch.cat([part.flatten(0, -2) for part in ([parts] if isinstance(parts, Tensor) else parts)])
@@ -152,6 +159,11 @@ def decoder_input(name, model, inputs):
     return caught[0]
 
 
+def is_packed(name, inputs):
+    """Whether the image tokens are put together behind the projector, with newlines."""
+    return name in SEPARATED and not (name == "llava_next_video" and "pixel_values_videos" in inputs)
+
+
 def separators(name, model, inputs):
     """Bool [batch, sequence]: placeholders at which a newline enters the decoder."""
     if name not in SEPARATED:
@@ -167,8 +179,8 @@ def contributions(name, case):
     gradient itself; elsewhere the patches that matter at all have equal shares.
     """
     model, inputs, caught = model_of(name), inputs_of(name, case), []
-    behind_projector = name in SEPARATED
-    place = projector_of(model) if behind_projector else blocks_of(model)[-2 if name == "llava" else -1]
+    behind_projector = is_packed(name, inputs)
+    place = projector_of(model) if behind_projector else blocks_of(model)[-2 if name in SECOND_LAST else -1]
     cut = 1 if name in WITH_CLS and not behind_projector else 0
 
     def catch(module, args, output):
@@ -235,7 +247,7 @@ def mixed(name):
 
 def patch_places(name, inputs):
     """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
-    side = {"llava_next": 3, "llava_onevision": 3, "gemma3": 6}.get(name, 4)
+    side = 6 if name in NINES else 3 if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
     if name not in SEPARATED or "pixel_values_videos" in inputs:
@@ -261,13 +273,13 @@ def expected_cells(name, inputs, separator):
     placeholders = FAMILIES[name].image_tokens(inputs)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
-    per_frame = {"llava_onevision": 4}.get(name)
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
         for start, end in _runs(marks):
             if name in SEPARATED and "pixel_values_videos" in inputs:
-                shapes = [(2, 2)] * ((end - start - 1) // per_frame)
+                side = 1 if name == "llava_next_video" else 2
+                shapes = [(side, side)] * ((end - start) // side**2)  # behind LLaVA-OneVision's a separator is left
             elif name in SEPARATED:
                 ends = [p - start for p in range(start, end) if separator[row, p]]
                 whole, rest = 9, end - start - 9
@@ -281,7 +293,7 @@ def expected_cells(name, inputs, separator):
                     shapes.append(next(frames))
                     left -= shapes[-1][0] * shapes[-1][1]
             else:
-                count = {"internvl": 4, "smolvlm": 4, "idefics3": 4, "gemma3": 9}.get(name, 16)
+                count = 4 if name in QUARTERS else 9 if name in NINES else 16
                 shapes = [(round(count**0.5), round(count**0.5))] * ((end - start) // count)
             for rows, columns in shapes:
                 cells += [(number, r, c) for r in range(rows) for c in range(columns)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from tokenprune.loading.model_support import ModelSupport
 
 if TYPE_CHECKING:
     from tokenprune.engine.interface.bound_model import BoundModel
@@ -18,7 +20,7 @@ class Adapter(ABC):
         merges_lora: whether `load` merges the adapter of a folder with adapter_config.json (see
             `tokenprune.loading.lora_folders`); if not, such folders are refused.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> class MyAdapter(tp.Adapter):
         ...     @classmethod
@@ -67,3 +69,15 @@ class Adapter(ABC):
             model: any model object.
         """
         return None
+
+    @classmethod
+    def model_support(cls, model_type: str | None = None) -> Sequence[ModelSupport]:
+        """The types of models that this adapter supports, and those that it refuses with a reason.
+
+        `tokenprune list --models` shows them; `tokenprune.load` and `tokenprune.prune` refuse a model with the reason
+        that is given here. By default every type of `model_types` is supported.
+
+        Args:
+            model_type: the only type that is asked for; None = all.
+        """
+        return [ModelSupport(kind) for kind in cls.model_types if model_type in (None, kind)]

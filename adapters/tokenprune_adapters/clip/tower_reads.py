@@ -1,11 +1,13 @@
-"""Reads of a tower layer, computed from the queries, keys and values of its attention."""
+"""Reads of a tower: of a layer, from the queries, keys and values of its attention; of the states between layers."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from tokenprune.engine.attention_tap import AttentionCall
+from tokenprune.engine.reads.attention_tap import AttentionCall
 
 ROWS_AT_ONCE = 256  # attention rows computed at a time, to limit memory
 
@@ -48,6 +50,14 @@ def keys(seen: AttentionCall, heads: str = "joint") -> Tensor:
 def values(seen: AttentionCall) -> Tensor:
     """float32 [images, P, C]: values of all positions, heads concatenated."""
     return _joint(seen.value)
+
+
+def mean_state(states: Iterable[Tensor]) -> Tensor:
+    """float32 [images, P, C]: the mean of states of all positions, [images, P, C] each; see `TowerStates`."""
+    total, count = torch.zeros((), dtype=torch.float32), 0
+    for state in states:
+        total, count = state.float() + total, count + 1
+    return total / count
 
 
 def cls_query(seen: AttentionCall) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from tokenprune.errors import CheckpointError, UnsupportedError
 from tokenprune.loading.adapter import Adapter
 from tokenprune.loading.lora_folders import MERGE
+from tokenprune.loading.model_support import ModelSupport
 from tokenprune.utils.files import expanded
 from tokenprune_adapters.common.checkpoint import INDEX_FILES, SINGLE_FILES
 from tokenprune_adapters.common.load_options import (
@@ -27,6 +28,7 @@ from tokenprune_adapters.hf import lora_merging as merging
 from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 from tokenprune_adapters.hf.families import FAMILIES
 from tokenprune_adapters.hf.model import VisionLanguageModel
+from tokenprune_adapters.hf.model_support import model_support
 from tokenprune_adapters.hf.processor import has_processor
 
 OPTIONS = ("dtype", "device", "device_map", "attn_implementation", "revision", "quantization_config")
@@ -47,6 +49,11 @@ class TransformersAdapter(Adapter):
         return config.get("model_type") in FAMILIES and any(
             str(name).endswith("ForConditionalGeneration") for name in names
         )
+
+    @classmethod
+    def model_support(cls, model_type: str | None = None) -> list[ModelSupport]:
+        """Every type in the mapping of image-text-to-text models of the installed transformers."""
+        return model_support(model_type)
 
     @classmethod
     def bind(cls, model: Any) -> BoundTransformersModel | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from tokenprune.core.reads import (
     ReceivedAttention,
     TowerFeatures,
     TowerKeys,
+    TowerStates,
     TowerValues,
 )
 from tokenprune.engine.calls.interception import shadowed
@@ -29,6 +30,11 @@ from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.families import Family
 from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 
+DECODERS = ("language_model", "text_model")
+TOWERS = ("vision_tower", "vision_model", "visual")
+BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
+PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger")
+FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")
 
 
@@ -46,27 +52,34 @@ class BoundTransformersModel(BoundModel):
     def __init__(self, model: Any, family: Family) -> None:
         base = uncompiled(model.base_model)
         self.model, self.base, self.family, self.name = model, base, family, type(base).__name__
-        decoder = uncompiled(getattr(base, "language_model", None)) or uncompiled(getattr(base, "text_model", None))
-        tower = self.part(family.tower)
-        if decoder is None:
-            raise UnsupportedError(f"{self.name} has no language model inside, expected one ({family.title})")
-        self.decoder = decoder
-        inner = getattr(tower, "vision_model", tower)  # nested in older releases of transformers
-        self.blocks = [uncompiled(block) for block in _submodule(inner, family.blocks, self.name)]
-        self.tower_layers = len(self.blocks)
+        self.decoder = self._part(base, DECODERS)
         config = base.config
-        cuts = getattr(config, "vision_feature_select_strategy", "full") == "default"
-        self.cut = int(cuts)
-        names = {name for name, _ in inner.named_parameters()}
-        self.has_cls = cuts and any(name.endswith(("class_embedding", "cls_token")) for name in names)
+        cuts = family.cuts or getattr(config, "vision_feature_select_strategy", "full") == "default"
+        self.cut, self.has_cls, self.tower_layers = int(cuts), False, 0
+        if family.images.reads_tower:
+            tower, self.projector = self._part(base, TOWERS), self._part(base, PROJECTORS)
+            inner = getattr(tower, "vision_model", tower)  # nested in older releases of transformers
+            self.blocks = [uncompiled(block) for block in self._part(inner, BLOCKS)]
+            self.tower_layers = len(self.blocks)
+            names = {name for name, _ in inner.named_parameters()}
+            self.has_cls = cuts and any(name.endswith(("class_embedding", "cls_token")) for name in names)
         self.token_ids: dict[str, Any] = {
             "image": getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None),
             "video": getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None),
         }
 
-    def part(self, path: str) -> Any:
-        """A submodule by its path. Raises UnsupportedError if it does not exist."""
-        return _submodule(self.base, path, self.name)
+    def _part(self, inside: Any, paths: Sequence[str]) -> Any:
+        """The submodule under the first of several paths that exists. Raises UnsupportedError if none does."""
+        for path in paths:
+            found = inside
+            for step in path.split("."):
+                found = uncompiled(getattr(found, step, None))
+            if found is not None:
+                return found
+        raise UnsupportedError(
+            f"{self.name} has none of {', '.join(paths)}, of which models of its family have one "
+            f"({self.family.title}); it cannot be pruned"
+        )
 
     def tower_attention(self, layer: int) -> nn.Module:
         """The attention module of a tower layer, negative ones from the end.
@@ -87,7 +100,12 @@ class BoundTransformersModel(BoundModel):
         raise UnsupportedError(f"{self.name}: {kind} has none of {', '.join(ATTENTION)}, so it cannot be read")
 
     def offers(self) -> frozenset[type[Read]]:
-        """All reads of the tower; those of [CLS] if it has one; the projector if it works token by token."""
+        """All reads of the tower; those of [CLS] if it has one; the projector if it works token by token.
+
+        None if the family's towers are not read.
+        """
+        if not self.family.images.reads_tower:
+            return frozenset()
         extra = {
             ClsAttention: self.has_cls,
             ClsQuery: self.has_cls,
@@ -95,7 +113,7 @@ class BoundTransformersModel(BoundModel):
             Crops: self.has_cls,
             Projector: self.family.images.projects,
         }
-        always = (TowerFeatures, ReceivedAttention, TowerKeys, TowerValues)
+        always = (TowerFeatures, ReceivedAttention, TowerKeys, TowerValues, TowerStates)
         return frozenset((*always, *(kind for kind, has in extra.items() if has)))
 
     def selected_blocks(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -104,8 +122,9 @@ class BoundTransformersModel(BoundModel):
         Args:
             inputs: the arguments of `get_image_features`, by name.
         """
-        layers = inputs.get("vision_feature_layer")
-        layers = self.base.config.vision_feature_layer if layers is None else layers
+        config = self.base.config
+        name = next(name for name in FEATURE_LAYERS if hasattr(config, name))
+        layers = getattr(config, name) if inputs.get(name) is None else inputs[name]
         total = self.tower_layers + 1
         return [layer % total - 1 for layer in ([layers] if isinstance(layers, int) else layers)]
 
@@ -123,12 +142,4 @@ class BoundTransformersModel(BoundModel):
 
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
-        return self.family.images.project(self.part(self.family.images.projector), features)
-
-
-def _submodule(thing: Any, path: str, name: str) -> Any:
-    for step in path.split("."):
-        if getattr(thing, step, None) is None:
-            raise UnsupportedError(f"{name} has no {path}, which models of its family have; it cannot be pruned")
-        thing = uncompiled(getattr(thing, step))
-    return thing
+        return self.family.images.project(self.projector, features)

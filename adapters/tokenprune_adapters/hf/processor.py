@@ -40,7 +40,8 @@ def load_processor(source: str, config: Any, revision: str | None = None) -> Any
             does not match the model's vision tower.
     """
     found = _load(source, config, revision)
-    for what, wanted, actual in _sizes(found, getattr(config, "vision_config", None)):
+    shuffled = getattr(config, "downsample_factor", 1)  # Aya Vision's processor multiplies its patch size by it
+    for what, wanted, actual in _sizes(found, getattr(config, "vision_config", None), shuffled):
         if wanted != actual:
             raise CheckpointError(
                 f"{source}: its processor makes {what} {actual}, but the model's vision tower expects {wanted}; use "
@@ -67,7 +68,7 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
         ) from error
 
 
-def _sizes(processor: Any, vision: Any) -> Iterator[tuple[str, Any, Any]]:
+def _sizes(processor: Any, vision: Any, shuffled: int) -> Iterator[tuple[str, Any, Any]]:
     """Sizes in the configurations of both vision tower and processor: (name, the tower's, the processor's)."""
     images: Any = processor.image_processor
     for what, name, other in (
@@ -78,7 +79,7 @@ def _sizes(processor: Any, vision: Any) -> Iterator[tuple[str, Any, Any]]:
         wanted = _side(getattr(vision, name, None))
         for part in (images, processor):
             actual = _side(getattr(part, other, None))
-            if wanted and actual:
+            if wanted and actual and (part is images or actual != shuffled * wanted):
                 yield what, wanted, actual
     size = images.crop_size if getattr(images, "do_center_crop", False) else getattr(images, "size", None)
     wanted = _side(getattr(vision, "image_size", None))

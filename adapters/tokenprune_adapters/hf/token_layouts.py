@@ -27,8 +27,8 @@ class Arrangement:
         cut: number of leading positions of the tower's output that are not patches and are removed ([CLS]).
     """
 
-    projector: ClassVar[str] = "multi_modal_projector"
-    """Path from `base` to the projector."""
+    reads_tower: ClassVar[bool] = True
+    """Whether values of the tower's patches can be mapped to image tokens; see `unread_towers`."""
     projects: ClassVar[bool] = True
     """Whether the projector works token by token."""
 
@@ -84,10 +84,23 @@ class Arrangement:
         return projected
 
 
-class Shuffled(Arrangement):
-    """Idefics3's connector: pixel shuffle, then a projection."""
+class Squares(Arrangement):
+    """Aya Vision: the projector takes a crop's patches, and makes a token of each k × k of them."""
 
-    projector = "connector.modality_projection"
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """The patches of a token concatenated, in row-major order: [tokens, k · k · C]."""
+        crops = torch.cat(list(given))
+        side = round(crops.shape[1] ** 0.5)
+        k = round((crops.shape[0] * crops.shape[1] / tokens) ** 0.5)
+        square = crops.reshape(len(crops), side // k, k, side // k, k, -1)
+        return square.transpose(2, 3).reshape(tokens, -1)
+
+    @classmethod
+    def project(cls, projector: nn.Module, features: Tensor) -> Tensor:
+        """Project with the projector, whose input is a crop for each token."""
+        k = int(projector.downsample_factor)  # type: ignore[arg-type]
+        projected: Tensor = projector(features.reshape(features.shape[:2].numel(), k * k, -1))
+        return projected.reshape(*features.shape[:2], -1)
 
 
 class NormedPool(Arrangement):
@@ -177,8 +190,6 @@ class Frames(Arrangement):
 
 class Merged(Arrangement):
     """Qwen2-VL: images of any size in one packed sequence; m × m consecutive patches become a token."""
-
-    projector = "visual.merger"
 
     def cells(self, tokens: int, crops: int) -> Cells:
         """Each frame of a video is an image."""

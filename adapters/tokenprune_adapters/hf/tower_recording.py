@@ -20,14 +20,17 @@ from tokenprune.core.reads import (
     ReceivedAttention,
     TowerFeatures,
     TowerKeys,
+    TowerStates,
     TowerValues,
 )
-from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.errors import UnsupportedError
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.hf.crops import CropStates
 from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.tower_states import MeanStates
+from tokenprune_adapters.hf.unread_towers import Unread
 
 if TYPE_CHECKING:
     from tokenprune_adapters.hf.bound_model import BoundTransformersModel
@@ -63,6 +66,7 @@ class TowerRecording:
     def __init__(self, bound: BoundTransformersModel, reads: Sequence[Read]) -> None:
         self.bound, self.reads = bound, reads
         self._callbacks({read: [] for read in reads})  # raises for layers that do not exist
+        self._mean_states()
 
     def encode(
         self, modality: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -83,12 +87,15 @@ class TowerRecording:
             raise UnsupportedError(f"{bound.name}: {modality}s are not supported under tokenprune.prune()")
         inputs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
         arrangement = kind(bound.base, inputs, bound.cut)
+        if isinstance(arrangement, Unread):
+            output = original(*args, **kwargs)
+            return output, Encoded(arrangement.placed(_parts(output)), {})
         seen: dict[Read, list[Tensor]] = {read: [] for read in self.reads}
         shapes: list[tuple[int, ...]] = []
         given: list[Tensor] = []
         wants_features = any(isinstance(read, TowerFeatures) for read in self.reads)
         selected = bound.selected_blocks(inputs) if any(isinstance(read, ClsFeatures) for read in self.reads) else []
-        crops = CropStates(selected)
+        crops, means = CropStates(selected), self._mean_states()
 
         def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.append(tuple(states.shape))
@@ -97,15 +104,14 @@ class TowerRecording:
             return project(states, *args, **kwargs)
 
         with ExitStack() as undo:
-            undo.enter_context(shadowed(bound.part(kind.projector), "forward", projected))
+            undo.enter_context(shadowed(bound.projector, "forward", projected))
             undo.enter_context(arrangement.recording())
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
                 crops.attach(bound.blocks, undo)
+            means.attach(bound.blocks, undo)
             undo.enter_context(tap(self._callbacks(seen)))
             output = original(*args, **kwargs)
-        features = getattr(output, "pooler_output", output)
-        parts = [features] if isinstance(features, Tensor) else features
-        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in parts))
+        tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in _parts(output)))
         cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
         values = {read: arrangement.pool(calls, tokens) for read, calls in seen.items() if calls}
         for read in self.reads:
@@ -113,9 +119,14 @@ class TowerRecording:
                 values[read] = arrangement.features(given, tokens)
             elif isinstance(read, ClsFeatures):
                 values[read] = arrangement.pool([crops.cls_features(bound.cut)], tokens)
+            elif isinstance(read, TowerStates):
+                values[read] = arrangement.pool(means.patches(read, bound.cut), tokens)
             elif isinstance(read, Crops):
                 values[read] = arrangement.pool([crops.numbers(bound.cut)], tokens).round().long()
         return output, Encoded(cells, {read: _flat(read, value) for read, value in values.items()})
+
+    def _mean_states(self) -> MeanStates:
+        return MeanStates([read for read in self.reads if isinstance(read, TowerStates)], self.bound.tower_layers)
 
     def _callbacks(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
         wanted: dict[nn.Module, list[Any]] = {}
@@ -146,3 +157,9 @@ class TowerRecording:
 
 def _flat(read: Read, value: Tensor) -> Tensor:
     return value.squeeze(-1) if isinstance(read, (ClsAttention, ReceivedAttention, Crops)) else value
+
+
+def _parts(output: Any) -> Sequence[Tensor]:
+    """The image features that a model returned: together, or image by image."""
+    features = getattr(output, "pooler_output", output)
+    return [features] if isinstance(features, Tensor) else features

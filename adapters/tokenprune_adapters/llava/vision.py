@@ -24,10 +24,11 @@ from tokenprune.core.reads import (
     ReceivedAttention,
     TowerFeatures,
     TowerKeys,
+    TowerStates,
     TowerValues,
 )
-from tokenprune.engine.attention_tap import AttentionCall, tap
 from tokenprune.engine.interface.vision_source import VisionSource
+from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.errors import InputError
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.clip.shared_space import ClipSpace
@@ -68,6 +69,9 @@ class TowerReads(Protocol):
         """float32 [1, N, C]."""
 
     def values(self, layer: int) -> Tensor:
+        """float32 [1, N, C]."""
+
+    def mean_state(self, read: TowerStates) -> Tensor:
         """float32 [1, N, C]."""
 
 
@@ -157,6 +161,10 @@ class TowerRun:
     def values(self, layer: int) -> Tensor:
         """float32 [1, N, C]: the patches' values, heads concatenated."""
         return tower_reads.values(self.seen(layer))[:, 1:]
+
+    def mean_state(self, read: TowerStates) -> Tensor:
+        """float32 [1, N, C]: the patches' mean state. Raises InputError if the tower has no such layers."""
+        return tower_reads.mean_state(self.states[number][:, 1:] for number in read.numbers(self.layers))
 
 
 def run_tower(tower: nn.Module, pixels: Tensor, select_layer: int = -2, mask: Tensor | None = None) -> TowerRun:
@@ -248,6 +256,7 @@ _ANSWERS: dict[type[Read], Callable[[_VisionInputs, Any], Any]] = {
     Crops: lambda inputs, read: inputs.crops(),
     TowerKeys: lambda inputs, read: inputs.for_rows(inputs.run.keys(read.layer, read.heads)),
     TowerValues: lambda inputs, read: inputs.for_rows(inputs.run.values(read.layer)),
+    TowerStates: lambda inputs, read: inputs.for_rows(inputs.run.mean_state(read)),
     Projector: lambda inputs, read: inputs.projector,
     Pixels: lambda inputs, read: inputs.for_rows(inputs.pixels()),
 }

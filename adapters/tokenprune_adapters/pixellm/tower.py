@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tokenprune.core.reads import TowerStates
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.llava.vision import TowerRun, run_tower
 from tokenprune_adapters.segmentation.sam.masks import PIXEL_MEAN, PIXEL_STD, MaskSizes
@@ -158,6 +159,10 @@ class PixelTowerRun:
     def values(self, layer: int) -> Tensor:
         """float32 [1, n, C]: values, heads concatenated."""
         return self._pooled(self.patches.values(layer))
+
+    def mean_state(self, read: TowerStates) -> Tensor:
+        """float32 [1, n, C]: the mean state, see `tokenprune.core.reads.TowerStates`."""
+        return self._pooled(self.patches.mean_state(read))
 
     def _pooled(self, values: Tensor) -> Tensor:
         """[1, side², C] -> [1, n, C]: the mean over the visible patches of every visible cell."""

@@ -64,7 +64,7 @@ class ManyImages:
             OptionError, InputError: an argument is not as described; raised at once.
             IncompatibleError: the strategy is incompatible with the model; raised at once.
 
-        Example:
+        Examples:
             >>> import numpy as np, tokenprune as tp
             >>> model = tp.load("lisa-tiny")
             >>> pairs = [(np.zeros((24, 32, 3), np.uint8), "the red ring"), ("nowhere.png", "the star")]

@@ -1,4 +1,4 @@
-"""[CLS] rows, crops and values of towers of transformers' own models, against the tower run on its own."""
+"""[CLS] rows, crops, values and states of towers of transformers' own models, against the tower run on its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ import torch
 from vlm_families import FAMILIES
 from vlm_watching import WITH_CLS, Reader, attention_of, blocks_of, inputs_of, model_of, read, tower_of
 
-from tokenprune.core.reads import ClsFeatures, ClsQuery, Crops, Projector, TowerFeatures, TowerKeys, TowerValues
-from tokenprune.engine.interface.bound_model import bound_model_of
+from tokenprune.core.reads import (
+    ClsFeatures,
+    ClsQuery,
+    Crops,
+    Projector,
+    TowerFeatures,
+    TowerKeys,
+    TowerStates,
+    TowerValues,
+)
+from tokenprune.engine.interface.checked_model import bound_model_of
 
 PROJECTED = ["llava", "llava_next"]
 
@@ -47,6 +56,15 @@ def test_cls_features_are_the_first_row_of_each_tokens_crop(name, layers):
     assert seen["project"](seen["cls_features"]).shape[:2] == exists.shape
 
 
+def test_cls_features_of_the_layers_that_vipllava_selects():
+    model, inputs = model_of("vipllava"), inputs_of("vipllava")
+    assert list(model.config.vision_feature_layers) == [-2, 1]
+    seen, _ = read(model, Reader(ClsFeatures(), Crops()), inputs)
+    states, exists = tower_states(model, inputs), seen["exists"]
+    rows = torch.cat((states[-2], states[0]), -1)[:, 0]
+    assert torch.allclose(seen["cls_features"][exists], rows[seen["crops"][exists]], atol=1e-5)
+
+
 @pytest.mark.parametrize("name", PROJECTED)
 def test_crops_tell_where_a_token_was_seen(name):
     """The features of a crop are among the rows of the tower's output for it."""
@@ -75,7 +93,7 @@ def test_queries_keys_and_values_are_the_projections(name):
     seen, _ = read(model_of(name), Reader(ClsQuery(), TowerKeys(heads="mean"), TowerValues(), Crops()), inputs)
     exists, crops = seen["exists"], seen["crops"]
     assert torch.allclose(seen["cls_query"][exists], caught["q_proj"][crops[exists], 0].float(), atol=1e-5)
-    if name == "internvl":  # four patches make a token
+    if name in ("internvl", "qianfan_ocr"):  # four patches make a token
         assert seen["values"].shape[-1] == caught["v_proj"].shape[-1]
         return
     size = seen["keys"].shape[-1]
@@ -91,4 +109,4 @@ def test_who_offers_what(name):
     offered = bound_model_of(model_of(name)).offers()
     assert ({ClsQuery, Crops} <= offered) == (name in WITH_CLS)
     assert (ClsFeatures in offered) == (name in PROJECTED)
-    assert TowerValues in offered
+    assert {TowerValues, TowerStates} <= offered

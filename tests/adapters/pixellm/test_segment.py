@@ -14,7 +14,7 @@ from pixellm_checkpoints import SQUARE, write_pixellm
 from torch.nn import functional
 
 import tokenprune as tp
-from tokenprune.core.reads import Pixels
+from tokenprune.core.reads import Pixels, TowerStates
 from tokenprune.core.trace import Trace
 from tokenprune.errors import InputError
 from tokenprune.evaluation.models import SegmentationModel
@@ -102,6 +102,7 @@ def reads(encoded: Any) -> dict[str, torch.Tensor]:
         "joint": tower.cls_attention(-1, "joint"),
         "received": tower.received_attention(-1),
         "keys": tower.keys(-1),
+        "states": tower.mean_state(TowerStates(0, -1)),
     }
 
 
@@ -134,6 +135,15 @@ def test_keys_by_hand(model: PixelLMModel, shape: str) -> None:
         tower = model.encode_image(picture(shape)).tower
     keys = tower.patches.seen(-1).key[0].transpose(0, 1).flatten(1)[1:]
     assert torch.allclose(tower.keys(-1)[0], cells(tower, keys[tower.visible.patches.flatten()]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mean_states_by_hand(model: PixelLMModel, shape: str) -> None:
+    with torch.inference_mode():
+        tower = model.encode_image(picture(shape)).tower
+    mean = torch.stack(tower.patches.states[1:]).mean(0)[0, 1:]
+    found = tower.mean_state(TowerStates(1, -1))[0]
+    assert torch.allclose(found, cells(tower, mean[tower.visible.patches.flatten()]), atol=1e-5)
 
 
 def test_cls_attention_by_hand(model: PixelLMModel) -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from vlm_configs import IMAGE, TEXT
-from vlm_families import FAMILIES
+from vlm_families import FAMILIES, READABLE
 from vlm_watching import (
     CASES,
     RUNS,
-    SEPARATED,
     Half,
     Reader,
     blocks_of,
     expected_cells,
     inputs_of,
+    is_packed,
     model_of,
     projector_of,
     read,
@@ -26,7 +26,7 @@ from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.errors import InputError, PluginError
 
-names = pytest.mark.parametrize("name", FAMILIES)
+names = pytest.mark.parametrize("name", READABLE)
 runs = pytest.mark.parametrize(("name", "case"), RUNS)
 
 
@@ -46,7 +46,7 @@ def text_of(inputs):
 def test_image_tokens_pictures_and_cells(name, case, padding):
     inputs = inputs_of(name, case, padding)
     separator = separators(name, model_of(name), inputs)
-    assert separator.any() == (name in SEPARATED)
+    assert separator.any() == is_packed(name, inputs)
     seen, trace = read(model_of(name), Reader(), inputs)
     layout = trace.layout
     assert torch.equal(layout.image_tokens, FAMILIES[name].image_tokens(inputs) & ~separator)

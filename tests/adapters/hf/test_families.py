@@ -11,12 +11,23 @@ from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
 SIZES = [(24, 32), (40, 20)]
 DIFFERENT_COUNTS = {
     "llava_next",
+    "llava_next_video",
     "llava_onevision",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_vl_moe",
+    "glm4v",
+    "glm46v",
+    "glm4v_moe",
+    "glm_ocr",
+    "glmga",
+    "cosmos3_omni",
+    "qwen2_5_omni_thinker",
+    "qwen3_omni_moe_thinker",
+    "lighton_ocr",
     "internvl",
+    "qianfan_ocr",
     "smolvlm",
     "idefics3",
 }

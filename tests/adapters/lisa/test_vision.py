@@ -23,6 +23,7 @@ from tokenprune.core.reads import (
     ReceivedAttention,
     TowerFeatures,
     TowerKeys,
+    TowerStates,
     TowerValues,
 )
 from tokenprune.errors import InputError, PluginError
@@ -96,6 +97,37 @@ def test_keys_and_joint_attention_equal_the_projections(tower_run: TowerRun, eag
         TowerKeys(1, "sum")
 
 
+def test_the_mean_state_is_that_of_the_towers_hidden_states(tower_run: TowerRun) -> None:
+    states = torch.stack(tower_run.states)
+    reads = {
+        TowerStates(): [3],
+        TowerStates(-1, -1): [3],
+        TowerStates(-2, -2): [2],
+        TowerStates(0, 3): [0, 1, 2, 3],
+        TowerStates(1, -2): [1, 2],
+        TowerStates(2 / 3, -1): [2, 3],
+        TowerStates(0.2, 0.5): [1, 2],
+    }
+    for read, numbers in reads.items():
+        assert list(read.numbers(3)) == numbers
+        assert torch.allclose(tower_run.mean_state(read), states[numbers].mean(0)[:, 1:], atol=1e-6)
+    assert torch.equal(tower_run.mean_state(TowerStates(-2, -2)), tower_run.features)
+    with pytest.raises(InputError, match="tower states 1 to 4 were requested, but the vision tower has 3 layers"):
+        tower_run.mean_state(TowerStates(1, 4))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (-5, 3), (2, 1), (0.9, 0.1), (3, 0.5)])
+def test_states_that_a_tower_does_not_have_are_refused(first: float, last: float) -> None:
+    with pytest.raises(InputError, match="the vision tower has 3 layers, states 0 … 3"):
+        TowerStates(first, last).numbers(3)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1.5, float("nan")])
+def test_a_share_of_the_depth_is_between_0_and_1(share: float) -> None:
+    with pytest.raises(PluginError, match="is not a share between 0 and 1; use an int for a number"):
+        TowerStates(share, -1)
+
+
 def test_a_layer_is_computed_once(folder: Path, pixels: torch.Tensor) -> None:
     run = run_tower(load_tower(folder, torch.float32), pixels)
     assert run.seen(-1) is run.seen(2)
@@ -115,6 +147,7 @@ def test_answers_line_up_with_the_rows(tower_run: TowerRun) -> None:
         TowerKeys(0): (3, 16, 16),
         TowerKeys(0, "mean"): (3, 16, 8),
         TowerValues(0): (3, 16, 16),
+        TowerStates(0, -1): (3, 16, 16),
         ClsFeatures(): (3, 16, 16),
         ClsQuery(0): (3, 16, 16),
         Crops(): (3, 16),

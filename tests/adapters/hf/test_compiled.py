@@ -9,7 +9,7 @@ from vlm_families import FAMILIES
 
 import tokenprune
 from tokenprune.core.decisions import Keep
-from tokenprune.core.reads import AttentionFrom, ClsFeatures, Crops, TowerFeatures, TowerKeys
+from tokenprune.core.reads import AttentionFrom, ClsFeatures, Crops, TowerFeatures, TowerKeys, TowerStates
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 
@@ -19,6 +19,7 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 READS = {
     "features": (1, TowerFeatures()),
     "keys": (1, TowerKeys(layer=-1)),
+    "states": (1, TowerStates(0, -1)),
     "[CLS] features": (1, ClsFeatures()),
     "crops": (1, Crops()),
     "attention": (2, AttentionFrom("last")),
@@ -128,7 +129,7 @@ def check(route, warm, reads):
 
 
 def test_a_warm_tower_and_projector_are_read():
-    check(tower_in_place, True, ["features", "[CLS] features", "crops"])
+    check(tower_in_place, True, ["features", "states", "[CLS] features", "crops"])
 
 
 def test_a_model_that_is_compiled_in_its_first_context():

@@ -6,9 +6,10 @@ import pytest
 import torch
 import vlm_families
 from PIL import Image
-from vlm_families import FAMILIES, generates_otherwise
+from vlm_families import FAMILIES, READABLE, generates_otherwise
 from vlm_watching import (
     CASES,
+    PACKED,
     RUNS,
     SEPARATED,
     WITH_CLS,
@@ -30,13 +31,21 @@ from vlm_watching import (
 )
 
 import tokenprune
-from tokenprune.core.reads import ClsAttention, Embeddings, Projector, ReceivedAttention, TowerFeatures, TowerKeys
+from tokenprune.core.reads import (
+    ClsAttention,
+    Embeddings,
+    Projector,
+    ReceivedAttention,
+    TowerFeatures,
+    TowerKeys,
+    TowerStates,
+)
 from tokenprune.errors import IncompatibleError, InputError
 
-names = pytest.mark.parametrize("name", FAMILIES)
+names = pytest.mark.parametrize("name", READABLE)
 runs = pytest.mark.parametrize(("name", "case"), RUNS)
 SHRUNK = {("llava_onevision", "two sizes"), ("llava_onevision", "videos")}  # projected tokens are interpolated
-CROPPED = [run for run in RUNS if not run[0].startswith("qwen")]
+CROPPED = [run for run in RUNS if not run[0].startswith(PACKED)]
 
 
 def kept(name, inputs):
@@ -45,8 +54,34 @@ def kept(name, inputs):
     return ~separators(name, model, inputs)[FAMILIES[name].image_tokens(inputs)]
 
 
+def states_of(name, inputs):
+    """[P, C] each: what enters the tower's first layer, and what leaves every layer, without [CLS]."""
+    model, blocks = model_of(name), blocks_of(model_of(name))
+    found = [[] for _ in range(len(blocks) + 1)]
+
+    def note(number, state):
+        state = state if state.dim() == 3 else state[None]
+        found[number].append(state[:, 1 if name in WITH_CLS else 0 :].flatten(0, 1))
+
+    handles = [
+        blocks[0].register_forward_pre_hook(
+            lambda module, args, kwargs: note(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    ]
+    for number, block in enumerate(blocks, 1):
+        handles.append(
+            block.register_forward_hook(
+                lambda module, args, out, number=number: note(number, out[0] if isinstance(out, tuple) else out)
+            )
+        )
+    encoded(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(parts) for parts in found]
+
+
 def every(name):
-    reads = [TowerFeatures(), ReceivedAttention(), TowerKeys(), Embeddings(), Projector()]
+    reads = [TowerFeatures(), ReceivedAttention(), TowerKeys(), TowerStates(0, -1), Embeddings(), Projector()]
     return reads + ([ClsAttention()] if name in WITH_CLS else [])
 
 
@@ -80,6 +115,18 @@ def test_towers_are_read_as_eager_attention_computes(name, case):
             assert torch.allclose(seen["cls_attention"][exists], (weights @ eager.cls(layer))[tokens, 0], atol=1e-6)
 
 
+@runs
+def test_mean_states_are_those_between_the_layers(name, case):
+    """Mapped to tokens by what each patch contributes to them."""
+    inputs, weights = inputs_of(name, case), contributions(name, case)
+    states, tokens = states_of(name, inputs), kept(name, inputs)
+    last = len(states) - 1
+    for wanted in (TowerStates(), TowerStates(0, 0), TowerStates(0, -1), TowerStates(0.5, -1), TowerStates(1, 1)):
+        seen, _ = read(model_of(name), Reader(wanted), inputs)
+        mean = torch.stack([states[number] for number in wanted.numbers(last)]).mean(0)
+        assert torch.allclose(seen["tower_states"][seen["exists"]], (weights @ mean)[tokens], atol=1e-5), wanted
+
+
 @names
 def test_contributions_are_those_that_the_family_is_known_for(name):
     """So that the tests above cover what they claim: windows, pooling, packing, shrinking."""
@@ -87,10 +134,11 @@ def test_contributions_are_those_that_the_family_is_known_for(name):
     weights = contributions(name, "two sizes")[kept(name, inputs)]
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     patches = {int(count) for count in (weights.abs() > 1e-6).sum(1)}
-    one = {"llava", "llava_siglip", "llava_next", "paligemma", "paligemma2"}
-    assert patches == ({1} if name in one else {1, 4} if name == "llava_onevision" else {4})
+    one = {"llava", "llava_siglip", "vipllava", "deepseek_vl", "janus", "llava_next", "llava_next_video", "paligemma"}
+    assert patches == ({1} if name in (*one, "paligemma2") else {1, 4} if name == "llava_onevision" else {4})
+    windowed = "qwen2_5_vl", "qwen2_5_omni_thinker"
     consecutive = torch.equal(weights.argmax(1) // 4, torch.arange(len(weights)))
-    assert consecutive == name.startswith(("qwen2_vl", "qwen3"))
+    assert consecutive == (name.startswith(PACKED) and name not in windowed)
 
 
 @pytest.mark.parametrize(("name", "case"), CROPPED)
@@ -113,7 +161,7 @@ def test_grid_cells_lie_where_their_patches_lie(name, case):
             assert len(starts) == 1 or (starts.diff() > 0.9).all()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("qwen")])
+@pytest.mark.parametrize("name", [name for name in READABLE if name.startswith(PACKED)])
 @pytest.mark.parametrize("cell", [(0, 3), (1, 2), (2, 0)])
 def test_a_grid_cell_shows_its_part_of_the_picture(name, cell, monkeypatch):
     """Darkening eight by eight pixels changes the raw patches of one token; the windowed order comes later."""
@@ -148,9 +196,11 @@ def test_features_are_what_the_projector_is_given_packed_like_the_tokens(name, c
     encoded(model_of(name), inputs)
     handle.remove()
     patches = torch.cat([part.flatten(0, -2) for part in given])
-    weights = contributions(name, case)[kept(name, inputs)]
+    expected = patches
+    if (name, case) != ("llava_next_video", "videos"):  # whose patches are pooled before the projector
+        expected = contributions(name, case)[kept(name, inputs)] @ patches
     seen, _ = read(model_of(name), Reader(TowerFeatures()), inputs)
-    assert torch.allclose(seen["features"][seen["exists"]], weights @ patches, atol=1e-5)
+    assert torch.allclose(seen["features"][seen["exists"]], expected, atol=1e-5)
 
 
 @names
@@ -158,7 +208,7 @@ def test_sdpa_and_eager_towers_are_read_alike(name):
     inputs, reads = inputs_of(name), every(name)
     ours, _ = read(model_of(name), Reader(*reads), inputs)
     theirs, _ = read(model_of(name, "eager"), Reader(*reads), inputs)
-    for field in ("features", "received_attention", "keys", "embeddings"):
+    for field in ("features", "received_attention", "keys", "tower_states", "embeddings"):
         assert torch.allclose(ours[field], theirs[field], atol=1e-5)
 
 
@@ -191,7 +241,7 @@ def test_generate_reads_what_a_forward_reads(name, options):
 
     seen, other = read(model, Reader(*every(name)), inputs, generate)
     times = 2 if {"num_return_sequences", "num_beams"} & set(options) else 1
-    for field in ("features", "received_attention", "keys", "embeddings", "grid", "image", "exists"):
+    for field in ("features", "received_attention", "keys", "tower_states", "embeddings", "grid", "image", "exists"):
         assert torch.allclose(seen[field], once[field].repeat_interleave(times, 0), atol=1e-5), field
     placeholders = trace.layout.image_tokens.repeat_interleave(times, 0)
     assert torch.equal(other.layout.image_tokens[:, : placeholders.shape[1]], placeholders)
@@ -201,11 +251,11 @@ def test_generate_reads_what_a_forward_reads(name, options):
 @pytest.mark.parametrize("name", WITH_VIDEO)
 def test_a_video_and_an_image_in_one_prompt(name):
     """The image comes last in the prompt, but its tower runs first."""
-    reads = TowerFeatures(), ReceivedAttention(), TowerKeys(0)
+    reads = TowerFeatures(), ReceivedAttention(), TowerKeys(0), TowerStates(1, -1)
     seen, trace = read(model_of(name), Reader(*reads), mixed(name))
     parts = [FAMILIES[name].inputs(CASES["videos"][:1]), FAMILIES[name].inputs([(24, 32)])]
     alone = [read(model_of(name), Reader(*reads), part)[0] for part in parts]
-    for field in ("features", "received_attention", "keys", "grid"):
+    for field in ("features", "received_attention", "keys", "tower_states", "grid"):
         assert torch.allclose(seen[field], torch.cat([one[field] for one in alone], 1), atol=1e-5), field
     video = alone[0]["image"]
     assert torch.equal(seen["image"], torch.cat((video, alone[1]["image"] + video.max() + 1), 1))
@@ -243,9 +293,14 @@ def test_a_tower_layer_that_is_not_there_is_refused_at_the_opening(name):
         tokenprune.prune(model_of(name), Reader(TowerKeys(total))),
     ):
         pass
+    with (
+        pytest.raises(InputError, match=f"tower states 1 to {total + 1} .* has {total} layers, states 0 … {total}"),
+        tokenprune.prune(model_of(name), Reader(TowerStates(1, total + 1))),
+    ):
+        pass
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WITH_CLS])
+@pytest.mark.parametrize("name", [name for name in READABLE if name not in WITH_CLS])
 def test_cls_attention_is_refused_where_there_is_no_cls(name):
     with (
         pytest.raises(IncompatibleError, match="ClsAttention"),

@@ -1,0 +1,72 @@
+"""Image tokens of models whose towers are not read: places alone, told by what the model returns and by its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.token_layouts import Arrangement
+
+
+class Unread(Arrangement):
+    """Images in row-major order, as the inputs tell their sizes; without sizes, square ones.
+
+    Their towers have windows, convolutions or several parts, so that no patches can be assigned to a token.
+    """
+
+    reads_tower: ClassVar[bool] = False
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """Images and grid cells of the image tokens, after the call.
+
+        Args:
+            returned: the model's image features, [images, tokens, width], or [tokens, width] for each image.
+        """
+        counts = [
+            count for part in returned for count in ([len(part)] if part.dim() == 2 else [part.shape[1]] * len(part))
+        ]
+        sizes = self._sizes()
+        if sizes is None or len(sizes) != len(counts):
+            return Cells.joined([self.alone(count) for count in counts])
+        return Cells.joined([_in_proportion(count, *size) for count, size in zip(counts, sizes, strict=True)])
+
+    @classmethod
+    def alone(cls, count: int) -> Cells:
+        """One image of `count` tokens, of which no size is known."""
+        return Cells.square(count)
+
+    def _sizes(self) -> list[tuple[int, int]] | None:
+        """Height and width of each image, in pixels or patches."""
+        grids, sizes = self.inputs.get("image_grid_thw"), self.inputs.get("image_sizes")
+        if grids is not None:
+            return [(height, width) for frames, height, width in grids.tolist() if frames == 1]
+        return None if sizes is None else [tuple(size) for size in torch.as_tensor(sizes).tolist()]
+
+
+class Resampled(Unread):
+    """A fixed number of learned queries, each of which sees the whole image: no grid."""
+
+    @classmethod
+    def alone(cls, count: int) -> Cells:
+        """One image without a grid."""
+        return Cells(torch.zeros(count, dtype=torch.int64), torch.full((count, 2), -1), torch.zeros(count).bool())
+
+
+class ResampledRows(Resampled):
+    """Idefics2: as `Resampled`, where the images of a batch row are returned together."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`."""
+        latents = self.base.config.perceiver_config.resampler_n_latents
+        return Cells.joined([self.alone(latents)] * (sum(map(len, returned)) // latents))
+
+
+def _in_proportion(count: int, height: int, width: int) -> Cells:
+    """One image of `count` tokens, whose grid has the proportions of the image; without a grid if none fits."""
+    scale = (height * width / count) ** 0.5
+    rows, columns = round(height / scale), round(width / scale)
+    return Cells.lines(rows, columns) if rows * columns == count else Resampled.alone(count)

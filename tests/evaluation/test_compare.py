@@ -180,6 +180,14 @@ def test_row_ledger_is_the_account_of_a_row_alone() -> None:
     assert count_flops(alone, spec).decoder < count_flops(Ledger((4,), (3,), entries[:], 9), spec).decoder
 
 
+def test_row_ledger_has_what_the_caches_of_the_row_keep() -> None:
+    entries = [LayerEntry(0, (4, 4), (3, 5), 9, cached=(2, 1)), LayerEntry(1, (2, 1), (3, 5), 6)]
+    for row, kept in enumerate((2, 1)):
+        assert [entry.in_cache for entry in row_ledger(Ledger((4, 4), (3, 5), entries, 9), row).entries] == [
+            (kept,)
+        ] * 2
+
+
 def test_timing_is_interleaved_and_rotates_who_is_first() -> None:
     now, order = [0.0], []
 

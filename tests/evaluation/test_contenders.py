@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from cli_fixtures import Runner, run
 from fake_segmentation import Front, Whole
@@ -17,13 +20,18 @@ from tokenprune.evaluation.contenders import contenders
 __all__ = ["run"]  # the fixture, with which `front` is registered
 
 WORD = st.from_regex(r"[a-z][a-z0-9+\-]{0,8}", fullmatch=True)
-OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.integers(0, 99), max_size=3)
+VALUES = st.recursive(
+    st.integers(0, 99) | st.booleans() | st.none() | st.text('ab,=[]{}"\\\\', max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORD, inner, max_size=2),
+    max_leaves=5,
+)
+OPTIONS = st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), VALUES, max_size=3)
 
 
 @given(st.lists(st.tuples(WORD, OPTIONS), min_size=1, max_size=4))
-def test_lists_split_into_what_they_were_joined_from(items: list[tuple[str, dict[str, int]]]) -> None:
+def test_lists_split_into_what_they_were_joined_from(items: list[tuple[str, dict[str, Any]]]) -> None:
     texts = [
-        name + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+        name + (":" + ",".join(f"{key}={json.dumps(value)}" for key, value in options.items()) if options else "")
         for name, options in items
     ]
     assert split_list(",".join(texts)) == texts
@@ -40,6 +48,12 @@ def test_lists_that_cannot_be_read(text: str) -> None:
 def test_options_that_cannot_be_read_name_the_strategy(text: str) -> None:
     with pytest.raises(OptionError, match="'fastv'"):
         parse_text(text)
+
+
+def test_lists_as_values() -> None:
+    texts = split_list("none,pyramiddrop:layers=[1,2,3],positions=keep,fastv")
+    assert texts == ["none", "pyramiddrop:layers=[1,2,3],positions=keep", "fastv"]
+    assert parse_text(texts[1]) == ("pyramiddrop", {"layers": [1, 2, 3], "positions": "keep"})
 
 
 def test_budgets_multiply_only_strategies_that_take_one() -> None:

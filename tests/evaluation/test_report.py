@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +11,24 @@ import numpy as np
 import pytest
 import torch
 from fake_segmentation import SIDE, FakeData, FakeModel, Front, Tour, Whole
+from PIL import Image
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.evaluation.comparison.compare import compare
 from tokenprune.evaluation.comparison.results import Comparison
 from tokenprune.evaluation.comparison.tables import si
 from tokenprune.report import panels
-from tokenprune.report.overlays import _stage_title, by_budget, comparison_sheet, file_name, inspection_sheet
+from tokenprune.report.overlays import (
+    _stage_title,
+    by_budget,
+    comparison_sheet,
+    file_name,
+    image_panels,
+    inspection_sheet,
+    query_sheet,
+    save,
+    single_panels,
+)
 from tokenprune.report.plots import tradeoff
 from tokenprune.report.write import writable_folder
 
@@ -38,6 +51,26 @@ def test_tradeoff_has_a_curve_per_strategy_and_says_what_it_shows(comparison: Co
     assert "rectangles" in axes.get_title()
     looks = {(line.get_color(), line.get_marker()) for line in curves.values()}
     assert len(looks) == 3
+
+
+def test_pictures_print_names_as_they_are(comparison: Comparison, tmp_path: Path) -> None:
+    """Dollars are no mathematics, and names that begin with an underscore are in the legend."""
+    odd = r"_$\frac{$"
+    rows = [row.model_copy(update={"strategy": f"{odd} {row.strategy}"}) for row in comparison.rows]
+    rows.append(rows[-1].model_copy(update={"reason": "it is invented", "giou": None}))
+    figure = tradeoff(comparison.model_copy(update={"model": odd, "rows": rows}))
+    texts = figure.axes[0].get_legend().get_texts()
+    names = [f"{odd} {name}" for name in ("whole", "tour", "random")]
+    assert [text.get_text() for text in texts] == [*names, f"{odd} random at 0.25: did not run"]
+    save(figure, tmp_path / "tradeoff.png")
+    record = by_budget(comparison.records[0])[0.25]
+    record = replace(record, query=odd, outcomes=[replace(one, label=odd) for one in record.outcomes])
+    save(comparison_sheet(record), tmp_path / "comparison.png")
+    save(inspection_sheet(record), tmp_path / "inspection.png")
+    assert single_panels(record, record.outcomes[0])
+    scene = next(FakeData().scenes("val"))
+    query = replace(scene.queries[0], text=odd)
+    save(query_sheet(replace(scene, id=odd), query), tmp_path / "query.png")
 
 
 def test_tradeoff_refuses_an_unknown_metric(comparison: Comparison) -> None:
@@ -101,6 +134,25 @@ def test_sheets_have_a_titled_panel_for_everything(comparison: Comparison) -> No
     assert record.query in sheet.get_suptitle()
     single = inspection_sheet(by_budget(record)[0.5])
     assert "from layer 0: all 36" in [axis.get_title() for axis in single.axes]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_single_panels_are_those_of_a_sheet(comparison: Comparison, number: int) -> None:
+    record = comparison.records[0]
+    outcome = record.outcomes[number]
+    sheet = inspection_sheet(replace(record, outcomes=[outcome]))
+    found = [*image_panels(record), *single_panels(record, outcome)]
+    assert sorted(title for title, _ in found) == sorted(axis.get_title() for axis in sheet.axes if axis.get_title())
+    for title, png in found:
+        with Image.open(io.BytesIO(png)) as picture:
+            if not title.endswith("scores"):  # which have a colour bar
+                height, width = record.image.shape[:2]
+                assert picture.height / picture.width == pytest.approx(height / width, abs=0.01)
+
+
+def test_a_comparison_is_text_in_a_notebook_too(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "random" in str(comparison)
 
 
 def test_many_strategies_are_drawn_in_two_columns() -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from tokenprune.errors import UnsupportedError
 from tokenprune.evaluation.records import stages_of
 from tokenprune.evaluation.statistics import mean_interval, paired_difference, ratio_interval
 from tokenprune.report import write_report
-from tokenprune.report.page import gallery, pictures, plots
+from tokenprune.report.figures import figures_of
+from tokenprune.report.page import curves, gallery, pictures, plots
 from tokenprune.report.page.data import Study, read_study
 from tokenprune.report.page.html import _embedded
 from tokenprune.report.pareto import front
-from tokenprune.report.tables import as_latex, cells_of
+from tokenprune.report.tables import as_latex, as_markdown, cells_of
 from tokenprune.sweeps.store import FILE
 from tokenprune.sweeps.summary import scenes_of
 
@@ -164,7 +165,7 @@ def test_differences(run: Path, data: Any) -> None:
 
 
 def test_further_series_are_grey_and_wait(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "SERIES", 2)
+    monkeypatch.setattr(curves, "SERIES", 2)
     found = plots.tradeoff(study.groups[0], "giou", "tokens")
     assert [(entry["slot"], entry["on"]) for entry in found["legend"][:4]] == [
         (0, True),
@@ -394,6 +395,27 @@ def test_figures_have_the_sizes_of_columns(written: Path) -> None:
         assert float(box[1]) == pytest.approx(width * 72, abs=0.1)
 
 
+def test_names_are_printed_as_they_are(study: Study) -> None:
+    """On one line, and in figures without mathematics; also those that begin with an underscore."""
+    (group,) = study.groups
+    rows = [replace(row, method=f"_{row.method}\n\\input{{x}}|<b>$") for row in group.rows]
+    group = replace(group, dataset="d\n\\input{x}|<b>$", rows=rows)
+    latex = as_latex(replace(study, groups=[group]))
+    assert [line for line in latex.splitlines() if r"\input" in line] == [
+        r"% lisa-tiny on d \input{x}|<b>$ (val, forced), 9 queries"
+    ]
+    assert r"\_csp \textbackslash{}input\{x\}\textbar{}\textless{}b\textgreater{}\$ &" in latex
+    lines = as_markdown(replace(study, groups=[group])).splitlines()
+    assert lines[0] == r"## lisa-tiny on d \\input{x}\|&lt;b>$ (val, forced), 9 queries"
+    assert len(lines) == 2 + 2 + 4
+    assert lines[4].startswith(r"| _none \\input{x}\|&lt;b>$ | ")
+    for figure in figures_of(group).values():
+        (legend,) = figure.legends
+        texts = legend.get_texts()
+        assert [text.get_text() for text in texts] == [name.replace("\n", " ") for name in group.methods]
+        assert not any(text.get_parse_math() for text in texts)
+
+
 # errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -434,18 +456,6 @@ def test_errors_are_one_line(
 
 
 # in a browser --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("needs Chromium on the path, as of apt-get install chromium")
-    with sync_api.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.slow

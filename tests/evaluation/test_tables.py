@@ -57,6 +57,22 @@ def test_what_is_slower_than_no_pruning_is_warned_of_in_the_table_and_in_json() 
     assert Comparison.model_validate_json(found.to_json()) == found
 
 
+def test_strategies_that_renumber_positions_are_named_once() -> None:
+    rows = [
+        Row(strategy="csp", options={}, policies={"positions": "keep"}),
+        Row(strategy="fastv", options={}, budget=0.5, policies={"positions": "renumber"}),
+        Row(strategy="fastv", options={}, budget=0.35, policies={"positions": "renumber"}),
+        Row(strategy="visionzip+csp", options={}, policies={"positions": "renumber, then keep"}),
+        Row(strategy="fastv", options={}, given={"positions": "keep"}, policies={"positions": "keep"}),
+    ]
+    found = Comparison(model="m", dataset="d", split="val", samples=1, budget=0.35, environment={}, rows=rows)
+    flagged = [row["positions_warning"] is not None for row in found.model_dump()["rows"]]
+    assert flagged == [False, True, True, True, False]
+    text = as_text(found.table(), 200)
+    assert "note: fastv, visionzip+csp: renumbers positions, from which a model tells places" in text
+    assert text.count("renumbers positions") == 1
+
+
 @pytest.mark.parametrize("budgets", [1, 2])
 @pytest.mark.parametrize("width", [40, 60, 72, 80, 100, 200])
 def test_every_part_of_a_comparison_keeps_names_and_numbers(width: int, budgets: int) -> None:

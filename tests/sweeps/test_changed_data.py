@@ -62,7 +62,7 @@ def test_a_late_image(tmp_path: Path) -> None:
     config = config_of(data, entry={"missing": "skip"})
     with pytest.warns(DataWarning) as told:
         assert tp.sweep(config, run).added == 2 * 3
-    assert len(told) == 1
+    assert [warning.category for warning in told].count(DataWarning) == 1
     (data / "later").rename(data / "b.png")
     with pytest.raises(InputError, match=CHANGED):
         tp.sweep(config, run)

@@ -75,13 +75,13 @@ def test_values_that_are_damaged(run: Path, statement: str, value: Any, use: Cal
         use(run)
 
 
-@pytest.mark.parametrize("version", [2, 0])
+@pytest.mark.parametrize("version", [3, 2, 0])
 def test_a_foreign_database(tmp_path: Path, version: int) -> None:
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.execute("CREATE TABLE records (a, b)")
         connection.execute(f"PRAGMA user_version = {version}")
     content = (tmp_path / FILE).read_bytes()
-    wanted = "is not the store of a sweep: it has .* table" if version else "is of version 0, expected 2"
+    wanted = "is not the store of a sweep: it has .* table" if version else "is of version 0, expected 3"
     for use in (lambda: tp.read_results(tmp_path), lambda: tp.sweep(CONFIG, tmp_path)):
         with pytest.raises(InputError, match=wanted):
             use()

@@ -173,7 +173,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         pass
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(InputError, match="is of version 99, expected 2"):
+    with pytest.raises(InputError, match="is of version 99, expected 3"):
         tp.sweep(CONFIG, tmp_path)
 
 

@@ -278,7 +278,10 @@ def test_splits_with_common_images_are_refused(tmp_path: Path, monkeypatch: pyte
     [
         ({"strategy": "none"}, "has nothing that a budget could move"),
         ({"strategy": "uniform+fastv"}, "is a composition, which has no search space"),
-        ({"strategy": "uniform"}, r"has no option to search \(keep: the budget moves it\)"),
+        (
+            {"strategy": "uniform", "options": {"positions": "keep"}},
+            r"has no option to search \(keep: the budget moves it; ",
+        ),
         ({"strategy": "unifrom"}, "did you mean 'uniform'"),
         ({"strategy": "known:budget=0.3"}, "a budget found among its options"),
         ({"strategy": "known:layer=2", "options": {"layer": 1}}, "option 'layer' is given twice"),
@@ -353,8 +356,6 @@ BUILT_IN = sorted(name for name, entry in tp.strategies().items() if entry.distr
 NOTHING = {
     "none": "nothing that a budget could move",
     "blind": "nothing that a budget could move",
-    "random": "no option to search",
-    "uniform": "no option to search",
 }
 
 
@@ -416,7 +417,8 @@ def test_layers_are_searched_and_sizes_are_not() -> None:
 
 
 def test_options_without_effect_are_left_out_of_combinations(tmp_path: Path) -> None:
-    found = tune("fastv", tmp_path, budget=0.6, model="fake", dataset="counted", trials=8, limit=2, confirm_limit=2)
+    about = {"model": "fake", "dataset": "counted", "options": {"positions": "keep"}}
+    found = tune("fastv", tmp_path, budget=0.6, trials=8, limit=2, confirm_limit=2, **about)
     random = [trial for trial in found.search.trials if trial.options.get("layer") == 0]
     assert all(trial.options == {"layer": 0} for trial in random)
     assert [trial.repeats for trial in random] == [None, random[0].number]

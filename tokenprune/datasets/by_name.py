@@ -31,7 +31,7 @@ def dataset(name: str, **options: Any) -> Dataset:
         InputError: there is nothing at the path.
         PluginError: the dataset cannot be imported or instantiated.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> tp.dataset("shapes").splits
         ('train', 'val', 'test', 'heldout')

@@ -41,7 +41,8 @@ def row_ledger(ledger: Ledger, row: int) -> Ledger:
     for e in ledger.entries:
         width = e.image[row] + e.other[row]
         ahead = tuple(_alone(own, entered + e.other[row], width) for own in e.ahead)
-        entries.append(LayerEntry(e.layer, (e.image[row],), (e.other[row],), width, e.scored_rows, ahead))
+        cached = None if e.cached is None else (e.cached[row],)
+        entries.append(LayerEntry(e.layer, (e.image[row],), (e.other[row],), width, e.scored_rows, ahead, cached))
         entered = e.image[row]
     merges = ledger.merge_weights // len(ledger.image_tokens)
     return Ledger(image, other, entries, merge_weights=merges)

@@ -77,7 +77,9 @@ def measure(metric: Entry, measured: Measured) -> float | None:
     except Exception:  # not a number
         value = math.nan
     if isinstance(answer, str) or not math.isfinite(value):
-        raise metric.refusal(f"gave {answer!r} for query {measured.query.text!r}, expected a finite number or None")
+        shape = getattr(answer, "shape", None)
+        found = repr(answer) if shape in (None, ()) else f"{type(answer).__name__} of shape {list(shape)}"
+        raise metric.refusal(f"gave {found} for query {measured.query.text!r}, expected a finite number or None")
     return value
 
 

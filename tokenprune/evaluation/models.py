@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine.calls.turns import model_turn
+from tokenprune.engine.interface.turns import model_turn
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,12 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from tokenprune.report.markup import legend, one_line
 from tokenprune.report.overlays import file_name
-from tokenprune.report.page.data import Group, Study
-from tokenprune.report.page.plots import METRICS, SERIES, mean_layers
+from tokenprune.report.page.answers import points_of
+from tokenprune.report.page.curves import SERIES, Point
+from tokenprune.report.page.data import AnswerGroup, Group, Study
+from tokenprune.report.page.plots import METRICS, mean_layers
 from tokenprune.utils.files import replacing
 
 SINGLE, DOUBLE = 3.3, 6.9  # inches: one column, and two
@@ -42,20 +45,31 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
 
     The names are `tradeoff-giou-single`, `tradeoff-ciou-single`, `tradeoff-double` (both), `layers-BUDGET-single` (0_35
     for 0.35, since LaTeX dislikes points in names) and `layers-double` (of up to four budgets); where there are several
-    models or datasets, after their names.
+    models or datasets, after their names. Those of answers are `answers-METRIC-single`.
     """
     paths: list[Path] = []
     taken: set[str] = set()
     for number, group in enumerate(study.groups, 1):
         prefix = ""
         if len(study.groups) > 1:
-            prefix = file_name(f"{group.model} {group.dataset} {group.split} {group.protocol}") + "-"
-            prefix = f"{prefix}{number}-" if prefix in taken else prefix
-            taken.add(prefix)
+            prefix = _prefix(f"{group.model} {group.dataset} {group.split} {group.protocol}", number, taken)
         with matplotlib.rc_context(LOOK):
-            for name, figure in figures_of(group).items():
-                paths += [_save(figure, folder / f"{prefix}{name}.{suffix}") for suffix in FORMATS]
+            paths += _save_all(figures_of(group), folder, prefix)
+    taken.clear()
+    for number, answered in enumerate(study.answers, 1):
+        prefix = ""
+        if len(study.answers) > 1:
+            prefix = _prefix(f"{answered.model} {answered.dataset} {answered.split}", number, taken)
+        with matplotlib.rc_context(LOOK):
+            paths += _save_all(figures_of_answers(answered), folder, prefix)
     return paths
+
+
+def _prefix(text: str, number: int, taken: set[str]) -> str:
+    prefix = file_name(text) + "-"
+    prefix = f"{prefix}{number}-" if prefix in taken else prefix
+    taken.add(prefix)
+    return prefix
 
 
 def figures_of(group: Group) -> dict[str, Figure]:
@@ -70,51 +84,82 @@ def figures_of(group: Group) -> dict[str, Figure]:
     return found
 
 
+def figures_of_answers(group: AnswerGroup) -> dict[str, Figure]:
+    """All figures of a group of answers, by name: each score against equivalent tokens."""
+    found: dict[str, Figure] = {}
+    for number, metric in enumerate(group.metrics, 1):
+        name = f"answers-{file_name(metric)}-single"
+        name = f"answers-{file_name(metric)}-{number}-single" if name in found else name
+        found[name] = score_tradeoff(group, metric, SINGLE)
+    return found
+
+
 def tradeoff(group: Group, metrics: Sequence[str], width: float) -> Figure:
     """A metric against equivalent tokens, with bands of 95 % intervals; a panel for each metric."""
     figure, axes = _panels(len(metrics), width, share=False)
+    handles: dict[str, Any] = {}
     for panel, metric in zip(axes, metrics, strict=True):
         title, estimate = METRICS[metric]
-        for place, method in enumerate(group.methods):
-            rows = group.of(method)
-            x, found = [row.line.tokens_ratio for row in rows], [estimate(row) for row in rows]
-            look = _look(place)
-            label = method if place < SERIES else None
-            values, low, high = ([getattr(one, name) for one in found] for name in ("value", "low", "high"))
-            if len(rows) > 1:
-                panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
-                panel.plot(x, values, label=label, marker=look["marker"], color=look["color"])
-            else:
-                ends = [[values[0] - low[0]], [high[0] - values[0]]]
-                look = {"marker": look["marker"], "color": look["color"], "elinewidth": 0.8}
-                panel.errorbar(x, values, ends, label=label, linestyle="", **look)
-        panel.set(xlabel="equivalent tokens", ylabel=title)
-        panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _finish(figure, axes, group.methods)
+        points = {
+            method: [Point(row.line.tokens_ratio, estimate(row), row.label) for row in group.of(method)]
+            for method in group.methods
+        }
+        handles |= _draw(panel, points, title)
+    _finish(figure, axes, handles, group.methods)
     return figure
+
+
+def score_tradeoff(group: AnswerGroup, metric: str, width: float) -> Figure:
+    """A score against equivalent tokens, with bands of 95 % intervals."""
+    figure, axes = _panels(1, width, share=False)
+    points = points_of(group, metric, lambda line: line.tokens_ratio)
+    _finish(figure, axes, _draw(axes[0], points, metric), list(points))
+    return figure
+
+
+def _draw(panel: Any, methods: Mapping[str, Sequence[Point]], title: str) -> dict[str, Any]:
+    """A curve for each method; the points of each, smallest number of tokens first. Returns the legend's handles."""
+    handles: dict[str, Any] = {}
+    for place, (method, points) in enumerate(methods.items()):
+        if not points:
+            continue
+        x, found = [point.cost for point in points], [point.estimate for point in points]
+        look = _look(place)
+        values, low, high = ([getattr(one, name) for one in found] for name in ("value", "low", "high"))
+        if len(points) > 1:
+            panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            (drawn,) = panel.plot(x, values, marker=look["marker"], color=look["color"])
+        else:
+            ends = [[values[0] - low[0]], [high[0] - values[0]]]
+            look = {"marker": look["marker"], "color": look["color"], "elinewidth": 0.8}
+            drawn = panel.errorbar(x, values, ends, linestyle="", **look)
+        if place < SERIES:
+            handles[method] = drawn
+    panel.set_xlabel("equivalent tokens")
+    panel.set_ylabel(one_line(title), parse_math=False)
+    panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return handles
 
 
 def layers(group: Group, budgets: Sequence[float | None], width: float) -> Figure:
     """Image tokens entering each decoder layer, mean over queries; a panel for each budget."""
     figure, axes = _panels(len(budgets), width, share=True)
+    handles: dict[str, Any] = {}
     for panel, budget in zip(axes, budgets, strict=True):
         for row in group.at(budget):
             place = group.methods.index(row.method)
             entered = mean_layers(row)
             look = _look(place)
-            panel.stairs(
-                entered,
-                baseline=None,
-                color=look["color"],
-                linestyle=look["linestyle"],
-                linewidth=1.1,
-                label=row.method if place < SERIES else None,
+            drawn = panel.stairs(
+                entered, baseline=None, color=look["color"], linestyle=look["linestyle"], linewidth=1.1
             )
+            if place < SERIES:
+                handles.setdefault(row.method, drawn)
         panel.set(xlabel="decoder layer", title="" if budget is None else f"budget {budget:g}")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         panel.set_ylim(bottom=0)
     axes[0].set_ylabel("image tokens")
-    _finish(figure, axes, group.methods)
+    _finish(figure, axes, handles, group.methods)
     return figure
 
 
@@ -130,17 +175,22 @@ def _panels(count: int, width: float, *, share: bool) -> tuple[Figure, list[Any]
     return figure, list(figure.subplots(1, count, squeeze=False, sharey=share)[0])
 
 
-def _finish(figure: Figure, axes: Sequence[Any], order: list[str]) -> None:
+def _finish(figure: Figure, axes: Sequence[Any], handles: Mapping[str, Any], order: list[str]) -> None:
+    """Grids, and a legend of the methods that have a handle, in order."""
     for panel in axes:
         panel.grid(color="0.9", linewidth=0.5)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    found = zip(*axes[0].get_legend_handles_labels(), strict=True)
-    handles, labels = zip(*sorted(found, key=lambda pair: order.index(pair[1])), strict=True)
+    entries = [(handles[method], method) for method in order if method in handles]
     columns = 4 if figure.get_figwidth() == SINGLE else 8
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=1.8, columnspacing=1.0
-    )
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    legend(figure, entries, **place, handlelength=1.8, columnspacing=1.0)
+
+
+def _save_all(figures: Mapping[str, Figure], folder: Path, prefix: str) -> list[Path]:
+    return [
+        _save(figure, folder / f"{prefix}{name}.{suffix}") for name, figure in figures.items() for suffix in FORMATS
+    ]
 
 
 def _save(figure: Figure, path: Path) -> Path:

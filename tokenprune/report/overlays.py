@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -38,7 +41,9 @@ def comparison_sheet(record: SampleRecord) -> Figure:
         first = sum(widths[:number])
         for line, outcome in enumerate(block, 1):
             _show(axes[line, first], panels.with_mask(record.image, outcome.mask), _mask_title(outcome))
-            axes[line, first].set_ylabel(textwrap.fill(outcome.label, 20), fontsize=10, fontweight="bold")
+            axes[line, first].set_ylabel(
+                textwrap.fill(outcome.label, 20), fontsize=10, fontweight="bold", parse_math=False
+            )
             for column, stage in enumerate(_stages(outcome), first + 1):
                 _tokens(axes[line, column], record, outcome, stage)
     _legend(figure, [stage for outcome in record.outcomes for stage in _stages(outcome)])
@@ -59,9 +64,34 @@ def inspection_sheet(record: SampleRecord) -> Figure:
     for column, stage in enumerate(stages):
         _tokens(axes[1, column], record, outcome, stage)
         if stage is not None and stage in scored and outcome.trace is not None:
-            _scores(figure, axes[2, column], record, outcome.trace, stage, outcome.row)
+            _scores(axes[2, column], record, outcome.trace, stage, outcome.row)
     _legend(figure, stages)
     return figure
+
+
+def image_panels(record: SampleRecord) -> list[tuple[str, bytes]]:
+    """The image, and the target if it is known, as `single_panels`."""
+    found = [_alone(record, partial(_show, panel=panels.plain(record.image), title="image"))]
+    if record.target is not None:
+        target = panels.with_mask(record.image, record.target, panels.GREEN)
+        found.append(_alone(record, partial(_show, panel=target, title="target")))
+    return found
+
+
+def single_panels(record: SampleRecord, outcome: Outcome) -> list[tuple[str, bytes]]:
+    """The panels of a sample under one strategy as pictures of their own, for pages that arrange them.
+
+    Returns:
+        Title and PNG of each: the mask; the tokens of each stage, followed by its scores if it has any.
+    """
+    mask = panels.with_mask(record.image, outcome.mask)
+    found = [_alone(record, partial(_show, panel=mask, title=_mask_title(outcome)))]
+    for stage in _stages(outcome):
+        found.append(_alone(record, partial(_tokens, record=record, outcome=outcome, stage=stage)))
+        if stage is not None and outcome.trace is not None and _has_scores(stage, outcome):
+            scores = partial(_scores, record=record, trace=outcome.trace, stage=stage, row=outcome.row)
+            found.append(_alone(record, scores, beside="tight"))
+    return found
 
 
 def query_sheet(scene: Scene, query: Query) -> Figure:
@@ -128,18 +158,33 @@ def _has_scores(stage: StageTrace, outcome: Outcome) -> bool:
 def _grid(rows: int, columns: int, title: str) -> tuple[Figure, Any]:
     lines = textwrap.wrap(title, 28 * columns)
     figure = Figure(figsize=(PANEL * columns, PANEL * 1.11 * rows + 0.3 * len(lines) + 0.4), layout="constrained")
-    figure.suptitle("\n".join(lines), fontsize=13)
+    figure.suptitle("\n".join(lines), fontsize=13, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     return figure, axes
 
 
+def _alone(
+    record: SampleRecord, draw: Callable[[Any], None], beside: Literal["tight"] | None = None
+) -> tuple[str, bytes]:
+    """The title and the PNG of one panel; "tight" adds what is drawn beside it, for about twice the time."""
+    height, width = record.image.shape[:2]
+    figure = Figure(figsize=(PANEL, PANEL * min(max(height / width, 0.1), 10)))
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    draw(axis)
+    title = axis.get_title()
+    axis.set_title("")
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=150, bbox_inches=beside, pad_inches=0.01, facecolor="white", format="png")
+        return title, buffer.getvalue()
+
+
 def _show(axis: Any, panel: panels.RGB, title: str) -> None:
     axis.set_axis_on()
     axis.set(xticks=[], yticks=[])
     axis.imshow(np.clip(panel, 0, 1), interpolation="nearest")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)
 
 
 def _tokens(axis: Any, record: SampleRecord, outcome: Outcome, stage: StageTrace | None) -> None:
@@ -153,7 +198,7 @@ def _tokens(axis: Any, record: SampleRecord, outcome: Outcome, stage: StageTrace
         axis.scatter(places[:, 0], places[:, 1], s=10, color=panels.ORANGE, edgecolors="black", linewidths=0.4)
 
 
-def _scores(figure: Figure, axis: Any, record: SampleRecord, trace: Trace, stage: StageTrace, row: int) -> None:
+def _scores(axis: Any, record: SampleRecord, trace: Trace, stage: StageTrace, row: int) -> None:
     assert stage.scores is not None
     values = panels.score_map(trace, stage.scores, row)
     top, left, bottom, right = record.box
@@ -161,7 +206,7 @@ def _scores(figure: Figure, axis: Any, record: SampleRecord, trace: Trace, stage
     _show(axis, panels.grey(record.image) * 0.5, f"{stage.name}: scores")
     drawn = axis.imshow(values, cmap="viridis", alpha=0.85, extent=(left - 0.5, right - 0.5, bottom - 0.5, top - 0.5))
     axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    bar = figure.colorbar(drawn, cax=axis.inset_axes((0.0, -0.07, 1.0, 0.04)), orientation="horizontal")
+    bar = axis.figure.colorbar(drawn, cax=axis.inset_axes((0.0, -0.07, 1.0, 0.04)), orientation="horizontal")
     bar.ax.tick_params(labelsize=7)
 
 

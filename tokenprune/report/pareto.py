@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points (cost, value) that no other one equals or beats in both, by rising cost; at least one.
 
-    Example:
+    Examples:
         >>> front([(1.0, 0.2), (2.0, 0.1), (3.0, 0.9)])
         [(1.0, 0.2), (3.0, 0.9)]
     """

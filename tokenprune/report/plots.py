@@ -9,6 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from tokenprune.errors import OptionError
 from tokenprune.evaluation.comparison.results import Comparison
+from tokenprune.report.markup import legend
 
 METRICS = {
     "giou": "gIoU",
@@ -34,23 +35,29 @@ def tradeoff(comparison: Comparison, metric: str = "giou") -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(STYLES), strict=False)
+    entries = []
     for (label, points), (colour, marker, style) in zip(_curves(comparison, metric).items(), looks, strict=False):
         x, y, budgets = zip(*sorted(points, key=lambda point: -point[0]), strict=True)
         if all(budget is None for budget in budgets):
             axes.axhline(y[0], color="0.65", linewidth=1, linestyle=":", zorder=0)
             style = ""
-        axes.plot(x, y, linestyle=style, marker=marker, color=colour, markersize=7, linewidth=1.8, label=label)
+        (line,) = axes.plot(
+            x, y, linestyle=style, marker=marker, color=colour, markersize=7, linewidth=1.8, label=label
+        )
+        entries.append((line, label))
     for row in comparison.rows:
         if row.reason is not None:
             at = "" if row.budget is None else f" at {row.budget:g}"
-            axes.plot([], [], linestyle="", marker="x", color="0.5", label=f"{row.label}{at}: did not run")
+            (line,) = axes.plot([], [], linestyle="", marker="x", color="0.5")
+            entries.append((line, f"{row.label}{at}: did not run"))
     axes.set_xlabel("FLOPs saved per query, against the unpruned model")
     axes.set_ylabel(METRICS[metric])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title(f"{comparison.model} on {comparison.dataset} ({comparison.split}), {comparison.samples} queries")
+    title = f"{comparison.model} on {comparison.dataset} ({comparison.split}), {comparison.samples} queries"
+    axes.set_title(title, parse_math=False)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    legend(axes, entries, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from tokenprune.evaluation.comparison.tables import si
 from tokenprune.evaluation.statistics import Estimate
+from tokenprune.report.answer_tables import answer_tables
+from tokenprune.report.markup import latex_row, latex_text, markdown_line, markdown_text, one_line
 from tokenprune.report.page.data import Group, Row, Study
 from tokenprune.utils.files import replacing
 
 HEADINGS = ("gIoU", "cIoU", "tokens", "FLOPs")
-ESCAPED = {**{char: f"\\{char}" for char in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,18 @@ class Cell:
 
 
 def write_tables(study: Study, folder: Path) -> list[Path]:
-    """Write results.csv, results.md and results.tex; returns the paths. Raises InputError if one cannot be written."""
-    texts = {"csv": as_csv(study), "md": as_markdown(study), "tex": as_latex(study)}
+    """Write results.csv, results.md and results.tex if there are records, and answers.csv, … if there are answers.
+
+    Returns the paths. Raises InputError if one cannot be written.
+    """
+    texts: dict[str, str] = {}
+    if study.groups:
+        texts |= {"results.csv": as_csv(study), "results.md": as_markdown(study), "results.tex": as_latex(study)}
+    if study.answers:
+        texts |= {f"answers.{suffix}": text for suffix, text in answer_tables(study.answers).items()}
     paths = []
-    for suffix, text in texts.items():
-        path = folder / f"results.{suffix}"
+    for name, text in texts.items():
+        path = folder / name
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
         paths.append(path)
@@ -85,10 +93,14 @@ def as_markdown(study: Study) -> str:
     for group in study.groups:
         columns = columns_of(group)
         head = ["strategy"] + [f"{name}, {_at(budget)}" for budget in columns for name in HEADINGS]
-        lines = [f"## {group.title}, {group.queries} queries\n", _line(head), _line(["---"] * len(head))]
+        lines = [
+            f"## {markdown_text(group.title)}, {group.queries} queries\n",
+            markdown_line(head),
+            markdown_line(["---"] * len(head)),
+        ]
         for method, cells in cells_of(group).items():
             found = [text for budget in columns for text in _texts(cells.get(budget), latex=False)]
-            lines.append(_line([method.replace("|", r"\|"), *found]))
+            lines.append(markdown_line([markdown_text(method), *found]))
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
@@ -100,23 +112,27 @@ def as_latex(study: Study) -> str:
         cells = cells_of(group)
         budgets: list[float | None] = [*group.budgets]
         wide = len(HEADINGS) * max(len(budgets), 1)
-        lines = [f"% {group.title}, {group.queries} queries", rf"\begin{{tabular}}{{l{'r' * wide}}}", r"\toprule"]
+        lines = [
+            f"% {one_line(group.title)}, {group.queries} queries",
+            rf"\begin{{tabular}}{{l{'r' * wide}}}",
+            r"\toprule",
+        ]
         if budgets:
             tops = [rf"\multicolumn{{{len(HEADINGS)}}}{{c}}{{budget {budget:g}}}" for budget in budgets]
             ends = [(2 + len(HEADINGS) * place, 1 + len(HEADINGS) * (place + 1)) for place in range(len(budgets))]
-            lines += [_row(["", *tops]), "".join(rf"\cmidrule(lr){{{first}-{last}}}" for first, last in ends)]
-        lines += [_row(["strategy", *HEADINGS * max(len(budgets), 1)]), r"\midrule"]
+            lines += [latex_row(["", *tops]), "".join(rf"\cmidrule(lr){{{first}-{last}}}" for first, last in ends)]
+        lines += [latex_row(["strategy", *HEADINGS * max(len(budgets), 1)]), r"\midrule"]
         for method, found in cells.items():
             if budgets and None in found:
                 texts = _texts(found[None], latex=True)
                 told = ", ".join(f"{name} {text}" for name, text in zip(HEADINGS, texts, strict=True))
-                lines.append(_row([_escaped(method), rf"\multicolumn{{{wide}}}{{l}}{{{told}}}"]))
+                lines.append(latex_row([latex_text(method), rf"\multicolumn{{{wide}}}{{l}}{{{told}}}"]))
         if budgets and any(None in found for found in cells.values()):
             lines.append(r"\midrule")
         for method, found in cells.items():
             if not budgets or found.keys() - {None}:
                 texts = [text for budget in budgets or [None] for text in _texts(found.get(budget), latex=True)]
-                lines.append(_row([_escaped(method), *texts]))
+                lines.append(latex_row([latex_text(method), *texts]))
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n")
     return "\n".join(parts)
 
@@ -164,15 +180,3 @@ def _printed(one: Estimate) -> str:
 
 def _at(budget: float | None) -> str:
     return "no budget" if budget is None else f"at {budget:g}"
-
-
-def _escaped(text: str) -> str:
-    return "".join(ESCAPED.get(char, char) for char in text)
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _row(cells: list[str]) -> str:
-    return rf"{' & '.join(cells)} \\"

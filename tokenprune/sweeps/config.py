@@ -32,7 +32,7 @@ class SweepConfig(BaseModel):
         seeds: of datasets that draw at random and of strategies that do.
         limit: queries of each dataset; None = all of them.
 
-    Example:
+    Examples:
         >>> from tokenprune.sweeps.config import SweepConfig
         >>> config = SweepConfig(models=["lisa-tiny"], datasets=["shapes"], strategies=["none", "fastv"], limit=8)
         >>> [contender.label for contender in config.contenders()]

@@ -8,12 +8,9 @@ from types import TracebackType
 from typing import Protocol
 
 from tokenprune.datasets.base import Dataset
-from tokenprune.errors import OptionError
-from tokenprune.sweeps.config import SweepConfig, check_engine
+from tokenprune.sweeps.config import SweepConfig
 from tokenprune.sweeps.plan import Configuration, Group
 from tokenprune.sweeps.worker import Models, SceneRecords, Worker
-from tokenprune.utils.arguments import shown
-from tokenprune.utils.threads import ThreadChoice
 
 Scenes = Generator[SceneRecords, None, None]
 
@@ -76,17 +73,3 @@ class LocalEngine:
         worker = Worker(task.group, task.config.limit, keep_masks=task.keep_masks, models=self._models, data=task.data)
         for number, scene in worker.scenes(lambda number, queries: bool(task.pending(number, queries))):
             yield worker.run(number, scene, task.pending(number, len(scene.queries)))
-
-
-def engine_of(engine: str | Engine, threads: int | ThreadChoice | None = None) -> Engine:
-    """An engine by name; threads are those of its processes. Raises UnknownNameError for another one."""
-    if not isinstance(engine, str):
-        if isinstance(engine, type) or not all(hasattr(engine, name) for name in ("run", "__enter__", "__exit__")):
-            raise OptionError(f"engine={shown(engine)} found, expected 'local', 'ray' or a RayEngine")
-        return engine
-    check_engine(engine)
-    if engine == "local":
-        return LocalEngine()
-    from tokenprune.sweeps.ray_engine import RayEngine
-
-    return RayEngine(threads=threads.count if isinstance(threads, ThreadChoice) else threads)

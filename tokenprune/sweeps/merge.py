@@ -12,6 +12,7 @@ from tokenprune.sweeps.fingerprint import is_changed, joined_digests, same_scene
 from tokenprune.sweeps.results import reasons_of
 from tokenprune.sweeps.run import Swept, refuse_tuning
 from tokenprune.sweeps.store import DIGESTS, FILE, LISTING, Store, reading, writing
+from tokenprune.sweeps.store.answer_tables import first_difference
 from tokenprune.utils.arguments import listed
 from tokenprune.utils.files import path_given
 
@@ -19,7 +20,7 @@ SHOWN = "model, dataset, split, protocol, label, seed"  # what tells configurati
 
 
 def merge(shards: Sequence[str | Path], out: str | Path) -> Swept:
-    """Copy the records of several stores into one, where every sample of a configuration is counted once.
+    """Copy the records and answers of several stores into one, where every sample of a configuration is counted once.
 
     Args:
         shards: folders of stores.
@@ -28,7 +29,7 @@ def merge(shards: Sequence[str | Path], out: str | Path) -> Swept:
     Raises:
         OptionError: no shard.
         InputError: a store cannot be read or written; two shards were made with other code, weights or data, or with
-            configurations that have the same name in the results.
+            configurations that have the same name in the results, or have different answers to the same sample.
     """
     folders = listed(shards)
     if not folders:
@@ -48,7 +49,7 @@ def merge(shards: Sequence[str | Path], out: str | Path) -> Swept:
                     _copy(store, other, again)
         after, planned = store.count(), store.meta().get("planned", [])
         ran = sum(bool(store.done(hashed)) for hashed in planned)
-        return Swept(store.folder, after, after - before, ran, reasons_of(store, planned))
+        return Swept(store.folder, after, after - before, ran, reasons_of(store, planned), store.count("answers"))
 
 
 def _copy(store: Store, other: Store, again: set[str]) -> None:
@@ -82,6 +83,8 @@ def _copy(store: Store, other: Store, again: set[str]) -> None:
         where = "source = ? AND scene = ? AND LENGTH(digest) < ?"
         store.change(f"DELETE FROM scenes WHERE {where}", (source, scene, len(digest)))
     _insert(store, other, "scenes")
+    _insert(store, other, "answers")
+    _insert(store, other, "scores")
     store.set_meta(**_merged(store.meta(), other.meta()))
 
 
@@ -133,6 +136,15 @@ def _check(store: Store, other: Store, shard: str | Path) -> None:
                 "on the same data"
             )
     _check_shown(store, other, shard)
+    if found := first_difference(store, other):
+        hashed, what = found
+        ((label, model, dataset),) = other.rows(
+            "SELECT label, model, dataset FROM configurations WHERE hash = ?", (hashed,)
+        )
+        raise InputError(
+            f"{str(shard)!r}: {label} with {model} on {dataset}: {what} is another than in the others; merge answers "
+            "that were made with the same settings"
+        )
 
 
 def _check_shown(store: Store, other: Store, shard: str | Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputError, OptionError
-from tokenprune.sweeps.config import SweepConfig, read_checked
+from tokenprune.sweeps.config import SweepConfig, check_engine, read_checked
 from tokenprune.sweeps.data_check import Data, warned_once
-from tokenprune.sweeps.engines import Engine, Task, engine_of
+from tokenprune.sweeps.engines import Engine, LocalEngine, Task
 from tokenprune.sweeps.entries import DatasetEntry
 from tokenprune.sweeps.group_run import GroupRun, queries_of
 from tokenprune.sweeps.plan import Group, groups_of
@@ -50,6 +50,7 @@ class Swept:
         added: of them, by this call.
         ran: configurations of the last call that have records.
         reasons: why configurations could not run, by "strategy, model on dataset (split, protocol)".
+        answers: in the store beside the records; see `tokenprune.read_answers`.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Swept:
     added: int = 0
     ran: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
+    answers: int = 0
 
 
 def sweep(
@@ -94,7 +96,7 @@ def sweep(
         CheckpointError: a model cannot be loaded.
         UnknownNameError: there is no such engine.
 
-    Example:
+    Examples:
         >>> import tempfile, tokenprune as tp
         >>> config = {"models": "lisa-tiny", "datasets": "shapes", "strategies": ["none", "fastv"], "limit": 2}
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +136,7 @@ def sweep(
                 found.added += added
                 if progress is not None:
                     progress(_progress(run, runs))
-        found.records = store.count()
+        found.records, found.answers = store.count(), store.count("answers")
         found.ran = sum(bool(store.done(one.hash)) for group in groups for one in group.configurations)
         found.reasons = reasons_of(store, [one.hash for group in groups for one in group.configurations])
     return found
@@ -191,3 +193,17 @@ def _check_same_shard(store: Store, shard: tuple[int, int], out: str | Path) -> 
     if before is not None and tuple(before) != shard:
         found = "/".join(map(str, before))
         raise InputError(f"{str(out)!r} holds shard {found}; give each shard a folder of its own, then merge them")
+
+
+def engine_of(engine: str | Engine, threads: int | ThreadChoice | None = None) -> Engine:
+    """An engine by name; threads are those of its processes. Raises UnknownNameError for another one."""
+    if not isinstance(engine, str):
+        if isinstance(engine, type) or not all(hasattr(engine, name) for name in ("run", "__enter__", "__exit__")):
+            raise OptionError(f"engine={shown(engine)} found, expected 'local', 'ray' or a RayEngine")
+        return engine
+    check_engine(engine)
+    if engine == "local":
+        return LocalEngine()
+    from tokenprune.sweeps.ray_engine import RayEngine
+
+    return RayEngine(threads=threads.count if isinstance(threads, ThreadChoice) else threads)

@@ -87,7 +87,7 @@ def compare(
         IncompatibleError: every strategy requires reads that the model does not provide; raised before any query runs
             if the model declares its reads.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> found = tp.compare("lisa-tiny", "shapes", ["none", "fastv"], budget=0.35, limit=2, timing_samples=0)
         >>> [(row.strategy, round(row.equivalent_tokens_ratio, 2)) for row in found.rows]

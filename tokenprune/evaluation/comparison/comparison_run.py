@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from tokenprune.datasets.base import Scene
-from tokenprune.engine.calls.turns import model_turn
+from tokenprune.engine.interface.turns import model_turn
 from tokenprune.errors import InputError, TokenPruneError
 from tokenprune.evaluation.accounting import head_flops, own_work
 from tokenprune.evaluation.comparison.accumulator import Accumulator, Untouched

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field
 
+from tokenprune.core.stage import RENUMBERS
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
@@ -77,6 +79,13 @@ class Row(BaseModel):
             return None
         without = self.prefill_ms * self.prefill_speedup
         return f"prefill is slower than without pruning: {self.prefill_ms:.1f} ms against {without:.1f} ms"
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def positions_warning(self) -> str | None:
+        """That positions were renumbered, which on segmentation models often costs more than the choice of tokens. None
+        if they were kept."""
+        return RENUMBERS if "renumber" in self.policies.get("positions", "") else None
 
 
 class Comparison(BaseModel):

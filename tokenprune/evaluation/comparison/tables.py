@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from tokenprune.core.stage import RENUMBERS
 from tokenprune.utils.split_tables import Column, Parted
 
 if TYPE_CHECKING:
@@ -27,13 +28,17 @@ def comparison_tables(comparison: Comparison) -> RenderableType:
             parts.append(Padding(Text.assemble(*words), (0, 1)))
         if row.reason is not None:
             parts.append(Padding(Text.assemble((_called(row), "bold"), f" did not run: {row.reason}"), (0, 1)))
+    renumbered = dict.fromkeys(row.label for row in comparison.rows if row.positions_warning is not None)
+    if renumbered:
+        parts.append(Padding(Text.assemble(("note: ", "yellow"), f"{', '.join(renumbered)}: {RENUMBERS}"), (0, 1)))
     return Group(*parts)
 
 
 def as_text(renderable: RenderableType, width: int = 120) -> str:
     """The text on a terminal of `width` columns, without colours."""
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(renderable)
+    # In a notebook Rich would display it instead of writing to the stream.
+    Console(file=stream, width=width, color_system=None, force_jupyter=False).print(renderable)
     return stream.getvalue()
 
 

@@ -37,6 +37,8 @@ def gallery_data(study: Study, samples: int = SAMPLES) -> list[dict[str, Any]]:
 
     Where the data cannot be read, or no masks were stored, `note` says so in one line, and there are no samples.
     """
+    if not study.groups:
+        return []
     share = max(1, samples // len(study.groups))
     with reading(study.folder) as store:
         return [_of_group(study, store, group, share, BYTES // len(study.groups)) for group in study.groups]

@@ -6,19 +6,15 @@ A trace has `legendgroup`, the series that it belongs to, and `meta.slot`, the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from tokenprune.evaluation.metrics import SIZES
 from tokenprune.evaluation.statistics import Estimate, mean_interval
+from tokenprune.report.page.curves import SERIES, Plot, Point, bars, curves, legend, series, slot
 from tokenprune.report.page.data import Group, Row
-from tokenprune.report.pareto import front
 from tokenprune.sweeps.summary import REFERENCE, scenes_of, verdict
 from tokenprune.utils.stopwatch import TOTAL
 
-Plot = dict[str, Any]
-SERIES = 8
-SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "8px,3px", "8px,2px,2px,2px", "2px,2px", "12px,3px", "12px,2px,2px,2px", "4px,4px", "6px,2px")
 METRICS: dict[str, tuple[str, Callable[[Row], Estimate]]] = {
     "giou": ("gIoU", lambda row: row.line.giou),
@@ -37,29 +33,10 @@ def tradeoff(group: Group, metric: str, cost: str) -> Plot:
     """A metric against a cost: a curve for each method, with a band of 95 % intervals, and the Pareto front."""
     title, estimate = METRICS[metric]
     axis, price = COSTS[cost]
-    traces: list[Plot] = []
-    for method in group.methods:
-        rows = sorted(group.of(method), key=price)
-        found = [estimate(row) for row in rows]
-        x = [price(row) for row in rows]
-        if len(rows) > 1:
-            band = {"x": [*x, *x[::-1]], "y": [*(one.high for one in found), *(one.low for one in found[::-1])]}
-            area = {"mode": "lines", "fill": "toself", "line": {"width": 0}, "hoverinfo": "skip"}
-            traces.append(_series(group, method, {"type": "scatter", **band, **area}, role="band"))
-        lone = {} if len(rows) > 1 else {"error_y": _bars(found)}
-        drawn = {"type": "scatter", "mode": "lines+markers", "x": x, "y": [one.value for one in found], **lone}
-        drawn["text"] = [f"{row.label}<br>{title} {_shown(one)}" for row, one in zip(rows, found, strict=True)]
-        drawn["hovertemplate"] = "%{text}<extra></extra>"
-        traces.append(_series(group, method, drawn, role="curve"))
-    best = front([(price(row), estimate(row).value) for row in group.rows])
-    line = {"shape": "hv", "dash": "dot", "width": 1.5}
-    edge = {"type": "scatter", "mode": "lines", "line": line, "hoverinfo": "skip", "legendgroup": "Pareto front"}
-    xs, ys = zip(*best, strict=True)
-    traces.append({**edge, "x": list(xs), "y": list(ys), "meta": {"slot": -2, "role": "front"}})
-    ticks = {"tickformat": ".0%"} if cost == "tokens" else {"tickformat": "~s"}
-    layout = {"xaxis": {"title": {"text": axis}, "rangemode": "tozero", **ticks}, "yaxis": {"title": {"text": title}}}
-    extra = [{"name": "Pareto front", "slot": -2, "symbol": "line", "on": True}]
-    return {"data": traces, "layout": layout, "legend": _legend(group) + extra}
+    methods = {
+        method: [Point(price(row), estimate(row), row.label) for row in group.of(method)] for method in group.methods
+    }
+    return curves(methods, title, axis, ".0%" if cost == "tokens" else "~s")
 
 
 def layers(group: Group, budget: float | None) -> Plot:
@@ -70,15 +47,15 @@ def layers(group: Group, budget: float | None) -> Plot:
         ends = [*range(len(entered)), len(entered)]
         texts = [f"{row.label}<br>layer {layer}: {tokens:.1f} tokens" for layer, tokens in enumerate(entered)]
         drawn: Plot = {"type": "scatter", "mode": "lines", "x": ends, "y": [*entered, entered[-1]]}
-        dash = DASHES[_slot(group, row.method) % len(DASHES)]  # lines may coincide
+        dash = DASHES[slot(group.methods, row.method) % len(DASHES)]  # lines may coincide
         drawn.update(
             text=[*texts, texts[-1]], hovertemplate="%{text}<extra></extra>", line={"shape": "hv", "dash": dash}
         )
-        traces.append(_series(group, row.method, drawn, role="curve"))
+        traces.append(series(group.methods, row.method, drawn, role="curve"))
     y = {"title": {"text": "image tokens"}, "rangemode": "tozero"}
     depth = max(len(mean_layers(row)) for row in group.at(budget))
     layout = {"xaxis": {"title": {"text": "decoder layer"}, "range": [0, depth]}, "yaxis": y}
-    return {"data": traces, "layout": layout, "legend": _legend(group, {row.method for row in group.at(budget)})}
+    return {"data": traces, "layout": layout, "legend": legend(group.methods, {row.method for row in group.at(budget)})}
 
 
 def mean_layers(row: Row) -> list[float]:
@@ -103,17 +80,17 @@ def accuracy_by(group: Group, budget: float | None, column: str) -> Plot:
         parts = {name: row.records[row.records[column] == name] for name in names}
         have = [name for name in names if len(parts[name])]
         estimates = [mean_interval(parts[name].iou.tolist(), scenes_of(parts[name])) for name in have]
-        texts = [f"{row.label}, {name}<br>gIoU {_shown(one)}" for name, one in zip(have, estimates, strict=True)]
-        drawn: Plot = {"type": "bar", "x": have, "y": [one.value for one in estimates], "error_y": _bars(estimates)}
+        texts = [f"{row.label}, {name}<br>gIoU {one}" for name, one in zip(have, estimates, strict=True)]
+        drawn: Plot = {"type": "bar", "x": have, "y": [one.value for one in estimates], "error_y": bars(estimates)}
         drawn.update(text=texts, textposition="none", hovertemplate="%{text}<extra></extra>")
-        traces.append(_series(group, row.method, drawn, role="bar"))
+        traces.append(series(group.methods, row.method, drawn, role="bar"))
     ticks = [f"{name}<br>{int(counts.get(name, 0))}" for name in names]
     layout = {
         "barmode": "group",
         "xaxis": {"type": "category", "tickvals": names, "ticktext": ticks},
         "yaxis": {"title": {"text": "gIoU"}, "rangemode": "tozero"},
     }
-    return {"data": traces, "layout": layout, "legend": _legend(group, {row.method for row in group.at(budget)})}
+    return {"data": traces, "layout": layout, "legend": legend(group.methods, {row.method for row in group.at(budget)})}
 
 
 def times(group: Group, budget: float | None) -> Plot:
@@ -123,17 +100,17 @@ def times(group: Group, budget: float | None) -> Plot:
     seen = {step for found in medians for step in found}
     steps = [step for step in (*STEPS, *sorted(seen - {*STEPS, OTHER}), OTHER) if step in seen]
     traces = []
-    for slot, step in enumerate(steps):
+    for number, step in enumerate(steps):
         drawn: Plot = {"type": "bar", "orientation": "h", "y": [row.label for row in rows], "legendgroup": step}
         drawn["x"] = [found.get(step, 0.0) for found in medians]
         drawn["hovertemplate"] = f"%{{y}}<br>{step} %{{x:.1f}} ms<extra></extra>"
-        traces.append({**drawn, "meta": {"slot": slot if slot < SERIES else -1, "role": "bar"}})
+        traces.append({**drawn, "meta": {"slot": number if number < SERIES else -1, "role": "bar"}})
     layout = {"barmode": "stack", "xaxis": {"title": {"text": "ms per query"}}, "yaxis": {"automargin": True}}
-    legend = [
-        {"name": step, "slot": slot if slot < SERIES else -1, "symbol": "square", "on": True}
-        for slot, step in enumerate(steps)
+    entries = [
+        {"name": step, "slot": number if number < SERIES else -1, "symbol": "square", "on": True}
+        for number, step in enumerate(steps)
     ]
-    return {"data": traces, "layout": layout, "legend": legend, "rows": len(rows)}
+    return {"data": traces, "layout": layout, "legend": entries, "rows": len(rows)}
 
 
 def step_times(row: Row) -> dict[str, float]:
@@ -158,51 +135,15 @@ def against_reference(group: Group) -> Plot | None:
         part = [(label, one) for label, one in some if one.shown is shown]
         estimates = [Estimate(one.value, one.low, one.high) for _, one in part]
         drawn: Plot = {"type": "scatter", "mode": "markers", "x": [one.value for one in estimates]}
-        drawn.update(y=[label for label, _ in part], error_x=_bars(estimates))
+        drawn.update(y=[label for label, _ in part], error_x=bars(estimates))
         drawn["text"] = [f"{label}<br>{verdict(one)}, p = {one.p:.3g}" for label, one in part]
         drawn["hovertemplate"] = "%{text}<extra></extra>"
         name = "difference shown" if shown else "no difference shown"
         traces.append({**drawn, "legendgroup": name, "meta": {"slot": 0 if shown else -1, "role": "point"}})
     order = {"categoryorder": "array", "categoryarray": [row.label for row in rows], "automargin": True}
     layout = {"xaxis": {"title": {"text": f"gIoU against {REFERENCE}"}, "zeroline": True}, "yaxis": order}
-    legend = [
+    entries = [
         {"name": "difference shown", "slot": 0, "symbol": "circle", "on": True},
         {"name": "no difference shown", "slot": -1, "symbol": "circle", "on": True},
     ]
-    return {"data": traces, "layout": layout, "legend": legend, "rows": len(rows)}
-
-
-def _slot(group: Group, method: str) -> int:
-    place = group.methods.index(method)
-    return place if place < SERIES else -1
-
-
-def _series(group: Group, method: str, trace: Plot, role: str) -> Plot:
-    slot = _slot(group, method)
-    found = {**trace, "legendgroup": method, "meta": {"slot": slot, "role": role}}
-    if slot >= 0:
-        found["meta"]["symbol"] = SYMBOLS[slot]
-    else:
-        found["visible"] = False
-    return found
-
-
-def _legend(group: Group, shown: Iterable[str] | None = None) -> list[Plot]:
-    among = set(group.methods if shown is None else shown)
-    entries = []
-    for method in group.methods:
-        slot = _slot(group, method)
-        if method in among:
-            symbol = SYMBOLS[slot] if slot >= 0 else "circle"
-            entries.append({"name": method, "slot": slot, "symbol": symbol, "on": slot >= 0})
-    return entries
-
-
-def _bars(estimates: Sequence[Estimate]) -> Plot:
-    above = [one.high - one.value for one in estimates]
-    below = [one.value - one.low for one in estimates]
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1, "width": 2}
-
-
-def _shown(one: Estimate) -> str:
-    return str(one)
+    return {"data": traces, "layout": layout, "legend": entries, "rows": len(rows)}

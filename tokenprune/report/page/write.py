@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-from tokenprune.errors import InputError, UnsupportedError
+from tokenprune.errors import InputError
 from tokenprune.report.files import check_distinct
-from tokenprune.utils.extras import install_extra
+from tokenprune.utils.extras import check_modules
 from tokenprune.utils.files import path_given, reason, replacing
 
 SUFFIXES = (".html", ".htm")
@@ -32,7 +31,7 @@ def write_report(
             file.
         UnsupportedError: pandas, plotly, jinja2, or for figures matplotlib, is not installed; nothing is written.
 
-    Example:
+    Examples:
         >>> import tempfile, tokenprune as tp
         >>> from tokenprune.report import write_report
         >>> config = {"models": "lisa-tiny", "datasets": "shapes", "strategies": ["none", "fastv"], "limit": 2}
@@ -69,14 +68,7 @@ def check_installed(figures: bool = False) -> None:
     Raises:
         UnsupportedError: a package is missing.
     """
-    missing = [
-        name for name in (*NEEDED, *(("matplotlib",) if figures else ())) if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        are = "is" if len(missing) == 1 else "are"
-        raise UnsupportedError(
-            f"a report is made with {', '.join(missing)}, which {are} not installed; {install_extra('report')}"
-        )
+    check_modules("a report", (*NEEDED, *(("matplotlib",) if figures else ())), "report")
 
 
 def _check_out(out: str | Path, run: str | Path) -> None:

@@ -11,11 +11,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tokenprune.errors import InputError
+from tokenprune.sweeps.store.answer_tables import ANSWER_TABLES
 from tokenprune.sweeps.store.problems import FILE, told
 from tokenprune.sweeps.store.tables import SCHEMA, VERSION, Store
-from tokenprune.utils.files import path_given
+from tokenprune.utils.arguments import shown
+from tokenprune.utils.files import path_given, reason
 
 __all__ = ["FILE", "reading", "writing"]
+
+WITHOUT_ANSWERS = 2  # the version before the tables of answers; all else is the same
 
 
 @contextmanager
@@ -27,13 +31,20 @@ def reading(folder: str | Path) -> Iterator[Store]:
     """
     home = path_given("folder of a sweep", folder)
     path = home / FILE
-    empty = InputError(f"{str(folder)!r} holds no results of a sweep ({FILE}); check the path")
-    if not path.is_file():
+    try:
+        exists, compared = path.is_file(), (home / "results.json").is_file()
+    except OSError as error:
+        raise InputError(f"{shown(str(folder))} cannot be read ({reason(error)}); check the path") from error
+    cure = "it is of `tokenprune compare`; make one with `tokenprune sweep`" if compared else "check the path"
+    empty = InputError(f"{str(folder)!r} holds no results of a sweep ({FILE}); {cure}")
+    if not exists:
         raise empty
     with told(home), closing(_opened(path)) as connection:
         if _is_empty(connection):
             raise empty
-        _check(connection, home)
+        if _check(connection, home) == WITHOUT_ANSWERS:
+            connection.execute("PRAGMA temp_store = MEMORY")
+            connection.executescript(ANSWER_TABLES.replace("CREATE TABLE", "CREATE TEMP TABLE"))
         yield Store(home, connection)
 
 
@@ -66,12 +77,13 @@ def writing(folder: str | Path) -> Iterator[Store]:
         with closing(connection):
             with told(home):
                 is_new = _is_empty(connection)
-                if not is_new:
-                    _check(connection, home)
+                missing = SCHEMA + ANSWER_TABLES if is_new else ""
+                if not is_new and _check(connection, home) == WITHOUT_ANSWERS:
+                    missing = ANSWER_TABLES
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                if is_new:
-                    connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+                if missing:
+                    connection.executescript(f"BEGIN; {missing} PRAGMA user_version = {VERSION}; COMMIT;")
             yield Store(home, connection)
 
 
@@ -98,9 +110,10 @@ def _is_empty(connection: sqlite3.Connection) -> bool:
     return not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
-def _check(connection: sqlite3.Connection, home: Path) -> None:
+def _check(connection: sqlite3.Connection, home: Path) -> int:
+    """The version of a store, after a check that it is one."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version != VERSION:
+    if version not in (WITHOUT_ANSWERS, VERSION):
         raise InputError(
             f"{str(home / FILE)!r} is of version {version}, expected {VERSION}; read it with the release of tokenprune "
             "that made it, or start a new folder"
@@ -109,12 +122,13 @@ def _check(connection: sqlite3.Connection, home: Path) -> None:
     if state != "ok":
         raise sqlite3.DatabaseError(state)
     found = _columns(connection)
-    for table, columns in _expected_columns().items():
+    for table, columns in _expected_columns(version).items():
         if found.get(table) != columns:
             what = "another" if table in found else "no"
             raise InputError(
                 f"{str(home / FILE)!r} is not the store of a sweep: it has {what} table {table!r}; give another folder"
             )
+    return int(version)
 
 
 def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
@@ -125,7 +139,7 @@ def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
 
 
 @cache
-def _expected_columns() -> dict[str, list[str]]:
+def _expected_columns(version: int) -> dict[str, list[str]]:
     with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript(SCHEMA)
+        connection.executescript(SCHEMA if version == WITHOUT_ANSWERS else SCHEMA + ANSWER_TABLES)
         return _columns(connection)

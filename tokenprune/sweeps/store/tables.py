@@ -19,7 +19,7 @@ from tokenprune.sweeps.store.problems import decoding, told
 # keys of meta begin so
 LISTING = "listing of "  # what a dataset lists, by the digest of its entry
 DIGESTS = "digests of "  # code and weights, by the name of a model
-VERSION = 2
+VERSION = 3
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE environments (hash TEXT PRIMARY KEY, made TEXT NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
@@ -94,9 +94,9 @@ class Store:
         """The digests of the scenes of a source that were run, by number."""
         return dict(self.rows("SELECT scene, digest FROM scenes WHERE source = ?", (source,)))
 
-    def count(self) -> int:
-        """Records in all."""
-        ((found,),) = self.rows("SELECT COUNT(*) FROM records")
+    def count(self, table: str = "records") -> int:
+        """Rows of a table in all."""
+        ((found,),) = self.rows(f"SELECT COUNT(*) FROM {table}")
         return int(found)
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
@@ -123,6 +123,11 @@ class Store:
     def change(self, statement: str, values: Sequence[Any]) -> None:
         """Change rows, inside a transaction."""
         self._connection.execute(statement, values)
+
+    def insert(self, table: str, row: Mapping[str, Any]) -> None:
+        """Add a row, by column, unless one with its key is there; inside a transaction."""
+        places = ", ".join("?" * len(row))
+        self.change(f"INSERT OR IGNORE INTO {table} ({', '.join(row)}) VALUES ({places})", [*row.values()])
 
     def set_meta(self, **values: Any) -> None:
         """Store plain data by key."""

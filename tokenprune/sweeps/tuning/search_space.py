@@ -157,8 +157,9 @@ def _is_layer(option: str, about: FieldInfo) -> bool:
 
 
 def _of_type(about: FieldInfo, annotated: Any) -> bool:
-    """Whether a field has one of the types of `core.options`."""
-    return any(part in about.metadata for part in annotated.__metadata__)
+    """Whether a field has one of the types of `core.options`, alone or in a union."""
+    union = [part for kind in get_args(about.annotation) for part in getattr(kind, "__metadata__", ())]
+    return any(part in [*about.metadata, *union] for part in annotated.__metadata__)
 
 
 def _derive(plain: Strategy, option: str, about: FieldInfo, layers: int) -> Domain | str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tokenprune.core.by_name import parse_options
+from tokenprune.core.by_name import parse_options, split_at_commas
 from tokenprune.core.strategy import Strategy
 from tokenprune.errors import OptionError
 from tokenprune.sweeps.tuning.search_space import Choices, Domain, Range
@@ -58,7 +58,7 @@ def _domain(text: str, values: str) -> Domain:
     try:
         several = json.loads(f"[{values}]")
     except ValueError:
-        several = [parse_options([f"value={part}"])["value"] for part in values.split(",")]
+        several = [parse_options([f"value={part}"])["value"] for part in split_at_commas(values)]
     if len(several) < 2 or any(one in several[:number] for number, one in enumerate(several)) or "" in several:
         raise OptionError(f"--search {text!r}: expected at least two different values; fix a single one with -o")
     return Choices(tuple(several))

@@ -95,7 +95,7 @@ def tune(
         InputError: optuna is not installed; the folder holds something else; the splits share a scene.
         CheckpointError: the model cannot be loaded.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from tokenprune.sweeps.tuning import tune
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,29 @@ def _shared(kind: str, variable: str, what: str) -> Callable[[str], Path]:
         return found
 
     return folder
+
+
+@pytest.fixture
+def fresh_registry() -> Iterator[None]:
+    """Plugins that a test registers are those of this test alone."""
+    from tokenprune.plugins import registry
+
+    registry.reset()
+    yield
+    registry.reset()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium under Playwright; skips where one of them is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs Chromium on the path, as of apt-get install chromium")
+    with sync_api.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

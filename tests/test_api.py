@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tokenprune.errors import BudgetError, CheckpointError, InputError, OptionEr
 from tokenprune.plugins import registry
 from tokenprune.testing.tiny_decoders import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("fresh_registry")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,13 +38,6 @@ class ToyAdapter(tp.Adapter):
     @classmethod
     def load(cls, source: str, **options: Any) -> Any:
         return ("toy", source, options)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_registry() -> Iterator[None]:
-    registry.reset()
-    yield
-    registry.reset()
 
 
 @pytest.fixture
@@ -102,7 +96,7 @@ def readme_strategy() -> type[tp.Strategy]:
 
 
 @pytest.fixture
-def _centre() -> None:
+def _centre(fresh_registry: None) -> None:
     class Plugin:
         @tp.hookimpl
         def tokenprune_register_strategies(self, register: Any) -> None:

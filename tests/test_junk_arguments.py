@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_segmentation import FakePlugin
 from lisa_checkpoints import write_lisa
+from stored_answers import set_of
 from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT
 
@@ -19,8 +20,10 @@ import tokenprune as tp
 from tokenprune.evaluation import metrics
 from tokenprune.evaluation.samples import sample
 from tokenprune.plugins import registry
+from tokenprune.sweeps.answers import store_answers
 from tokenprune.sweeps.config import read_config
 from tokenprune.sweeps.merge import merge
+from tokenprune.sweeps.results import keep_rates
 from tokenprune.testing.tiny_decoders import tiny_llama
 from tokenprune.utils.images import to_rgb
 
@@ -103,6 +106,8 @@ PUBLIC: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "precision_at": (metrics.precision_at, lambda: {"ious": [0.5], "threshold": 0.5}),
     "target_accuracy": (metrics.target_accuracy, lambda: {"has_target": [True], "is_empty": [False]}),
     "dataset": (tp.dataset, lambda: {"name": "shapes"}),
+    "PositionPrior": (tp.PositionPrior, lambda: {"scores": MASK}),
+    "PositionPrior.mean": (tp.PositionPrior.mean, lambda: {"maps": [MASK]}),
 }
 
 
@@ -186,8 +191,15 @@ def test_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junk: str) -> N
     for key in config:
         check(lambda value, key=key: read_config({**config, key: value}), {}, "value", junk)
         check(lambda value, key=key: read_config({**config, key: [value]}), {}, "value", junk)
-    for name in ("run", "every"):
-        check(tp.read_results, {"run": tmp_path / "run", "every": False}, name, junk)
+    for name in ("run", "every", "stages"):
+        check(tp.read_results, {"run": tmp_path / "run", "every": False, "stages": True}, name, junk)
+    check(tp.read_answers, {"run": tmp_path / "run"}, "run", junk)
+    for name in ("run", "answers"):
+        check(store_answers, {"run": tmp_path / "run", "answers": set_of()}, name, junk)
+    for field in set_of():
+        check(lambda value, field=field: store_answers(tmp_path / "run", {**set_of(), field: value}), {}, "value", junk)
+    for name in ("run", "stage"):
+        check(keep_rates, {"run": tmp_path / "run", "stage": None}, name, junk)
     for name in ("shards", "out"):
         check(merge, {"shards": [tmp_path / "run"], "out": tmp_path / "merged"}, name, junk)
 
@@ -225,5 +237,9 @@ def test_methods_of_answering_models(tmp_path_factory: pytest.TempPathFactory, j
         check(model.answer, right, name, junk)
         check(model.answer, {**right, "prompt": ["What?", "Why?"]}, name, junk)
     check(model.inputs, {"image": PICTURE, "prompt": "What?"}, "prompt", junk)
+    given = {"model": model, "image": PICTURE, "strategy": tp.strategy("uniform"), "question": "What?"}
+    assert given.keys() == inspect.signature(tp.embed).parameters.keys()
+    for name in given:
+        check(tp.embed, given, name, junk)
     for name in ("dtype", "device", "device_map", "attn_implementation", "revision"):
         check(tp.load, {"name_or_path": model.source}, name, junk)

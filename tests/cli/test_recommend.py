@@ -24,7 +24,7 @@ def small_config(folder: Path) -> Path:
 def test_a_table_on_stdout_and_progress_on_stderr(run: Runner) -> None:
     ran = run(*QUICK, "--strategies", "fastv,cdpruner")
     assert ran.code == 0, ran.err
-    for text in ("lisa-tiny: 12 layers of width 192", "fastv at 0.35", "not shown", "0.653", "cdpruner at 0.35"):
+    for text in ("lisa-tiny: 12 layers of width 192", "fastv at 0.35", "not shown", "0.676", "cdpruner at 0.35"):
         assert text in ran.out
     assert "rounds" in ran.err
     assert "rounds ━" not in ran.out
@@ -33,7 +33,7 @@ def test_a_table_on_stdout_and_progress_on_stderr(run: Runner) -> None:
 def test_json_is_one_object_and_the_file_is_the_same(run: Runner, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     ran = run(
-        *QUICK, "--image-tokens", 32, "--batch", 2, "--strategies", "fastv", "--budget", "0.5,0.25", "--format", "json",
+        *QUICK, "--image-tokens", 32, "--batch", 2, "--strategies", "fastv", "--budget", "0.5,0.35", "--format", "json",
         "--out", out,
     )  # fmt: skip
     assert ran.code == 0, ran.err
@@ -41,10 +41,10 @@ def test_json_is_one_object_and_the_file_is_the_same(run: Runner, tmp_path: Path
     assert found == json.loads(out.read_text())
     assert (found["model"], found["layers"], found["hidden"], found["rounds"]) == ("lisa-tiny", 12, 192, 1)
     sizes = [(row["budget"], row["image_tokens"], row["batch"]) for row in found["timings"]]
-    assert sizes == [(0.5, 16, 2), (0.5, 32, 2), (0.25, 16, 2), (0.25, 32, 2)]
+    assert sizes == [(0.5, 16, 2), (0.5, 32, 2), (0.35, 16, 2), (0.35, 32, 2)]
     assert {row["budget"]: row["accuracy"][0]["model"] for row in found["strategies"]} == {
         0.5: "lisa-tiny",
-        0.25: "lisa-tiny",
+        0.35: "lisa-tiny",
     }
 
 

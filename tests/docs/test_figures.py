@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from tokenprune.plugins import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tools" / "figures"
@@ -88,3 +93,37 @@ def test_the_figure_of_break_even_points_shows_the_stored_measurements(
             assert abs(ratio - timing["ratio"]) <= 0.005
             assert (what == "pays") == timing["pays"]
             assert (what == "slower") == (timing["ratio_low"] > 1)
+
+
+@pytest.fixture(scope="module")
+def hero() -> Iterator[tuple[Any, list[Any], str]]:
+    """The script of the figure on the home page, and its run."""
+    if not any(Path(registry.models()["lisa-tiny"].load()()).glob("*.safetensors")):
+        pytest.skip("the weights of lisa-tiny are not there")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        script: Any = importlib.import_module("hero")
+        yield script, *script.run()
+
+
+def test_the_figure_on_the_home_page_is_of_a_run_of_today(hero: tuple[Any, list[Any], str], tmp_path: Path) -> None:
+    script, found, about = hero
+    for page, text in ((script.PAGE, script.figures(found, about)), (script.README, script.columns(found, about))):
+        assert text in page.read_text(encoding="utf-8"), f"{page.name}: other captions; run tools/figures/hero.py"
+    script.draw(found, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in script.FOLDER.iterdir()}
+    for drawn in tmp_path.iterdir():
+        now, then = (np.asarray(Image.open(at).convert("RGB"), int) for at in (drawn, script.FOLDER / drawn.name))
+        assert now.shape == then.shape
+        share = float((abs(now - then).max(-1) > 48).mean())
+        assert share < 0.01, f"{drawn.name}: {share:.1%} of the pixels differ; run tools/figures/hero.py"
+
+
+def test_the_home_page_counts_the_methods_right() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    said = re.search(r"^# .*more than (\d+) visual-token pruning methods", page, re.MULTILINE)
+    assert said is not None
+    entries = registry.strategies().items()
+    built_in = {name for name, entry in entries if entry.distribution == "tokenprune-vlm"}
+    methods = built_in - {"none", "blind", "random", "uniform", "csp-65", "csp-70"}  # baselines, presets
+    assert len(methods) > int(said[1])

@@ -15,7 +15,7 @@ DOCS = ROOT / "docs"
 METHODS = sorted((DOCS / "methods").glob("*.md"))
 CITING = [*METHODS, *(DOCS / "models" / f"{name}.md" for name in ("lisa", "glamm", "pixellm"))]
 SECTIONS = ["Idea", "On one image", "Options", "The paper's, and ours", "How it was checked", "Citation"]
-WITHOUT_PAPER = {"baselines", "compositions", "similarity"}
+WITHOUT_PAPER = {"baselines", "compositions", "knorm", "similarity"}  # or whose paper has a page of its own
 ENTRY = re.compile(r"^```bibtex\n@(\w+)\{(\w+),\n(.*?)\n\}\n```$", re.MULTILINE | re.DOTALL)
 FIELD = re.compile(r"^  (\w+) *= \{(.*?)\},$", re.MULTILINE | re.DOTALL)
 

@@ -43,7 +43,7 @@ def project() -> dict[str, Any]:
 
 
 def steps(workflow: dict[str, Any]) -> list[dict[str, Any]]:
-    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+    return [step for job in workflow["jobs"].values() for step in job.get("steps", ())]
 
 
 def test_every_file_is_there() -> None:
@@ -61,7 +61,10 @@ def test_workflows_are_complete_and_ask_for_no_more_than_they_need(path: Path) -
     assert workflow[True], "YAML reads the key `on` as true"
     assert workflow["permissions"] == {"contents": "read"}
     for job in workflow["jobs"].values():
-        assert {"runs-on", "timeout-minutes", "steps"} <= set(job)
+        if "uses" in job:  # another workflow of this repository
+            assert "workflow_call" in read(ROOT / job["uses"])[True]
+        else:
+            assert {"runs-on", "timeout-minutes", "steps"} <= set(job)
         needed = job.get("needs", [])
         assert {needed} if isinstance(needed, str) else set(needed) <= set(workflow["jobs"])
     for step in steps(workflow):

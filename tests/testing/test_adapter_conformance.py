@@ -13,7 +13,7 @@ from vlm_configs import BOS
 
 from tokenprune.core.reads import TowerFeatures
 from tokenprune.engine import BoundModel, VisionCapture
-from tokenprune.errors import PluginError
+from tokenprune.errors import InputError, PluginError
 from tokenprune.testing.adapter_conformance import AdapterConformance
 from tokenprune.testing.kit.grid_checks import check_cells
 from tokenprune_adapters.hf import TransformersAdapter
@@ -46,6 +46,11 @@ class TestFamilies(Family):
     @pytest.fixture(autouse=True)
     def _chosen(self, family):
         self.family = vlm_families.FAMILIES[family]
+
+    def test_image_tokens_and_cells_fit_together(self):
+        if self.family.name in ("idefics2", "aria"):
+            pytest.skip(f"the image tokens of {self.family.name} are learned queries, which have no cells")
+        super().test_image_tokens_and_cells_fit_together()
 
 
 # mistakes ------------------------------------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ MISTAKES = {
     "numbers": (CELLS, {"marks": image_of_the_batch}, "images must be numbered from 0; found"),
     "order": (ANSWERS, {"answer": lambda a: a.flip(1)}, "TowerFeatures, prompt 0: the answer in the batch and"),
     "rows": (ANSWERS, {"answer": lambda a: a.roll(1, 0)}, "TowerFeatures, prompt 0: the answer in the batch and"),
-    "nan": (ANSWERS, {"answer": lambda a: a * torch.nan}, "TowerFeatures, prompt 0: not finite"),
+    "nan": (ANSWERS, {"answer": lambda a: a * torch.nan}, "NaN or infinity in tokens.features"),
     "hook": ("nothing_stays_on_the_model", {"leave": True}, "after a run the model is not as it was: .*forward_hooks"),
 }
 
@@ -131,7 +136,7 @@ def test_mistakes_are_found(monkeypatch, name):
     kit = Family()
     kit.family = vlm_families.FAMILIES["llava"]
     kit.prepare()
-    with pytest.raises((AssertionError, pytest.fail.Exception), match=told):
+    with pytest.raises((AssertionError, InputError, pytest.fail.Exception), match=told):
         getattr(kit, f"test_{test}")()
 
 

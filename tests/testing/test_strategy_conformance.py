@@ -16,8 +16,8 @@ from tokenprune.core.reads import AttentionFrom, HiddenStates
 from tokenprune.core.scheduling.requirements import DECODER_READS
 from tokenprune.core.stage import Shape, Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.gathered import GatheredSequence
 from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.testing.kit import invariants
 from tokenprune.testing.kit.cases import Case, Row, SyntheticBatch
 from tokenprune.testing.kit.decoder_families import FAMILIES, model_of

@@ -15,6 +15,7 @@ from tokenprune.cli.commands import (
     answer,
     compare,
     data,
+    demo,
     flops,
     inspect,
     listing,
@@ -23,6 +24,7 @@ from tokenprune.cli.commands import (
     recommend,
     report,
     segment,
+    serve,
     sweep,
     tune,
 )
@@ -67,7 +69,9 @@ app.command("report")(report.command)
 app.command("tune")(tune.command)
 app.command("segment")(segment.command)
 app.command("answer")(answer.command)
+app.command("serve")(serve.command)
 app.command("inspect")(inspect.command)
+app.command("demo")(demo.command)
 app.command("flops")(flops.command)
 app.add_typer(data.app, name="data")
 app.add_typer(new.app, name="new")

@@ -31,7 +31,10 @@ def load_model(
     model = _loaded(source, vision_tower=vision_tower, dtype=dtype, device=device)
     if not isinstance(model, SegmentationModel):
         kind = type(model).__name__
-        raise InputError(f"model {source!r} is a {kind}, which makes no masks; choose a segmentation model")
+        raise InputError(
+            f"model {source!r} is a {kind}, which makes no masks; choose a segmentation model, or for answers in words "
+            "use `tokenprune answer`, `tokenprune recommend` or lmms-eval"
+        )
     return model
 
 
@@ -51,6 +54,25 @@ def load_answering_model(source: str, *, dtype: str | None = None, device: str |
         raise InputError(f"model {source!r} is a {kind}, which makes masks; use `tokenprune segment`")
     if not isinstance(model, AnsweringModel):
         raise InputError(f"model {source!r} is a {kind}, which has no answer(image, prompt); choose another model")
+    return model
+
+
+def load_any_model(
+    source: str, *, vision_tower: Path | None = None, dtype: str | None = None, device: str | None = None
+) -> SegmentationModel | AnsweringModel:
+    """Load a model that makes masks or answers in words.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        InputError: it does neither.
+    """
+    from tokenprune.errors import InputError
+    from tokenprune.evaluation.models import AnsweringModel, SegmentationModel
+
+    model = _loaded(source, vision_tower=vision_tower, dtype=dtype, device=device)
+    if not isinstance(model, (SegmentationModel, AnsweringModel)):
+        kind = type(model).__name__
+        raise InputError(f"model {source!r} is a {kind}, which makes no masks and has no answer(image, prompt)")
     return model
 
 

@@ -33,7 +33,7 @@ class KVBytes:
 
 
 def kv_bytes(ledger: Ledger, spec: DecoderSpec, element_bytes: int = 2) -> KVBytes:
-    """KV-cache bytes per layer and row: 2 · kv_heads · head_dim · real tokens in the layer · bytes per element.
+    """KV-cache bytes per layer and row: 2 · kv_heads · head_dim · real tokens in its cache · bytes per element.
 
     Padding and the filling of shorter rows are not counted.
 
@@ -47,7 +47,7 @@ def kv_bytes(ledger: Ledger, spec: DecoderSpec, element_bytes: int = 2) -> KVByt
     token = 2 * spec.kv_heads * spec.head_dim * element_bytes
     return KVBytes(
         tuple(
-            tuple(token * (image + other) for image, other in zip(entry.image, entry.other, strict=True))
+            tuple(token * (image + other) for image, other in zip(entry.in_cache, entry.other, strict=True))
             for entry in ledger.entries
         )
     )

@@ -18,7 +18,7 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
         values: independent measurements.
         level: in (0, 1).
 
-    Example:
+    Examples:
         >>> median_interval([0.9, 0.8, 0.7, 0.95, 0.85, 0.75])
         (0.7, 0.95)
     """
@@ -47,7 +47,7 @@ def break_even(upper_bounds: Mapping[int, float | None]) -> tuple[int | None, li
     Returns:
         The smallest number whose bound is below 1, None if none is; and the larger numbers at which it is not.
 
-    Example:
+    Examples:
         >>> break_even({64: 1.1, 256: 0.9, 576: 0.6})
         (256, [])
     """

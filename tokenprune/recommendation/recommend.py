@@ -32,7 +32,6 @@ from tokenprune.recommendation.results import (
     Recommendation,
     Times,
     Timing,
-    called,
     fitting,
 )
 from tokenprune.recommendation.rounds import MOST, Cell, Progress, Rounds
@@ -95,7 +94,7 @@ def recommend(
         IncompatibleError, or another error of the first strategy: none can run on the model.
         InputError: `results` cannot be read.
 
-    Example:
+    Examples:
         >>> import tokenprune as tp
         >>> found = tp.recommend("lisa-tiny", ["fastv", "cdpruner"], image_tokens=64, rounds=1)
         >>> [(row.strategy, row.reason is None) for row in found.strategies]
@@ -248,7 +247,7 @@ def _advice(contender: Contender, reason: str | None, timings: Sequence[Timing],
         accuracy=accuracy,
         reason=reason,
     )
-    own = [timing for timing in timings if called(timing) == called(made)]
+    own = [timing for timing in timings if timing.label == made.label]
     ran = [timing for timing in own if timing.reason is None]
     if not ran:
         return made.model_copy(update={"reason": reason or own[0].reason})
@@ -265,7 +264,7 @@ def _place(timings: Sequence[Timing], advice: Advice) -> tuple[float, ...]:
     ratios = {
         (timing.batch * timing.image_tokens): timing.ratio
         for timing in timings
-        if called(timing) == called(advice) and timing.ratio is not None
+        if timing.label == advice.label and timing.ratio is not None
     }
     points = [math.inf if point.image_tokens is None else point.image_tokens for point in advice.break_even]
     last = ratios[max(ratios)] if ratios else math.inf

@@ -20,6 +20,21 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class _Row(_Frozen):
+    """What rows of one strategy, with its given options, at one budget share."""
+
+    strategy: str
+    given: dict[str, Any] = {}
+    budget: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name, given options and budget: "csp (query=seg) at 0.35"."""
+        given = ", ".join(f"{key}={value}" for key, value in self.given.items())
+        name = f"{self.strategy} ({given})" if given else self.strategy
+        return name if self.budget is None else f"{name} at {self.budget:g}"
+
+
 class Accuracy(_Frozen):
     """An accuracy measured earlier, on the model and dataset that it names.
 
@@ -62,7 +77,7 @@ class Times(_Frozen):
         )
 
 
-class Timing(_Frozen):
+class Timing(_Row):
     """One strategy at one number of image tokens and one batch size, beside no pruning in the same rounds.
 
     Attributes:
@@ -79,9 +94,6 @@ class Timing(_Frozen):
         reason: why it could not run; None if it did.
     """
 
-    strategy: str
-    given: dict[str, Any] = {}
-    budget: float | None = None
     image_tokens: int
     batch: int
     rounds: int = 0
@@ -115,7 +127,7 @@ class BreakEven(_Frozen):
     not_shown_at: list[int] = []
 
 
-class Advice(_Frozen):
+class Advice(_Row):
     """What is known of one strategy at one budget.
 
     Attributes:
@@ -125,17 +137,9 @@ class Advice(_Frozen):
         reason: why it could not run at all; None if it did.
     """
 
-    strategy: str
-    given: dict[str, Any] = {}
-    budget: float | None = None
     break_even: list[BreakEven] = []
     accuracy: list[Accuracy] = []
     reason: str | None = None
-
-    @property
-    def label(self) -> str:
-        """Name, given options and budget: "csp (query=seg) at 0.35"."""
-        return called(self)
 
 
 class LeftOut(_Frozen):
@@ -146,12 +150,9 @@ class LeftOut(_Frozen):
     reason: str
 
 
-class Fit(_Frozen):
+class Fit(_Row):
     """A prefill within `budget_ms`: the upper bound of its median time is. "none" is no pruning."""
 
-    strategy: str
-    given: dict[str, Any] = {}
-    budget: float | None = None
     image_tokens: int
     batch: int
     median_ms: float
@@ -196,7 +197,7 @@ class Recommendation(_Frozen):
         times, fastest = min(found, key=lambda pair: pair[0].high_ms or pair[0].median_ms)
         least = times.high_ms or times.median_ms
         raise BudgetError(
-            f"--budget-ms {self.budget_ms:g}: no measured prefill fits; the fastest, {called(fastest)} with "
+            f"--budget-ms {self.budget_ms:g}: no measured prefill fits; the fastest, {fastest.label} with "
             f"{fastest.image_tokens} image tokens and batch {fastest.batch}, takes up to {least:.3g} ms; allow more "
             "milliseconds, or measure smaller budgets or fewer image tokens"
         )
@@ -218,13 +219,6 @@ class Recommendation(_Frozen):
         from tokenprune.evaluation.comparison.tables import as_text
 
         return as_text(self.table())
-
-
-def called(row: Advice | Timing | Fit) -> str:
-    """Name, given options and budget: "csp (query=seg) at 0.35"."""
-    given = ", ".join(f"{key}={value}" for key, value in row.given.items())
-    name = f"{row.strategy} ({given})" if given else row.strategy
-    return name if row.budget is None else f"{name} at {row.budget:g}"
 
 
 def fitting(timings: Sequence[Timing], budget_ms: float | None) -> list[Fit]:

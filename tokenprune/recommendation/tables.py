@@ -10,11 +10,10 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from tokenprune.recommendation.results import Advice, BreakEven, Times, Timing, called
 from tokenprune.utils.split_tables import Column, Parted
 
 if TYPE_CHECKING:
-    from tokenprune.recommendation.results import Recommendation
+    from tokenprune.recommendation.results import Advice, BreakEven, Recommendation, Times, Timing
 
 MISSING = "–"
 NAMED = 3  # that a line names
@@ -48,13 +47,13 @@ def recommendation_tables(found: Recommendation) -> RenderableType:
 def _failures(found: Recommendation) -> list[RenderableType]:
     """A line for each reason, with all that did not run for it; `Recommendation` has the whole reasons."""
     names: dict[str, list[str]] = {}
-    everywhere = {called(advice) for advice in found.strategies if advice.reason is not None}
+    everywhere = {advice.label for advice in found.strategies if advice.reason is not None}
     for advice in found.strategies:
         if advice.reason is not None:
-            names.setdefault(_short(advice.reason), []).append(called(advice))
+            names.setdefault(_short(advice.reason), []).append(advice.label)
     for timing in found.timings:
-        if timing.reason is not None and called(timing) not in everywhere:
-            size = f"{called(timing)} with {timing.image_tokens} image tokens, batch {timing.batch}"
+        if timing.reason is not None and timing.label not in everywhere:
+            size = f"{timing.label} with {timing.image_tokens} image tokens, batch {timing.batch}"
             names.setdefault(_short(timing.reason), []).append(size)
     lines = [_note(f" did not run: {reason}", _named(those)) for reason, those in names.items()]
     return [*lines, *([_note("Whole reasons: --format json, or .timings and .strategies in Python.")] if lines else [])]
@@ -123,7 +122,7 @@ def _times(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:
         without = next((timing.none for timing in timings if timing is not None and timing.none is not None), None)
         cells = [_ms(without), *(_ms(None if timing is None else timing.prefill) for timing in timings)]
         columns.append(Column(_head(found, size), cells))
-    names = Column("strategy", ["none", *(called(advice) for advice in ran)])
+    names = Column("strategy", ["none", *(advice.label for advice in ran)])
     table = Parted("milliseconds, by image tokens", names, [(columns, "")], justify="left")
     return [table, _note("Median over rounds of one batch's prefill, in brackets the minimum.")]
 
@@ -134,8 +133,8 @@ def _ms(times: Times | None) -> str:
 
 def _fits(found: Recommendation) -> list[RenderableType]:
     """A row for each strategy that fits somewhere, a column for each size."""
-    cells = {(called(fit), fit.batch, fit.image_tokens): f"{fit.median_ms:.4g}" for fit in found.fits}
-    names = list(dict.fromkeys(called(fit) for fit in found.fits))
+    cells = {(fit.label, fit.batch, fit.image_tokens): f"{fit.median_ms:.4g}" for fit in found.fits}
+    names = list(dict.fromkeys(fit.label for fit in found.fits))
     columns = [
         Column(_head(found, size), [cells.get((name, *size), MISSING) for name in names]) for size in _sizes(found)
     ]
@@ -146,7 +145,7 @@ def _fits(found: Recommendation) -> list[RenderableType]:
 
 
 def _table(title: str, ran: list[Advice], columns: list[Column]) -> Parted:
-    return Parted(title, Column("strategy", [called(advice) for advice in ran]), [(columns, "")], justify="left")
+    return Parted(title, Column("strategy", [advice.label for advice in ran]), [(columns, "")], justify="left")
 
 
 def _sizes(found: Recommendation) -> list[tuple[int, int]]:
@@ -162,7 +161,7 @@ def _head(found: Recommendation, size: tuple[int, int]) -> str:
 
 def _timing(found: Recommendation, advice: Advice, size: tuple[int, int]) -> Timing | None:
     for timing in found.timings:
-        if (timing.batch, timing.image_tokens) == size and called(timing) == called(advice):
+        if (timing.batch, timing.image_tokens) == size and timing.label == advice.label:
             return timing
     return None
 

@@ -75,6 +75,7 @@ class RandomVision:
             reads.Crops: lambda read: torch.zeros(batch, tokens, dtype=torch.int64, device=self.device),
             reads.TowerKeys: lambda read: states[..., :HEAD] if read.heads == "mean" else states,
             reads.TowerValues: lambda read: states,
+            reads.TowerStates: lambda read: states,
             reads.ClipImageEmbeddings: lambda read: clip,
             reads.ClipTextEmbeddings: lambda read: (texts, exist),
             reads.Projector: lambda read: lambda taken: self._projector(taken.to(self.dtype)),

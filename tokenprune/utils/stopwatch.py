@@ -18,7 +18,7 @@ def recorded() -> Iterator[dict[str, float]]:
 
     `TOTAL` is the time of the whole context, set at its end. Stages also count in a context around this one.
 
-    Example:
+    Examples:
         >>> import numpy as np, tokenprune as tp
         >>> from tokenprune.utils.stopwatch import recorded
         >>> with recorded() as times:

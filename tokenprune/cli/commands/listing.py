@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokenprune.cli.printing import say_json
+from tokenprune.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,13 +29,21 @@ class Format(str, Enum):
 def command(
     output: Annotated[Format, typer.Option("--format", help="A table, or one JSON object.")] = Format.table,
     plugins: Annotated[bool, typer.Option("--plugins", help="Show the plugins: origin, version, status.")] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Show the types of models: supported, limited or refused, and why.")
+    ] = False,
 ) -> None:
     """Show all that plugins register (strategies, models, …) with packages, and broken plugins with their error."""
     from tokenprune.plugins import registry
     from tokenprune.plugins.entries import KINDS
 
+    if plugins and models:
+        raise OptionError("both --plugins and --models found, expected one of them")
     if plugins:
         _print_plugins(registry.plugins(), output)
+        return
+    if models:
+        _print_models(output)
         return
     kinds = {kind: registry.entries(kind) for kind in KINDS}
     broken = registry.broken_plugins()
@@ -114,6 +123,38 @@ def _print_plugins(plugins: list[PluginStatus], output: Format) -> None:
         if plugin.error:  # below the table, in full
             colour = colours.get(plugin.status, "red")
             console.print(f"[{colour}]{plugin.status}[/{colour}]: {escape(plugin.error)}", highlight=False)
+
+
+def _print_models(output: Format) -> None:
+    from tokenprune.loading.model_support import supported_models
+
+    models = supported_models()
+    if output is Format.json:
+        import json
+        from dataclasses import asdict
+
+        say_json(json.dumps([asdict(model) for model in models], indent=2, ensure_ascii=False))
+        return
+
+    from collections import Counter
+
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("model_type", "status", "reason"):
+        table.add_column(heading, style={"model_type": "bold"}.get(heading), overflow="fold")
+    _keep_whole(table.columns[0], [model.model_type for model in models], console)
+    colours = {"supported": "green", "limited": "yellow", "refused": "red"}
+    for model in models:
+        status = f"[{colours[model.status]}]{model.status}[/{colours[model.status]}]"
+        table.add_row(escape(model.model_type), status, escape(model.reason))
+    console.print(table)
+    counts = Counter(model.status for model in models)
+    console.print(", ".join(f"{counts[status]} {status}" for status in colours), highlight=False)
 
 
 def _keep_whole(column: Column, names: list[str], console: Console) -> None:

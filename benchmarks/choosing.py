@@ -40,10 +40,10 @@ import tokenprune
 from tokenprune.core import reads
 from tokenprune.core.layout import SequenceLayout
 from tokenprune.core.strategy import Strategy
-from tokenprune.engine.attention_tap import AttentionCall
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.interface.vision_source import VisionSource
 from tokenprune.engine.prefill import Prefill
+from tokenprune.engine.reads.attention_tap import AttentionCall
 from tokenprune.errors import TokenPruneError
 from tokenprune.evaluation.contenders import contenders
 
@@ -110,6 +110,7 @@ def vision(tokens: int) -> VisionSource:
         reads.TowerKeys: lambda read: keys[..., :64] if read.heads == "mean" else keys,
         reads.Projector: lambda read: lambda taken: projector(taken.to(TYPE)),
         reads.TowerValues: lambda read: keys,
+        reads.TowerStates: lambda read: features,
         reads.ClsFeatures: lambda read: features[:, :1].expand_as(features).to(TYPE),
         reads.ClsQuery: lambda read: keys[:, :1].expand_as(keys),
         reads.Crops: lambda read: torch.zeros(1, tokens, dtype=torch.int64),
@@ -141,10 +142,10 @@ def walk(strategy: Strategy, model: LlamaModel, tokens: int, source: VisionSourc
     for layer in range(LAYERS):
         kwargs = {"attention_mask": None, "position_embeddings": tables, "position_ids": ids}
         hidden = prefill.before_layer(layer, hidden, kwargs)
-        if layer in prefill.taps:
+        if layer in prefill.reads.taps:
             parts = torch.randn(3, 1, HEADS, hidden.shape[1], WIDTH // HEADS, generator=draw).to(TYPE)
             seen = AttentionCall(*parts, mask=None, scaling=(WIDTH // HEADS) ** -0.5, causal=True)
-            spent += timed(lambda layer=layer, seen=seen: prefill.see(layer, seen), clock)
+            spent += timed(lambda layer=layer, seen=seen: prefill.record_attention(layer, seen), clock)
         hidden = prefill.after_layer(layer, hidden)
     return spent, prefill.trace.ledger
 

@@ -25,6 +25,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 import tokenprune
@@ -131,17 +132,22 @@ class Paired:
 
 
 def compare(
-    one: Callable[[], object], other: Callable[[], object], rounds: int, device: str, clock: Callable[[], float]
+    one: Callable[[], object],
+    other: Callable[[], object],
+    rounds: int,
+    warm_up: int,
+    device: str,
+    clock: Callable[[], float],
 ) -> Paired:
-    """Time both in turn, the order reversed from round to round, after three rounds of warm-up."""
+    """Time both in turn, the order reversed from round to round, after rounds that do not count."""
     times: tuple[list[float], list[float]] = ([], [])
-    for step in range(rounds + 3):
+    for step in range(rounds + warm_up):
         for which in (0, 1) if step % 2 else (1, 0):
             _wait(device)
             start = clock()
             (one, other)[which]()
             _wait(device)
-            if step >= 3:
+            if step >= warm_up:
                 times[which].append(1000 * (clock() - start))
     medians = [statistics.median(side) for side in times]
     return Paired(*medians, medians[0] / medians[1], min(times[0]) / min(times[1]))
@@ -156,13 +162,20 @@ def check_equal(one: Tensor, other: Tensor) -> None:
         assert difference < 0.02, f"the states differ by {difference:.3f} of their size"
 
 
+def flops_of(call: Callable[[], object]) -> int:
+    """FLOPs of the matrix products and the attention of a call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
 def measure(
-    size: Size, strategies: dict[str, Strategy], rounds: int, device: str, clock: Callable[[], float]
+    size: Size, strategies: dict[str, Strategy], rounds: int, warm_up: int, device: str, clock: Callable[[], float]
 ) -> list[dict[str, object]]:
     """Rows of the result for one size."""
     model = size.model().to(device)
@@ -186,7 +199,7 @@ def measure(
         else:
             baseline, against = untouched, "untouched"
         check_equal(pruned, baseline())
-        timed = compare(lambda strategy=strategy: engine(strategy), baseline, rounds, device, clock)
+        timed = compare(lambda strategy=strategy: engine(strategy), baseline, rounds, warm_up, device, clock)
         rows.append(
             {
                 "size": size.name,
@@ -195,6 +208,7 @@ def measure(
                 "equivalent_tokens_ratio": round(trace.ledger.equivalent_tokens_ratio, 4),
                 "engine_ms": round(timed.one, 2),
                 "baseline_ms": round(timed.other, 2),
+                "flops_ratio": round(flops_of(lambda strategy=strategy: engine(strategy)) / flops_of(baseline), 4),
                 "ratio": round(timed.ratio, 3),
                 "ratio_of_minima": round(timed.ratio_of_minima, 3),
             }
@@ -206,6 +220,7 @@ def main() -> None:
     """Measure, print a table, write JSON if asked."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds per pair")
+    parser.add_argument("--warm-up", type=int, default=3, help="rounds before")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", nargs="*", help=f"some of: {', '.join(size.name for size in SIZES)}")
     parser.add_argument("--strategies", nargs="*", help=f"some of: none, keep-all, {', '.join(STRATEGIES)}")
@@ -220,8 +235,8 @@ def main() -> None:
     with torch.no_grad():
         for size in SIZES:
             if size.name in given.sizes if given.sizes else size.name not in LONG:
-                rows += measure(size, strategies, given.rounds, given.device, clock)
-    table = Table("size", "strategy", "tokens", "engine ms", "baseline ms", "ratio", "of minima")
+                rows += measure(size, strategies, given.rounds, given.warm_up, given.device, clock)
+    table = Table("size", "strategy", "tokens", "engine ms", "baseline ms", "FLOPs", "ratio", "of minima")
     table.caption = "baseline: the untouched model where nothing is pruned, else a hand-sliced run"
     for row in rows:
         table.add_row(*(str(value) for name, value in row.items() if name != "against"))

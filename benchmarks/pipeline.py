@@ -4,7 +4,8 @@ The baseline encodes the picture with both towers and answers by transformers' o
 Each row runs in turn with the others in every round, so that drift of the machine hits all alike; ratios are to the
 baseline of the same round. Weights are random, sizes and dtype real, and every row says the same ten tokens (checked).
 
-    python benchmarks/pipeline.py [--shape lisa-7b] [--dtype bfloat16] [--rounds 3] [--layers N] [--json pipeline.json]
+    python benchmarks/pipeline.py [--shape lisa-7b] [--dtype bfloat16] [--rounds 3] [--layers N] [--decoder]
+                       [--json pipeline.json]
 """
 
 from __future__ import annotations
@@ -66,19 +67,22 @@ class Pipeline:
 
     Args:
         model: says the same answer to every prompt.
+        decoder_only: every row takes the picture as encoded before, so that no tower runs.
         seed: of the picture.
     """
 
-    def __init__(self, model: Segmenter, seed: int = 0) -> None:
-        self.model = model
+    def __init__(self, model: Segmenter, decoder_only: bool = False, seed: int = 0) -> None:
+        self.model, self.decoder_only = model, decoder_only
         self.image = np.random.default_rng(seed).integers(0, 256, (480, 640, 3), dtype=np.uint8)
         self.model.segment(self.image, QUERY, answer="generate")  # also teaches the answer
         self.text = self.model.segment(self.image, QUERY, answer="generate").text
+        with torch.inference_mode():
+            self.encoded = self.model.encode_image(self.image) if decoder_only else None
 
     def baseline(self) -> None:
         """transformers' `generate`, then the mask head."""
         model = self.model
-        encoded = model.encode_image(self.image)
+        encoded = self.encoded or model.encode_image(self.image)
         sequence = model.inputs_of(model.prompts([QUERY], "generate"), encoded, continues=True).sequence
         with stage("generation"):
             ids = model.decoder.generate(
@@ -98,7 +102,7 @@ class Pipeline:
         self, strategy: Any = None, queries: str | Sequence[str] = QUERY, draft: bool = True, again: bool = False
     ) -> None:
         """Our call; with `again`, of a picture that was encoded before."""
-        if not again:
+        if not (again or self.decoder_only):
             self.model.image_cache.clear()
         found = self.model.segment(self.image, queries, strategy, answer="generate", draft=draft)
         assert set([found.text] if isinstance(found.text, str) else found.text) == {self.text}
@@ -189,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="lisa-7b")
     parser.add_argument("--layers", type=int, help="of the decoder, if not all")
+    parser.add_argument("--decoder", action="store_true", help="without towers: the picture is encoded before all rows")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
@@ -207,7 +212,7 @@ def main() -> None:
     if not console.is_terminal:
         console.width = 140
     make = random_pixellm if shape.sam is None else random_lisa
-    pipeline = Pipeline(make(shape, getattr(torch, given.dtype), given.device))
+    pipeline = Pipeline(make(shape, getattr(torch, given.dtype), given.device), given.decoder)
     rows = pipeline.rows()
     if given.rows:
         rows = [rows[0], *(row for row in rows[1:] if row.name in given.rows)]

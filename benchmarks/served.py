@@ -1,4 +1,4 @@
-"""Requests per second of the example server: waiting requests in batches against one at a time, by number of clients.
+"""Requests per second of `tokenprune serve`: waiting requests in batches against one at a time, by number of clients.
 
 Server and clients are in one process, on loopback; each client sends its next request when it has its answer. "one
 picture" asks every question about the same picture, which the model remembers after the towers; otherwise each request
@@ -28,15 +28,16 @@ import numpy as np
 import torch
 import uvicorn
 from PIL import Image
+from pycocotools import mask as coco
 from random_lisa import SHAPES, random_lisa
 from rich.console import Console
 from rich.table import Table
 
 import tokenprune as tp
 from tokenprune.evaluation.environment import describe
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "server"))
-from server import create_app
+from tokenprune.serve.limits import Limits
+from tokenprune.serve.server import config_of
+from tokenprune.utils.sockets import opened, url_of
 
 QUERIES = ("the red ring", "the star", "the large blue thing", "the cross left of the circle", "the small square")
 PIXELS = (240, 320)  # of a picture
@@ -47,15 +48,15 @@ Request = tuple[bytes, str]
 @contextmanager
 def served(model: Any, largest_batch: int) -> Iterator[str]:
     """The address of a server."""
-    config = uvicorn.Config(create_app(model, largest_batch), host="127.0.0.1", port=0, log_level="warning")
-    running = uvicorn.Server(config)
-    thread = threading.Thread(target=running.run, daemon=True)
+    listening = opened("127.0.0.1", 0)
+    running = uvicorn.Server(config_of(model, limits=Limits(queue=1000, batch=largest_batch, seconds=SECONDS)))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not running.started:
         assert thread.is_alive(), "the server did not start"
         time.sleep(0.05)
     try:
-        yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
+        yield url_of(listening)
     finally:
         running.should_exit = True
         thread.join()
@@ -84,11 +85,9 @@ def ask(address: str, requests: Sequence[Request], clients: int, fields: dict[st
 
     def post(request: Request) -> np.ndarray[Any, Any]:
         file, query = request
-        answer = client.post(
-            f"{address}/segment", files={"image": ("a.png", file)}, data={"query": query, "output": "png", **fields}
-        )
+        answer = client.post(f"{address}/segment", files={"image": file}, data={"query": query, **fields})
         answer.raise_for_status()
-        return np.asarray(Image.open(io.BytesIO(answer.content)))
+        return np.asarray(coco.decode(answer.json()["mask"]), dtype=bool)
 
     with httpx.Client(timeout=SECONDS) as client, ThreadPoolExecutor(clients) as pool:
         start = time.perf_counter()

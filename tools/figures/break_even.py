@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from results import recommendation
 from stages import IMAGES
 
-from tokenprune.recommendation.results import Recommendation, called
+from tokenprune.recommendation.results import Recommendation
 
 MEASURED = {
     "recommend-lisa-tiny": "lisa-tiny: 12 layers of width 192",
@@ -52,7 +52,7 @@ def points(found: Recommendation) -> dict[str, dict[str, list[Any]]]:
     made: dict[str, dict[str, list[Any]]] = {}
     for advice in found.strategies:
         for timing in found.timings:
-            if called(timing) == called(advice) and timing.batch == 1 and timing.ratio is not None:
+            if timing.label == advice.label and timing.batch == 1 and timing.ratio is not None:
                 cell = [round(timing.ratio, 2), shown(timing.ratio_low, timing.ratio_high)]
                 made.setdefault(advice.strategy, {})[str(timing.image_tokens)] = cell
     return made

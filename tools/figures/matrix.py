@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
+from string import ascii_uppercase
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
@@ -22,42 +23,82 @@ import tokenprune as tp  # noqa: E402
 from tokenprune.engine.interface.compatibility import declaration_of  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"
+RUNS = "✓"
 MARKED = re.compile(r"<!-- compatibility: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 
 def matrix() -> str:
-    """Rows are families, columns strategies, those of equal cells together; then the reasons that cells refer to."""
+    """Strategies that run everywhere; groups of models; groups of other strategies, with reasons that cells refer to.
+
+    Models of equal cells share a column, strategies of equal cells a row, so that the table has room on a phone.
+    """
     reasons: dict[str, int] = {}
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for label, strategy in columns().items():
-        cells = tuple(cell(tp.compatible(strategy, row(name).model), reasons) for name in ROWS)
-        alike.setdefault(cells, []).append(head(label))
-    rows = list(zip(map(title, ROWS), *alike, strict=True))
-    notes = "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
-    return f"{table(('model', *('<br>'.join(names) for names in alike.values())), rows)}\n{notes}"
+    asked = {
+        head(label): [cell(tp.compatible(strategy, row(name).model), reasons) for name in ROWS]
+        for label, strategy in columns().items()
+    }
+    groups = alike(dict(zip(ROWS, zip(*asked.values(), strict=True), strict=True)))
+    letters = ascii_uppercase[: len(groups)]
+    first = [ROWS.index(names[0]) for names in groups]
+    everywhere = [label for label, cells in asked.items() if {*cells} == {RUNS}]
+    others = alike({label: tuple(cells) for label, cells in asked.items() if label not in everywhere})
+    return "\n".join(
+        (
+            f"On every model: {', '.join(everywhere)}.\n",
+            table(
+                ("", "models"), [(a, ", ".join(map(title, names))) for a, names in zip(letters, groups, strict=True)]
+            ),
+            '<div class="matrix" markdown>\n',
+            table(
+                ("strategy", *(short(a, names) for a, names in zip(letters, groups, strict=True))),
+                [(", ".join(labels), *(asked[labels[0]][number] for number in first)) for labels in others],
+            ),
+            "</div>\n",
+            "".join(f"{number}. {reason}\n" for reason, number in reasons.items()),
+        )
+    )
 
 
 def offers() -> str:
-    """What the vision side of every family offers."""
-    offered = {name: {kind.__name__ for kind in declaration_of(row(name).model).offers()} for name in ROWS}
-    kinds = sorted(set().union(*offered.values()))
-    rows = [(title(name), *("✓" if kind in offered[name] else "" for kind in kinds)) for name in ROWS]
-    return table(("model", *(f"`{kind}`" for kind in kinds)), rows)
+    """What the vision side of every family offers; families that offer the same share a row."""
+    offered = {name: tuple(sorted(kind.__name__ for kind in declaration_of(row(name).model).offers())) for name in ROWS}
+    groups = alike(offered)
+    rows = [(", ".join(map(title, names)), reads_of(offered[names[0]])) for names in groups]
+    return table(("models", "reads"), rows)
 
 
 def reads() -> str:
-    """What every strategy reads, on one model or another."""
-    rows = []
+    """What every strategy reads, on one model or another; strategies that read the same share a row."""
+    found = {}
     for label, strategy in columns().items():
-        found = dict.fromkeys(tp.compatible(strategy, row(name).model).reads for name in ROWS)
-        rows.append((head(label), "; or ".join(", ".join(f"`{read}`" for read in some) or "–" for some in found)))
-    return table(("strategy", "reads"), rows)
+        some = dict.fromkeys(tp.compatible(strategy, row(name).model).reads for name in ROWS)
+        found[head(label)] = "; or ".join(map(reads_of, some))
+    return table(("strategies", "reads"), [(", ".join(labels), found[labels[0]]) for labels in alike(found)])
+
+
+def alike(found: Mapping[str, Hashable]) -> list[list[str]]:
+    """Names of equal values, together."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, value in found.items():
+        groups.setdefault(value, []).append(name)
+    return list(groups.values())
+
+
+def reads_of(names: Iterable[str]) -> str:
+    """Names of reads as code, or a dash."""
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
+def short(letter: str, names: list[str]) -> str:
+    """The head of a column: a letter, and the models where a mouse rests on it."""
+    models = ", ".join(title(name).replace("`", "") for name in names)
+    return f'<abbr title="{models}">{letter}</abbr>'
 
 
 def cell(found: tp.Compatibility, reasons: dict[str, int]) -> str:
     """A check mark, or a cross with the number of the reason."""
     if found.runs:
-        return "✓"
+        return RUNS
     return f"✗&nbsp;{reasons.setdefault(reason(found), len(reasons) + 1)}"
 
 

@@ -1,5 +1,5 @@
-"""Write the tables of `docs/results.md` and README.md from the stored comparisons in `docs/results/`, and the results
-that lisa-tiny comes with, which `tokenprune recommend` looks accuracies up in.
+"""Write the tables of README.md and of pages such as `docs/results.md` from the stored comparisons in `docs/results/`,
+and the results that lisa-tiny comes with, which `tokenprune recommend` looks accuracies up in.
 
     python tools/figures/results.py [--check]
 
@@ -16,14 +16,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sweep_tables import (
+    SWEEP,
+    by_kind,
+    claims,
+    csp_plus,
+    five,
+    intervals,
+    kept,
+    number,
+    positions,
+    published,
+    settings,
+    table,
+)
+
 from tokenprune.evaluation.comparison.results import Comparison, Row
-from tokenprune.recommendation.results import Recommendation, Timing, called
+from tokenprune.recommendation.results import Recommendation, Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("results.md", "tuning.md", "which-strategy.md", "methods/csp.md")),
+    *(ROOT / "docs" / name for name in ("index.md", "results.md", "positions.md", "tuning.md", "which-strategy.md")),
+    ROOT / "docs" / "methods" / "csp.md",
 )
 TUNED = ("csp", "fastv", "prumerge+", "divprune", "visionzip")
 MARKED = re.compile(r"<!-- results: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
@@ -52,43 +68,6 @@ def headline() -> str:
                 f"{row.equivalent_tokens:.1f}",
                 f"{row.flops_ratio:.2f}",
                 f"{row.prefill_speedup:.2f}×",
-            )
-            for row in rows
-        ],
-    )
-
-
-def by_budget(name: str = "compare") -> str:
-    """gIoU (and agreement) of every strategy at every budget."""
-    found = read(name)
-    budgets = budgets_of(found)
-    rows = []
-    for label in labels(found):
-        cells = {row.budget: row for row in found.rows if row.label == label}
-        everywhere = cells.get(None)
-        picked = [cells.get(budget, everywhere) for budget in budgets]
-        rows.append((f"`{label}`", *("" if row is None else f"{row.giou:.3f} ({row.agreement:.3f})" for row in picked)))
-    return table(("strategy", *(f"{budget:g}" for budget in budgets)), rows)
-
-
-def variants() -> str:
-    """The same of methods with other settings than their authors'."""
-    return by_budget("variants")
-
-
-def by_kind() -> str:
-    """gIoU by kind of query at the headline budget."""
-    found = read("compare")
-    rows = [row for row in found.rows if row.budget in (None, HEADLINE_BUDGET)]
-    kinds = list(rows[0].giou_by_kind)
-    return table(
-        ("strategy", *kinds, "small", "medium", "large", "cover"),
-        [
-            (
-                f"`{row.label}`",
-                *(f"{row.giou_by_kind[kind]:.3f}" for kind in kinds),
-                *(number(row.miou_by_size.get(size)) for size in ("small", "medium", "large")),
-                number(row.target_coverage),
             )
             for row in rows
         ],
@@ -160,6 +139,18 @@ def csp_windows() -> str:
     return table(("layers with all tokens", *(f"prune at {end}" for end in ends)), rows)
 
 
+def csp_plus_search() -> str:
+    """gIoU on scenes of train, on which the settings of `csp+` were chosen."""
+    found = read("tuning/csp-plus")
+    rows = {label: [row for row in found.rows if row.label == label] for label in labels(found) if label != "none"}
+    head = ("strategy", *(f"{budget:g}" for budget in budgets_of(found)), "mean")
+    values = {label: [row.giou for row in own] for label, own in rows.items()}
+    return table(
+        head,
+        [(f"`{label}`", *map(number, own), number(sum(own) / len(own))) for label, own in values.items()],
+    )
+
+
 def read_tuning(name: str) -> dict[str, Any]:
     """A stored search."""
     found: dict[str, Any] = json.loads((STORED / "tuning" / f"{name}.json").read_text(encoding="utf-8"))
@@ -176,17 +167,6 @@ def labels(found: Comparison) -> list[str]:
     return list(dict.fromkeys(row.label for row in found.rows))
 
 
-def number(value: float | None) -> str:
-    """Three decimals, or nothing."""
-    return "" if value is None else f"{value:.3f}"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def recommendation(name: str) -> Recommendation:
     """A stored measurement of `tokenprune recommend`."""
     return Recommendation.model_validate_json((STORED / f"{name}.json").read_text(encoding="utf-8"))
@@ -201,7 +181,7 @@ def pays_lisa_tiny(name: str = "recommend-lisa-tiny") -> str:
     rows = []
     for advice in ran:
         point = advice.break_even[0]
-        own = {timing.image_tokens: timing for timing in found.timings if called(timing) == called(advice)}
+        own = {timing.image_tokens: timing for timing in found.timings if timing.label == advice.label}
         first = "not shown" if point.image_tokens is None else str(point.image_tokens)
         beyond = f" (not shown at {', '.join(map(str, point.not_shown_at))})" if point.not_shown_at else ""
         accuracy = (f"{advice.accuracy[0].giou:.3f}" if advice.accuracy else "",) if known else ()
@@ -223,16 +203,23 @@ def interval(timing: Timing | None) -> str:
 
 
 def bundled() -> str:
-    """The comparison and its variants as one, with accuracies alone: what is timed differs on every machine."""
-    found = json.loads((STORED / "compare.json").read_text(encoding="utf-8"))
-    others = json.loads((STORED / "variants.json").read_text(encoding="utf-8"))
-    rows = found["rows"] + [row for row in others["rows"] if row["given"] or "+" in row["strategy"]]
-    head = json.dumps({key: value for key, value in found.items() if key != "rows"}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(json.dumps({key: row[key] for key in KEPT}) for row in rows)
-    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+    """The sweep as a comparison, with accuracies alone: what is timed differs on every machine."""
+    found = json.loads(SWEEP.read_text(encoding="utf-8"))
+    budgets = sorted({row["budget"] for row in found["rows"] if row["budget"] is not None}, reverse=True)
+    head = {key: found[key] for key in ("model", "dataset", "split")} | {
+        "samples": found["queries"],
+        "budget": budgets,
+        "environment": found["environment"],
+    }
+    rows = [{**{key: row[key] for key in KEPT}, "giou": row["giou"][0]} for row in found["rows"]]
+    lines = ",\n".join(map(json.dumps, rows))
+    return json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
 
 
-MADE = (headline, by_budget, variants, by_kind, ablation, tuned, searched, csp_windows, pays_lisa_tiny, pays_7b)
+MADE = (
+    *(headline, five, kept, published, settings, positions, intervals, by_kind, ablation),
+    *(tuned, searched, csp_windows, csp_plus_search, csp_plus, claims, pays_lisa_tiny, pays_7b),
+)
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE}
 
 

@@ -73,7 +73,8 @@ def declared(target: Path = IMAGES / "stages.svg") -> None:
 def methods(folder: Path = IMAGES / "methods", *chosen: str) -> None:
     """Write a picture for every strategy that runs on the model, and say why for those that do not."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = tp.load(MODEL)
+    # in single precision the processor's rounding decides what methods choose that remove near duplicates in turn
+    model = tp.load(MODEL).double()
     built_in = [name for name, entry in registry.strategies().items() if entry.distribution == "tokenprune-vlm"]
     for name in chosen or [*(name for name in built_in if name not in PRESETS), COMPOSED]:
         strategy = tp.strategy(name, budget=None if name in WITHOUT_BUDGET else BUDGET)

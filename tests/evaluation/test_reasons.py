@@ -17,6 +17,8 @@ from tokenprune.core.stage import Shape, Stage
 from tokenprune.errors import BudgetError, IncompatibleError, InputError, PluginError
 from tokenprune.evaluation.comparison.compare import compare
 from tokenprune.evaluation.comparison.results import Comparison
+from tokenprune.plugins import registry
+from tokenprune.plugins.hookspecs import hookimpl
 from tokenprune.report.overlays import comparison_sheet
 from tokenprune.report.plots import tradeoff
 
@@ -78,7 +80,8 @@ def test_a_row_that_did_not_run_has_every_key_and_no_number() -> None:
     assert (failed["strategy"], failed["budget"], failed["given"]) == ("fastv", 0.01, {"layer": 2})
     assert failed["options"]["layer"] == 2
     left = {key for key, value in failed.items() if isinstance(value, float | int) and key != "budget"}
-    assert left == set()
+    assert left == {"failed"}
+    assert failed["failed"] is False
     assert Comparison.model_validate_json(both.to_json()).model_dump() == both.model_dump()
 
 
@@ -97,6 +100,7 @@ def test_what_stops_running_half_way_is_left_out_from_there(error: Exception, to
     found = compare(FakeModel(), FakeData(), [late, "none", "random"], budget=0.5, **REQUEST)
     assert [row.reason is None for row in found.rows] == [False, True, True]
     assert told in (found.rows[0].reason or "")
+    assert found.rows[0].failed is not isinstance(error, BudgetError)
     assert numbers(found) == numbers(compare(FakeModel(), FakeData(), ["none", "random"], budget=0.5, **REQUEST))
 
 
@@ -126,6 +130,36 @@ def test_pictures_tell_what_did_not_run() -> None:
     (record,) = found.records
     drawn = [axis.get_ylabel().replace("\n", " ") for axis in comparison_sheet(record).axes if axis.get_ylabel()]
     assert drawn == ["whole", "front at 0.5"]
+
+
+class Crashing(Front):
+    """Has a bug."""
+
+    name = "crashing"
+
+    def choose(self, stage: Stage, tokens: Any) -> Decision:
+        raise ValueError("a bug")
+
+
+class CrashingPlugin:
+    """Registers it."""
+
+    @hookimpl
+    def tokenprune_register_strategies(self, register: Any) -> None:
+        register("crashing", Crashing)
+
+
+def test_a_strategy_with_a_bug_fails_the_command_after_its_table(run: Runner) -> None:
+    registry.register_plugin(CrashingPlugin(), "crashing")
+    try:
+        ran = run(
+            *("compare", "--model", "fake", "--dataset", "rectangles", "--limit", 2, "--timing-samples", 0),
+            *("--strategies", "none,crashing", "--budget", "0.5"),
+        )
+    finally:
+        registry.unregister_plugin("crashing")
+    assert ran.code == 1
+    assert "'crashing', stage 'cut' raised ValueError: a bug" in " ".join(ran.out.split())
 
 
 def test_the_command_writes_and_prints_the_rest(run: Runner, tmp_path: Path) -> None:

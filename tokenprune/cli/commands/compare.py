@@ -113,6 +113,8 @@ def command(
             _write(found, out)
     finally:
         _show(found, output, is_kept=out is not None)
+    if any(row.failed for row in found.rows):
+        raise typer.Exit(1)  # a script must not take a table that lacks a strategy for a success
 
 
 def _write(found: Comparison, out: Path) -> None:

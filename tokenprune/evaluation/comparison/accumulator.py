@@ -25,6 +25,7 @@ class Accumulator:
     prefill_seconds: float | None = None
     is_untouched: bool = True  # until there is a decision
     reason: str | None = None  # why it cannot run
+    failed: bool = False  # whether that is an error, and not a budget or a model that it does not fit
 
     def flops_by_part(self, head: int) -> dict[str, float]:
         """Mean FLOPs per query by part."""
@@ -40,7 +41,14 @@ class Accumulator:
         strategy, given, budget = self.contender.strategy, self.contender.given, self.contender.budget
         if self.reason is not None:
             options = strategy.options.model_dump(mode="json", fallback=repr)
-            return Row(strategy=strategy.name, options=options, given=given, budget=budget, reason=self.reason)
+            return Row(
+                strategy=strategy.name,
+                options=options,
+                given=given,
+                budget=budget,
+                reason=self.reason,
+                failed=self.failed,
+            )
         costs = [record.cost for record in self.records]
         overlaps = [record.overlap for record in self.records]
         parts = self.flops_by_part(untouched.head_flops)

@@ -11,7 +11,14 @@ import torch
 
 from tokenprune.datasets.base import Scene
 from tokenprune.engine.interface.turns import model_turn
-from tokenprune.errors import InputError, TokenPruneError
+from tokenprune.errors import (
+    BudgetError,
+    IncompatibleError,
+    InputError,
+    OptionError,
+    TokenPruneError,
+    UnsupportedError,
+)
 from tokenprune.evaluation.accounting import head_flops, own_work
 from tokenprune.evaluation.comparison.accumulator import Accumulator, Untouched
 from tokenprune.evaluation.comparison.timing import interleaved_medians
@@ -64,6 +71,7 @@ class ComparisonRun:
             raise
         except (TokenPruneError, torch.OutOfMemoryError) as error:
             tally.reason = str(error) if isinstance(error, TokenPruneError) else brief(error)
+            tally.failed = not isinstance(error, (BudgetError, IncompatibleError, OptionError, UnsupportedError))
             if not self.running():
                 raise
             return None

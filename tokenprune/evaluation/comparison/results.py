@@ -39,6 +39,7 @@ class Row(BaseModel):
         policies: positions, query rows, padding: to be reported with every result.
         metrics: mean over queries of each metric that a plugin adds; None if it is not defined for any query.
         reason: why it could not run; None if it did.
+        failed: whether that is an error, and not a budget or a model that it does not fit.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,6 +65,7 @@ class Row(BaseModel):
     policies: dict[str, str] = {}
     metrics: dict[str, float | None] = {}
     reason: str | None = None
+    failed: bool = False
 
     @property
     def label(self) -> str:

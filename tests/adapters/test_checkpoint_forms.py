@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
-from tokenprune.errors import CheckpointError, OptionError, UnsupportedError
+from tokenprune.errors import CheckpointError
 
 WRITERS: dict[str, Callable[..., Path]] = {"lisa": write_lisa, "glamm": write_glamm, "pixellm": write_pixellm}
 FILES = ["model.safetensors", "pytorch_model.bin"]
@@ -174,13 +173,6 @@ def test_towers_of_336_pixels(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", WRITERS)
-@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit", "quantization_config"])
-def test_options_of_quantisation_are_refused_by_name(tmp_path: Path, family: str, option: str) -> None:
-    with pytest.raises(OptionError, match=rf"^{option}= is not supported: .* in floating point only; save memory"):
-        tp.load(WRITERS[family](tmp_path), **{option: True})
-
-
-@pytest.mark.parametrize("family", WRITERS)
 def test_quantised_weights_are_refused_by_name(tmp_path: Path, family: str) -> None:
     write = WRITERS[family]
     told = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
@@ -196,19 +188,3 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path, family: str) -> N
     folder = write(tmp_path / "3", edit=lambda state: state.update({name: state[name].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=f"{name} is stored as int8, expected floating-point numbers"):
         tp.load(folder)
-
-
-@needs_tiny_processors
-def test_quantisation_of_transformers_models(tmp_path: Path) -> None:
-    folder = write_vlm(tmp_path, "llava")
-    for option in ("load_in_4bit", "load_in_8bit"):
-        with pytest.raises(OptionError, match=rf"BitsAndBytesConfig\({option}=True\).*package bitsandbytes"):
-            tp.load(folder, **{option: True})
-    try:
-        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError:
-        from transformers import BitsAndBytesConfig
-
-        with pytest.raises(UnsupportedError, match=r"a package that is not installed, install it \(.*bitsandbytes"):
-            tp.load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llava"

@@ -15,7 +15,7 @@ from tokenprune.loading.device_names import DTYPES, unknown_device
 from tokenprune.utils.arguments import instance, shown
 from tokenprune.utils.files import expanded
 
-QUANTISED = ("load_in_4bit", "load_in_8bit", "quantization_config")
+BITS = ("load_in_4bit", "load_in_8bit")
 KINDS = {name: getattr(torch, name) for name in DTYPES}
 
 
@@ -31,6 +31,8 @@ class LoadOptions:
         device_map: distributes the decoder over devices (needs accelerate); the other parts are placed with its
             embedding table.
         attn_implementation: of decoder and tower, as in transformers.
+        quantization_config: of the decoder's linear layers, as in transformers; they are quantised after loading, so
+            that main memory must hold the decoder in `dtype` once.
     """
 
     vision_tower: str | Path | None = None
@@ -38,6 +40,7 @@ class LoadOptions:
     device: torch.device | str | None = None
     device_map: str | dict[str, Any] | None = None
     attn_implementation: str | None = None
+    quantization_config: Any = None
 
     def __post_init__(self) -> None:
         """Raises OptionError for values of the wrong type; see also `torch_device` and `torch_dtype`."""
@@ -50,23 +53,14 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], family: str) ->
     """Raises OptionError for a load option that a family does not have."""
     for name in given:
         if name not in known:
-            if name in QUANTISED:
-                raise OptionError(_quantised(name, known, family))
+            if name in BITS:
+                raise OptionError(
+                    f"{name}= is no option of {family}; pass quantization_config="
+                    f"transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes"
+                )
             near = nearest(name, known)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise OptionError(f"{family} models have no load option {name!r}; {hint}options: {', '.join(known)}")
-
-
-def _quantised(name: str, known: Collection[str], family: str) -> str:
-    if "quantization_config" in known:
-        return (
-            f"{name}= is no longer an option of {family}; pass "
-            f"quantization_config=transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes"
-        )
-    return (
-        f"{name}= is not supported: {family} models are loaded in floating point only; save memory with "
-        "dtype='bfloat16' or device_map='auto'"
-    )
 
 
 def check_strings(**given: object) -> None:

@@ -80,6 +80,42 @@ def is_rotary_table(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def quantised(decoder: LlamaForCausalLM, config: Any, device_map: str | dict[str, Any], name: str) -> LlamaForCausalLM:
+    """The decoder with quantised linear layers, placed on its devices, as transformers loads one.
+
+    Args:
+        decoder: the decoder with its weights, on the CPU.
+        config: a quantisation config of transformers (`BitsAndBytesConfig`, `TorchAoConfig`, …).
+        device_map: as in transformers.
+        name: the checkpoint, for messages.
+
+    Raises:
+        OptionError: transformers does not accept the config or the map.
+        UnsupportedError: the package of that quantisation is not installed.
+    """
+    try:
+        made: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+            None,
+            config=decoder.config,
+            state_dict=decoder.state_dict(),
+            dtype=decoder.dtype,
+            attn_implementation=decoder.config._attn_implementation,
+            quantization_config=config,
+            device_map=device_map,
+        )
+    except ImportError as error:
+        raise UnsupportedError(f"{name} needs a package that is not installed, install it ({brief(error)})") from error
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise OptionError(
+            f"quantization_config={shown(config)} found, but transformers does not accept it for {name} "
+            f"({brief(error)}); pass one of its quantisation configs, or load with dtype='bfloat16'"
+        ) from error
+    made.eval()
+    return made
+
+
 def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.device:
     """Distribute a decoder over devices with accelerate.
 
@@ -119,6 +155,11 @@ def place(decoder: LlamaForCausalLM, device_map: str | dict[str, Any]) -> torch.
         raise OptionError(
             f"device_map={shown(device_map)} found, but {problem}; use 'auto', or name devices"
         ) from error
+    return home_of(decoder)
+
+
+def home_of(decoder: LlamaForCausalLM) -> torch.device:
+    """The device of the embedding table."""
     table: Any = decoder.model.embed_tokens
     home: torch.device = table.weight.device
     return torch.device("cpu") if home.type == "meta" else home  # offloaded weights are on the meta device

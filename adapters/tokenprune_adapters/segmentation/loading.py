@@ -30,7 +30,7 @@ from tokenprune_adapters.common.load_options import (
 from tokenprune_adapters.common.lora import MergedCheckpoint
 from tokenprune_adapters.common.storage_formats import refuse_quantised, refuse_wrapped
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer, load_tokenizer
-from tokenprune_adapters.llava.decoder import build_llama, finish_llama, is_rotary_table, place
+from tokenprune_adapters.llava.decoder import build_llama, finish_llama, home_of, is_rotary_table, place, quantised
 from tokenprune_adapters.llava.projector import ProjectorPlan
 from tokenprune_adapters.llava.prompt import IM_END, IM_START
 from tokenprune_adapters.segmentation.segmenter import Segmenter
@@ -188,14 +188,21 @@ class Opened(Generic[OptionsT]):
 
         load_parts(self.checkpoint, [llama, *own], self.dtype, ignore=may_be_unused)
         finish_llama(llama.module)
-        return [llama.module, *(part.module for part in own)]
+        decoder, wanted = llama.module, self.options.quantization_config
+        if wanted is not None:
+            places = self.options.device_map or {"": str(self.device)}
+            decoder = quantised(decoder, wanted, places, str(self.source))
+        return [decoder, *(part.module for part in own)]
 
     def placed(self, model: Segmenter) -> Segmenter:
         """The model in eval mode, on its device or distributed over several."""
         model.eval()
-        if self.options.device_map is None:
+        if self.options.quantization_config is not None:
+            home = home_of(model.decoder)
+        elif self.options.device_map is None:
             return model.to(device=self.device)
-        home = place(model.decoder, self.options.device_map)
+        else:
+            home = place(model.decoder, self.options.device_map)
         for name, module in model.named_children():
             if name != "decoder":
                 module.to(device=home)

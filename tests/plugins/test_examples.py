@@ -50,9 +50,9 @@ def test_code_lines_are_counted(tmp_path: Path) -> None:
     assert code_lines(path) == 5
 
 
-def test_there_are_five() -> None:
+def test_there_are_six() -> None:
     names = [plugin.name.removeprefix("tokenprune-") for plugin in PLUGINS]
-    assert names == ["decision-log", "lmms-eval", "mistral3", "second-look", "spread"]
+    assert names == ["decision-log", "internvl-chat", "lmms-eval", "mistral3", "second-look", "spread"]
 
 
 def test_the_strategy_has_forty_lines_at_most() -> None:

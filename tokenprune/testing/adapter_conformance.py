@@ -182,7 +182,7 @@ class AdapterConformance:
         options |= {"max_new_tokens": 3, "min_new_tokens": 3, "suppress_tokens": sorted(never)}
         with torch.no_grad(), prune(self._model, script, strict=True):
             made = self._model.generate(**inputs, **options)
-        longer = self.longer(inputs, made.sequences[:, start:])
+        longer = self.longer(inputs, made.sequences[:, -3:])  # from embeddings, generate() gives the new ones alone
         grown = SequenceLayout.from_mask(
             torch.nn.functional.pad(layout.image_tokens, (0, 3)), longer.get("attention_mask")
         )

@@ -83,8 +83,8 @@ class PromptMasks:
         try:
             image_tokens, mask = fit("image_tokens", self.image_tokens, 0), attention_mask
             if self.attention_mask is not None:
-                mask = self.attention_mask
-                _check("attention_mask", mask)
+                _check("attention_mask", self.attention_mask)
+                mask = _repeated(self.attention_mask, batch)
             return SequenceLayout.from_mask(
                 image_tokens,
                 None if mask is None else mask[:, -length:],  # a mask over all tokens ends with the current ones
@@ -116,6 +116,12 @@ def _check(name: str, mask: object) -> None:
         raise InputError(f"{name}: found {found}, expected {expected}")
 
 
+def _repeated(mask: Tensor, batch: int) -> Tensor:
+    """A mask for all rows: `generate` places the copies of a row (beams, returned sequences) next to each other."""
+    repeats = batch // max(len(mask), 1)
+    return mask.repeat_interleave(repeats, 0) if len(mask) * repeats == batch else mask
+
+
 def _fit(name: str, mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
     """A mask over the prompt, repeated for returned sequences and extended over tokens generated without a cache."""
     if not len(mask) or batch % len(mask) or mask.shape[1] > length:
@@ -123,7 +129,6 @@ def _fit(name: str, mask: Tensor, batch: int, length: int, fill: int) -> Tensor:
             f"{name}: the mask of shape {list(mask.shape)} does not match a forward of [{batch}, {length}]; masks "
             "cover the expanded prompt"
         )
-    # `generate` places the copies of a row (beams, returned sequences) next to each other
-    mask = mask.repeat_interleave(batch // len(mask), 0)
+    mask = _repeated(mask, batch)
     rest = mask.new_full((batch, length - mask.shape[1], *mask.shape[2:]), fill)
     return torch.cat((mask, rest), 1)

@@ -1,0 +1,5 @@
+"""The adapter `internvl-chat` for tokenprune."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

@@ -125,8 +125,36 @@ def test_a_whole_clip_model_serves_as_tower(tmp_path: Path) -> None:
 
 def test_matches_by_architecture() -> None:
     assert LisaAdapter.matches("x", {"architectures": ["LISAForCausalLM"]})
+    assert LisaAdapter.matches("x", {"architectures": ["LisaGSVAForCausalLM"]})
     assert not LisaAdapter.matches("x", {"architectures": ["GLaMMForCausalLM"]})
     assert not LisaAdapter.matches("x", {})
+
+
+def test_gsvas_rejections_give_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GSVA is LISA with a token [REJ] for what is not in the image, which its answers hold beside [SEG]."""
+    added = {"[SEG]": 640, "[REJ]": 641, "<im_start>": 642, "<im_end>": 643}
+
+    def longer(state: State) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            row = torch.randn(1, state[name].shape[1], generator=torch.Generator().manual_seed(2)) * 0.2
+            state[name] = torch.cat([state[name], row])
+
+    about = {"architectures": ["LisaGSVAForCausalLM"], "vocab_size": 644}
+    model = tp.load(write_lisa(tmp_path, config=about, added=added, edit=longer))
+    assert model.tokenizer.token_id("[REJ]") == 641
+    image = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    question = "What are the cat, the dog and the cup in this image? Please output segmentation mask."
+    prompt = f"USER: <im_start><image><im_end>\n {question} ASSISTANT: the cat:[SEG], the dog:[REJ], the cup:[SEG].</s>"
+    both = model.segment(image, prompt=prompt, strategy=tp.strategy("fastv", layer=1, keep=0.5))
+    assert both.masks.shape == (2, 40, 50)
+    alone = model.segment(image, prompt=prompt.split(", the cup")[0] + ".</s>")
+    first = model.segment(image, prompt=prompt).low_res_logits[0]
+    assert torch.allclose(alone.low_res_logits[0], first, atol=1e-5)  # later words are not seen
+    always = torch.nn.functional.one_hot(torch.tensor(641), 644).float()
+    monkeypatch.setattr(model.decoder.lm_head, "forward", lambda states: always.expand(*states.shape[:-1], -1))
+    said = model.segment(image, "the dog", answer="generate", max_new_tokens=2)
+    assert said.text == "[REJ] [REJ]"
+    assert said.masks.shape == (0, 40, 50)
 
 
 def test_mask_decoder_heads_that_do_not_fit(tmp_path: Path) -> None:

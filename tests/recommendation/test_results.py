@@ -124,6 +124,16 @@ def test_an_accuracy_is_shown_with_the_model_that_it_is_of() -> None:
     assert "yours" not in as_text(own.table())
 
 
+def test_it_begins_with_what_it_comes_to() -> None:
+    timings = [timing("fastv", 64, 6.0), timing("csp", 64, 8.0), timing("dart", 64, 12.0), timing("fastv", 256, 30.0)]
+    lines = " ".join(as_text(recommendation(timings).table(), 200).split())
+    assert lines.index("save time") < lines.index("pays from")
+    assert (
+        "64 image tokens, batch 1: 2 of 3 save time; of these fastv at 0.35 has the highest known gIoU (0.653)" in lines
+    )
+    assert "256 image tokens, batch 1: 0 of 1 save time." in lines
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_tables_keep_every_name_and_number(width: int) -> None:
     timings = [timing(name, tokens, 6.0, batch=batch) for name in NAMES for tokens in (64, 256) for batch in (1, 8)]

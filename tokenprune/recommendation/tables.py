@@ -30,18 +30,36 @@ BREAK_EVEN = (
 
 
 def recommendation_tables(found: Recommendation) -> RenderableType:
-    """Break-even points with accuracies, ratios, times, what fits, and what was left out and why."""
+    """What it comes to, break-even points with accuracies, ratios, times, what fits, and what was left out and why."""
     head = f": {found.layers} layers of width {found.hidden}, {found.text_tokens} text tokens, {found.rounds} rounds"
     parts: list[RenderableType] = [_note(head, found.model)]
     ran = [advice for advice in found.strategies if advice.reason is None]
     if ran:
-        parts += [*_break_even(found, ran), *_ratios(found, ran), *_times(found, ran)]
+        parts += [*_conclusion(found, ran), *_break_even(found, ran), *_ratios(found, ran), *_times(found, ran)]
     if found.fits:
         parts += _fits(found)
     elif found.budget_ms is not None:
         parts.append(_note(f"Nothing fits into {found.budget_ms:g} ms."))
     parts += [_note(f"{one.image_tokens} image tokens, batch {one.batch}: {one.reason}") for one in found.left_out]
     return Group(*parts, *_failures(found))
+
+
+def _conclusion(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:
+    """For each size, how many save time, and the best of these: by gIoU where it is known, else by time."""
+    lines = []
+    for batch, tokens in _sizes(found):
+        timed = [(advice, timing) for advice in ran if (timing := _timing(found, advice, (batch, tokens))) is not None]
+        paying = [(advice, timing) for advice, timing in timed if timing.pays and timing.ratio is not None]
+        head = f"{tokens} image tokens, batch {batch}: {len(paying)} of {len(timed)} save time"
+        known = [(advice.accuracy[0].giou, timing) for advice, timing in paying if advice.accuracy]
+        if known:
+            giou, best = max(known, key=lambda pair: pair[0])
+            head += f"; of these {best.label} has the highest known gIoU ({giou:.3f}), and takes {best.ratio:.2f} of it"
+        elif paying:
+            best = min((timing for _, timing in paying), key=lambda timing: timing.ratio or 0)
+            head += f"; the fastest, {best.label}, takes {best.ratio:.2f} of it"
+        lines.append(_note(f"{head}."))
+    return lines
 
 
 def _failures(found: Recommendation) -> list[RenderableType]:

@@ -41,7 +41,7 @@ def merge(shards: Sequence[str | Path], out: str | Path) -> Swept:
             refuse_tuning(other, shard)
     with writing(out) as store:
         refuse_tuning(store, out)
-        before, again = store.count(), set[str]()
+        before, asked, again = store.count(), store.count("answers"), set[str]()
         for shard in folders:
             with reading(shard) as other:
                 _check(store, other, shard)
@@ -49,7 +49,10 @@ def merge(shards: Sequence[str | Path], out: str | Path) -> Swept:
                     _copy(store, other, again)
         after, planned = store.count(), store.meta().get("planned", [])
         ran = sum(bool(store.done(hashed)) for hashed in planned)
-        return Swept(store.folder, after, after - before, ran, reasons_of(store, planned), store.count("answers"))
+        answers = store.count("answers")
+        return Swept(
+            store.folder, after, after - before, ran, reasons_of(store, planned), answers, added_answers=answers - asked
+        )
 
 
 def _copy(store: Store, other: Store, again: set[str]) -> None:

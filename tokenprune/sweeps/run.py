@@ -51,6 +51,7 @@ class Swept:
         ran: configurations of the last call that have records.
         reasons: why configurations could not run, by "strategy, model on dataset (split, protocol)".
         answers: in the store beside the records; see `tokenprune.read_answers`.
+        added_answers: of them, by this call.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Swept:
     ran: int = 0
     reasons: dict[str, str] = field(default_factory=dict)
     answers: int = 0
+    added_answers: int = 0
 
 
 def sweep(

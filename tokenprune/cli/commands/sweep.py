@@ -111,7 +111,7 @@ def _run(
 
 def show(found: Swept, out: Path) -> None:
     """Print the summary of a store, and what could not run."""
-    answers = f", {found.answers} answers" if found.answers else ""
+    answers = f", {found.answers} answers, {found.added_answers} of them new" if found.answers else ""
     note(f"{found.records} records in {out}, {found.added} of them new{answers}")
     for label, reason in found.reasons.items():
         note(f"{label} did not run: {reason}")

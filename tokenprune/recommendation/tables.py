@@ -46,7 +46,7 @@ def recommendation_tables(found: Recommendation) -> RenderableType:
 
 def _conclusion(found: Recommendation, ran: list[Advice]) -> list[RenderableType]:
     """For each size, how many save time, and the best of these: by gIoU where it is known, else by time."""
-    lines = []
+    lines: list[RenderableType] = []
     for batch, tokens in _sizes(found):
         timed = [(advice, timing) for advice in ran if (timing := _timing(found, advice, (batch, tokens))) is not None]
         paying = [(advice, timing) for advice, timing in timed if timing.pays and timing.ratio is not None]

@@ -14,7 +14,10 @@ from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 
-@pytest.mark.parametrize("kinds", [None, ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2])
+@pytest.mark.parametrize(
+    "kinds",
+    [None, ["full_attention"] * 4, ["sliding_attention", "full_attention", "chunked_attention", "full_attention"]],
+)
 def test_self_attention_of_any_width_is_taken(kinds: list[str] | None) -> None:
     model = tiny_llama()
     model.config.layer_types = kinds
@@ -25,7 +28,7 @@ def test_self_attention_of_any_width_is_taken(kinds: list[str] | None) -> None:
     ("attribute", "value", "named"),
     [
         ("layer_types", ["linear_attention", "full_attention"] * 2, "linear_attention"),
-        ("layer_types", ["chunked_attention", "conv"] * 2, "chunked_attention, conv"),
+        ("layer_types", ["linear_attention", "conv"] * 2, "conv, linear_attention"),
         ("cross_attention_layers", [1, 3], "cross_attention"),
     ],
 )

@@ -21,6 +21,7 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.reads.attention_tap import tap
 from tokenprune.engine.sequence.deepstack import DeepStack
+from tokenprune.engine.sequence.temperature import scaled_queries
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
 
@@ -147,6 +148,9 @@ class Call:
             kwargs: its keyword arguments.
         """
         prefill = self.prefill
+        if prefill is not None and (lacking := prefill.lacking_scale(number)) is not None:
+            with scaled_queries(decoder.attention(number), lacking):
+                return original(*args, **kwargs)
         if prefill is not None and prefill.reads.keys_ahead is not None:
             with prefill.reads.keys_ahead.handed_on(args[0]):
                 return original(*args, **kwargs)

@@ -16,6 +16,9 @@ from tokenprune.engine.calls.wrappers import modules_of, uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.utils.arguments import shown
 
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Types of layers that attend to the sequence, each to the positions that its mask shows."""
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -108,14 +111,15 @@ class Decoder:
         """
         return Shape(len(self.layers), TYPICAL_TOKENS, 0, tower_layers, self.offers | vision, self.heads)
 
-    def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer, from `rotary` if given."""
+    def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, ...]:
+        """Rotary tables, cos and sin [batch, n, D] or one complex [batch, n, D / 2], for positions [batch, n] in a
+        layer, from `rotary` if given."""
         rotary = rotary or self.rotary
         types: Any = getattr(self.module.config, "layer_types", None)
         typed = "layer_type" in inspect.signature(rotary.forward).parameters
         extra = {"layer_type": types[layer]} if typed else {}
-        cos, sin = rotary(hidden, position_ids=ids, **extra)
-        return cos, sin
+        made: Any = rotary(hidden, position_ids=ids, **extra)
+        return (made,) if isinstance(made, Tensor) else tuple(made)
 
     def check_mask(self, mask: Any) -> None:
         """Raise UnsupportedError for a mask that cannot be shortened; names the attention implementation."""
@@ -188,7 +192,7 @@ def _near(model: nn.Module) -> str:
 
 def other_layers(config: Any) -> list[str]:
     """The types of layers in a decoder's configuration that are not self-attention over the sequence."""
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    kinds = {*(getattr(config, "layer_types", None) or ())} - ATTENTION
     if getattr(config, "cross_attention_layers", None):
         kinds.add("cross_attention")
     return sorted(kinds)

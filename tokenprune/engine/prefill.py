@@ -32,6 +32,7 @@ from tokenprune.engine.sequence.deepstack import DeepStack
 from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.layer_inputs import LayerInputs
 from tokenprune.engine.sequence.shared_prefix import SharedPrefix
+from tokenprune.engine.sequence.temperature import lacking_scale
 from tokenprune.errors import EngineError
 
 
@@ -200,6 +201,11 @@ class Prefill(TokenScheduler):
         self.reads.stage_entered(self._frame)
         hidden, self._absent_states = (self.full, None) if self._frame is None else self._frame.split(self.full)
         return hidden
+
+    def lacking_scale(self, layer: int) -> Tensor | None:
+        """What the queries of a layer lack on its frame; see `sequence.temperature`."""
+        frame = self.frames[layer]
+        return None if frame is None else lacking_scale(self.decoder.attention(layer), frame)
 
     def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
         """The states to pass to the next layer.

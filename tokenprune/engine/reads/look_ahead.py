@@ -18,6 +18,7 @@ from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.engine.sequence.gathered import GatheredSequence
+from tokenprune.engine.sequence.temperature import lacking_scale, scaled_queries
 from tokenprune.errors import UnsupportedError
 
 
@@ -181,6 +182,7 @@ def look_ahead(
             projection = getattr(attention, name, None)
             if projection is not None:
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
+        undo.enter_context(scaled_queries(attention, lacking_scale(attention, frame)))
         normed = norm(hidden.to(device))
         attention(normed, **wanted)
     ready = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.sequence.gathered import GatheredSequence
-from tokenprune.engine.sequence.positions import first_tables, new_tables, tables_of, where_renumbered
+from tokenprune.engine.sequence.positions import first_tables, for_layer, new_tables, tables_of, where_renumbered
 
 T = TypeVar("T")
 
@@ -143,6 +143,6 @@ class LayerInputs:
             short = new if short is None else where_renumbered(self.length, new, short)
         return {
             "attention_mask": None if mask is None else frame.prefill_mask(mask),
-            "position_embeddings": cut,
+            "position_embeddings": for_layer(cut),
             "position_ids": short,
         }

@@ -83,7 +83,14 @@ class Call:
             self.uncached, self.cache = True, None
         drafted = prefill.layout.on_host.drafted
         columns = 0 if drafted is None else int(drafted.any(0).sum())
-        self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns, max_cache_len(self.cache))
+        self.cached = CachedPrefill(
+            lease,
+            length,
+            prefill.trace.ledger,
+            columns,
+            max_cache_len(self.cache),
+            prefill.decoder.keeps_states,
+        )
         if prefill.planned:
             self.check_prunable(prefill)
         if self.cache is not None and hasattr(self.cache, "layers"):
@@ -96,7 +103,7 @@ class Call:
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""
         if self.cache is not None:
-            check_cache(self.cache)
+            check_cache(self.cache, prefill.decoder.attends)
         if self.cached is not None:
             self.cached.check_room(self.cached.length)
         refuse_packed(self.inputs, prefill.layout.valid)
@@ -120,7 +127,7 @@ class Call:
             if frame is not None:
                 if self.attentions:
                     raise _attentions_unsupported()
-                if self.cache is not None:
+                if self.cache is not None and self.prefill.decoder.attends[number]:
                     shorten_layer(self.cache, number, frame, self.prefill.lengths[number], self.cached)
         elif self.step is not None:
             own = self.step.expect(self.cache, number)

@@ -21,6 +21,8 @@ from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.temperature import lacking_scale, scaled_queries
 from tokenprune.errors import UnsupportedError
 
+INPUT_NORMS = ("input_layernorm", "operator_norm")
+
 
 class KeysAhead:
     """Output of a layer's key projection, computed ahead, which the layer can use instead of computing it again.
@@ -158,7 +160,7 @@ def look_ahead(
         UnsupportedError: the layer has no `input_layernorm` or readable attention.
     """
     block, attention = decoder.layers[layer], decoder.attention(layer)
-    norm = getattr(block, "input_layernorm", None)
+    norm: Any = next((getattr(block, name) for name in INPUT_NORMS if hasattr(block, name)), None)
     if norm is None:
         raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
     found: list[AttentionCall] = []

@@ -44,8 +44,13 @@ class SharedPrefix:
         self._length = min(length, valid.shape[1] - max(self._starts) - 1)
         self._span: _Span | None = None
         self._fits: dict[tuple[int, ...], tuple[Any, bool]] = {}
-        self._possible = decoder.attention_name in ("sdpa", "eager") and not (
-            torch.is_grad_enabled() or decoder.module.training or is_compiled_run() or hooks_on(decoder.module)
+        # a layer that keeps a state would have to hand it on to the rest of each row
+        self._possible = (
+            decoder.attention_name in ("sdpa", "eager")
+            and all(decoder.attends)
+            and not (
+                torch.is_grad_enabled() or decoder.module.training or is_compiled_run() or hooks_on(decoder.module)
+            )
         )
 
     def stop(self) -> None:
@@ -101,7 +106,7 @@ class SharedPrefix:
 
     def _applies(self, span: _Span, number: int, kwargs: dict[str, Any]) -> bool:
         """Whether a layer's arguments can be split, and its prefix is the same in all rows."""
-        if scales_by_place(self._decoder.attention(number)):
+        if scales_by_place(self._decoder.attention_of(number)):
             return False  # it would count the places of the rest from its first column
         others = (value for name, value in kwargs.items() if name not in _SPLIT)
         if "past_key_values" not in kwargs or any(isinstance(value, (Tensor, tuple)) for value in others):

@@ -14,8 +14,11 @@ from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
 
-@pytest.mark.parametrize("kinds", [None, ["full_attention"] * 4, ["sliding_attention", "full_attention"] * 2])
-def test_self_attention_of_any_width_is_taken(kinds: list[str] | None) -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [None, ["full_attention"] * 4, ["sliding_attention", "chunked_attention"] * 2, ["linear_attention", "conv"] * 2],
+)
+def test_layers_that_attend_or_keep_a_state_are_taken(kinds: list[str] | None) -> None:
     model = tiny_llama()
     model.config.layer_types = kinds
     assert find_decoder(model).module is model.model
@@ -24,8 +27,8 @@ def test_self_attention_of_any_width_is_taken(kinds: list[str] | None) -> None:
 @pytest.mark.parametrize(
     ("attribute", "value", "named"),
     [
-        ("layer_types", ["linear_attention", "full_attention"] * 2, "linear_attention"),
-        ("layer_types", ["chunked_attention", "conv"] * 2, "chunked_attention, conv"),
+        ("layer_types", ["mamba", "full_attention"] * 2, "mamba"),
+        ("layer_types", ["linear_attention", "mamba", "hybrid", "full_attention"], "hybrid, mamba"),
         ("cross_attention_layers", [1, 3], "cross_attention"),
     ],
 )
@@ -33,7 +36,8 @@ def test_layers_of_other_kinds_are_refused_before_anything_runs(attribute: str, 
     model = tiny_llama()
     setattr(model.config, attribute, value)
     image_tokens = torch.zeros(1, 8, dtype=torch.bool)
-    told = f"LlamaModel has layers of type {named}; only decoders whose layers are all self-attention are supported"
+    told = f"LlamaModel has layers of type {named}; only decoders whose layers all attend to the sequence or keep a "
+    told += "state of it are supported"
     with pytest.raises(UnsupportedError, match=told), tp.prune(model, tp.strategy("fastv"), image_tokens=image_tokens):
         pass
     with pytest.raises(UnsupportedError, match=told):

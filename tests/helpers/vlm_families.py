@@ -16,6 +16,7 @@ import torch
 import transformers
 import vlm_configs as configs
 import vlm_more_configs as more
+import vlm_other_layers as others
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vlm_configs import BOS, CROP, IMAGE, PAD, SPECIAL, VIDEO
@@ -147,8 +148,9 @@ class Family:
 
     def decoder(self, model: Any) -> nn.Module:
         """The text stack: layers, norm, rotary_emb."""
-        found: nn.Module = getattr(model.model, "language_model", None) or model.model.text_model
-        return found
+        found = getattr(model.base_model, "language_model", None) or model.base_model.text_model
+        inner: nn.Module = getattr(found, "model", found)  # Llama 4's has a head of its own
+        return inner
 
 
 clip = fixed("CLIPImageProcessor", CROP, 16, crop_size={"height": CROP, "width": CROP})
@@ -198,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         Family("paligemma2", configs.paligemma2, siglip, finish=prefix, image_first=True, eager_text=True),
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
+        Family("llama4", others.llama4, others.see_llama4),
     )
 }
 

@@ -18,6 +18,7 @@ _CONFIG_NAMES = {
     "head_dim": "head_dim",
     "vocab": "vocab_size",
 }
+_STATES = {"linear_attention", "conv"}
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 NAMED: dict[str, dict[str, int]] = {
     "7b": {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "vocab": 32000},
@@ -116,7 +117,7 @@ class DecoderSpec(BaseModel):
 
         Raises:
             OptionError: a size is missing or does not fit.
-            UnsupportedError: a mixture of experts, whose cost depends on routing.
+            UnsupportedError: a mixture of experts, whose cost depends on routing, or layers of another kind.
         """
         text = _get(config, "text_config")
         source = config if text is None else text
@@ -125,6 +126,12 @@ class DecoderSpec(BaseModel):
                 raise UnsupportedError(
                     f"config: {name}={_get(source, name)} found; the cost model counts dense decoders only"
                 )
+        others = {*(_get(source, "layer_types") or ())} & _STATES
+        if others:
+            raise UnsupportedError(
+                f"config: layers of type {', '.join(sorted(others))} found; the cost model counts attention in every "
+                "layer"
+            )
         sizes = {ours: _get(source, theirs) for ours, theirs in _CONFIG_NAMES.items()}
         sizes.update({name: value for name, value in changes.items() if value is not None})
         return cls.of(**sizes, gated_mlp=gated_mlp)

@@ -21,6 +21,7 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.reads.attention_tap import tap
 from tokenprune.engine.sequence.deepstack import DeepStack
+from tokenprune.engine.sequence.temperature import scaled_queries
 from tokenprune.errors import EngineError, PluginError, UnsupportedError
 
 
@@ -82,7 +83,14 @@ class Call:
             self.uncached, self.cache = True, None
         drafted = prefill.layout.on_host.drafted
         columns = 0 if drafted is None else int(drafted.any(0).sum())
-        self.cached = CachedPrefill(lease, length, prefill.trace.ledger, columns, max_cache_len(self.cache))
+        self.cached = CachedPrefill(
+            lease,
+            length,
+            prefill.trace.ledger,
+            columns,
+            max_cache_len(self.cache),
+            prefill.decoder.keeps_states,
+        )
         if prefill.planned:
             self.check_prunable(prefill)
         if self.cache is not None and hasattr(self.cache, "layers"):
@@ -95,7 +103,7 @@ class Call:
     def check_prunable(self, prefill: Prefill) -> None:
         """Raise UnsupportedError if a prefill with stages cannot be pruned correctly."""
         if self.cache is not None:
-            check_cache(self.cache)
+            check_cache(self.cache, prefill.decoder.attends)
         if self.cached is not None:
             self.cached.check_room(self.cached.length)
         refuse_packed(self.inputs, prefill.layout.valid)
@@ -119,7 +127,7 @@ class Call:
             if frame is not None:
                 if self.attentions:
                     raise _attentions_unsupported()
-                if self.cache is not None:
+                if self.cache is not None and self.prefill.decoder.attends[number]:
                     shorten_layer(self.cache, number, frame, self.prefill.lengths[number], self.cached)
         elif self.step is not None:
             own = self.step.expect(self.cache, number)
@@ -147,6 +155,9 @@ class Call:
             kwargs: its keyword arguments.
         """
         prefill = self.prefill
+        if prefill is not None and (lacking := prefill.lacking_scale(number)) is not None:
+            with scaled_queries(decoder.attention(number), lacking):
+                return original(*args, **kwargs)
         if prefill is not None and prefill.reads.keys_ahead is not None:
             with prefill.reads.keys_ahead.handed_on(args[0]):
                 return original(*args, **kwargs)

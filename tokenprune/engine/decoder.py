@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,13 @@ from tokenprune.core.stage import Shape
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.utils.arguments import shown
+
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Types of layers that attend to the sequence, each to the positions that its mask shows."""
+STATES = frozenset({"linear_attention", "conv"})
+"""Types of layers that run over the sequence in order, and keep a state instead of keys: linear attention, short
+convolutions. Padding is told to them by a 2-D mask, and must stand before a row's tokens."""
+NORMS = ("norm", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,39 @@ class Decoder:
     called: tuple[nn.Module, ...]
     rotary: nn.Module
 
-    def attention(self, layer: int) -> nn.Module:
-        """The attention module of a layer. Raises UnsupportedError if it has none that can be tapped."""
-        for child in self.layers[layer].children():
+    def attention_of(self, layer: int) -> nn.Module | None:
+        """The attention module of a layer; None if it has none that can be tapped."""
+        for child in self.layers[layer].children() if self.attends[layer] else ():
             attention: nn.Module = uncompiled(child)
             if hasattr(attention, "config") and hasattr(attention, "layer_idx"):
                 return attention
+        return None
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer. Raises UnsupportedError if it has none that can be tapped."""
+        found = self.attention_of(layer)
+        if found is not None:
+            return found
         raise UnsupportedError(
             f"layer {layer} of {type(self.module).__name__} has no attention module of transformers; its attention "
             "cannot be read"
         )
+
+    @cached_property
+    def attends(self) -> tuple[bool, ...]:
+        """For each layer, whether it attends to the sequence; the others keep a state."""
+        types: Any = getattr(self.module.config, "layer_types", None)
+        return tuple(kind not in STATES for kind in types[: len(self.layers)]) if types else (True,) * len(self.layers)
+
+    @property
+    def keeps_states(self) -> bool:
+        """True if some layers keep a state."""
+        return not all(self.attends)
+
+    @property
+    def norm(self) -> Any:
+        """The module that its output has passed."""
+        return next(getattr(self.module, name) for name in NORMS if hasattr(self.module, name))
 
     def is_observed(self, layer: int) -> bool:
         """True if other code observes the states between a layer and the next one, as `output_hidden_states=True` does.
@@ -108,14 +139,25 @@ class Decoder:
         """
         return Shape(len(self.layers), TYPICAL_TOKENS, 0, tower_layers, self.offers | vision, self.heads)
 
-    def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Rotary tables (cos, sin) [batch, n, D] for positions [batch, n] in a layer, from `rotary` if given."""
+    def tables(self, layer: int, hidden: Tensor, ids: Tensor, rotary: nn.Module | None = None) -> tuple[Tensor, ...]:
+        """Rotary tables, cos and sin [batch, n, D] or one complex [batch, n, D / 2], for positions [batch, n] in a
+        layer, from `rotary` if given."""
         rotary = rotary or self.rotary
         types: Any = getattr(self.module.config, "layer_types", None)
         typed = "layer_type" in inspect.signature(rotary.forward).parameters
         extra = {"layer_type": types[layer]} if typed else {}
-        cos, sin = rotary(hidden, position_ids=ids, **extra)
-        return cos, sin
+        made: Any = rotary(hidden, position_ids=ids, **extra)
+        return (made,) if isinstance(made, Tensor) else tuple(made)
+
+    def check_padding(self, layer: int) -> None:
+        """Raise UnsupportedError if padding, though zeroed, would change the empty state of a layer."""
+        mixers = [part for part in self.layers[layer].children() if hasattr(part, "layer_idx")]
+        parts = [part for mixer in mixers for part in mixer.modules() if isinstance(part, (nn.Linear, nn.Conv1d))]
+        if any(part.bias is not None for part in parts):
+            raise UnsupportedError(
+                f"layer {layer} of {type(self.module).__name__} adds biases to padding, which would change its state: "
+                "rows of a batch that keep different numbers of tokens are not supported; call the model row by row"
+            )
 
     def check_mask(self, mask: Any) -> None:
         """Raise UnsupportedError for a mask that cannot be shortened; names the attention implementation."""
@@ -154,7 +196,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         for module in modules_of(model)
         if isinstance(module._modules.get("layers"), nn.ModuleList)  # fast, since this runs over all modules
         and isinstance(getattr(module, "rotary_emb", None), nn.Module)
-        and hasattr(module, "norm")
+        and any(hasattr(module, name) for name in NORMS)
     ]
     if len(found) != 1:
         names = ", ".join(type(module).__name__ for module in found) or "none"
@@ -168,8 +210,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     other = other_layers(getattr(module, "config", None))
     if other:
         raise UnsupportedError(
-            f"{type(module).__name__} has layers of type {', '.join(other)}; only decoders whose layers are all "
-            "self-attention are supported"
+            f"{type(module).__name__} has layers of type {', '.join(other)}; only decoders whose layers all "
+            "attend to the sequence or keep a state of it are supported"
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
@@ -181,14 +223,15 @@ def _near(model: nn.Module) -> str:
     lacking = []
     for module in modules_of(model):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
-            missing = [name for name in ("rotary_emb", "norm") if not hasattr(module, name)]
+            missing = [] if hasattr(module, "rotary_emb") else ["rotary_emb"]
+            missing += [] if any(hasattr(module, name) for name in NORMS) else ["norm"]
             lacking.append(f"{type(module).__name__} has no {' and no '.join(missing)}")
     return f" ({'; '.join(lacking)})" if lacking else ""
 
 
 def other_layers(config: Any) -> list[str]:
-    """The types of layers in a decoder's configuration that are not self-attention over the sequence."""
-    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    """The types of layers in a decoder's configuration that neither attend to the sequence nor keep a state of it."""
+    kinds = {*(getattr(config, "layer_types", None) or ())} - ATTENTION - STATES
     if getattr(config, "cross_attention_layers", None):
         kinds.add("cross_attention")
     return sorted(kinds)

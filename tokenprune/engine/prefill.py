@@ -20,6 +20,7 @@ from tokenprune.core.reads import (
     TextStates,
 )
 from tokenprune.core.scheduling.plan import PlannedStage
+from tokenprune.core.scheduling.requirements import check_layers
 from tokenprune.core.scheduling.scheduler import TokenScheduler
 from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.strategy import Strategy
@@ -32,6 +33,7 @@ from tokenprune.engine.sequence.deepstack import DeepStack
 from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.layer_inputs import LayerInputs
 from tokenprune.engine.sequence.shared_prefix import SharedPrefix
+from tokenprune.engine.sequence.temperature import lacking_scale
 from tokenprune.errors import EngineError
 
 
@@ -72,6 +74,7 @@ class Prefill(TokenScheduler):
             seed=seed,
             strict=strict,
         )
+        check_layers(self.strategy.name, self.model, [planned.stage for planned in self.planned], decoder.attends)
         due = {layer: self.reads_before(layer) for layer in self._due}
         self.reads = DecoderReads(decoder, due, self.strategy.name)
         self.earlier_caches = EarlierCaches(layout.on_host.valid)
@@ -201,6 +204,11 @@ class Prefill(TokenScheduler):
         hidden, self._absent_states = (self.full, None) if self._frame is None else self._frame.split(self.full)
         return hidden
 
+    def lacking_scale(self, layer: int) -> Tensor | None:
+        """What the queries of a layer lack on its frame; see `sequence.temperature`."""
+        frame = self.frames[layer]
+        return None if frame is None else lacking_scale(self.decoder.attention_of(layer), frame)
+
     def after_layer(self, layer: int, hidden: Tensor, full: bool = False) -> Tensor:
         """The states to pass to the next layer.
 
@@ -278,8 +286,7 @@ class Prefill(TokenScheduler):
         return LayerInput(layer, hidden, kwargs, whole, frame, self.state.active)
 
     def _normed(self, states: Tensor, normed: bool) -> Tensor:
-        norm: Any = self.decoder.module.norm
-        return norm(states).to(states.device) if normed else states
+        return self.decoder.norm(states).to(states.device) if normed else states
 
     def _next_frame(self) -> GatheredSequence | None:
         if self._inputs.length is None and torch.equal(self.active, self.layout.on_host.slots >= 0):
@@ -289,7 +296,7 @@ class Prefill(TokenScheduler):
             raise EngineError(
                 f"strategy {self.strategy.name!r} left a batch row without tokens; rows need at least one text token"
             )
-        return GatheredSequence.of(present).to(self.layout.valid.device)
+        return GatheredSequence.of(present, self.decoder.keeps_states).to(self.layout.valid.device)
 
     def _present(self) -> Tensor:
         """bool [batch, S], on the host: text, and the image tokens that are active."""

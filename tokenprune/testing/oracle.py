@@ -27,7 +27,8 @@ def masked_full_length(
     """Final hidden states (after the final norm) [batch, S, width] of a scripted schedule; gradients flow.
 
     Args:
-        decoder: a decoder stack of LLaMA's or Gemma 3's shape (layers, rotary_emb, norm), sliding windows included.
+        decoder: a decoder stack of LLaMA's or Gemma 3's shape (layers, rotary_emb, norm), sliding windows and chunks
+            included.
         embeds: [batch, S, width].
         layout: of the batch.
         script: the decisions.
@@ -52,7 +53,12 @@ def masked_full_length(
         ids = position_ids if renumbered is None else renumbered
         output = layer(
             hidden,
-            attention_mask=_mask(present, _window(decoder.config, number), removed[number], decoded),
+            attention_mask=_mask(
+                present,
+                _seen(decoder.config, number, layout.valid),
+                removed[number],
+                decoded,
+            ),
             position_embeddings=rotary_tables(decoder, number, hidden, ids),
             position_ids=ids,
         )
@@ -133,11 +139,17 @@ class _Masked:
         return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).masked_fill(itself, 0)
 
 
-def _window(config: Any, layer: int) -> int | None:
-    """The sliding window of a layer in positions, the current one included; None = no window."""
+def _seen(config: Any, layer: int, valid: Tensor) -> Tensor:
+    """Bool [batch or 1, S, S], the keys that a layer of this kind sees, pruned ones and padding included."""
+    places = torch.arange(valid.shape[1])
+    causal = places[None, :] <= places[:, None]
     types = getattr(config, "layer_types", None)
-    slides = types is None or types[layer] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if slides else None
+    kind = "sliding_attention" if types is None else types[layer]
+    if kind == "chunked_attention":  # counted from the first token of a row
+        chunks = (places - valid.int().argmax(1, keepdim=True)).div(config.attention_chunk_size, rounding_mode="floor")
+        return causal & (chunks[:, None, :] == chunks[:, :, None])
+    window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else None
+    return (causal if window is None else causal & (places[:, None] - places[None, :] < window))[None]
 
 
 def rotary_tables(decoder: Any, layer: int, hidden: Tensor, ids: Tensor) -> Any:
@@ -161,14 +173,11 @@ def _removed_from_caches(embeds: Tensor, layout: SequenceLayout, script: Scripte
     return removed
 
 
-def _mask(present: Tensor, window: int | None, removed: Tensor, decoded: int) -> Tensor:
+def _mask(present: Tensor, seen: Tensor, removed: Tensor, decoded: int) -> Tensor:
     length = present.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    if window is not None:
-        causal = causal.triu(1 - window)
     itself = torch.eye(length, dtype=torch.bool)  # hidden positions see themselves: their output is discarded
     later = (torch.arange(length) >= length - decoded)[:, None]
-    seen = (causal & present[:, None, :] & ~(later & removed[:, None, :])) | itself
+    seen = (seen & present[:, None, :] & ~(later & removed[:, None, :])) | itself
     return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
 
 

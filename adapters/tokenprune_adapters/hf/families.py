@@ -80,4 +80,5 @@ FAMILIES: dict[str, Family] = {
     "ovis2": _unread("Ovis2"),
     "lighton_ocr": _unread("LightOnOCR"),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
+    "llama4": _unread("Llama 4"),
 }

@@ -162,4 +162,6 @@ def _flat(read: Read, value: Tensor) -> Tensor:
 def _parts(output: Any) -> Sequence[Tensor]:
     """The image features that a model returned: together, or image by image."""
     features = getattr(output, "pooler_output", output)
+    if features is None:  # Llama 4's, before the projector, which takes each alone
+        features = output.last_hidden_state
     return [features] if isinstance(features, Tensor) else features

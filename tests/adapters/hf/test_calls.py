@@ -285,6 +285,8 @@ def test_a_conversation_is_known_by_its_cache_wherever_it_stands_among_the_argum
 
 @names
 def test_beam_search_equals_recomputation(name):
+    if name == "llama4":
+        pytest.skip("llama4 itself does not repeat its images for several sequences: ValueError")
     model, inputs = model_of(name), inputs_of(name)
     settings = {**GREEDY, "num_beams": 2}
     with torch.no_grad():

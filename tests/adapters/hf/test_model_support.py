@@ -100,7 +100,7 @@ def test_text_layers_with_cross_attention_have_it(kind: str) -> None:
     [
         ("florence2", ENCODER_DECODER),
         ("mllama", CROSS_ATTENTION),
-        ("llama4", "layers of type chunked_attention"),
+        ("qwen3_5", "layers of type linear_attention"),
         ("llava", None),
         ("car", None),
     ],

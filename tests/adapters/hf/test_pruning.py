@@ -205,9 +205,9 @@ def test_kept_tokens_stand_at_the_positions_of_the_full_run(name):
     tables: list[list[torch.Tensor]] = []
 
     def look(module, args, kwargs):
-        tables.append(
-            [table.expand(*table.shape[:-3], 2, *table.shape[-2:]) for table in kwargs["position_embeddings"]]
-        )
+        given = kwargs["position_embeddings"]
+        both = [given] if isinstance(given, torch.Tensor) else given  # cos and sin, or one complex table
+        tables.append([table.expand(*table.shape[:-3], 2, *table.shape[-2:]) for table in both])
 
     def watched(run):
         tables.clear()

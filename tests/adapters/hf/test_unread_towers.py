@@ -23,6 +23,7 @@ GRIDS = {
     "pp_chart2table": (4, 4),
     "ovis2": (3, 3),
     "deepseek_vl_hybrid": (4, 4),
+    "llama4": (3, 3),
 }
 COUNTS = {"aria": 9, "idefics2": 9}  # learned queries, which have no place
 names = pytest.mark.parametrize("name", UNREAD)

@@ -39,16 +39,23 @@ class CachedPrefill:
         ledger: ledger of the prefill.
         drafted: how many of the last positions are of drafted answers: later steps count them as decoded.
         max_cache_len: of a static cache; None = the cache grows.
+        keeps_states: whether some layers keep a state, which no call can undo.
 
     Attributes:
         failed: whether a step failed that may have filled some layers only.
     """
 
     def __init__(
-        self, lease: Lease, length: int, ledger: Ledger, drafted: int = 0, max_cache_len: int | None = None
+        self,
+        lease: Lease,
+        length: int,
+        ledger: Ledger,
+        drafted: int = 0,
+        max_cache_len: int | None = None,
+        keeps_states: bool = False,
     ) -> None:
         self.lease, self.length, self.ledger, self.drafted = lease, length, ledger, drafted
-        self.max_cache_len = max_cache_len
+        self.max_cache_len, self.keeps_states = max_cache_len, keeps_states
         self.failed = False
 
     def check_room(self, length: int) -> None:
@@ -138,6 +145,7 @@ class PrunedLayer(CacheLayerMixin):
         if self.prefill is None:
             return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
         if not (self.expected and self.prefill.lease.open):
+            self.prefill.failed |= self.prefill.keeps_states  # layers before this one have run
             raise self.prefill.refusal()
         self.expected = False
         return self._append(key_states, value_states)
@@ -203,6 +211,7 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
         length = self.get_seq_length()
         left = length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length)
         if length and left < self.prefill.length:
+            self.prefill.failed |= self.prefill.keeps_states
             raise UnsupportedError(
                 f"cannot crop the KV cache to {left} of {length} tokens: {self.prefill.length} of them belong to a "
                 "prefill under tokenprune.prune(), and only tokens decoded since can be removed; start with an empty "

@@ -106,8 +106,9 @@ class CachedStep:
         """After an error: some layers of the cache may hold the new tokens already.
 
         Pruned layers are written anew by the next step, and growing ones tell their lengths. A static layer of
-        transformers does not, without waiting for the device.
+        transformers does not, without waiting for the device, nor does a state.
         """
+        self._cached.failed |= self._cached.keeps_states
         for own in getattr(cache, "layers", ()):
             if isinstance(own, StaticLayer) and not isinstance(own, PrunedLayer):
                 self._cached.failed = True

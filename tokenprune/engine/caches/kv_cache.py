@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tokenprune.errors import UnsupportedError
 
 _OLD: Any = getattr(cache_utils, "SlidingWindowLayer", None)  # its name in older releases
 _StaticSliding: Any = getattr(cache_utils, "StaticSlidingWindowLayer", _OLD)
+_States: Any = getattr(cache_utils, "LinearAttentionLayer", None)
 _REPLACEABLE = {DynamicLayer, DynamicSlidingWindowLayer, PrunedDynamicLayer}
 _REPLACEABLE |= {StaticLayer, _StaticSliding, PrunedStaticLayer}
 
@@ -37,7 +39,7 @@ def held_tokens(cache: Any) -> int:
     held = int(cache.get_seq_length())
     lengths = set()
     for own in getattr(cache, "layers", ()):
-        length = own.get_seq_length()
+        length = own.get_seq_length() if hasattr(own, "get_seq_length") else 0  # a state has no length
         if not isinstance(length, Tensor):  # transformers' static layers count on the device, which to ask takes time
             lengths.add(int(length))
     lengths.discard(0)  # a layer that shares keys and values of another is empty
@@ -54,13 +56,25 @@ def is_pruned(cache: Any) -> bool:
     return any(isinstance(own, PrunedLayer) for own in getattr(cache, "layers", ()))
 
 
-def check_cache(cache: Any) -> None:
+def check_cache(cache: Any, attends: Sequence[bool]) -> None:
     """Refuse a cache that the engine cannot prune.
 
+    Args:
+        cache: an empty cache.
+        attends: for each layer of the decoder, whether it attends to the sequence; the others keep a state.
+
     Raises:
-        UnsupportedError: the cache is neither a `DynamicCache` nor a `StaticCache` of a supported kind.
+        UnsupportedError: the cache is neither a `DynamicCache` nor a `StaticCache` of a supported kind, or has no
+            states for layers that keep one.
     """
-    kinds = {type(own) for own in getattr(cache, "layers", ())}
+    layers = getattr(cache, "layers", ())
+    if isinstance(cache, Cache) and not all(attends) and [type(own) is not _States for own in layers] != [*attends]:
+        names = ", ".join(sorted({type(own).__name__ for own in layers})) or "made one by one"
+        raise UnsupportedError(
+            f"KV cache with layers {names} does not fit a decoder some of whose layers keep a state; create it with "
+            "the decoder's config: DynamicCache(config=model.config)"
+        )
+    kinds = {type(own) for own in layers} - {_States}
     offloaded = bool(getattr(cache, "offloading", False)) and any(issubclass(kind, StaticLayer) for kind in kinds)
     if not isinstance(cache, Cache) or not kinds <= _REPLACEABLE or offloaded or kinds == {_StaticSliding}:
         names = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
@@ -85,6 +99,8 @@ def clear(cache: Cache) -> None:
             cache.layers[number] = StaticLayer(max_cache_len=own.max_cache_len)
         elif isinstance(own, PrunedLayer):
             cache.layers[number] = DynamicLayer()
+        elif _States is not None and isinstance(own, _States):
+            own.reset()
 
 
 def check_same_context(known: CachedPrefill | None, lease: Lease) -> CachedPrefill:
@@ -108,7 +124,7 @@ def check_same_context(known: CachedPrefill | None, lease: Lease) -> CachedPrefi
         )
     if known.failed:
         raise UnsupportedError(
-            "a call that continued this StaticCache failed, so that some of its layers may hold other tokens than the "
+            "a call that continued this KV cache failed, so that some of its layers may hold other tokens than the "
             "rest; start with an empty cache"
         )
     return known
@@ -153,7 +169,7 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill, earlier: E
     """
     layers: list[Any] = cache.layers
     for number, own in enumerate(layers):
-        if own.keys is None:
+        if getattr(own, "keys", None) is None:  # empty, or a state, which the layer left as it should be
             continue
         frame, renumbered = (own.frame, own.renumbered) if isinstance(own, PrunedLayer) else (None, None)
         if getattr(own, "is_sliding", False) and frame is None:

@@ -62,6 +62,14 @@ def refuse_observed(strategy: str) -> UnsupportedError:
     )
 
 
+def refuse_scaled(strategy: str) -> UnsupportedError:
+    """The error for queries that are scaled by their place, which a second run would scale by another one."""
+    return UnsupportedError(
+        f"strategy {strategy!r}: gradient checkpointing found with a prompt so long that the model scales its "
+        "attention by place, which the backward pass would not repeat; switch checkpointing off, or shorten the prompt"
+    )
+
+
 def refuse_cached(what: str) -> UnsupportedError:
     """The error for calls that need the KV cache that checkpointed layers do not fill."""
     return UnsupportedError(

@@ -63,7 +63,8 @@ def check_on(strategy: Strategy, model: Declared, decoder: Decoder | None = None
         UnsupportedError: the model contains no decoder.
     """
     decoder = decoder or find_decoder(model.decoder)
-    return check_fit(strategy, model.name, shape_on(model, decoder), multimodal_rope=decoder.multimodal_rope)
+    shape = shape_on(model, decoder)
+    return check_fit(strategy, model.name, shape, multimodal_rope=decoder.multimodal_rope, attends=decoder.attends)
 
 
 @dataclass(frozen=True)

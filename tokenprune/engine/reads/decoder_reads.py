@@ -28,7 +28,7 @@ from tokenprune.engine.reads.from_layer import from_layer, position_kernel, quer
 from tokenprune.engine.reads.look_ahead import KeysAhead, look_ahead
 from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.layer_inputs import LayerInputs
-from tokenprune.engine.sequence.positions import no_rotation, shifted_tables, tables_of
+from tokenprune.engine.sequence.positions import cos_and_sin, for_layer, no_rotation, shifted_tables, tables_of
 from tokenprune.errors import EngineError, InputError, PluginError
 
 
@@ -169,10 +169,10 @@ class DecoderReads:
                 apart = self._from_first(given, layout, inputs)
             elif given.frame is not None:
                 apart = tuple(given.frame.prefill_table(table) for table in apart)
-            return rotary_tables(apart, layout, given.frame, given.active)
+            return rotary_tables(cos_and_sin(apart), layout, given.frame, given.active)
         if isinstance(read, PositionKernel):
             scaling = float(getattr(self._decoder.attention(given.layer), "scaling"))  # noqa: B009
-            return position_kernel(read, now, scaling, layout, given.frame)
+            return position_kernel(read, cos_and_sin(now), scaling, layout, given.frame)
         rows = query_places(read.query, layout, given.frame)
         seen = self._look_ahead(given, now if read.rotary else no_rotation(now), rows)
         return from_layer(read, seen, layout, given.frame, given.active)
@@ -187,7 +187,7 @@ class DecoderReads:
         self, given: LayerInput, tables: tuple[Tensor, ...], rows: Tensor | None = None, values: bool = False
     ) -> AttentionCall:
         """See `look_ahead`; with other rotary tables than the layer's own."""
-        kwargs = {**given.kwargs, "position_embeddings": tables}
+        kwargs = {**given.kwargs, "position_embeddings": for_layer(tables)}
         ahead = look_ahead(self._decoder, given.layer, given.hidden, kwargs, given.frame, rows, values)
         self.costs.append(ahead.cost)
         self.keys_ahead = ahead.keys

@@ -18,7 +18,10 @@ from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.engine.sequence.gathered import GatheredSequence
+from tokenprune.engine.sequence.temperature import lacking_scale, scaled_queries
 from tokenprune.errors import UnsupportedError
+
+INPUT_NORMS = ("input_layernorm", "operator_norm")
 
 
 class KeysAhead:
@@ -157,7 +160,7 @@ def look_ahead(
         UnsupportedError: the layer has no `input_layernorm` or readable attention.
     """
     block, attention = decoder.layers[layer], decoder.attention(layer)
-    norm = getattr(block, "input_layernorm", None)
+    norm: Any = next((getattr(block, name) for name in INPUT_NORMS if hasattr(block, name)), None)
     if norm is None:
         raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
     found: list[AttentionCall] = []
@@ -181,6 +184,7 @@ def look_ahead(
             projection = getattr(attention, name, None)
             if projection is not None:
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
+        undo.enter_context(scaled_queries(attention, lacking_scale(attention, frame)))
         normed = norm(hidden.to(device))
         attention(normed, **wanted)
     ready = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,12 +18,14 @@ class GatheredSequence:
     """The positions of the full sequence that a shortened one (a *frame*) contains, in order.
 
     Rows shorter than the longest are filled at the *end* with copies of their last token; fillers are masked as keys
-    and never written back.
+    and never written back. For a decoder with layers that keep a state they stand *first*, with copies of the first
+    token: there such layers take them for padding, which leaves an empty state as it is.
 
     Attributes:
         index: int64 [batch, M], full-sequence positions.
         filled: bool [batch, M], False on fillers.
         length: S, length of the full sequence.
+        fillers_first: whether fillers stand before a row's tokens.
         host: the same frame in the host's memory, which answers what would have to be waited for; None = this one is
             there, or it was not kept.
     """
@@ -31,12 +33,18 @@ class GatheredSequence:
     index: Tensor
     filled: Tensor
     length: int
+    fillers_first: bool = False
     host: GatheredSequence | None = None
 
     @classmethod
-    def of(cls, present: Tensor) -> GatheredSequence:
+    def of(cls, present: Tensor, fillers_first: bool = False) -> GatheredSequence:
         """The frame of bool [batch, S] `present`; every row must hold at least one position."""
         positions = true_positions(present)
+        if fillers_first:
+            missing = (positions < 0).sum(1, keepdim=True)
+            steps = torch.arange(positions.shape[1], device=positions.device) - missing
+            index, filled = positions.gather(1, steps.clamp(min=0)), steps >= 0
+            return cls(index, filled, present.shape[1], fillers_first=True)
         # fillers repeat a real position, to gather finite numbers, and come last, where causal attention hides them
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
@@ -46,7 +54,7 @@ class GatheredSequence:
         if device == self.index.device:
             return self
         index, filled = (part.to(device, non_blocking=True) for part in (self.index, self.filled))
-        return GatheredSequence(index, filled, self.length, host=self)
+        return replace(self, index=index, filled=filled, host=self)
 
     @property
     def on_host(self) -> GatheredSequence:
@@ -56,7 +64,7 @@ class GatheredSequence:
     def rows(self, rows: Tensor) -> GatheredSequence:
         """The frame of a new batch whose rows are int64 [new batch] of this one's."""
         rows = rows.to(self.index.device)
-        return GatheredSequence(self.index[rows], self.filled[rows], self.length)
+        return replace(self, index=self.index[rows], filled=self.filled[rows], host=None)
 
     @property
     def width(self) -> int:
@@ -132,7 +140,7 @@ class GatheredSequence:
         """The model's mask for the full sequence, cut down to this frame.
 
         A 2-D mask is [batch, S]; a 4-D one [batch or 1, heads or 1, S, S], bool (True = visible) or additive. Without
-        a mask (plain causal attention) none is needed: the order is kept, and causality hides fillers at the end.
+        a mask see `new_mask`.
         """
         index = self.index.to(mask.device)
         if mask.dim() == 2:
@@ -141,6 +149,21 @@ class GatheredSequence:
         mask = mask.expand(len(index), *mask.shape[1:])
         rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         return self._columns(rows, self.index, self.filled)
+
+    def new_mask(self, attends: bool, two_d: bool) -> Tensor | None:
+        """The mask of a layer whose full sequence has none; None = it needs none here either.
+
+        Args:
+            attends: whether the layer attends to the sequence. Others take a 2-D mask, of padding.
+            two_d: whether the attention implementation takes 2-D masks.
+        """
+        if not self.fillers_first or not self.ragged:
+            return None  # causality hides fillers at the end
+        if two_d or not attends:
+            return self.filled
+        causal = torch.ones(self.width, self.width, dtype=torch.bool, device=self.index.device).tril()
+        itself = torch.eye(self.width, dtype=torch.bool, device=self.index.device)  # fillers see themselves
+        return ((causal & self.filled[:, None]) | itself)[:, None]
 
     def decode_mask(
         self, mask: Tensor | None, new: int, past: int, room: int | None = None, *, two_d: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.sequence.gathered import GatheredSequence
-from tokenprune.engine.sequence.positions import first_tables, new_tables, tables_of, where_renumbered
+from tokenprune.engine.sequence.positions import first_tables, for_layer, new_tables, tables_of, where_renumbered
 
 T = TypeVar("T")
 
@@ -89,7 +89,8 @@ class LayerInputs:
         if frame is not self._frame:  # a new stage
             self._frame, self._cuts = frame, SharedArguments()
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids)
-        kwargs.update(self._cuts.once((mask, ids, *tables), make))
+        attends = self.decoder.attends[layer]  # layers of both kinds may have no mask
+        kwargs.update(self._cuts.once((attends, mask, ids, *tables), make))
 
     def first_tables(self, tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
         """See `positions.first_tables`; asked once for the same tables, since a device has to be waited for."""
@@ -141,8 +142,11 @@ class LayerInputs:
             renumbered = new_tables(self.decoder, layer, hidden, new)
             cut = tuple([where_renumbered(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
             short = new if short is None else where_renumbered(self.length, new, short)
+        attends, two_d = self.decoder.attends[layer], "flash" in self.decoder.attention_name
+        if not attends and frame.ragged:
+            self.decoder.check_padding(layer)
         return {
-            "attention_mask": None if mask is None else frame.prefill_mask(mask),
-            "position_embeddings": cut,
+            "attention_mask": frame.new_mask(attends, two_d) if mask is None else frame.prefill_mask(mask),
+            "position_embeddings": for_layer(cut),
             "position_ids": short,
         }

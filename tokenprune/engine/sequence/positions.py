@@ -14,23 +14,39 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.errors import UnsupportedError
 
 
-def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Rotary tables (cos, sin) among a layer's keyword arguments.
+def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Rotary tables among a layer's keyword arguments: cos and sin, or one complex table.
 
     Raises:
         UnsupportedError: the layer has none.
     """
     tables = kwargs.get("position_embeddings")
-    if (
-        isinstance(tables, tuple)
-        and len(tables) == 2
-        and isinstance(tables[0], Tensor)
-        and isinstance(tables[1], Tensor)
-    ):
+    if isinstance(tables, Tensor) and tables.is_complex():
+        return (tables,)
+    if isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables):
         return tables
     raise UnsupportedError(
         "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"
     )
+
+
+def for_layer(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+    """Rotary tables as the layers take them: undoes `tables_of`."""
+    return tables if len(tables) == 2 else tables[0]
+
+
+def cos_and_sin(tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Cos and sin for each channel of rotary tables; those of a complex number turn two channels that follow."""
+    if len(tables) == 1:
+        cos, sin = (part.repeat_interleave(2, -1) for part in (tables[0].real, tables[0].imag))
+    else:
+        cos, sin = tables
+    return cos, sin
+
+
+def _in_form_of(tables: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Undo `cos_and_sin`."""
+    return (cos, sin) if len(tables) == 2 else (torch.complex(cos[..., ::2], sin[..., ::2]),)
 
 
 def fresh_rotary(rotary: nn.Module) -> nn.Module:
@@ -56,8 +72,8 @@ def fresh_rotary(rotary: nn.Module) -> nn.Module:
     return fresh  # type: ignore[no-any-return]
 
 
-def new_tables(decoder: Decoder, layer: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary tables (cos, sin) [batch, n, D] of a layer for a sequence with these positions.
+def new_tables(decoder: Decoder, layer: int, hidden: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """Rotary tables [batch, n, D] of a layer for a sequence with these positions.
 
     Args:
         decoder: the decoder; its rotary module is not changed.
@@ -85,7 +101,7 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
     """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0.
 
     Args:
-        tables: cos and sin, [..., batch or 1, S, D].
+        tables: [..., batch or 1, S, D].
         valid: bool [batch, S], False on padding.
     """
     first = valid.int().argmax(1)[:, None, None]
@@ -94,31 +110,33 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
         table = table.expand(*table.shape[:-3], len(valid), *table.shape[-2:])
         where = first.to(table.device).expand(*table.shape[:-2], 1, table.shape[-1])
         taken.append(table.gather(-2, where))
-    return tuple(taken) if bool(taken[1].any()) else None  # sin 0 = 0
+    sin = taken[-1].imag if len(taken) == 1 else taken[1]
+    return tuple(taken) if bool(sin.any()) else None  # sin 0 = 0
 
 
 def no_rotation(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Rotary tables (cos, sin) with which queries and keys stay as they were projected."""
-    cos, sin = tables
-    return torch.ones_like(cos), torch.zeros_like(sin)
+    """Rotary tables with which queries and keys stay as they were projected."""
+    cos, sin = cos_and_sin(tables)
+    return _in_form_of(tables, torch.ones_like(cos), torch.zeros_like(sin))
 
 
 def shifted_tables(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Tensor | None) -> tuple[Tensor, ...]:
     """Rotary tables shifted so that the position of `first` becomes 0: its angle is subtracted in each channel.
 
     Args:
-        tables: cos and sin, [..., batch, M, D].
-        first: cos and sin of one position, [..., batch, 1, D].
+        tables: [..., batch, M, D].
+        first: of one position, [..., batch, 1, D].
         length: int64 [batch], −1 in rows that were not renumbered; None = no row was.
     """
-    (cos, sin), (away, up) = ([table.float() for table in pair] for pair in (tables, first))
+    own = cos_and_sin(tables)
+    (cos, sin), (away, up) = ([table.float() for table in pair] for pair in (own, cos_and_sin(first)))
     scale = torch.hypot(away, up)  # tables may include an attention scaling factor
     if length is not None:
         # renumbered rows already begin at 0
         away, up = where_renumbered(length, scale, away), where_renumbered(length, torch.zeros_like(up), up)
     # cos (a − b) and sin (a − b); the product has the factor twice, so divide by it once
     turned = (cos * away + sin * up) / scale, (sin * away - cos * up) / scale
-    return tuple(new.to(table) for new, table in zip(turned, tables, strict=True))
+    return _in_form_of(tables, *(new.to(table) for new, table in zip(turned, own, strict=True)))
 
 
 def since_prefill(mask: Tensor | None, length: int, past: int, new: int) -> Tensor:
@@ -153,7 +171,7 @@ def renumber_step(
     """
     ids = length.to(hidden.device)[:, None] + since.to(hidden.device)
     # clamped, since −1 + since may be −1 in rows that keep the model's positions, where the result is not used
-    tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), kwargs["position_embeddings"], strict=True)
-    kwargs["position_embeddings"] = tuple(where_renumbered(length, new, kept) for new, kept in tables)
+    tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), tables_of(kwargs), strict=True)
+    kwargs["position_embeddings"] = for_layer(tuple([where_renumbered(length, new, kept) for new, kept in tables]))
     kept = kwargs.get("position_ids")
     kwargs["position_ids"] = ids if kept is None else where_renumbered(length, ids, kept)

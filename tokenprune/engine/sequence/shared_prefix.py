@@ -22,7 +22,8 @@ from tokenprune.engine.calls.interception import is_compiled_run
 from tokenprune.engine.calls.torch_compile import hooks_on
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.sequence.gathered import GatheredSequence, visible
-from tokenprune.engine.sequence.positions import tables_of
+from tokenprune.engine.sequence.positions import for_layer, tables_of
+from tokenprune.engine.sequence.temperature import scales_by_place
 
 _SPLIT = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
 
@@ -43,8 +44,13 @@ class SharedPrefix:
         self._length = min(length, valid.shape[1] - max(self._starts) - 1)
         self._span: _Span | None = None
         self._fits: dict[tuple[int, ...], tuple[Any, bool]] = {}
-        self._possible = decoder.attention_name in ("sdpa", "eager") and not (
-            torch.is_grad_enabled() or decoder.module.training or is_compiled_run() or hooks_on(decoder.module)
+        # a layer that keeps a state would have to hand it on to the rest of each row
+        self._possible = (
+            decoder.attention_name in ("sdpa", "eager")
+            and all(decoder.attends)
+            and not (
+                torch.is_grad_enabled() or decoder.module.training or is_compiled_run() or hooks_on(decoder.module)
+            )
         )
 
     def stop(self) -> None:
@@ -100,6 +106,8 @@ class SharedPrefix:
 
     def _applies(self, span: _Span, number: int, kwargs: dict[str, Any]) -> bool:
         """Whether a layer's arguments can be split, and its prefix is the same in all rows."""
+        if scales_by_place(self._decoder.attention_of(number)):
+            return False  # it would count the places of the rest from its first column
         others = (value for name, value in kwargs.items() if name not in _SPLIT)
         if "past_key_values" not in kwargs or any(isinstance(value, (Tensor, tuple)) for value in others):
             return False
@@ -175,7 +183,7 @@ class _Span:
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         return {
             "attention_mask": None if mask is None else self.own(mask.transpose(0, 1)).transpose(0, 1)[..., self._part],
-            "position_embeddings": tuple(map(self.own, tables_of(kwargs))),
+            "position_embeddings": for_layer(tuple(map(self.own, tables_of(kwargs)))),
             "position_ids": None if ids is None else self.own(ids[..., None])[..., 0],
         }
 
@@ -189,7 +197,7 @@ class _Span:
             mask = mask[:, :, self.width :]
         return {
             "attention_mask": mask,
-            "position_embeddings": tuple(table[..., self.width :, :] for table in tables_of(kwargs)),
+            "position_embeddings": for_layer(tuple([table[..., self.width :, :] for table in tables_of(kwargs)])),
             "position_ids": None if ids is None else ids[..., self.width :],
         }
 

@@ -40,6 +40,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+    "video_llava": {"<image>": IMAGE, "<video>": VIDEO},
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
 NAMED = {
@@ -69,6 +70,7 @@ HUB = {
     "aya_vision": "CohereLabs/aya-vision-8b",
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
+    "video_llava": "LanguageBind/Video-LLaVA-7B-hf",
 }
 """A released checkpoint of each family, which examples name."""
 VIDEO_PROCESSORS = {
@@ -79,6 +81,7 @@ VIDEO_PROCESSORS = {
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "smolvlm": "SmolVLMVideoProcessor",
+    "video_llava": "VideoLlavaVideoProcessor",
 }
 """Families whose processor has a part for videos, which needs torchvision."""
 
@@ -107,6 +110,7 @@ PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor", "vipllava": "LlavaProcessor"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "video_llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "deepseek_vl": {"num_image_tokens": 16},
     "aya_vision": {"patch_size": PATCH, "img_size": 24, "downsample_factor": 2, "image_token": "<image>"},
     "llava_next": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
@@ -154,6 +158,7 @@ def image_processor(name: str) -> Any:
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "llava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
         "vipllava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
+        "video_llava": ("VideoLlava", {"size": {"shortest_edge": CROP}, "crop_size": square}),
         "deepseek_vl": ("DeepseekVL", {"size": square}),
         "aya_vision": (
             "GotOcr2",

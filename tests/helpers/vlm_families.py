@@ -7,6 +7,7 @@ processor would give for a batch of two rows with an image each, random text aro
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import transformers
 import vlm_configs as configs
 import vlm_more_configs as more
+import vlm_video_configs as videos
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vlm_configs import BOS, CROP, IMAGE, PAD, SPECIAL, VIDEO
@@ -198,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         Family("paligemma2", configs.paligemma2, siglip, finish=prefix, image_first=True, eager_text=True),
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
+        Family("video_llava", videos.video_llava, clip, videos.watch_video_llava),
     )
 }
 
@@ -216,8 +219,11 @@ def _lacking(name: str) -> str | None:
         return f"transformers {transformers.__version__}: the adapter for its own models needs {OLDEST[0]}.{OLDEST[1]}"
     if VARIANTS.get(name, name) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return f"transformers {transformers.__version__}: {name} is not among its image-text-to-text models"
+    family = FAMILIES[name]
+    made = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[VARIANTS.get(name, name)]
+    if "pixel_values" not in inspect.signature(getattr(transformers, made).forward).parameters:
+        return f"transformers {transformers.__version__}: {made} has another name for pixel_values"
     try:
-        family = FAMILIES[name]
         family.see(family.config(), [[_picture(CROP, CROP, torch.Generator())]])
     except (AttributeError, ImportError) as error:
         return f"transformers {transformers.__version__} without torchvision: {str(error).strip().splitlines()[0]}"

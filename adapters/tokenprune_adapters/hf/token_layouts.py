@@ -188,6 +188,19 @@ class Frames(Arrangement):
         return pixels
 
 
+class ClsFrames(Arrangement):
+    """Video-LLaVA's videos: each frame is a crop, and its tokens begin with its [CLS], which counts as text."""
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """Each frame is an image."""
+        patches = Cells.square(tokens // crops - self.cut)
+        return Cells.joined([Cells.lone_separator(), patches] * crops if self.cut else [patches] * crops)
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """[CLS] gets zeros."""
+        return functional.pad(torch.cat(list(values)), (0, 0, self.cut, 0)).flatten(0, 1)
+
+
 class Merged(Arrangement):
     """Qwen2-VL: images of any size in one packed sequence; m × m consecutive patches become a token."""
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
+PIXELS = ("pixel_values", "mm_encoder_outputs")
+"""How the names of arguments with images or videos begin."""
 
 
 class _ThreadState(threading.local):
@@ -77,8 +79,8 @@ class TransformersCapture(VisionCapture):
     def _ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The input ids; with embeddings and images instead, ids of the placeholders only, found as the model does."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        given = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        if ids is not None or not isinstance(embeds, Tensor) or all(inputs.get(name) is None for name in given):
+        given = any(value is not None and name.startswith(PIXELS) for name, value in inputs.items())
+        if ids is not None or not isinstance(embeds, Tensor) or not given:
             return ids
         found = torch.full(embeds.shape[:2], -1, device=embeds.device)
         table = self.bound.base.get_input_embeddings()

@@ -107,7 +107,9 @@ def test_a_plain_language_model_is_asked_for_prompt_masks():
 @names
 def test_a_model_without_its_tower(name, value):
     model = FAMILIES[name].build()
-    part = next(part for part in ("vision_tower", "vision_model", "visual") if hasattr(model.model, part))
+    part = next(
+        part for part in ("vision_tower", "vision_model", "visual", "image_tower") if hasattr(model.model, part)
+    )
     if value is None:
         setattr(model.model, part, None)
     else:

@@ -56,7 +56,7 @@ def kept(name, inputs):
 
 def states_of(name, inputs):
     """[P, C] each: what enters the tower's first layer, and what leaves every layer, without [CLS]."""
-    model, blocks = model_of(name), blocks_of(model_of(name))
+    model, blocks = model_of(name), blocks_of(model_of(name), inputs)
     found = [[] for _ in range(len(blocks) + 1)]
 
     def note(number, state):
@@ -135,7 +135,9 @@ def test_contributions_are_those_that_the_family_is_known_for(name):
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     patches = {int(count) for count in (weights.abs() > 1e-6).sum(1)}
     one = {"llava", "llava_siglip", "vipllava", "deepseek_vl", "janus", "llava_next", "llava_next_video", "paligemma"}
-    assert patches == ({1} if name in (*one, "paligemma2") else {1, 4} if name == "llava_onevision" else {4})
+    assert patches == (
+        {1} if name in (*one, "paligemma2", "video_llava") else {1, 4} if name == "llava_onevision" else {4}
+    )
     windowed = "qwen2_5_vl", "qwen2_5_omni_thinker"
     consecutive = torch.equal(weights.argmax(1) // 4, torch.arange(len(weights)))
     assert consecutive == (name.startswith(PACKED) and name not in windowed)

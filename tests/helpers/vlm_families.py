@@ -201,6 +201,9 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
         Family("video_llava", videos.video_llava, clip, videos.watch_video_llava),
+        Family("paddleocr_vl", videos.paddleocr_vl, videos.see_paddleocr_vl, finish=modalities),
+        Family("video_llama_3", videos.video_llama_3, videos.see_video_llama_3, videos.watch_video_llama_3),
+        Family("hyperclovax_vision_v2", videos.hyperclovax_vision_v2, see_qwen, watch_qwen),
     )
 }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vlm_configs import CROP, VIDEO, llava_like
-from vlm_inputs import AttentionCall
+import transformers
+from vlm_configs import CROP, IMAGE, PATCH, QWEN_TOKENS, QWEN_TOWER, TEXT, TEXT_MODEL, TOWER, VIDEO, llava_like, mrope
+from vlm_inputs import AttentionCall, Pictures, _flat, _processor, _spans, wrapped
+from vlm_more_configs import HIDDEN, WINDOWS
 
 
 def video_llava() -> Any:
@@ -19,3 +21,58 @@ def watch_video_llava(config: Any, videos: list[tuple[int, int, int]], draw: tor
     frames = 2 * videos[0][0]  # every video of a batch has as many
     pixels = torch.randn(len(videos), frames, 3, CROP, CROP, generator=draw)
     return {"pixel_values_videos": pixels}, [[[VIDEO] * (17 * frames)]] * len(videos)
+
+
+SIZE = {"size": {"shortest_edge": 64, "longest_edge": 4096}, "patch_size": PATCH, "temporal_patch_size": 1}
+
+
+def paddleocr_vl() -> Any:
+    return transformers.PaddleOCRVLConfig(
+        text_config={**TEXT_MODEL, "head_dim": 8, **mrope(2, 1, 1)}, vision_config=TOWER, **QWEN_TOKENS
+    )
+
+
+def see_paddleocr_vl(config: Any, pictures: Pictures) -> AttentionCall:
+    seen = dict(_processor("PaddleOCRVLImageProcessor")(**SIZE)(images=_flat(pictures), return_tensors="pt"))
+    return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
+
+
+def video_llama_3() -> Any:
+    vision = {key: value for key, value in TOWER.items() if key != "image_size"}
+    return transformers.VideoLlama3Config(
+        text_config={"model_type": "qwen2", **TEXT_MODEL},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+
+def see_video_llama_3(config: Any, pictures: Pictures) -> AttentionCall:
+    """A token for each patch."""
+    seen = dict(_processor("VideoLlama3ImageProcessor")(**SIZE)(images=_flat(pictures), return_tensors="pt"))
+    return seen, _spans(pictures, seen["image_grid_thw"].prod(1).tolist(), wrapped)
+
+
+def watch_video_llama_3(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """A token for 2 x 2 patches, and the time before every frame."""
+    grids = torch.tensor([[2 * t, h // PATCH, w // PATCH] for t, h, w in videos])
+    seen = {
+        "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 3 * PATCH**2, generator=draw),
+        "video_grid_thw": grids,
+        "video_merge_sizes": torch.full((len(videos),), 2),
+        "video_compression_mask": torch.ones(int(grids.prod(1).sum()) // 4, dtype=torch.bool),
+    }
+    return seen, [[[TEXT.start, *[VIDEO] * (h * w // 4)] * t] for t, h, w in grids.tolist()]
+
+
+def hyperclovax_vision_v2() -> Any:
+    """Embeddings, attention and residuals are scaled."""
+    scales = {"embedding_multiplier": 0.25, "attention_multiplier": 0.5, "residual_multiplier": 0.7}
+    return transformers.HyperCLOVAXVisionV2Config(
+        text_config={"model_type": "hyperclovax", **TEXT_MODEL, **scales},
+        vision_config={"model_type": "qwen2_5_vl_vision", **QWEN_TOWER, **HIDDEN, **WINDOWS},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )

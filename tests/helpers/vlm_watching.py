@@ -23,7 +23,9 @@ from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
-PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
+MROPE = ("qwen", "glm", "cosmos", "paddleocr")  # whose positions need the ids
+PACKED = (*MROPE, "video_llama_3", "hyperclovax")  # of any size; in one sequence
+REORDERED = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
@@ -128,8 +130,9 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
-    if hasattr(base, "aligner"):
-        return base.aligner
+    for name in ("aligner", "projector"):
+        if hasattr(base, name):
+            return getattr(base, name)
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -138,11 +141,13 @@ def encoded(model, inputs, mode=torch.no_grad):
     base = base_of(model)
     with mode():
         if has_videos(inputs):
-            given = [inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs]
+            names = "pixel_values_videos", "video_grid_thw", "video_merge_sizes"
+            given = [inputs[k] for k in names if k in inputs]
             out = base.get_video_features(*given)
         else:
-            names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
-            out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
+            names = "pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images"
+            known = (*names, "image_merge_sizes")
+            out = base.get_image_features(**{k: inputs[k] for k in known if k in inputs})
     parts = out.pooler_output
     if hasattr(base, "apply_pooling") and has_videos(inputs) and parts.shape[1] % 4 == 0:
         newline = base.image_newline.expand(len(parts), 1, -1)  # which older releases add later
@@ -280,7 +285,8 @@ def expected_cells(name, inputs, separator):
     """
     placeholders = FAMILIES[name].image_tokens(inputs)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
-    frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
+    m = 1 if name == "video_llama_3" and not has_videos(inputs) else 2
+    frames = iter([] if grids is None else [(h // m, w // m) for t, h, w in grids.tolist() for _ in range(t)])
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0

@@ -34,7 +34,7 @@ DECODERS = ("language_model", "text_model")
 TOWERS = ("vision_tower", "vision_model", "visual", "image_tower")
 VIDEO_TOWERS = ("video_tower", *TOWERS)
 BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
-PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger")
+PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger", "projector")
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")
 
@@ -154,4 +154,6 @@ class BoundTransformersModel(BoundModel):
 
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
-        return self.family.images.project(self.projector, features)
+        projected = self.family.images.project(self.projector, features)
+        scale = getattr(self.decoder, "embedding_multiplier", 1)  # of everything that enters the decoder
+        return projected if scale == 1 else projected * scale

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune_adapters.hf.token_layouts import (
-    Arrangement,
-    ClsFrames,
-    Frames,
-    Merged,
-    NormedPool,
-    Squares,
-    Tiled,
-    Windowed,
-)
+from tokenprune_adapters.hf.packed_layouts import Merged, RowMajor, Unshuffled, Windowed, WindowedInTower
+from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
 
@@ -90,4 +82,7 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": _unread("LightOnOCR"),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
     "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
+    "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
+    "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
+    "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
 }

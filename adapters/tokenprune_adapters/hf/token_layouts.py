@@ -201,56 +201,6 @@ class ClsFrames(Arrangement):
         return functional.pad(torch.cat(list(values)), (0, 0, self.cut, 0)).flatten(0, 1)
 
 
-class Merged(Arrangement):
-    """Qwen2-VL: images of any size in one packed sequence; m × m consecutive patches become a token."""
-
-    def cells(self, tokens: int, crops: int) -> Cells:
-        """Each frame of a video is an image."""
-        return Cells.joined([Cells.lines(rows, columns) for rows, columns in self._frames()])
-
-    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
-        """Mean over the patches of a token."""
-        patches = torch.cat([value.flatten(0, 1) for value in values])
-        return self._in_order(patches.reshape(tokens, -1, patches.shape[-1]).mean(1))
-
-    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
-        """The patches of a token concatenated: [tokens, m · m · C]."""
-        return self._in_order(torch.cat(list(given)).reshape(tokens, -1))
-
-    def _frames(self) -> list[tuple[int, int]]:
-        grids = self.inputs.get("image_grid_thw", self.inputs.get("video_grid_thw"))
-        merge = self.base.visual.spatial_merge_size
-        assert grids is not None
-        return [(h // merge, w // merge) for t, h, w in grids.tolist() for _ in range(t)]
-
-    def _in_order(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-    @classmethod
-    def project(cls, projector: Any, features: Tensor) -> Tensor:
-        """Project with the merger, whose input is m · m patches for each token."""
-        batch, count, width = features.shape
-        norm = next(module for module in projector.modules() if getattr(module, "weight", features).dim() == 1)
-        projected: Tensor = projector(features.reshape(batch * count * width // len(norm.weight), -1))
-        return projected.view(batch, count, -1)
-
-
-class Windowed(Merged):
-    """Qwen2.5-VL: the tower orders the tokens by windows, and restores their order after the merger."""
-
-    def _in_order(self, tokens: Tensor) -> Tensor:
-        visual = self.base.visual
-        size = visual.window_size // visual.spatial_merge_size // visual.patch_size
-        order, start = [], 0
-        for rows, columns in self._frames():
-            cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
-            window = (cells[:, 0] // size) * columns + cells[:, 1] // size
-            order.append(window.argsort(stable=True) + start)
-            start += rows * columns
-        where = torch.cat(order).to(tokens.device)
-        return torch.empty_like(tokens).index_copy_(0, where, tokens)
-
-
 def _pack(
     original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Tensor]
 ) -> list[Tensor]:

@@ -50,6 +50,13 @@ class Encoded:
     cells: Cells
     values: dict[Read, Tensor]
 
+    def only(self, kept: Tensor | None) -> Encoded:
+        """The tokens at which bool [T] `kept` is true; None = all."""
+        if kept is None:
+            return self
+        values = {read: value[kept.to(value.device)] for read, value in self.values.items()}
+        return Encoded(self.cells[kept.to(self.cells.image.device)], values)
+
 
 class TowerRecording:
     """Records the data of reads in each call of the tower.

@@ -10,7 +10,7 @@ import torch
 import transformers
 from vlm_configs import IMAGE, TEXT, TEXT_MODEL
 from vlm_families import FAMILIES, READABLE
-from vlm_watching import PACKED, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
+from vlm_watching import MROPE, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -129,7 +129,7 @@ def test_strategies_that_read_pixels_are_refused_before_anything_runs(name):
 def test_renumbering_is_refused_on_multimodal_positions_only(name):
     model, inputs, strategy = model_of(name), inputs_of(name), Half()
     strategy.positions = "renumber"
-    if name.startswith(PACKED):
+    if name.startswith(MROPE):
         with fails(IncompatibleError, "'half'", "multimodal", "positions='keep'"), tokenprune.prune(model, strategy):
             pytest.fail("the context was opened")
     else:

@@ -45,6 +45,12 @@ TOKENS: dict[str, dict[str, int]] = {
     "paddleocr_vl": {"<|IMAGE_PLACEHOLDER|>": IMAGE, "<|IMAGE_START|>": START, "<|IMAGE_END|>": END},
     "video_llama_3": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
     "hyperclovax_vision_v2": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
+    "ernie4_5_vl_moe": {
+        "<|IMAGE_PLACEHOLDER|>": IMAGE,
+        "<|VIDEO|>": VIDEO,
+        "<|IMAGE_START|>": START,
+        "<|IMAGE_END|>": END,
+    },
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
 NAMED = {
@@ -56,10 +62,18 @@ NAMED = {
     },
     "deepseek_vl": {"image_token": "<image_placeholder>"},
     "paddleocr_vl": {"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    "ernie4_5_vl_moe": {
+        "image_token": "<|IMAGE_PLACEHOLDER|>",
+        "image_start_token": "<|IMAGE_START|>",
+        "image_end_token": "<|IMAGE_END|>",
+        "video_token": "<|VIDEO|>",
+        "video_start_token": "<|IMAGE_START|>",
+        "video_end_token": "<|IMAGE_END|>",
+    },
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
 }
 PLACEHOLDERS = {"aya_vision": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
-FRAMES = {"paddleocr_vl": ("<|IMAGE_START|>", "<|IMAGE_END|>")}
+FRAMES = dict.fromkeys(("paddleocr_vl", "ernie4_5_vl_moe"), ("<|IMAGE_START|>", "<|IMAGE_END|>"))
 HUB = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -80,6 +94,7 @@ HUB = {
     "paddleocr_vl": "PaddlePaddle/PaddleOCR-VL",
     "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
     "hyperclovax_vision_v2": "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",
+    "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
 }
 """A released checkpoint of each family, which examples name."""
 VIDEO_PROCESSORS = {
@@ -93,6 +108,7 @@ VIDEO_PROCESSORS = {
     "video_llava": "VideoLlavaVideoProcessor",
     "video_llama_3": "VideoLlama3VideoProcessor",
     "hyperclovax_vision_v2": "Qwen2VLVideoProcessor",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoeVideoProcessor",
 }
 """Families whose processor has a part for videos, which needs torchvision."""
 
@@ -172,6 +188,7 @@ def image_processor(name: str) -> Any:
         "vipllava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
         "video_llava": ("VideoLlava", {"size": {"shortest_edge": CROP}, "crop_size": square}),
         "paddleocr_vl": ("PaddleOCRVL", {**qwen, "temporal_patch_size": 1}),
+        "ernie4_5_vl_moe": ("Ernie4_5_VLMoe", {**qwen, "temporal_patch_size": 1}),
         "video_llama_3": ("VideoLlama3", {**qwen, "temporal_patch_size": 1, "merge_size": 1}),
         "deepseek_vl": ("DeepseekVL", {"size": square}),
         "aya_vision": (

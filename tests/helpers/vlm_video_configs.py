@@ -6,8 +6,23 @@ from typing import Any
 
 import torch
 import transformers
-from vlm_configs import CROP, IMAGE, PATCH, QWEN_TOKENS, QWEN_TOWER, TEXT, TEXT_MODEL, TOWER, VIDEO, llava_like, mrope
-from vlm_inputs import AttentionCall, Pictures, _flat, _processor, _spans, wrapped
+from torch import Tensor
+from vlm_configs import (
+    CROP,
+    END,
+    IMAGE,
+    PATCH,
+    QWEN_TOKENS,
+    QWEN_TOWER,
+    START,
+    TEXT,
+    TEXT_MODEL,
+    TOWER,
+    VIDEO,
+    llava_like,
+    mrope,
+)
+from vlm_inputs import AttentionCall, Pictures, _flat, _processor, _spans, modalities, wrapped
 from vlm_more_configs import HIDDEN, WINDOWS
 
 
@@ -76,3 +91,42 @@ def hyperclovax_vision_v2() -> Any:
         video_token_id=VIDEO,
         tie_word_embeddings=False,
     )
+
+
+def ernie4_5_vl_moe() -> Any:
+    """Two of four experts for text, and two of four others for images; the first layer has none."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    experts = {"moe_intermediate_size": [24, 16], "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    tower = {key: value for key, value in QWEN_TOWER.items() if key != "temporal_patch_size"}
+    return transformers.Ernie4_5_VLMoeConfig(
+        text_config={**TEXT_MODEL, "head_dim": 8, **experts, "rope_parameters": rope},
+        vision_config={**tower, "hidden_size": 32, "intermediate_size": 48},
+        image_start_token_id=START,
+        image_end_token_id=END,
+        image_token_id=IMAGE,
+        video_start_token_id=START,
+        video_end_token_id=END,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+
+def see_ernie4_5_vl_moe(config: Any, pictures: Pictures) -> AttentionCall:
+    make = _processor("Ernie4_5_VLMoeImageProcessor")(**SIZE)
+    seen = dict(make(images=_flat(pictures), return_tensors="pt"))
+    return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
+
+
+def watch_ernie4_5_vl_moe(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """A token for 2 x 2 patches of two frames."""
+    grids = torch.tensor([[2 * t, h // PATCH, w // PATCH] for t, h, w in videos])
+    pixels = torch.randn(int(grids.prod(1).sum()), 3 * PATCH**2, generator=draw)
+    spans = [[[START, *[VIDEO] * (t * h * w // 8), END]] for t, h, w in grids.tolist()]
+    return {"pixel_values_videos": pixels, "video_grid_thw": grids}, spans
+
+
+def kinds_for_experts(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens around an image belong to it."""
+    ids, found = inputs["input_ids"], modalities(inputs)
+    around = (ids == START) | (ids == END)
+    return {**found, "moe_mm_token_type_ids": found["mm_token_type_ids"].masked_fill(around, 1)}

@@ -23,7 +23,7 @@ from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
-MROPE = ("qwen", "glm", "cosmos", "paddleocr")  # whose positions need the ids
+MROPE = ("qwen", "glm", "cosmos", "paddleocr", "ernie4")  # whose positions need the ids
 PACKED = (*MROPE, "video_llama_3", "hyperclovax")  # of any size; in one sequence
 REORDERED = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
@@ -130,7 +130,7 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
-    for name in ("aligner", "projector"):
+    for name in ("aligner", "projector", "resampler_model"):
         if hasattr(base, name):
             return getattr(base, name)
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
@@ -286,7 +286,9 @@ def expected_cells(name, inputs, separator):
     placeholders = FAMILIES[name].image_tokens(inputs)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     m = 1 if name == "video_llama_3" and not has_videos(inputs) else 2
-    frames = iter([] if grids is None else [(h // m, w // m) for t, h, w in grids.tolist() for _ in range(t)])
+    pairs = name == "ernie4_5_vl_moe" and has_videos(inputs)
+    grids = [] if grids is None else [(t // 2 if pairs else t, h // m, w // m) for t, h, w in grids.tolist()]
+    frames = iter([size for t, *size in grids for _ in range(t)])
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
@@ -301,7 +303,7 @@ def expected_cells(name, inputs, separator):
                 assert whole + len(ends) + sum(lines) == end - start
                 assert len(set(lines)) == 1
                 shapes = [(3, 3)] + ([(len(lines), lines[0])] if rest > 1 else [])
-            elif grids is not None:
+            elif grids:
                 shapes, left = [], end - start
                 while left:
                     shapes.append(next(frames))

@@ -34,7 +34,14 @@ DECODERS = ("language_model", "text_model")
 TOWERS = ("vision_tower", "vision_model", "visual", "image_tower")
 VIDEO_TOWERS = ("video_tower", *TOWERS)
 BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
-PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger", "projector")
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector.modality_projection",
+    "aligner",
+    "visual.merger",
+    "projector",
+    "resampler_model",
+)
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune_adapters.hf.packed_layouts import Merged, RowMajor, Unshuffled, Windowed, WindowedInTower
+from tokenprune_adapters.hf.packed_layouts import (
+    Merged,
+    PairsOfFrames,
+    RowMajor,
+    Unshuffled,
+    Windowed,
+    WindowedInTower,
+)
 from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
@@ -85,4 +92,5 @@ FAMILIES: dict[str, Family] = {
     "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
     "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
+    "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
 }

@@ -95,6 +95,32 @@ class RowMajor(Merged):
         return projected.view(batch, count, -1)
 
 
+class PairsOfFrames(Merged):
+    """ERNIE 4.5 VL: the projector makes a token of m × m patches in two frames; an image stands for both of them."""
+
+    def _by_token(self, patches: Tensor, tokens: int) -> Tensor:
+        parts, start = [], 0
+        for (t, h, w), m in zip(self._grids(), self._merges(), strict=True):
+            frames = patches[start : start + t * h * w].reshape(t, -1, m * m, patches.shape[-1])
+            parts.append(torch.cat((frames[::2], frames[1::2] if t > 1 else frames), 2).flatten(0, 1))
+            start += t * h * w
+        return torch.cat(parts)
+
+    def _frames(self) -> list[tuple[int, int]]:
+        sizes = zip(self._grids(), self._merges(), strict=True)
+        return [(h // m, w // m) for (t, h, w), m in sizes for _ in range(-(-t // 2))]
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """All tokens as one video of two frames, m patches wide."""
+        batch, count, _ = features.shape
+        m = projector.spatial_merge_size
+        grid = torch.tensor([[2, batch * count * m, m]], device=features.device)
+        frames = features.reshape(batch * count, 2, m * m, -1).transpose(0, 1)
+        projected: Tensor = projector(frames.flatten(0, 2), grid)
+        return projected.view(batch, count, -1)
+
+
 class MergedInTower(Merged):
     """The projector takes a token, which the tower has made of m × m patches, in the order of the image."""
 

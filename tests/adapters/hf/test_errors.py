@@ -23,8 +23,7 @@ names = pytest.mark.parametrize("name", READABLE)
 
 
 def without_pixels(inputs):
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-    return {key: inputs[key] for key in keys if key in inputs}
+    return {key: inputs[key] for key in inputs if key in ("input_ids", "attention_mask") or "token_type_ids" in key}
 
 
 def fails(kind, *words):

@@ -15,6 +15,7 @@ from vlm_families import FAMILIES
 
 EOS = 2
 CHARACTERS = string.printable[:95] + "\n\t"  # ids 3 to 99
+BYTES = str.maketrans(" \n\t", "ĠĊĉ")  # as byte-level tokenizers write them
 QWEN = {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
 CELLS = {f"<row_{row + 1}_col_{column + 1}>": CELL + 4 * row + column for row in range(4) for column in range(4)}
 IDEFICS = {
@@ -40,6 +41,16 @@ TOKENS: dict[str, dict[str, int]] = {
     "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+    "video_llava": {"<image>": IMAGE, "<video>": VIDEO},
+    "paddleocr_vl": {"<|IMAGE_PLACEHOLDER|>": IMAGE, "<|IMAGE_START|>": START, "<|IMAGE_END|>": END},
+    "video_llama_3": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
+    "hyperclovax_vision_v2": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
+    "ernie4_5_vl_moe": {
+        "<|IMAGE_PLACEHOLDER|>": IMAGE,
+        "<|VIDEO|>": VIDEO,
+        "<|IMAGE_START|>": START,
+        "<|IMAGE_END|>": END,
+    },
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
 NAMED = {
@@ -50,9 +61,19 @@ NAMED = {
         "video_token": "<video>",
     },
     "deepseek_vl": {"image_token": "<image_placeholder>"},
+    "paddleocr_vl": {"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    "ernie4_5_vl_moe": {
+        "image_token": "<|IMAGE_PLACEHOLDER|>",
+        "image_start_token": "<|IMAGE_START|>",
+        "image_end_token": "<|IMAGE_END|>",
+        "video_token": "<|VIDEO|>",
+        "video_start_token": "<|IMAGE_START|>",
+        "video_end_token": "<|IMAGE_END|>",
+    },
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
 }
 PLACEHOLDERS = {"aya_vision": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
+FRAMES = dict.fromkeys(("paddleocr_vl", "ernie4_5_vl_moe"), ("<|IMAGE_START|>", "<|IMAGE_END|>"))
 HUB = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -69,6 +90,11 @@ HUB = {
     "aya_vision": "CohereLabs/aya-vision-8b",
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
+    "video_llava": "LanguageBind/Video-LLaVA-7B-hf",
+    "paddleocr_vl": "PaddlePaddle/PaddleOCR-VL",
+    "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
+    "hyperclovax_vision_v2": "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",
+    "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
 }
 """A released checkpoint of each family, which examples name."""
 VIDEO_PROCESSORS = {
@@ -79,6 +105,10 @@ VIDEO_PROCESSORS = {
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "smolvlm": "SmolVLMVideoProcessor",
+    "video_llava": "VideoLlavaVideoProcessor",
+    "video_llama_3": "VideoLlama3VideoProcessor",
+    "hyperclovax_vision_v2": "Qwen2VLVideoProcessor",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoeVideoProcessor",
 }
 """Families whose processor has a part for videos, which needs torchvision."""
 
@@ -107,6 +137,7 @@ PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor", "vipllava": "LlavaProcessor"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    "video_llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "deepseek_vl": {"num_image_tokens": 16},
     "aya_vision": {"patch_size": PATCH, "img_size": 24, "downsample_factor": 2, "image_token": "<image>"},
     "llava_next": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
@@ -125,7 +156,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """One token per character, and the special tokens of the family."""
     special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, **TOKENS[name]}
-    vocabulary = {character: 3 + place for place, character in enumerate(CHARACTERS)}
+    written = BYTES if name == "hyperclovax_vision_v2" else {}  # for which transformers takes GPT-2's tokenizer
+    vocabulary = {character.translate(written): 3 + place for place, character in enumerate(CHARACTERS)}
     core = Tokenizer(models.BPE({**vocabulary, **special}, [], unk_token="</s>"))
     core.decoder = decoders.Fuse()
     if not name.startswith(("qwen", "internvl", "smolvlm")):  # whose tokenizers begin with no token of their own
@@ -154,6 +186,10 @@ def image_processor(name: str) -> Any:
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "llava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
         "vipllava": ("CLIP", {"size": {"shortest_edge": CROP}, "crop_size": square}),
+        "video_llava": ("VideoLlava", {"size": {"shortest_edge": CROP}, "crop_size": square}),
+        "paddleocr_vl": ("PaddleOCRVL", {**qwen, "temporal_patch_size": 1}),
+        "ernie4_5_vl_moe": ("Ernie4_5_VLMoe", {**qwen, "temporal_patch_size": 1}),
+        "video_llama_3": ("VideoLlama3", {**qwen, "temporal_patch_size": 1, "merge_size": 1}),
         "deepseek_vl": ("DeepseekVL", {"size": square}),
         "aya_vision": (
             "GotOcr2",
@@ -177,7 +213,8 @@ def image_processor(name: str) -> Any:
 
 def chat_template(name: str) -> str:
     """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
-    image = "<|vision_start|><|image_pad|><|vision_end|>" if name.startswith("qwen") else placeholder(name)
+    start, end = FRAMES.get(name, ("<|vision_start|>", "<|vision_end|>") if name.startswith("qwen") else ("", ""))
+    image = start + placeholder(name) + end
     begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"

@@ -12,7 +12,8 @@ __all__ = ["grown", "oracle"]
 
 def grown(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
     """Inputs with the tokens `new`, int64 [batch, n], behind them, all of them text."""
-    fills = {"input_ids": new, "attention_mask": torch.ones_like(new), "mm_token_type_ids": torch.zeros_like(new)}
+    text = dict.fromkeys(("mm_token_type_ids", "moe_mm_token_type_ids"), torch.zeros_like(new))
+    fills = {"input_ids": new, "attention_mask": torch.ones_like(new), **text}
     if "token_type_ids" in inputs:  # PaliGemma: the suffix is 1, the prefix 0; Gemma 3: text is 0
         prefix = bool((inputs["token_type_ids"] == 0).all())
         fills["token_type_ids"] = torch.full_like(new, int(prefix))

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-from vlm_configs import PINPOINTS, SMALL_CROP
+from vlm_configs import PINPOINTS, SMALL_CROP, VIDEO
 from vlm_families import FAMILIES, READABLE
 
 import tokenprune
@@ -22,10 +22,12 @@ from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
-WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr")
-PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
+WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
+MROPE = ("qwen", "glm", "cosmos", "paddleocr", "ernie4")  # whose positions need the ids
+PACKED = (*MROPE, "video_llama_3", "hyperclovax")  # of any size; in one sequence
+REORDERED = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
-SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
+SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
 
@@ -98,17 +100,22 @@ def base_of(model):
     return model.base_model
 
 
-def tower_of(model):
+def tower_of(model, inputs=()):
+    """The tower that takes the images of the inputs, or their videos."""
     base = base_of(model)
-    for name in ("vision_tower", "vision_model", "visual"):
+    for name in ("video_tower" if has_videos(inputs) else "image_tower", "vision_tower", "vision_model", "visual"):
         if hasattr(base, name):
             tower = getattr(base, name)
             return getattr(tower, "vision_model", tower)  # nested in older releases
     raise AssertionError("no tower")
 
 
-def blocks_of(model):
-    tower = tower_of(model)
+def has_videos(inputs):
+    return "pixel_values_videos" in inputs
+
+
+def blocks_of(model, inputs=()):
+    tower = tower_of(model, inputs)
     if hasattr(tower, "blocks"):
         return list(tower.blocks)
     inner = getattr(tower, "encoder", tower)
@@ -123,8 +130,9 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
-    if hasattr(base, "aligner"):
-        return base.aligner
+    for name in ("aligner", "projector", "resampler_model"):
+        if hasattr(base, name):
+            return getattr(base, name)
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -132,14 +140,16 @@ def encoded(model, inputs, mode=torch.no_grad):
     """[T, width]: image features of the whole batch in the order in which they are merged."""
     base = base_of(model)
     with mode():
-        if "pixel_values_videos" in inputs:
-            given = [inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs]
+        if has_videos(inputs):
+            names = "pixel_values_videos", "video_grid_thw", "video_merge_sizes"
+            given = [inputs[k] for k in names if k in inputs]
             out = base.get_video_features(*given)
         else:
-            names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
-            out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
+            names = "pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images"
+            known = (*names, "image_merge_sizes")
+            out = base.get_image_features(**{k: inputs[k] for k in known if k in inputs})
     parts = out.pooler_output
-    if hasattr(base, "apply_pooling") and "pixel_values_videos" in inputs and parts.shape[1] % 4 == 0:
+    if hasattr(base, "apply_pooling") and has_videos(inputs) and parts.shape[1] % 4 == 0:
         newline = base.image_newline.expand(len(parts), 1, -1)  # which older releases add later
         parts = torch.cat((parts, newline), 1)
     return torch.cat([part.flatten(0, -2) for part in ([parts] if isinstance(parts, Tensor) else parts)])
@@ -161,11 +171,14 @@ def decoder_input(name, model, inputs):
 
 def is_packed(name, inputs):
     """Whether the image tokens are put together behind the projector, with newlines."""
-    return name in SEPARATED and not (name == "llava_next_video" and "pixel_values_videos" in inputs)
+    return name in SEPARATED and not (name == "llava_next_video" and has_videos(inputs))
 
 
 def separators(name, model, inputs):
-    """Bool [batch, sequence]: placeholders at which a newline enters the decoder."""
+    """Bool [batch, sequence]: placeholders at which a newline, or the [CLS] of a video's frame, enters the decoder."""
+    if name == "video_llava":
+        video = inputs["input_ids"] == VIDEO
+        return video & ((video.cumsum(1) - 1) % 17 == 0)
     if name not in SEPARATED:
         return torch.zeros_like(inputs["input_ids"]).bool()
     return (decoder_input(name, model, inputs) == model.base_model.image_newline).all(-1)
@@ -180,7 +193,7 @@ def contributions(name, case):
     """
     model, inputs, caught = model_of(name), inputs_of(name, case), []
     behind_projector = is_packed(name, inputs)
-    place = projector_of(model) if behind_projector else blocks_of(model)[-2 if name in SECOND_LAST else -1]
+    place = projector_of(model) if behind_projector else blocks_of(model, inputs)[-2 if name in SECOND_LAST else -1]
     cut = 1 if name in WITH_CLS and not behind_projector else 0
 
     def catch(module, args, output):
@@ -204,7 +217,7 @@ class Eager:
     def __init__(self, name, inputs):
         self.model = FAMILIES[name].build("eager")
         self.cut = 1 if name in WITH_CLS else 0
-        attentions = [attention_of(block) for block in blocks_of(self.model)]
+        attentions = [attention_of(block) for block in blocks_of(self.model, inputs)]
         self.calls = [[] for _ in attentions]
         home = sys.modules[type(attentions[0]).__module__]
         original = home.eager_attention_forward
@@ -250,8 +263,8 @@ def patch_places(name, inputs):
     side = 6 if name in NINES else 3 if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
-    if name not in SEPARATED or "pixel_values_videos" in inputs:
-        lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if "pixel_values_videos" in inputs else 1)
+    if name not in SEPARATED or has_videos(inputs):
+        lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if has_videos(inputs) else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
         return inside.repeat(int(used.sum()), 1)
     places = []
@@ -272,12 +285,15 @@ def expected_cells(name, inputs, separator):
     """
     placeholders = FAMILIES[name].image_tokens(inputs)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
-    frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
+    m = 1 if name == "video_llama_3" and not has_videos(inputs) else 2
+    pairs = name == "ernie4_5_vl_moe" and has_videos(inputs)
+    grids = [] if grids is None else [(t // 2 if pairs else t, h // m, w // m) for t, h, w in grids.tolist()]
+    frames = iter([size for t, *size in grids for _ in range(t)])
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
         for start, end in _runs(marks):
-            if name in SEPARATED and "pixel_values_videos" in inputs:
+            if name in SEPARATED and has_videos(inputs):
                 side = 1 if name == "llava_next_video" else 2
                 shapes = [(side, side)] * ((end - start) // side**2)  # behind LLaVA-OneVision's a separator is left
             elif name in SEPARATED:
@@ -287,7 +303,7 @@ def expected_cells(name, inputs, separator):
                 assert whole + len(ends) + sum(lines) == end - start
                 assert len(set(lines)) == 1
                 shapes = [(3, 3)] + ([(len(lines), lines[0])] if rest > 1 else [])
-            elif grids is not None:
+            elif grids:
                 shapes, left = [], end - start
                 while left:
                     shapes.append(next(frames))

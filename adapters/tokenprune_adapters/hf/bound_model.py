@@ -31,9 +31,17 @@ from tokenprune_adapters.hf.families import Family
 from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 
 DECODERS = ("language_model", "text_model")
-TOWERS = ("vision_tower", "vision_model", "visual")
+TOWERS = ("vision_tower", "vision_model", "visual", "image_tower")
+VIDEO_TOWERS = ("video_tower", *TOWERS)
 BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
-PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger")
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector.modality_projection",
+    "aligner",
+    "visual.merger",
+    "projector",
+    "resampler_model",
+)
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")
 
@@ -57,11 +65,14 @@ class BoundTransformersModel(BoundModel):
         cuts = family.cuts or getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.cut, self.has_cls, self.tower_layers = int(cuts), False, 0
         if family.images.reads_tower:
-            tower, self.projector = self._part(base, TOWERS), self._part(base, PROJECTORS)
-            inner = getattr(tower, "vision_model", tower)  # nested in older releases of transformers
-            self.blocks = [uncompiled(block) for block in self._part(inner, BLOCKS)]
-            self.tower_layers = len(self.blocks)
-            names = {name for name, _ in inner.named_parameters()}
+            self.projector = self._part(base, PROJECTORS)
+            towers = {"image": self._tower(TOWERS), "video": self._tower(VIDEO_TOWERS)}
+            self.blocks = {
+                modality: [uncompiled(block) for block in self._part(tower, BLOCKS)]
+                for modality, tower in towers.items()
+            }
+            self.tower_layers = len(self.blocks["image"])
+            names = {name for name, _ in towers["image"].named_parameters()}
             self.has_cls = cuts and any(name.endswith(("class_embedding", "cls_token")) for name in names)
         self.token_ids: dict[str, Any] = {
             "image": getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None),
@@ -81,8 +92,16 @@ class BoundTransformersModel(BoundModel):
             f"({self.family.title}); it cannot be pruned"
         )
 
-    def tower_attention(self, layer: int) -> nn.Module:
+    def _tower(self, paths: Sequence[str]) -> Any:
+        tower = self._part(self.base, paths)
+        return getattr(tower, "vision_model", tower)  # nested in older releases of transformers
+
+    def tower_attention(self, layer: int, modality: str = "image") -> nn.Module:
         """The attention module of a tower layer, negative ones from the end.
+
+        Args:
+            layer: number of the layer.
+            modality: "image" or "video"; few models have a tower for each.
 
         Raises:
             InputError: the tower has no such layer.
@@ -91,7 +110,7 @@ class BoundTransformersModel(BoundModel):
         total = self.tower_layers
         if not -total <= layer < total:
             raise InputError(f"tower layer {layer} was requested, but the vision tower has {total} layers")
-        block = self.blocks[layer]
+        block = self.blocks[modality][layer]
         for child in ATTENTION:
             attention = uncompiled(getattr(block, child, None))
             if isinstance(attention, nn.Module):
@@ -142,4 +161,6 @@ class BoundTransformersModel(BoundModel):
 
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
-        return self.family.images.project(self.projector, features)
+        projected = self.family.images.project(self.projector, features)
+        scale = getattr(self.decoder, "embedding_multiplier", 1)  # of everything that enters the decoder
+        return projected if scale == 1 else projected * scale

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
+from tokenprune_adapters.hf.packed_layouts import (
+    Merged,
+    PairsOfFrames,
+    RowMajor,
+    Unshuffled,
+    Windowed,
+    WindowedInTower,
+)
+from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
 
@@ -81,4 +89,9 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": _unread("LightOnOCR"),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
     "llama4": _unread("Llama 4"),
+    "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
+    "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
+    "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
+    "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
+    "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
 }

@@ -27,6 +27,10 @@ class Cells:
     def __len__(self) -> int:
         return len(self.image)
 
+    def __getitem__(self, kept: Tensor) -> Cells:
+        """Those at which bool [T] `kept` is true."""
+        return Cells(self.image[kept], self.grid[kept], self.separator[kept])
+
     @classmethod
     def empty(cls) -> Cells:
         """No placeholders."""

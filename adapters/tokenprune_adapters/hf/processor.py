@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, Idefics3Processor
+from transformers import AutoProcessor, Idefics3Processor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -103,5 +103,22 @@ def _without_videos(kind: Any) -> Any:
         return None
     if kind.__name__ == "SmolVLMProcessor":  # equal to Idefics3's for images; requires num2words for videos
         return Idefics3Processor
-    rest = [part for part in parts if part != VIDEO]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: rest), "__doc__": kind.__doc__})
+    rest, place = [part for part in parts if part != VIDEO], parts.index(VIDEO)
+    own = {"get_attributes": classmethod(lambda cls: rest), "video_place": place, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, _WithoutVideos), own)
+
+
+class _WithoutVideos(ProcessorMixin):
+    """Stands between a processor class and its base, which tell the parts by their order, where videos have a place."""
+
+    video_place: int
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        given = (part for part in parts if part is not None)
+        super().__init__(*given, **options)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """See `ProcessorMixin.from_args_and_dict`; the video processor is None."""
+        whole = [*args[: cls.video_place], None, *args[cls.video_place :]]
+        return super().from_args_and_dict(whole, processor_dict, **kwargs)

@@ -188,54 +188,17 @@ class Frames(Arrangement):
         return pixels
 
 
-class Merged(Arrangement):
-    """Qwen2-VL: images of any size in one packed sequence; m × m consecutive patches become a token."""
+class ClsFrames(Arrangement):
+    """Video-LLaVA's videos: each frame is a crop, and its tokens begin with its [CLS], which counts as text."""
 
     def cells(self, tokens: int, crops: int) -> Cells:
-        """Each frame of a video is an image."""
-        return Cells.joined([Cells.lines(rows, columns) for rows, columns in self._frames()])
+        """Each frame is an image."""
+        patches = Cells.square(tokens // crops - self.cut)
+        return Cells.joined([Cells.lone_separator(), patches] * crops if self.cut else [patches] * crops)
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
-        """Mean over the patches of a token."""
-        patches = torch.cat([value.flatten(0, 1) for value in values])
-        return self._in_order(patches.reshape(tokens, -1, patches.shape[-1]).mean(1))
-
-    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
-        """The patches of a token concatenated: [tokens, m · m · C]."""
-        return self._in_order(torch.cat(list(given)).reshape(tokens, -1))
-
-    def _frames(self) -> list[tuple[int, int]]:
-        grids = self.inputs.get("image_grid_thw", self.inputs.get("video_grid_thw"))
-        merge = self.base.visual.spatial_merge_size
-        assert grids is not None
-        return [(h // merge, w // merge) for t, h, w in grids.tolist() for _ in range(t)]
-
-    def _in_order(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-    @classmethod
-    def project(cls, projector: Any, features: Tensor) -> Tensor:
-        """Project with the merger, whose input is m · m patches for each token."""
-        batch, count, width = features.shape
-        norm = next(module for module in projector.modules() if getattr(module, "weight", features).dim() == 1)
-        projected: Tensor = projector(features.reshape(batch * count * width // len(norm.weight), -1))
-        return projected.view(batch, count, -1)
-
-
-class Windowed(Merged):
-    """Qwen2.5-VL: the tower orders the tokens by windows, and restores their order after the merger."""
-
-    def _in_order(self, tokens: Tensor) -> Tensor:
-        visual = self.base.visual
-        size = visual.window_size // visual.spatial_merge_size // visual.patch_size
-        order, start = [], 0
-        for rows, columns in self._frames():
-            cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
-            window = (cells[:, 0] // size) * columns + cells[:, 1] // size
-            order.append(window.argsort(stable=True) + start)
-            start += rows * columns
-        where = torch.cat(order).to(tokens.device)
-        return torch.empty_like(tokens).index_copy_(0, where, tokens)
+        """[CLS] gets zeros."""
+        return functional.pad(torch.cat(list(values)), (0, 0, self.cut, 0)).flatten(0, 1)
 
 
 def _pack(

@@ -50,6 +50,13 @@ class Encoded:
     cells: Cells
     values: dict[Read, Tensor]
 
+    def only(self, kept: Tensor | None) -> Encoded:
+        """The tokens at which bool [T] `kept` is true; None = all."""
+        if kept is None:
+            return self
+        values = {read: value[kept.to(value.device)] for read, value in self.values.items()}
+        return Encoded(self.cells[kept.to(self.cells.image.device)], values)
+
 
 class TowerRecording:
     """Records the data of reads in each call of the tower.
@@ -65,7 +72,7 @@ class TowerRecording:
 
     def __init__(self, bound: BoundTransformersModel, reads: Sequence[Read]) -> None:
         self.bound, self.reads = bound, reads
-        self._callbacks({read: [] for read in reads})  # raises for layers that do not exist
+        self._callbacks({read: [] for read in reads}, "image")  # raises for layers that do not exist
         self._mean_states()
 
     def encode(
@@ -107,9 +114,9 @@ class TowerRecording:
             undo.enter_context(shadowed(bound.projector, "forward", projected))
             undo.enter_context(arrangement.recording())
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
-                crops.attach(bound.blocks, undo)
-            means.attach(bound.blocks, undo)
-            undo.enter_context(tap(self._callbacks(seen)))
+                crops.attach(bound.blocks[modality], undo)
+            means.attach(bound.blocks[modality], undo)
+            undo.enter_context(tap(self._callbacks(seen, modality)))
             output = original(*args, **kwargs)
         tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in _parts(output)))
         cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
@@ -128,11 +135,13 @@ class TowerRecording:
     def _mean_states(self) -> MeanStates:
         return MeanStates([read for read in self.reads if isinstance(read, TowerStates)], self.bound.tower_layers)
 
-    def _callbacks(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
+    def _callbacks(
+        self, seen: dict[Read, list[Tensor]], modality: str
+    ) -> dict[nn.Module, Callable[[AttentionCall], None]]:
         wanted: dict[nn.Module, list[Any]] = {}
         for read in seen:
             if isinstance(read, LAYERED):
-                wanted.setdefault(self.bound.tower_attention(read.layer), []).append(read)
+                wanted.setdefault(self.bound.tower_attention(read.layer, modality), []).append(read)
 
         def record(reads: list[Any], found: AttentionCall) -> None:
             for read in reads:

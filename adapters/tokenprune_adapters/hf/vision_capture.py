@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tokenprune_adapters.hf.bound_model import BoundTransformersModel
 
 METHODS = {"image": "get_image_features", "video": "get_video_features"}
+PIXELS = ("pixel_values", "mm_encoder_outputs")
+"""How the names of arguments with images or videos begin."""
 
 
 class _ThreadState(threading.local):
@@ -40,6 +42,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.ahead: dict[str, Encoded] = {}
         self.encoded: dict[str, Encoded] = {}
+        self.kept: dict[str, Tensor | None] = {}  # VideoLLaMA 3 drops tokens of a video that equal the frame before
 
 
 class TransformersCapture(VisionCapture):
@@ -69,16 +72,23 @@ class TransformersCapture(VisionCapture):
         if inputs.get("pixel_values_videos") is not None and self.bound.family.videos is None:
             raise UnsupportedError(f"{name} got a video (pixel_values_videos), but its family supports images only")
         state.inside, state.ids, state.mask = True, self._ids(inputs), padding_mask(inputs)
+        state.kept = {modality: inputs.get(f"{modality}_compression_mask") for modality in METHODS}
         handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
-        state.encoded = {key: state.ahead[key] for key in METHODS if key in handed and key in state.ahead}
-        for modality, encoded in state.encoded.items():
-            self._token_numbers(modality, encoded)
+        for modality in METHODS:
+            if modality in handed and modality in state.ahead:
+                self._take(modality, state.ahead[modality])
+
+    def _take(self, modality: str, encoded: Encoded) -> None:
+        """The images or videos of the current call; raises a clearer error than the model would."""
+        state = self._state
+        state.encoded[modality] = encoded.only(state.kept[modality])
+        self._token_numbers(modality, state.encoded[modality])
 
     def _ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The input ids; with embeddings and images instead, ids of the placeholders only, found as the model does."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        given = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
-        if ids is not None or not isinstance(embeds, Tensor) or all(inputs.get(name) is None for name in given):
+        given = any(value is not None and name.startswith(PIXELS) for name, value in inputs.items())
+        if ids is not None or not isinstance(embeds, Tensor) or not given:
             return ids
         found = torch.full(embeds.shape[:2], -1, device=embeds.device)
         table = self.bound.base.get_input_embeddings()
@@ -106,8 +116,7 @@ class TransformersCapture(VisionCapture):
         finally:
             state.encoding = False
         if state.inside:
-            state.encoded[modality] = encoded
-            self._token_numbers(modality, encoded)  # raises a clearer error than the model would
+            self._take(modality, encoded)
         else:
             state.ahead[modality] = encoded
         return output.to_tuple() if as_tuple else output

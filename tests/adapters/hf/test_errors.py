@@ -10,7 +10,7 @@ import torch
 import transformers
 from vlm_configs import IMAGE, TEXT, TEXT_MODEL
 from vlm_families import FAMILIES, READABLE
-from vlm_watching import PACKED, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
+from vlm_watching import MROPE, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -23,8 +23,7 @@ names = pytest.mark.parametrize("name", READABLE)
 
 
 def without_pixels(inputs):
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-    return {key: inputs[key] for key in keys if key in inputs}
+    return {key: inputs[key] for key in inputs if key in ("input_ids", "attention_mask") or "token_type_ids" in key}
 
 
 def fails(kind, *words):
@@ -107,7 +106,9 @@ def test_a_plain_language_model_is_asked_for_prompt_masks():
 @names
 def test_a_model_without_its_tower(name, value):
     model = FAMILIES[name].build()
-    part = next(part for part in ("vision_tower", "vision_model", "visual") if hasattr(model.model, part))
+    part = next(
+        part for part in ("vision_tower", "vision_model", "visual", "image_tower") if hasattr(model.model, part)
+    )
     if value is None:
         setattr(model.model, part, None)
     else:
@@ -127,7 +128,7 @@ def test_strategies_that_read_pixels_are_refused_before_anything_runs(name):
 def test_renumbering_is_refused_on_multimodal_positions_only(name):
     model, inputs, strategy = model_of(name), inputs_of(name), Half()
     strategy.positions = "renumber"
-    if name.startswith(PACKED):
+    if name.startswith(MROPE):
         with fails(IncompatibleError, "'half'", "multimodal", "positions='keep'"), tokenprune.prune(model, strategy):
             pytest.fail("the context was opened")
     else:

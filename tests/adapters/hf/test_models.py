@@ -34,7 +34,7 @@ def text_of(inputs):
     """The same prompts with text in place of every placeholder, and nothing about images."""
     ids = inputs["input_ids"]
     ids = torch.where(ids >= IMAGE, TEXT.start, ids)
-    kinds = {key: torch.zeros_like(ids) for key in ("mm_token_type_ids", "token_type_ids") if key in inputs}
+    kinds = {key: torch.zeros_like(ids) for key in inputs if key.endswith("token_type_ids")}
     return {"input_ids": ids, "attention_mask": inputs["attention_mask"], **kinds}
 
 
@@ -46,7 +46,7 @@ def text_of(inputs):
 def test_image_tokens_pictures_and_cells(name, case, padding):
     inputs = inputs_of(name, case, padding)
     separator = separators(name, model_of(name), inputs)
-    assert separator.any() == is_packed(name, inputs)
+    assert separator.any() == (is_packed(name, inputs) or (name, case) == ("video_llava", "videos"))
     seen, trace = read(model_of(name), Reader(), inputs)
     layout = trace.layout
     assert torch.equal(layout.image_tokens, FAMILIES[name].image_tokens(inputs) & ~separator)
@@ -126,7 +126,7 @@ def test_a_row_of_text_beside_a_row_with_an_image(name):
     ids = beside["input_ids"][1]
     placeholders = FAMILIES[name].image_tokens(beside)[1]
     ids[placeholders] = TEXT.start
-    kinds = {key: alone[key].new_zeros(ids.shape) for key in ("mm_token_type_ids", "token_type_ids") if key in alone}
+    kinds = {key: alone[key].new_zeros(ids.shape) for key in alone if key.endswith("token_type_ids")}
     rows = {key: torch.stack((beside[key][0], value)) for key, value in kinds.items()}
     padding = {key: beside[key] for key in ("input_ids", "attention_mask")}
     _, expected = read(model_of(name), Half(), alone)

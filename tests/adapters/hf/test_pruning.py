@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlm_cases import LAYERS, SIZES, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
-from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES
+from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES, generates_otherwise
 from vlm_oracle import grown, oracle
 from vlm_watching import SEPARATED
 
@@ -136,6 +136,8 @@ def test_decoding_with_a_static_cache_equals_cached_decoding(name, attention, se
 @given(seed=st.integers(0, 10**6), batched=st.booleans())
 def test_decoding_without_a_cache_equals_cached_decoding(name, attention, seed, batched):
     """Every step is a prefill of a longer prompt."""
+    if reason := generates_otherwise(name, {"use_cache": False}):
+        pytest.skip(reason)
     model = model_of(name, attention)
     inputs = inputs_of(name) if batched else inputs_of(name, sizes=(SIZES[1],))
     script = script_of(name, inputs, seed)

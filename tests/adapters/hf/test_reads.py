@@ -10,6 +10,7 @@ from vlm_families import FAMILIES, READABLE, generates_otherwise
 from vlm_watching import (
     CASES,
     PACKED,
+    REORDERED,
     RUNS,
     SEPARATED,
     WITH_CLS,
@@ -56,7 +57,7 @@ def kept(name, inputs):
 
 def states_of(name, inputs):
     """[P, C] each: what enters the tower's first layer, and what leaves every layer, without [CLS]."""
-    model, blocks = model_of(name), blocks_of(model_of(name))
+    model, blocks = model_of(name), blocks_of(model_of(name), inputs)
     found = [[] for _ in range(len(blocks) + 1)]
 
     def note(number, state):
@@ -135,10 +136,15 @@ def test_contributions_are_those_that_the_family_is_known_for(name):
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     patches = {int(count) for count in (weights.abs() > 1e-6).sum(1)}
     one = {"llava", "llava_siglip", "vipllava", "deepseek_vl", "janus", "llava_next", "llava_next_video", "paligemma"}
-    assert patches == ({1} if name in (*one, "paligemma2") else {1, 4} if name == "llava_onevision" else {4})
-    windowed = "qwen2_5_vl", "qwen2_5_omni_thinker"
+    assert patches == (
+        {1}
+        if name in (*one, "paligemma2", "video_llava", "video_llama_3")
+        else {1, 4}
+        if name == "llava_onevision"
+        else {4}
+    )
     consecutive = torch.equal(weights.argmax(1) // 4, torch.arange(len(weights)))
-    assert consecutive == (name.startswith(PACKED) and name not in windowed)
+    assert consecutive == (name.startswith(PACKED) and name not in REORDERED)
 
 
 @pytest.mark.parametrize(("name", "case"), CROPPED)
@@ -164,7 +170,7 @@ def test_grid_cells_lie_where_their_patches_lie(name, case):
 @pytest.mark.parametrize("name", [name for name in READABLE if name.startswith(PACKED)])
 @pytest.mark.parametrize("cell", [(0, 3), (1, 2), (2, 0)])
 def test_a_grid_cell_shows_its_part_of_the_picture(name, cell, monkeypatch):
-    """Darkening eight by eight pixels changes the raw patches of one token; the windowed order comes later."""
+    """Darkening eight by eight pixels changes the raw patches of one token, or of four; windowed orders come later."""
     plain = FAMILIES[name].inputs(CASES["two sizes"])
     draw = vlm_families._picture
 
@@ -177,15 +183,20 @@ def test_a_grid_cell_shows_its_part_of_the_picture(name, cell, monkeypatch):
     first = plain["image_grid_thw"][0].prod()
     changed = (
         (FAMILIES[name].inputs(CASES["two sizes"])["pixel_values"] != plain["pixel_values"])[:first]
+        .flatten(1)
         .any(1)
         .nonzero()
         .flatten()
     )
-    tokens = (changed // 4).unique()
+    tokens, cells = (changed // 4).unique(), [list(cell)]
+    if name == "paddleocr_vl":  # row by row
+        tokens = (changed // 8 // 2 * 4 + changed % 8 // 2).unique()
+    elif name == "video_llama_3":  # a token each
+        tokens, cells = changed, [[2 * cell[0] + row, 2 * cell[1] + column] for row in (0, 1) for column in (0, 1)]
     seen, _ = read(model_of(name), Reader(), plain)
     assert len(changed) == 4
-    assert seen["grid"][0, tokens].tolist() == [list(cell)]
-    assert seen["image"][0, tokens].tolist() == [0]
+    assert seen["grid"][0, tokens].tolist() == cells
+    assert not seen["image"][0, tokens].any()
 
 
 @pytest.mark.parametrize(("name", "case"), [run for run in CROPPED if run[0] in (*SEPARATED, "gemma3", "paligemma")])
@@ -260,6 +271,25 @@ def test_a_video_and_an_image_in_one_prompt(name):
     video = alone[0]["image"]
     assert torch.equal(seen["image"], torch.cat((video, alone[1]["image"] + video.max() + 1), 1))
     assert trace.layout.counts.tolist() == [seen["exists"].shape[1]]
+
+
+def test_tokens_that_a_video_has_lost_are_not_there():
+    """VideoLLaMA 3's processor leaves out tokens that show what the frame before shows."""
+    model, whole = model_of("video_llama_3"), inputs_of("video_llama_3", "videos")
+    reads = TowerFeatures(), ReceivedAttention(), TowerKeys(0), TowerStates(1, -1), Embeddings()
+    video = FAMILIES["video_llama_3"].image_tokens(whole)
+    kept = torch.arange(int(video.sum())) % 3 != 1
+    stay = torch.ones_like(video)
+    stay[video] = kept
+    less = {**whole, "video_compression_mask": kept}
+    for key in ("input_ids", "attention_mask"):
+        less[key] = torch.stack([row[places] for row, places in zip(whole[key], stay, strict=True)])
+    expected, _ = read(model, Reader(*reads), whole)
+    for run in (None, lambda: model.generate(**less, max_new_tokens=2)):
+        seen, trace = read(model, Reader(*reads), less, run)
+        assert trace.layout.counts.tolist() == [16, 16]
+        for field in (*(one.field for one in reads), "grid", "image"):
+            assert torch.allclose(seen[field].flatten(0, 1), expected[field].flatten(0, 1)[kept], atol=1e-5), field
 
 
 @names

@@ -344,7 +344,7 @@ def test_the_towers_are_not_mixed(name: str, threads: Any) -> None:
     alone, reader = run(other), Reader(*READS[name])
     with tp.prune(model, reader):
         expected, seen = run(mine), reader.seen
-    with stopping(binding.blocks[0], "early") as early, stopping(projector, "MainThread") as inside:
+    with stopping(binding.blocks["image"][0], "early") as early, stopping(projector, "MainThread") as inside:
         outside = started(lambda: run(other), "early")
         early.wait()
 

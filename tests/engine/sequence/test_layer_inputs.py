@@ -59,6 +59,22 @@ def test_layers_of_another_kind_have_masks_and_tables_of_their_own(inputs: Layer
         assert all(map(torch.equal, shortened(inputs, frame, full), expected(full)))
 
 
+def test_other_values_of_each_position_are_cut_too(inputs: LayerInputs) -> None:
+    frame, kinds = GatheredSequence.of(PRESENT), torch.arange(12).reshape(2, 6)
+    for own in (kinds, -kinds):
+        kwargs = {
+            **given(0),
+            "kinds": own,
+            "lengths": torch.tensor([0, 6, 12]),
+            "table": torch.zeros(3, 6),
+            "flag": True,
+        }
+        left = dict(kwargs)
+        inputs.shorten(0, kwargs, HIDDEN, frame)
+        assert torch.equal(kwargs["kinds"], own.gather(1, KEPT))
+        assert all(kwargs[name] is left[name] for name in ("lengths", "table", "flag"))
+
+
 @pytest.mark.parametrize("over", ["next stage", "end"])
 def test_what_was_cut_is_not_kept_past_its_stage(inputs: LayerInputs, over: str) -> None:
     full = given(0)

@@ -1,4 +1,4 @@
-"""A layer's arguments for the remaining tokens: mask, rotary tables and position ids."""
+"""A layer's arguments for the remaining tokens: mask, rotary tables, position ids, other values of each position."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.positions import first_tables, for_layer, new_tables, tables_of, where_renumbered
 
 T = TypeVar("T")
+_OWN = ("attention_mask", "position_embeddings", "position_ids")
 
 
 class SharedArguments(Generic[T]):
@@ -86,11 +87,13 @@ class LayerInputs:
             UnsupportedError: a mask or position embeddings of an unsupported kind.
         """
         mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
+        # such as the kinds of tokens, by which some layers choose experts
+        others = {name: value for name, value in kwargs.items() if name not in _OWN and _by_position(value, frame)}
         if frame is not self._frame:  # a new stage
             self._frame, self._cuts = frame, SharedArguments()
-        make = partial(self._cut, layer, hidden, frame, mask, tables, ids)
+        make = partial(self._cut, layer, hidden, frame, mask, tables, ids, others)
         attends = self.decoder.attends[layer]  # layers of both kinds may have no mask
-        kwargs.update(self._cuts.once((attends, mask, ids, *tables), make))
+        kwargs.update(self._cuts.once((attends, mask, ids, *tables, *others.values()), make))
 
     def first_tables(self, tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
         """See `positions.first_tables`; asked once for the same tables, since a device has to be waited for."""
@@ -133,6 +136,7 @@ class LayerInputs:
         mask: Tensor | None,
         tables: tuple[Tensor, ...],
         ids: Tensor | None,
+        others: dict[str, Tensor],
     ) -> dict[str, Any]:
         self.decoder.check_mask(mask)
         cut = tuple([frame.prefill_table(table) for table in tables])
@@ -146,7 +150,13 @@ class LayerInputs:
         if not attends and frame.ragged:
             self.decoder.check_padding(layer)
         return {
+            **{name: frame.prefill_ids(value) for name, value in others.items()},
             "attention_mask": frame.new_mask(attends, two_d) if mask is None else frame.prefill_mask(mask),
             "position_embeddings": for_layer(cut),
             "position_ids": short,
         }
+
+
+def _by_position(value: Any, frame: GatheredSequence) -> bool:
+    """Whether an argument has a value for each position of the full sequence: [batch, S]."""
+    return isinstance(value, Tensor) and value.shape == (len(frame.index), frame.length)

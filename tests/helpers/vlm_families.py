@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import vlm_configs as configs
+import vlm_further_configs as further
 import vlm_more_configs as more
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -198,6 +199,8 @@ FAMILIES: dict[str, Family] = {
         Family("paligemma2", configs.paligemma2, siglip, finish=prefix, image_first=True, eager_text=True),
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
+        Family("mistral3", further.mistral3, further.see_mistral3),
+        Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
     )
 }
 
@@ -237,6 +240,6 @@ def generates_otherwise(name: str, options: dict[str, Any]) -> str | None:
 NAMES = list(FAMILIES)
 """Parameters of tests. Models and inputs skip the test where an older release of transformers has no such family."""
 VIDEO_NAMES = [name for name, family in FAMILIES.items() if family.watch]
-VARIANTS = {"llava_siglip": "llava", "paligemma2": "paligemma"}  # of one `model_type`
+VARIANTS = {"llava_siglip": "llava", "llava_pixtral": "llava", "paligemma2": "paligemma"}  # of one `model_type`
 READABLE = [name for name in NAMES if KNOWN[VARIANTS.get(name, name)].images.reads_tower]
 """Families whose towers are read."""

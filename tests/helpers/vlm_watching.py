@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-from vlm_configs import PINPOINTS, SMALL_CROP
+from vlm_configs import PATCH, PINPOINTS, SMALL_CROP
 from vlm_families import FAMILIES, READABLE
 
 import tokenprune
@@ -26,6 +26,8 @@ WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "
 PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
+TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
+ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1}  # patches of a token each way; of any size
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
 
@@ -100,7 +102,7 @@ def base_of(model):
 
 def tower_of(model):
     base = base_of(model)
-    for name in ("vision_tower", "vision_model", "visual"):
+    for name in TOWERS:
         if hasattr(base, name):
             tower = getattr(base, name)
             return getattr(tower, "vision_model", tower)  # nested in older releases
@@ -111,7 +113,7 @@ def blocks_of(model):
     tower = tower_of(model)
     if hasattr(tower, "blocks"):
         return list(tower.blocks)
-    inner = getattr(tower, "encoder", tower)
+    inner = getattr(tower, "encoder", None) or getattr(tower, "transformer", tower)
     return list(getattr(inner, "layers", None) or inner.layer)
 
 
@@ -125,6 +127,8 @@ def projector_of(model):
         return base.connector.modality_projection
     if hasattr(base, "aligner"):
         return base.aligner
+    if hasattr(base, "vision_projection"):
+        return base.vision_projection
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -223,8 +227,12 @@ class Eager:
             home.eager_attention_forward = original
 
     def received(self, layer):
-        """[P, 1]."""
-        return self._patches([weights.mean((1, 2))[..., None] for weights, _ in self.calls[layer]])
+        """[P, 1]: mean over the rows that see a patch at all."""
+        means = []
+        for weights, _ in self.calls[layer]:
+            rows = (weights > 0).any(1).sum(1).clamp(min=1)
+            means.append((weights.mean(1).sum(1) / rows)[..., None])
+        return self._patches(means)
 
     def cls(self, layer):
         """[P, 1]."""
@@ -250,6 +258,9 @@ def patch_places(name, inputs):
     side = 6 if name in NINES else 3 if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if name in ROWS:
+        sizes = torch.as_tensor(inputs["image_sizes"]) // PATCH
+        return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes.tolist()])
     if name not in SEPARATED or "pixel_values_videos" in inputs:
         lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if "pixel_values_videos" in inputs else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
@@ -273,10 +284,14 @@ def expected_cells(name, inputs, separator):
     placeholders = FAMILIES[name].image_tokens(inputs)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
+    if name in ROWS:
+        grids = torch.as_tensor(inputs["image_sizes"]) // (ROWS[name] * PATCH)
+        frames = iter(grids.tolist())
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
-        for start, end in _runs(marks):
+        # text between its lines does not end an image
+        for start, end in [(0, int(marks.sum()))] if name in ROWS else _runs(marks):
             if name in SEPARATED and "pixel_values_videos" in inputs:
                 side = 1 if name == "llava_next_video" else 2
                 shapes = [(side, side)] * ((end - start) // side**2)  # behind LLaVA-OneVision's a separator is left

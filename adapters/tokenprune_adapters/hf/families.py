@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
 from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
@@ -78,6 +80,15 @@ FAMILIES: dict[str, Family] = {
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
     "ovis2": _unread("Ovis2"),
-    "lighton_ocr": _unread("LightOnOCR"),
+    "lighton_ocr": Family("LightOnOCR", Unfolded, limits=(NOT_LOADED,)),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
+    "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
 }
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model with this configuration, with the arrangement of its tower."""
+    family = FAMILIES[config.model_type]
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    packs = tower == "pixtral" and family.images is Arrangement
+    return replace(family, images=PackedRows) if packs else family

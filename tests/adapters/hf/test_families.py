@@ -26,6 +26,8 @@ DIFFERENT_COUNTS = {
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
+    "mistral3",
+    "llava_pixtral",
     "internvl",
     "qianfan_ocr",
     "smolvlm",

@@ -40,6 +40,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+    "cohere_compass": {token.upper(): number for token, number in QWEN.items()},
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
 NAMED = {
@@ -69,6 +70,7 @@ HUB = {
     "aya_vision": "CohereLabs/aya-vision-8b",
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
+    "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
 }
 """A released checkpoint of each family, which examples name."""
 VIDEO_PROCESSORS = {
@@ -79,6 +81,7 @@ VIDEO_PROCESSORS = {
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "smolvlm": "SmolVLMVideoProcessor",
+    "cohere_compass": "CohereCompassVideoProcessor",
 }
 """Families whose processor has a part for videos, which needs torchvision."""
 
@@ -169,6 +172,7 @@ def image_processor(name: str) -> Any:
         "idefics3": ("Idefics3", longest),
         "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
         "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
+        "cohere_compass": ("CohereCompass", qwen),
     }
     kind, options = kinds.get(name, ("Qwen2VL", qwen))
     plain = f"{kind}ImageProcessor"  # as older releases call it
@@ -177,13 +181,19 @@ def image_processor(name: str) -> Any:
 
 def chat_template(name: str) -> str:
     """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
-    image = "<|vision_start|><|image_pad|><|vision_end|>" if name.startswith("qwen") else placeholder(name)
+    image = framed(name)
     begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
         "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n"
         "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
+
+
+def framed(name: str) -> str:
+    """An image in a chat template: the placeholder, in some families between a start and an end."""
+    image, *_, start, end = TOKENS[name] if name.startswith(("qwen", "cohere")) else ("", "", "")
+    return f"{start}{image}{end}" or placeholder(name)
 
 
 def placeholder(name: str) -> str:

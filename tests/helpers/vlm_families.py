@@ -200,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
         Family("mistral3", further.mistral3, further.see_mistral3),
+        Family("cohere_compass", further.cohere_compass, **qwen),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
     )
 }

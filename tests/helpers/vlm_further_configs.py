@@ -6,7 +6,19 @@ from typing import Any
 
 import torch
 import transformers
-from vlm_configs import END, FAKE, IMAGE, PATCH, TEXT_MODEL, TOWER, llava_like
+from vlm_configs import (
+    ALTERNATING,
+    END,
+    FAKE,
+    IMAGE,
+    PATCH,
+    QWEN_TOKENS,
+    QWEN_TOWER,
+    TEXT_MODEL,
+    TOWER,
+    llava_like,
+    mrope,
+)
 from vlm_inputs import AttentionCall, Pictures
 
 BREAK = FAKE
@@ -37,6 +49,30 @@ def see_mistral3(config: Any, pictures: Pictures) -> AttentionCall:
     seen = dict(make(images=images, return_tensors="pt"))
     sizes = iter((torch.as_tensor(seen["image_sizes"]) // side).tolist())
     return seen, [[_lines(*next(sizes)) for _ in row] for row in pictures]
+
+
+def cohere_compass() -> Any:
+    """Sliding layers have M-RoPE and full ones no rotary embedding; DeepStack as in `qwen3_vl`."""
+    rotary = mrope(4, 2, 2)["rope_parameters"]
+    return transformers.CohereCompassConfig(
+        text_config={
+            **TEXT_MODEL,
+            "head_dim": 16,
+            "layer_types": ALTERNATING,
+            "sliding_window": 12,
+            "rope_parameters": {"sliding_attention": rotary, "full_attention": None},
+            "logit_scale": 0.5,
+        },
+        vision_config={
+            **QWEN_TOWER,
+            "hidden_size": 32,
+            "out_hidden_size": 32,
+            "intermediate_size": 48,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 2],
+        },
+        **QWEN_TOKENS,
+    )
 
 
 def _lines(rows: int, columns: int) -> list[int]:

@@ -23,7 +23,7 @@ from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr")
-PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
+PACKED = ("qwen", "glm", "cosmos", "cohere_compass")  # of any size; in one sequence
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")

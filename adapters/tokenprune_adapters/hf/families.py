@@ -83,6 +83,7 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": Family("LightOnOCR", Unfolded, limits=(NOT_LOADED,)),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
+    "cohere_compass": Family("Cohere Compass", Merged, Merged),
 }
 
 

@@ -27,6 +27,7 @@ DIFFERENT_COUNTS = {
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
     "mistral3",
+    "cohere_compass",
     "llava_pixtral",
     "internvl",
     "qianfan_ocr",

@@ -187,7 +187,7 @@ class DecoderReads:
         self, given: LayerInput, tables: tuple[Tensor, ...], rows: Tensor | None = None, values: bool = False
     ) -> AttentionCall:
         """See `look_ahead`; with other rotary tables than the layer's own."""
-        kwargs = {**given.kwargs, "position_embeddings": tables}
+        kwargs = {**given.kwargs, "position_embeddings": tables or None}
         ahead = look_ahead(self._decoder, given.layer, given.hidden, kwargs, given.frame, rows, values)
         self.costs.append(ahead.cost)
         self.keys_ahead = ahead.keys

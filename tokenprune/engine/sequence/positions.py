@@ -14,13 +14,15 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.errors import UnsupportedError
 
 
-def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Rotary tables (cos, sin) among a layer's keyword arguments.
+def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Rotary tables (cos, sin) among a layer's keyword arguments; () in a layer without a rotary embedding.
 
     Raises:
         UnsupportedError: the layer has none.
     """
-    tables = kwargs.get("position_embeddings")
+    tables = kwargs.get("position_embeddings", "none")
+    if tables is None:
+        return ()
     if (
         isinstance(tables, tuple)
         and len(tables) == 2
@@ -85,7 +87,7 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
     """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0.
 
     Args:
-        tables: cos and sin, [..., batch or 1, S, D].
+        tables: cos and sin, [..., batch or 1, S, D], or ().
         valid: bool [batch, S], False on padding.
     """
     first = valid.int().argmax(1)[:, None, None]
@@ -94,11 +96,13 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
         table = table.expand(*table.shape[:-3], len(valid), *table.shape[-2:])
         where = first.to(table.device).expand(*table.shape[:-2], 1, table.shape[-1])
         taken.append(table.gather(-2, where))
-    return tuple(taken) if bool(taken[1].any()) else None  # sin 0 = 0
+    return tuple(taken) if taken and bool(taken[1].any()) else None  # sin 0 = 0
 
 
 def no_rotation(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Rotary tables (cos, sin) with which queries and keys stay as they were projected."""
+    if not tables:
+        return ()
     cos, sin = tables
     return torch.ones_like(cos), torch.zeros_like(sin)
 
@@ -153,7 +157,9 @@ def renumber_step(
     """
     ids = length.to(hidden.device)[:, None] + since.to(hidden.device)
     # clamped, since −1 + since may be −1 in rows that keep the model's positions, where the result is not used
-    tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), kwargs["position_embeddings"], strict=True)
-    kwargs["position_embeddings"] = tuple(where_renumbered(length, new, kept) for new, kept in tables)
+    tables = tables_of(kwargs)
+    if tables:
+        pairs = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), tables, strict=True)
+        kwargs["position_embeddings"] = tuple(where_renumbered(length, new, kept) for new, kept in pairs)
     kept = kwargs.get("position_ids")
     kwargs["position_ids"] = ids if kept is None else where_renumbered(length, ids, kept)

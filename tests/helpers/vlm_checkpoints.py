@@ -51,6 +51,7 @@ TOKENS: dict[str, dict[str, int]] = {
         "<|IMAGE_START|>": START,
         "<|IMAGE_END|>": END,
     },
+    "cohere_compass": {token.upper(): number for token, number in QWEN.items()},
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
 NAMED = {
@@ -95,6 +96,7 @@ HUB = {
     "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
     "hyperclovax_vision_v2": "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",
     "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
+    "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
 }
 """A released checkpoint of each family, which examples name."""
 VIDEO_PROCESSORS = {
@@ -109,6 +111,7 @@ VIDEO_PROCESSORS = {
     "video_llama_3": "VideoLlama3VideoProcessor",
     "hyperclovax_vision_v2": "Qwen2VLVideoProcessor",
     "ernie4_5_vl_moe": "Ernie4_5_VLMoeVideoProcessor",
+    "cohere_compass": "CohereCompassVideoProcessor",
 }
 """Families whose processor has a part for videos, which needs torchvision."""
 
@@ -205,6 +208,7 @@ def image_processor(name: str) -> Any:
         "idefics3": ("Idefics3", longest),
         "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
         "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
+        "cohere_compass": ("CohereCompass", qwen),
     }
     kind, options = kinds.get(name, ("Qwen2VL", qwen))
     plain = f"{kind}ImageProcessor"  # as older releases call it
@@ -213,14 +217,22 @@ def image_processor(name: str) -> Any:
 
 def chat_template(name: str) -> str:
     """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
-    start, end = FRAMES.get(name, ("<|vision_start|>", "<|vision_end|>") if name.startswith("qwen") else ("", ""))
-    image = start + placeholder(name) + end
+    image = framed(name)
     begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
         "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n"
         "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
+
+
+def framed(name: str) -> str:
+    """An image in a chat template: the placeholder, in some families between a start and an end."""
+    if name.startswith(("qwen", "cohere_compass")):
+        image, *_, start, end = TOKENS[name]
+        return f"{start}{image}{end}"
+    start, end = FRAMES.get(name, ("", ""))
+    return f"{start}{placeholder(name)}{end}"
 
 
 def placeholder(name: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 import vlm_configs as configs
+import vlm_further_configs as further
 import vlm_more_configs as more
 import vlm_other_layers as others
 import vlm_video_configs as videos
@@ -214,6 +215,9 @@ FAMILIES: dict[str, Family] = {
             videos.watch_ernie4_5_vl_moe,
             finish=videos.kinds_for_experts,
         ),
+        Family("mistral3", further.mistral3, further.see_mistral3),
+        Family("cohere_compass", further.cohere_compass, **qwen),
+        Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
     )
 }
 
@@ -258,6 +262,6 @@ def generates_otherwise(name: str, options: dict[str, Any]) -> str | None:
 NAMES = list(FAMILIES)
 """Parameters of tests. Models and inputs skip the test where an older release of transformers has no such family."""
 VIDEO_NAMES = [name for name, family in FAMILIES.items() if family.watch]
-VARIANTS = {"llava_siglip": "llava", "paligemma2": "paligemma"}  # of one `model_type`
+VARIANTS = {"llava_siglip": "llava", "llava_pixtral": "llava", "paligemma2": "paligemma"}  # of one `model_type`
 READABLE = [name for name in NAMES if KNOWN[VARIANTS.get(name, name)].images.reads_tower]
 """Families whose towers are read."""

@@ -136,6 +136,7 @@ def watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Gene
         "qwen3_vl",
         "qwen3_vl_moe",
         "cosmos3_omni",
+        "cohere_compass",
     )  # which writes the time before every frame
     spans = []
     for t, h, w in grids.tolist():

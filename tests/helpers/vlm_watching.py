@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-from vlm_configs import PINPOINTS, SMALL_CROP, VIDEO
+from vlm_configs import PATCH, PINPOINTS, SMALL_CROP, VIDEO
 from vlm_families import FAMILIES, READABLE
 
 import tokenprune
@@ -23,11 +23,13 @@ from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
-MROPE = ("qwen", "glm", "cosmos", "paddleocr", "ernie4")  # whose positions need the ids
+MROPE = ("qwen", "glm", "cosmos", "cohere_compass", "paddleocr", "ernie4")  # whose positions need the ids
 PACKED = (*MROPE, "video_llama_3", "hyperclovax")  # of any size; in one sequence
 REORDERED = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
+TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
+ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1}  # patches of a token each way; of any size
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
 
@@ -103,7 +105,7 @@ def base_of(model):
 def tower_of(model, inputs=()):
     """The tower that takes the images of the inputs, or their videos."""
     base = base_of(model)
-    for name in ("video_tower" if has_videos(inputs) else "image_tower", "vision_tower", "vision_model", "visual"):
+    for name in ("video_tower", *TOWERS) if has_videos(inputs) else TOWERS:
         if hasattr(base, name):
             tower = getattr(base, name)
             return getattr(tower, "vision_model", tower)  # nested in older releases
@@ -118,7 +120,7 @@ def blocks_of(model, inputs=()):
     tower = tower_of(model, inputs)
     if hasattr(tower, "blocks"):
         return list(tower.blocks)
-    inner = getattr(tower, "encoder", tower)
+    inner = getattr(tower, "encoder", None) or getattr(tower, "transformer", tower)
     return list(getattr(inner, "layers", None) or inner.layer)
 
 
@@ -130,7 +132,7 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
-    for name in ("aligner", "projector", "resampler_model"):
+    for name in ("aligner", "projector", "resampler_model", "vision_projection"):
         if hasattr(base, name):
             return getattr(base, name)
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
@@ -236,8 +238,12 @@ class Eager:
             home.eager_attention_forward = original
 
     def received(self, layer):
-        """[P, 1]."""
-        return self._patches([weights.mean((1, 2))[..., None] for weights, _ in self.calls[layer]])
+        """[P, 1]: mean over the rows that see a patch at all."""
+        means = []
+        for weights, _ in self.calls[layer]:
+            rows = (weights > 0).any(1).sum(1).clamp(min=1)
+            means.append((weights.mean(1).sum(1) / rows)[..., None])
+        return self._patches(means)
 
     def cls(self, layer):
         """[P, 1]."""
@@ -263,6 +269,9 @@ def patch_places(name, inputs):
     side = 6 if name in NINES else 3 if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if name in ROWS:
+        sizes = torch.as_tensor(inputs["image_sizes"]) // PATCH
+        return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes.tolist()])
     if name not in SEPARATED or has_videos(inputs):
         lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if has_videos(inputs) else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
@@ -289,10 +298,13 @@ def expected_cells(name, inputs, separator):
     pairs = name == "ernie4_5_vl_moe" and has_videos(inputs)
     grids = [] if grids is None else [(t // 2 if pairs else t, h // m, w // m) for t, h, w in grids.tolist()]
     frames = iter([size for t, *size in grids for _ in range(t)])
+    if name in ROWS:
+        frames = iter((torch.as_tensor(inputs["image_sizes"]) // (ROWS[name] * PATCH)).tolist())
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
-        for start, end in _runs(marks):
+        # text between its lines does not end an image
+        for start, end in [(0, int(marks.sum()))] if name in ROWS else _runs(marks):
             if name in SEPARATED and has_videos(inputs):
                 side = 1 if name == "llava_next_video" else 2
                 shapes = [(side, side)] * ((end - start) // side**2)  # behind LLaVA-OneVision's a separator is left

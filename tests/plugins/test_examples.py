@@ -52,7 +52,7 @@ def test_code_lines_are_counted(tmp_path: Path) -> None:
 
 def test_there_are_six() -> None:
     names = [plugin.name.removeprefix("tokenprune-") for plugin in PLUGINS]
-    assert names == ["decision-log", "internvl-chat", "lmms-eval", "mistral3", "second-look", "spread"]
+    assert names == ["decision-log", "internvl-chat", "lmms-eval", "second-look", "spread", "voxtral"]
 
 
 def test_the_strategy_has_forty_lines_at_most() -> None:

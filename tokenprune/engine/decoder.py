@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from tokenprune.core.reads import PositionKernel, Read
+from tokenprune.core.reads import PositionKernel, Read, RotaryTables
 from tokenprune.core.scheduling.requirements import DECODER_READS, TYPICAL_TOKENS
 from tokenprune.core.stage import Shape
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
@@ -121,13 +121,13 @@ class Decoder:
     @property
     def multimodal_rope(self) -> bool:
         """True if positions have several axes (Qwen2-VL's M-RoPE)."""
-        config: Any = self.module.config
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        return "mrope_section" in rope
+        return any("mrope_section" in (rope or {}) for rope in rotary_parameters(self.module.config))
 
     @property
     def offers(self) -> frozenset[type[Read]]:
         """The kinds of reads that the engine provides for this decoder."""
+        if None in rotary_parameters(self.module.config):  # some layers have no rotary embedding
+            return DECODER_READS - {PositionKernel, RotaryTables}
         return DECODER_READS - {PositionKernel} if self.multimodal_rope else DECODER_READS
 
     def typical_shape(self, vision: frozenset[type[Read]], tower_layers: int) -> Shape:
@@ -227,6 +227,13 @@ def _near(model: nn.Module) -> str:
             missing += [] if any(hasattr(module, name) for name in NORMS) else ["norm"]
             lacking.append(f"{type(module).__name__} has no {' and no '.join(missing)}")
     return f" ({'; '.join(lacking)})" if lacking else ""
+
+
+def rotary_parameters(config: Any) -> list[dict[str, Any] | None]:
+    """The parameters of a decoder's rotary embedding, or those of each type of layer; None for a type without one."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    return [found[kind] for kind in sorted(kinds)] if kinds and kinds <= set(found) else [found]
 
 
 def other_layers(config: Any) -> list[str]:

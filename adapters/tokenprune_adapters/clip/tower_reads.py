@@ -28,13 +28,18 @@ def cls_attention(seen: AttentionCall, heads: str = "mean") -> Tensor:
 
 
 def received_attention(seen: AttentionCall) -> Tensor:
-    """float32 [images, P]: attention that each position receives, mean over heads and query positions."""
+    """float32 [images, P]: attention that each position receives, mean over heads and the query positions that see it.
+
+    So several images in one sequence, each of which a mask shows to itself only, receive what they receive alone.
+    """
     images, _, length, _ = seen.query.shape
     total = torch.zeros(images, seen.key.shape[2], device=seen.query.device)
+    viewers = torch.zeros_like(total)
     for start in range(0, length, ROWS_AT_ONCE):
-        rows = torch.arange(start, min(start + ROWS_AT_ONCE, length), device=seen.query.device)
-        total += seen.attention(rows.expand(images, -1)).mean(1).sum(1)
-    return total / length
+        rows = torch.arange(start, min(start + ROWS_AT_ONCE, length), device=seen.query.device).expand(images, -1)
+        total += seen.attention(rows).mean(1).sum(1)
+        viewers += seen.visible(rows)[:, 0].sum(1)
+    return total / viewers.clamp(min=1)
 
 
 def keys(seen: AttentionCall, heads: str = "joint") -> Tensor:

@@ -26,7 +26,7 @@ from tokenprune_adapters.common.load_options import (
 from tokenprune_adapters.common.shards import has_shards
 from tokenprune_adapters.hf import lora_merging as merging
 from tokenprune_adapters.hf.bound_model import BoundTransformersModel
-from tokenprune_adapters.hf.families import FAMILIES
+from tokenprune_adapters.hf.families import FAMILIES, family_of
 from tokenprune_adapters.hf.model import VisionLanguageModel
 from tokenprune_adapters.hf.model_support import model_support
 from tokenprune_adapters.hf.processor import has_processor
@@ -62,12 +62,12 @@ class TransformersAdapter(Adapter):
         Raises:
             UnsupportedError: transformers is older than `OLDEST`, or the model lacks a part that its family has.
         """
-        base = getattr(model, "base_model", None)
+        base: Any = getattr(model, "base_model", None)
         kind = getattr(getattr(base, "config", None), "model_type", None)
         if kind not in FAMILIES or not hasattr(base, "get_image_features"):
             return None
         _refuse_old_releases(type(model).__name__)
-        return BoundTransformersModel(model, FAMILIES[kind])
+        return BoundTransformersModel(model, family_of(base.config))
 
     @classmethod
     def load(cls, source: str, **options: Any) -> VisionLanguageModel:

@@ -31,9 +31,9 @@ from tokenprune_adapters.hf.families import Family
 from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 
 DECODERS = ("language_model", "text_model")
-TOWERS = ("vision_tower", "vision_model", "visual", "image_tower")
+TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
 VIDEO_TOWERS = ("video_tower", *TOWERS)
-BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
+BLOCKS = ("encoder.layers", "encoder.layer", "transformer.layers", "blocks", "layers")
 PROJECTORS = (
     "multi_modal_projector",
     "connector.modality_projection",
@@ -41,6 +41,7 @@ PROJECTORS = (
     "visual.merger",
     "projector",
     "resampler_model",
+    "vision_projection",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

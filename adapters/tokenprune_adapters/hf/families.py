@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tokenprune_adapters.hf.packed_layouts import (
     Merged,
@@ -12,6 +13,7 @@ from tokenprune_adapters.hf.packed_layouts import (
     Windowed,
     WindowedInTower,
 )
+from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
 from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
@@ -86,7 +88,7 @@ FAMILIES: dict[str, Family] = {
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
     "ovis2": _unread("Ovis2"),
-    "lighton_ocr": _unread("LightOnOCR"),
+    "lighton_ocr": Family("LightOnOCR", Unfolded, limits=(NOT_LOADED,)),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
     "llama4": _unread("Llama 4"),
     "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
@@ -94,4 +96,14 @@ FAMILIES: dict[str, Family] = {
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
     "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
+    "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
+    "cohere_compass": Family("Cohere Compass", Merged, Merged),
 }
+
+
+def family_of(config: Any) -> Family:
+    """The family of a model with this configuration, with the arrangement of its tower."""
+    family = FAMILIES[config.model_type]
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    packs = tower == "pixtral" and family.images is Arrangement
+    return replace(family, images=PackedRows) if packs else family

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, model_turn, open_run, prune
+from tokenprune.engine.decoder import rotary_parameters
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.utils.arguments import shown, unicode_problem, whole_number
 from tokenprune.utils.images import ImageInput, to_rgb
@@ -140,7 +141,7 @@ class VisionLanguageModel:
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
-        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # an image has fewer positions there
+        if any("mrope_section" in (rope or {}) for rope in rotary_parameters(config)):  # an image has fewer positions
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
             check_length(config, ids.shape[1])

@@ -34,7 +34,6 @@ REASONS: dict[str, str] = {
     "kosmos-2": NO_ROTARY,
     "kosmos-2.5": NO_ROTARY,
     "lfm2_vl": "its decoder has layers of type conv, not only self-attention over the sequence",
-    "mistral3": "not built in; the example plugin tokenprune-mistral3 is an adapter for it",
     "mistral4": "its class in transformers is a language model without images; image_tokens= marks tokens by hand",
     "vision-encoder-decoder": ENCODER_DECODER,
     "pi0": "a robot policy, whose action expert attends to a second decoder",

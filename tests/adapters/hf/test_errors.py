@@ -10,7 +10,7 @@ import torch
 import transformers
 from vlm_configs import IMAGE, TEXT, TEXT_MODEL
 from vlm_families import FAMILIES, READABLE
-from vlm_watching import MROPE, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
+from vlm_watching import MROPE, TOWERS, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -106,9 +106,7 @@ def test_a_plain_language_model_is_asked_for_prompt_masks():
 @names
 def test_a_model_without_its_tower(name, value):
     model = FAMILIES[name].build()
-    part = next(
-        part for part in ("vision_tower", "vision_model", "visual", "image_tower") if hasattr(model.model, part)
-    )
+    part = next(part for part in TOWERS if hasattr(model.model, part))
     if value is None:
         setattr(model.model, part, None)
     else:

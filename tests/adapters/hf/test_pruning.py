@@ -207,8 +207,8 @@ def test_kept_tokens_stand_at_the_positions_of_the_full_run(name):
     tables: list[list[torch.Tensor]] = []
 
     def look(module, args, kwargs):
-        given = kwargs["position_embeddings"]
-        both = [given] if isinstance(given, torch.Tensor) else given  # cos and sin, or one complex table
+        given = kwargs["position_embeddings"]  # cos and sin, one complex table, or none
+        both = [given] if isinstance(given, torch.Tensor) else given or ()
         tables.append([table.expand(*table.shape[:-3], 2, *table.shape[-2:]) for table in both])
 
     def watched(run):

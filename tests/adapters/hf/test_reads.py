@@ -135,14 +135,21 @@ def test_contributions_are_those_that_the_family_is_known_for(name):
     weights = contributions(name, "two sizes")[kept(name, inputs)]
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     patches = {int(count) for count in (weights.abs() > 1e-6).sum(1)}
-    one = {"llava", "llava_siglip", "vipllava", "deepseek_vl", "janus", "llava_next", "llava_next_video", "paligemma"}
-    assert patches == (
-        {1}
-        if name in (*one, "paligemma2", "video_llava", "video_llama_3")
-        else {1, 4}
-        if name == "llava_onevision"
-        else {4}
-    )
+    one = {
+        "llava",
+        "llava_siglip",
+        "llava_pixtral",
+        "vipllava",
+        "deepseek_vl",
+        "janus",
+        "llava_next",
+        "llava_next_video",
+        "paligemma",
+        "paligemma2",
+        "video_llava",
+        "video_llama_3",
+    }
+    assert patches == ({1} if name in one else {1, 4} if name == "llava_onevision" else {4})
     consecutive = torch.equal(weights.argmax(1) // 4, torch.arange(len(weights)))
     assert consecutive == (name.startswith(PACKED) and name not in REORDERED)
 
@@ -232,6 +239,15 @@ def test_masked_patches_are_no_keys_of_the_tower(name):
     seen, _ = read(model_of(name), Reader(ReceivedAttention(0)), inputs)
     assert torch.allclose(seen["received_attention"][seen["exists"]], expected[:, 0], atol=1e-6)
     assert seen["received_attention"][0, 2:4].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["mistral3", "llava_pixtral"])
+def test_images_in_one_sequence_of_the_tower_receive_what_they_receive_alone(name):
+    both, _ = read(model_of(name), Reader(ReceivedAttention(0)), inputs_of(name))
+    for row, size in enumerate(CASES["two sizes"]):
+        alone, _ = read(model_of(name), Reader(ReceivedAttention(0)), FAMILIES[name].inputs([size], first=row))
+        received = alone["received_attention"][0]
+        assert torch.allclose(both["received_attention"][row, : len(received)], received, atol=1e-6)
 
 
 @names

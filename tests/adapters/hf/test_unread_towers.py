@@ -43,7 +43,6 @@ class Half(Reader):
 
 def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
-    sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
     batch = []
     for count in FAMILIES[name].image_tokens(inputs).sum(1).tolist():
         cells, number = [], 0
@@ -51,8 +50,7 @@ def expected_cells(name, inputs):
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                height, width = next(sizes) if name == "lighton_ocr" else [8 * side for side in GRIDS[name]]
-                cells += [(number, row, column) for row in range(height // 8) for column in range(width // 8)]
+                cells += [(number, row, column) for row in range(GRIDS[name][0]) for column in range(GRIDS[name][1])]
             number += 1
         batch.append(cells)
     return batch

@@ -6,14 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, CLIPVisionModel, Gemma2Config, Gemma2Model, Qwen3Config, Qwen3Model
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma2Model,
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import AttentionFrom
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine import prune
-from tokenprune.engine.reads.attention_tap import tap
+from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.errors import UnsupportedError
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -94,6 +105,44 @@ def test_a_tower_shows_its_cls_row_and_keys():
         seen_by[0].attention(torch.zeros(2, 1, dtype=torch.long))[:, :, 0], expected[:, :, 0], atol=1e-5
     )
     assert seen_by[0].key.shape == (2, 4, 17, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_see_what_an_additive_mask_shows(dtype):
+    """Which hides by the smallest number of its own type."""
+    shown = torch.ones(1, 1, 4, 4).tril().bool()
+    mask = torch.zeros(shown.shape, dtype=dtype).masked_fill(~shown, torch.finfo(dtype).min)
+    states = torch.randn(1, 2, 4, 8, dtype=dtype)
+    call = AttentionCall(states, states, states, mask, 1.0, causal=False)
+    assert torch.equal(call.visible(torch.arange(4)[None]), shown)
+    among = torch.tensor([[False, False, True, True]])
+    assert not call.attention(torch.tensor([[1]]), among).any()
+
+
+def test_several_sequences_in_one_are_read_apart():
+    """Flash attention is told their ends, and gets no mask."""
+
+    def flash(module, query, key, value, mask, cu_seq_lens_q=None, **kwargs):
+        parts = [part.split(cu_seq_lens_q.diff().tolist(), 2) for part in (query, key, value)]
+        scale = {"scale": kwargs["scaling"]}
+        done = [scaled_dot_product_attention(*part, **scale) for part in zip(*parts, strict=True)]
+        return torch.cat(done, 2).transpose(1, 2), None
+
+    AttentionInterface.register("flash_attention_test", flash)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = PixtralVisionModel(PixtralVisionConfig(**sizes, head_dim=8, patch_size=4, image_size=32)).eval()
+    module, pixels, found = tower.transformer.layers[0].attention, torch.randn(2, 3, 16, 12), []
+    expected = tower(pixels).last_hidden_state
+    every = torch.arange(24)[None]
+    with torch.no_grad():
+        with tap({module: found.append}):
+            tower(pixels)
+        tower.config._attn_implementation = "flash_attention_test"
+        with tap({module: found.append}):
+            states = tower(pixels).last_hidden_state
+    assert torch.allclose(states, expected, atol=1e-5)
+    assert found[1].mask is not None
+    assert torch.allclose(found[0].attention(every), found[1].attention(every), atol=1e-6)
 
 
 class VisionCapture(Strategy):

@@ -76,10 +76,19 @@ class AttentionCall:
         logits = self._masked(logits, rows, length)
         if among is None:
             return logits.softmax(-1)
-        logits = logits.masked_fill(~among[:, None, None].to(logits.device), float("-inf"))
-        # an additive mask hides by the smallest finite number
-        blind = (logits < torch.finfo(logits.dtype).min / 2).all(-1, keepdim=True)
-        return logits.softmax(-1).masked_fill(blind, 0)
+        among = among[:, None, None].to(logits.device)
+        blind = ~(self.visible(rows) & among).any(-1, keepdim=True)
+        return logits.masked_fill(~among, float("-inf")).softmax(-1).masked_fill(blind, 0)
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """Which keys single query rows, int64 [batch, R] as above, see: bool [batch, 1 or heads, R, K]."""
+        mask, seen = self.mask, self
+        if mask is not None and mask.dim() > 2 and mask.is_floating_point():
+            # an additive mask hides by the smallest finite number of its type
+            seen = replace(self, mask=mask >= torch.finfo(mask.dtype).min / 2)
+        rows = rows.to(self.query.device).clamp(min=0)
+        blank = torch.zeros(len(rows), 1, rows.shape[1], self.key.shape[2], device=rows.device)
+        return seen._masked(blank, rows, self.query.shape[2]).isfinite()
 
     def _masked(self, logits: Tensor, rows: Tensor, length: int) -> Tensor:
         keys = logits.shape[-1]
@@ -145,6 +154,11 @@ def _show(
         raise UnsupportedError(
             f"attention of {type(module).__name__} has sink logits, which the attention tap does not support"
         )
+    ends = kwargs.get("cu_seq_lens_q")
+    if ends is not None and attention_mask is None:  # flash attention of several sequences in one
+        steps = torch.arange(query.shape[2], device=query.device)
+        number = torch.bucketize(steps, ends[1:].to(query.device), right=True)
+        attention_mask = (number[:, None] == number)[None, None]
     seen = AttentionCall(
         query.detach(),
         key.detach(),

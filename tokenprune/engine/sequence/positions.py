@@ -15,12 +15,15 @@ from tokenprune.errors import UnsupportedError
 
 
 def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Rotary tables among a layer's keyword arguments: cos and sin, or one complex table.
+    """Rotary tables among a layer's keyword arguments: cos and sin, one complex table, or () in a layer without rotary
+    embedding.
 
     Raises:
         UnsupportedError: the layer has none.
     """
-    tables = kwargs.get("position_embeddings")
+    tables = kwargs.get("position_embeddings", "none")
+    if tables is None:
+        return ()
     if isinstance(tables, Tensor) and tables.is_complex():
         return (tables,)
     if isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables):
@@ -30,8 +33,10 @@ def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     )
 
 
-def for_layer(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+def for_layer(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor | None:
     """Rotary tables as the layers take them: undoes `tables_of`."""
+    if not tables:
+        return None
     return tables if len(tables) == 2 else tables[0]
 
 
@@ -101,7 +106,7 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
     """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0.
 
     Args:
-        tables: [..., batch or 1, S, D].
+        tables: [..., batch or 1, S, D], or ().
         valid: bool [batch, S], False on padding.
     """
     first = valid.int().argmax(1)[:, None, None]
@@ -110,12 +115,16 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
         table = table.expand(*table.shape[:-3], len(valid), *table.shape[-2:])
         where = first.to(table.device).expand(*table.shape[:-2], 1, table.shape[-1])
         taken.append(table.gather(-2, where))
+    if not taken:
+        return None
     sin = taken[-1].imag if len(taken) == 1 else taken[1]
     return tuple(taken) if bool(sin.any()) else None  # sin 0 = 0
 
 
 def no_rotation(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Rotary tables with which queries and keys stay as they were projected."""
+    if not tables:
+        return ()
     cos, sin = cos_and_sin(tables)
     return _in_form_of(tables, torch.ones_like(cos), torch.zeros_like(sin))
 
@@ -171,7 +180,9 @@ def renumber_step(
     """
     ids = length.to(hidden.device)[:, None] + since.to(hidden.device)
     # clamped, since −1 + since may be −1 in rows that keep the model's positions, where the result is not used
-    tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), tables_of(kwargs), strict=True)
-    kwargs["position_embeddings"] = for_layer(tuple([where_renumbered(length, new, kept) for new, kept in tables]))
+    given = tables_of(kwargs)
+    if given:
+        tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), given, strict=True)
+        kwargs["position_embeddings"] = for_layer(tuple([where_renumbered(length, new, kept) for new, kept in tables]))
     kept = kwargs.get("position_ids")
     kwargs["position_ids"] = ids if kept is None else where_renumbered(length, ids, kept)

@@ -1,23 +1,23 @@
-"""Which checkpoints are Mistral 3's, and how they are loaded and recognised."""
+"""Which checkpoints are Voxtral's, and how they are loaded and recognised."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoModelForImageTextToText
+from transformers import VoxtralForConditionalGeneration
 
 from tokenprune import Adapter
 from tokenprune.engine import BoundModel
 from tokenprune.errors import CheckpointError, OptionError
-from tokenprune_mistral3.binding import Mistral3Binding
+from tokenprune_voxtral.binding import VoxtralBinding
 
-MODEL_TYPE = "mistral3"
+MODEL_TYPE = "voxtral"
 LOAD_OPTIONS = ("dtype", "device")
 
 
-class Mistral3Adapter(Adapter):
-    """Models whose `model_type` is `mistral3`: Mistral Small 3.1 and those built like it."""
+class VoxtralAdapter(Adapter):
+    """Models whose `model_type` is `voxtral`: Voxtral Mini and Small."""
 
     model_types = (MODEL_TYPE,)
 
@@ -36,9 +36,9 @@ class Mistral3Adapter(Adapter):
         """
         for name in options:
             if name not in LOAD_OPTIONS:
-                raise OptionError(f"Mistral 3 models have no load option {name!r}; options: {', '.join(LOAD_OPTIONS)}")
+                raise OptionError(f"Voxtral models have no load option {name!r}; options: {', '.join(LOAD_OPTIONS)}")
         try:
-            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=options.get("dtype"))
+            model: Any = VoxtralForConditionalGeneration.from_pretrained(source, dtype=options.get("dtype"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{source}: transformers cannot load it: {error}") from error
         return model.to(options.get("device") or "cpu").eval()
@@ -48,4 +48,4 @@ class Mistral3Adapter(Adapter):
         """Of a live model, with or without its language-model head; None for others."""
         base = getattr(model, "model", model)
         known = getattr(getattr(model, "config", None), "model_type", None) == MODEL_TYPE
-        return Mistral3Binding(base) if known and hasattr(base, "multi_modal_projector") else None
+        return VoxtralBinding(base) if known and hasattr(base, "multi_modal_projector") else None

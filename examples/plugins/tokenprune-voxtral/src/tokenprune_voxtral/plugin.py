@@ -1,4 +1,4 @@
-"""Registers the adapter `mistral3`; imports nothing heavy, so that `tokenprune list` stays fast."""
+"""Registers the adapter `voxtral`; imports nothing heavy, so that `tokenprune list` stays fast."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ tokenprune_hook_api = "1.0"  # the version of tokenprune's hooks that this is bu
 @hookimpl
 def tokenprune_register_adapters(register: Register) -> None:
     """One adapter; its module is imported when a model is loaded or pruned."""
-    register("mistral3", "tokenprune_mistral3.adapter:Mistral3Adapter", summary="Mistral 3 vision-language models")
+    register("voxtral", "tokenprune_voxtral.adapter:VoxtralAdapter", summary="Voxtral speech models")

@@ -1,4 +1,4 @@
-"""The adapter `mistral3` for tokenprune."""
+"""The adapter `voxtral` for tokenprune."""
 
 from __future__ import annotations
 

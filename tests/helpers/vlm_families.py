@@ -16,6 +16,7 @@ import torch
 import transformers
 import vlm_configs as configs
 import vlm_more_configs as more
+import vlm_other_towers as towers
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vlm_configs import BOS, CROP, IMAGE, PAD, SPECIAL, VIDEO
@@ -147,7 +148,9 @@ class Family:
 
     def decoder(self, model: Any) -> nn.Module:
         """The text stack: layers, norm, rotary_emb."""
-        found: nn.Module = getattr(model.model, "language_model", None) or model.model.text_model
+        found: nn.Module = getattr(model.model, "language_model", None) or getattr(
+            model.model, "text_model", model.model
+        )
         return found
 
 
@@ -198,6 +201,7 @@ FAMILIES: dict[str, Family] = {
         Family("paligemma2", configs.paligemma2, siglip, finish=prefix, image_first=True, eager_text=True),
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
+        *(Family(**row) for row in towers.ROWS),
     )
 }
 

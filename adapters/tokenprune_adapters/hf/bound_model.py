@@ -52,7 +52,7 @@ class BoundTransformersModel(BoundModel):
     def __init__(self, model: Any, family: Family) -> None:
         base = uncompiled(model.base_model)
         self.model, self.base, self.family, self.name = model, base, family, type(base).__name__
-        self.decoder = self._part(base, DECODERS)
+        self.decoder = base if hasattr(base, "layers") else self._part(base, DECODERS)
         config = base.config
         cuts = family.cuts or getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.cut, self.has_cls, self.tower_layers = int(cuts), False, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
-from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
+from tokenprune_adapters.hf.unread_towers import EndedLines, Resampled, ResampledRows, Unread
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,6 @@ FAMILIES: dict[str, Family] = {
     "ovis2": _unread("Ovis2"),
     "lighton_ocr": _unread("LightOnOCR"),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
+    "chameleon": _unread("Chameleon"),
+    "emu3": _unread("Emu3", EndedLines),
 }

@@ -65,6 +65,16 @@ class ResampledRows(Resampled):
         return Cells.joined([self.alone(latents)] * (sum(map(len, returned)) // latents))
 
 
+class EndedLines(Unread):
+    """Emu3: words of a visual vocabulary, and another word at the end of each line, which is a separator."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`."""
+        side = self.base.vqmodel.vision_spatial_factor
+        sizes = [(height // side, width // side) for height, width in self._sizes() or ()]
+        return Cells.joined([Cells.lines(*size, separated=True) for size in sizes])
+
+
 def _in_proportion(count: int, height: int, width: int) -> Cells:
     """One image of `count` tokens, whose grid has the proportions of the image; without a grid if none fits."""
     scale = (height * width / count) ** 0.5

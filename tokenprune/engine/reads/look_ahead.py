@@ -232,8 +232,9 @@ def _remember(found: list[tuple[Tensor, Tensor]], project: Callable[..., Tensor]
 
 
 def _no_rows(project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
-    """Replaces a projection whose output is not needed: run it on no rows."""
-    return project(states[:, :0], *args)
+    """Replaces a projection whose output is not needed: run it on no rows, and give zeros of the output's shape."""
+    none = project(states[:, :0], *args)
+    return none.new_zeros(()).expand(*states.shape[:2], none.shape[-1])
 
 
 def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

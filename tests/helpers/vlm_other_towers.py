@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from vlm_configs import CROP, IMAGE, TEXT_MODEL
-from vlm_inputs import AttentionCall, Pictures, fixed, spans_of, wrapped
+from torch import Tensor
+from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, START, TEXT, TEXT_MODEL, VIDEO
+from vlm_inputs import AttentionCall, Pictures, fixed, modalities, spans_of, wrapped
 
 CODES = range(112, 128)  # ids of the words of a visual vocabulary
 END_OF_LINE = 111
@@ -58,8 +59,73 @@ def see_emu3(config: Any, pictures: Pictures) -> AttentionCall:
     return seen, spans_of(pictures, [4 * (6 + 1)] * len(flat), wrapped)
 
 
+def gemma4_unified() -> Any:
+    """Pictures of patches of 8 x 8 pixels; heads of full layers are wider than those of sliding ones."""
+    return transformers.Gemma4UnifiedConfig(
+        text_config={
+            **TEXT_MODEL,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "layer_types": ALTERNATING,
+            "sliding_window": 12,
+        },
+        vision_config={
+            "patch_size": PATCH,
+            "pooling_kernel_size": 2,
+            "mm_embed_dim": 32,
+            "mm_posemb_size": 16,
+            "output_proj_dims": 32,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=120,
+        boi_token_id=START,
+        eoi_token_id=END,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+
+
+def _patches(pictures: list[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """Patches of pictures [3, height, width], their columns and rows (-1 for padding), and how many there are."""
+    patches, places = [], []
+    for picture in pictures:
+        rows, columns = picture.shape[1] // 8, picture.shape[2] // 8
+        cut = picture.view(3, rows, 8, columns, 8).permute(1, 3, 2, 4, 0)
+        patches.append(cut.reshape(rows * columns, -1))
+        places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1))
+    pad = torch.nn.utils.rnn.pad_sequence
+    counts = [len(one) for one in patches]
+    return pad(patches, True), pad(places, True, -1), counts
+
+
+def see_gemma4_unified(config: Any, pictures: Pictures) -> AttentionCall:
+    flat = [torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for row in pictures for one in row]
+    whole = [one[:, : one.shape[1] // 8 * 8, : one.shape[2] // 8 * 8] for one in flat]
+    patches, places, counts = _patches(whole)
+    return {"pixel_values": patches, "image_position_ids": places}, spans_of(pictures, counts, wrapped)
+
+
+def watch_gemma4_unified(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """The time is written before every frame."""
+    frames = [torch.rand(3, height, width, generator=draw) for t, height, width in videos for _ in range(t)]
+    patches, places, counts = _patches(frames)
+    left, spans = iter(counts), []
+    for t, *_ in videos:
+        spans.append([[token for _ in range(t) for token in (TEXT.start, START, *[VIDEO] * next(left), END)]])
+    lengths = torch.tensor([t for t, *_ in videos])
+    return {"pixel_values_videos": patches, "video_position_ids": places, "num_frames_per_video": lengths}, spans
+
+
 ROWS: list[dict[str, Any]] = [
     {"name": "chameleon", "config": chameleon, "see": fixed("SiglipImageProcessor", CROP, 16, wrapped)},
     {"name": "emu3", "config": emu3, "see": see_emu3},
+    {
+        "name": "gemma4_unified",
+        "config": gemma4_unified,
+        "see": see_gemma4_unified,
+        "watch": watch_gemma4_unified,
+        "finish": modalities,
+    },
 ]
 """Arguments of `vlm_families.Family`."""

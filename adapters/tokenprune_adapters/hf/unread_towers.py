@@ -47,13 +47,24 @@ class Unread(Arrangement):
         return None if sizes is None else [tuple(size) for size in torch.as_tensor(sizes).tolist()]
 
 
+class Placed(Unread):
+    """Gemma 4 unified: patches whose columns and rows are inputs, -1 for padding. Each frame of a video is an image."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`."""
+        places = self.inputs.get("image_position_ids", self.inputs.get("video_position_ids"))
+        assert places is not None
+        grids = [image[(image != -1).all(-1)].flip(-1).cpu().long() for image in places]
+        return Cells.joined([Cells.at(grid) for grid in grids])
+
+
 class Resampled(Unread):
     """A fixed number of learned queries, each of which sees the whole image: no grid."""
 
     @classmethod
     def alone(cls, count: int) -> Cells:
         """One image without a grid."""
-        return Cells(torch.zeros(count, dtype=torch.int64), torch.full((count, 2), -1), torch.zeros(count).bool())
+        return Cells.at(torch.full((count, 2), -1))
 
 
 class ResampledRows(Resampled):

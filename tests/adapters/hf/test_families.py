@@ -26,6 +26,7 @@ DIFFERENT_COUNTS = {
     "qwen2_5_omni_thinker",
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
+    "gemma4_unified",
     "internvl",
     "qianfan_ocr",
     "smolvlm",

@@ -27,6 +27,7 @@ GRIDS = {
     "emu3": (4, 6),
 }
 COUNTS = {"aria": 9, "idefics2": 9}  # learned queries, which have no place
+SIZED = ("lighton_ocr", "gemma4_unified")  # of any size
 names = pytest.mark.parametrize("name", UNREAD)
 
 
@@ -46,6 +47,8 @@ def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
     found = FAMILIES[name].image_tokens(inputs) & ~separators(name, model_of(name), inputs)
     sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
+    if name == "gemma4_unified":
+        sizes = iter([(8 * side for side in place.amax(0).flip(0) + 1) for place in inputs["image_position_ids"]])
     batch = []
     for count in found.sum(1).tolist():
         cells, number = [], 0
@@ -53,7 +56,7 @@ def expected_cells(name, inputs):
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                height, width = next(sizes) if name == "lighton_ocr" else [8 * side for side in GRIDS[name]]
+                height, width = next(sizes) if name in SIZED else [8 * side for side in GRIDS[name]]
                 cells += [(number, row, column) for row in range(height // 8) for column in range(width // 8)]
             number += 1
         batch.append(cells)

@@ -62,6 +62,7 @@ class Family:
         watch: the same for one video a row, given as (frames / 2, height, width); None where there is no video.
         finish: adds what else the model wants, given the inputs so far.
         image_first: whether no text may stand before the image.
+        change: changes the model in what its configuration does not tell.
         eager_tower: whether transformers runs the tower with eager attention only.
         eager_text: whether transformers runs the text stack with eager attention only.
     """
@@ -71,6 +72,7 @@ class Family:
     see: Callable[[Any, Pictures], AttentionCall]
     watch: Callable[[Any, list[tuple[int, int, int]], torch.Generator], AttentionCall] | None = None
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    change: Callable[[Any], Any] = id
     image_first: bool = False
     eager_text: bool = False
     eager_tower: bool = False
@@ -86,6 +88,7 @@ class Family:
             model = transformers.AutoModelForImageTextToText.from_config(
                 self.config(), attn_implementation=chosen, dtype=dtype
             )
+            self.change(model)
             with torch.no_grad():  # position tables, [CLS] and projections that start at zero would hide mistakes
                 for parameter in model.parameters():
                     if not parameter.any():

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, START, TEXT, TEXT_MODEL, VIDEO
-from vlm_inputs import AttentionCall, Pictures, fixed, modalities, spans_of, wrapped
+from vlm_inputs import AttentionCall, Pictures, fixed, modalities, plain, spans_of, wrapped
 
 CODES = range(112, 128)  # ids of the words of a visual vocabulary
 END_OF_LINE = 111
@@ -117,6 +117,62 @@ def watch_gemma4_unified(config: Any, videos: list[tuple[int, int, int]], draw: 
     return {"pixel_values_videos": patches, "video_position_ids": places, "num_frames_per_video": lengths}, spans
 
 
+def deepseek_ocr2() -> Any:
+    """The first layer of the decoder is dense, the others have four experts."""
+    return transformers.DeepseekOcr2Config(
+        text_config={
+            **TEXT_MODEL,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "mlp_layer_types": ["dense", *["sparse"] * 3],
+        },
+        vision_config={
+            "sam_config": {
+                "hidden_size": 32,
+                "output_channels": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 32,
+                "patch_size": PATCH,
+                "initializer_range": 0.2,
+                "window_size": 4,
+                "global_attn_indexes": [1],
+                "mlp_dim": 48,
+                "downsample_channels": [16, 32],
+            },
+            "encoder_config": {**TEXT_MODEL, "num_hidden_layers": 2},
+        },
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def few_queries(model: Any) -> None:
+    """Nine for each view, in place of 144 or 256, which are numbers in transformers' code."""
+    model.model.vision_tower.query_768_resolution = torch.nn.Embedding(9, 32)
+
+
+def see_deepseek_ocr2(config: Any, pictures: Pictures) -> AttentionCall:
+    """Wide pictures have two tiles."""
+    flat = [one for row in pictures for one in row]
+    tiles = [2 if one.width > one.height else 0 for one in flat]
+    seen = {
+        "pixel_values": _resized(flat, 32),
+        "num_local_patches": torch.tensor(tiles),
+    }
+    if any(tiles):
+        halves = [one.crop((x, 0, x + 16, 16)) for one, n in zip(flat, tiles, strict=True) for x in (0, 16)[:n]]
+        seen["pixel_values_local"] = _resized(halves, 16)
+    return seen, spans_of(pictures, [9 * (count + 1) + 1 for count in tiles], plain)
+
+
+def _resized(pictures: list[Any], side: int) -> Tensor:
+    made = [torch.tensor(np.asarray(picture.resize((side, side)))).permute(2, 0, 1) for picture in pictures]
+    return torch.stack(made) / 127.5 - 1
+
+
 ROWS: list[dict[str, Any]] = [
     {"name": "chameleon", "config": chameleon, "see": fixed("SiglipImageProcessor", CROP, 16, wrapped)},
     {"name": "emu3", "config": emu3, "see": see_emu3},
@@ -127,5 +183,6 @@ ROWS: list[dict[str, Any]] = [
         "watch": watch_gemma4_unified,
         "finish": modalities,
     },
+    {"name": "deepseek_ocr2", "config": deepseek_ocr2, "see": see_deepseek_ocr2, "change": few_queries},
 ]
 """Arguments of `vlm_families.Family`."""

@@ -21,7 +21,7 @@ from tokenprune.core.reads import AttentionFrom, ReceivedAttention
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 
-SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "emu3")
+SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "emu3", "deepseek_ocr2")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr")
 PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
@@ -168,9 +168,10 @@ def separators(name, model, inputs):
     """Bool [batch, sequence]: placeholders at which a newline enters the decoder."""
     if name not in SEPARATED:
         return torch.zeros_like(inputs["input_ids"]).bool()
-    newline = getattr(model.base_model, "image_newline", None)
+    base = model.base_model
+    newline = getattr(base, "image_newline", getattr(base, "view_separator", None))
     if newline is None:  # the embedding of a word
-        newline = model.get_input_embeddings().weight[model.base_model.vocabulary_mapping.eol_token_id]
+        newline = model.get_input_embeddings().weight[base.vocabulary_mapping.eol_token_id]
     return (decoder_input(name, model, inputs) == newline).all(-1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
-from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread
+from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
 
 
 @dataclass(frozen=True)
@@ -83,4 +83,5 @@ FAMILIES: dict[str, Family] = {
     "chameleon": _unread("Chameleon"),
     "emu3": _unread("Emu3", EndedLines),
     "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),
+    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
 }

@@ -76,6 +76,22 @@ class ResampledRows(Resampled):
         return Cells.joined([self.alone(latents)] * (sum(map(len, returned)) // latents))
 
 
+class Views(Resampled):
+    """DeepSeek-OCR 2: queries for each tile of an image, then for the whole image, then a separator."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`. Tiles are images of their own."""
+        tiles = torch.as_tensor(self.inputs.get("num_local_patches", [0] * len(returned))).tolist()
+        whole, tile = (self._queries(self.inputs.get(name)) for name in ("pixel_values", "pixel_values_local"))
+        return Cells.joined([part for count in tiles for part in (*[tile] * count, whole, Cells.lone_separator())])
+
+    def _queries(self, views: Tensor | None) -> Cells:
+        tower, patch = self.base.vision_tower, self.base.config.vision_config.sam_config.patch_size
+        rows, columns = (0, 0) if views is None else (-(-(side // patch) // 4) for side in views.shape[-2:])
+        few, many = len(tower.query_768_resolution.weight), len(tower.query_1024_resolution.weight)
+        return self.alone(few if rows * columns <= few else many)
+
+
 class EndedLines(Unread):
     """Emu3: words of a visual vocabulary, and another word at the end of each line, which is a separator."""
 

@@ -27,6 +27,7 @@ DIFFERENT_COUNTS = {
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
     "gemma4_unified",
+    "deepseek_ocr2",
     "internvl",
     "qianfan_ocr",
     "smolvlm",

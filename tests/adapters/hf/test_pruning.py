@@ -21,7 +21,7 @@ from tokenprune.testing.scripted import Scripted, Step
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 OTHERWISE_WITH_A_STATIC_CACHE = {
     "paligemma2",  # fails in transformers untouched
-    "gemma4_unified",  # untouched, its full layers see pictures both ways only if generate() makes no masks for the cache
+    "gemma4_unified",  # untouched, its full layers see pictures both ways with a dynamic cache alone
 }
 OPTIONS = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 

@@ -26,7 +26,7 @@ GRIDS = {
     "chameleon": (4, 4),
     "emu3": (4, 6),
 }
-COUNTS = {"aria": 9, "idefics2": 9}  # learned queries, which have no place
+COUNTS = {"aria": 9, "idefics2": 9, "deepseek_ocr2": 9}  # learned queries, which have no place
 SIZED = ("lighton_ocr", "gemma4_unified")  # of any size
 names = pytest.mark.parametrize("name", UNREAD)
 
@@ -109,3 +109,13 @@ def test_placeholders_that_do_not_match_the_images(name):
         tokenprune.prune(model, Half()),
     ):
         model(**{**inputs, "input_ids": ids})
+
+
+def test_large_views_have_more_queries():
+    """DeepSeek-OCR 2 has 256 for views of more than 144 patches."""
+    model, tile, whole = model_of("deepseek_ocr2"), 9, 256
+    ids = torch.tensor([[*TEXT[:3], *[IMAGE] * (tile + whole + 1), *TEXT[:5]]])
+    views = {"pixel_values": torch.randn(1, 3, 208, 208), "pixel_values_local": torch.randn(1, 3, 16, 16)}
+    _, trace = read(model, Reader(), {"input_ids": ids, **views, "num_local_patches": torch.tensor([1])})
+    layout = trace.layout
+    assert layout.image_number[layout.image_tokens].bincount().tolist() == [tile, whole]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -183,10 +183,8 @@ def look_ahead(
             projection = getattr(attention, name, None)
             if projection is not None:
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
-        try:
+        with suppress(_AttentionReached):
             type(block).forward(block, hidden.to(device), **wanted)
-        except _AttentionReached:
-            pass
     if not found:
         raise UnsupportedError(f"{type(block).__name__} does not call its attention, which cannot be computed ahead")
     ready = None

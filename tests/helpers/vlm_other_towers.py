@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, START, TEXT, TEXT_MODEL, VIDEO
-from vlm_inputs import AttentionCall, Pictures, fixed, modalities, plain, spans_of, wrapped
+from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, QWEN_TOWER, START, TEXT, TEXT_MODEL, VIDEO
+from vlm_inputs import AttentionCall, Pictures, fixed, modalities, plain, see_qwen, spans_of, watch_qwen, wrapped
+from vlm_more_configs import HIDDEN, WINDOWS
 
 CODES = range(112, 128)  # ids of the words of a visual vocabulary
 END_OF_LINE = 111
@@ -173,6 +174,79 @@ def _resized(pictures: list[Any], side: int) -> Tensor:
     return torch.stack(made) / 127.5 - 1
 
 
+MUSE: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "patch_size": PATCH,
+        "pos_emb_height": 3,
+        "pos_emb_width": 3,
+        "layer_types": ["window_attention", "full_attention", "window_attention"],
+        "initializer_range": 0.2,
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "out_hidden_size": 4 * 32,
+    "projector_hidden_size": 32,
+}
+
+
+def muse_glimmer() -> Any:
+    """Windows of 3 x 3 patches, tokens of 2 x 2; the last layer of the decoder does not rotate."""
+    text = {**TEXT_MODEL, "head_dim": 8, "layer_types": ALTERNATING, "sliding_window": 12}
+    return transformers.MuseGlimmerConfig(text_config=text, **MUSE)
+
+
+def muse_spark() -> Any:
+    """As Muse Glimmer, with four experts."""
+    text = {**muse_glimmer().text_config.to_dict(), "num_local_experts": 4, "num_experts_per_tok": 2}
+    del text["model_type"]
+    return transformers.MuseSparkConfig(
+        text_config={**text, "moe_hidden_size": 16, "moe_intermediate_size": 24},
+        audio_config={
+            "patch_sizes": [4],
+            "hidden_sizes": [32],
+            "depths": [1],
+            "num_hidden_layers": 1,
+            "out_hidden_size": 32,
+        },
+        audio_token_id=120,
+        **MUSE,
+    )
+
+
+def exaone4_5() -> Any:
+    """Blocks 0 and 2 of the tower attend in windows of 2 x 2 merged patches; full layers of the decoder do not rotate,
+    and all norm the output of attention instead of its input."""
+    return transformers.Exaone4_5_Config(
+        text_config={
+            "model_type": "exaone4",
+            **TEXT_MODEL,
+            "layer_types": ALTERNATING,
+            "sliding_window": 12,
+        },
+        vision_config={**QWEN_TOWER, **HIDDEN, **WINDOWS, "num_key_value_heads": 2},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+
+def see_muse(config: Any, pictures: Pictures) -> AttentionCall:
+    """Patches in row-major order, each twice for the two frames that a patch has."""
+    patches, grids = [], []
+    for one in (picture for row in pictures for picture in row):
+        rows, columns = (side // 8 * 2 for side in (one.height, one.width))
+        pixels = torch.tensor(np.asarray(one))[: rows * PATCH, : columns * PATCH] / 127.5 - 1
+        cut = pixels.view(rows, PATCH, columns, PATCH, 3).permute(0, 2, 4, 1, 3).reshape(rows * columns, -1)
+        patches.append(cut.repeat(1, 2))
+        grids.append([1, rows, columns])
+    seen = {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids)}
+    return seen, spans_of(pictures, [rows * columns // 4 for _, rows, columns in grids], wrapped)
+
+
 ROWS: list[dict[str, Any]] = [
     {"name": "chameleon", "config": chameleon, "see": fixed("SiglipImageProcessor", CROP, 16, wrapped)},
     {"name": "emu3", "config": emu3, "see": see_emu3},
@@ -184,5 +258,8 @@ ROWS: list[dict[str, Any]] = [
         "finish": modalities,
     },
     {"name": "deepseek_ocr2", "config": deepseek_ocr2, "see": see_deepseek_ocr2, "change": few_queries},
+    {"name": "muse_glimmer", "config": muse_glimmer, "see": see_muse, "watch": watch_qwen},
+    {"name": "muse_spark", "config": muse_spark, "see": see_muse, "watch": watch_qwen},
+    {"name": "exaone4_5", "config": exaone4_5, "see": see_qwen, "watch": watch_qwen},
 ]
 """Arguments of `vlm_families.Family`."""

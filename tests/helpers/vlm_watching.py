@@ -23,7 +23,7 @@ from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "emu3", "deepseek_ocr2")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr")
-PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
+PACKED = ("qwen", "glm", "cosmos", "muse", "exaone")  # of any size; in one sequence
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
@@ -125,7 +125,8 @@ def projector_of(model):
         return base.connector.modality_projection
     if hasattr(base, "aligner"):
         return base.aligner
-    return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
+    names = ("multi_modal_projector", "vision_adapter")
+    return next((getattr(base, name) for name in names if hasattr(base, name)), None) or base.visual.merger
 
 
 def encoded(model, inputs, mode=torch.no_grad):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
+from tokenprune_adapters.hf.token_layouts import (
+    Arrangement,
+    Frames,
+    Merged,
+    NormedPool,
+    Shuffled,
+    Squares,
+    Tiled,
+    Windowed,
+)
 from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
 
 
@@ -84,4 +93,7 @@ FAMILIES: dict[str, Family] = {
     "emu3": _unread("Emu3", EndedLines),
     "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),
     "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
+    "muse_glimmer": Family("Muse Glimmer", Shuffled, Shuffled, limits=(NOT_LOADED,)),
+    "muse_spark": Family("Muse Spark", Shuffled, Shuffled, limits=(AUDIO, NOT_LOADED)),
+    "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }

@@ -31,6 +31,8 @@ class Arrangement:
     """Whether values of the tower's patches can be mapped to image tokens; see `unread_towers`."""
     projects: ClassVar[bool] = True
     """Whether the projector works token by token."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Modules of the model that follow the projector."""
 
     def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
         self.base, self.inputs, self.cut = base, inputs, cut
@@ -206,9 +208,13 @@ class Merged(Arrangement):
 
     def _frames(self) -> list[tuple[int, int]]:
         grids = self.inputs.get("image_grid_thw", self.inputs.get("video_grid_thw"))
-        merge = self.base.visual.spatial_merge_size
+        merge = self._merge()
         assert grids is not None
         return [(h // merge, w // merge) for t, h, w in grids.tolist() for _ in range(t)]
+
+    def _merge(self) -> int:
+        """m, patches on the side of a token."""
+        return int(self.base.visual.spatial_merge_size)
 
     def _in_order(self, tokens: Tensor) -> Tensor:
         return tokens
@@ -227,15 +233,58 @@ class Windowed(Merged):
 
     def _in_order(self, tokens: Tensor) -> Tensor:
         visual = self.base.visual
-        size = visual.window_size // visual.spatial_merge_size // visual.patch_size
-        order, start = [], 0
-        for rows, columns in self._frames():
-            cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
-            window = (cells[:, 0] // size) * columns + cells[:, 1] // size
-            order.append(window.argsort(stable=True) + start)
-            start += rows * columns
-        where = torch.cat(order).to(tokens.device)
-        return torch.empty_like(tokens).index_copy_(0, where, tokens)
+        return _from_windows(
+            tokens, self._frames(), visual.window_size // visual.spatial_merge_size // visual.patch_size
+        )
+
+
+class Shuffled(Merged):
+    """Muse: the tower orders single patches by windows, and merges them behind itself."""
+
+    after: ClassVar[tuple[str, ...]] = ("vision_projection", "perception_emb_norm")
+
+    def _merge(self) -> int:
+        return int(self.base.vision_tower.merge_size)
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Mean over the patches of a token, which is m × m of them."""
+        m, frames = self._merge(), self._frames()
+        sizes = [(m * rows, m * columns) for rows, columns in frames]
+        side = self.base.vision_tower.config.pos_emb_height
+        patches = _from_windows(torch.cat([value.flatten(0, 1) for value in values]), sizes, side)
+        parts = patches.split([rows * columns for rows, columns in sizes])
+        merged = [
+            part.reshape(rows, m, columns, m, -1).mean((1, 3)).flatten(0, 1)
+            for part, (rows, columns) in zip(parts, frames, strict=True)
+        ]
+        return torch.cat(merged)
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """What the tower merged: [tokens, m · m · C]."""
+        return torch.cat(list(given))
+
+    @classmethod
+    def project(cls, projector: nn.Module, features: Tensor) -> Tensor:
+        """[B, k, m · m · C] to [B, k, width], token by token."""
+        return Arrangement.project(projector, features)
+
+
+def _from_windows(values: Tensor, frames: Sequence[tuple[int, int]], side: int) -> Tensor:
+    """From the order of a tower that works in windows to row-major order, frame by frame.
+
+    Args:
+        values: [T, D].
+        frames: rows and columns of each frame.
+        side: of a window.
+    """
+    order, start = [], 0
+    for rows, columns in frames:
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
+        window = (cells[:, 0] // side) * columns + cells[:, 1] // side
+        order.append(window.argsort(stable=True) + start)
+        start += rows * columns
+    where = torch.cat(order).to(values.device)
+    return torch.empty_like(values).index_copy_(0, where, values)
 
 
 def _pack(

@@ -210,7 +210,7 @@ def test_kept_tokens_stand_at_the_positions_of_the_full_run(name):
 
     def look(module, args, kwargs):
         tables.append(
-            [table.expand(*table.shape[:-3], 2, *table.shape[-2:]) for table in kwargs["position_embeddings"]]
+            [table.expand(*table.shape[:-3], 2, *table.shape[-2:]) for table in kwargs["position_embeddings"] or ()]
         )
 
     def watched(run):

@@ -47,6 +47,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Qwen2_5_VLText": {"rope_parameters": MROPE},
     "Exaone4": {"sliding_window": 6},  # norms the output of attention, not its input; full layers do not rotate
     "Chameleon": {"swin_norm": True, "vocabulary_map": {}, "vq_config": VQ},  # so too, under the name of the other norm
+    "MuseGlimmerText": {"head_dim": 8, "layer_rope_theta": [1e4, 1e4, 0, 1e4]},  # a layer that does not rotate
     "Gemma4UnifiedText": {"head_dim": 8, "global_head_dim": 16},  # its attention takes a further argument
 }
 OWN_KEYS = ("Phi3", "Exaone4", "Chameleon")  # of which no projection of normed states can be handed on

@@ -109,7 +109,13 @@ class LayerInputs:
             valid: bool [batch, S], False on padding.
         """
         ids = self.ids
-        if not (self.decoder.multimodal_rope and tables[0].dim() == 3 and isinstance(ids, Tensor) and ids.dim() == 3):
+        if not (
+            self.decoder.multimodal_rope
+            and tables
+            and tables[0].dim() == 3
+            and isinstance(ids, Tensor)
+            and ids.dim() == 3
+        ):
             return None
         axes = ids[-3:].expand(-1, len(valid), -1)  # those of text may stand before them
         first = valid.int().argmax(1).to(axes.device)[None, :, None].expand(len(axes), -1, 1)
@@ -138,11 +144,12 @@ class LayerInputs:
         short = None if ids is None else frame.prefill_ids(ids)
         if self._ids is not None and self.length is not None:
             new = frame.prefill_ids(self._ids).to(hidden.device)
-            renumbered = new_tables(self.decoder, layer, hidden, new)
-            cut = tuple([where_renumbered(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
+            if cut:
+                renumbered = new_tables(self.decoder, layer, hidden, new)
+                cut = tuple([where_renumbered(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
             short = new if short is None else where_renumbered(self.length, new, short)
         return {
             "attention_mask": None if mask is None else frame.prefill_mask(mask),
-            "position_embeddings": cut,
+            "position_embeddings": cut or None,
             "position_ids": short,
         }

@@ -14,13 +14,15 @@ from tokenprune.engine.decoder import Decoder
 from tokenprune.errors import UnsupportedError
 
 
-def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Rotary tables (cos, sin) among a layer's keyword arguments.
+def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Rotary tables (cos, sin) among a layer's keyword arguments; () if they are None, in a layer without rotation.
 
     Raises:
-        UnsupportedError: the layer has none.
+        UnsupportedError: the layer takes none.
     """
     tables = kwargs.get("position_embeddings")
+    if tables is None and "position_embeddings" in kwargs:
+        return ()
     if (
         isinstance(tables, tuple)
         and len(tables) == 2
@@ -82,7 +84,8 @@ def where_renumbered(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
 
 
 def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
-    """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0.
+    """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0, or if
+    there are no tables.
 
     Args:
         tables: cos and sin, [..., batch or 1, S, D].
@@ -94,13 +97,12 @@ def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...
         table = table.expand(*table.shape[:-3], len(valid), *table.shape[-2:])
         where = first.to(table.device).expand(*table.shape[:-2], 1, table.shape[-1])
         taken.append(table.gather(-2, where))
-    return tuple(taken) if bool(taken[1].any()) else None  # sin 0 = 0
+    return tuple(taken) if taken and bool(taken[1].any()) else None  # sin 0 = 0
 
 
 def no_rotation(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Rotary tables (cos, sin) with which queries and keys stay as they were projected."""
-    cos, sin = tables
-    return torch.ones_like(cos), torch.zeros_like(sin)
+    return tuple(torch.full_like(table, value) for table, value in zip(tables, (1, 0), strict=bool(tables)))
 
 
 def shifted_tables(tables: tuple[Tensor, ...], first: tuple[Tensor, ...], length: Tensor | None) -> tuple[Tensor, ...]:
@@ -153,7 +155,8 @@ def renumber_step(
     """
     ids = length.to(hidden.device)[:, None] + since.to(hidden.device)
     # clamped, since −1 + since may be −1 in rows that keep the model's positions, where the result is not used
-    tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), kwargs["position_embeddings"], strict=True)
-    kwargs["position_embeddings"] = tuple(where_renumbered(length, new, kept) for new, kept in tables)
+    if own := tables_of(kwargs):
+        tables = zip(new_tables(decoder, layer, hidden, ids.clamp(min=0)), own, strict=True)
+        kwargs["position_embeddings"] = tuple(where_renumbered(length, new, kept) for new, kept in tables)
     kept = kwargs.get("position_ids")
     kwargs["position_ids"] = ids if kept is None else where_renumbered(length, ids, kept)

@@ -175,7 +175,7 @@ class _Span:
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         return {
             "attention_mask": None if mask is None else self.own(mask.transpose(0, 1)).transpose(0, 1)[..., self._part],
-            "position_embeddings": tuple(map(self.own, tables_of(kwargs))),
+            "position_embeddings": tuple(map(self.own, tables_of(kwargs))) or None,
             "position_ids": None if ids is None else self.own(ids[..., None])[..., 0],
         }
 
@@ -189,7 +189,7 @@ class _Span:
             mask = mask[:, :, self.width :]
         return {
             "attention_mask": mask,
-            "position_embeddings": tuple(table[..., self.width :, :] for table in tables_of(kwargs)),
+            "position_embeddings": tuple(table[..., self.width :, :] for table in tables_of(kwargs)) or None,
             "position_ids": None if ids is None else ids[..., self.width :],
         }
 

@@ -19,6 +19,7 @@ import vlm_configs as configs
 import vlm_further_configs as further
 import vlm_more_configs as more
 import vlm_other_layers as others
+import vlm_other_towers as towers
 import vlm_video_configs as videos
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -65,6 +66,7 @@ class Family:
         watch: the same for one video a row, given as (frames / 2, height, width); None where there is no video.
         finish: adds what else the model wants, given the inputs so far.
         image_first: whether no text may stand before the image.
+        change: changes the model in what its configuration does not tell.
         eager_tower: whether transformers runs the tower with eager attention only.
         eager_text: whether transformers runs the text stack with eager attention only.
     """
@@ -74,6 +76,7 @@ class Family:
     see: Callable[[Any, Pictures], AttentionCall]
     watch: Callable[[Any, list[tuple[int, int, int]], torch.Generator], AttentionCall] | None = None
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    change: Callable[[Any], Any] = id
     image_first: bool = False
     eager_text: bool = False
     eager_tower: bool = False
@@ -89,6 +92,7 @@ class Family:
             model = transformers.AutoModelForImageTextToText.from_config(
                 self.config(), attn_implementation=chosen, dtype=dtype
             )
+            self.change(model)
             with torch.no_grad():  # position tables, [CLS] and projections that start at zero would hide mistakes
                 for parameter in model.parameters():
                     if not parameter.any():
@@ -151,7 +155,8 @@ class Family:
 
     def decoder(self, model: Any) -> nn.Module:
         """The text stack: layers, norm, rotary_emb."""
-        found = getattr(model.base_model, "language_model", None) or model.base_model.text_model
+        base = model.base_model
+        found = getattr(base, "language_model", None) or getattr(base, "text_model", base)
         inner: nn.Module = getattr(found, "model", found)  # Llama 4's has a head of its own
         return inner
 
@@ -218,6 +223,7 @@ FAMILIES: dict[str, Family] = {
         Family("mistral3", further.mistral3, further.see_mistral3),
         Family("cohere_compass", further.cohere_compass, **qwen),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
+        *(Family(**row) for row in towers.ROWS),
     )
 }
 

@@ -39,7 +39,7 @@ def padded(ids: list[list[int]], padding: str) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
 
 
-def _spans(pictures: Pictures, counts: Sequence[int], wrap: Callable[[int], list[int]]) -> list[list[list[int]]]:
+def spans_of(pictures: Pictures, counts: Sequence[int], wrap: Callable[[int], list[int]]) -> list[list[list[int]]]:
     """Ids for the pictures of each row, where `counts` runs over all pictures of the batch."""
     left = iter(counts)
     return [[wrap(next(left)) for _ in row] for row in pictures]
@@ -68,7 +68,7 @@ def fixed(processor: str, side: int, count: int, wrap: Callable[[int], list[int]
     def see(config: Any, pictures: Pictures) -> AttentionCall:
         make = _processor(processor)(size={"height": side, "width": side}, **options)
         pixels = make(images=_flat(pictures), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels}, _spans(pictures, [count] * len(pixels), wrap)
+        return {"pixel_values": pixels}, spans_of(pictures, [count] * len(pixels), wrap)
 
     return see
 
@@ -81,7 +81,7 @@ def see_llava_next(config: Any, pictures: Pictures) -> AttentionCall:
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
     pack = transformers.LlavaNextModel.pack_image_features
     crops = [_crops(size) for size in seen["image_sizes"]]
-    return seen, _spans(pictures, _lengths(pack, config, crops, seen["image_sizes"], "default"), plain)
+    return seen, spans_of(pictures, _lengths(pack, config, crops, seen["image_sizes"], "default"), plain)
 
 
 def see_llava_onevision(config: Any, pictures: Pictures) -> AttentionCall:
@@ -93,7 +93,7 @@ def see_llava_onevision(config: Any, pictures: Pictures) -> AttentionCall:
     crops = [_crops(size) if one else 1 for size, one in zip(seen["image_sizes"], alone, strict=True)]
     pack = transformers.LlavaOnevisionModel.pack_image_features
     ratio = {"vision_aspect_ratio": config.vision_aspect_ratio}
-    return seen, _spans(pictures, _lengths(pack, config, crops, seen["image_sizes"], **ratio), plain)
+    return seen, spans_of(pictures, _lengths(pack, config, crops, seen["image_sizes"], **ratio), plain)
 
 
 def _crops(size: Tensor) -> int:
@@ -126,7 +126,7 @@ def see_qwen(config: Any, pictures: Pictures) -> AttentionCall:
         patch_size=PATCH, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
     )
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
-    return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
+    return seen, spans_of(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
 
 
 def watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
@@ -137,6 +137,8 @@ def watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Gene
         "qwen3_vl_moe",
         "cosmos3_omni",
         "cohere_compass",
+        "muse_glimmer",
+        "muse_spark",
     )  # which writes the time before every frame
     spans = []
     for t, h, w in grids.tolist():
@@ -165,7 +167,7 @@ def see_internvl(config: Any, pictures: Pictures) -> AttentionCall:
     )
     seen = make(images=_flat(pictures), return_tensors="pt")
     counts = [4 * int(crops) for crops in seen["num_patches"]]
-    return {"pixel_values": seen["pixel_values"]}, _spans(pictures, counts, wrapped)
+    return {"pixel_values": seen["pixel_values"]}, spans_of(pictures, counts, wrapped)
 
 
 def see_idefics3(config: Any, pictures: Pictures) -> AttentionCall:
@@ -198,7 +200,7 @@ def see_idefics2(config: Any, pictures: Pictures) -> AttentionCall:
     )
     seen = dict(make(images=pictures, return_tensors="pt"))
     latents = config.perceiver_config.resampler_n_latents
-    return seen, _spans(pictures, [latents] * len(_flat(pictures)), wrapped)
+    return seen, spans_of(pictures, [latents] * len(_flat(pictures)), wrapped)
 
 
 def see_lighton_ocr(config: Any, pictures: Pictures) -> AttentionCall:
@@ -206,7 +208,7 @@ def see_lighton_ocr(config: Any, pictures: Pictures) -> AttentionCall:
     make = _processor("PixtralImageProcessor")(size={"longest_edge": 32}, patch_size=2 * PATCH)
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
     counts = [(height // 8) * (width // 8) for height, width in torch.as_tensor(seen["image_sizes"]).tolist()]
-    return seen, _spans(pictures, counts, plain)
+    return seen, spans_of(pictures, counts, plain)
 
 
 def see_deepseek_vl_hybrid(config: Any, pictures: Pictures) -> AttentionCall:

@@ -21,11 +21,14 @@ from tokenprune.core.reads import AttentionFrom, ReceivedAttention
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
 
-SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
+SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "emu3", "deepseek_ocr2")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
 MROPE = ("qwen", "glm", "cosmos", "cohere_compass", "paddleocr", "ernie4")  # whose positions need the ids
-PACKED = (*MROPE, "video_llama_3", "hyperclovax")  # of any size; in one sequence
-REORDERED = ("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
+PACKED = (*MROPE, "video_llama_3", "hyperclovax", "muse", "exaone")  # of any size; in one sequence
+REORDERED = (
+    *("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3"),
+    *("muse_glimmer", "muse_spark", "exaone4_5"),
+)
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
@@ -132,7 +135,7 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
-    for name in ("aligner", "projector", "resampler_model", "vision_projection"):
+    for name in ("aligner", "projector", "resampler_model", "vision_adapter", "vision_projection"):
         if hasattr(base, name):
             return getattr(base, name)
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
@@ -183,7 +186,11 @@ def separators(name, model, inputs):
         return video & ((video.cumsum(1) - 1) % 17 == 0)
     if name not in SEPARATED:
         return torch.zeros_like(inputs["input_ids"]).bool()
-    return (decoder_input(name, model, inputs) == model.base_model.image_newline).all(-1)
+    base = model.base_model
+    newline = getattr(base, "image_newline", getattr(base, "view_separator", None))
+    if newline is None:  # the embedding of a word
+        newline = model.get_input_embeddings().weight[base.vocabulary_mapping.eol_token_id]
+    return (decoder_input(name, model, inputs) == newline).all(-1)
 
 
 @functools.cache

@@ -41,6 +41,7 @@ PROJECTORS = (
     "visual.merger",
     "projector",
     "resampler_model",
+    "vision_adapter",
     "vision_projection",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
@@ -61,7 +62,7 @@ class BoundTransformersModel(BoundModel):
     def __init__(self, model: Any, family: Family) -> None:
         base = uncompiled(model.base_model)
         self.model, self.base, self.family, self.name = model, base, family, type(base).__name__
-        self.decoder = self._part(base, DECODERS)
+        self.decoder = base if hasattr(base, "layers") else self._part(base, DECODERS)
         config = base.config
         cuts = family.cuts or getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.cut, self.has_cls, self.tower_layers = int(cuts), False, 0
@@ -163,5 +164,7 @@ class BoundTransformersModel(BoundModel):
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
         projected = self.family.images.project(self.projector, features)
+        for name in self.family.images.after:
+            projected = getattr(self.base, name)(projected)
         scale = getattr(self.decoder, "embedding_multiplier", 1)  # of everything that enters the decoder
         return projected if scale == 1 else projected * scale

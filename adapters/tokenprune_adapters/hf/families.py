@@ -9,13 +9,14 @@ from tokenprune_adapters.hf.packed_layouts import (
     Merged,
     PairsOfFrames,
     RowMajor,
+    Shuffled,
     Unshuffled,
     Windowed,
     WindowedInTower,
 )
 from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
 from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
-from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
+from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,13 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
+    "chameleon": _unread("Chameleon"),
+    "emu3": _unread("Emu3", EndedLines),
+    "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),
+    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
+    "muse_glimmer": Family("Muse Glimmer", Shuffled, Shuffled, limits=(NOT_LOADED,)),
+    "muse_spark": Family("Muse Spark", Shuffled, Shuffled, limits=(AUDIO, NOT_LOADED)),
+    "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }
 
 

@@ -42,7 +42,7 @@ class Cells:
         side = round(count**0.5)
         if side * side == count:
             return cls.lines(side, side)
-        return cls(torch.zeros(count, dtype=torch.int64), torch.full((count, 2), -1), torch.zeros(count).bool())
+        return cls.at(torch.full((count, 2), -1))
 
     @classmethod
     def lines(cls, rows: int, columns: int, *, separated: bool = False) -> Cells:
@@ -51,6 +51,11 @@ class Cells:
         separator = cells[:, 1] == columns
         grid = torch.where(separator[:, None], -1, cells)
         return cls(torch.zeros(len(cells), dtype=torch.int64), grid, separator)
+
+    @classmethod
+    def at(cls, grid: Tensor) -> Cells:
+        """One image with these grid cells, int64 [T, 2]."""
+        return cls(torch.zeros(len(grid), dtype=torch.int64), grid, torch.zeros(len(grid)).bool())
 
     @classmethod
     def lone_separator(cls) -> Cells:

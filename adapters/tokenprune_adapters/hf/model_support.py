@@ -23,7 +23,6 @@ REASONS: dict[str, str] = {
     "blip-2": NO_ROTARY,
     "diffusion_gemma": "it decodes blocks by diffusion, not token by token",
     "evolla": "it takes proteins, not images",
-    "exaone4_5": "its decoder layers have no norm before attention, which some strategies require; not taken in yet",
     "fuyu": OTHER_NAMES,
     "gemma3n": "its layers take further inputs for each token (per-layer embeddings, AltUp), which are not shortened",
     "gemma4": "its layers take a further input for each token (per-layer embeddings), which is not shortened",

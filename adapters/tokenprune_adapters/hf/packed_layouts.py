@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +65,7 @@ class Windowed(Merged):
     def _in_order(self, tokens: Tensor) -> Tensor:
         vision = self.base.config.vision_config
         size = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        order, start = [], 0
-        for rows, columns in self._frames():
-            cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
-            window = (cells[:, 0] // size) * columns + cells[:, 1] // size
-            order.append(window.argsort(stable=True) + start)
-            start += rows * columns
-        where = torch.cat(order).to(tokens.device)
-        return torch.empty_like(tokens).index_copy_(0, where, tokens)
+        return _from_windows(tokens, self._frames(), size)
 
 
 class RowMajor(Merged):
@@ -154,3 +147,43 @@ class Unshuffled(MergedInTower):
         assert merges is not None
         found: list[int] = merges.tolist()
         return found
+
+
+class Shuffled(MergedInTower):
+    """Muse: the tower orders single patches by windows, and merges them behind itself."""
+
+    after: ClassVar[tuple[str, ...]] = ("vision_projection", "perception_emb_norm")
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Mean over the patches of a token, which is m × m of them."""
+        m, frames = int(self.base.vision_tower.merge_size), self._frames()
+        sizes = [(m * rows, m * columns) for rows, columns in frames]
+        side = self.base.vision_tower.config.pos_emb_height
+        patches = _from_windows(torch.cat([value.flatten(0, 1) for value in values]), sizes, side)
+        parts = patches.split([rows * columns for rows, columns in sizes])
+        merged = [
+            part.reshape(rows, m, columns, m, -1).mean((1, 3)).flatten(0, 1)
+            for part, (rows, columns) in zip(parts, frames, strict=True)
+        ]
+        return torch.cat(merged)
+
+    def _merges(self) -> list[int]:
+        return [int(self.base.vision_tower.merge_size)] * len(self._grids())
+
+
+def _from_windows(values: Tensor, frames: Sequence[tuple[int, int]], side: int) -> Tensor:
+    """From the order of a tower that works in windows to row-major order, frame by frame.
+
+    Args:
+        values: [T, D].
+        frames: rows and columns of each frame.
+        side: of a window.
+    """
+    order, start = [], 0
+    for rows, columns in frames:
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
+        window = (cells[:, 0] // side) * columns + cells[:, 1] // side
+        order.append(window.argsort(stable=True) + start)
+        start += rows * columns
+    where = torch.cat(order).to(values.device)
+    return torch.empty_like(values).index_copy_(0, where, values)

@@ -31,6 +31,8 @@ class Arrangement:
     """Whether values of the tower's patches can be mapped to image tokens; see `unread_towers`."""
     projects: ClassVar[bool] = True
     """Whether the projector works token by token."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Modules of the model that follow the projector."""
 
     def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
         self.base, self.inputs, self.cut = base, inputs, cut

@@ -47,13 +47,24 @@ class Unread(Arrangement):
         return None if sizes is None else [tuple(size) for size in torch.as_tensor(sizes).tolist()]
 
 
+class Placed(Unread):
+    """Gemma 4 unified: patches whose columns and rows are inputs, -1 for padding. Each frame of a video is an image."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`."""
+        places = self.inputs.get("image_position_ids", self.inputs.get("video_position_ids"))
+        assert places is not None
+        grids = [image[(image != -1).all(-1)].flip(-1).cpu().long() for image in places]
+        return Cells.joined([Cells.at(grid) for grid in grids])
+
+
 class Resampled(Unread):
     """A fixed number of learned queries, each of which sees the whole image: no grid."""
 
     @classmethod
     def alone(cls, count: int) -> Cells:
         """One image without a grid."""
-        return Cells(torch.zeros(count, dtype=torch.int64), torch.full((count, 2), -1), torch.zeros(count).bool())
+        return Cells.at(torch.full((count, 2), -1))
 
 
 class ResampledRows(Resampled):
@@ -63,6 +74,32 @@ class ResampledRows(Resampled):
         """See `Unread.placed`."""
         latents = self.base.config.perceiver_config.resampler_n_latents
         return Cells.joined([self.alone(latents)] * (sum(map(len, returned)) // latents))
+
+
+class Views(Resampled):
+    """DeepSeek-OCR 2: queries for each tile of an image, then for the whole image, then a separator."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`. Tiles are images of their own."""
+        tiles = torch.as_tensor(self.inputs.get("num_local_patches", [0] * len(returned))).tolist()
+        whole, tile = (self._queries(self.inputs.get(name)) for name in ("pixel_values", "pixel_values_local"))
+        return Cells.joined([part for count in tiles for part in (*[tile] * count, whole, Cells.lone_separator())])
+
+    def _queries(self, views: Tensor | None) -> Cells:
+        tower, patch = self.base.vision_tower, self.base.config.vision_config.sam_config.patch_size
+        rows, columns = (0, 0) if views is None else (-(-(side // patch) // 4) for side in views.shape[-2:])
+        few, many = len(tower.query_768_resolution.weight), len(tower.query_1024_resolution.weight)
+        return self.alone(few if rows * columns <= few else many)
+
+
+class EndedLines(Unread):
+    """Emu3: words of a visual vocabulary, and another word at the end of each line, which is a separator."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`."""
+        side = self.base.vqmodel.vision_spatial_factor
+        sizes = [(height // side, width // side) for height, width in self._sizes() or ()]
+        return Cells.joined([Cells.lines(*size, separated=True) for size in sizes])
 
 
 def _in_proportion(count: int, height: int, width: int) -> Cells:

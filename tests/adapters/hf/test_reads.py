@@ -198,6 +198,9 @@ def test_a_grid_cell_shows_its_part_of_the_picture(name, cell, monkeypatch):
     tokens, cells = (changed // 4).unique(), [list(cell)]
     if name == "paddleocr_vl":  # row by row
         tokens = (changed // 8 // 2 * 4 + changed % 8 // 2).unique()
+    elif name.startswith("muse"):  # raw patches in row-major order
+        columns = int(plain["image_grid_thw"][0, 2])
+        tokens = (changed // columns // 2 * (columns // 2) + changed % columns // 2).unique()
     elif name == "video_llama_3":  # a token each
         tokens, cells = changed, [[2 * cell[0] + row, 2 * cell[1] + column] for row in (0, 1) for column in (0, 1)]
     seen, _ = read(model_of(name), Reader(), plain)

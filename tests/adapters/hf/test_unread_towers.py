@@ -7,7 +7,7 @@ import torch
 from vlm_cases import inputs_of, model_of
 from vlm_configs import IMAGE, TEXT
 from vlm_families import FAMILIES, NAMES, READABLE
-from vlm_watching import CASES, Reader, read
+from vlm_watching import CASES, Reader, read, separators
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -24,8 +24,11 @@ GRIDS = {
     "ovis2": (3, 3),
     "deepseek_vl_hybrid": (4, 4),
     "llama4": (3, 3),
+    "chameleon": (4, 4),
+    "emu3": (4, 6),
 }
-COUNTS = {"aria": 9, "idefics2": 9}  # learned queries, which have no place
+COUNTS = {"aria": 9, "idefics2": 9, "deepseek_ocr2": 9}  # learned queries, which have no place
+SIZED = ("lighton_ocr", "gemma4_unified")  # of any size
 names = pytest.mark.parametrize("name", UNREAD)
 
 
@@ -43,14 +46,19 @@ class Half(Reader):
 
 def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
+    found = FAMILIES[name].image_tokens(inputs) & ~separators(name, model_of(name), inputs)
+    sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
+    if name == "gemma4_unified":
+        sizes = iter([(8 * side for side in place.amax(0).flip(0) + 1) for place in inputs["image_position_ids"]])
     batch = []
-    for count in FAMILIES[name].image_tokens(inputs).sum(1).tolist():
+    for count in found.sum(1).tolist():
         cells, number = [], 0
         while len(cells) < count:
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                cells += [(number, row, column) for row in range(GRIDS[name][0]) for column in range(GRIDS[name][1])]
+                height, width = next(sizes) if name in SIZED else [8 * side for side in GRIDS[name]]
+                cells += [(number, row, column) for row in range(height // 8) for column in range(width // 8)]
             number += 1
         batch.append(cells)
     return batch
@@ -62,7 +70,8 @@ def expected_cells(name, inputs):
 def test_image_tokens_pictures_and_cells(name, case, padding):
     inputs = FAMILIES[name].inputs(CASES[case], padding=padding)
     seen, trace = read(model_of(name), Reader(), inputs)
-    assert torch.equal(trace.layout.image_tokens, FAMILIES[name].image_tokens(inputs))
+    separator = separators(name, model_of(name), inputs)
+    assert torch.equal(trace.layout.image_tokens, FAMILIES[name].image_tokens(inputs) & ~separator)
     for row, cells in enumerate(expected_cells(name, inputs)):
         found = torch.cat((seen["image"][row, :, None], seen["grid"][row]), 1)
         assert found[: len(cells)].tolist() == [list(cell) for cell in cells]
@@ -101,3 +110,13 @@ def test_placeholders_that_do_not_match_the_images(name):
         tokenprune.prune(model, Half()),
     ):
         model(**{**inputs, "input_ids": ids})
+
+
+def test_large_views_have_more_queries():
+    """DeepSeek-OCR 2 has 256 for views of more than 144 patches."""
+    model, tile, whole = model_of("deepseek_ocr2"), 9, 256
+    ids = torch.tensor([[*TEXT[:3], *[IMAGE] * (tile + whole + 1), *TEXT[:5]]])
+    views = {"pixel_values": torch.randn(1, 3, 208, 208), "pixel_values_local": torch.randn(1, 3, 16, 16)}
+    _, trace = read(model, Reader(), {"input_ids": ids, **views, "num_local_patches": torch.tensor([1])})
+    layout = trace.layout
+    assert layout.image_number[layout.image_tokens].bincount().tolist() == [tile, whole]

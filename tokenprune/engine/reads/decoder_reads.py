@@ -169,10 +169,11 @@ class DecoderReads:
                 apart = self._from_first(given, layout, inputs)
             elif given.frame is not None:
                 apart = tuple(given.frame.prefill_table(table) for table in apart)
-            return rotary_tables(cos_and_sin(apart), layout, given.frame, given.active)
+            return rotary_tables(cos_and_sin(apart or self._unrotated(given)), layout, given.frame, given.active)
         if isinstance(read, PositionKernel):
             scaling = float(getattr(self._decoder.attention(given.layer), "scaling"))  # noqa: B009
-            return position_kernel(read, cos_and_sin(now), scaling, layout, given.frame)
+            tables = cos_and_sin(now or self._unrotated(given))
+            return position_kernel(read, tables, scaling, layout, given.frame)
         rows = query_places(read.query, layout, given.frame)
         seen = self._look_ahead(given, now if read.rotary else no_rotation(now), rows)
         return from_layer(read, seen, layout, given.frame, given.active)
@@ -182,6 +183,11 @@ class DecoderReads:
         first = inputs.first_tables(tables_of(given.whole), layout.valid)
         now = tables_of(given.kwargs)
         return now if first is None else shifted_tables(now, first, inputs.length)
+
+    def _unrotated(self, given: LayerInput) -> tuple[Tensor, ...]:
+        """Rotary tables [1, M, D] that rotate nothing, of a layer that has none."""
+        ids = torch.arange(given.hidden.shape[1], device=given.hidden.device)[None]
+        return no_rotation(self._decoder.tables(given.layer, given.hidden[:1], ids))
 
     def _look_ahead(
         self, given: LayerInput, tables: tuple[Tensor, ...], rows: Tensor | None = None, values: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,6 +144,7 @@ def look_ahead(
 ) -> Ahead:
     """Queries and keys that a layer would compute from these states, with its own norm, projections and rotation.
 
+    The layer itself runs, up to its attention: some norm the states before attention, and others only its output.
     Queries are projected only in the rows that are needed, values only if they are, and the output not at all, if
     their projections have the usual names.
 
@@ -157,40 +158,52 @@ def look_ahead(
         values: whether values are needed too.
 
     Raises:
-        UnsupportedError: the layer has no `input_layernorm` or readable attention.
+        UnsupportedError: the layer has no readable attention, or does not call it.
     """
     block, attention = decoder.layers[layer], decoder.attention(layer)
-    norm: Any = next((getattr(block, name) for name in INPUT_NORMS if hasattr(block, name)), None)
-    if norm is None:
-        raise UnsupportedError(f"{type(block).__name__} has no input_layernorm; its attention cannot be computed ahead")
     found: list[AttentionCall] = []
     keys: list[tuple[Tensor, Tensor]] = []
-    names = ("attention_mask", "position_embeddings", "position_ids")
+    normed: list[tuple[Tensor, Tensor]] = []
     placed = (weight.device for weight in attention.parameters() if weight.device.type != "meta")  # meta: offloaded
     device = next(placed, hidden.device)
-    wanted = {name: _moved(kwargs[name], device) for name in names if name in kwargs}
+    wanted = {name: None if name == "past_key_values" else _moved(value, device) for name, value in kwargs.items()}
     rows = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device) if rows is None else rows.clamp(min=0)
     some: Callable[..., Tensor] = partial(_some_rows, rows)
     instead = (
         {"q_proj": some, "o_proj": _no_rows} if values else {"q_proj": some, "v_proj": _no_rows, "o_proj": _no_rows}
     )
-    hand_on = _can_hand_on(block, attention, norm)
+    norm: Any = next((getattr(block, name) for name in INPUT_NORMS if hasattr(block, name)), None)
+    hand_on = norm is not None and _can_hand_on(block, attention, norm)
     if hand_on:
         instead["k_proj"] = partial(_remember, keys)
     with ExitStack() as undo:
         undo.enter_context(torch.no_grad())
         undo.enter_context(tap({attention: found.append}, instead=_nothing))
+        undo.enter_context(shadowed(attention, "forward", _and_no_further))
+        if hand_on:
+            undo.enter_context(shadowed(norm, "forward", partial(_remember, normed)))
         for name, wrapper in instead.items():
             projection = getattr(attention, name, None)
             if projection is not None:
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
         undo.enter_context(scaled_queries(attention, lacking_scale(attention, frame)))
-        normed = norm(hidden.to(device))
-        attention(normed, **wanted)
+        with suppress(_AttentionReached):
+            type(block).forward(block, hidden.to(device), **wanted)
+    if not found:
+        raise UnsupportedError(f"{type(block).__name__} does not call its attention, which cannot be computed ahead")
     ready = None
-    if hand_on and keys and keys[0][0] is normed:
+    if keys and normed and keys[0][0] is normed[0][1]:  # not of a layer that norms the output of attention
         ready = KeysAhead(norm, getattr(attention, "k_proj"), *keys[0], frame)  # noqa: B009
     return Ahead(found[0], _cost(attention, hidden.shape[1], rows.shape[1], values), ready)
+
+
+class _AttentionReached(Exception):
+    """Ends a layer's run after its attention."""
+
+
+def _and_no_further(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    attention(*args, **kwargs)
+    raise _AttentionReached
 
 
 def _cost(attention: nn.Module, length: int, rows: int, values: bool) -> LookAhead:
@@ -229,15 +242,16 @@ def _some_rows(rows: Tensor, project: Callable[..., Tensor], states: Tensor, *ar
     return queries.scatter_(1, index, some)
 
 
-def _remember(found: list[tuple[Tensor, Tensor]], project: Callable[..., Tensor], states: Tensor) -> Tensor:
-    keys = project(states)
-    found.append((states, keys))
-    return keys
+def _remember(found: list[tuple[Tensor, Tensor]], forward: Callable[..., Tensor], states: Tensor) -> Tensor:
+    output = forward(states)
+    found.append((states, output))
+    return output
 
 
 def _no_rows(project: Callable[..., Tensor], states: Tensor, *args: Any) -> Tensor:
-    """Replaces a projection whose output is not needed: run it on no rows."""
-    return project(states[:, :0], *args)
+    """Replaces a projection whose output is not needed: run it on no rows, and give zeros of the output's shape."""
+    none = project(states[:, :0], *args)
+    return none.new_zeros(()).expand(*states.shape[:2], none.shape[-1])
 
 
 def _nothing(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -19,7 +19,7 @@ def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     embedding.
 
     Raises:
-        UnsupportedError: the layer has none.
+        UnsupportedError: the layer takes none.
     """
     tables = kwargs.get("position_embeddings", "none")
     if tables is None:
@@ -103,7 +103,8 @@ def where_renumbered(length: Tensor, new: Tensor, kept: Tensor) -> Tensor:
 
 
 def first_tables(tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
-    """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0.
+    """Rotary tables [..., batch, 1, D] of each row's first real token; None if all rows begin at position 0, or if
+    there are no tables.
 
     Args:
         tables: [..., batch or 1, S, D], or ().

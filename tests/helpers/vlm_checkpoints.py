@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_torchvision_available
 from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, PINPOINTS, SMALL_CROP, START, VIDEO
 from vlm_families import FAMILIES
+from vlm_processors import PROCESSORS as MORE
 
+NEEDS_TORCHVISION = pytest.mark.skipif(not is_torchvision_available(), reason="its processor needs torchvision")
 EOS = 2
 CHARACTERS = string.printable[:95] + "\n\t"  # ids 3 to 99
 QWEN = {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
@@ -40,6 +45,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+    **{name: more.tokens for name, more in MORE.items()},
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
 NAMED = {
@@ -51,6 +57,7 @@ NAMED = {
     },
     "deepseek_vl": {"image_token": "<image_placeholder>"},
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+    **{name: more.named for name, more in MORE.items()},
 }
 PLACEHOLDERS = {"aya_vision": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
 HUB = {
@@ -69,8 +76,9 @@ HUB = {
     "aya_vision": "CohereLabs/aya-vision-8b",
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
+    **{name: more.hub for name, more in MORE.items() if more.hub},
 }
-"""A released checkpoint of each family, which examples name."""
+"""A released checkpoint of each family, which examples name; none of GLM-GA is known."""
 VIDEO_PROCESSORS = {
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
@@ -79,8 +87,13 @@ VIDEO_PROCESSORS = {
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "smolvlm": "SmolVLMVideoProcessor",
+    **{name: more.videos for name, more in MORE.items() if more.videos},
 }
 """Families whose processor has a part for videos, which needs torchvision."""
+LOADED = [
+    pytest.param(name, marks=NEEDS_TORCHVISION if name in MORE and MORE[name].torchvision else ()) for name in TOKENS
+]
+"""Parameters of tests: families whose checkpoints are loaded."""
 
 
 def write_vlm(folder: Path, name: str) -> Path:
@@ -90,20 +103,29 @@ def write_vlm(folder: Path, name: str) -> Path:
         folder: made if it is not there.
         name: key of `TOKENS`.
     """
-    FAMILIES[name].build().save_pretrained(folder)
+    more = MORE.get(name)
+    family = replace(FAMILIES[name], config=more.config) if more and more.config else FAMILIES[name]
+    family.build().save_pretrained(folder)
     tokenizer(name).save_pretrained(folder)
-    images = image_processor(name)
-    images.save_pretrained(folder)
+    if more:
+        _write(folder / "preprocessor_config.json", more.preprocessor())
+    else:
+        image_processor(name).save_pretrained(folder)
     config = {"processor_class": PROCESSORS.get(name, f"{FAMILIES[name].config().__class__.__name__[:-6]}Processor")}
     _write(folder / "processor_config.json", {**config, **OPTIONS.get(name, {})})
     if name in VIDEO_PROCESSORS:
-        _write(folder / "video_preprocessor_config.json", {"video_processor_type": VIDEO_PROCESSORS[name]})
-    if name != "paligemma":  # which has no chat template
+        videos = {"video_processor_type": VIDEO_PROCESSORS[name], **(more.images[1] if more else {})}
+        _write(folder / "video_preprocessor_config.json", videos)
+    if name != "paligemma" and (more is None or more.templated):
         (folder / "chat_template.jinja").write_text(chat_template(name), encoding="utf-8")
     return folder
 
 
-PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor", "vipllava": "LlavaProcessor"}
+PROCESSORS = {
+    "qwen3_vl_moe": "Qwen3VLProcessor",
+    "vipllava": "LlavaProcessor",
+    **{name: f"{more.kind}Processor" for name, more in MORE.items()},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
@@ -119,6 +141,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smolvlm": {"image_seq_len": 4},
     "idefics3": {"image_seq_len": 4},
     "gemma3": {"image_seq_length": 9},
+    **{name: more.options for name, more in MORE.items()},
 }
 
 
@@ -128,7 +151,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     vocabulary = {character: 3 + place for place, character in enumerate(CHARACTERS)}
     core = Tokenizer(models.BPE({**vocabulary, **special}, [], unk_token="</s>"))
     core.decoder = decoders.Fuse()
-    if not name.startswith(("qwen", "internvl", "smolvlm")):  # whose tokenizers begin with no token of their own
+    if begins(name):
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
@@ -138,7 +161,13 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         padding_side="left",
         extra_special_tokens=NAMED.get(name, {}),
+        **(MORE[name].tokenizer if name in MORE else {}),
     )
+
+
+def begins(name: str) -> bool:
+    """Whether the family's tokenizer begins with a token of its own."""
+    return MORE[name].begins if name in MORE else not name.startswith(("qwen", "internvl", "smolvlm"))
 
 
 def image_processor(name: str) -> Any:
@@ -177,7 +206,7 @@ def image_processor(name: str) -> Any:
 
 def chat_template(name: str) -> str:
     """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
-    image = "<|vision_start|><|image_pad|><|vision_end|>" if name.startswith("qwen") else placeholder(name)
+    image = marks(name)
     begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
@@ -189,6 +218,13 @@ def chat_template(name: str) -> str:
 def placeholder(name: str) -> str:
     """What stands for an image in a prompt."""
     return PLACEHOLDERS.get(name, next(iter(TOKENS[name])))
+
+
+def marks(name: str) -> str:
+    """What the chat template writes for an image: its placeholder, between others for some families."""
+    if name in MORE:
+        return MORE[name].marks or placeholder(name)
+    return "<|vision_start|><|image_pad|><|vision_end|>" if name.startswith("qwen") else placeholder(name)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

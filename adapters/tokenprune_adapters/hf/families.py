@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
@@ -19,6 +20,9 @@ class Family:
         projects_patches: whether the projector takes single rows of the tower's states, one for each token.
         cuts: whether the tower's first position, [CLS], is always removed; otherwise the configuration tells
             (`vision_feature_select_strategy`).
+        chat_template: of checkpoints that have none.
+        loaded_by: class of transformers that loads the checkpoints and has the model as its `model`; None = the class
+            for image-text-to-text models.
         limits: what does not work or is not tested.
     """
 
@@ -27,6 +31,8 @@ class Family:
     videos: type[Arrangement] | None = None
     projects_patches: bool = False
     cuts: bool = False
+    chat_template: str | None = None
+    loaded_by: str | None = None
     limits: tuple[str, ...] = ()
 
 
@@ -34,14 +40,21 @@ NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
+PAGES = (  # as its processor writes them for a prompt of its own
+    "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
+    "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n<img>"
+    "{% for part in turn['content'] if part['type'] == 'image' %}<imgpad>{% endfor %}</img>\n"
+    "{% for part in turn['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def _glm(title: str) -> Family:
-    return Family(title, Merged, limits=(NO_VIDEOS, NOT_LOADED))
+    return Family(title, Merged, limits=(NO_VIDEOS,))
 
 
-def _unread(title: str, images: type[Arrangement] = Unread) -> Family:
-    return Family(title, images, limits=(NO_TOWER, NOT_LOADED))
+def _unread(title: str, images: type[Arrangement] = Unread, **more: Any) -> Family:
+    return Family(title, images, limits=(NO_TOWER,), **more)
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,24 +73,26 @@ FAMILIES: dict[str, Family] = {
     "vipllava": Family("VipLLaVA", projects_patches=True, cuts=True),
     "deepseek_vl": Family("DeepSeek-VL"),
     "aya_vision": Family("Aya Vision", Squares),
-    "llava_next_video": Family("LLaVA-NeXT-Video", Tiled, Arrangement, projects_patches=True, limits=(NOT_LOADED,)),
-    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni", Windowed, Windowed, limits=(AUDIO, NOT_LOADED)),
-    "qwen3_omni_moe_thinker": Family("Qwen3-Omni", Merged, Merged, limits=(AUDIO, NOT_LOADED)),
-    "cosmos3_omni": Family("Cosmos 3 Omni", Merged, Merged, limits=(NOT_LOADED,)),
+    "llava_next_video": Family("LLaVA-NeXT-Video", Tiled, Arrangement, projects_patches=True),
+    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni", Windowed, Windowed, limits=(AUDIO,)),
+    "qwen3_omni_moe_thinker": Family("Qwen3-Omni", Merged, Merged, limits=(AUDIO,)),
+    "cosmos3_omni": Family("Cosmos 3 Omni", Merged, Merged),
     "glm4v": _glm("GLM-4.1V"),
     "glm46v": _glm("GLM-4.6V"),
     "glm4v_moe": _glm("GLM-4.5V"),
     "glm_ocr": _glm("GLM-OCR"),
     "glmga": _glm("GLM-GA"),
-    "qianfan_ocr": Family("Qianfan-OCR", limits=(NOT_LOADED,)),
+    "qianfan_ocr": Family("Qianfan-OCR"),
     "idefics2": _unread("Idefics2", ResampledRows),
     "deepseek_vl_hybrid": _unread("DeepSeek-VL hybrid"),
-    "janus": Family("Janus", limits=(NOT_LOADED,)),
-    "cohere2_vision": Family("Command A Vision", Squares, limits=(NOT_LOADED,)),
-    "got_ocr2": _unread("GOT-OCR 2"),
+    "janus": Family("Janus"),
+    "cohere2_vision": Family("Command A Vision", Squares),
+    "got_ocr2": _unread("GOT-OCR 2", chat_template=PAGES),
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
     "ovis2": _unread("Ovis2"),
     "lighton_ocr": _unread("LightOnOCR"),
-    "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
+    "shieldgemma2": Family("ShieldGemma 2", NormedPool, loaded_by="ShieldGemma2ForImageClassification"),
 }
+WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")
+"""Types whose checkpoints contain a thinker, which is a model of a family, and a talker, which is not loaded."""

@@ -20,6 +20,7 @@ class Family:
         projects_patches: whether the projector takes single rows of the tower's states, one for each token.
         cuts: whether the tower's first position, [CLS], is always removed; otherwise the configuration tells
             (`vision_feature_select_strategy`).
+        one_token: whether the image token marks videos too.
         chat_template: of checkpoints that have none.
         loaded_by: class of transformers that loads the checkpoints and has the model as its `model`; None = the class
             for image-text-to-text models.
@@ -31,6 +32,7 @@ class Family:
     videos: type[Arrangement] | None = None
     projects_patches: bool = False
     cuts: bool = False
+    one_token: bool = False
     chat_template: str | None = None
     loaded_by: str | None = None
     limits: tuple[str, ...] = ()
@@ -50,7 +52,7 @@ PAGES = (  # as its processor writes them for a prompt of its own
 
 
 def _glm(title: str) -> Family:
-    return Family(title, Merged, limits=(NO_VIDEOS,))
+    return Family(title, Merged, Merged, one_token=True)
 
 
 def _unread(title: str, images: type[Arrangement] = Unread, **more: Any) -> Family:

@@ -145,11 +145,12 @@ def test_an_image_processor_that_needs_torchvision(tmp_path: Path) -> None:
 def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
     assert name in VIDEO_PROCESSORS
     model = tp.load(write_vlm(tmp_path / name, name))
-    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
-    token = model.processor.video_token
-    template = f"{token}{{{{ messages[0]['content'][1]['text'] }}}}"
-    text = model.processor.apply_chat_template([{"role": "user", "content": content}], template)
-    inputs = model.processor(text=text, videos=[FRAMES], return_tensors="pt")
+    token, glm = model.processor.video_token, FAMILIES[name].one_token
+    text = (f"<|begin_of_video|>{token}<|end_of_video|>" if glm else token) + QUESTION
+    times = {"fps": 2, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    inputs = model.processor(
+        text=text, videos=[FRAMES], video_metadata=[times], do_sample_frames=False, return_tensors="pt"
+    )
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     with torch.inference_mode():
         untouched = model.model.generate(**inputs, **options)
@@ -157,7 +158,8 @@ def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
             assert torch.equal(model.model.generate(**inputs, **options), untouched)
         with tp.prune(model, fastv()) as run:
             model.model.generate(**inputs, **options)
-    tokens = int((inputs["input_ids"] == model.model.config.video_token_id).sum())
+    config = model.model.config
+    tokens = int((inputs["input_ids"] == (config.image_token_id if glm else config.video_token_id)).sum())
     assert kept.trace.ledger.image_tokens == run.trace.ledger.image_tokens == (tokens,)
     assert run.trace.ledger.equivalent_tokens_ratio <= 0.5
     numbers = run.trace.layout.image_number

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_torchvision_available
 from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, PINPOINTS, SMALL_CROP, START, VIDEO
 from vlm_families import FAMILIES
+from vlm_processors import PROCESSORS as MORE
 
+NEEDS_TORCHVISION = pytest.mark.skipif(not is_torchvision_available(), reason="its processor needs torchvision")
 EOS = 2
 CHARACTERS = string.printable[:95] + "\n\t"  # ids 3 to 99
 BYTES = str.maketrans(" \n\t", "ĠĊĉ")  # as byte-level tokenizers write them
@@ -41,6 +46,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+    **{name: more.tokens for name, more in MORE.items()},
     "video_llava": {"<image>": IMAGE, "<video>": VIDEO},
     "paddleocr_vl": {"<|IMAGE_PLACEHOLDER|>": IMAGE, "<|IMAGE_START|>": START, "<|IMAGE_END|>": END},
     "video_llama_3": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
@@ -72,6 +78,7 @@ NAMED = {
         "video_end_token": "<|IMAGE_END|>",
     },
     "gemma3": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+    **{name: more.named for name, more in MORE.items()},
 }
 PLACEHOLDERS = {"aya_vision": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
 FRAMES = dict.fromkeys(("paddleocr_vl", "ernie4_5_vl_moe"), ("<|IMAGE_START|>", "<|IMAGE_END|>"))
@@ -91,6 +98,7 @@ HUB = {
     "aya_vision": "CohereLabs/aya-vision-8b",
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
+    **{name: more.hub for name, more in MORE.items() if more.hub},
     "video_llava": "LanguageBind/Video-LLaVA-7B-hf",
     "paddleocr_vl": "PaddlePaddle/PaddleOCR-VL",
     "video_llama_3": "lkhl/VideoLLaMA3-2B-Image-HF",
@@ -98,7 +106,7 @@ HUB = {
     "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
 }
-"""A released checkpoint of each family, which examples name."""
+"""A released checkpoint of each family, which examples name; none of GLM-GA is known."""
 VIDEO_PROCESSORS = {
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
@@ -107,6 +115,7 @@ VIDEO_PROCESSORS = {
     "qwen3_vl_moe": "Qwen3VLVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "smolvlm": "SmolVLMVideoProcessor",
+    **{name: more.videos for name, more in MORE.items() if more.videos},
     "video_llava": "VideoLlavaVideoProcessor",
     "video_llama_3": "VideoLlama3VideoProcessor",
     "hyperclovax_vision_v2": "Qwen2VLVideoProcessor",
@@ -114,6 +123,10 @@ VIDEO_PROCESSORS = {
     "cohere_compass": "CohereCompassVideoProcessor",
 }
 """Families whose processor has a part for videos, which needs torchvision."""
+LOADED = [
+    pytest.param(name, marks=NEEDS_TORCHVISION if name in MORE and MORE[name].torchvision else ()) for name in TOKENS
+]
+"""Parameters of tests: families whose checkpoints are loaded."""
 
 
 def write_vlm(folder: Path, name: str) -> Path:
@@ -123,20 +136,29 @@ def write_vlm(folder: Path, name: str) -> Path:
         folder: made if it is not there.
         name: key of `TOKENS`.
     """
-    FAMILIES[name].build().save_pretrained(folder)
+    more = MORE.get(name)
+    family = replace(FAMILIES[name], config=more.config) if more and more.config else FAMILIES[name]
+    family.build().save_pretrained(folder)
     tokenizer(name).save_pretrained(folder)
-    images = image_processor(name)
-    images.save_pretrained(folder)
+    if more:
+        _write(folder / "preprocessor_config.json", more.preprocessor())
+    else:
+        image_processor(name).save_pretrained(folder)
     config = {"processor_class": PROCESSORS.get(name, f"{FAMILIES[name].config().__class__.__name__[:-6]}Processor")}
     _write(folder / "processor_config.json", {**config, **OPTIONS.get(name, {})})
     if name in VIDEO_PROCESSORS:
-        _write(folder / "video_preprocessor_config.json", {"video_processor_type": VIDEO_PROCESSORS[name]})
-    if name != "paligemma":  # which has no chat template
+        videos = {"video_processor_type": VIDEO_PROCESSORS[name], **(more.images[1] if more else {})}
+        _write(folder / "video_preprocessor_config.json", videos)
+    if name != "paligemma" and (more is None or more.templated):
         (folder / "chat_template.jinja").write_text(chat_template(name), encoding="utf-8")
     return folder
 
 
-PROCESSORS = {"qwen3_vl_moe": "Qwen3VLProcessor", "vipllava": "LlavaProcessor"}
+PROCESSORS = {
+    "qwen3_vl_moe": "Qwen3VLProcessor",
+    "vipllava": "LlavaProcessor",
+    **{name: f"{more.kind}Processor" for name, more in MORE.items()},
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "llava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
     "vipllava": {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
@@ -153,6 +175,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smolvlm": {"image_seq_len": 4},
     "idefics3": {"image_seq_len": 4},
     "gemma3": {"image_seq_length": 9},
+    **{name: more.options for name, more in MORE.items()},
 }
 
 
@@ -163,7 +186,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     vocabulary = {character.translate(written): 3 + place for place, character in enumerate(CHARACTERS)}
     core = Tokenizer(models.BPE({**vocabulary, **special}, [], unk_token="</s>"))
     core.decoder = decoders.Fuse()
-    if not name.startswith(("qwen", "internvl", "smolvlm")):  # whose tokenizers begin with no token of their own
+    if begins(name):
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
@@ -173,7 +196,13 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         padding_side="left",
         extra_special_tokens=NAMED.get(name, {}),
+        **(MORE[name].tokenizer if name in MORE else {}),
     )
+
+
+def begins(name: str) -> bool:
+    """Whether the family's tokenizer begins with a token of its own."""
+    return MORE[name].begins if name in MORE else not name.startswith(("qwen", "internvl", "smolvlm"))
 
 
 def image_processor(name: str) -> Any:
@@ -217,7 +246,7 @@ def image_processor(name: str) -> Any:
 
 def chat_template(name: str) -> str:
     """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
-    image = framed(name)
+    image = marks(name)
     begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
@@ -226,18 +255,20 @@ def chat_template(name: str) -> str:
     )
 
 
-def framed(name: str) -> str:
-    """An image in a chat template: the placeholder, in some families between a start and an end."""
+def placeholder(name: str) -> str:
+    """What stands for an image in a prompt."""
+    return PLACEHOLDERS.get(name, next(iter(TOKENS[name])))
+
+
+def marks(name: str) -> str:
+    """What the chat template writes for an image: its placeholder, between others for some families."""
+    if name in MORE:
+        return MORE[name].marks or placeholder(name)
     if name.startswith(("qwen", "cohere_compass")):
         image, *_, start, end = TOKENS[name]
         return f"{start}{image}{end}"
     start, end = FRAMES.get(name, ("", ""))
     return f"{start}{placeholder(name)}{end}"
-
-
-def placeholder(name: str) -> str:
-    """What stands for an image in a prompt."""
-    return PLACEHOLDERS.get(name, next(iter(TOKENS[name])))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

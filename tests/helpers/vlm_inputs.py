@@ -148,6 +148,13 @@ def watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Gene
     return {"pixel_values_videos": pixels, "video_grid_thw": grids}, spans
 
 
+def watch_glm(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """Every frame as an image, with the time behind it."""
+    seen, _ = watch_qwen(config, videos, draw)
+    grids = seen["video_grid_thw"].tolist()
+    return seen, [[[FAKE, *([*wrapped(h * w // 4), TEXT.start] * t), GLOBAL]] for t, h, w in grids]
+
+
 def watch_omni(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
     seen, spans = watch_qwen(config, videos, draw)
     return {**seen, "video_second_per_grid": torch.ones(len(videos))}, spans
@@ -158,7 +165,8 @@ def modalities(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     known = inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters
     if "mm_token_type_ids" not in known:  # older releases find the images by their start tokens
         return inputs
-    return {**inputs, "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+    image = 2 if "pixel_values_videos" in inputs else 1  # of GLM, where frames have image tokens
+    return {**inputs, "mm_token_type_ids": image * (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
 
 def see_internvl(config: Any, pictures: Pictures) -> AttentionCall:

@@ -11,7 +11,6 @@ from vlm_configs import (
     END,
     IMAGE,
     PATCH,
-    PINPOINTS,
     QWEN_TOKENS,
     QWEN_TOWER,
     SMALL_CROP,
@@ -41,11 +40,12 @@ def vipllava() -> Any:
     return llava_like("VipLlavaConfig", vision_feature_layers=[-2, 1])
 
 
-def llava_next_video() -> Any:
+def llava_next_video(side: int = SMALL_CROP, stride: int = 3) -> Any:
     """The 3 x 3 patches of a frame are pooled to one token."""
-    tokens = {"video_token_index": VIDEO, "spatial_pool_stride": 3}
-    config = llava_like("LlavaNextVideoConfig", image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2, **tokens)
-    config.vision_config.image_size = SMALL_CROP
+    pinpoints = [[side * rows, side * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3))]
+    tokens = {"video_token_index": VIDEO, "spatial_pool_stride": stride}
+    config = llava_like("LlavaNextVideoConfig", image_grid_pinpoints=pinpoints, vision_feature_layer=-2, **tokens)
+    config.vision_config.image_size = side
     return config
 
 
@@ -95,10 +95,10 @@ def aya_vision() -> Any:
     )
 
 
-def cohere2_vision() -> Any:
+def cohere2_vision(side: int = 24) -> Any:
     return transformers.Cohere2VisionConfig(
         text_config=COHERE,
-        vision_config=SIGLIP_24,
+        vision_config={**SIGLIP, "image_size": side},
         image_token_id=IMAGE,
         alignment_intermediate_size=64,
         tie_word_embeddings=False,
@@ -240,12 +240,12 @@ def idefics2() -> Any:
     )
 
 
-def aria() -> Any:
-    """Nine queries for an image of 16 patches; four experts in each layer."""
+def aria(side: int = CROP, patch: int = PATCH) -> Any:
+    """Nine queries for an image; four experts in each layer."""
     return transformers.AriaConfig(
         text_config={**TEXT_MODEL, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-        vision_config={"model_type": "idefics3_vision", **TOWER},
-        projector_patch_to_query_dict={16: 9},
+        vision_config={"model_type": "idefics3_vision", **TOWER, "image_size": side, "patch_size": patch},
+        projector_patch_to_query_dict={(side // patch) ** 2: 9},
         initializer_range=0.2,
         image_token_index=IMAGE,
         tie_word_embeddings=False,

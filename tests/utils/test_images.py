@@ -14,7 +14,7 @@ from fake_segmentation import FakeModel
 from lisa_checkpoints import write_lisa
 from numpy.typing import NDArray
 from PIL import Image
-from vlm_checkpoints import TOKENS, write_vlm
+from vlm_checkpoints import LOADED, write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
@@ -299,7 +299,7 @@ def test_tiny_pictures_keep_their_axes(tmp_path: Path, size: tuple[int, int]) ->
 
 
 @needs_tiny_processors
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", LOADED)
 def test_tiny_pictures_are_taken_or_refused_by_name(tmp_path: Path, name: str) -> None:
     model = tp.load(write_vlm(tmp_path / name, name))
     for size in [(1, 1), (3, 9), (1, 900)]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tokenprune.errors import CheckpointError, UnsupportedError
 from tokenprune.loading.adapter import Adapter
@@ -26,7 +26,7 @@ from tokenprune_adapters.common.load_options import (
 from tokenprune_adapters.common.shards import has_shards
 from tokenprune_adapters.hf import lora_merging as merging
 from tokenprune_adapters.hf.bound_model import BoundTransformersModel
-from tokenprune_adapters.hf.families import FAMILIES, family_of
+from tokenprune_adapters.hf.families import FAMILIES, WITH_TALKER, family_of
 from tokenprune_adapters.hf.model import VisionLanguageModel
 from tokenprune_adapters.hf.model_support import model_support
 from tokenprune_adapters.hf.processor import has_processor
@@ -45,9 +45,11 @@ class TransformersAdapter(Adapter):
     @classmethod
     def matches(cls, source: str, config: Mapping[str, Any]) -> bool:
         """Whether config.json belongs to a known family and was saved by transformers."""
-        names = config.get("architectures") or ()
-        return config.get("model_type") in FAMILIES and any(
-            str(name).endswith("ForConditionalGeneration") for name in names
+        kind, names = config.get("model_type"), config.get("architectures") or ()
+        if kind in WITH_TALKER:
+            return True
+        return kind in FAMILIES and any(
+            str(name).endswith("ForConditionalGeneration") or name == FAMILIES[kind].loaded_by for name in names
         )
 
     @classmethod
@@ -67,7 +69,8 @@ class TransformersAdapter(Adapter):
         if kind not in FAMILIES or not hasattr(base, "get_image_features"):
             return None
         _refuse_old_releases(type(model).__name__)
-        return BoundTransformersModel(model, family_of(base.config))
+        family = family_of(base.config)
+        return BoundTransformersModel(base if type(model).__name__ == family.loaded_by else model, family)
 
     @classmethod
     def load(cls, source: str, **options: Any) -> VisionLanguageModel:
@@ -118,7 +121,13 @@ def _read(source: str, **options: Any) -> Any:
             f"{source} has shards without an index, which transformers requires; fetch {' or '.join(INDEX_FILES)} too"
         )
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True, **options)
+        revision = {"revision": options["revision"]} if options.get("revision") else {}
+        config = AutoConfig.from_pretrained(source, **revision)
+        config = getattr(config, "thinker_config", config)
+        family = FAMILIES.get(config.model_type)
+        wrapper = family and family.loaded_by
+        kind: Any = getattr(transformers, wrapper) if wrapper else AutoModelForImageTextToText
+        loaded: Any = kind.from_pretrained(source, config=config, output_loading_info=True, **options)
     except ImportError as error:
         reason = " ".join(str(error).split())[:300]
         raise UnsupportedError(f"{source} needs a package that is not installed, install it ({reason})") from error
@@ -136,7 +145,7 @@ def _read(source: str, **options: Any) -> Any:
         raise CheckpointError(
             f"{source}: {len(missing)} tensors are missing ({', '.join(missing[:3])}, …); fetch all of its weight files"
         )
-    return model
+    return model.model if wrapper else model
 
 
 def _refuse_old_releases(name: str) -> None:

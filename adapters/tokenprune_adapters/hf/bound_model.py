@@ -76,10 +76,11 @@ class BoundTransformersModel(BoundModel):
             self.tower_layers = len(self.blocks["image"])
             names = {name for name, _ in towers["image"].named_parameters()}
             self.has_cls = cuts and any(name.endswith(("class_embedding", "cls_token")) for name in names)
-        self.token_ids: dict[str, Any] = {
-            "image": getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None),
-            "video": getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None),
-        }
+        image, video = (
+            getattr(config, f"{modality}_token_id", None) or getattr(config, f"{modality}_token_index", None)
+            for modality in METHODS
+        )
+        self.token_ids: dict[str, Any] = {"image": image, "video": image if family.one_token else video}
 
     def _part(self, inside: Any, paths: Sequence[str]) -> Any:
         """The submodule under the first of several paths that exists. Raises UnsupportedError if none does."""

@@ -30,6 +30,10 @@ class Family:
         projects_patches: whether the projector takes single rows of the tower's states, one for each token.
         cuts: whether the tower's first position, [CLS], is always removed; otherwise the configuration tells
             (`vision_feature_select_strategy`).
+        one_token: whether the image token marks videos too.
+        chat_template: of checkpoints that have none.
+        loaded_by: class of transformers that loads the checkpoints and has the model as its `model`; None = the class
+            for image-text-to-text models.
         limits: what does not work or is not tested.
     """
 
@@ -38,21 +42,30 @@ class Family:
     videos: type[Arrangement] | None = None
     projects_patches: bool = False
     cuts: bool = False
+    one_token: bool = False
+    chat_template: str | None = None
+    loaded_by: str | None = None
     limits: tuple[str, ...] = ()
 
 
-NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
+PAGES = (  # as its processor writes them for a prompt of its own
+    "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
+    "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n<img>"
+    "{% for part in turn['content'] if part['type'] == 'image' %}<imgpad>{% endfor %}</img>\n"
+    "{% for part in turn['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def _glm(title: str) -> Family:
-    return Family(title, Merged, limits=(NO_VIDEOS, NOT_LOADED))
+    return Family(title, Merged, Merged, one_token=True)
 
 
-def _unread(title: str, images: type[Arrangement] = Unread) -> Family:
-    return Family(title, images, limits=(NO_TOWER, NOT_LOADED))
+def _unread(title: str, images: type[Arrangement] = Unread, *limits: str, **more: Any) -> Family:
+    return Family(title, images, limits=(NO_TOWER, *limits), **more)
 
 
 FAMILIES: dict[str, Family] = {
@@ -71,27 +84,27 @@ FAMILIES: dict[str, Family] = {
     "vipllava": Family("VipLLaVA", projects_patches=True, cuts=True),
     "deepseek_vl": Family("DeepSeek-VL"),
     "aya_vision": Family("Aya Vision", Squares),
-    "llava_next_video": Family("LLaVA-NeXT-Video", Tiled, Arrangement, projects_patches=True, limits=(NOT_LOADED,)),
-    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni", Windowed, Windowed, limits=(AUDIO, NOT_LOADED)),
-    "qwen3_omni_moe_thinker": Family("Qwen3-Omni", Merged, Merged, limits=(AUDIO, NOT_LOADED)),
-    "cosmos3_omni": Family("Cosmos 3 Omni", Merged, Merged, limits=(NOT_LOADED,)),
+    "llava_next_video": Family("LLaVA-NeXT-Video", Tiled, Arrangement, projects_patches=True),
+    "qwen2_5_omni_thinker": Family("Qwen2.5-Omni", Windowed, Windowed, limits=(AUDIO,)),
+    "qwen3_omni_moe_thinker": Family("Qwen3-Omni", Merged, Merged, limits=(AUDIO,)),
+    "cosmos3_omni": Family("Cosmos 3 Omni", Merged, Merged),
     "glm4v": _glm("GLM-4.1V"),
     "glm46v": _glm("GLM-4.6V"),
     "glm4v_moe": _glm("GLM-4.5V"),
     "glm_ocr": _glm("GLM-OCR"),
     "glmga": _glm("GLM-GA"),
-    "qianfan_ocr": Family("Qianfan-OCR", limits=(NOT_LOADED,)),
+    "qianfan_ocr": Family("Qianfan-OCR"),
     "idefics2": _unread("Idefics2", ResampledRows),
     "deepseek_vl_hybrid": _unread("DeepSeek-VL hybrid"),
-    "janus": Family("Janus", limits=(NOT_LOADED,)),
-    "cohere2_vision": Family("Command A Vision", Squares, limits=(NOT_LOADED,)),
-    "got_ocr2": _unread("GOT-OCR 2"),
+    "janus": Family("Janus"),
+    "cohere2_vision": Family("Command A Vision", Squares),
+    "got_ocr2": _unread("GOT-OCR 2", chat_template=PAGES),
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
     "ovis2": _unread("Ovis2"),
-    "lighton_ocr": Family("LightOnOCR", Unfolded, limits=(NOT_LOADED,)),
-    "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
-    "llama4": _unread("Llama 4"),
+    "lighton_ocr": Family("LightOnOCR", Unfolded),
+    "shieldgemma2": Family("ShieldGemma 2", NormedPool, loaded_by="ShieldGemma2ForImageClassification"),
+    "llama4": _unread("Llama 4", Unread, NOT_LOADED),
     "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
     "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
@@ -99,14 +112,16 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
-    "chameleon": _unread("Chameleon"),
-    "emu3": _unread("Emu3", EndedLines),
+    "chameleon": _unread("Chameleon", Unread, NOT_LOADED),
+    "emu3": _unread("Emu3", EndedLines, NOT_LOADED),
     "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),
-    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
+    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views, NOT_LOADED),
     "muse_glimmer": Family("Muse Glimmer", Shuffled, Shuffled, limits=(NOT_LOADED,)),
     "muse_spark": Family("Muse Spark", Shuffled, Shuffled, limits=(AUDIO, NOT_LOADED)),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }
+WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")
+"""Types whose checkpoints contain a thinker, which is a model of a family, and a talker, which is not loaded."""
 
 
 def family_of(config: Any) -> Family:

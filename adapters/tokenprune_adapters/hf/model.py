@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -21,6 +22,7 @@ from tokenprune.utils.images import ImageInput, to_rgb
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
+from tokenprune_adapters.hf.families import FAMILIES
 from tokenprune_adapters.hf.processor import load_processor
 
 GREEDY: dict[str, Any] = {
@@ -129,18 +131,26 @@ class VisionLanguageModel:
         padding = {} if len(rows) == 1 else self._padding()
         options = {"return_tensors": "pt", **padding, **self._special(texts)}
         processor = self.processor
+        # GOT-OCR 2 takes a nested list for the pages of a document
+        given: Any = list(chain(*images)) if hasattr(processor, "multi_page") else images
         try:
             with model_turn(self.model):  # fast tokenizers are not thread-safe
-                made = processor(text=texts, images=images, **options)
+                made = processor(text=texts, images=given, **options)
         except Exception as error:  # the exceptions of processors differ between families
-            sizes = ", ".join(f"{one.size[0]}×{one.size[1]}" for pictures in images for one in pictures)
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{type(processor).__name__} cannot prepare images of {sizes} pixels and these prompts "
-                f"({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
+                f"{type(processor).__name__} cannot prepare images of {_sizes(chain(*images))} pixels and these "
+                f"prompts ({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
+        bare = (ids != self.model.config.image_token_id).all(1).nonzero().flatten().tolist()
+        if bare:
+            raise InputError(
+                f"prompt {bare[0]} has no image tokens: {type(processor).__name__} does not know "
+                f"{self._placeholder()}, or images of {_sizes(images[bare[0]])} pixels are too small for it; leave it "
+                "out, or enlarge them"
+            )
         if any("mrope_section" in (rope or {}) for rope in rotary_parameters(config)):  # an image has fewer positions
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
@@ -216,7 +226,9 @@ class VisionLanguageModel:
         images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
         if not images:
             raise InputError("an empty list of images found, expected one or more")
-        placeholder = self._placeholder()
+        placeholder, token = self._placeholder(), self._image_token()
+        if token and token != placeholder and token in prompt:
+            raise InputError(f"the prompt has {token} in it, which the processor writes itself; leave it out")
         written = prompt.count(placeholder)
         if written not in (0, len(images)):
             raise InputError(
@@ -244,14 +256,33 @@ class VisionLanguageModel:
         return {"padding": True, "padding_side": "left"}
 
     def _placeholder(self) -> str:
-        return str(getattr(self.processor, "image_token", None) or "<image>")
+        """What stands for an image in a prompt."""
+        names = ("image_placeholder_token", "image_token")  # Qianfan-OCR's processor has both
+        return str(next(filter(None, (getattr(self.processor, name, None) for name in names)), "<image>"))
+
+    def _image_token(self) -> str | None:
+        """The token of a piece of an image."""
+        token: str | None = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        return token
 
     def _chat_prompt(self, images: int, prompt: str) -> str:
-        if getattr(self.processor, "chat_template", None):
+        own, family = getattr(self.processor, "chat_template", None), FAMILIES.get(self.base_model.config.model_type)
+        template = None if own or family is None else family.chat_template
+        if own or template:
             content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
             turns = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(turns, add_generation_prompt=True))
+            text = str(self.processor.apply_chat_template(turns, template, add_generation_prompt=True))
+            if prompt.strip() not in text:
+                raise InputError(
+                    f"{self.name}: its chat template has a text of its own in place of the prompt {shown(prompt)}; "
+                    f"pass one that is in it: {text[-200:]!r}"
+                )
+            return text
         return self._placeholder() * images + prompt
+
+
+def _sizes(images: Iterable[Image]) -> str:
+    return ", ".join(f"{width}×{height}" for width, height in (one.size for one in images))
 
 
 def _rows(image: Any, prompt: str | Sequence[str]) -> list[tuple[Any, Any]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, Idefics3Processor, ProcessorMixin
+import transformers
+from transformers import AutoProcessor, Gemma3Processor, Idefics3Processor, ProcessorMixin, ShieldGemma2Processor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from tokenprune.errors import CheckpointError
@@ -52,20 +55,36 @@ def load_processor(source: str, config: Any, revision: str | None = None) -> Any
 
 def _load(source: str, config: Any, revision: str | None) -> Any:
     options = {} if revision is None else {"revision": revision}
+    of_type: Any = PROCESSOR_MAPPING.get(type(config), None)
+    # ShieldGemma 2's own processor takes no prompts: it writes one for each of its policies
+    auto: Any = Gemma3Processor if of_type is ShieldGemma2Processor else AutoProcessor
     try:
         try:
-            return AutoProcessor.from_pretrained(source, **options)
-        except (ImportError, ValueError):
-            kind = _without_videos(PROCESSOR_MAPPING.get(type(config), None))
+            found = auto.from_pretrained(source, **options)
+        except (ImportError, ValueError, RecursionError):  # the last one: LLaVA-NeXT-Video without its video file
+            kind = _without_videos(_named_class(source, options) or of_type)
             if kind is None or (is_torchvision_available() and find_spec("num2words")):
                 raise
-            return kind.from_pretrained(source, **options)
+            found = kind.from_pretrained(source, **options)
+        if not hasattr(found, "image_processor"):  # AutoProcessor gives a tokenizer where no file names a class
+            raise ValueError(f"no file names the class of a processor, found {type(found).__name__}")
+        return found
     except Exception as error:  # the exceptions of transformers differ between releases
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{source}: its processor cannot be loaded ({type(error).__name__}: {reason}); fetch the processor's "
             "files, or install the packages that it requires"
         ) from error
+
+
+def _named_class(source: str, options: dict[str, str]) -> Any:
+    """The processor's class by the checkpoint's files; None if they name none."""
+    for file in PROCESSOR_FILES:
+        path = cached_file(source, file, _raise_exceptions_for_missing_entries=False, **options)
+        name = path and json.loads(Path(path).read_text(encoding="utf-8")).get("processor_class")
+        if name:
+            return getattr(transformers, name, None)
+    return None
 
 
 def _sizes(processor: Any, vision: Any, shuffled: int) -> Iterator[tuple[str, Any, Any]]:
@@ -103,22 +122,22 @@ def _without_videos(kind: Any) -> Any:
         return None
     if kind.__name__ == "SmolVLMProcessor":  # equal to Idefics3's for images; requires num2words for videos
         return Idefics3Processor
-    rest, place = [part for part in parts if part != VIDEO], parts.index(VIDEO)
-    own = {"get_attributes": classmethod(lambda cls: rest), "video_place": place, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind, _WithoutVideos), own)
+    place, rest = parts.index(VIDEO), [part for part in parts if part != VIDEO]
 
+    class ImagesAlone(ProcessorMixin):
+        """Between `kind` and its base: `kind` gets None as its video processor, and its base gets none."""
 
-class _WithoutVideos(ProcessorMixin):
-    """Stands between a processor class and its base, which tell the parts by their order, where videos have a place."""
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop(VIDEO, None)
+            super().__init__(*args[:place], *args[place + 1 :], **kwargs)  # type: ignore[no-untyped-call]
 
-    video_place: int
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return rest
 
-    def __init__(self, *parts: Any, **options: Any) -> None:
-        given = (part for part in parts if part is not None)
-        super().__init__(*given, **options)  # type: ignore[no-untyped-call]
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            found = super()._get_arguments_from_pretrained(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return [*found[:place], None, *found[place:]]
 
-    @classmethod
-    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """See `ProcessorMixin.from_args_and_dict`; the video processor is None."""
-        whole = [*args[: cls.video_place], None, *args[cls.video_place :]]
-        return super().from_args_and_dict(whole, processor_dict, **kwargs)
+    return type(kind.__name__, (kind, ImagesAlone), {"__doc__": kind.__doc__})

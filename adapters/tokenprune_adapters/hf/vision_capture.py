@@ -71,6 +71,11 @@ class TransformersCapture(VisionCapture):
         inputs, name, state = arguments(self.bound.base, args, kwargs), self.bound.name, self._state
         if inputs.get("pixel_values_videos") is not None and self.bound.family.videos is None:
             raise UnsupportedError(f"{name} got a video (pixel_values_videos), but its family supports images only")
+        if self.bound.family.one_token and all(inputs.get(f"pixel_values{end}") is not None for end in ("", "_videos")):
+            raise UnsupportedError(
+                f"{name} got images and videos in one call, but one token marks both, so that the model cannot tell "
+                "them apart; call it for each"
+            )
         state.inside, state.ids, state.mask = True, self._ids(inputs), padding_mask(inputs)
         state.kept = {modality: inputs.get(f"{modality}_compression_mask") for modality in METHODS}
         handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
@@ -136,6 +141,7 @@ class TransformersCapture(VisionCapture):
         # for each position, the number of its token among all encoded ones: images first, then videos
         flat = torch.full(ids.shape, -1, device=ids.device)
         start, parts = 0, []
+        seen = {self.bound.token_ids[modality] for modality in state.encoded}
         for modality, token in self.bound.token_ids.items():
             if token is None:
                 continue
@@ -144,7 +150,7 @@ class TransformersCapture(VisionCapture):
                 flat[where] = self._token_numbers(modality, encoded).to(ids.device) + start
                 parts.append(encoded.cells)
                 start += len(encoded.cells)
-            elif where.any():
+            elif where.any() and token not in seen:
                 raise InputError(
                     f"{name}: the prompt has {int(where.sum())} {modality} tokens, but no {modality} was encoded in "
                     "this context; pass the pixels, or use image_tokens="

@@ -10,7 +10,7 @@ import torch
 import transformers
 from vlm_configs import IMAGE, TEXT, TEXT_MODEL
 from vlm_families import FAMILIES, READABLE
-from vlm_watching import MROPE, TOWERS, WITH_VIDEO, Half, Reader, inputs_of, model_of, read
+from vlm_watching import MROPE, TOWERS, WITH_VIDEO, Half, Reader, inputs_of, mixed, model_of, read
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -18,6 +18,7 @@ from tokenprune.core.reads import Pixels, TowerFeatures
 from tokenprune.core.stage import Stage
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
 from tokenprune_adapters.hf import adapter, model_support
+from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
 names = pytest.mark.parametrize("name", READABLE)
 
@@ -132,6 +133,15 @@ def test_renumbering_is_refused_on_multimodal_positions_only(name):
     else:
         _, trace = read(model, strategy, inputs)
         assert trace.policies["positions"] == "renumber"
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_VIDEO if KNOWN[name].one_token])
+def test_images_beside_videos_are_refused_where_one_token_marks_both(name):
+    model, inputs = model_of(name), mixed(name)
+    with torch.no_grad(), pytest.raises(ValueError, match="do not match"):  # without pruning too
+        model(**inputs)
+    with pytest.raises(UnsupportedError, match="images and videos in one call, but one token marks both"):
+        read(model, Half(), inputs)
 
 
 @pytest.mark.parametrize("name", [name for name in READABLE if name not in WITH_VIDEO])

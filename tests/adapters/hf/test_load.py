@@ -18,7 +18,7 @@ from lisa_checkpoints import write_lisa
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Idefics3Processor, SmolVLMProcessor
-from vlm_checkpoints import EOS, HUB, TOKENS, VIDEO_PROCESSORS, framed, write_vlm
+from vlm_checkpoints import EOS, LOADED, TOKENS, VIDEO_PROCESSORS, begins, marks, write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
@@ -76,13 +76,13 @@ def fastv(budget: float = 0.5) -> Any:
 
 def test_every_family_has_a_tiny_checkpoint() -> None:
     """Of which it is not said that loading is not tested."""
-    assert set(TOKENS) == set(HUB) == {name for name, family in FAMILIES.items() if NOT_LOADED not in family.limits}
+    assert set(TOKENS) == {name for name, family in FAMILIES.items() if NOT_LOADED not in family.limits}
 
 
 # loading and answering -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", LOADED)
 def test_answers_are_those_of_generate(name: str, models: Models) -> None:
     model = models(name)
     assert isinstance(model, VisionLanguageModel)
@@ -108,16 +108,17 @@ def test_answers_are_those_of_generate(name: str, models: Models) -> None:
     assert model.answer(picture(), QUESTION, max_new_tokens=6) == found  # nothing is left behind
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", LOADED)
 def test_the_prompt_is_what_the_chat_template_makes_of_it(name: str, models: Models) -> None:
     model = models(name)
     inputs = model.inputs(picture(), QUESTION)
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(vlm_configs.BOS) == (0 if name.startswith(("qwen", "internvl", "smolvlm")) else 1)
+    assert ids.count(vlm_configs.BOS) == begins(name)
     text = model.processor.decode(ids, skip_special_tokens=True)
     assert QUESTION in text
     if name == "paligemma":  # no template: images first
         assert ids[: ids.index(vlm_configs.BOS)] == [vlm_configs.IMAGE] * 16
+    if not getattr(model.processor, "chat_template", None):
         return
     assert text.startswith("USER: ")
     assert text.endswith("ASSISTANT:")
@@ -133,7 +134,7 @@ def test_the_prompt_is_what_the_chat_template_makes_of_it(name: str, models: Mod
         assert whole["input_ids"].tolist() == [ids]
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", LOADED)
 def test_several_images_and_a_prompt_with_its_own_placeholders(name: str, models: Models) -> None:
     model = models(name)
     one = model.answer(picture(), QUESTION, strategy=fastv(), max_new_tokens=1).trace
@@ -143,8 +144,12 @@ def test_several_images_and_a_prompt_with_its_own_placeholders(name: str, models
     assert two is not None
     if name != "llava_onevision":  # which takes a single crop of each where there are several
         assert two.ledger.image_tokens[0] > one.ledger.image_tokens[0]
-    mark = framed(name)
+    mark = marks(name)
     written = f"{mark}{mark}Are they the same?" if name == "paligemma" else f"Is {mark} the same as {mark}?"
+    if name == "pp_chart2table":  # whose processor leaves the image tokens to the chat template
+        with pytest.raises(InputError, match="has <imgpad> in it, which the processor writes itself"):
+            model.inputs(pair, written)
+        return
     inputs = model.inputs(pair, written)
     assert "USER" not in model.processor.decode(inputs["input_ids"][0])
     assert model.answer(pair, written, strategy=fastv(), max_new_tokens=1).trace is not None
@@ -171,7 +176,7 @@ def test_images_of_any_kind(image: str, models: Models, tmp_path: Path) -> None:
 # processors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(TOKENS) - set(VIDEO_PROCESSORS)))
+@pytest.mark.parametrize("name", [one for one in LOADED if one.values[0] not in {*VIDEO_PROCESSORS, "shieldgemma2"}])
 def test_the_processor_is_transformers_own(name: str, folders: Folders, models: Models) -> None:
     own = AutoProcessor.from_pretrained(folders(name))
     assert type(models(name).processor) is type(own)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vlm_checkpoints import TOKENS, write_vlm
+from vlm_checkpoints import LOADED, write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
@@ -64,7 +64,7 @@ def assert_alike(together: list[Answer], alone: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize("kind", STRATEGIES)
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", LOADED)
 def test_a_batch_answers_as_its_rows_alone(name: str, kind: str, models: Models) -> None:
     model = models(name)
     together = model.answer(PICTURES, QUESTIONS, strategy=STRATEGIES[kind](), max_new_tokens=8)
@@ -76,7 +76,7 @@ def test_a_batch_answers_as_its_rows_alone(name: str, kind: str, models: Models)
     assert any(answer.text for answer in alone)
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", LOADED)
 def test_rows_of_one_image_and_of_several(name: str, models: Models) -> None:
     model = models(name)
     images = [PICTURES[0], [PICTURES[1], PICTURES[2]], PICTURES[2]]

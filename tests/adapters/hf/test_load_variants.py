@@ -1,0 +1,167 @@
+"""Checkpoints and processors of transformers' models that differ from the usual: what is made of them, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers.utils.import_utils import is_torchvision_available
+from vlm_checkpoints import VIDEO_PROCESSORS, write_vlm
+from vlm_families import CURRENT
+from vlm_families import FAMILIES as TINY
+from vlm_processors import PROCESSORS
+
+import tokenprune as tp
+from tokenprune.errors import CheckpointError, InputError
+from tokenprune_adapters.hf import FAMILIES
+
+pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
+QUESTION = "What is it?"
+FRAMES = np.random.default_rng(5).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
+
+
+def picture(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+
+
+def fastv() -> tp.Strategy:
+    return tp.strategy("fastv", budget=0.5)
+
+
+# prompts -------------------------------------------------------------------------------------------------------------
+
+
+def test_got_ocr_asks_as_its_processor_does(tmp_path: Path) -> None:
+    """Which writes a prompt where it is given none; its checkpoints have no chat template."""
+    model = tp.load(write_vlm(tmp_path / "got_ocr2", "got_ocr2"))
+    own = model.processor(images=picture(), return_tensors="pt")
+    assert torch.equal(model.inputs(picture(), " OCR: ")["input_ids"], own["input_ids"])
+    pages = [picture(), picture(1)]
+    own = model.processor(images=[pages], multi_page=True, return_tensors="pt")
+    found = model.inputs(pages, " OCR across multi pages: ")
+    assert torch.equal(found["input_ids"], own["input_ids"])
+    assert torch.equal(found["pixel_values"], own["pixel_values"])
+
+
+def test_a_chat_template_with_a_text_of_its_own(tmp_path: Path) -> None:
+    """As that of PP-Chart2Table's checkpoint."""
+    folder = write_vlm(tmp_path / "pp_chart2table", "pp_chart2table")
+    (folder / "chat_template.jinja").write_text(f"<img>{'<imgpad>' * 16}</img>\nChart to table", encoding="utf-8")
+    model = tp.load(folder)
+    assert model.answer(picture(), "Chart to table", fastv(), max_new_tokens=2).trace is not None
+    with pytest.raises(InputError, match=r"text of its own in place of the prompt 'What is it\?'.*Chart to table"):
+        model.answer(picture(), QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "message"),
+    [
+        ("qianfan_ocr", "Is <IMG_CONTEXT> red?", "has <IMG_CONTEXT> in it, which the processor writes itself"),
+        (
+            "pp_chart2table",
+            "Is <image> red?",
+            "no image tokens: PPChart2TableProcessor does not know <image>",
+        ),
+    ],
+)
+def test_prompts_that_the_processor_does_not_expand(tmp_path: Path, name: str, prompt: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tp.load(write_vlm(tmp_path / name, name)).answer(picture(), prompt)
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def test_shieldgemmas_classifier(tmp_path: Path) -> None:
+    """Its checkpoints contain a classifier, whose model answers yes or no to a policy that the prompt gives."""
+    folder = write_vlm(tmp_path / "shieldgemma2", "shieldgemma2")
+    torch.manual_seed(0)
+    whole = transformers.ShieldGemma2ForImageClassification(TINY["shieldgemma2"].config()).eval()
+    whole.config.yes_token_index, whole.config.no_token_index = whole.yes_token_index, whole.no_token_index = 5, 6
+    whole.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["ShieldGemma2ForImageClassification"]
+    model = tp.load(folder, dtype="float32")
+    inputs = model.inputs(picture(), "No violence.")
+    text = model.processor.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    assert "No violence." in text
+    with torch.no_grad():
+        seen = whole(**inputs).logits
+        assert torch.equal(model.model(**inputs).logits[:, -1, [5, 6]], seen)
+        with tp.prune(model, fastv()):
+            pruned = model.model(**inputs).logits[:, -1, [5, 6]]
+        with tp.prune(whole, fastv()) as run:  # the classifier itself
+            assert torch.equal(whole(**inputs).logits, pruned)
+    assert run.trace.ledger.image_tokens == (9,)
+    assert not torch.equal(pruned, seen)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+def test_thinkers_within_checkpoints_that_may_also_talk(tmp_path: Path, name: str) -> None:
+    folder = write_vlm(tmp_path / name, name)
+    alone = tp.load(folder).answer(picture(), QUESTION, fastv(), max_new_tokens=4)
+    prefix = {"qwen2_5_omni_thinker": "Qwen2_5Omni", "qwen3_omni_moe_thinker": "Qwen3OmniMoe"}[name]
+    config = getattr(transformers, f"{prefix}Config")(
+        thinker_config=TINY[name].config().to_dict(), enable_audio_output=False
+    )
+    whole = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
+    whole.thinker.load_state_dict(TINY[name].build().state_dict())
+    whole.thinker.generation_config = TINY[name].build().generation_config
+    whole.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == name.removesuffix("_thinker")
+    model = tp.load(folder)
+    assert type(model.model) is type(whole.thinker)
+    found = model.answer(picture(), QUESTION, fastv(), max_new_tokens=4)
+    assert found.trace.ledger == alone.trace.ledger  # type: ignore[union-attr]
+    weights = model.model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in whole.thinker.state_dict().items())
+
+
+# processors ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_names_the_processor(tmp_path: Path) -> None:
+    """Where the type tells none either."""
+    folder = write_vlm(tmp_path / "glm_ocr", "glm_ocr")
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no file names the class of a processor"):
+        tp.load(folder).answer(picture(), QUESTION)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+def test_an_image_processor_that_needs_torchvision(tmp_path: Path) -> None:
+    model = tp.load(write_vlm(tmp_path / "cohere2_vision", "cohere2_vision"))
+    with pytest.raises(CheckpointError, match="image processor classes: torchvision: Cohere2VisionImageProcessor"):
+        model.answer(picture(), QUESTION)
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="processors of videos need torchvision")
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if FAMILIES[name].videos])
+def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
+    assert name in VIDEO_PROCESSORS
+    model = tp.load(write_vlm(tmp_path / name, name))
+    token, glm = model.processor.video_token, FAMILIES[name].one_token
+    text = (f"<|begin_of_video|>{token}<|end_of_video|>" if glm else token) + QUESTION
+    times = {"fps": 2, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    inputs = model.processor(
+        text=text, videos=[FRAMES], video_metadata=[times], do_sample_frames=False, return_tensors="pt"
+    )
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    with torch.inference_mode():
+        untouched = model.model.generate(**inputs, **options)
+        with tp.prune(model, tp.strategy("none")) as kept:
+            assert torch.equal(model.model.generate(**inputs, **options), untouched)
+        with tp.prune(model, fastv()) as run:
+            model.model.generate(**inputs, **options)
+    config = model.model.config
+    tokens = int((inputs["input_ids"] == (config.image_token_id if glm else config.video_token_id)).sum())
+    assert kept.trace.ledger.image_tokens == run.trace.ledger.image_tokens == (tokens,)
+    assert run.trace.ledger.equivalent_tokens_ratio <= 0.5
+    numbers = run.trace.layout.image_number
+    shown = 4 if name == "llava_next_video" else 2  # two frames are put together
+    assert int(numbers.max()) + 1 == shown

@@ -211,6 +211,7 @@ FAMILIES: dict[str, Family] = {
             videos.watch_ernie4_5_vl_moe,
             finish=videos.kinds_for_experts,
         ),
+        Family("granite_docling", videos.granite_docling, videos.see_granite_docling),
     )
 }
 

@@ -41,6 +41,7 @@ PROJECTORS = (
     "visual.merger",
     "projector",
     "resampler_model",
+    "vision_model.connector",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

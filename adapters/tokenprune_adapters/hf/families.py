@@ -12,7 +12,7 @@ from tokenprune_adapters.hf.packed_layouts import (
     Windowed,
     WindowedInTower,
 )
-from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
+from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Shuffled, Squares, Tiled
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
 
@@ -93,4 +93,5 @@ FAMILIES: dict[str, Family] = {
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
     "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
+    "granite_docling": Family("Granite Docling", Shuffled),
 }

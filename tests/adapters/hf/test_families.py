@@ -30,6 +30,7 @@ DIFFERENT_COUNTS = {
     "video_llama_3",
     "hyperclovax_vision_v2",
     "ernie4_5_vl_moe",
+    "granite_docling",
     "internvl",
     "qianfan_ocr",
     "smolvlm",

@@ -51,6 +51,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "paddleocr_vl": {"<|IMAGE_PLACEHOLDER|>": IMAGE, "<|IMAGE_START|>": START, "<|IMAGE_END|>": END},
     "video_llama_3": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
     "hyperclovax_vision_v2": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
+    "granite_docling": IDEFICS,
     "ernie4_5_vl_moe": {
         "<|IMAGE_PLACEHOLDER|>": IMAGE,
         "<|VIDEO|>": VIDEO,
@@ -105,6 +106,7 @@ HUB = {
     "hyperclovax_vision_v2": "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",
     "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
+    "granite_docling": "ibm-granite/granite-for-docling-500m",
 }
 """A released checkpoint of each family, which examples name; none of GLM-GA is known."""
 VIDEO_PROCESSORS = {
@@ -174,6 +176,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "internvl": {"image_seq_length": 4},
     "smolvlm": {"image_seq_len": 4},
     "idefics3": {"image_seq_len": 4},
+    "granite_docling": {"image_seq_len": 4},
     "gemma3": {"image_seq_length": 9},
     **{name: more.options for name, more in MORE.items()},
 }
@@ -235,6 +238,7 @@ def image_processor(name: str) -> Any:
         "internvl": ("GotOcr2", {"size": square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}),
         "smolvlm": ("SmolVLM", longest),
         "idefics3": ("Idefics3", longest),
+        "granite_docling": ("GraniteDocling", {"size": square, "max_patches": 4}),
         "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
         "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
         "cohere_compass": ("CohereCompass", qwen),

@@ -222,6 +222,7 @@ FAMILIES: dict[str, Family] = {
             videos.watch_ernie4_5_vl_moe,
             finish=videos.kinds_for_experts,
         ),
+        Family("granite_docling", videos.granite_docling, videos.see_granite_docling),
         Family("mistral3", further.mistral3, further.see_mistral3),
         Family("cohere_compass", further.cohere_compass, **qwen),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),

@@ -8,9 +8,12 @@ import torch
 import transformers
 from torch import Tensor
 from vlm_configs import (
+    CELL,
     CROP,
     END,
+    FAKE,
     IMAGE,
+    PAD,
     PATCH,
     QWEN_TOKENS,
     QWEN_TOWER,
@@ -22,7 +25,7 @@ from vlm_configs import (
     llava_like,
     mrope,
 )
-from vlm_inputs import AttentionCall, Pictures, _flat, _processor, _spans, modalities, wrapped
+from vlm_inputs import AttentionCall, Pictures, _flat, _idefics3_ids, _processor, _spans, modalities, wrapped
 from vlm_more_configs import HIDDEN, WINDOWS
 
 
@@ -130,3 +133,32 @@ def kinds_for_experts(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     ids, found = inputs["input_ids"], modalities(inputs)
     around = (ids == START) | (ids == END)
     return {**found, "moe_mm_token_type_ids": found["mm_token_type_ids"].masked_fill(around, 1)}
+
+
+def granite_docling() -> Any:
+    """Tower blocks 0 and 2 are added to the image tokens behind decoder layers 0 and 1 (DeepStack)."""
+    scales = {
+        "embedding_multiplier": 0.5,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    }
+    return transformers.GraniteDoclingConfig(
+        text_config={**TEXT_MODEL, **scales},
+        vision_config={**TOWER, "out_hidden_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0, 2]},
+        density_router_hidden_size=16,
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+        tie_word_embeddings=False,
+    )
+
+
+def see_granite_docling(config: Any, pictures: Pictures) -> AttentionCall:
+    """Tiles, row by row, and the whole picture if there are several."""
+    make = _processor("GraniteDoclingImageProcessor")(size={"height": CROP, "width": CROP}, max_patches=4)
+    seen = make(images=pictures, return_tensors="pt")
+    spans = [
+        [_idefics3_ids(*shape) if shape != (1, 1) else [FAKE, CELL, *[IMAGE] * 4] for shape in zip(*row, strict=True)]
+        for row in zip(seen["rows"], seen["cols"], strict=True)
+    ]
+    return {name: seen[name] for name in ("pixel_values", "pixel_attention_mask")}, spans

@@ -33,7 +33,7 @@ NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
 ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1}  # patches of a token each way; of any size
-QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
+QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3", "granite_docling")  # 4 tokens a crop
 
 
 CASES = {
@@ -138,6 +138,8 @@ def projector_of(model):
     for name in ("aligner", "projector", "resampler_model", "vision_adapter", "vision_projection"):
         if hasattr(base, name):
             return getattr(base, name)
+    if hasattr(tower_of(model), "connector"):
+        return tower_of(model).connector
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -211,7 +213,9 @@ def contributions(name, case):
     handle = place.register_forward_hook(catch)
     tokens = encoded(model, inputs, torch.enable_grad)
     handle.remove()
-    rows = [torch.autograd.grad(token.sum(), caught, retain_graph=True) for token in tokens]
+    # the sum of a token behind a norm is the same whatever the patches are
+    values = tokens.sum(1) if behind_projector else tokens[:, 0]
+    rows = [torch.autograd.grad(value, caught, retain_graph=True) for value in values]
     width = caught[0].shape[-1]
     gradients = torch.stack([torch.cat([part[..., cut:, :].reshape(-1, width) for part in row]) for row in rows])
     if behind_projector:
@@ -280,7 +284,7 @@ def patch_places(name, inputs):
         sizes = torch.as_tensor(inputs["image_sizes"]) // PATCH
         return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes.tolist()])
     if name not in SEPARATED or has_videos(inputs):
-        lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if has_videos(inputs) else 1)
+        lead = {"smolvlm": 2, "idefics3": 2, "granite_docling": 2}.get(name, 2 if has_videos(inputs) else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
         return inside.repeat(int(used.sum()), 1)
     places = []

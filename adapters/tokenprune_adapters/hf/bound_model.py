@@ -43,6 +43,7 @@ PROJECTORS = (
     "resampler_model",
     "vision_adapter",
     "vision_projection",
+    "vision_model.connector",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

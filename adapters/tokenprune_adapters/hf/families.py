@@ -7,15 +7,15 @@ from typing import Any
 
 from tokenprune_adapters.hf.packed_layouts import (
     Merged,
+    MergedBehind,
     PairsOfFrames,
     RowMajor,
-    Shuffled,
     Unshuffled,
     Windowed,
     WindowedInTower,
 )
 from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
-from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Squares, Tiled
+from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Shuffled, Squares, Tiled
 from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
 
 
@@ -110,14 +110,15 @@ FAMILIES: dict[str, Family] = {
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
     "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
+    "granite_docling": Family("Granite Docling", Shuffled),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "chameleon": _unread("Chameleon", Unread, NOT_LOADED),
     "emu3": _unread("Emu3", EndedLines, NOT_LOADED),
     "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),
     "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views, NOT_LOADED),
-    "muse_glimmer": Family("Muse Glimmer", Shuffled, Shuffled, limits=(NOT_LOADED,)),
-    "muse_spark": Family("Muse Spark", Shuffled, Shuffled, limits=(AUDIO, NOT_LOADED)),
+    "muse_glimmer": Family("Muse Glimmer", MergedBehind, MergedBehind, limits=(NOT_LOADED,)),
+    "muse_spark": Family("Muse Spark", MergedBehind, MergedBehind, limits=(AUDIO, NOT_LOADED)),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")

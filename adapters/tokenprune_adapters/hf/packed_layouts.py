@@ -149,7 +149,7 @@ class Unshuffled(MergedInTower):
         return found
 
 
-class Shuffled(MergedInTower):
+class MergedBehind(MergedInTower):
     """Muse: the tower orders single patches by windows, and merges them behind itself."""
 
     after: ClassVar[tuple[str, ...]] = ("vision_projection", "perception_emb_norm")

@@ -105,6 +105,24 @@ class Squares(Arrangement):
         return projected.reshape(*features.shape[:2], -1)
 
 
+class Shuffled(Arrangement):
+    """Granite Docling: the connector makes a token of k × k patches, and adds to it where it is in its tile."""
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """The tokens with their places, before the rest of the connector: [tokens, width]."""
+        connector = self.base.vision_model.connector
+        path = connector.coarse if self.inputs.get("tile_fine_mask") is None else connector.fine
+        with torch.no_grad():
+            placed: Tensor = path(connector.ln_in(torch.cat(list(given))), [])[0]
+        return placed.flatten(0, 1)
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """The rest of the connector, token by token."""
+        projected: Tensor = projector.ln_out(projector.mlp_fc2(functional.gelu(projector.ln_mid(features))))
+        return projected
+
+
 class NormedPool(Arrangement):
     """Gemma 3: average pooling, norm and a matrix in one module."""
 

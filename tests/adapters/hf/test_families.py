@@ -38,6 +38,7 @@ DIFFERENT_COUNTS = {
     "muse_glimmer",
     "muse_spark",
     "exaone4_5",
+    "granite_docling",
     "internvl",
     "qianfan_ocr",
     "smolvlm",

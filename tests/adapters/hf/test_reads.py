@@ -293,6 +293,22 @@ def test_a_video_and_an_image_in_one_prompt(name):
     assert trace.layout.counts.tolist() == [seen["exists"].shape[1]]
 
 
+def test_fine_tiles_have_four_times_the_tokens():
+    """Granite Docling's second path for dense pages; here a token for each patch."""
+    model, coarse = model_of("granite_docling"), FAMILIES["granite_docling"].inputs([(24, 32)])
+    times = torch.where(FAMILIES["granite_docling"].image_tokens(coarse)[0], 4, 1)
+    ids = coarse["input_ids"].repeat_interleave(times, 1)
+    fine = {**coarse, "input_ids": ids, "attention_mask": torch.ones_like(ids), "tile_fine_mask": torch.ones(1).bool()}
+    seen, _ = read(model, Reader(TowerFeatures(), Embeddings(), Projector(), TowerStates(-1, -1)), fine)
+    assert torch.allclose(seen["project"](seen["features"]), seen["embeddings"], atol=1e-5)
+    assert torch.allclose(seen["tower_states"][0], states_of("granite_docling", coarse)[-1], atol=1e-5)
+    tile = [[row, column] for row in range(4) for column in range(4)]
+    tiles = int(coarse["pixel_attention_mask"].sum())
+    assert tiles > 1
+    assert seen["grid"][0].tolist() == tile * tiles
+    assert seen["image"][0].tolist() == [number for number in range(tiles) for _ in tile]
+
+
 def test_tokens_that_a_video_has_lost_are_not_there():
     """VideoLLaMA 3's processor leaves out tokens that show what the frame before shows."""
     model, whole = model_of("video_llama_3"), inputs_of("video_llama_3", "videos")

@@ -25,7 +25,7 @@ from vlm_configs import (
     llava_like,
     mrope,
 )
-from vlm_inputs import AttentionCall, Pictures, _flat, _idefics3_ids, _processor, _spans, modalities, wrapped
+from vlm_inputs import AttentionCall, Pictures, _flat, _idefics3_ids, _processor, modalities, spans_of, wrapped
 from vlm_more_configs import HIDDEN, WINDOWS
 
 
@@ -52,7 +52,7 @@ def paddleocr_vl() -> Any:
 
 def see_paddleocr_vl(config: Any, pictures: Pictures) -> AttentionCall:
     seen = dict(_processor("PaddleOCRVLImageProcessor")(**SIZE)(images=_flat(pictures), return_tensors="pt"))
-    return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
+    return seen, spans_of(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
 
 
 def video_llama_3() -> Any:
@@ -69,7 +69,7 @@ def video_llama_3() -> Any:
 def see_video_llama_3(config: Any, pictures: Pictures) -> AttentionCall:
     """A token for each patch."""
     seen = dict(_processor("VideoLlama3ImageProcessor")(**SIZE)(images=_flat(pictures), return_tensors="pt"))
-    return seen, _spans(pictures, seen["image_grid_thw"].prod(1).tolist(), wrapped)
+    return seen, spans_of(pictures, seen["image_grid_thw"].prod(1).tolist(), wrapped)
 
 
 def watch_video_llama_3(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
@@ -117,7 +117,7 @@ def ernie4_5_vl_moe() -> Any:
 def see_ernie4_5_vl_moe(config: Any, pictures: Pictures) -> AttentionCall:
     make = _processor("Ernie4_5_VLMoeImageProcessor")(**SIZE)
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
-    return seen, _spans(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
+    return seen, spans_of(pictures, (seen["image_grid_thw"].prod(1) // 4).tolist(), wrapped)
 
 
 def watch_ernie4_5_vl_moe(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:

@@ -326,7 +326,7 @@ def expected_cells(name, inputs, separator):
                 assert whole + len(ends) + sum(lines) == end - start
                 assert len(set(lines)) == 1
                 shapes = [(3, 3)] + ([(len(lines), lines[0])] if rest > 1 else [])
-            elif grids:
+            elif grids or name in ROWS:
                 shapes, left = [], end - start
                 while left:
                     shapes.append(next(frames))

@@ -201,6 +201,13 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
         Family("llama4", others.llama4, others.see_llama4),
+        Family("qwen3_5", others.qwen3_5, **qwen),
+        Family("qwen3_5_moe", others.qwen3_5_moe, **qwen),
+        Family("lfm2_vl", others.lfm2_vl, others.see_lfm2_vl),
+        Family("lfm3_vl", others.lfm3_vl, see_qwen),
+        Family("minicpmv4_6", others.minicpmv4_6, others.see_minicpm),
+        Family("minicpmv4_7", others.minicpmv4_7, others.see_minicpm, finish=modalities),
+        Family("minicpm_ocr", others.minicpm_ocr, others.see_minicpm),
     )
 }
 

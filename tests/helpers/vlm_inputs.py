@@ -136,6 +136,8 @@ def watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Gene
         "qwen3_vl",
         "qwen3_vl_moe",
         "cosmos3_omni",
+        "qwen3_5",
+        "qwen3_5_moe",
     )  # which writes the time before every frame
     spans = []
     for t, h, w in grids.tolist():

@@ -33,6 +33,7 @@ class Family:
 NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
+STATES = "strategies that read the attention of a decoder layer that keeps a state instead are refused"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 
 
@@ -42,6 +43,10 @@ def _glm(title: str) -> Family:
 
 def _unread(title: str, images: type[Arrangement] = Unread) -> Family:
     return Family(title, images, limits=(NO_TOWER, NOT_LOADED))
+
+
+def _with_states(title: str) -> Family:
+    return Family(title, Unread, limits=(STATES, NO_TOWER, NOT_LOADED))
 
 
 FAMILIES: dict[str, Family] = {
@@ -81,4 +86,11 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": _unread("LightOnOCR"),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
     "llama4": _unread("Llama 4"),
+    "qwen3_5": Family("Qwen3.5", Merged, Merged, limits=(STATES, NOT_LOADED)),
+    "qwen3_5_moe": Family("Qwen3.5-MoE", Merged, Merged, limits=(STATES, NOT_LOADED)),
+    "lfm2_vl": _with_states("LFM2-VL"),
+    "lfm3_vl": _with_states("LFM3-VL"),
+    "minicpmv4_6": _with_states("MiniCPM-V 4.6"),
+    "minicpmv4_7": _with_states("MiniCPM-V 4.7"),
+    "minicpm_ocr": _with_states("MiniCPM-OCR"),
 }

@@ -25,6 +25,14 @@ GRIDS = {
     "deepseek_vl_hybrid": (4, 4),
     "llama4": (3, 3),
 }
+SIDES = {  # of each image, and how many of their units a token has
+    "lighton_ocr": ("image_sizes", 8),
+    "lfm2_vl": ("spatial_shapes", 2),
+    "lfm3_vl": ("image_grid_thw", 2),
+    "minicpmv4_6": ("target_sizes", 4),
+    "minicpmv4_7": ("target_sizes", 4),
+    "minicpm_ocr": ("target_sizes", 2),
+}
 COUNTS = {"aria": 9, "idefics2": 9}  # learned queries, which have no place
 names = pytest.mark.parametrize("name", UNREAD)
 
@@ -43,7 +51,8 @@ class Half(Reader):
 
 def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
-    sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
+    field, unit = SIDES.get(name, ("image_sizes", 8))
+    sizes = iter(inputs[field].tolist() if name in SIDES else [])
     batch = []
     for count in FAMILIES[name].image_tokens(inputs).sum(1).tolist():
         cells, number = [], 0
@@ -51,8 +60,8 @@ def expected_cells(name, inputs):
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                height, width = next(sizes) if name == "lighton_ocr" else [8 * side for side in GRIDS[name]]
-                cells += [(number, row, column) for row in range(height // 8) for column in range(width // 8)]
+                rows, columns = [side // unit for side in next(sizes)[-2:]] if name in SIDES else GRIDS[name]
+                cells += [(number, row, column) for row in range(rows) for column in range(columns)]
             number += 1
         batch.append(cells)
     return batch

@@ -139,7 +139,7 @@ class LayerInputs:
         short = None if ids is None else frame.prefill_ids(ids)
         if self._ids is not None and self.length is not None:
             new = frame.prefill_ids(self._ids).to(hidden.device)
-            renumbered = new_tables(self.decoder, layer, hidden, new)
+            renumbered = new_tables(self.decoder, layer, hidden, new) if tables else ()
             cut = tuple([where_renumbered(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
             short = new if short is None else where_renumbered(self.length, new, short)
         attends, two_d = self.decoder.attends[layer], "flash" in self.decoder.attention_name

@@ -15,12 +15,14 @@ from tokenprune.errors import UnsupportedError
 
 
 def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Rotary tables among a layer's keyword arguments: cos and sin, or one complex table.
+    """Rotary tables among a layer's keyword arguments: cos and sin, or one complex table; none where they are None.
 
     Raises:
         UnsupportedError: the layer has none.
     """
-    tables = kwargs.get("position_embeddings")
+    tables = kwargs.get("position_embeddings", ())
+    if tables is None:  # for a layer that does not attend, in decoders with tables for each type of layer
+        return ()
     if isinstance(tables, Tensor) and tables.is_complex():
         return (tables,)
     if isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables):
@@ -30,9 +32,11 @@ def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     )
 
 
-def for_layer(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor:
+def for_layer(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...] | Tensor | None:
     """Rotary tables as the layers take them: undoes `tables_of`."""
-    return tables if len(tables) == 2 else tables[0]
+    if len(tables) == 2:
+        return tables
+    return tables[0] if tables else None
 
 
 def cos_and_sin(tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -64,16 +64,19 @@ class _Walk:
             row_of = min(row, table.shape[-3] - 1)
             return table[..., row_of : row_of + 1, places, :]
 
-        tables = tuple(map(picked, kwargs["position_embeddings"]))
-        if self.counted is not None:
+        given = kwargs["position_embeddings"]  # None for some layers that do not attend
+        tables = given if given is None else tuple(map(picked, given))
+        if self.counted is not None and given is not None:
             tables = rotary_tables(self.decoder, number, own, self.counted[row : row + 1, places])
         length = len(places)
-        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-        causal = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
         kind = self.decoder.config.layer_types[number]
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+        if kind == "sliding_attention":
+            hidden |= places[:, None] - places >= self.decoder.config.sliding_window
+        causal = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
         ids = kwargs.get("position_ids")
         return {
-            "attention_mask": causal if kind == "full_attention" else None,
+            "attention_mask": causal if kind in ("full_attention", "sliding_attention") else None,
             "position_embeddings": tables,
             "position_ids": None if ids is None else picked(ids[..., None])[..., 0],
             "past_key_values": None,

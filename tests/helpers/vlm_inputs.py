@@ -139,6 +139,8 @@ def watch_qwen(config: Any, videos: list[tuple[int, int, int]], draw: torch.Gene
         "cohere_compass",
         "muse_glimmer",
         "muse_spark",
+        "qwen3_5",
+        "qwen3_5_moe",
     )  # which writes the time before every frame
     spans = []
     for t, h, w in grids.tolist():

@@ -1,13 +1,31 @@
-"""The definition of pruning on vision-language models, for tests of them: see `tokenprune.testing.oracle.masked`."""
+"""The definition of pruning on vision-language models, for tests of them: see `tokenprune.testing.oracle.masked`, and
+`gathered_oracle` for decoders some of whose layers keep a state."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
+from gathered_oracle import gathered
 from torch import Tensor
 
-from tokenprune.testing.oracle import masked as oracle
+from tokenprune.core.layout import SequenceLayout
+from tokenprune.testing.oracle import masked
+from tokenprune.testing.scripted import Scripted
 
-__all__ = ["grown", "oracle"]
+STATES = {"linear_attention", "conv"}
+
+
+def attends(decoder: Any) -> list[bool]:
+    """For each layer, whether it attends to the sequence; the others keep a state."""
+    types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+    return [kind not in STATES for kind in types]
+
+
+def oracle(decoder: Any, layout: SequenceLayout, script: Scripted) -> AbstractContextManager[None]:
+    """A context in which calls without cache compute the oracle of a script."""
+    return (masked if all(attends(decoder)) else gathered)(decoder, layout, script)
 
 
 def grown(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:

@@ -23,8 +23,22 @@ from tokenprune.core.strategy import Strategy
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "emu3", "deepseek_ocr2")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
-MROPE = ("qwen", "glm", "cosmos", "cohere_compass", "paddleocr", "ernie4")  # whose positions need the ids
-PACKED = (*MROPE, "video_llama_3", "hyperclovax", "muse", "exaone")  # of any size; in one sequence
+MROPE = (
+    "qwen",
+    "glm",
+    "cosmos",
+    "cohere_compass",
+    "paddleocr",
+    "ernie4",
+    "minicpmv4_7",
+)  # whose positions need the ids
+PACKED = (
+    *(name for name in MROPE if name != "minicpmv4_7"),
+    "video_llama_3",
+    "hyperclovax",
+    "muse",
+    "exaone",
+)  # of any size; in one sequence
 REORDERED = (
     *("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3"),
     *("muse_glimmer", "muse_spark", "exaone4_5"),

@@ -50,6 +50,7 @@ class Family:
 
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
+STATES = "strategies that read the attention of a decoder layer that keeps a state instead are refused"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 PAGES = (  # as its processor writes them for a prompt of its own
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
@@ -66,6 +67,10 @@ def _glm(title: str) -> Family:
 
 def _unread(title: str, images: type[Arrangement] = Unread, *limits: str, **more: Any) -> Family:
     return Family(title, images, limits=(NO_TOWER, *limits), **more)
+
+
+def _with_states(title: str) -> Family:
+    return Family(title, Unread, limits=(STATES, NO_TOWER, NOT_LOADED))
 
 
 FAMILIES: dict[str, Family] = {
@@ -105,6 +110,13 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": Family("LightOnOCR", Unfolded),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, loaded_by="ShieldGemma2ForImageClassification"),
     "llama4": _unread("Llama 4", Unread, NOT_LOADED),
+    "qwen3_5": Family("Qwen3.5", Merged, Merged, limits=(STATES, NOT_LOADED)),
+    "qwen3_5_moe": Family("Qwen3.5-MoE", Merged, Merged, limits=(STATES, NOT_LOADED)),
+    "lfm2_vl": _with_states("LFM2-VL"),
+    "lfm3_vl": _with_states("LFM3-VL"),
+    "minicpmv4_6": _with_states("MiniCPM-V 4.6"),
+    "minicpmv4_7": _with_states("MiniCPM-V 4.7"),
+    "minicpm_ocr": _with_states("MiniCPM-OCR"),
     "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
     "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),

@@ -32,7 +32,6 @@ REASONS: dict[str, str] = {
     "instructblipvideo": NO_ROTARY,
     "kosmos-2": NO_ROTARY,
     "kosmos-2.5": NO_ROTARY,
-    "lfm2_vl": "its decoder has layers of type conv, not only self-attention over the sequence",
     "mistral4": "its class in transformers is a language model without images; image_tokens= marks tokens by hand",
     "vision-encoder-decoder": ENCODER_DECODER,
     "pi0": "a robot policy, whose action expert attends to a second decoder",
@@ -73,5 +72,5 @@ def told_by_config(kind: str) -> str | None:
     if kinds == ["cross_attention"]:
         return CROSS_ATTENTION
     if kinds:
-        return f"its decoder has layers of type {', '.join(kinds)}, not only self-attention over the sequence"
+        return f"its decoder has layers of type {', '.join(kinds)}, which neither attend by a mask nor keep a state"
     return None

@@ -11,6 +11,8 @@ from torch import Tensor
 from tokenprune_adapters.hf.grid_cells import Cells
 from tokenprune_adapters.hf.token_layouts import Arrangement
 
+SIZES = ("image_sizes", "spatial_shapes", "target_sizes")
+
 
 class Unread(Arrangement):
     """Images in row-major order, as the inputs tell their sizes; without sizes, square ones.
@@ -41,9 +43,10 @@ class Unread(Arrangement):
 
     def _sizes(self) -> list[tuple[int, int]] | None:
         """Height and width of each image, in pixels or patches."""
-        grids, sizes = self.inputs.get("image_grid_thw"), self.inputs.get("image_sizes")
+        grids = self.inputs.get("image_grid_thw")
         if grids is not None:
             return [(height, width) for frames, height, width in grids.tolist() if frames == 1]
+        sizes = next((self.inputs[name] for name in SIZES if self.inputs.get(name) is not None), None)
         return None if sizes is None else [tuple(size) for size in torch.as_tensor(sizes).tolist()]
 
 

@@ -100,7 +100,7 @@ def test_text_layers_with_cross_attention_have_it(kind: str) -> None:
     [
         ("florence2", ENCODER_DECODER),
         ("mllama", CROSS_ATTENTION),
-        ("qwen3_5", "layers of type linear_attention"),
+        ("qwen4_exp", "layers of type indexed_attention"),
         ("llava", None),
         ("car", None),
     ],

@@ -27,8 +27,15 @@ GRIDS = {
     "chameleon": (4, 4),
     "emu3": (4, 6),
 }
+SIDES = {  # of each image, and how many of their units a token has
+    "lfm2_vl": ("spatial_shapes", 2),
+    "lfm3_vl": ("image_grid_thw", 2),
+    "minicpmv4_6": ("target_sizes", 4),
+    "minicpmv4_7": ("target_sizes", 4),
+    "minicpm_ocr": ("target_sizes", 2),
+    "gemma4_unified": ("image_position_ids", 1),
+}
 COUNTS = {"aria": 9, "idefics2": 9, "deepseek_ocr2": 9}  # learned queries, which have no place
-SIZED = ("lighton_ocr", "gemma4_unified")  # of any size
 names = pytest.mark.parametrize("name", UNREAD)
 
 
@@ -47,9 +54,10 @@ class Half(Reader):
 def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
     found = FAMILIES[name].image_tokens(inputs) & ~separators(name, model_of(name), inputs)
-    sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
+    field, unit = SIDES.get(name, ("", 1))
+    sizes = iter(inputs[field].tolist() if name in SIDES else [])
     if name == "gemma4_unified":
-        sizes = iter([(8 * side for side in place.amax(0).flip(0) + 1) for place in inputs["image_position_ids"]])
+        sizes = iter([(place.amax(0).flip(0) + 1).tolist() for place in inputs[field]])
     batch = []
     for count in found.sum(1).tolist():
         cells, number = [], 0
@@ -57,8 +65,8 @@ def expected_cells(name, inputs):
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                height, width = next(sizes) if name in SIZED else [8 * side for side in GRIDS[name]]
-                cells += [(number, row, column) for row in range(height // 8) for column in range(width // 8)]
+                rows, columns = [side // unit for side in next(sizes)[-2:]] if name in SIDES else GRIDS[name]
+                cells += [(number, row, column) for row in range(rows) for column in range(columns)]
             number += 1
         batch.append(cells)
     return batch

@@ -29,7 +29,7 @@ from tokenprune.engine.reads.look_ahead import KeysAhead, look_ahead
 from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.layer_inputs import LayerInputs
 from tokenprune.engine.sequence.positions import cos_and_sin, for_layer, no_rotation, shifted_tables, tables_of
-from tokenprune.errors import EngineError, InputError, PluginError
+from tokenprune.errors import EngineError, InputError, PluginError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,11 @@ class DecoderReads:
     ) -> Tensor:
         """The answer of the stage's first layer, computed ahead of it on the states that enter it."""
         now = tables_of(given.kwargs)
+        if not now:
+            raise UnsupportedError(
+                f"layer {given.layer} takes no rotary tables, so that {type(read).__name__} cannot be read of it; let "
+                "the stage begin at a layer that attends to the sequence"
+            )
         if isinstance(read, RotaryTables):
             apart = inputs.tables_by_axis(given.layer, tables_of(given.whole), given.hidden, layout.valid)
             if apart is None:

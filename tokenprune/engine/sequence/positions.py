@@ -22,7 +22,7 @@ def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         UnsupportedError: the layer takes none.
     """
     tables = kwargs.get("position_embeddings", "none")
-    if tables is None:
+    if tables is None:  # of a layer without rotary embedding, or one that does not attend
         return ()
     if isinstance(tables, Tensor) and tables.is_complex():
         return (tables,)

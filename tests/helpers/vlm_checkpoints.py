@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, PINPOINTS, SMALL_CROP, START, VIDEO
 from vlm_families import FAMILIES
+from vlm_further_configs import GRANITE_PINPOINTS
 
 EOS = 2
 CHARACTERS = string.printable[:95] + "\n\t"  # ids 3 to 99
@@ -40,6 +41,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "aya_vision": {"<|IMG_PATCH|>": IMAGE, "<image>": 107, "<|START_OF_IMG|>": START, "<|END_OF_IMG|>": END},
     "paligemma": {"<image>": IMAGE},
     "gemma3": {"<image_soft_token>": IMAGE, "<start_of_image>": START, "<end_of_image>": END},
+    "granite4_vision": {"<image>": IMAGE},
     "cohere_compass": {token.upper(): number for token, number in QWEN.items()},
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
@@ -71,6 +73,7 @@ HUB = {
     "paligemma": "google/paligemma-3b-mix-224",
     "gemma3": "google/gemma-3-4b-it",
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
+    "granite4_vision": "ibm-granite/granite-4.0-3b-vision",
 }
 """A released checkpoint of each family, which examples name."""
 VIDEO_PROCESSORS = {
@@ -118,6 +121,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": "anyres_max_2",
     },
+    "granite4_vision": {"patch_size": PATCH, "vision_feature_select_strategy": "full", "downsample_rate": "1/2"},
     "internvl": {"image_seq_length": 4},
     "smolvlm": {"image_seq_len": 4},
     "idefics3": {"image_seq_len": 4},
@@ -173,6 +177,10 @@ def image_processor(name: str) -> Any:
         "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
         "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
         "cohere_compass": ("CohereCompass", qwen),
+        "granite4_vision": (
+            "LlavaNext",
+            {"size": {"shortest_edge": CROP}, "crop_size": square, "image_grid_pinpoints": GRANITE_PINPOINTS},
+        ),
     }
     kind, options = kinds.get(name, ("Qwen2VL", qwen))
     plain = f"{kind}ImageProcessor"  # as older releases call it

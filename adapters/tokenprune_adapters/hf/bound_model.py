@@ -39,6 +39,7 @@ PROJECTORS = (
     "aligner",
     "visual.merger",
     "vision_projection",
+    "layerwise_projectors.0",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

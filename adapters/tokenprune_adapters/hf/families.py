@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
-from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
+from tokenprune_adapters.hf.token_layouts import (
+    Arrangement,
+    Frames,
+    Merged,
+    NormedPool,
+    Queried,
+    Squares,
+    Tiled,
+    Windowed,
+)
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
 
@@ -84,6 +93,7 @@ FAMILIES: dict[str, Family] = {
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
+    "granite4_vision": Family("Granite 4 Vision", Queried),
 }
 
 

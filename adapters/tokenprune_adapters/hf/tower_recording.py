@@ -162,4 +162,6 @@ def _flat(read: Read, value: Tensor) -> Tensor:
 def _parts(output: Any) -> Sequence[Tensor]:
     """The image features that a model returned: together, or image by image."""
     features = getattr(output, "pooler_output", output)
+    if features is None:  # Granite 4 Vision: features of several layers of the decoder, of the same tokens
+        features = output.deepstack_features[0][1]
     return [features] if isinstance(features, Tensor) else features

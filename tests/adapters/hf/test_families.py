@@ -27,6 +27,7 @@ DIFFERENT_COUNTS = {
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
     "mistral3",
+    "granite4_vision",
     "cohere_compass",
     "llava_pixtral",
     "internvl",

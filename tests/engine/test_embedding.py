@@ -131,6 +131,8 @@ def test_what_embeddings_cannot_carry(llava: Any, tmp_path: Path) -> None:
             tp.embed(llava, PICTURE, strategy, QUESTION)
     with pytest.raises(UnsupportedError, match="'qwen2_vl' computes positions from an image's grid"):
         tp.embed(load("qwen2_vl", tmp_path), PICTURE, tp.strategy("uniform"), QUESTION)
+    with pytest.raises(UnsupportedError, match="'granite4_vision' adds visual features between the layers"):
+        tp.embed(load("granite4_vision", tmp_path), PICTURE, tp.strategy("uniform"), QUESTION)
     with pytest.raises(IncompatibleError, match="cdpruner"):
         tp.embed(llava, PICTURE, tp.strategy("cdpruner"), QUESTION)
 

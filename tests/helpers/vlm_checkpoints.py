@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_torchvision_available
 from vlm_configs import BOS, CELL, CROP, END, FAKE, GLOBAL, IMAGE, PAD, PATCH, PINPOINTS, SMALL_CROP, START, VIDEO
 from vlm_families import FAMILIES
+from vlm_further_configs import GRANITE_PINPOINTS
 from vlm_processors import PROCESSORS as MORE
 
 NEEDS_TORCHVISION = pytest.mark.skipif(not is_torchvision_available(), reason="its processor needs torchvision")
@@ -58,6 +59,7 @@ TOKENS: dict[str, dict[str, int]] = {
         "<|IMAGE_START|>": START,
         "<|IMAGE_END|>": END,
     },
+    "granite4_vision": {"<image>": IMAGE},
     "cohere_compass": {token.upper(): number for token, number in QWEN.items()},
 }
 """Special tokens of each family, by `model_type`, with the ids of the tiny configurations."""
@@ -106,6 +108,7 @@ HUB = {
     "hyperclovax_vision_v2": "naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",
     "ernie4_5_vl_moe": "baidu/ERNIE-4.5-VL-28B-A3B-PT",
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
+    "granite4_vision": "ibm-granite/granite-4.0-3b-vision",
     "granite_docling": "ibm-granite/granite-for-docling-500m",
 }
 """A released checkpoint of each family, which examples name; none of GLM-GA is known."""
@@ -173,6 +176,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "full",
         "vision_aspect_ratio": "anyres_max_2",
     },
+    "granite4_vision": {"patch_size": PATCH, "vision_feature_select_strategy": "full", "downsample_rate": "1/2"},
     "internvl": {"image_seq_length": 4},
     "smolvlm": {"image_seq_len": 4},
     "idefics3": {"image_seq_len": 4},
@@ -242,6 +246,10 @@ def image_processor(name: str) -> Any:
         "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
         "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
         "cohere_compass": ("CohereCompass", qwen),
+        "granite4_vision": (
+            "LlavaNext",
+            {"size": {"shortest_edge": CROP}, "crop_size": square, "image_grid_pinpoints": GRANITE_PINPOINTS},
+        ),
     }
     kind, options = kinds.get(name, ("Qwen2VL", qwen))
     plain = f"{kind}ImageProcessor"  # as older releases call it

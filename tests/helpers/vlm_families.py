@@ -232,6 +232,7 @@ FAMILIES: dict[str, Family] = {
         Family("granite_docling", videos.granite_docling, videos.see_granite_docling),
         Family("mistral3", further.mistral3, further.see_mistral3),
         Family("cohere_compass", further.cohere_compass, **qwen),
+        Family("granite4_vision", further.granite4_vision, further.see_granite4_vision),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
         *(Family(**row) for row in towers.ROWS),
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from vlm_configs import (
     ALTERNATING,
+    CROP,
     END,
     FAKE,
     IMAGE,
@@ -73,6 +76,40 @@ def cohere_compass() -> Any:
         },
         **QWEN_TOKENS,
     )
+
+
+GRANITE_PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
+
+
+def granite4_vision() -> Any:
+    """4 x 4 patches become 2 x 2 tokens; other views of the tower are added before later layers, one before none."""
+    text = {**TEXT_MODEL, "num_hidden_layers": 4, "logits_scaling": 2.0, "embedding_multiplier": 3.0}
+    return transformers.Granite4VisionConfig(
+        text_config=text,
+        vision_config={"model_type": "siglip_vision_model", **TOWER, "hidden_size": 64, "vision_use_head": False},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=GRANITE_PINPOINTS,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0]],
+        spatial_target_layers=[1, 2, 3, 4],
+        tie_word_embeddings=False,
+    )
+
+
+def see_granite4_vision(config: Any, pictures: Pictures) -> AttentionCall:
+    square = {"height": CROP, "width": CROP}
+    make = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": CROP}, crop_size=square, image_grid_pinpoints=GRANITE_PINPOINTS
+    )
+    seen = dict(make(images=[picture for row in pictures for picture in row], return_tensors="pt"))
+    model = SimpleNamespace(config=config, layerwise_projectors=(), downsample_rate=config.downsample_rate)
+    crops = [
+        torch.zeros(image_size_to_num_patches(size, GRANITE_PINPOINTS, CROP), 4, 1) for size in seen["image_sizes"]
+    ]
+    pack = transformers.Granite4VisionModel.pack_image_features
+    packed = iter(pack(model, crops, seen["image_sizes"], "full", image_newline=torch.zeros(1)))
+    return seen, [[[IMAGE] * len(next(packed)) for _ in row] for row in pictures]
 
 
 def _lines(rows: int, columns: int) -> list[int]:

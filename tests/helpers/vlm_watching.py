@@ -12,33 +12,21 @@ import sys
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-from vlm_configs import PATCH, PINPOINTS, SMALL_CROP, VIDEO
-from vlm_families import FAMILIES, READABLE
+from vlm_configs import PATCH, VIDEO
+from vlm_families import FAMILIES, READABLE, VARIANTS
 
 import tokenprune
 from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import AttentionFrom, ReceivedAttention
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
+from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
-SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "emu3", "deepseek_ocr2")
+SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision", "emu3", "deepseek_ocr2")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
-MROPE = (
-    "qwen",
-    "glm",
-    "cosmos",
-    "cohere_compass",
-    "paddleocr",
-    "ernie4",
-    "minicpmv4_7",
-)  # whose positions need the ids
-PACKED = (
-    *(name for name in MROPE if name != "minicpmv4_7"),
-    "video_llama_3",
-    "hyperclovax",
-    "muse",
-    "exaone",
-)  # of any size; in one sequence
+QWENS = ("qwen", "glm", "cosmos", "cohere_compass", "paddleocr", "ernie4")
+MROPE = (*QWENS, "minicpmv4_7")  # whose positions need the ids
+PACKED = (*QWENS, "video_llama_3", "hyperclovax", "muse", "exaone")  # of any size; in one sequence
 REORDERED = (
     *("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3"),
     *("muse_glimmer", "muse_spark", "exaone4_5"),
@@ -55,6 +43,7 @@ CASES = {
     "several images": [[(24, 32), (32, 24)], (40, 20)],
     "videos": [(2, 16, 24), (2, 24, 16)],
 }
+PROJECTING = [name for name in READABLE if KNOWN[VARIANTS.get(name, name)].images.projects]
 WITH_VIDEO = [name for name in READABLE if FAMILIES[name].watch]
 RUNS = [(name, case) for name in READABLE for case in CASES if case != "videos" or name in WITH_VIDEO]
 
@@ -154,6 +143,8 @@ def projector_of(model):
             return getattr(base, name)
     if hasattr(tower_of(model), "connector"):
         return tower_of(model).connector
+    if hasattr(base, "layerwise_projectors"):
+        return base.layerwise_projectors[0]
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -169,7 +160,7 @@ def encoded(model, inputs, mode=torch.no_grad):
             names = "pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images"
             known = (*names, "image_merge_sizes")
             out = base.get_image_features(**{k: inputs[k] for k in known if k in inputs})
-    parts = out.pooler_output
+    parts = out.deepstack_features[0][1] if out.pooler_output is None else out.pooler_output
     if hasattr(base, "apply_pooling") and has_videos(inputs) and parts.shape[1] % 4 == 0:
         newline = base.image_newline.expand(len(parts), 1, -1)  # which older releases add later
         parts = torch.cat((parts, newline), 1)
@@ -217,7 +208,7 @@ def contributions(name, case):
     gradient itself; elsewhere the patches that matter at all have equal shares.
     """
     model, inputs, caught = model_of(name), inputs_of(name, case), []
-    behind_projector = is_packed(name, inputs)
+    behind_projector = is_packed(name, inputs) and KNOWN[model.config.model_type].images.projects
     place = projector_of(model) if behind_projector else blocks_of(model, inputs)[-2 if name in SECOND_LAST else -1]
     cut = 1 if name in WITH_CLS and not behind_projector else 0
 
@@ -291,7 +282,8 @@ def mixed(name):
 
 def patch_places(name, inputs):
     """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
-    side = 6 if name in NINES else 3 if name in SEPARATED else 4
+    crop = model_of(name).config.vision_config.image_size
+    side = 6 if name in NINES else crop // PATCH if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
     if name in ROWS:
@@ -306,8 +298,9 @@ def patch_places(name, inputs):
     tiled = [count == 1 for count in alone.tolist() for _ in range(count)]
     for size, single in zip(inputs["image_sizes"].tolist(), tiled, strict=True):
         places.append(inside)
-        rows, columns = get_anyres_image_grid_shape(size, PINPOINTS, SMALL_CROP) if single else (0, 0)
-        places += [inside + 3 * torch.tensor((r, c)) for r in range(rows) for c in range(columns)]
+        pinpoints = model_of(name).config.image_grid_pinpoints
+        rows, columns = get_anyres_image_grid_shape(size, pinpoints, crop) if single else (0, 0)
+        places += [inside + side * torch.tensor((r, c)) for r in range(rows) for c in range(columns)]
     return torch.cat(places)
 
 
@@ -335,11 +328,12 @@ def expected_cells(name, inputs, separator):
                 shapes = [(side, side)] * ((end - start) // side**2)  # behind LLaVA-OneVision's a separator is left
             elif name in SEPARATED:
                 ends = [p - start for p in range(start, end) if separator[row, p]]
-                whole, rest = 9, end - start - 9
+                side = 2 if name == "granite4_vision" else 3
+                whole, rest = side**2, end - start - side**2
                 lines = [b - a - 1 for a, b in zip([whole - 1, *ends], ends, strict=False)]
                 assert whole + len(ends) + sum(lines) == end - start
                 assert len(set(lines)) == 1
-                shapes = [(3, 3)] + ([(len(lines), lines[0])] if rest > 1 else [])
+                shapes = [(side, side)] + ([(len(lines), lines[0])] if rest > 1 else [])
             elif grids or name in ROWS:
                 shapes, left = [], end - start
                 while left:

@@ -55,8 +55,8 @@ def embed(model: EmbeddingModel, image: Any, strategy: Strategy, question: str) 
     Raises:
         IncompatibleError: the strategy prunes inside the decoder, or requires a read that the model does not provide.
         OptionError: `strategy` is not a strategy, or was given `positions="keep"`, which embeddings cannot carry.
-        UnsupportedError: the model computes positions from an image's grid, which kept tokens no longer have, or
-            scales embeddings before its first layer.
+        UnsupportedError: the model computes positions from an image's grid, which kept tokens no longer have, scales
+            embeddings before its first layer, or adds visual features between its layers.
         InputError: another kind of model, several images, not an image, an empty question.
 
     Examples:
@@ -96,6 +96,11 @@ def embed(model: EmbeddingModel, image: Any, strategy: Strategy, question: str) 
     entered: list[Tensor] = []
 
     def whole(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("deepstack_features") is not None:
+            raise UnsupportedError(
+                f"model {model.name!r} adds visual features between the layers of its decoder, which embeddings do not "
+                "carry; choose another model, such as LLaVA"
+            )
         given.append(arguments(decoder.module, args, kwargs)["inputs_embeds"])
         return original(*args, **kwargs)
 

@@ -163,7 +163,7 @@ class PruningRun:
         held = held_tokens(inputs.get("past_key_values"))
         if held and is_pruned(inputs["past_key_values"]):  # else a replaced layer would fail on the cache, less clearly
             self.decoder.check_layers()
-        deepstack = None if held else DeepStack.take(kwargs)
+        deepstack = None if held else DeepStack.take(kwargs, len(self.decoder.layers))
         self._call = Call(inputs, held, deepstack, attentions=requests_attentions(inputs, self.decoder.module))
         return args, kwargs
 

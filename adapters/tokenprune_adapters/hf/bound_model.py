@@ -44,6 +44,7 @@ PROJECTORS = (
     "vision_adapter",
     "vision_projection",
     "vision_model.connector",
+    "layerwise_projectors.0",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

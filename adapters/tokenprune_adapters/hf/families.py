@@ -15,7 +15,16 @@ from tokenprune_adapters.hf.packed_layouts import (
     WindowedInTower,
 )
 from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
-from tokenprune_adapters.hf.token_layouts import Arrangement, ClsFrames, Frames, NormedPool, Shuffled, Squares, Tiled
+from tokenprune_adapters.hf.token_layouts import (
+    Arrangement,
+    ClsFrames,
+    Frames,
+    NormedPool,
+    Queried,
+    Shuffled,
+    Squares,
+    Tiled,
+)
 from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
 
 
@@ -125,6 +134,7 @@ FAMILIES: dict[str, Family] = {
     "granite_docling": Family("Granite Docling", Shuffled),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
+    "granite4_vision": Family("Granite 4 Vision", Queried),
     "chameleon": _unread("Chameleon", Unread, NOT_LOADED),
     "emu3": _unread("Emu3", EndedLines, NOT_LOADED),
     "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 from typing import Any, ClassVar
 
@@ -161,9 +162,14 @@ class Tiled(Arrangement):
 
     def cells(self, tokens: int, crops: int) -> Cells:
         """Lines are found from the separators, which are packed as zeros among ones."""
-        side = self.base.config.vision_config.image_size // self.base.config.vision_config.patch_size
+        side = self.side
         flags = self._pack([torch.ones(n, side * side, 1) for n in self._crops])
         return Cells.joined([_tiled(flag.flatten() == 0, n, side) for flag, n in zip(flags, self._crops, strict=True)])
+
+    @property
+    def side(self) -> int:
+        """Tokens of a crop, each way."""
+        return int(self.base.config.vision_config.image_size // self.base.config.vision_config.patch_size)
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
         """Separators get zeros."""
@@ -172,6 +178,27 @@ class Tiled(Arrangement):
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
         """The projector's input, packed like the image tokens."""
         return self.pool(given, tokens)
+
+
+class Queried(Tiled):
+    """Granite 4 Vision: as LLaVA-NeXT; queries, each of which sees the patches of its window, make fewer tokens.
+
+    A token stands where the patches lie of which its query is made.
+    """
+
+    projects: ClassVar[bool] = False
+
+    @property
+    def side(self) -> int:
+        """See `Tiled.side`."""
+        return int(super().side * Fraction(self.base.config.downsample_rate))
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Mean over the area of a token; separators get zeros."""
+        crops = torch.cat(list(values))
+        square = crops.transpose(1, 2).reshape(len(crops), -1, super().side, super().side)
+        shrunk = functional.interpolate(square, size=(self.side,) * 2, mode="area")
+        return super().pool([shrunk.flatten(2).transpose(1, 2)], tokens)
 
 
 class Frames(Arrangement):

@@ -171,6 +171,8 @@ def _flat(read: Read, value: Tensor) -> Tensor:
 def _parts(output: Any) -> Sequence[Tensor]:
     """The image features that a model returned: together, or image by image."""
     features = getattr(output, "pooler_output", output)
+    if features is None and (several := getattr(output, "deepstack_features", None)):
+        features = several[0][1]  # Granite 4 Vision's, for several layers of the decoder, of the same tokens
     if features is None:  # Llama 4's, before the projector, which takes each alone
         features = output.last_hidden_state
     return [features] if isinstance(features, Tensor) else features

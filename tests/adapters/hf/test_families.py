@@ -31,6 +31,7 @@ DIFFERENT_COUNTS = {
     "hyperclovax_vision_v2",
     "ernie4_5_vl_moe",
     "mistral3",
+    "granite4_vision",
     "cohere_compass",
     "llava_pixtral",
     "gemma4_unified",

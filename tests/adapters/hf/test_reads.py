@@ -10,6 +10,7 @@ from vlm_families import FAMILIES, READABLE, generates_otherwise
 from vlm_watching import (
     CASES,
     PACKED,
+    PROJECTING,
     REORDERED,
     RUNS,
     SEPARATED,
@@ -83,11 +84,11 @@ def states_of(name, inputs):
 
 
 def every(name):
-    reads = [TowerFeatures(), ReceivedAttention(), TowerKeys(), TowerStates(0, -1), Embeddings(), Projector()]
-    return reads + ([ClsAttention()] if name in WITH_CLS else [])
+    reads = [TowerFeatures(), ReceivedAttention(), TowerKeys(), TowerStates(0, -1), Embeddings()]
+    return reads + [Projector()] * (name in PROJECTING) + [ClsAttention()] * (name in WITH_CLS)
 
 
-@runs
+@pytest.mark.parametrize(("name", "case"), [run for run in RUNS if run[0] in PROJECTING])
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_projected_features_are_the_embeddings(name, case, padding):
     inputs = inputs_of(name, case, padding)
@@ -339,7 +340,8 @@ def test_what_is_not_read_costs_nothing(name):
         tapped.extend(n for n, one in enumerate(attentions) if one.config is not configs[n])
 
     handles = [attention.register_forward_pre_hook(look) for attention in attentions]
-    for reads, expected in (((), set()), ((TowerFeatures(), Projector()), set()), ((ReceivedAttention(1),), {1})):
+    features = [TowerFeatures()] + [Projector()] * (name in PROJECTING)
+    for reads, expected in (((), set()), (features, set()), ((ReceivedAttention(1),), {1})):
         tapped.clear()
         read(model, Reader(*reads), inputs)
         assert set(tapped) == expected

@@ -87,6 +87,11 @@ def test_what_was_cut_is_not_kept_past_its_stage(inputs: LayerInputs, over: str)
 
 
 def test_tables_of_another_form_are_refused(inputs: LayerInputs) -> None:
-    for tables in (None, (torch.zeros(1, 6, 8),), [torch.zeros(1, 6, 8)] * 2, (torch.zeros(1, 6, 8), None)):
+    for tables in (
+        torch.zeros(1, 6, 8),
+        (torch.zeros(1, 6, 8),),
+        [torch.zeros(1, 6, 8)] * 2,
+        (torch.zeros(1, 6, 8), None),
+    ):
         with pytest.raises(UnsupportedError, match="do not take position_embeddings"):
             shortened(inputs, GatheredSequence.of(PRESENT), {**given(0), "position_embeddings": tables})

@@ -1,7 +1,9 @@
 """DeepStack (Meng et al., arXiv 2406.04334): visual features that are added to the image tokens after early layers.
 
-Such decoders of transformers take `visual_pos_masks` and `deepstack_visual_embeds`, and add the features between layers
-at full length. The engine removes these arguments from the call and adds the features to the remaining tokens.
+Such decoders of transformers take features and a mask of their positions, and add the features between layers at full
+length: `deepstack_visual_embeds` after the first layers, one after the other, with `visual_pos_masks`; or
+`deepstack_features` before the layers with these numbers, with `vision_mask`. The engine removes these arguments from
+the call and adds the features to the remaining tokens. The decoder itself adds those before its first layer.
 """
 
 from __future__ import annotations
@@ -16,28 +18,32 @@ from tokenprune.engine.sequence.gathered import GatheredSequence
 
 @dataclass(frozen=True)
 class DeepStack:
-    """Features that are added after each of the first layers.
+    """Features that are added after layers.
 
     Attributes:
         where: bool [batch, S], positions with features.
-        features: per layer, [number of such positions, width].
+        features: by layer, [number of such positions, width].
     """
 
     where: Tensor
-    features: list[Tensor]
+    features: dict[int, Tensor]
 
     @classmethod
-    def take(cls, kwargs: dict[str, Any]) -> DeepStack | None:
-        """Remove the features from the decoder's keyword arguments, in place; None if there are none."""
-        features = kwargs.get("deepstack_visual_embeds")
-        if features is None:
+    def take(cls, kwargs: dict[str, Any], layers: int) -> DeepStack | None:
+        """Remove the features from the keyword arguments of a decoder of so many layers, in place; None without any."""
+        after, before = kwargs.get("deepstack_visual_embeds"), kwargs.get("deepstack_features")
+        if after is not None:
+            kwargs["deepstack_visual_embeds"] = None
+            return cls(kwargs["visual_pos_masks"], dict(enumerate(after)))
+        if before is None:
             return None
-        kwargs["deepstack_visual_embeds"] = None
-        return cls(kwargs["visual_pos_masks"], list(features))
+        kwargs["deepstack_features"] = {layer: features for layer, features in before.items() if layer == 0}
+        later = {layer - 1: features for layer, features in before.items() if 0 < layer < layers}
+        return cls(kwargs["vision_mask"][..., 0], later)
 
     def add(self, layer: int, hidden: Tensor, frame: GatheredSequence | None) -> Tensor:
         """A layer's output [batch, S or M, width] with its features added to the tokens that it ran on."""
-        if layer >= len(self.features):
+        if layer not in self.features:
             return hidden
         where, features = self.where.to(hidden.device), self.features[layer].to(hidden)
         if frame is not None:

@@ -95,5 +95,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
     "muse_glimmer": Family("Muse Glimmer", Shuffled, Shuffled, limits=(NOT_LOADED,)),
     "muse_spark": Family("Muse Spark", Shuffled, Shuffled, limits=(AUDIO, NOT_LOADED)),
+    "perception_lm": Family("Perception LM", Unread, limits=(NO_TOWER, NO_VIDEOS, NOT_LOADED)),
+    "fast_vlm": _unread("FastVLM"),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }

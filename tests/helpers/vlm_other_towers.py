@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, QWEN_TOWER, START, TEXT, TEXT_MODEL, VIDEO
+from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, QWEN_TOWER, START, TEXT, TEXT_MODEL, TOWER, VIDEO
 from vlm_inputs import AttentionCall, Pictures, fixed, modalities, plain, see_qwen, spans_of, watch_qwen, wrapped
 from vlm_more_configs import HIDDEN, WINDOWS
 
@@ -234,6 +234,42 @@ def exaone4_5() -> Any:
     )
 
 
+def perception_lm(**vision: Any) -> Any:
+    """3 x 3 tokens of 6 x 6 patches.
+
+    Args:
+        vision: the configuration of a tower of timm; by default one of transformers, which is called in the same way.
+    """
+    return transformers.PerceptionLMConfig(
+        text_config={"model_type": "llama", **TEXT_MODEL},
+        vision_config=vision
+        or {"model_type": "clip_vision_model", **TOWER, "image_size": 24, "model_args": {"embed_dim": 32}},
+        projector_pooling_ratio=2,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+
+def see_perception_lm(config: Any, pictures: Pictures) -> AttentionCall:
+    """The whole picture and a tile of it."""
+    flat = [one for row in pictures for one in row]
+    tiles = [one.crop((0, 0, one.width // 2, one.height)) for one in flat]
+    pixels = torch.stack((_resized(flat, 24), _resized(tiles, 24)), 1)
+    return {"pixel_values": pixels}, spans_of(pictures, [2 * 9] * len(flat), plain)
+
+
+def fast_vlm(**vision: Any) -> Any:
+    """4 x 4 tokens. Arguments as of `perception_lm`."""
+    tower = {"model_type": "convnext", "hidden_size": 32, "hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+    return transformers.FastVlmConfig(
+        text_config={"model_type": "qwen2", **TEXT_MODEL},
+        vision_config=vision or {**tower, "patch_size": 2, "initializer_range": 0.2, "layer_scale_init_value": 1.0},
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
 def see_muse(config: Any, pictures: Pictures) -> AttentionCall:
     """Patches in row-major order, each twice for the two frames that a patch has."""
     patches, grids = [], []
@@ -260,6 +296,8 @@ ROWS: list[dict[str, Any]] = [
     {"name": "deepseek_ocr2", "config": deepseek_ocr2, "see": see_deepseek_ocr2, "change": few_queries},
     {"name": "muse_glimmer", "config": muse_glimmer, "see": see_muse, "watch": watch_qwen},
     {"name": "muse_spark", "config": muse_spark, "see": see_muse, "watch": watch_qwen},
+    {"name": "perception_lm", "config": perception_lm, "see": see_perception_lm},
+    {"name": "fast_vlm", "config": fast_vlm, "see": fixed("SiglipImageProcessor", CROP, 16), "eager_tower": True},
     {"name": "exaone4_5", "config": exaone4_5, "see": see_qwen, "watch": watch_qwen},
 ]
 """Arguments of `vlm_families.Family`."""

@@ -57,6 +57,7 @@ class Family:
     limits: tuple[str, ...] = ()
 
 
+NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
 STATES = "strategies that read the attention of a decoder layer that keeps a state instead are refused"
@@ -141,6 +142,8 @@ FAMILIES: dict[str, Family] = {
     "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views, NOT_LOADED),
     "muse_glimmer": Family("Muse Glimmer", MergedBehind, MergedBehind, limits=(NOT_LOADED,)),
     "muse_spark": Family("Muse Spark", MergedBehind, MergedBehind, limits=(AUDIO, NOT_LOADED)),
+    "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, NOT_LOADED),
+    "fast_vlm": _unread("FastVLM", Unread, NOT_LOADED),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from vlm_cases import inputs_of, model_of
 from vlm_configs import IMAGE, TEXT
 from vlm_families import FAMILIES, NAMES, READABLE
+from vlm_inputs import fixed
 from vlm_watching import CASES, Reader, read, separators
 
 import tokenprune
@@ -25,6 +29,8 @@ GRIDS = {
     "deepseek_vl_hybrid": (4, 4),
     "llama4": (3, 3),
     "chameleon": (4, 4),
+    "fast_vlm": (4, 4),
+    "perception_lm": (3, 3),
     "emu3": (4, 6),
 }
 SIDES = {  # of each image, and how many of their units a token has
@@ -118,6 +124,32 @@ def test_placeholders_that_do_not_match_the_images(name):
         tokenprune.prune(model, Half()),
     ):
         model(**{**inputs, "input_ids": ids})
+
+
+TIMM = {
+    "perception_lm": {
+        "architecture": "vit_pe_core_tiny_patch16_384",
+        "model_args": {"embed_dim": 32, "depth": 1, "num_heads": 4, "img_size": 24, "patch_size": 4, "global_pool": ""},
+    },
+    "fast_vlm": {
+        "architecture": "fastvit_t8",
+        "hidden_size": 32,
+        "model_args": {"inference_mode": True, "layers": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_towers_of_timm_give_the_same_image_tokens(name):
+    """Released checkpoints have them; timm needs torchvision."""
+    pytest.importorskip("timm", reason="the package timm is not installed")
+    own = FAMILIES[name]
+    see = fixed("SiglipImageProcessor", 128, 16) if name == "fast_vlm" else own.see
+    family = replace(own, config=partial(own.config, model_type="timm_wrapper", **TIMM[name]), see=see)
+    model, inputs = family.build(), family.inputs(CASES["two sizes"])
+    _, trace = read(model, Half(), inputs)
+    assert torch.equal(trace.layout.image_tokens, family.image_tokens(inputs))
+    assert torch.equal(trace.layout.grid, read(model_of(name), Half(), inputs_of(name))[1].layout.grid)
 
 
 def test_large_views_have_more_queries():

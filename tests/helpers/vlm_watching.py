@@ -24,7 +24,7 @@ from tokenprune.core.strategy import Strategy
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr")
 PACKED = ("qwen", "glm", "cosmos")  # of any size; in one sequence
-NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
+NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision", "ovis2")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
@@ -111,6 +111,7 @@ def blocks_of(model):
     tower = tower_of(model)
     if hasattr(tower, "blocks"):
         return list(tower.blocks)
+    tower = getattr(tower, "transformer", tower)
     inner = getattr(tower, "encoder", tower)
     return list(getattr(inner, "layers", None) or inner.layer)
 
@@ -125,6 +126,8 @@ def projector_of(model):
         return base.connector.modality_projection
     if hasattr(base, "aligner"):
         return base.aligner
+    if hasattr(base, "visual_embeddings_table"):
+        return base.vision_tower.head_linear
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -137,6 +140,7 @@ def encoded(model, inputs, mode=torch.no_grad):
             out = base.get_video_features(*given)
         else:
             names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
+            names += ("high_res_pixel_values",)
             out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
     parts = out.pooler_output
     if hasattr(base, "apply_pooling") and "pixel_values_videos" in inputs and parts.shape[1] % 4 == 0:

@@ -32,8 +32,14 @@ from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 
 DECODERS = ("language_model", "text_model")
 TOWERS = ("vision_tower", "vision_model", "visual")
-BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
-PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger")
+BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers", "transformer.encoder.layers")
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector.modality_projection",
+    "aligner",
+    "visual.merger",
+    "vision_tower.head_linear",
+)
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")
 
@@ -143,4 +149,5 @@ class BoundTransformersModel(BoundModel):
 
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
-        return self.family.images.project(self.projector, features)
+        images = self.family.images
+        return images.embed(self.base, images.project(self.projector, features))

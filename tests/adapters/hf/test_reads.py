@@ -135,8 +135,9 @@ def test_contributions_are_those_that_the_family_is_known_for(name):
     weights = contributions(name, "two sizes")[kept(name, inputs)]
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     patches = {int(count) for count in (weights.abs() > 1e-6).sum(1)}
-    one = {"llava", "llava_siglip", "vipllava", "deepseek_vl", "janus", "llava_next", "llava_next_video", "paligemma"}
-    assert patches == ({1} if name in (*one, "paligemma2") else {1, 4} if name == "llava_onevision" else {4})
+    one = {"llava", "llava_siglip", "vipllava", "janus", "llava_next", "llava_next_video", "paligemma", "paligemma2"}
+    one |= {"deepseek_vl", "deepseek_vl_hybrid"}
+    assert patches == ({1} if name in one else {1, 4} if name == "llava_onevision" else {4})
     windowed = "qwen2_5_vl", "qwen2_5_omni_thinker"
     consecutive = torch.equal(weights.argmax(1) // 4, torch.arange(len(weights)))
     assert consecutive == (name.startswith(PACKED) and name not in windowed)

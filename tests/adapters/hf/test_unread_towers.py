@@ -21,8 +21,6 @@ UNREAD = [name for name in NAMES if name not in READABLE]
 GRIDS = {
     "got_ocr2": (4, 4),
     "pp_chart2table": (4, 4),
-    "ovis2": (3, 3),
-    "deepseek_vl_hybrid": (4, 4),
 }
 COUNTS = {"aria": 9, "idefics2": 9}  # learned queries, which have no place
 names = pytest.mark.parametrize("name", UNREAD)

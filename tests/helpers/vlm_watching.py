@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-from vlm_configs import PINPOINTS, SMALL_CROP
+from vlm_configs import PATCH, PINPOINTS, SMALL_CROP
 from vlm_families import FAMILIES, READABLE
 
 import tokenprune
@@ -100,7 +100,7 @@ def base_of(model):
 
 def tower_of(model):
     base = base_of(model)
-    for name in ("vision_tower", "vision_model", "visual"):
+    for name in ("vision_tower", "vision_model", "visual", "vision_encoder"):
         if hasattr(base, name):
             tower = getattr(base, name)
             return getattr(tower, "vision_model", tower)  # nested in older releases
@@ -128,6 +128,8 @@ def projector_of(model):
         return base.aligner
     if hasattr(base, "visual_embeddings_table"):
         return base.vision_tower.head_linear
+    if hasattr(base, "vision_projection"):
+        return base.vision_projection
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -228,7 +230,8 @@ class Eager:
 
     def received(self, layer):
         """[P, 1]."""
-        return self._patches([weights.mean((1, 2))[..., None] for weights, _ in self.calls[layer]])
+        seen = [weights.mean(1) for weights, _ in self.calls[layer]]  # by the queries that are allowed to
+        return self._patches([(one.sum(1) / (one > 0).sum(1).clamp(min=1))[..., None] for one in seen])
 
     def cls(self, layer):
         """[P, 1]."""
@@ -254,6 +257,9 @@ def patch_places(name, inputs):
     side = 6 if name in NINES else 3 if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if name == "lighton_ocr":
+        shapes = [(height // PATCH, width // PATCH) for height, width in inputs["image_sizes"].tolist()]
+        return torch.cat([torch.ones(shape).nonzero() for shape in shapes])
     if name not in SEPARATED or "pixel_values_videos" in inputs:
         lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if "pixel_values_videos" in inputs else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
@@ -277,6 +283,8 @@ def expected_cells(name, inputs, separator):
     placeholders = FAMILIES[name].image_tokens(inputs)
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
+    if name == "lighton_ocr":
+        frames = iter([(h // 2 // PATCH, w // 2 // PATCH) for h, w in inputs["image_sizes"].tolist()])
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
@@ -291,7 +299,7 @@ def expected_cells(name, inputs, separator):
                 assert whole + len(ends) + sum(lines) == end - start
                 assert len(set(lines)) == 1
                 shapes = [(3, 3)] + ([(len(lines), lines[0])] if rest > 1 else [])
-            elif grids is not None:
+            elif grids is not None or name == "lighton_ocr":
                 shapes, left = [], end - start
                 while left:
                     shapes.append(next(frames))

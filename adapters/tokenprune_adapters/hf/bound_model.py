@@ -31,14 +31,15 @@ from tokenprune_adapters.hf.families import Family
 from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 
 DECODERS = ("language_model", "text_model")
-TOWERS = ("vision_tower", "vision_model", "visual")
-BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers", "transformer.encoder.layers")
+TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
+BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers", "transformer.encoder.layers", "transformer.layers")
 PROJECTORS = (
     "multi_modal_projector",
     "connector.modality_projection",
     "aligner",
     "visual.merger",
     "vision_tower.head_linear",
+    "vision_projection",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

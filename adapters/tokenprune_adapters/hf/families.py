@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tokenprune_adapters.hf.odd_projectors import Paired, Words
+from tokenprune_adapters.hf.family_layouts import Paired, Unfolded, Words
 from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
     "ovis2": Family("Ovis2", Words),
-    "lighton_ocr": _unread("LightOnOCR"),
+    "lighton_ocr": Family("LightOnOCR", Unfolded),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, loaded_by="ShieldGemma2ForImageClassification"),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")

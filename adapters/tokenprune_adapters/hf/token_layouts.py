@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune.engine.calls.interception import shadowed
+from tokenprune.engine.reads.attention_tap import AttentionCall
 from tokenprune_adapters.hf.grid_cells import Cells
 
 
@@ -71,6 +72,10 @@ class Arrangement:
             square = crops.transpose(1, 2).reshape(len(crops), -1, side, side)
             crops = functional.avg_pool2d(square, k).flatten(2).transpose(1, 2)
         return crops.flatten(0, 1)
+
+    def split(self, call: AttentionCall) -> list[AttentionCall]:
+        """One call of the tower's attention in parts that do not attend to each other."""
+        return [call]
 
     def given(self, states: Tensor, *others: Tensor) -> Tensor:
         """The input of one call of the projector, by its arguments: [crops, patches, C]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from tokenprune.errors import UnsupportedError
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.hf.crops import CropStates
 from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.token_layouts import Arrangement
 from tokenprune_adapters.hf.tower_states import MeanStates
 from tokenprune_adapters.hf.unread_towers import Unread
 
@@ -65,7 +66,7 @@ class TowerRecording:
 
     def __init__(self, bound: BoundTransformersModel, reads: Sequence[Read]) -> None:
         self.bound, self.reads = bound, reads
-        self._callbacks({read: [] for read in reads})  # raises for layers that do not exist
+        self._layers(reads)  # raises for layers that do not exist
         self._mean_states()
 
     def encode(
@@ -109,7 +110,7 @@ class TowerRecording:
             if any(isinstance(read, (ClsFeatures, Crops)) for read in self.reads):
                 crops.attach(bound.blocks, undo)
             means.attach(bound.blocks, undo)
-            undo.enter_context(tap(self._callbacks(seen)))
+            undo.enter_context(tap(self._callbacks(seen, arrangement)))
             output = original(*args, **kwargs)
         tokens = arrangement.tokens(sum(part.shape[:-1].numel() for part in _parts(output)))
         cells = arrangement.cells(tokens, sum(shape[0] for shape in shapes))
@@ -128,17 +129,21 @@ class TowerRecording:
     def _mean_states(self) -> MeanStates:
         return MeanStates([read for read in self.reads if isinstance(read, TowerStates)], self.bound.tower_layers)
 
-    def _callbacks(self, seen: dict[Read, list[Tensor]]) -> dict[nn.Module, Callable[[AttentionCall], None]]:
+    def _layers(self, reads: Iterable[Read]) -> dict[nn.Module, list[Any]]:
         wanted: dict[nn.Module, list[Any]] = {}
-        for read in seen:
+        for read in reads:
             if isinstance(read, LAYERED):
                 wanted.setdefault(self.bound.tower_attention(read.layer), []).append(read)
+        return wanted
 
+    def _callbacks(
+        self, seen: dict[Read, list[Tensor]], arrangement: Arrangement
+    ) -> dict[nn.Module, Callable[[AttentionCall], None]]:
         def record(reads: list[Any], found: AttentionCall) -> None:
             for read in reads:
-                seen[read].append(self._value(read, found))
+                seen[read] += [self._value(read, part) for part in arrangement.split(found)]
 
-        return {module: partial(record, some) for module, some in wanted.items()}
+        return {module: partial(record, some) for module, some in self._layers(seen).items()}
 
     def _value(self, read: Read, seen: AttentionCall) -> Tensor:
         """[crops, patches, D] of one call of a tower layer."""

@@ -18,6 +18,7 @@ from tokenprune.core.reads import Pixels, TowerFeatures
 from tokenprune.core.stage import Stage
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
 from tokenprune_adapters.hf import adapter, model_support
+from tokenprune_adapters.hf.bound_model import TOWERS
 from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
 names = pytest.mark.parametrize("name", READABLE)
@@ -108,7 +109,7 @@ def test_a_plain_language_model_is_asked_for_prompt_masks():
 @names
 def test_a_model_without_its_tower(name, value):
     model = FAMILIES[name].build()
-    part = next(part for part in ("vision_tower", "vision_model", "visual") if hasattr(model.model, part))
+    part = next(part for part in TOWERS if hasattr(model.model, part))
     if value is None:
         setattr(model.model, part, None)
     else:

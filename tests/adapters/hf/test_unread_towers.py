@@ -40,7 +40,6 @@ class Half(Reader):
 
 def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
-    sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
     batch = []
     for count in FAMILIES[name].image_tokens(inputs).sum(1).tolist():
         cells, number = [], 0
@@ -48,8 +47,8 @@ def expected_cells(name, inputs):
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                height, width = next(sizes) if name == "lighton_ocr" else [8 * side for side in GRIDS[name]]
-                cells += [(number, row, column) for row in range(height // 8) for column in range(width // 8)]
+                rows, columns = GRIDS[name]
+                cells += [(number, row, column) for row in range(rows) for column in range(columns)]
             number += 1
         batch.append(cells)
     return batch

@@ -215,7 +215,7 @@ def see_idefics2(config: Any, pictures: Pictures) -> AttentionCall:
 
 def see_lighton_ocr(config: Any, pictures: Pictures) -> AttentionCall:
     """Of any size, padded to the largest of the batch."""
-    make = _processor("PixtralImageProcessor")(size={"longest_edge": 32}, patch_size=2 * PATCH)
+    make = _processor("PixtralImageProcessor")(size={"longest_edge": 32}, patch_size=PATCH)
     seen = dict(make(images=_flat(pictures), return_tensors="pt"))
     counts = [(height // 8) * (width // 8) for height, width in torch.as_tensor(seen["image_sizes"]).tolist()]
     return seen, spans_of(pictures, counts, plain)

@@ -31,7 +31,7 @@ REORDERED = (
     *("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3"),
     *("muse_glimmer", "muse_spark", "exaone4_5"),
 )
-NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
+NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision", "ovis2")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
 ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1}  # patches of a token each way; of any size
@@ -126,7 +126,8 @@ def blocks_of(model, inputs=()):
     tower = tower_of(model, inputs)
     if hasattr(tower, "blocks"):
         return list(tower.blocks)
-    inner = getattr(tower, "encoder", None) or getattr(tower, "transformer", tower)
+    tower = getattr(tower, "transformer", tower)
+    inner = getattr(tower, "encoder", tower)
     return list(getattr(inner, "layers", None) or inner.layer)
 
 
@@ -138,6 +139,8 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
+    if hasattr(base, "visual_embeddings_table"):
+        return base.vision_tower.head_linear
     for name in ("aligner", "projector", "resampler_model", "vision_adapter", "vision_projection"):
         if hasattr(base, name):
             return getattr(base, name)
@@ -158,7 +161,7 @@ def encoded(model, inputs, mode=torch.no_grad):
             out = base.get_video_features(*given)
         else:
             names = "pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images"
-            known = (*names, "image_merge_sizes")
+            known = (*names, "image_merge_sizes", "high_res_pixel_values")
             out = base.get_image_features(**{k: inputs[k] for k in known if k in inputs})
     parts = out.deepstack_features[0][1] if out.pooler_output is None else out.pooler_output
     if hasattr(base, "apply_pooling") and has_videos(inputs) and parts.shape[1] % 4 == 0:

@@ -33,7 +33,7 @@ from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 DECODERS = ("language_model", "text_model")
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
 VIDEO_TOWERS = ("video_tower", *TOWERS)
-BLOCKS = ("encoder.layers", "encoder.layer", "transformer.layers", "blocks", "layers")
+BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers", "transformer.encoder.layers", "transformer.layers")
 PROJECTORS = (
     "multi_modal_projector",
     "connector.modality_projection",
@@ -42,6 +42,7 @@ PROJECTORS = (
     "projector",
     "resampler_model",
     "vision_adapter",
+    "vision_tower.head_linear",
     "vision_projection",
     "vision_model.connector",
     "layerwise_projectors.0",
@@ -166,8 +167,7 @@ class BoundTransformersModel(BoundModel):
 
     def project(self, features: Tensor) -> Tensor:
         """[B, k, C] -> [B, k, width], see `tokenprune.core.reads.Projector`."""
-        projected = self.family.images.project(self.projector, features)
-        for name in self.family.images.after:
-            projected = getattr(self.base, name)(projected)
+        images = self.family.images
+        projected = images.embed(self.base, images.project(self.projector, features))
         scale = getattr(self.decoder, "embedding_multiplier", 1)  # of everything that enters the decoder
         return projected if scale == 1 else projected * scale

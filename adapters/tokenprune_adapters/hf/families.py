@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenprune_adapters.hf.family_layouts import Paired, Words
 from tokenprune_adapters.hf.packed_layouts import (
     Merged,
     MergedBehind,
@@ -110,13 +111,13 @@ FAMILIES: dict[str, Family] = {
     "glmga": _glm("GLM-GA"),
     "qianfan_ocr": Family("Qianfan-OCR"),
     "idefics2": _unread("Idefics2", ResampledRows),
-    "deepseek_vl_hybrid": _unread("DeepSeek-VL hybrid"),
+    "deepseek_vl_hybrid": Family("DeepSeek-VL hybrid", Paired),
     "janus": Family("Janus"),
     "cohere2_vision": Family("Command A Vision", Squares),
     "got_ocr2": _unread("GOT-OCR 2", chat_template=PAGES),
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
-    "ovis2": _unread("Ovis2"),
+    "ovis2": Family("Ovis2", Words),
     "lighton_ocr": Family("LightOnOCR", Unfolded),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, loaded_by="ShieldGemma2ForImageClassification"),
     "llama4": _unread("Llama 4", Unread, NOT_LOADED),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,8 +152,6 @@ class Unshuffled(MergedInTower):
 class MergedBehind(MergedInTower):
     """Muse: the tower orders single patches by windows, and merges them behind itself."""
 
-    after: ClassVar[tuple[str, ...]] = ("vision_projection", "perception_emb_norm")
-
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
         """Mean over the patches of a token, which is m × m of them."""
         m, frames = int(self.base.vision_tower.merge_size), self._frames()
@@ -169,6 +167,12 @@ class MergedBehind(MergedInTower):
 
     def _merges(self) -> list[int]:
         return [int(self.base.vision_tower.merge_size)] * len(self._grids())
+
+    @classmethod
+    def embed(cls, base: Any, projected: Tensor) -> Tensor:
+        """Through what follows the projector."""
+        embedded: Tensor = base.perception_emb_norm(base.vision_projection(projected))
+        return embedded
 
 
 def _from_windows(values: Tensor, frames: Sequence[tuple[int, int]], side: int) -> Tensor:

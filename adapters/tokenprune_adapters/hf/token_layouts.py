@@ -32,8 +32,6 @@ class Arrangement:
     """Whether values of the tower's patches can be mapped to image tokens; see `unread_towers`."""
     projects: ClassVar[bool] = True
     """Whether the projector works token by token."""
-    after: ClassVar[tuple[str, ...]] = ()
-    """Modules of the model that follow the projector."""
 
     def __init__(self, base: Any, inputs: dict[str, Any], cut: int) -> None:
         self.base, self.inputs, self.cut = base, inputs, cut
@@ -75,6 +73,10 @@ class Arrangement:
             crops = functional.avg_pool2d(square, k).flatten(2).transpose(1, 2)
         return crops.flatten(0, 1)
 
+    def given(self, states: Tensor, *others: Tensor) -> Tensor:
+        """The input of one call of the projector, by its arguments: [crops, patches, C]."""
+        return states
+
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
         """The projector's input for each image token: [tokens, C]."""
         rows = sum(part.shape[:-1].numel() for part in given)
@@ -84,6 +86,11 @@ class Arrangement:
     def project(cls, projector: nn.Module, features: Tensor) -> Tensor:
         """[B, k, C] to [B, k, width], token by token."""
         projected: Tensor = projector(features)
+        return projected
+
+    @classmethod
+    def embed(cls, base: Any, projected: Tensor) -> Tensor:
+        """From the projector's output to image tokens: [B, k, width] each."""
         return projected
 
 

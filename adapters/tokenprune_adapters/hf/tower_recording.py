@@ -107,7 +107,7 @@ class TowerRecording:
         def projected(project: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
             shapes.append(tuple(states.shape))
             if wants_features:
-                given.append(states.detach())
+                given.append(arrangement.given(states, *args).detach())
             return project(states, *args, **kwargs)
 
         with ExitStack() as undo:

@@ -137,20 +137,8 @@ def test_contributions_are_those_that_the_family_is_known_for(name):
     weights = contributions(name, "two sizes")[kept(name, inputs)]
     assert torch.allclose(weights.sum(1), torch.ones(len(weights)), atol=1e-5)
     patches = {int(count) for count in (weights.abs() > 1e-6).sum(1)}
-    one = {
-        "llava",
-        "llava_siglip",
-        "llava_pixtral",
-        "vipllava",
-        "deepseek_vl",
-        "janus",
-        "llava_next",
-        "llava_next_video",
-        "paligemma",
-        "paligemma2",
-        "video_llava",
-        "video_llama_3",
-    }
+    one = {"llava", "llava_siglip", "llava_pixtral", "vipllava", "janus", "llava_next", "llava_next_video"}
+    one |= {"deepseek_vl", "deepseek_vl_hybrid", "paligemma", "paligemma2", "video_llava", "video_llama_3"}
     assert patches == ({1} if name in one else {1, 4} if name == "llava_onevision" else {4})
     consecutive = torch.equal(weights.argmax(1) // 4, torch.arange(len(weights)))
     assert consecutive == (name.startswith(PACKED) and name not in REORDERED)

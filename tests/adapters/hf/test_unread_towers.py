@@ -25,8 +25,6 @@ UNREAD = [name for name in NAMES if name not in READABLE]
 GRIDS = {
     "got_ocr2": (4, 4),
     "pp_chart2table": (4, 4),
-    "ovis2": (3, 3),
-    "deepseek_vl_hybrid": (4, 4),
     "llama4": (3, 3),
     "chameleon": (4, 4),
     "fast_vlm": (4, 4),

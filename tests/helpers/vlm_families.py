@@ -45,6 +45,7 @@ from vlm_inputs import (
 from vlm_inputs import (
     picture as _picture,
 )
+from vlm_kimi import kimi_k25, see_kimi
 
 from tokenprune_adapters.hf.adapter import OLDEST
 from tokenprune_adapters.hf.families import FAMILIES as KNOWN
@@ -198,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         Family("paligemma2", configs.paligemma2, siglip, finish=prefix, image_first=True, eager_text=True),
         Family("gemma3", configs.gemma3, nines, finish=image_blocks),
         Family("shieldgemma2", more.shieldgemma2, nines, finish=image_blocks),
+        Family("kimi_k25", kimi_k25, see_kimi),
     )
 }
 

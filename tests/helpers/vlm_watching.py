@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vlm_configs import PINPOINTS, SMALL_CROP
 from vlm_families import FAMILIES, READABLE
+from vlm_kimi import row_major_places
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -123,8 +124,9 @@ def projector_of(model):
     base = base_of(model)
     if hasattr(base, "connector"):
         return base.connector.modality_projection
-    if hasattr(base, "aligner"):
-        return base.aligner
+    for part in ("aligner", "mm_projector"):
+        if hasattr(base, part):
+            return getattr(base, part)
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -247,6 +249,8 @@ def mixed(name):
 
 def patch_places(name, inputs):
     """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
+    if name == "kimi_k25":  # pictures of any size, whose patches are in row-major order
+        return row_major_places(inputs)
     side = 6 if name in NINES else 3 if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))

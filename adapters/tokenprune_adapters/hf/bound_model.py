@@ -33,7 +33,7 @@ from tokenprune_adapters.hf.vision_capture import METHODS, TransformersCapture
 DECODERS = ("language_model", "text_model")
 TOWERS = ("vision_tower", "vision_model", "visual")
 BLOCKS = ("encoder.layers", "encoder.layer", "blocks", "layers")
-PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger")
+PROJECTORS = ("multi_modal_projector", "connector.modality_projection", "aligner", "visual.merger", "mm_projector")
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenprune_adapters.hf.token_layouts import Arrangement, Frames, Merged, NormedPool, Squares, Tiled, Windowed
+from tokenprune_adapters.hf.token_layouts import (
+    Arrangement,
+    Frames,
+    Merged,
+    MergedRows,
+    NormedPool,
+    Squares,
+    Tiled,
+    Windowed,
+)
 from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
 
 
@@ -80,4 +89,5 @@ FAMILIES: dict[str, Family] = {
     "ovis2": _unread("Ovis2"),
     "lighton_ocr": _unread("LightOnOCR"),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, limits=(NOT_LOADED,)),
+    "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, NOT_LOADED)),
 }

@@ -238,6 +238,40 @@ class Windowed(Merged):
         return torch.empty_like(tokens).index_copy_(0, where, tokens)
 
 
+class MergedRows(Merged):
+    """Kimi K2.5: as Qwen2-VL, but the patches of an image are in row-major order, and those of a token not consecutive.
+
+    The projector is given the m × m patches of a token in an axis of their own.
+    """
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Mean over the patches of a token."""
+        patches = torch.cat([value.flatten(0, 1) for value in values])
+        high, wide = self._merge()
+        pooled, start = [], 0
+        for rows, columns in self._frames():
+            count = rows * high * columns * wide
+            image = patches[start : start + count].reshape(rows, high, columns, wide, -1)
+            pooled.append(image.mean((1, 3)).flatten(0, 1))
+            start += count
+        return torch.cat(pooled)
+
+    def _frames(self) -> list[tuple[int, int]]:
+        high, wide = self._merge()
+        return [(h // high, w // wide) for _, h, w in self.inputs["image_grid_thw"].tolist()]
+
+    def _merge(self) -> tuple[int, int]:
+        high, wide = self.base.vision_tower.merge_kernel_size
+        return int(high), int(wide)
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """Project with the projector, whose input is [tokens, m · m, C]."""
+        patches = features.reshape(features.shape[:2].numel(), -1, len(projector.pre_norm.weight))
+        projected: Tensor = projector(patches)
+        return projected.reshape(*features.shape[:2], -1)
+
+
 def _pack(
     original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: list[Tensor]
 ) -> list[Tensor]:

@@ -30,6 +30,7 @@ DIFFERENT_COUNTS = {
     "qianfan_ocr",
     "smolvlm",
     "idefics3",
+    "kimi_k25",
 }
 names = pytest.mark.parametrize("name", NAMES)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -34,6 +34,15 @@ SIZES = {
     "initializer_range": 0.2,
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": LAYERS,
+}
 DECODERS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
@@ -44,6 +53,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Phi3": {},  # one projection of queries, keys and values
     "Cohere": {"use_qk_norm": True},
     "Qwen2_5_VLText": {"rope_parameters": MROPE},
+    "DeepseekV3": LATENT,  # keys and values from latents
 }
 
 
@@ -166,8 +176,14 @@ def test_the_account_is_what_is_computed(kind: str, padding: str | None) -> None
     assert count_flops(run.trace.ledger, DecoderSpec.from_config(model.config)).total == counter.get_total_flops()
 
 
+def test_queries_made_of_latents_are_counted_in_every_row() -> None:
+    _, run = prefill(decoder("DeepseekV3"), Looking())
+    entered = run.trace.ledger.entries[1].width
+    assert looked(run) == LookAhead(keys=entered, queries=entered, values=entered, scored=7)
+
+
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "Phi3"])
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind not in ("Phi3", "DeepseekV3")])
 def test_handing_keys_on_changes_nothing(kind: str, padding: str | None) -> None:
     model = decoder(kind)
     found, run = prefill(model, Looking(), padding)

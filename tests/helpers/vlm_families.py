@@ -51,6 +51,7 @@ from vlm_inputs import (
 from vlm_inputs import (
     picture as _picture,
 )
+from vlm_kimi import kimi_k25, see_kimi
 
 from tokenprune_adapters.hf.adapter import OLDEST
 from tokenprune_adapters.hf.families import FAMILIES as KNOWN
@@ -235,6 +236,7 @@ FAMILIES: dict[str, Family] = {
         Family("granite4_vision", further.granite4_vision, further.see_granite4_vision),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
         *(Family(**row) for row in towers.ROWS),
+        Family("kimi_k25", kimi_k25, see_kimi),
     )
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vlm_configs import PATCH, VIDEO
 from vlm_families import FAMILIES, READABLE, VARIANTS
+from vlm_kimi import row_major_places
 
 import tokenprune
 from tokenprune.core.decisions import Keep
@@ -141,7 +142,7 @@ def projector_of(model):
         return base.connector.modality_projection
     if hasattr(base, "visual_embeddings_table"):
         return base.vision_tower.head_linear
-    for name in ("aligner", "projector", "resampler_model", "vision_adapter", "vision_projection"):
+    for name in ("aligner", "mm_projector", "projector", "resampler_model", "vision_adapter", "vision_projection"):
         if hasattr(base, name):
             return getattr(base, name)
     if hasattr(tower_of(model), "connector"):
@@ -285,6 +286,8 @@ def mixed(name):
 
 def patch_places(name, inputs):
     """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
+    if name == "kimi_k25":  # pictures of any size, whose patches are in row-major order
+        return row_major_places(inputs)
     crop = model_of(name).config.vision_config.image_size
     side = 6 if name in NINES else crop // PATCH if name in SEPARATED else 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))

@@ -39,6 +39,7 @@ PROJECTORS = (
     "connector.modality_projection",
     "aligner",
     "visual.merger",
+    "mm_projector",
     "projector",
     "resampler_model",
     "vision_adapter",

@@ -9,6 +9,7 @@ from tokenprune_adapters.hf.family_layouts import Paired, Words
 from tokenprune_adapters.hf.packed_layouts import (
     Merged,
     MergedBehind,
+    MergedRows,
     PairsOfFrames,
     RowMajor,
     Unshuffled,
@@ -146,6 +147,7 @@ FAMILIES: dict[str, Family] = {
     "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, NOT_LOADED),
     "fast_vlm": _unread("FastVLM", Unread, NOT_LOADED),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
+    "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, NOT_LOADED)),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")
 """Types whose checkpoints contain a thinker, which is a model of a family, and a talker, which is not loaded."""

@@ -88,6 +88,24 @@ class RowMajor(Merged):
         return projected.view(batch, count, -1)
 
 
+class MergedRows(RowMajor):
+    """Kimi K2.5: patches in row-major order, of which the tower hands m × m for each token to the projector."""
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """The patches of a token concatenated: [tokens, m · m · C]."""
+        return torch.cat(list(given)).reshape(tokens, -1)
+
+    def _merges(self) -> list[int]:
+        return [int(self.base.vision_tower.merge_kernel_size[0])] * len(self._grids())
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """Project with the projector, whose input is [tokens, m · m, C]."""
+        patches = features.reshape(features.shape[:2].numel(), -1, len(projector.pre_norm.weight))
+        projected: Tensor = projector(patches)
+        return projected.reshape(*features.shape[:2], -1)
+
+
 class PairsOfFrames(Merged):
     """ERNIE 4.5 VL: the projector makes a token of m × m patches in two frames; an image stands for both of them."""
 

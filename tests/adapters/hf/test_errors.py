@@ -18,7 +18,6 @@ from tokenprune.core.reads import Pixels, TowerFeatures
 from tokenprune.core.stage import Stage
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
 from tokenprune_adapters.hf import adapter, model_support
-from tokenprune_adapters.hf.bound_model import TOWERS
 from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
 names = pytest.mark.parametrize("name", READABLE)

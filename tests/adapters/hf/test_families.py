@@ -52,6 +52,7 @@ DIFFERENT_COUNTS = {
     "minicpmv4_6",
     "minicpmv4_7",
     "minicpm_ocr",
+    "kimi_k25",
 }
 names = pytest.mark.parametrize("name", NAMES)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -35,6 +35,15 @@ SIZES = {
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "latent_channels": 8, "num_embeddings": 8}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": LAYERS,
+}
 DECODERS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
@@ -49,8 +58,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Chameleon": {"swin_norm": True, "vocabulary_map": {}, "vq_config": VQ},  # so too, under the name of the other norm
     "MuseGlimmerText": {"head_dim": 8, "layer_rope_theta": [1e4, 1e4, 0, 1e4]},  # a layer that does not rotate
     "Gemma4UnifiedText": {"head_dim": 8, "global_head_dim": 16},  # its attention takes a further argument
+    "DeepseekV3": LATENT,  # keys and values from latents
 }
-OWN_KEYS = ("Phi3", "Exaone4", "Chameleon")  # of which no projection of normed states can be handed on
+OWN_KEYS = ("Phi3", "Exaone4", "Chameleon", "DeepseekV3")  # of which no projection of normed states can be handed on
 
 
 class Looking(Strategy):
@@ -172,6 +182,12 @@ def test_the_account_is_what_is_computed(kind: str, padding: str | None) -> None
     assert (looked(run).reused > 0) == (kind not in OWN_KEYS)
     assert (looked(run).values > 0) == (kind == "Phi3")
     assert count_flops(run.trace.ledger, DecoderSpec.from_config(model.config)).total == counter.get_total_flops()
+
+
+def test_queries_made_of_latents_are_counted_in_every_row() -> None:
+    _, run = prefill(decoder("DeepseekV3"), Looking())
+    entered = run.trace.ledger.entries[1].width
+    assert looked(run) == LookAhead(keys=entered, queries=entered, values=entered, scored=7)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

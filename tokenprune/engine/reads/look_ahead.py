@@ -208,7 +208,8 @@ def _and_no_further(attention: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def _cost(attention: nn.Module, length: int, rows: int, values: bool) -> LookAhead:
     fused = not hasattr(attention, "k_proj")  # one projection of queries, keys and values, or another kind
-    return LookAhead(length, rows if hasattr(attention, "q_proj") else length, length if fused or values else 0, rows)
+    some = getattr(attention, "q_proj", None) is not None  # None where queries are made of latents (DeepSeek-V3)
+    return LookAhead(length, rows if some else length, length if fused or values else 0, rows)
 
 
 def _can_hand_on(block: nn.Module, attention: nn.Module, norm: nn.Module) -> bool:

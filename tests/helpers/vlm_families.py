@@ -212,6 +212,7 @@ FAMILIES: dict[str, Family] = {
             finish=videos.kinds_for_experts,
         ),
         Family("granite_docling", videos.granite_docling, videos.see_granite_docling),
+        Family("hunyuan_vl", videos.hunyuan_vl, videos.see_hunyuan_vl, finish=modalities),
     )
 }
 

@@ -90,9 +90,14 @@ class Decoder:
     @property
     def multimodal_rope(self) -> bool:
         """True if positions have several axes (Qwen2-VL's M-RoPE)."""
+        return self.axes > 1
+
+    @property
+    def axes(self) -> int:
+        """Number of axes of positions: 1, or that of M-RoPE's sections."""
         config: Any = self.module.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        return "mrope_section" in rope
+        return len(rope.get("mrope_section") or (1,))
 
     @property
     def offers(self) -> frozenset[type[Read]]:

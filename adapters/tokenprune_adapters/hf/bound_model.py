@@ -42,6 +42,7 @@ PROJECTORS = (
     "projector",
     "resampler_model",
     "vision_model.connector",
+    "vision_tower.patch_merger",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

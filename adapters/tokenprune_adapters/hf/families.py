@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenprune_adapters.hf.packed_layouts import (
+    Bordered,
     Merged,
     PairsOfFrames,
     RowMajor,
@@ -41,6 +42,10 @@ class Family:
 NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
+FOUR_AXES = "positions of four axes; checkpoints with three are refused, as rows that contain several prompts"
+ROWS_DIFFER = (
+    "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone"
+)
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 
 
@@ -94,4 +99,5 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
     "granite_docling": Family("Granite Docling", Shuffled),
+    "hunyuan_vl": Family("HunYuan-VL", Bordered, limits=(FOUR_AXES, ROWS_DIFFER)),
 }

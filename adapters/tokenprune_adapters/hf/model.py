@@ -140,7 +140,8 @@ class VisionLanguageModel:
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
-        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):  # an image has fewer positions there
+        sections = (getattr(config, "rope_parameters", None) or {}).get("mrope_section") or ()
+        if len(sections) == 3:  # time, height and width: an image has fewer positions there
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
             check_length(config, ids.shape[1])

@@ -18,7 +18,7 @@ from lisa_checkpoints import write_lisa
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Idefics3Processor, SmolVLMProcessor
-from vlm_checkpoints import EOS, HUB, TOKENS, VIDEO_PROCESSORS, placeholder, write_vlm
+from vlm_checkpoints import EOS, HUB, TOKENS, VIDEO_PROCESSORS, framed, placeholder, write_vlm
 from vlm_families import CURRENT
 
 import tokenprune as tp
@@ -146,11 +146,8 @@ def test_several_images_and_a_prompt_with_its_own_placeholders(name: str, models
     mark = placeholder(name)
     if name == "paligemma":
         written = f"{mark}{mark}Are they the same?"
-    elif name.startswith("qwen"):
-        framed = f"<|vision_start|>{mark}<|vision_end|>"
-        written = f"Is {framed} the same as {framed}?"
     else:
-        written = f"Is {mark} the same as {mark}?"
+        written = f"Is {framed(name)} the same as {framed(name)}?"
     inputs = model.inputs(pair, written)
     assert "USER" not in model.processor.decode(inputs["input_ids"][0])
     assert model.answer(pair, written, strategy=fastv(), max_new_tokens=1).trace is not None

@@ -37,6 +37,7 @@ from tokenprune.core.reads import (
     Embeddings,
     Projector,
     ReceivedAttention,
+    RotaryTables,
     TowerFeatures,
     TowerKeys,
     TowerStates,
@@ -189,7 +190,7 @@ def test_a_grid_cell_shows_its_part_of_the_picture(name, cell, monkeypatch):
         .flatten()
     )
     tokens, cells = (changed // 4).unique(), [list(cell)]
-    if name == "paddleocr_vl":  # row by row
+    if name in ("paddleocr_vl", "hunyuan_vl"):  # row by row
         tokens = (changed // 8 // 2 * 4 + changed % 8 // 2).unique()
     elif name == "video_llama_3":  # a token each
         tokens, cells = changed, [[2 * cell[0] + row, 2 * cell[1] + column] for row in (0, 1) for column in (0, 1)]
@@ -271,6 +272,20 @@ def test_a_video_and_an_image_in_one_prompt(name):
     video = alone[0]["image"]
     assert torch.equal(seen["image"], torch.cat((video, alone[1]["image"] + video.max() + 1), 1))
     assert trace.layout.counts.tolist() == [seen["exists"].shape[1]]
+
+
+def test_four_axes_of_positions_are_kept_apart():
+    """HunYuan-VL: position, width, height, number of the image."""
+    model, inputs = model_of("hunyuan_vl"), inputs_of("hunyuan_vl")
+    seen, trace = read(model, Reader(RotaryTables()), inputs)
+    given = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    places, _ = model.base_model.get_rope_index(**given)
+    for row, number in seen["exists"].nonzero().tolist():
+        angles = (
+            places[:, row, trace.layout.slots[row, number], None] * model.base_model.language_model.rotary_emb.inv_freq
+        )
+        expected = torch.stack((angles.repeat(1, 2).cos(), angles.repeat(1, 2).sin()), 1)
+        assert torch.allclose(seen["rotary_tables"][row, number], expected, atol=1e-5)
 
 
 def test_fine_tiles_have_four_times_the_tokens():

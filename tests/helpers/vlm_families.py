@@ -158,6 +158,7 @@ siglip = fixed("SiglipImageProcessor", CROP, 16)
 sixteen = fixed("SiglipImageProcessor", CROP, 16, wrapped)
 queries = fixed("SiglipImageProcessor", CROP, 9, wrapped)
 nines = fixed("SiglipImageProcessor", 24, 9, wrapped)
+glm: dict[str, Any] = {"see": see_qwen, "watch": videos.watch_glm, "finish": videos.modalities_of_glm}
 qwen: dict[str, Any] = {"see": see_qwen, "watch": watch_qwen, "finish": modalities}
 
 FAMILIES: dict[str, Family] = {
@@ -177,10 +178,10 @@ FAMILIES: dict[str, Family] = {
         Family("qwen2_5_vl", configs.qwen2_5_vl, **qwen),
         Family("qwen3_vl", configs.qwen3_vl, **qwen),
         Family("qwen3_vl_moe", configs.qwen3_vl_moe, **qwen),
-        Family("glm4v", more.glm4v, see_qwen, finish=modalities),
-        Family("glm46v", more.glm46v, see_qwen, finish=modalities),
-        Family("glm4v_moe", more.glm4v_moe, see_qwen, finish=modalities),
-        Family("glm_ocr", more.glm_ocr, see_qwen, finish=modalities),
+        Family("glm4v", more.glm4v, **glm),
+        Family("glm46v", more.glm46v, **glm),
+        Family("glm4v_moe", more.glm4v_moe, **glm),
+        Family("glm_ocr", more.glm_ocr, **glm),
         Family("internvl", configs.internvl, see_internvl),
         Family("qianfan_ocr", more.qianfan_ocr, see_internvl),
         Family("smolvlm", configs.smolvlm, see_idefics3),
@@ -188,7 +189,7 @@ FAMILIES: dict[str, Family] = {
         Family("cosmos3_omni", more.cosmos3_omni, **qwen),
         Family("qwen2_5_omni_thinker", more.qwen2_5_omni_thinker, see_qwen, watch_omni),
         Family("qwen3_omni_moe_thinker", more.qwen3_omni_moe_thinker, see_qwen, watch_omni),
-        Family("glmga", more.glmga, see_qwen, finish=modalities),
+        Family("glmga", more.glmga, **glm),
         Family("got_ocr2", more.got_ocr2, sixteen, eager_tower=True),
         Family("pp_chart2table", more.pp_chart2table, sixteen, eager_tower=True),
         Family("deepseek_vl_hybrid", more.deepseek_vl_hybrid, see_deepseek_vl_hybrid),

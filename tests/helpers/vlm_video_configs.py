@@ -25,7 +25,17 @@ from vlm_configs import (
     llava_like,
     mrope,
 )
-from vlm_inputs import AttentionCall, Pictures, _flat, _idefics3_ids, _processor, _spans, modalities, wrapped
+from vlm_inputs import (
+    AttentionCall,
+    Pictures,
+    _flat,
+    _idefics3_ids,
+    _processor,
+    _spans,
+    modalities,
+    watch_qwen,
+    wrapped,
+)
 from vlm_more_configs import HIDDEN, WINDOWS
 
 
@@ -187,3 +197,16 @@ def see_hunyuan_vl(config: Any, pictures: Pictures) -> AttentionCall:
     seen = dict(_processor("HunYuanVLImageProcessor")(**SIZE)(images=_flat(pictures), return_tensors="pt"))
     counts = [h // 2 * (w // 2 + 1) + 2 for _, h, w in seen["image_grid_thw"].tolist()]
     return seen, _spans(pictures, counts, wrapped)
+
+
+def watch_glm(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """Frames stand at the placeholders of images, each with its time behind it."""
+    seen, _ = watch_qwen(config, videos, draw)
+    frames = [(t, h * w // 4) for t, h, w in seen["video_grid_thw"].tolist()]
+    return seen, [[[START, *[IMAGE] * count, END, TEXT.start] * t] for t, count in frames]
+
+
+def modalities_of_glm(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = modalities(inputs)
+    video = "pixel_values_videos" in inputs
+    return {**found, "mm_token_type_ids": found["mm_token_type_ids"] * 2} if video else found

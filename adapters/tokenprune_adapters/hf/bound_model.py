@@ -81,6 +81,9 @@ class BoundTransformersModel(BoundModel):
             "video": getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None),
         }
 
+        if family.one_placeholder:
+            self.token_ids["video"] = self.token_ids["image"]
+
     def _part(self, inside: Any, paths: Sequence[str]) -> Any:
         """The submodule under the first of several paths that exists. Raises UnsupportedError if none does."""
         for path in paths:

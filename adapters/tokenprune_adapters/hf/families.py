@@ -28,6 +28,7 @@ class Family:
         projects_patches: whether the projector takes single rows of the tower's states, one for each token.
         cuts: whether the tower's first position, [CLS], is always removed; otherwise the configuration tells
             (`vision_feature_select_strategy`).
+        one_placeholder: whether videos stand at the placeholders of images, so that a call takes one kind of them.
         limits: what does not work or is not tested.
     """
 
@@ -36,10 +37,10 @@ class Family:
     videos: type[Arrangement] | None = None
     projects_patches: bool = False
     cuts: bool = False
+    one_placeholder: bool = False
     limits: tuple[str, ...] = ()
 
 
-NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
 FOUR_AXES = "positions of four axes; checkpoints with three are refused, as rows that contain several prompts"
@@ -50,7 +51,7 @@ NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load a
 
 
 def _glm(title: str) -> Family:
-    return Family(title, Merged, limits=(NO_VIDEOS, NOT_LOADED))
+    return Family(title, Merged, Merged, one_placeholder=True, limits=(NOT_LOADED,))
 
 
 def _unread(title: str, images: type[Arrangement] = Unread) -> Family:

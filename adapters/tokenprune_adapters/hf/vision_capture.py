@@ -71,6 +71,11 @@ class TransformersCapture(VisionCapture):
         inputs, name, state = arguments(self.bound.base, args, kwargs), self.bound.name, self._state
         if inputs.get("pixel_values_videos") is not None and self.bound.family.videos is None:
             raise UnsupportedError(f"{name} got a video (pixel_values_videos), but its family supports images only")
+        given = [key for key in ("pixel_values", "pixel_values_videos") if inputs.get(key) is not None]
+        if len(given) == 2 and self.bound.family.one_placeholder:
+            raise UnsupportedError(
+                f"{name} got images and a video, which stand at the same placeholders; pass them in separate calls"
+            )
         state.inside, state.ids, state.mask = True, self._ids(inputs), padding_mask(inputs)
         state.kept = {modality: inputs.get(f"{modality}_compression_mask") for modality in METHODS}
         handed = {key for key, value in (inputs.get("mm_encoder_outputs") or {}).items() if value is not None}
@@ -144,7 +149,7 @@ class TransformersCapture(VisionCapture):
                 flat[where] = self._token_numbers(modality, encoded).to(ids.device) + start
                 parts.append(encoded.cells)
                 start += len(encoded.cells)
-            elif where.any():
+            elif where.any() and token not in [self.bound.token_ids[other] for other in state.encoded]:
                 raise InputError(
                     f"{name}: the prompt has {int(where.sum())} {modality} tokens, but no {modality} was encoded in "
                     "this context; pass the pixels, or use image_tokens="

@@ -149,6 +149,14 @@ def test_positions_that_restart_in_every_image_look_like_packed_prompts():
     assert FOUR_AXES in KNOWN["hunyuan_vl"].limits
 
 
+@pytest.mark.parametrize("name", ["glm4v", "glm46v"])
+def test_images_and_videos_at_the_same_placeholders_are_refused(name):
+    model, both = model_of(name), {**inputs_of(name), **inputs_of(name, "videos")}
+    words = type(model.model).__name__, "images and a video", "separate calls"
+    with torch.no_grad(), fails(UnsupportedError, *words), tokenprune.prune(model, Half()):
+        model(**both)
+
+
 @pytest.mark.parametrize("name", [name for name in READABLE if name not in WITH_VIDEO])
 def test_videos_are_refused_where_the_family_has_none(name):
     model, inputs = model_of(name), inputs_of(name)

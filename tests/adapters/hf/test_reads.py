@@ -260,7 +260,7 @@ def test_generate_reads_what_a_forward_reads(name, options):
     assert not other.layout.image_tokens[:, placeholders.shape[1] :].any()
 
 
-@pytest.mark.parametrize("name", WITH_VIDEO)
+@pytest.mark.parametrize("name", [name for name in WITH_VIDEO if not name.startswith("glm")])
 def test_a_video_and_an_image_in_one_prompt(name):
     """The image comes last in the prompt, but its tower runs first."""
     reads = TowerFeatures(), ReceivedAttention(), TowerKeys(0), TowerStates(1, -1)

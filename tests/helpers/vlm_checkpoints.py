@@ -53,6 +53,7 @@ TOKENS: dict[str, dict[str, int]] = {
     "video_llama_3": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
     "hyperclovax_vision_v2": {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO},
     "granite_docling": IDEFICS,
+    "hunyuan_vl": {"<image>": IMAGE, "<image_start>": START, "<image_end>": END},
     "ernie4_5_vl_moe": {
         "<|IMAGE_PLACEHOLDER|>": IMAGE,
         "<|VIDEO|>": VIDEO,
@@ -72,6 +73,7 @@ NAMED = {
     },
     "deepseek_vl": {"image_token": "<image_placeholder>"},
     "paddleocr_vl": {"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    "hunyuan_vl": {"image_token": "<image>", "image_start_token": "<image_start>", "image_end_token": "<image_end>"},
     "ernie4_5_vl_moe": {
         "image_token": "<|IMAGE_PLACEHOLDER|>",
         "image_start_token": "<|IMAGE_START|>",
@@ -84,7 +86,12 @@ NAMED = {
     **{name: more.named for name, more in MORE.items()},
 }
 PLACEHOLDERS = {"aya_vision": "<image>", "gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
-FRAMES = dict.fromkeys(("paddleocr_vl", "ernie4_5_vl_moe"), ("<|IMAGE_START|>", "<|IMAGE_END|>"))
+FRAMES = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), ("<|vision_start|>", "<|vision_end|>")),
+    **dict.fromkeys(("paddleocr_vl", "ernie4_5_vl_moe"), ("<|IMAGE_START|>", "<|IMAGE_END|>")),
+    "hunyuan_vl": ("<image_start>", "<image_end>"),
+}
+"""What stands around a placeholder."""
 HUB = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava_next": "llava-hf/llava-v1.6-mistral-7b-hf",
@@ -110,6 +117,7 @@ HUB = {
     "cohere_compass": "CohereLabs/North-Micro-Vision-Instruct",
     "granite4_vision": "ibm-granite/granite-4.0-3b-vision",
     "granite_docling": "ibm-granite/granite-for-docling-500m",
+    "hunyuan_vl": "tencent/HunyuanOCR",
 }
 """A released checkpoint of each family, which examples name; none of GLM-GA is known."""
 VIDEO_PROCESSORS = {
@@ -242,6 +250,7 @@ def image_processor(name: str) -> Any:
         "internvl": ("GotOcr2", {"size": square, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}),
         "smolvlm": ("SmolVLM", longest),
         "idefics3": ("Idefics3", longest),
+        "hunyuan_vl": ("HunYuanVL", {**qwen, "temporal_patch_size": 1}),
         "granite_docling": ("GraniteDocling", {"size": square, "max_patches": 4}),
         "paligemma": ("Siglip", {"size": square, "image_seq_length": (CROP // PATCH) ** 2}),
         "gemma3": ("Gemma3", {"size": {"height": 24, "width": 24}, "image_seq_length": 9}),
@@ -257,9 +266,9 @@ def image_processor(name: str) -> Any:
 
 
 def chat_template(name: str) -> str:
-    """USER and ASSISTANT in turn; an image is the family's placeholder. Two write the first token too."""
+    """USER and ASSISTANT in turn; an image is the family's placeholder. Some write the first token too."""
     image = marks(name)
-    begin = "{{ bos_token }}" if name in ("gemma3", "idefics3") else ""
+    begin = "{{ bos_token }}" if name in ("gemma3", "idefics3", "hunyuan_vl") else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
         "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n"

@@ -231,6 +231,7 @@ FAMILIES: dict[str, Family] = {
             finish=videos.kinds_for_experts,
         ),
         Family("granite_docling", videos.granite_docling, videos.see_granite_docling),
+        Family("hunyuan_vl", videos.hunyuan_vl, videos.see_hunyuan_vl, finish=modalities),
         Family("mistral3", further.mistral3, further.see_mistral3),
         Family("cohere_compass", further.cohere_compass, **qwen),
         Family("granite4_vision", further.granite4_vision, further.see_granite4_vision),

@@ -162,3 +162,28 @@ def see_granite_docling(config: Any, pictures: Pictures) -> AttentionCall:
         for row in zip(seen["rows"], seen["cols"], strict=True)
     ]
     return {name: seen[name] for name in ("pixel_values", "pixel_attention_mask")}, spans
+
+
+def hunyuan_vl(*sections: int) -> Any:
+    """Axes: position, width, height, number of the image."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}
+    tower = {key: value for key, value in TOWER.items() if key != "image_size"}
+    return transformers.HunYuanVLConfig(
+        text_config={
+            **TEXT_MODEL,
+            "head_dim": 8,
+            "rope_parameters": {**rope, "mrope_section": list(sections or (1, 1, 1, 1))},
+        },
+        vision_config={**tower, "max_image_size": 64},
+        image_token_id=IMAGE,
+        im_start_id=START,
+        im_end_id=END,
+        tie_word_embeddings=False,
+    )
+
+
+def see_hunyuan_vl(config: Any, pictures: Pictures) -> AttentionCall:
+    """A separator behind each row, one before the picture and one behind it."""
+    seen = dict(_processor("HunYuanVLImageProcessor")(**SIZE)(images=_flat(pictures), return_tensors="pt"))
+    counts = [h // 2 * (w // 2 + 1) + 2 for _, h, w in seen["image_grid_thw"].tolist()]
+    return seen, spans_of(pictures, counts, wrapped)

@@ -25,12 +25,12 @@ from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 
 SEPARATED = ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision", "emu3", "deepseek_ocr2")
 WITH_CLS = ("llava", "vipllava", "llava_next", "llava_next_video", "internvl", "qianfan_ocr", "video_llava")
-QWENS = ("qwen", "glm", "cosmos", "cohere_compass", "paddleocr", "ernie4")
+QWENS = ("qwen", "glm", "cosmos", "cohere_compass", "paddleocr", "ernie4", "hunyuan")
 MROPE = (*QWENS, "minicpmv4_7")  # whose positions need the ids
 PACKED = (*QWENS, "video_llama_3", "hyperclovax", "muse", "exaone")  # of any size; in one sequence
 REORDERED = (
     *("qwen2_5_vl", "qwen2_5_omni_thinker", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3"),
-    *("muse_glimmer", "muse_spark", "exaone4_5"),
+    *("muse_glimmer", "muse_spark", "exaone4_5", "hunyuan_vl"),
 )
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision", "ovis2")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
@@ -145,8 +145,9 @@ def projector_of(model):
     for name in ("aligner", "mm_projector", "projector", "resampler_model", "vision_adapter", "vision_projection"):
         if hasattr(base, name):
             return getattr(base, name)
-    if hasattr(tower_of(model), "connector"):
-        return tower_of(model).connector
+    for name in ("connector", "patch_merger"):
+        if hasattr(tower_of(model), name):
+            return getattr(tower_of(model), name)
     if hasattr(base, "layerwise_projectors"):
         return base.layerwise_projectors[0]
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
@@ -191,10 +192,15 @@ def is_packed(name, inputs):
 
 
 def separators(name, model, inputs):
-    """Bool [batch, sequence]: placeholders at which a newline, or the [CLS] of a video's frame, enters the decoder."""
+    """Bool [batch, sequence]: placeholders that show no part of an image: newlines, borders, [CLS] of frames."""
     if name == "video_llava":
         video = inputs["input_ids"] == VIDEO
         return video & ((video.cumsum(1) - 1) % 17 == 0)
+    if name == "hunyuan_vl":
+        sizes = [(h // 2, w // 2) for _, h, w in inputs["image_grid_thw"].tolist()]
+        flags = [[True, *([False] * columns + [True]) * rows, True] for rows, columns in sizes]
+        found = FAMILIES[name].image_tokens(inputs)
+        return found.masked_scatter(found, torch.tensor([flag for image in flags for flag in image]))
     if name not in SEPARATED:
         return torch.zeros_like(inputs["input_ids"]).bool()
     base = model.base_model
@@ -344,7 +350,8 @@ def expected_cells(name, inputs, separator):
                 shapes, left = [], end - start
                 while left:
                     shapes.append(next(frames))
-                    left -= shapes[-1][0] * shapes[-1][1]
+                    rows, columns = shapes[-1]
+                    left -= rows * (columns + 1) + 2 if name == "hunyuan_vl" else rows * columns
             else:
                 count = 4 if name in QUARTERS else 9 if name in NINES else 16
                 shapes = [(round(count**0.5), round(count**0.5))] * ((end - start) // count)

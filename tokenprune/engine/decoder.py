@@ -121,7 +121,12 @@ class Decoder:
     @property
     def multimodal_rope(self) -> bool:
         """True if positions have several axes (Qwen2-VL's M-RoPE)."""
-        return any("mrope_section" in (rope or {}) for rope in rotary_parameters(self.module.config))
+        return self.axes > 1
+
+    @property
+    def axes(self) -> int:
+        """Number of axes of positions: 1, or that of M-RoPE's sections."""
+        return max(len((rope or {}).get("mrope_section") or (1,)) for rope in rotary_parameters(self.module.config))
 
     @property
     def offers(self) -> frozenset[type[Read]]:

@@ -47,6 +47,7 @@ PROJECTORS = (
     "vision_projection",
     "vision_model.connector",
     "layerwise_projectors.0",
+    "vision_tower.patch_merger",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenprune_adapters.hf.family_layouts import Paired, Words
 from tokenprune_adapters.hf.packed_layouts import (
+    Bordered,
     Merged,
     MergedBehind,
     MergedRows,
@@ -63,6 +64,10 @@ NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
 STATES = "strategies that read the attention of a decoder layer that keeps a state instead are refused"
+FOUR_AXES = "positions of four axes; checkpoints with three are refused, as rows that contain several prompts"
+ROWS_DIFFER = (
+    "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone"
+)
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 PAGES = (  # as its processor writes them for a prompt of its own
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
@@ -135,6 +140,7 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax_vision_v2": Family("HyperCLOVA X Vision", WindowedInTower, WindowedInTower),
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
     "granite_docling": Family("Granite Docling", Shuffled),
+    "hunyuan_vl": Family("HunYuan-VL", Bordered, limits=(FOUR_AXES, ROWS_DIFFER)),
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "granite4_vision": Family("Granite 4 Vision", Queried),

@@ -151,7 +151,8 @@ class VisionLanguageModel:
                 f"{self._placeholder()}, or images of {_sizes(images[bare[0]])} pixels are too small for it; leave it "
                 "out, or enlarge them"
             )
-        if any("mrope_section" in (rope or {}) for rope in rotary_parameters(config)):  # an image has fewer positions
+        # with axes of time, height and width an image has fewer positions than tokens
+        if any(len((rope or {}).get("mrope_section") or ()) == 3 for rope in rotary_parameters(config)):
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
             check_length(config, ids.shape[1])

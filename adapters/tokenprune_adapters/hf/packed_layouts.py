@@ -25,7 +25,7 @@ class Merged(Arrangement):
 
     def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
         """The patches of a token concatenated: [tokens, m · m · C]."""
-        return self._in_order(self._by_token(torch.cat(list(given)), tokens).flatten(1))
+        return self._in_order(self._by_token(torch.cat([part.flatten(0, -2) for part in given]), tokens).flatten(1))
 
     def _by_token(self, patches: Tensor, tokens: int) -> Tensor:
         """[patches, C] to [tokens, m · m, C]."""
@@ -104,6 +104,32 @@ class MergedRows(RowMajor):
         patches = features.reshape(features.shape[:2].numel(), -1, len(projector.pre_norm.weight))
         projected: Tensor = projector(patches)
         return projected.reshape(*features.shape[:2], -1)
+
+
+class Bordered(RowMajor):
+    """HunYuan-VL: as PaddleOCR-VL, with separators at the end of each row, and before and behind an image."""
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """Each image with its separators."""
+        border = Cells.lone_separator()
+        images = [(border, Cells.lines(*size, separated=True), border) for size in self._frames()]
+        return Cells.joined([part for image in images for part in image])
+
+    def _in_order(self, tokens: Tensor) -> Tensor:
+        """Separators get zeros."""
+        separator = self.cells(0, 0).separator.to(tokens.device)
+        return tokens.new_zeros(len(separator), tokens.shape[1]).masked_scatter_(~separator[:, None], tokens)
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """The steps of the module, each token as an image of m × m patches."""
+        batch, count, _ = features.shape
+        m = projector.spatial_merge_size
+        patches = projector.before_rms(features.reshape(batch * count, m * m, -1))
+        squares = patches.transpose(1, 2).reshape(batch * count, -1, m, m)
+        merged = projector.proj_out(projector.proj_act(projector.proj_conv(squares))).flatten(1)
+        projected: Tensor = projector.after_rms(projector.mlp(merged))
+        return projected.view(batch, count, -1)
 
 
 class PairsOfFrames(Merged):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from vlm_configs import IMAGE, TEXT, TEXT_MODEL
 from vlm_families import FAMILIES, READABLE
+from vlm_video_configs import hunyuan_vl
 from vlm_watching import MROPE, TOWERS, WITH_VIDEO, Half, Reader, inputs_of, mixed, model_of, read
 
 import tokenprune
@@ -19,6 +22,7 @@ from tokenprune.core.stage import Stage
 from tokenprune.errors import IncompatibleError, InputError, PluginError, UnsupportedError
 from tokenprune_adapters.hf import adapter, model_support
 from tokenprune_adapters.hf.families import FAMILIES as KNOWN
+from tokenprune_adapters.hf.families import FOUR_AXES
 
 names = pytest.mark.parametrize("name", READABLE)
 
@@ -142,6 +146,14 @@ def test_images_beside_videos_are_refused_where_one_token_marks_both(name):
         model(**inputs)
     with pytest.raises(UnsupportedError, match="images and videos in one call, but one token marks both"):
         read(model, Half(), inputs)
+
+
+def test_positions_that_restart_in_every_image_look_like_packed_prompts():
+    """HunYuan-VL with three axes, none of which counts through the sequence."""
+    model = replace(FAMILIES["hunyuan_vl"], config=partial(hunyuan_vl, 2, 1, 1)).build()
+    with torch.no_grad(), fails(UnsupportedError, "packed into one row"), tokenprune.prune(model, Half()):
+        model(**inputs_of("hunyuan_vl"))
+    assert FOUR_AXES in KNOWN["hunyuan_vl"].limits
 
 
 @pytest.mark.parametrize("name", [name for name in READABLE if name not in WITH_VIDEO])

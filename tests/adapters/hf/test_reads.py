@@ -7,6 +7,7 @@ import torch
 import vlm_families
 from PIL import Image
 from vlm_families import FAMILIES, READABLE, generates_otherwise
+from vlm_states import states_of
 from vlm_watching import (
     CASES,
     PACKED,
@@ -55,32 +56,6 @@ def kept(name, inputs):
     """Bool [T]: which of the merged features are image tokens."""
     model = model_of(name)
     return ~separators(name, model, inputs)[FAMILIES[name].image_tokens(inputs)]
-
-
-def states_of(name, inputs):
-    """[P, C] each: what enters the tower's first layer, and what leaves every layer, without [CLS]."""
-    model, blocks = model_of(name), blocks_of(model_of(name), inputs)
-    found = [[] for _ in range(len(blocks) + 1)]
-
-    def note(number, state):
-        state = state if state.dim() == 3 else state[None]
-        found[number].append(state[:, 1 if name in WITH_CLS else 0 :].flatten(0, 1))
-
-    handles = [
-        blocks[0].register_forward_pre_hook(
-            lambda module, args, kwargs: note(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    ]
-    for number, block in enumerate(blocks, 1):
-        handles.append(
-            block.register_forward_hook(
-                lambda module, args, out, number=number: note(number, out[0] if isinstance(out, tuple) else out)
-            )
-        )
-    encoded(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return [torch.cat(parts) for parts in found]
 
 
 def every(name):
@@ -186,7 +161,7 @@ def test_a_grid_cell_shows_its_part_of_the_picture(name, cell, monkeypatch):
         .flatten()
     )
     tokens, cells = (changed // 4).unique(), [list(cell)]
-    if name == "paddleocr_vl":  # row by row
+    if name in ("paddleocr_vl", "hunyuan_vl"):  # row by row
         tokens = (changed // 8 // 2 * 4 + changed % 8 // 2).unique()
     elif name.startswith("muse"):  # raw patches in row-major order
         columns = int(plain["image_grid_thw"][0, 2])
@@ -280,41 +255,6 @@ def test_a_video_and_an_image_in_one_prompt(name):
     video = alone[0]["image"]
     assert torch.equal(seen["image"], torch.cat((video, alone[1]["image"] + video.max() + 1), 1))
     assert trace.layout.counts.tolist() == [seen["exists"].shape[1]]
-
-
-def test_fine_tiles_have_four_times_the_tokens():
-    """Granite Docling's second path for dense pages; here a token for each patch."""
-    model, coarse = model_of("granite_docling"), FAMILIES["granite_docling"].inputs([(24, 32)])
-    times = torch.where(FAMILIES["granite_docling"].image_tokens(coarse)[0], 4, 1)
-    ids = coarse["input_ids"].repeat_interleave(times, 1)
-    fine = {**coarse, "input_ids": ids, "attention_mask": torch.ones_like(ids), "tile_fine_mask": torch.ones(1).bool()}
-    seen, _ = read(model, Reader(TowerFeatures(), Embeddings(), Projector(), TowerStates(-1, -1)), fine)
-    assert torch.allclose(seen["project"](seen["features"]), seen["embeddings"], atol=1e-5)
-    assert torch.allclose(seen["tower_states"][0], states_of("granite_docling", coarse)[-1], atol=1e-5)
-    tile = [[row, column] for row in range(4) for column in range(4)]
-    tiles = int(coarse["pixel_attention_mask"].sum())
-    assert tiles > 1
-    assert seen["grid"][0].tolist() == tile * tiles
-    assert seen["image"][0].tolist() == [number for number in range(tiles) for _ in tile]
-
-
-def test_tokens_that_a_video_has_lost_are_not_there():
-    """VideoLLaMA 3's processor leaves out tokens that show what the frame before shows."""
-    model, whole = model_of("video_llama_3"), inputs_of("video_llama_3", "videos")
-    reads = TowerFeatures(), ReceivedAttention(), TowerKeys(0), TowerStates(1, -1), Embeddings()
-    video = FAMILIES["video_llama_3"].image_tokens(whole)
-    kept = torch.arange(int(video.sum())) % 3 != 1
-    stay = torch.ones_like(video)
-    stay[video] = kept
-    less = {**whole, "video_compression_mask": kept}
-    for key in ("input_ids", "attention_mask"):
-        less[key] = torch.stack([row[places] for row, places in zip(whole[key], stay, strict=True)])
-    expected, _ = read(model, Reader(*reads), whole)
-    for run in (None, lambda: model.generate(**less, max_new_tokens=2)):
-        seen, trace = read(model, Reader(*reads), less, run)
-        assert trace.layout.counts.tolist() == [16, 16]
-        for field in (*(one.field for one in reads), "grid", "image"):
-            assert torch.allclose(seen[field].flatten(0, 1), expected[field].flatten(0, 1)[kept], atol=1e-5), field
 
 
 @names

@@ -152,8 +152,8 @@ class RotaryTables(Read):
     """`tokens.rotary_tables`: float32 [batch, N, axes, 2, C], cos and sin of the rotary embedding at each token's
     present position, counted from the row's first token; zeros where a token is not active.
 
-    A model has one axis, or three: time, height and width (M-RoPE). If it joins the three into one table, by using each
-    for some of the channels, this read has all channels of each.
+    A model has one axis, or several, such as time, height and width (M-RoPE). If it joins them into one table, by using
+    each for some of the channels, this read has all channels of each.
     """
 
     field: ClassVar[str] = "rotary_tables"

@@ -116,11 +116,12 @@ class LayerInputs:
         joined = self.decoder.multimodal_rope and len(tables) > 0 and tables[0].dim() == 3
         if not (joined and isinstance(ids, Tensor) and ids.dim() == 3):
             return None
-        axes = ids[-3:].expand(-1, len(valid), -1)  # those of text may stand before them
+        count = self.decoder.axes
+        axes = ids[-count:].expand(-1, len(valid), -1)  # those of text may stand before them
         first = valid.int().argmax(1).to(axes.device)[None, :, None].expand(len(axes), -1, 1)
         counted = (axes - axes.gather(2, first)).to(hidden.device)
         # where all axes are at the same positions, the joined table is that of each
-        alone = [new_tables(self.decoder, layer, hidden[:1, :1].float(), one.expand(3, -1, -1)) for one in counted]
+        alone = [new_tables(self.decoder, layer, hidden[:1, :1].float(), one.expand(count, -1, -1)) for one in counted]
         cos, sin = (torch.stack(parts) for parts in zip(*alone, strict=True))
         return cos, sin
 

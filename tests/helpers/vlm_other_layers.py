@@ -45,7 +45,7 @@ STATES: dict[str, Any] = {
     **TEXT_MODEL,
     "head_dim": 16,
     **mrope(4, 2, 2),
-    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "layer_types": ["full_attention", "full_attention", "linear_attention", "full_attention"],
     "initializer_range": 0.1,  # more, and the norm of the delta net's small outputs amplifies rounding
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -65,7 +65,7 @@ QWEN: dict[str, Any] = {
 
 
 def qwen3_5() -> Any:
-    """Every other layer is a gated delta net."""
+    """One layer is a gated delta net, not the first: on short prompts strategies with a budget read that one."""
     return transformers.Qwen3_5Config(text_config=STATES, **QWEN)
 
 
@@ -76,8 +76,7 @@ def qwen3_5_moe() -> Any:
 
 
 def lfm2_vl() -> Any:
-    """Every other layer is a short convolution."""
-    layers = ["conv", "full_attention"] * 2
+    layers = ["full_attention", "full_attention", "conv", "full_attention"]
     return transformers.Lfm2VlConfig(
         text_config={"model_type": "lfm2", **TEXT_MODEL, "layer_types": layers, "block_multiple_of": 8},
         vision_config={"model_type": "siglip2_vision_model", **TOWER, "num_patches": 16, "vision_use_head": False},
@@ -90,7 +89,7 @@ def lfm2_vl() -> Any:
 def lfm3_vl() -> Any:
     """With sliding windows and rotary tables for each type of layer; convolutions take none."""
     tower = {key: value for key, value in TOWER.items() if key != "image_size"}
-    layers = ["conv", "full_attention", "conv", "sliding_attention"]
+    layers = ["sliding_attention", "full_attention", "conv", "sliding_attention"]
     return transformers.Lfm3VlConfig(
         text_config={"model_type": "lfm3", **TEXT_MODEL, "head_dim": 8, "layer_types": layers, "sliding_window": 12},
         vision_config={**tower, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]},

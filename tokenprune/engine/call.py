@@ -155,9 +155,11 @@ class Call:
             kwargs: its keyword arguments.
         """
         prefill = self.prefill
-        if prefill is not None and (lacking := prefill.lacking_scale(number)) is not None:
-            with scaled_queries(decoder.attention(number), lacking):
-                return original(*args, **kwargs)
+        if prefill is not None and number in decoder.tempered:
+            lacking = prefill.lacking_scale(number)
+            if lacking is not None:
+                with scaled_queries(decoder.attention(number), lacking):
+                    return original(*args, **kwargs)
         if prefill is not None and prefill.reads.keys_ahead is not None:
             with prefill.reads.keys_ahead.handed_on(args[0]):
                 return original(*args, **kwargs)

@@ -14,6 +14,7 @@ from tokenprune.core.reads import PositionKernel, Read, RotaryTables
 from tokenprune.core.scheduling.requirements import DECODER_READS, TYPICAL_TOKENS
 from tokenprune.core.stage import Shape
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
+from tokenprune.engine.sequence.temperature import scales_by_place
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.utils.arguments import shown
 
@@ -64,6 +65,11 @@ class Decoder:
         """For each layer, whether it attends to the sequence; the others keep a state."""
         types: Any = getattr(self.module.config, "layer_types", None)
         return tuple(kind not in STATES for kind in types[: len(self.layers)]) if types else (True,) * len(self.layers)
+
+    @cached_property
+    def tempered(self) -> frozenset[int]:
+        """The layers whose queries are scaled by their place; see `sequence.temperature`."""
+        return frozenset(layer for layer in range(len(self.layers)) if scales_by_place(self.attention_of(layer)))
 
     @property
     def keeps_states(self) -> bool:

@@ -222,7 +222,8 @@ class PruningRun:
             call.in_plugin_code = False
         if call.prefill is not None and call.prefill.planned:
             checkpointing.refuse_around(self.strategy.name, given)
-            if call.prefill.lacking_scale(number) is not None and self.decoder.checkpoints:
+            tempered = number in self.decoder.tempered and call.prefill.lacking_scale(number) is not None
+            if tempered and self.decoder.checkpoints:
                 raise checkpointing.refuse_scaled(self.strategy.name)
         call.fit_cache(number, hidden, kwargs)
         call.inside = number

@@ -123,8 +123,9 @@ def check_same_context(known: CachedPrefill | None, lease: Lease) -> CachedPrefi
             "filled it, or start with an empty cache"
         )
     if known.failed:
+        kind = "KV cache" if known.max_cache_len is None else "StaticCache"
         raise UnsupportedError(
-            "a call that continued this KV cache failed, so that some of its layers may hold other tokens than the "
+            f"a call that continued this {kind} failed, so that some of its layers may hold other tokens than the "
             "rest; start with an empty cache"
         )
     return known

@@ -26,7 +26,12 @@ def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         return ()
     if isinstance(tables, Tensor) and tables.is_complex():
         return (tables,)
-    if isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables):
+    if (
+        isinstance(tables, tuple)
+        and len(tables) == 2
+        and isinstance(tables[0], Tensor)
+        and isinstance(tables[1], Tensor)
+    ):
         return tables
     raise UnsupportedError(
         "the decoder layers do not take position_embeddings=(cos, sin), which the engine has to shorten"

@@ -23,7 +23,6 @@ from tokenprune.engine.calls.torch_compile import hooks_on
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.sequence.gathered import GatheredSequence, visible
 from tokenprune.engine.sequence.positions import for_layer, tables_of
-from tokenprune.engine.sequence.temperature import scales_by_place
 
 _SPLIT = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
 
@@ -106,7 +105,7 @@ class SharedPrefix:
 
     def _applies(self, span: _Span, number: int, kwargs: dict[str, Any]) -> bool:
         """Whether a layer's arguments can be split, and its prefix is the same in all rows."""
-        if scales_by_place(self._decoder.attention_of(number)):
+        if number in self._decoder.tempered:
             return False  # it would count the places of the rest from its first column
         others = (value for name, value in kwargs.items() if name not in _SPLIT)
         if "past_key_values" not in kwargs or any(isinstance(value, (Tensor, tuple)) for value in others):

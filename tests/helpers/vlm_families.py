@@ -202,6 +202,14 @@ FAMILIES: dict[str, Family] = {
         Family("mistral3", further.mistral3, further.see_mistral3),
         Family("cohere_compass", further.cohere_compass, **qwen),
         Family("granite4_vision", further.granite4_vision, further.see_granite4_vision),
+        Family("kimi_k25", further.kimi_k25, further.see_kimi_k25),
+        Family(
+            "cosmos3_edge",
+            further.cosmos3_edge,
+            further.see_cosmos3_edge,
+            further.watch_cosmos3_edge,
+            finish=modalities,
+        ),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
     )
 }

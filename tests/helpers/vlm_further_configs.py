@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -17,8 +18,11 @@ from vlm_configs import (
     PATCH,
     QWEN_TOKENS,
     QWEN_TOWER,
+    START,
+    TEXT,
     TEXT_MODEL,
     TOWER,
+    VIDEO,
     llava_like,
     mrope,
 )
@@ -110,6 +114,67 @@ def see_granite4_vision(config: Any, pictures: Pictures) -> AttentionCall:
     pack = transformers.Granite4VisionModel.pack_image_features
     packed = iter(pack(model, crops, seen["image_sizes"], "full", image_newline=torch.zeros(1)))
     return seen, [[[IMAGE] * len(next(packed)) for _ in row] for row in pictures]
+
+
+def kimi_k25() -> Any:
+    """Keys and values from a latent state, and four experts."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+    sizes = {"moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    return transformers.Kimi_K25Config(
+        text_config={"model_type": "deepseek_v3", **TEXT_MODEL, "num_key_value_heads": 4, **latent, **experts, **sizes},
+        vision_config={
+            **{key: value for key, value in TOWER.items() if key != "image_size"},
+            "pos_emb_height": 8,
+            "pos_emb_width": 8,
+        },
+        projection_hidden_size=32,
+        **QWEN_TOKENS,
+    )
+
+
+def see_kimi_k25(config: Any, pictures: Pictures) -> AttentionCall:
+    """Patches row by row, of pictures whose sides are made multiples of two patches."""
+    step, pixels, grids, spans = 2 * PATCH, [], [], []
+    for row in pictures:
+        spans.append([])
+        for picture in row:
+            height, width = (max(side // step, 1) for side in (picture.height, picture.width))
+            image = torch.from_numpy(np.array(picture.resize((width * step, height * step))) / 127.5 - 1).float()
+            patches = image.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH)  # [rows, columns, 3, height, width]
+            pixels.append(patches.flatten(0, 1))
+            grids.append((1, 2 * height, 2 * width))
+            spans[-1].append([START, *[IMAGE] * (height * width), END])
+    return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}, spans
+
+
+def cosmos3_edge() -> Any:
+    return transformers.Cosmos3EdgeConfig(
+        text_config={**TEXT_MODEL, "head_dim": 16, **mrope(4, 2, 2)},
+        vision_config={
+            **{key: value for key, value in TOWER.items() if key != "image_size"},
+            "num_patches": 36,
+            "spatial_merge_size": 2,
+        },
+        projector_hidden_size=48,
+        **QWEN_TOKENS,
+    )
+
+
+def see_cosmos3_edge(config: Any, pictures: Pictures) -> AttentionCall:
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    make = transformers.Cosmos3EdgeImageProcessorPil(patch_size=PATCH, merge_size=2, size=size)
+    seen = dict(make(images=[picture for row in pictures for picture in row], return_tensors="pt"))
+    counts = iter((seen["image_grid_thw"].prod(1) // 4).tolist())
+    return seen, [[[START, *[IMAGE] * next(counts), END] for _ in row] for row in pictures]
+
+
+def watch_cosmos3_edge(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """Every frame stands alone, behind its time."""
+    grids = torch.tensor([[t, h // PATCH, w // PATCH] for t, h, w in videos])
+    pixels = torch.randn(int(grids.prod(1).sum()), 3 * PATCH**2, generator=draw)
+    spans = [[[TEXT.start, START, *[VIDEO] * (h * w // 4), END] * t] for t, h, w in grids.tolist()]
+    return {"pixel_values_videos": pixels, "video_grid_thw": grids}, spans
 
 
 def _lines(rows: int, columns: int) -> list[int]:

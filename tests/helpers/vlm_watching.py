@@ -28,7 +28,7 @@ PACKED = ("qwen", "glm", "cosmos", "cohere_compass")  # of any size; in one sequ
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
-ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1}  # patches of a token each way; of any size
+ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1, "kimi_k25": 2}  # patches of a token each way; of any size
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
 
@@ -133,6 +133,10 @@ def projector_of(model):
         return base.vision_projection
     if hasattr(base, "layerwise_projectors"):
         return base.layerwise_projectors[0]
+    if hasattr(base, "mm_projector"):
+        return base.mm_projector
+    if hasattr(base, "projector"):
+        return base.projector
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -259,13 +263,13 @@ def mixed(name):
 
 def patch_places(name, inputs):
     """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
-    crop = model_of(name).config.vision_config.image_size
-    side = 6 if name in NINES else crop // PATCH if name in SEPARATED else 4
+    crop = model_of(name).config.vision_config.image_size if name in SEPARATED else 0
+    side = 6 if name in NINES else crop // PATCH or 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
     if name in ROWS:
-        sizes = torch.as_tensor(inputs["image_sizes"]) // PATCH
-        return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes.tolist()])
+        sizes = _sizes(inputs)
+        return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes])
     if name not in SEPARATED or "pixel_values_videos" in inputs:
         lead = {"smolvlm": 2, "idefics3": 2}.get(name, 2 if "pixel_values_videos" in inputs else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
@@ -281,6 +285,13 @@ def patch_places(name, inputs):
     return torch.cat(places)
 
 
+def _sizes(inputs):
+    """Rows and columns of the patches of each image, in families of `ROWS`."""
+    if "image_grid_thw" in inputs:
+        return inputs["image_grid_thw"][:, 1:].tolist()
+    return [(height // PATCH, width // PATCH) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
+
+
 def expected_cells(name, inputs, separator):
     """Per row, (image number, row, column) of every image token in order, from geometry alone.
 
@@ -291,8 +302,7 @@ def expected_cells(name, inputs, separator):
     grids = inputs.get("image_grid_thw", inputs.get("video_grid_thw"))
     frames = iter([] if grids is None else [(h // 2, w // 2) for t, h, w in grids.tolist() for _ in range(t)])
     if name in ROWS:
-        grids = torch.as_tensor(inputs["image_sizes"]) // (ROWS[name] * PATCH)
-        frames = iter(grids.tolist())
+        frames = iter([(rows // ROWS[name], columns // ROWS[name]) for rows, columns in _sizes(inputs)])
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0
@@ -309,7 +319,7 @@ def expected_cells(name, inputs, separator):
                 assert whole + len(ends) + sum(lines) == end - start
                 assert len(set(lines)) == 1
                 shapes = [(side, side)] + ([(len(lines), lines[0])] if rest > 1 else [])
-            elif grids is not None:
+            elif grids is not None or name in ROWS:
                 shapes, left = [], end - start
                 while left:
                     shapes.append(next(frames))

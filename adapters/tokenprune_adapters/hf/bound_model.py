@@ -40,6 +40,8 @@ PROJECTORS = (
     "visual.merger",
     "vision_projection",
     "layerwise_projectors.0",
+    "mm_projector",
+    "projector",
 )
 FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA's, in older releases of transformers
 ATTENTION = ("self_attn", "attn", "attention")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
+from tokenprune_adapters.hf.packed_rows import Grouped, PackedRows, Unfolded
 from tokenprune_adapters.hf.token_layouts import (
     Arrangement,
     Frames,
@@ -94,6 +94,8 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "granite4_vision": Family("Granite 4 Vision", Queried),
+    "kimi_k25": Family("Kimi K2.5", Grouped, limits=(NO_VIDEOS, NOT_LOADED)),
+    "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged, limits=(NOT_LOADED,)),
 }
 
 

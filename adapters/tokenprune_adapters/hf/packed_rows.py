@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune_adapters.hf.grid_cells import Cells
 from tokenprune_adapters.hf.token_layouts import Arrangement
@@ -17,7 +17,7 @@ class PackedRows(Arrangement):
 
     def cells(self, tokens: int, crops: int) -> Cells:
         """Text may stand between the lines of an image, which is one image all the same."""
-        return Cells.joined([Cells.lines(rows // self.side, columns // self.side) for rows, columns in self._sizes()])
+        return Cells.joined([Cells.lines(rows // self.side, cols // self.side) for rows, cols in self._sizes()])
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
         """Mean over the patches of a token."""
@@ -50,6 +50,30 @@ class PackedRows(Arrangement):
             block = grid.reshape(rows // side, side, columns // side, side, -1).transpose(1, 2)
             blocks.append(block.reshape(-1, side**2, patches.shape[-1]))
         return torch.cat(blocks)
+
+
+class Grouped(PackedRows):
+    """Kimi K2.5: the tower puts k × k patches together, of which the projector makes a token."""
+
+    @property
+    def side(self) -> int:
+        """See `PackedRows.side`."""
+        return int(self.base.config.vision_config.merge_kernel_size[0])
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        return [(rows, columns) for _, rows, columns in self.inputs["image_grid_thw"].tolist()]
+
+    def features(self, given: Sequence[Tensor], tokens: int) -> Tensor:
+        """The patches of a token concatenated: [tokens, k · k · C]."""
+        return torch.cat(list(given)).flatten(1)
+
+    @classmethod
+    def project(cls, projector: Any, features: Tensor) -> Tensor:
+        """Project with the projector, whose input is k · k patches for each token."""
+        batch, count, _ = features.shape
+        norm: nn.LayerNorm = projector.pre_norm
+        projected: Tensor = projector(features.reshape(batch * count, -1, *norm.normalized_shape))
+        return projected.view(batch, count, -1)
 
 
 class Unfolded(PackedRows):

@@ -27,6 +27,8 @@ DIFFERENT_COUNTS = {
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
     "mistral3",
+    "kimi_k25",
+    "cosmos3_edge",
     "granite4_vision",
     "cohere_compass",
     "llava_pixtral",

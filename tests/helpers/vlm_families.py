@@ -210,6 +210,7 @@ FAMILIES: dict[str, Family] = {
             further.watch_cosmos3_edge,
             finish=modalities,
         ),
+        Family("step3p7", further.step3p7, further.see_step3p7),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
     )
 }

@@ -16,7 +16,7 @@ from tokenprune_adapters.hf.token_layouts import (
     Tiled,
     Windowed,
 )
-from tokenprune_adapters.hf.unread_towers import Resampled, ResampledRows, Unread
+from tokenprune_adapters.hf.unread_towers import CropsFirst, Resampled, ResampledRows, Unread
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ FAMILIES: dict[str, Family] = {
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "granite4_vision": Family("Granite 4 Vision", Queried),
     "kimi_k25": Family("Kimi K2.5", Grouped, limits=(NO_VIDEOS, NOT_LOADED)),
+    "step3p7": _unread("Step 3.7", CropsFirst),
     "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged, limits=(NOT_LOADED,)),
 }
 

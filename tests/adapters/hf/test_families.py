@@ -27,6 +27,7 @@ DIFFERENT_COUNTS = {
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
     "mistral3",
+    "step3p7",
     "kimi_k25",
     "cosmos3_edge",
     "granite4_vision",

@@ -42,6 +42,8 @@ class Half(Reader):
 
 def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
+    crops = inputs["num_local_patches"].tolist() if name == "step3p7" else []
+    shapes = iter([shape for count in crops for shape in [*[(2, 2)] * count, (3, 3)]])
     batch = []
     for count in FAMILIES[name].image_tokens(inputs).sum(1).tolist():
         cells, number = [], 0
@@ -49,7 +51,8 @@ def expected_cells(name, inputs):
             if name in COUNTS:
                 cells += [(number, -1, -1)] * COUNTS[name]
             else:
-                cells += [(number, row, column) for row in range(GRIDS[name][0]) for column in range(GRIDS[name][1])]
+                rows, columns = next(shapes) if name == "step3p7" else GRIDS[name]
+                cells += [(number, row, column) for row in range(rows) for column in range(columns)]
             number += 1
         batch.append(cells)
     return batch

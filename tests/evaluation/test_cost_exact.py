@@ -188,3 +188,17 @@ def test_unknown_shape_and_experts_are_refused() -> None:
         DecoderSpec.named("7bb")
     with pytest.raises(UnsupportedError, match="num_experts=8"):
         DecoderSpec.from_config({"num_hidden_layers": 3, "num_experts": 8})
+
+
+def test_layers_of_different_sizes_are_refused() -> None:
+    """Whose configuration refuses to tell one size for all."""
+
+    class Uneven:
+        hidden_size = 8
+
+        @property
+        def num_attention_heads(self) -> int:
+            raise RuntimeError("is a per-layer attribute")
+
+    with pytest.raises(UnsupportedError, match="num_attention_heads differs between layers"):
+        DecoderSpec.from_config(Uneven())

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from vlm_configs import (
     ALTERNATING,
@@ -17,8 +19,11 @@ from vlm_configs import (
     PATCH,
     QWEN_TOKENS,
     QWEN_TOWER,
+    START,
+    TEXT,
     TEXT_MODEL,
     TOWER,
+    VIDEO,
     llava_like,
     mrope,
 )
@@ -110,6 +115,78 @@ def see_granite4_vision(config: Any, pictures: Pictures) -> AttentionCall:
     pack = transformers.Granite4VisionModel.pack_image_features
     packed = iter(pack(model, crops, seen["image_sizes"], "full", image_newline=torch.zeros(1)))
     return seen, [[[IMAGE] * len(next(packed)) for _ in row] for row in pictures]
+
+
+def cosmos3_edge() -> Any:
+    return transformers.Cosmos3EdgeConfig(
+        text_config={**TEXT_MODEL, "head_dim": 16, **mrope(4, 2, 2)},
+        vision_config={
+            **{key: value for key, value in TOWER.items() if key != "image_size"},
+            "num_patches": 36,
+            "spatial_merge_size": 2,
+        },
+        projector_hidden_size=48,
+        **QWEN_TOKENS,
+    )
+
+
+def see_cosmos3_edge(config: Any, pictures: Pictures) -> AttentionCall:
+    size = {"shortest_edge": 64, "longest_edge": 4096}
+    make = transformers.Cosmos3EdgeImageProcessorPil(patch_size=PATCH, merge_size=2, size=size)
+    seen = dict(make(images=[picture for row in pictures for picture in row], return_tensors="pt"))
+    counts = iter((seen["image_grid_thw"].prod(1) // 4).tolist())
+    return seen, [[[START, *[IMAGE] * next(counts), END] for _ in row] for row in pictures]
+
+
+def watch_cosmos3_edge(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+    """Every frame stands alone, behind its time."""
+    grids = torch.tensor([[t, h // PATCH, w // PATCH] for t, h, w in videos])
+    pixels = torch.randn(int(grids.prod(1).sum()), 3 * PATCH**2, generator=draw)
+    spans = [[[TEXT.start, START, *[VIDEO] * (h * w // 4), END] * t] for t, h, w in grids.tolist()]
+    return {"pixel_values_videos": pixels, "video_grid_thw": grids}, spans
+
+
+def step3p7() -> Any:
+    """Sliding layers have fewer heads, and full ones rotate half of each; the last two layers have four experts."""
+    return transformers.Step3p7Config(
+        text_config={
+            **TEXT_MODEL,
+            "head_dim": 8,
+            "layer_types": ALTERNATING,
+            "sliding_window": 12,
+            "num_sliding_attention_heads": 2,
+            "rope_theta": [10000.0, 50000.0] * 2,
+            "partial_rotary_factors": [1.0, 0.5] * 2,
+            "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "share_expert_dim": 24,
+        },
+        vision_config={**TOWER, "image_size": 48, "mlp_ratio": 1.5, "layer_scale_init_value": 1.0},
+        image_token_id=IMAGE,
+    )
+
+
+def see_step3p7(config: Any, pictures: Pictures) -> AttentionCall:
+    """A crop for each 16 pixels of width, 2 x 2 tokens each, and the whole picture, 3 x 3."""
+    whole, crops, counts, spans = [], [], [], []
+    crop, end = [START, *[IMAGE] * 4, END], [START, *[IMAGE] * 9, END]
+    for row in pictures:
+        spans.append([])
+        for picture in row:
+            counts.append(picture.width // 16)
+            for place in range(counts[-1]):
+                crops.append(_pixels(picture.crop((16 * place, 0, 16 * place + 16, picture.height)), 32))
+            whole.append(_pixels(picture, 48))
+            spans[-1].append([*crop * counts[-1], *end])
+    seen = {"pixel_values": torch.stack(whole), "pixel_values_local": torch.stack(crops)}
+    return {**seen, "num_local_patches": torch.tensor(counts)}, spans
+
+
+def _pixels(picture: Image.Image, side: int) -> torch.Tensor:
+    pixels: torch.Tensor = torch.from_numpy(np.array(picture.resize((side, side))) / 127.5 - 1)
+    return pixels.float().movedim(2, 0)
 
 
 def _lines(rows: int, columns: int) -> list[int]:

@@ -150,6 +150,10 @@ def projector_of(model):
             return getattr(tower_of(model), name)
     if hasattr(base, "layerwise_projectors"):
         return base.layerwise_projectors[0]
+    if hasattr(base, "mm_projector"):
+        return base.mm_projector
+    if hasattr(base, "projector"):
+        return base.projector
     return base.multi_modal_projector if hasattr(base, "multi_modal_projector") else base.visual.merger
 
 
@@ -294,8 +298,8 @@ def patch_places(name, inputs):
     """[P, 2]: (row, column) of each patch in its picture, for towers that work crop by crop; tiles lie side by side."""
     if name == "kimi_k25":  # pictures of any size, whose patches are in row-major order
         return row_major_places(inputs)
-    crop = model_of(name).config.vision_config.image_size
-    side = 6 if name in NINES else crop // PATCH if name in SEPARATED else 4
+    crop = model_of(name).config.vision_config.image_size if name in SEPARATED else 0
+    side = 6 if name in NINES else crop // PATCH or 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
     if name in ROWS:

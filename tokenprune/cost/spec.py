@@ -117,7 +117,7 @@ class DecoderSpec(BaseModel):
 
         Raises:
             OptionError: a size is missing or does not fit.
-            UnsupportedError: a mixture of experts, whose cost depends on routing, or layers of another kind.
+            UnsupportedError: a mixture of experts, whose cost depends on routing, or layers of another kind or size.
         """
         text = _get(config, "text_config")
         source = config if text is None else text
@@ -138,4 +138,11 @@ class DecoderSpec(BaseModel):
 
 
 def _get(config: Any, name: str) -> Any:
-    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if isinstance(config, Mapping):
+        return config.get(name)
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:  # by which transformers refuses what differs between layers
+        raise UnsupportedError(
+            f"config: {name} differs between layers; the cost model counts decoders of equal layers only"
+        ) from error

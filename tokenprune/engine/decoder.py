@@ -121,8 +121,12 @@ class Decoder:
 
     @property
     def heads(self) -> int:
-        """Number of attention heads of a layer, 0 if the configuration does not say."""
-        return int(getattr(self.module.config, "num_attention_heads", 0) or 0)
+        """Number of attention heads of a layer, the fewest where layers differ; 0 if the configuration does not say."""
+        config: Any = self.module.config
+        try:
+            return int(getattr(config, "num_attention_heads", 0) or 0)
+        except RuntimeError:  # by which transformers refuses what differs between layers
+            return min(int(config.per_layer_config[n].num_attention_heads) for n in range(len(self.layers)))
 
     @property
     def multimodal_rope(self) -> bool:

@@ -28,7 +28,15 @@ from tokenprune_adapters.hf.token_layouts import (
     Squares,
     Tiled,
 )
-from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
+from tokenprune_adapters.hf.unread_towers import (
+    CropsFirst,
+    EndedLines,
+    Placed,
+    Resampled,
+    ResampledRows,
+    Unread,
+    Views,
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,8 @@ FAMILIES: dict[str, Family] = {
     "fast_vlm": _unread("FastVLM", Unread, NOT_LOADED),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
     "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, NOT_LOADED)),
+    "step3p7": _unread("Step 3.7", CropsFirst, NOT_LOADED),
+    "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged, limits=(NOT_LOADED,)),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")
 """Types whose checkpoints contain a thinker, which is a model of a family, and a talker, which is not loaded."""

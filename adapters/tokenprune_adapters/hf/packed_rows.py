@@ -17,7 +17,7 @@ class PackedRows(Arrangement):
 
     def cells(self, tokens: int, crops: int) -> Cells:
         """Text may stand between the lines of an image, which is one image all the same."""
-        return Cells.joined([Cells.lines(rows // self.side, columns // self.side) for rows, columns in self._sizes()])
+        return Cells.joined([Cells.lines(rows // self.side, cols // self.side) for rows, cols in self._sizes()])
 
     def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
         """Mean over the patches of a token."""

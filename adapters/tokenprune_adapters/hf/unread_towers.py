@@ -61,6 +61,22 @@ class Placed(Unread):
         return Cells.joined([Cells.at(grid) for grid in grids])
 
 
+class CropsFirst(Unread):
+    """Step 3.7: crops of an image, then the whole one; two convolutions make a token of about 4 × 4 patches."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`; the features of an image are returned together."""
+        given = self.inputs.get("num_local_patches")
+        counts = [0] * len(returned) if given is None else torch.as_tensor(given).tolist()
+        crop, whole = (self._grid(self.inputs.get(name)) for name in ("pixel_values_local", "pixel_values"))
+        return Cells.joined([Cells.lines(*size) for count in counts for size in [*[crop] * count, whole]])
+
+    def _grid(self, pixels: Tensor | None) -> tuple[int, int]:
+        patch = self.base.config.vision_config.patch_size
+        rows, columns = (0, 0) if pixels is None else (side // patch for side in pixels.shape[-2:])
+        return -(-rows // 4), -(-columns // 4)
+
+
 class Resampled(Unread):
     """A fixed number of learned queries, each of which sees the whole image: no grid."""
 

@@ -38,6 +38,7 @@ SIDES = {  # of each image, and how many of their units a token has
     "minicpmv4_7": ("target_sizes", 4),
     "minicpm_ocr": ("target_sizes", 2),
     "gemma4_unified": ("image_position_ids", 1),
+    "step3p7": ("num_local_patches", 1),
 }
 COUNTS = {"aria": 9, "idefics2": 9, "deepseek_ocr2": 9}  # learned queries, which have no place
 names = pytest.mark.parametrize("name", UNREAD)
@@ -62,6 +63,8 @@ def expected_cells(name, inputs):
     sizes = iter(inputs[field].tolist() if name in SIDES else [])
     if name == "gemma4_unified":
         sizes = iter([(place.amax(0).flip(0) + 1).tolist() for place in inputs[field]])
+    elif name == "step3p7":  # crops of an image, then the whole one
+        sizes = iter([size for count in inputs[field].tolist() for size in [*[(2, 2)] * count, (3, 3)]])
     batch = []
     for count in found.sum(1).tolist():
         cells, number = [], 0

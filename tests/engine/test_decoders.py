@@ -24,16 +24,18 @@ def test_self_attention_of_any_width_is_taken(kinds: list[str] | None) -> None:
 @pytest.mark.parametrize(
     ("attribute", "value", "named"),
     [
-        ("layer_types", ["linear_attention", "full_attention"] * 2, "linear_attention"),
-        ("layer_types", ["chunked_attention", "conv"] * 2, "chunked_attention, conv"),
-        ("cross_attention_layers", [1, 3], "cross_attention"),
+        ("layer_types", ["linear_attention", "full_attention"] * 2, "layers of type linear_attention"),
+        ("layer_types", ["chunked_attention", "conv"] * 2, "layers of type chunked_attention, conv"),
+        ("cross_attention_layers", [1, 3], "layers of type cross_attention"),
+        ("num_kv_shared_layers", 2, "layers that attend to the keys of earlier layers"),
+        ("hidden_size_per_layer_input", 8, "layers that take a further input for each token"),
     ],
 )
 def test_layers_of_other_kinds_are_refused_before_anything_runs(attribute: str, value: object, named: str) -> None:
     model = tiny_llama()
     setattr(model.config, attribute, value)
     image_tokens = torch.zeros(1, 8, dtype=torch.bool)
-    told = f"LlamaModel has layers of type {named}; only decoders whose layers are all self-attention are supported"
+    told = f"LlamaModel has {named}.*; only decoders whose layers are all self-attention are supported"
     with pytest.raises(UnsupportedError, match=told), tp.prune(model, tp.strategy("fastv"), image_tokens=image_tokens):
         pass
     with pytest.raises(UnsupportedError, match=told):

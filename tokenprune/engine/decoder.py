@@ -165,11 +165,11 @@ def find_decoder(model: nn.Module) -> Decoder:
             "BoundModel"
         )
     module = found[0]
-    other = other_layers(getattr(module, "config", None))
-    if other:
+    unsupported = unsupported_layers(getattr(module, "config", None))
+    if unsupported:
         raise UnsupportedError(
-            f"{type(module).__name__} has layers of type {', '.join(other)}; only decoders whose layers are all "
-            "self-attention are supported"
+            f"{type(module).__name__} has {unsupported}; only decoders whose layers are all self-attention are "
+            "supported"
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
@@ -184,6 +184,20 @@ def _near(model: nn.Module) -> str:
             missing = [name for name in ("rotary_emb", "norm") if not hasattr(module, name)]
             lacking.append(f"{type(module).__name__} has no {' and no '.join(missing)}")
     return f" ({'; '.join(lacking)})" if lacking else ""
+
+
+DEPENDENT = {
+    "num_kv_shared_layers": "layers that attend to the keys of earlier layers",
+    "hidden_size_per_layer_input": "layers that take a further input for each token (per-layer embeddings)",
+}
+"""Attributes of configurations, 0 if no layer depends on more than its input."""
+
+
+def unsupported_layers(config: Any) -> str | None:
+    """The layers in a decoder's configuration that are not self-attention over their input, in words."""
+    if kinds := other_layers(config):
+        return f"layers of type {', '.join(kinds)}"
+    return next((what for name, what in DEPENDENT.items() if getattr(config, name, 0)), None)
 
 
 def other_layers(config: Any) -> list[str]:

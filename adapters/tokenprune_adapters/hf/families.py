@@ -14,7 +14,15 @@ from tokenprune_adapters.hf.token_layouts import (
     Tiled,
     Windowed,
 )
-from tokenprune_adapters.hf.unread_towers import EndedLines, Placed, Resampled, ResampledRows, Unread, Views
+from tokenprune_adapters.hf.unread_towers import (
+    EndedLines,
+    Placed,
+    PooledPlaces,
+    Resampled,
+    ResampledRows,
+    Unread,
+    Views,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Family:
 NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
+NO_PER_LAYER = "models with per-layer embeddings or shared keys (E2B, E4B) are refused"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 
 
@@ -97,5 +106,6 @@ FAMILIES: dict[str, Family] = {
     "muse_spark": Family("Muse Spark", Shuffled, Shuffled, limits=(AUDIO, NOT_LOADED)),
     "perception_lm": Family("Perception LM", Unread, limits=(NO_TOWER, NO_VIDEOS, NOT_LOADED)),
     "fast_vlm": _unread("FastVLM"),
+    "gemma4": Family("Gemma 4", PooledPlaces, PooledPlaces, limits=(NO_TOWER, AUDIO, NO_PER_LAYER, NOT_LOADED)),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
 }

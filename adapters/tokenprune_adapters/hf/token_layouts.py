@@ -252,7 +252,7 @@ class Shuffled(Merged):
         sizes = [(m * rows, m * columns) for rows, columns in frames]
         side = self.base.vision_tower.config.pos_emb_height
         patches = _from_windows(torch.cat([value.flatten(0, 1) for value in values]), sizes, side)
-        parts = patches.split([rows * columns for rows, columns in sizes])
+        parts = torch.split(patches, [rows * columns for rows, columns in sizes])
         merged = [
             part.reshape(rows, m, columns, m, -1).mean((1, 3)).flatten(0, 1)
             for part, (rows, columns) in zip(parts, frames, strict=True)

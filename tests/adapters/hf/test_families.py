@@ -27,6 +27,7 @@ DIFFERENT_COUNTS = {
     "qwen3_omni_moe_thinker",
     "lighton_ocr",
     "gemma4_unified",
+    "gemma4",
     "deepseek_ocr2",
     "muse_glimmer",
     "muse_spark",

@@ -33,7 +33,7 @@ GRIDS = {
     "emu3": (4, 6),
 }
 COUNTS = {"aria": 9, "idefics2": 9, "deepseek_ocr2": 9}  # learned queries, which have no place
-SIZED = ("lighton_ocr", "gemma4_unified")  # of any size
+SIZED = ("lighton_ocr", "gemma4_unified", "gemma4")  # of any size
 names = pytest.mark.parametrize("name", UNREAD)
 
 
@@ -53,8 +53,9 @@ def expected_cells(name, inputs):
     """Per row, (image number, row, column) of every image token, by what the family is known for."""
     found = FAMILIES[name].image_tokens(inputs) & ~separators(name, model_of(name), inputs)
     sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else [])
-    if name == "gemma4_unified":
-        sizes = iter([(8 * side for side in place.amax(0).flip(0) + 1) for place in inputs["image_position_ids"]])
+    if name.startswith("gemma4"):
+        pixels = 8 if name == "gemma4_unified" else 4
+        sizes = iter([(pixels * side for side in place.amax(0).flip(0) + 1) for place in inputs["image_position_ids"]])
     batch = []
     for count in found.sum(1).tolist():
         cells, number = [], 0

@@ -30,17 +30,21 @@ def test_layers_that_attend_or_keep_a_state_are_taken(kinds: list[str] | None) -
 @pytest.mark.parametrize(
     ("attribute", "value", "named"),
     [
-        ("layer_types", ["mamba", "full_attention"] * 2, "mamba"),
-        ("layer_types", ["linear_attention", "mamba", "hybrid", "full_attention"], "hybrid, mamba"),
-        ("cross_attention_layers", [1, 3], "cross_attention"),
+        ("layer_types", ["mamba", "full_attention"] * 2, "layers of type mamba"),
+        ("layer_types", ["linear_attention", "mamba", "hybrid", "full_attention"], "layers of type hybrid, mamba"),
+        ("cross_attention_layers", [1, 3], "layers of type cross_attention"),
+        ("num_kv_shared_layers", 2, "layers that attend to the keys of earlier layers"),
+        ("hidden_size_per_layer_input", 8, "layers that take a further input for each token"),
     ],
 )
 def test_layers_of_other_kinds_are_refused_before_anything_runs(attribute: str, value: object, named: str) -> None:
     model = tiny_llama()
     setattr(model.config, attribute, value)
     image_tokens = torch.zeros(1, 8, dtype=torch.bool)
-    told = f"LlamaModel has layers of type {named}; only decoders whose layers all attend to the sequence or keep a "
-    told += "state of it are supported"
+    told = (
+        f"LlamaModel has {named}.*; only decoders whose layers depend on nothing but their input, and attend to it or "
+    )
+    told += "keep a state of it, are supported"
     with pytest.raises(UnsupportedError, match=told), tp.prune(model, tp.strategy("fastv"), image_tokens=image_tokens):
         pass
     with pytest.raises(UnsupportedError, match=told):

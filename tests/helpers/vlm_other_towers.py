@@ -87,30 +87,64 @@ def gemma4_unified() -> Any:
     )
 
 
-def _patches(pictures: list[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-    """Patches of pictures [3, height, width], their columns and rows (-1 for padding), and how many there are."""
+def gemma4() -> Any:
+    """Tokens of 2 x 2 patches, without per-layer embeddings."""
+    text = {**gemma4_unified().text_config.to_dict(), "hidden_size_per_layer_input": 0}
+    del text["model_type"]
+    return transformers.Gemma4Config(
+        text_config=text,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "patch_size": PATCH,
+            "position_embedding_size": 32,
+            "initializer_range": 0.2,
+        },
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=120,
+        boi_token_id=START,
+        eoi_token_id=END,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+
+
+def _patches(pictures: list[Tensor], side: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Patches of pictures [3, height, width], their columns and rows (-1 for padding), and tokens of 8 x 8 pixels."""
     patches, places = [], []
     for picture in pictures:
-        rows, columns = picture.shape[1] // 8, picture.shape[2] // 8
-        cut = picture.view(3, rows, 8, columns, 8).permute(1, 3, 2, 4, 0)
+        rows, columns = picture.shape[1] // side, picture.shape[2] // side
+        cut = picture.view(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
         patches.append(cut.reshape(rows * columns, -1))
         places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1))
     pad = torch.nn.utils.rnn.pad_sequence
-    counts = [len(one) for one in patches]
+    counts = [len(one) * side**2 // 64 for one in patches]
     return pad(patches, True), pad(places, True, -1), counts
 
 
-def see_gemma4_unified(config: Any, pictures: Pictures) -> AttentionCall:
+def _side(config: Any) -> int:
+    """Of a patch; Gemma 4 unified is given merged ones."""
+    return 8 if config.model_type == "gemma4_unified" else PATCH
+
+
+def see_gemma4(config: Any, pictures: Pictures) -> AttentionCall:
     flat = [torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for row in pictures for one in row]
     whole = [one[:, : one.shape[1] // 8 * 8, : one.shape[2] // 8 * 8] for one in flat]
-    patches, places, counts = _patches(whole)
+    patches, places, counts = _patches(whole, _side(config))
     return {"pixel_values": patches, "image_position_ids": places}, spans_of(pictures, counts, wrapped)
 
 
-def watch_gemma4_unified(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
+def watch_gemma4(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
     """The time is written before every frame."""
     frames = [torch.rand(3, height, width, generator=draw) for t, height, width in videos for _ in range(t)]
-    patches, places, counts = _patches(frames)
+    patches, places, counts = _patches(frames, _side(config))
     left, spans = iter(counts), []
     for t, *_ in videos:
         spans.append([[token for _ in range(t) for token in (TEXT.start, START, *[VIDEO] * next(left), END)]])
@@ -289,10 +323,11 @@ ROWS: list[dict[str, Any]] = [
     {
         "name": "gemma4_unified",
         "config": gemma4_unified,
-        "see": see_gemma4_unified,
-        "watch": watch_gemma4_unified,
+        "see": see_gemma4,
+        "watch": watch_gemma4,
         "finish": modalities,
     },
+    {"name": "gemma4", "config": gemma4, "see": see_gemma4, "watch": watch_gemma4, "finish": modalities},
     {"name": "deepseek_ocr2", "config": deepseek_ocr2, "see": see_deepseek_ocr2, "change": few_queries},
     {"name": "muse_glimmer", "config": muse_glimmer, "see": see_muse, "watch": watch_qwen},
     {"name": "muse_spark", "config": muse_spark, "see": see_muse, "watch": watch_qwen},

@@ -222,11 +222,11 @@ def find_decoder(model: nn.Module) -> Decoder:
             "BoundModel"
         )
     module = found[0]
-    other = other_layers(getattr(module, "config", None))
-    if other:
+    unsupported = unsupported_layers(getattr(module, "config", None))
+    if unsupported:
         raise UnsupportedError(
-            f"{type(module).__name__} has layers of type {', '.join(other)}; only decoders whose layers all "
-            "attend to the sequence or keep a state of it are supported"
+            f"{type(module).__name__} has {unsupported}; only decoders whose layers depend on nothing but their input, "
+            "and attend to it or keep a state of it, are supported"
         )
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
@@ -249,6 +249,20 @@ def rotary_parameters(config: Any) -> list[dict[str, Any] | None]:
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {*(getattr(config, "layer_types", None) or ())}
     return [found[kind] for kind in sorted(kinds)] if kinds and kinds <= set(found) else [found]
+
+
+DEPENDENT = {
+    "num_kv_shared_layers": "layers that attend to the keys of earlier layers",
+    "hidden_size_per_layer_input": "layers that take a further input for each token (per-layer embeddings)",
+}
+"""Attributes of configurations, 0 if no layer depends on more than its input."""
+
+
+def unsupported_layers(config: Any) -> str | None:
+    """The layers in a decoder's configuration that are not self-attention over their input, in words."""
+    if kinds := other_layers(config):
+        return f"layers of type {', '.join(kinds)}"
+    return next((what for name, what in DEPENDENT.items() if getattr(config, name, 0)), None)
 
 
 def other_layers(config: Any) -> list[str]:

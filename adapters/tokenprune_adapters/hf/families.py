@@ -32,6 +32,7 @@ from tokenprune_adapters.hf.unread_towers import (
     CropsFirst,
     EndedLines,
     Placed,
+    PooledPlaces,
     Resampled,
     ResampledRows,
     Unread,
@@ -76,6 +77,7 @@ FOUR_AXES = "positions of four axes; checkpoints with three are refused, as rows
 ROWS_DIFFER = (
     "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone"
 )
+NO_PER_LAYER = "models with per-layer embeddings or shared keys (E2B, E4B) are refused"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 PAGES = (  # as its processor writes them for a prompt of its own
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
@@ -160,6 +162,7 @@ FAMILIES: dict[str, Family] = {
     "muse_spark": Family("Muse Spark", MergedBehind, MergedBehind, limits=(AUDIO, NOT_LOADED)),
     "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, NOT_LOADED),
     "fast_vlm": _unread("FastVLM", Unread, NOT_LOADED),
+    "gemma4": Family("Gemma 4", PooledPlaces, PooledPlaces, limits=(NO_TOWER, AUDIO, NO_PER_LAYER, NOT_LOADED)),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
     "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, NOT_LOADED)),
     "step3p7": _unread("Step 3.7", CropsFirst, NOT_LOADED),

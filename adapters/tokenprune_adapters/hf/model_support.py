@@ -8,7 +8,7 @@ from transformers import logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tokenprune.engine.decoder import other_layers
+from tokenprune.engine.decoder import other_layers, unsupported_layers
 from tokenprune.loading.model_support import ModelSupport
 from tokenprune_adapters.hf.families import FAMILIES
 
@@ -17,15 +17,16 @@ ENCODER_DECODER = "an encoder-decoder, whose encoder takes the image; only decod
 CROSS_ATTENTION = "its text layers read the image by cross-attention, so that no image tokens are in the sequence"
 NO_ROTARY = "its decoder has no rotary embedding (positions are added to the embeddings), which pruning requires"
 OTHER_NAMES = "its decoder's parts have other names than layers, rotary_emb and norm, by which it is found"
+DIFFUSION = "it decodes blocks by diffusion with a second decoder, not token by token"
+PROTEINS = "it takes proteins, not images"
+TWO_DECODERS = "a robot policy, whose action expert is a second decoder"
 
 REASONS: dict[str, str] = {
     "blip": CROSS_ATTENTION,
     "blip-2": NO_ROTARY,
-    "diffusion_gemma": "it decodes blocks by diffusion, not token by token",
-    "evolla": "it takes proteins, not images",
+    "diffusion_gemma": DIFFUSION,
+    "evolla": PROTEINS,
     "fuyu": OTHER_NAMES,
-    "gemma3n": "its layers take further inputs for each token (per-layer embeddings, AltUp), which are not shortened",
-    "gemma4": "its layers take a further input for each token (per-layer embeddings), which is not shortened",
     "git": NO_ROTARY,
     "idefics": CROSS_ATTENTION,
     "instructblip": NO_ROTARY,
@@ -34,7 +35,7 @@ REASONS: dict[str, str] = {
     "kosmos-2.5": NO_ROTARY,
     "mistral4": "its class in transformers is a language model without images; image_tokens= marks tokens by hand",
     "vision-encoder-decoder": ENCODER_DECODER,
-    "pi0": "a robot policy, whose action expert attends to a second decoder",
+    "pi0": TWO_DECODERS,
 }
 """Types whose reason their default configuration does not tell."""
 
@@ -68,9 +69,7 @@ def told_by_config(kind: str) -> str | None:
         logging.set_verbosity(level)
     if config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
         return ENCODER_DECODER
-    kinds = other_layers(text)
-    if kinds == ["cross_attention"]:
+    if other_layers(text) == ["cross_attention"]:
         return CROSS_ATTENTION
-    if kinds:
-        return f"its decoder has layers of type {', '.join(kinds)}, which neither attend by a mask nor keep a state"
-    return None
+    what = unsupported_layers(text)
+    return None if what is None else f"its decoder has {what}, which cannot run on fewer tokens"

@@ -55,10 +55,23 @@ class Placed(Unread):
 
     def placed(self, returned: Sequence[Tensor]) -> Cells:
         """See `Unread.placed`."""
+        return Cells.joined([Cells.at(grid) for grid in self._patches()])
+
+    def _patches(self) -> list[Tensor]:
+        """Rows and columns of the patches of each image or frame, int64 [P, 2]."""
         places = self.inputs.get("image_position_ids", self.inputs.get("video_position_ids"))
         assert places is not None
-        grids = [image[(image != -1).all(-1)].flip(-1).cpu().long() for image in places]
-        return Cells.joined([Cells.at(grid) for grid in grids])
+        return [image[(image != -1).all(-1)].flip(-1).cpu().long() for image in places]
+
+
+class PooledPlaces(Placed):
+    """Gemma 4: as `Placed`, k × k patches for each token."""
+
+    def placed(self, returned: Sequence[Tensor]) -> Cells:
+        """See `Unread.placed`."""
+        k = self.base.config.vision_config.pooling_kernel_size
+        sizes = [(int(grid[:, 0].max()) + 1, int(grid[:, 1].max()) + 1) for grid in self._patches()]
+        return Cells.joined([Cells.lines(rows // k, columns // k) for rows, columns in sizes])
 
 
 class CropsFirst(Unread):

@@ -41,6 +41,7 @@ DIFFERENT_COUNTS = {
     "cohere_compass",
     "llava_pixtral",
     "gemma4_unified",
+    "gemma4",
     "deepseek_ocr2",
     "muse_glimmer",
     "muse_spark",

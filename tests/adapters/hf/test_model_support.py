@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 
@@ -11,17 +12,22 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
+import tokenprune as tp
 from tokenprune.cli.app import main
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.errors import UnsupportedError
 from tokenprune.loading.model_support import STATUSES, supported_models
 from tokenprune_adapters.hf import FAMILIES
+from tokenprune_adapters.hf.families import NO_PER_LAYER
 from tokenprune_adapters.hf.model_support import (
     CROSS_ATTENTION,
+    DIFFUSION,
     ENCODER_DECODER,
     NO_ROTARY,
     OTHER_NAMES,
+    PROTEINS,
     REASONS,
+    TWO_DECODERS,
     UNTESTED,
     model_support,
     told_by_config,
@@ -32,8 +38,10 @@ INSTALLED = [kind for kind in REASONS if kind in MAPPING]
 
 def default_model(kind: str) -> torch.nn.Module:
     """A model of the default configuration, without memory."""
+    experts = {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8}
+    lacking = {"text_config": experts} if kind == "diffusion_gemma" else {}  # of which the default has none
     with torch.device("meta"):
-        made: torch.nn.Module = getattr(transformers, MAPPING[kind])(CONFIG_MAPPING[kind]())
+        made: torch.nn.Module = getattr(transformers, MAPPING[kind])(CONFIG_MAPPING[kind](**lacking))
     return made
 
 
@@ -101,6 +109,7 @@ def test_text_layers_with_cross_attention_have_it(kind: str) -> None:
         ("florence2", ENCODER_DECODER),
         ("mllama", CROSS_ATTENTION),
         ("qwen4_exp", "layers of type indexed_attention"),
+        ("gemma3n", "layers that attend to the keys of earlier layers"),
         ("llava", None),
         ("car", None),
     ],
@@ -113,7 +122,33 @@ def test_what_a_default_configuration_tells(kind: str, reason: str | None) -> No
 @pytest.mark.parametrize("kind", [kind for kind in MAPPING if kind in FAMILIES])
 def test_supported_types_have_no_reason_against_them(kind: str) -> None:
     assert kind not in REASONS
-    assert told_by_config(kind) is None
+    refused = NO_PER_LAYER in FAMILIES[kind].limits  # models of the default configuration
+    assert (told_by_config(kind) is not None) == refused
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ("gemma3n", "gemma4") if kind in MAPPING])
+def test_decoders_whose_layers_depend_on_more_than_their_input_are_refused_by_hand_too(kind: str) -> None:
+    with torch.device("meta"):
+        text = transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]().get_text_config())
+    marks = torch.zeros(1, 8, dtype=torch.bool)
+    told = f"{type(text.model).__name__} has layers that (take a further input|attend to the keys of earlier layers)"
+    with pytest.raises(UnsupportedError, match=told), tp.prune(text, tp.strategy("fastv"), image_tokens=marks):
+        pytest.fail("the context was opened")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in INSTALLED if REASONS[kind] in (TWO_DECODERS, DIFFUSION)])
+def test_models_of_two_decoders_have_two(kind: str) -> None:
+    model = default_model(kind)
+    with pytest.raises(UnsupportedError, match=r"expected exactly one decoder .*, found \w+, \w+"):
+        find_decoder(model)
+    assert isinstance(model, transformers.GenerationMixin) is False
+
+
+@pytest.mark.parametrize("kind", [kind for kind in INSTALLED if REASONS[kind] == PROTEINS])
+def test_a_model_of_proteins_takes_no_pixels(kind: str) -> None:
+    names = inspect.signature(getattr(transformers, MAPPING[kind]).forward).parameters
+    assert "protein_input_ids" in names
+    assert not [name for name in names if "pixel" in name or "image" in name]
 
 
 def test_types_that_nothing_tells_of_are_called_untested(monkeypatch: pytest.MonkeyPatch) -> None:

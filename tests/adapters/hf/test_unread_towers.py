@@ -38,6 +38,7 @@ SIDES = {  # of each image, and how many of their units a token has
     "minicpmv4_7": ("target_sizes", 4),
     "minicpm_ocr": ("target_sizes", 2),
     "gemma4_unified": ("image_position_ids", 1),
+    "gemma4": ("image_position_ids", 2),
     "step3p7": ("num_local_patches", 1),
 }
 COUNTS = {"aria": 9, "idefics2": 9, "deepseek_ocr2": 9}  # learned queries, which have no place
@@ -61,7 +62,7 @@ def expected_cells(name, inputs):
     found = FAMILIES[name].image_tokens(inputs) & ~separators(name, model_of(name), inputs)
     field, unit = SIDES.get(name, ("", 1))
     sizes = iter(inputs[field].tolist() if name in SIDES else [])
-    if name == "gemma4_unified":
+    if name.startswith("gemma4"):
         sizes = iter([(place.amax(0).flip(0) + 1).tolist() for place in inputs[field]])
     elif name == "step3p7":  # crops of an image, then the whole one
         sizes = iter([size for count in inputs[field].tolist() for size in [*[(2, 2)] * count, (3, 3)]])

@@ -42,8 +42,12 @@ main(sys.argv[2:])
 
 
 def in_shell(folder: Path, line: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `line` in bash with the program as "$@"; the exit code is that of the program."""
-    program = [sys.executable, "-c", PROGRAM, str(folder), *map(str, arguments)]
+    """Run `line` in bash with the program and the fake model as "$@"; the exit code is that of the program."""
+    return _in_shell(line, ["-c", PROGRAM, str(folder), *map(str, arguments)], environment)
+
+
+def _in_shell(line: str, python: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, *python]
     return subprocess.run(
         ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}", "bash", *program],
         capture_output=True,
@@ -140,11 +144,11 @@ def test_the_program_itself_ends_quietly_where_nobody_reads(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("command", [("--help",), ("list",), ("list", "--format", "json")])
 @FULL
-def test_every_command_fails_in_one_line_where_stdout_is_full(tmp_path: Path, command: tuple[str, ...]) -> None:
-    done = in_shell(tmp_path, '"$@" >/dev/full', *command)
+def test_every_command_fails_in_one_line_where_stdout_is_full(command: tuple[str, ...]) -> None:
+    done = _in_shell('"$@" >/dev/full', ["-m", "tokenprune", *command], {})
     assert done.returncode == 2
     assert done.stderr == "error: standard output cannot be written (No space left on device); send it elsewhere\n"
-    closed = in_shell(tmp_path, '"$@" | true', *command)
+    closed = _in_shell('"$@" | true', ["-m", "tokenprune", *command], {})
     assert (closed.returncode, closed.stderr) == (1, "")
 
 

@@ -90,14 +90,17 @@ class Decoder:
     @property
     def multimodal_rope(self) -> bool:
         """True if positions have several axes (Qwen2-VL's M-RoPE)."""
-        return self.axes > 1
+        return "mrope_section" in self._rope
 
     @property
     def axes(self) -> int:
         """Number of axes of positions: 1, or that of M-RoPE's sections."""
+        return len(self._rope.get("mrope_section") or (1,))
+
+    @property
+    def _rope(self) -> dict[str, Any]:
         config: Any = self.module.config
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        return len(rope.get("mrope_section") or (1,))
+        return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
     @property
     def offers(self) -> frozenset[type[Read]]:

@@ -131,7 +131,7 @@ class Decoder:
     @property
     def multimodal_rope(self) -> bool:
         """True if positions have several axes (Qwen2-VL's M-RoPE)."""
-        return self.axes > 1
+        return any("mrope_section" in (rope or {}) for rope in rotary_parameters(self.module.config))
 
     @property
     def axes(self) -> int:

@@ -14,7 +14,6 @@ from tokenprune.core.reads import PositionKernel, Read, RotaryTables
 from tokenprune.core.scheduling.requirements import DECODER_READS, TYPICAL_TOKENS
 from tokenprune.core.stage import Shape
 from tokenprune.engine.calls.wrappers import modules_of, uncompiled
-from tokenprune.engine.sequence.temperature import scales_by_place
 from tokenprune.errors import EngineError, UnsupportedError
 from tokenprune.utils.arguments import shown
 
@@ -231,6 +230,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     layers: Any = module.layers
     rotary: Any = module.rotary_emb
     return Decoder(module, tuple(map(uncompiled, layers)), tuple(layers), uncompiled(rotary))
+
+
+def scales_by_place(attention: Any) -> bool:
+    """Whether an attention module multiplies its queries by a factor that grows with their place."""
+    return bool(getattr(attention, "attn_temperature_tuning", False)) and not getattr(attention, "use_rope", False)
 
 
 def _near(model: nn.Module) -> str:

@@ -35,7 +35,11 @@ def masked_full_length(
         position_ids: int64 [batch, S] (or [3, batch, S]), the positions that the untouched model would use.
         decoded: how many of the last positions come after the prefill: tokens that a later stage removes from the
             caches of earlier layers are masked for them alone.
+
+    Raises:
+        InputError: some layers keep a state.
     """
+    _check_masks(decoder)
     hidden = embeds.clone()
     present = layout.valid.clone()
     alive = all_active(layout)
@@ -80,8 +84,9 @@ def masked(decoder: Any, layout: SequenceLayout, script: Scripted) -> Iterator[N
         script: the decisions.
 
     Raises:
-        InputError: the script renumbers positions.
+        InputError: the script renumbers positions, or some layers keep a state.
     """
+    _check_masks(decoder)
     if any((step.positions or script.positions) == "renumber" for step in script.steps):
         raise InputError(
             "masked() keeps the model's positions, but the script renumbers them; use masked_full_length()"
@@ -137,6 +142,15 @@ class _Masked:
         if mask.dtype == torch.bool:
             return (mask & seen) | itself
         return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).masked_fill(itself, 0)
+
+
+def _check_masks(decoder: Any) -> None:
+    kinds = {*(getattr(decoder.config, "layer_types", None) or ())} & {"linear_attention", "conv"}
+    if kinds:
+        raise InputError(
+            f"the masked oracle was asked of layers of type {', '.join(sorted(kinds))}, from which no mask hides a "
+            "token; compare with the layers on shortened sequences instead"
+        )
 
 
 def _seen(config: Any, layer: int, valid: Tensor) -> Tensor:

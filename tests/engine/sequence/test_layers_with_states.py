@@ -31,8 +31,8 @@ from tokenprune.core.reads import AttentionFrom, HiddenStates, LayerKeys, Rotary
 from tokenprune.core.stage import Stage
 from tokenprune.cost import DecoderSpec
 from tokenprune.engine import prune, shared_prefill
-from tokenprune.errors import IncompatibleError, UnsupportedError
-from tokenprune.testing.oracle import masked_full_length
+from tokenprune.errors import IncompatibleError, InputError, UnsupportedError
+from tokenprune.testing.oracle import masked, masked_full_length
 from tokenprune.testing.scripted import Scripted, Step, random_script
 from tokenprune.testing.tiny_decoders import tiny_llama
 
@@ -123,6 +123,15 @@ def test_the_oracle_is_the_masked_one_where_every_layer_attends():
                 ours = model.model(inputs_embeds=embeds, attention_mask=mask, position_ids=ids, use_cache=False)[0]
             expected = masked_full_length(model.model, embeds, layout, script, ids)
             assert (ours - expected)[layout.valid].abs().max() < 2e-5
+
+
+def test_the_masked_oracle_refuses_such_layers():
+    layout, ids = random_layout(1, 2, "none")
+    model, told = MODELS["conv-sdpa"].model, "layers of type conv, from which no mask hides a token"
+    with pytest.raises(InputError, match=told):
+        masked_full_length(model, embeddings(layout, 1), layout, Scripted([]), ids)
+    with pytest.raises(InputError, match=told), masked(model, layout, Scripted([])):
+        pytest.fail("the context was opened")
 
 
 @settings(deadline=None, max_examples=100)

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 
 from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.calls.wrappers import uncompiled
+from tokenprune.engine.decoder import scales_by_place
 from tokenprune.engine.sequence.gathered import GatheredSequence
-
-
-def scales_by_place(attention: Any) -> bool:
-    """Whether an attention module has such a factor."""
-    return bool(getattr(attention, "attn_temperature_tuning", False)) and not getattr(attention, "use_rope", False)
 
 
 def lacking_scale(attention: Any, frame: GatheredSequence | None) -> Tensor | None:

@@ -200,10 +200,11 @@ def test_greedy_and_one_answer_whatever_the_checkpoint_says(
 
 def test_a_tokenizer_that_cannot_pad(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models("llava")
-    tokenizer = model.processor.tokenizer
-    padless = SimpleNamespace(
-        tokenizer=SimpleNamespace(pad_token=None, bos_token=tokenizer.bos_token), image_token="<image>"
+    own = model.processor.tokenizer
+    tokenizer = SimpleNamespace(
+        pad_token=None, bos_token=own.bos_token, convert_ids_to_tokens=own.convert_ids_to_tokens
     )
+    padless = SimpleNamespace(tokenizer=tokenizer, image_token="<image>")
     monkeypatch.setitem(vars(model), "processor", padless)
     with pytest.raises(UnsupportedError, match=r"no padding token, .* or set model\.processor"):
         model.answer(PICTURES, QUESTIONS)

@@ -23,7 +23,7 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.families import FAMILIES
-from tokenprune_adapters.hf.processor import load_processor
+from tokenprune_adapters.hf.processor import check_image_tokens, load_processor
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -123,7 +123,8 @@ class VisionLanguageModel:
 
         Raises:
             InputError: not an image; an empty prompt; a number of placeholders or prompts that differs from the number
-                of images; a prompt longer than the model's context.
+                of images; a prompt with image tokens, which the processor writes itself, or that the chat template
+                leaves out; a prompt longer than the model's context.
             UnsupportedError: several prompts, and a tokenizer without a padding token.
         """
         rows = [self._row(*row) for row in _rows(image, prompt)]
@@ -144,13 +145,7 @@ class VisionLanguageModel:
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
-        bare = (ids != self.model.config.image_token_id).all(1).nonzero().flatten().tolist()
-        if bare:
-            raise InputError(
-                f"prompt {bare[0]} has no image tokens: {type(processor).__name__} does not know "
-                f"{self._placeholder()}, or images of {_sizes(images[bare[0]])} pixels are too small for it; leave it "
-                "out, or enlarge them"
-            )
+        check_image_tokens(made, self.model.config, processor, [_sizes(some) for some in images], self._placeholder())
         # with axes of time, height and width an image has fewer positions than tokens
         if any(len((rope or {}).get("mrope_section") or ()) == 3 for rope in rotary_parameters(config)):
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))

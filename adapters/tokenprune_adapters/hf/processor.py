@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoProcessor, Gemma3Processor, Idefics3Processor, ProcessorMixin, ShieldGemma2Processor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
-from tokenprune.errors import CheckpointError
+from tokenprune.errors import CheckpointError, InputError
 
 VIDEO = "video_processor"
 
@@ -51,6 +52,36 @@ def load_processor(source: str, config: Any, revision: str | None = None) -> Any
                 "the preprocessor_config.json that belongs to the model"
             )
     return found
+
+
+def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[str], placeholder: str) -> None:
+    """Refuse images of which no image tokens were made.
+
+    Args:
+        made: the model's inputs.
+        config: the model's configuration.
+        processor: the processor that made them.
+        sizes: sizes of each prompt's images, for messages.
+        placeholder: what stands for an image in a prompt.
+
+    Raises:
+        InputError: the processor does not know the placeholder, or an image is too small for a token.
+    """
+    kind = type(processor).__name__
+    bare = (made["input_ids"] != config.image_token_id).all(1).nonzero().flatten().tolist()
+    if bare:
+        raise InputError(
+            f"prompt {bare[0]} has no image tokens: {kind} does not know {placeholder}, or images of {sizes[bare[0]]} "
+            "pixels are too small for it; leave it out, or enlarge them"
+        )
+    merged, shapes = getattr(config, "spatial_merge_size", None), made.get("image_sizes")
+    if merged and shapes is not None:  # LightOnOCR, whose images may have any size
+        side = merged * config.vision_config.patch_size
+        if int(torch.as_tensor(shapes).min()) < side:
+            raise InputError(
+                f"{kind} made images of {', '.join(sizes)} pixels into ones with a side of less than {side}, which "
+                "have no image tokens; enlarge them"
+            )
 
 
 def _load(source: str, config: Any, revision: str | None) -> Any:

@@ -75,6 +75,12 @@ def test_prompts_that_the_processor_does_not_expand(tmp_path: Path, name: str, p
         tp.load(write_vlm(tmp_path / name, name)).answer(picture(), prompt)
 
 
+def test_an_image_that_is_too_small_for_a_token_beside_another(tmp_path: Path) -> None:
+    model = tp.load(write_vlm(tmp_path / "lighton_ocr", "lighton_ocr"))
+    with pytest.raises(InputError, match=r"of 64×48, 4×4 pixels into ones with a side of less than 8"):
+        model.answer([picture(), picture().resize((4, 4))], QUESTION)
+
+
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ ENCODER_DECODER = "an encoder-decoder, whose encoder takes the image; only decod
 CROSS_ATTENTION = "its text layers read the image by cross-attention, so that no image tokens are in the sequence"
 NO_ROTARY = "its decoder has no rotary embedding (positions are added to the embeddings), which pruning requires"
 OTHER_NAMES = "its decoder's parts have other names than layers, rotary_emb and norm, by which it is found"
+INDEXED = "its checkpoints have layers of type minimax_m3_sparse, which choose blocks of keys by places in the sequence"
 
 REASONS: dict[str, str] = {
     "blip": CROSS_ATTENTION,
@@ -34,6 +35,7 @@ REASONS: dict[str, str] = {
     "kosmos-2": NO_ROTARY,
     "kosmos-2.5": NO_ROTARY,
     "lfm2_vl": "its decoder has layers of type conv, not only self-attention over the sequence",
+    "minimax_m3_vl": INDEXED,
     "mistral4": "its class in transformers is a language model without images; image_tokens= marks tokens by hand",
     "vision-encoder-decoder": ENCODER_DECODER,
     "pi0": "a robot policy, whose action expert attends to a second decoder",

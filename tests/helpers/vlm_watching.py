@@ -28,7 +28,8 @@ PACKED = ("qwen", "glm", "cosmos", "cohere_compass")  # of any size; in one sequ
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder")
-ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1, "kimi_k25": 2}  # patches of a token each way; of any size
+# of any size, in row-major order; patches of a token each way
+ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1, "kimi_k25": 2, "molmo2": 1}
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3")  # 4 tokens a crop
 
 
@@ -148,7 +149,15 @@ def encoded(model, inputs, mode=torch.no_grad):
             given = [inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs]
             out = base.get_video_features(*given)
         else:
-            names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
+            names = (
+                "pixel_values",
+                "image_token_pooling",
+                "image_grids",
+                "image_grid_thw",
+                "image_sizes",
+                "pixel_attention_mask",
+                "batch_num_images",
+            )
             out = base.get_image_features(**{k: inputs[k] for k in names if k in inputs})
     parts = out.deepstack_features[0][1] if out.pooler_output is None else out.pooler_output
     if hasattr(base, "apply_pooling") and "pixel_values_videos" in inputs and parts.shape[1] % 4 == 0:
@@ -267,6 +276,11 @@ def patch_places(name, inputs):
     side = 6 if name in NINES else crop // PATCH or 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if name == "molmo2":  # the whole picture, then its tiles
+        tiles = [
+            torch.cartesian_prod(torch.arange(r // 2), torch.arange(c // 2)) for _, _, r, c in inputs["image_grids"]
+        ]
+        return torch.cat([part for one in tiles for part in (inside, *(inside + 4 * place for place in one))])
     if name in ROWS:
         sizes = _sizes(inputs)
         return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes])
@@ -286,7 +300,9 @@ def patch_places(name, inputs):
 
 
 def _sizes(inputs):
-    """Rows and columns of the patches of each image, in families of `ROWS`."""
+    """Rows and columns of the patches (Molmo 2: of the tokens) of each image, in families of `ROWS`."""
+    if "image_grids" in inputs:
+        return inputs["image_grids"].view(-1, 2).tolist()
     if "image_grid_thw" in inputs:
         return inputs["image_grid_thw"][:, 1:].tolist()
     return [(height // PATCH, width // PATCH) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]

@@ -9,6 +9,7 @@ from tokenprune_adapters.hf.packed_rows import Grouped, PackedRows, Unfolded
 from tokenprune_adapters.hf.token_layouts import (
     Arrangement,
     Frames,
+    Indexed,
     Merged,
     NormedPool,
     Queried,
@@ -44,6 +45,7 @@ class Family:
 NO_VIDEOS = "images only, videos are refused"
 NO_TOWER = "strategies that read the vision tower are refused"
 AUDIO = "audio tokens count as text"
+PRE_NORM = "checkpoints with norms after attention (Molmo2-O), or scaled rotary embeddings in some layers, are refused"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 
 
@@ -95,6 +97,7 @@ FAMILIES: dict[str, Family] = {
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "granite4_vision": Family("Granite 4 Vision", Queried),
     "kimi_k25": Family("Kimi K2.5", Grouped, limits=(NO_VIDEOS, NOT_LOADED)),
+    "molmo2": Family("Molmo 2", Indexed, limits=(NO_VIDEOS, PRE_NORM, NOT_LOADED)),
     "step3p7": _unread("Step 3.7", CropsFirst),
     "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged, limits=(NOT_LOADED,)),
 }

@@ -243,6 +243,7 @@ FAMILIES: dict[str, Family] = {
             finish=modalities,
         ),
         Family("step3p7", further.step3p7, further.see_step3p7),
+        Family("molmo2", further.molmo2, further.see_molmo2, finish=further.one_block),
         Family("llava_pixtral", further.llava_pixtral, further.see_mistral3),
         *(Family(**row) for row in towers.ROWS),
         Family("kimi_k25", kimi_k25, see_kimi),

@@ -184,6 +184,50 @@ def see_step3p7(config: Any, pictures: Pictures) -> AttentionCall:
     return {**seen, "num_local_patches": torch.tensor(counts)}, spans
 
 
+def molmo2() -> Any:
+    tower = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    tower |= {"intermediate_size": 48, "initializer_range": 0.1}
+    return transformers.Molmo2Config(
+        text_config={**TEXT_MODEL, "head_dim": 8, "additional_vocab_size": 0},
+        vision_config={**tower, "num_hidden_layers": 3, "image_size": [CROP, CROP], "patch_size": PATCH},
+        adapter_config={**tower, "vision_feature_layer": [-1, -2], "text_hidden_size": 32},
+        image_patch_id=IMAGE,
+        initializer_range=0.2,
+    )
+
+
+def see_molmo2(config: Any, pictures: Pictures) -> AttentionCall:
+    """The whole picture and tiles of it, 2 x 2 patches for each token; text ends each line of the tiles' tokens."""
+    crops, pooling, grids, spans = [], [], [], []
+    inside = torch.arange(16).view(4, 4)
+    for row in pictures:
+        spans.append([])
+        for picture in row:
+            rows, columns = picture.height // CROP, picture.width // CROP
+            tiles = picture.resize((columns * CROP, rows * CROP))
+            boxes = [
+                (CROP * c, CROP * r, CROP * c + CROP, CROP * r + CROP) for r in range(rows) for c in range(columns)
+            ]
+            first = 16 * len(crops)
+            crops += [_pixels(picture, CROP), *(_pixels(tiles.crop(box), CROP) for box in boxes)]
+            numbers = torch.arange(rows * columns).view(rows, 1, columns, 1)
+            places = (16 * numbers + inside.view(1, 4, 1, 4)).reshape(4 * rows, 4 * columns)
+            for grid in (first + inside, first + 16 + places):
+                blocks = grid.unfold(0, 2, 2).unfold(1, 2, 2)  # [rows, columns, 2, 2]
+                pooling.append(blocks.reshape(-1, 4))
+            grids.append((2, 2, 2 * rows, 2 * columns))
+            line = [*[IMAGE] * (2 * columns), BREAK]
+            spans[-1].append([START, *[IMAGE] * 4, END, START, *line * (2 * rows), END])
+    pixels = torch.stack(crops).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)  # [crops, 3, rows, columns, …]
+    seen = {"pixel_values": pixels.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)}
+    return {**seen, "image_token_pooling": torch.cat(pooling), "image_grids": torch.tensor(grids)}, spans
+
+
+def one_block(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Images, and what frames them, attend to each other both ways."""
+    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] >= IMAGE).int()}
+
+
 def _pixels(picture: Image.Image, side: int) -> torch.Tensor:
     pixels: torch.Tensor = torch.from_numpy(np.array(picture.resize((side, side))) / 127.5 - 1)
     return pixels.float().movedim(2, 0)

@@ -35,7 +35,7 @@ REORDERED = (
 NINES = ("gemma3", "shieldgemma2", "aya_vision", "cohere2_vision", "ovis2")  # 9 tokens a crop, of 6 x 6 patches
 SECOND_LAST = ("llava", "vipllava", "llava_next_video", "video_llava")  # layer of the tower
 TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
-ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1}  # patches of a token each way; of any size
+ROWS = {"mistral3": 2, "lighton_ocr": 2, "llava_pixtral": 1, "molmo2": 1}  # patches of a token each way; of any size
 QUARTERS = ("internvl", "qianfan_ocr", "smolvlm", "idefics3", "granite_docling")  # 4 tokens a crop
 
 
@@ -167,7 +167,7 @@ def encoded(model, inputs, mode=torch.no_grad):
             out = base.get_video_features(*given)
         else:
             names = "pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images"
-            known = (*names, "image_merge_sizes", "high_res_pixel_values")
+            known = (*names, "image_merge_sizes", "high_res_pixel_values", "image_token_pooling", "image_grids")
             out = base.get_image_features(**{k: inputs[k] for k in known if k in inputs})
     parts = out.deepstack_features[0][1] if out.pooler_output is None else out.pooler_output
     if hasattr(base, "apply_pooling") and has_videos(inputs) and parts.shape[1] % 4 == 0:
@@ -302,9 +302,13 @@ def patch_places(name, inputs):
     side = 6 if name in NINES else crop // PATCH or 4
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     pixels = inputs.get("pixel_values_videos", inputs.get("pixel_values"))
+    if name == "molmo2":  # the whole picture, then its tiles
+        tiles = [
+            torch.cartesian_prod(torch.arange(r // 2), torch.arange(c // 2)) for _, _, r, c in inputs["image_grids"]
+        ]
+        return torch.cat([part for one in tiles for part in (inside, *(inside + 4 * place for place in one))])
     if name in ROWS:
-        sizes = torch.as_tensor(inputs["image_sizes"]) // PATCH
-        return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in sizes.tolist()])
+        return torch.cat([torch.cartesian_prod(*map(torch.arange, size)) for size in _sizes(inputs)])
     if name not in SEPARATED or has_videos(inputs):
         lead = {"smolvlm": 2, "idefics3": 2, "granite_docling": 2}.get(name, 2 if has_videos(inputs) else 1)
         used = pixels.flatten(0, lead - 1).flatten(1).any(1)
@@ -320,6 +324,13 @@ def patch_places(name, inputs):
     return torch.cat(places)
 
 
+def _sizes(inputs):
+    """Rows and columns of the patches (Molmo 2: of the tokens) of each image, in families of `ROWS`."""
+    if "image_grids" in inputs:
+        return inputs["image_grids"].view(-1, 2).tolist()
+    return [(height // PATCH, width // PATCH) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
+
+
 def expected_cells(name, inputs, separator):
     """Per row, (image number, row, column) of every image token in order, from geometry alone.
 
@@ -333,7 +344,7 @@ def expected_cells(name, inputs, separator):
     grids = [] if grids is None else [(t // 2 if pairs else t, h // m, w // m) for t, h, w in grids.tolist()]
     frames = iter([size for t, *size in grids for _ in range(t)])
     if name in ROWS:
-        frames = iter((torch.as_tensor(inputs["image_sizes"]) // (ROWS[name] * PATCH)).tolist())
+        frames = iter([(rows // ROWS[name], columns // ROWS[name]) for rows, columns in _sizes(inputs)])
     batch = []
     for row, marks in enumerate(placeholders):
         cells, number = [], 0

@@ -68,6 +68,7 @@ class BoundTransformersModel(BoundModel):
         base = uncompiled(model.base_model)
         self.model, self.base, self.family, self.name = model, base, family, type(base).__name__
         self.decoder = base if hasattr(base, "layers") else self._part(base, DECODERS)
+        self._check_layers()
         config = base.config
         cuts = family.cuts or getattr(config, "vision_feature_select_strategy", "full") == "default"
         self.cut, self.has_cls, self.tower_layers = int(cuts), False, 0
@@ -85,7 +86,18 @@ class BoundTransformersModel(BoundModel):
             getattr(config, f"{modality}_token_id", None) or getattr(config, f"{modality}_token_index", None)
             for modality in METHODS
         )
-        self.token_ids: dict[str, Any] = {"image": image, "video": image if family.one_token else video}
+        own = None if video == image else video
+        self.token_ids: dict[str, Any] = {"image": image, "video": image if family.one_token else own}
+
+    def _check_layers(self) -> None:
+        """Raise UnsupportedError for layers whose attention would be read, or renumbered, wrongly."""
+        config = self.decoder.config
+        scalings = {*getattr(self.decoder, "rope_types", ())}
+        if getattr(config, "norm_after", False) or len(scalings) > 1:
+            raise UnsupportedError(
+                f"{self.name}: its decoder has norms after attention (norm_after), or rotary embeddings that are "
+                "scaled in some layers only (rope_scaling_layers); choose a checkpoint without these"
+            )
 
     def _part(self, inside: Any, paths: Sequence[str]) -> Any:
         """The submodule under the first of several paths that exists. Raises UnsupportedError if none does."""

@@ -22,6 +22,7 @@ from tokenprune_adapters.hf.token_layouts import (
     Arrangement,
     ClsFrames,
     Frames,
+    Indexed,
     NormedPool,
     Queried,
     Shuffled,
@@ -78,6 +79,7 @@ ROWS_DIFFER = (
     "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone"
 )
 NO_PER_LAYER = "models with per-layer embeddings or shared keys (E2B, E4B) are refused"
+PRE_NORM = "checkpoints with norms after attention (Molmo2-O), or scaled rotary embeddings in some layers, are refused"
 NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
 PAGES = (  # as its processor writes them for a prompt of its own
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
@@ -165,6 +167,7 @@ FAMILIES: dict[str, Family] = {
     "gemma4": Family("Gemma 4", PooledPlaces, PooledPlaces, limits=(NO_TOWER, AUDIO, NO_PER_LAYER, NOT_LOADED)),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
     "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, NOT_LOADED)),
+    "molmo2": Family("Molmo 2", Indexed, limits=(NO_VIDEOS, PRE_NORM, NOT_LOADED)),
     "step3p7": _unread("Step 3.7", CropsFirst, NOT_LOADED),
     "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged, limits=(NOT_LOADED,)),
 }

@@ -20,6 +20,7 @@ OTHER_NAMES = "its decoder's parts have other names than layers, rotary_emb and 
 DIFFUSION = "it decodes blocks by diffusion with a second decoder, not token by token"
 PROTEINS = "it takes proteins, not images"
 TWO_DECODERS = "a robot policy, whose action expert is a second decoder"
+INDEXED = "its checkpoints have layers of type minimax_m3_sparse, which choose blocks of keys by places in the sequence"
 
 REASONS: dict[str, str] = {
     "blip": CROSS_ATTENTION,
@@ -33,6 +34,7 @@ REASONS: dict[str, str] = {
     "instructblipvideo": NO_ROTARY,
     "kosmos-2": NO_ROTARY,
     "kosmos-2.5": NO_ROTARY,
+    "minimax_m3_vl": INDEXED,
     "mistral4": "its class in transformers is a language model without images; image_tokens= marks tokens by hand",
     "vision-encoder-decoder": ENCODER_DECODER,
     "pi0": TWO_DECODERS,

@@ -208,6 +208,25 @@ class Queried(Tiled):
         return super().pool([shrunk.flatten(2).transpose(1, 2)], tokens)
 
 
+class Indexed(Arrangement):
+    """Molmo 2: the inputs tell the patches of each token, of the whole image first, then of its tiles put together."""
+
+    projects: ClassVar[bool] = False
+
+    def cells(self, tokens: int, crops: int) -> Cells:
+        """The whole image and the joined tiles count as two images."""
+        return Cells.joined([Cells.lines(*size) for size in self.inputs["image_grids"].view(-1, 2).tolist()])
+
+    def pool(self, values: Sequence[Tensor], tokens: int) -> Tensor:
+        """Mean over the patches of a token, −1 for none."""
+        patches = torch.cat([value.flatten(0, 1) for value in values])
+        index = self.inputs["image_token_pooling"].to(patches.device)
+        exists = index >= 0
+        sums = (patches[index.clamp(min=0)] * exists[..., None]).sum(1)
+        means: Tensor = (sums / exists.sum(1, keepdim=True).clamp(min=1))[exists.any(1)]
+        return means
+
+
 class Frames(Arrangement):
     """LLaVA-OneVision's videos: frames are shrunk by the model's own pooling, and a separator ends each video."""
 

@@ -186,3 +186,15 @@ def test_reads_that_appear_only_at_a_real_shape_are_named():
 
     with torch.no_grad(), fails(PluginError, "TowerFeatures", "declare"), tokenprune.prune(model_of("llava"), Late()):
         model_of("llava")(**inputs_of("llava"))
+
+
+@pytest.mark.parametrize("option", [{"norm_after": True}, {"rope_scaling_layers": [0, 1]}], ids=str)
+def test_layers_that_would_be_read_or_renumbered_wrongly_are_refused(option):
+    """Of Molmo 2: norms after attention, and two kinds of rotary embeddings."""
+    FAMILIES["molmo2"].build()  # skips where an older release has none
+    config = FAMILIES["molmo2"].config()
+    for name, value in option.items():
+        setattr(config.text_config, name, value)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with fails(UnsupportedError, "Molmo2Model", *option), tokenprune.prune(model, Half()):
+        pass

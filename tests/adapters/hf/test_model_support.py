@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import tokenprune as tp
 from tokenprune.cli.app import main
-from tokenprune.engine.decoder import find_decoder
+from tokenprune.engine.decoder import find_decoder, other_layers
 from tokenprune.errors import UnsupportedError
 from tokenprune.loading.model_support import STATUSES, supported_models
 from tokenprune_adapters.hf import FAMILIES
@@ -101,6 +101,18 @@ def test_decoders_without_a_rotary_embedding_or_with_other_names_are_not_found(k
 def test_text_layers_with_cross_attention_have_it(kind: str) -> None:
     names = {part for name, _ in default_model(kind).named_modules() for part in name.split(".")}
     assert names & {"crossattention", "cross_attn"}
+
+
+@pytest.mark.skipif("minimax_m3_vl" not in MAPPING, reason="an older release of transformers")
+def test_layers_with_an_indexer_are_told_by_a_checkpoints_configuration() -> None:
+    sparse = {"sparse_attention_config": {"sparse_attention_freq": [0, 1]}, "num_hidden_layers": 2}
+    config = CONFIG_MAPPING["minimax_m3_vl"](text_config=sparse)
+    assert other_layers(config.get_text_config(decoder=True)) == ["minimax_m3_sparse"]
+    with torch.device("meta"):
+        model = getattr(transformers, MAPPING["minimax_m3_vl"])(config)
+    with pytest.raises(UnsupportedError, match="has layers of type minimax_m3_sparse"):
+        find_decoder(model)
+    assert any("indexer" in name for name, _ in model.named_modules())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tiny configurations and inputs of vision-language models whose towers are no plain stacks of layers on patches."""
+"""Tiny configurations and inputs of models with visual vocabularies, queries, or towers of kinds of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from vlm_configs import ALTERNATING, CROP, END, IMAGE, PATCH, QWEN_TOWER, START, TEXT, TEXT_MODEL, TOWER, VIDEO
+from vlm_configs import ALTERNATING, CROP, IMAGE, PATCH, QWEN_TOWER, TEXT_MODEL, TOWER, VIDEO
+from vlm_gemma4 import gemma4, gemma4_unified, see_gemma4, watch_gemma4
 from vlm_inputs import AttentionCall, Pictures, fixed, modalities, plain, see_qwen, spans_of, watch_qwen, wrapped
 from vlm_more_configs import HIDDEN, WINDOWS
 
@@ -17,7 +18,7 @@ END_OF_LINE = 111
 VQ: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1, 1], "num_res_blocks": 1}
 
 
-def chameleon(**more: Any) -> Any:
+def chameleon() -> Any:
     """A word for each 4 x 4 pixels."""
     letters = [str(code).translate(str.maketrans("0123456789", "ABCDEFGHIJ")) for code in range(len(CODES))]
     return transformers.ChameleonConfig(
@@ -31,7 +32,6 @@ def chameleon(**more: Any) -> Any:
             "initializer_range": 0.2,
         },
         vocabulary_map={"<image>": IMAGE, **{f"IMGIMG{name}Z": id for name, id in zip(letters, CODES, strict=True)}},
-        **more,
     )
 
 
@@ -58,98 +58,6 @@ def see_emu3(config: Any, pictures: Pictures) -> AttentionCall:
     pixels = torch.stack([torch.tensor(np.asarray(picture)) for picture in flat])
     seen = {"pixel_values": pixels.permute(0, 3, 1, 2) / 127.5 - 1, "image_sizes": torch.tensor([[16, 24]] * len(flat))}
     return seen, spans_of(pictures, [4 * (6 + 1)] * len(flat), wrapped)
-
-
-def gemma4_unified() -> Any:
-    """Pictures of patches of 8 x 8 pixels; heads of full layers are wider than those of sliding ones."""
-    return transformers.Gemma4UnifiedConfig(
-        text_config={
-            **TEXT_MODEL,
-            "head_dim": 8,
-            "global_head_dim": 16,
-            "layer_types": ALTERNATING,
-            "sliding_window": 12,
-        },
-        vision_config={
-            "patch_size": PATCH,
-            "pooling_kernel_size": 2,
-            "mm_embed_dim": 32,
-            "mm_posemb_size": 16,
-            "output_proj_dims": 32,
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=120,
-        boi_token_id=START,
-        eoi_token_id=END,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-
-
-def gemma4() -> Any:
-    """Tokens of 2 x 2 patches, without per-layer embeddings."""
-    text = {**gemma4_unified().text_config.to_dict(), "hidden_size_per_layer_input": 0}
-    del text["model_type"]
-    return transformers.Gemma4Config(
-        text_config=text,
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "head_dim": 8,
-            "pooling_kernel_size": 2,
-            "patch_size": PATCH,
-            "position_embedding_size": 32,
-            "initializer_range": 0.2,
-        },
-        audio_config=None,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        audio_token_id=120,
-        boi_token_id=START,
-        eoi_token_id=END,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-
-
-def _patches(pictures: list[Tensor], side: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Patches of pictures [3, height, width], their columns and rows (-1 for padding), and tokens of 8 x 8 pixels."""
-    patches, places = [], []
-    for picture in pictures:
-        rows, columns = picture.shape[1] // side, picture.shape[2] // side
-        cut = picture.view(3, rows, side, columns, side).permute(1, 3, 2, 4, 0)
-        patches.append(cut.reshape(rows * columns, -1))
-        places.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1))
-    pad = torch.nn.utils.rnn.pad_sequence
-    counts = [len(one) * side**2 // 64 for one in patches]
-    return pad(patches, True), pad(places, True, -1), counts
-
-
-def _side(config: Any) -> int:
-    """Of a patch; Gemma 4 unified is given merged ones."""
-    return 8 if config.model_type == "gemma4_unified" else PATCH
-
-
-def see_gemma4(config: Any, pictures: Pictures) -> AttentionCall:
-    flat = [torch.tensor(np.asarray(one)).permute(2, 0, 1) / 255 for row in pictures for one in row]
-    whole = [one[:, : one.shape[1] // 8 * 8, : one.shape[2] // 8 * 8] for one in flat]
-    patches, places, counts = _patches(whole, _side(config))
-    return {"pixel_values": patches, "image_position_ids": places}, spans_of(pictures, counts, wrapped)
-
-
-def watch_gemma4(config: Any, videos: list[tuple[int, int, int]], draw: torch.Generator) -> AttentionCall:
-    """The time is written before every frame."""
-    frames = [torch.rand(3, height, width, generator=draw) for t, height, width in videos for _ in range(t)]
-    patches, places, counts = _patches(frames, _side(config))
-    left, spans = iter(counts), []
-    for t, *_ in videos:
-        spans.append([[token for _ in range(t) for token in (TEXT.start, START, *[VIDEO] * next(left), END)]])
-    lengths = torch.tensor([t for t, *_ in videos])
-    return {"pixel_values_videos": patches, "video_position_ids": places, "num_frames_per_video": lengths}, spans
 
 
 def deepseek_ocr2() -> Any:

@@ -153,7 +153,7 @@ def test_models_of_two_decoders_have_two(kind: str) -> None:
     model = default_model(kind)
     with pytest.raises(UnsupportedError, match=r"expected exactly one decoder .*, found \w+, \w+"):
         find_decoder(model)
-    assert isinstance(model, transformers.GenerationMixin) is False
+    assert not isinstance(model, transformers.GenerationMixin)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in INSTALLED if REASONS[kind] == PROTEINS])

@@ -86,6 +86,16 @@ def test_what_was_cut_is_not_kept_past_its_stage(inputs: LayerInputs, over: str)
     assert all(tensor() is None for tensor in cut)
 
 
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_a_layer_that_does_not_rotate_is_given_no_tables(inputs: LayerInputs, positions: str) -> None:
+    if positions == "renumber":
+        inputs.renumber(torch.ones(2, dtype=torch.bool), PRESENT)
+    kwargs: dict[str, Any] = {**given(0), "position_embeddings": None}
+    inputs.shorten(0, kwargs, HIDDEN, GatheredSequence.of(PRESENT))
+    assert kwargs["position_embeddings"] is None
+    assert kwargs["position_ids"].tolist() == (KEPT.tolist() if positions == "keep" else [[0, 1, 2, 3]] * 2)
+
+
 def test_tables_of_another_form_are_refused(inputs: LayerInputs) -> None:
     for tables in (
         torch.zeros(1, 6, 8),

@@ -85,11 +85,14 @@ class LayerInputs:
         Raises:
             UnsupportedError: a mask or position embeddings of an unsupported kind.
         """
-        mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
+        attends = self.decoder.attends[layer]
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        # decoders with tables for each type of layer have none for layers that do not attend
+        tables = tables_of(kwargs) if attends or kwargs.get("position_embeddings") is not None else ()
         if frame is not self._frame:  # a new stage
             self._frame, self._cuts = frame, SharedArguments()
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids)
-        attends = self.decoder.attends[layer]  # layers of both kinds may have no mask
+        # layers of both kinds may have no mask
         kwargs.update(self._cuts.once((attends, mask, ids, *tables), make))
 
     def first_tables(self, tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:

@@ -15,14 +15,12 @@ from tokenprune.errors import UnsupportedError
 
 
 def tables_of(kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Rotary tables among a layer's keyword arguments: cos and sin, or one complex table; none where they are None.
+    """Rotary tables among a layer's keyword arguments: cos and sin, or one complex table.
 
     Raises:
         UnsupportedError: the layer has none.
     """
-    tables = kwargs.get("position_embeddings", ())
-    if tables is None:  # for a layer that does not attend, in decoders with tables for each type of layer
-        return ()
+    tables = kwargs.get("position_embeddings")
     if isinstance(tables, Tensor) and tables.is_complex():
         return (tables,)
     if (

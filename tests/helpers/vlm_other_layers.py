@@ -165,7 +165,8 @@ def see_lfm2_vl(config: Any, pictures: Pictures) -> AttentionCall:
 def see_minicpm(config: Any, pictures: Pictures) -> AttentionCall:
     """All patches of the batch beside one another, as one picture of the height of a patch."""
     merge = 4 if config.downsample_mode == "16x" else 2
-    sizes, patches = _patches(pictures, merge * PATCH)
+    larger = [[one.resize((one.width * merge // 2, one.height * merge // 2)) for one in row] for row in pictures]
+    sizes, patches = _patches(larger, merge * PATCH)
     packed = torch.cat(patches).unflatten(1, (3, PATCH, PATCH)).permute(1, 2, 0, 3).flatten(2)
     seen = {"pixel_values": packed[None], "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
     return seen, _wrapped(pictures, [rows * columns // merge**2 for rows, columns in sizes])

@@ -18,6 +18,8 @@ from transformers import (
     DynamicCache,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Lfm3Config,
+    Lfm3ForCausalLM,
     LlamaConfig,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
@@ -267,6 +269,22 @@ def test_no_read_of_its_attention_passes(layer, read):
     strategy = Reading(Stage("read", layer, reads=read))
     with pytest.raises(IncompatibleError, match=told), prune(model, strategy, image_tokens=IMAGE):
         pytest.fail("the context was opened")
+
+
+def test_layers_without_rotary_tables_cannot_be_asked_for_them():
+    layers = ["full_attention", "conv", "sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    model = Lfm3ForCausalLM(Lfm3Config(**SIZES, head_dim=8, layer_types=layers, sliding_window=6)).eval()
+    told = (
+        "layer 1 takes no rotary tables, so that RotaryTables cannot be read of it; let the stage begin at a layer that"
+    )
+    strategy = Reading(Stage("tables", 1, reads=RotaryTables()))
+    with prune(model, strategy, image_tokens=IMAGE), pytest.raises(UnsupportedError, match=told):
+        model(IDS)
+    strategy = Reading(Stage("tables", 2, reads=RotaryTables()))
+    with prune(model, strategy, image_tokens=IMAGE):
+        model(IDS)
+    assert strategy.seen["tables"][0].shape == (2, 6, 1, 2, 8)
 
 
 def test_stages_that_depend_on_the_prompt_are_checked_when_it_is_known():

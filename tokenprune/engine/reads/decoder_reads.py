@@ -162,12 +162,12 @@ class DecoderReads:
         inputs: LayerInputs,
     ) -> Tensor:
         """The answer of the stage's first layer, computed ahead of it on the states that enter it."""
-        now = tables_of(given.kwargs)
-        if not now:
+        if given.kwargs.get("position_embeddings") is None and not self._decoder.attends[given.layer]:
             raise UnsupportedError(
                 f"layer {given.layer} takes no rotary tables, so that {type(read).__name__} cannot be read of it; let "
                 "the stage begin at a layer that attends to the sequence"
             )
+        now = tables_of(given.kwargs)
         if isinstance(read, RotaryTables):
             apart = inputs.tables_by_axis(given.layer, tables_of(given.whole), given.hidden, layout.valid)
             if apart is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from default_selection import is_left_to_slow
 
 pytest.register_assert_rewrite("segmentation_golden")
 
@@ -68,8 +69,10 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `golden` what uses the fixture, directly or through another one."""
+    """Mark as `golden` what uses the fixture, directly or through another one, and as `slow` what is left to it."""
     for item in items:
+        if is_left_to_slow(item):
+            item.add_marker(pytest.mark.slow)
         if "golden" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.golden)
 

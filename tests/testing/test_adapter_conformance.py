@@ -48,7 +48,7 @@ class TestFamilies(Family):
         self.family = vlm_families.FAMILIES[family]
 
     def test_image_tokens_and_cells_fit_together(self):
-        if self.family.name in ("idefics2", "aria"):
+        if self.family.name in ("idefics2", "aria", "deepseek_ocr2"):
             pytest.skip(f"the image tokens of {self.family.name} are learned queries, which have no cells")
         super().test_image_tokens_and_cells_fit_together()
 

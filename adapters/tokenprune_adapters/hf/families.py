@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenprune_adapters.hf.family_layouts import Paired, Words
-from tokenprune_adapters.hf.packed_layouts import (
+from tokenprune_adapters.hf.arrangements.others import Paired, Words
+from tokenprune_adapters.hf.arrangements.packed import (
     Bordered,
     Merged,
     MergedBehind,
@@ -17,8 +17,8 @@ from tokenprune_adapters.hf.packed_layouts import (
     Windowed,
     WindowedInTower,
 )
-from tokenprune_adapters.hf.packed_rows import PackedRows, Unfolded
-from tokenprune_adapters.hf.token_layouts import (
+from tokenprune_adapters.hf.arrangements.rows import PackedRows, Unfolded
+from tokenprune_adapters.hf.arrangements.square_crops import (
     Arrangement,
     ClsFrames,
     Frames,
@@ -29,7 +29,7 @@ from tokenprune_adapters.hf.token_layouts import (
     Squares,
     Tiled,
 )
-from tokenprune_adapters.hf.unread_towers import (
+from tokenprune_adapters.hf.arrangements.unread import (
     CropsFirst,
     EndedLines,
     Placed,

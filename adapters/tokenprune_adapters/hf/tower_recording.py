@@ -27,10 +27,10 @@ from tokenprune.engine.calls.interception import shadowed
 from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.errors import UnsupportedError
 from tokenprune_adapters.clip import tower_reads
+from tokenprune_adapters.hf.arrangements.grid_cells import Cells
+from tokenprune_adapters.hf.arrangements.unread import Unread
 from tokenprune_adapters.hf.crops import CropStates
-from tokenprune_adapters.hf.grid_cells import Cells
 from tokenprune_adapters.hf.tower_states import MeanStates
-from tokenprune_adapters.hf.unread_towers import Unread
 
 if TYPE_CHECKING:
     from tokenprune_adapters.hf.bound_model import BoundTransformersModel

@@ -18,7 +18,7 @@ from tokenprune.engine.calls.call_stack import EarlierCalls
 from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.prompt_masks import PromptMasks
 from tokenprune.errors import InputError, PluginError, UnsupportedError
-from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.arrangements.grid_cells import Cells
 from tokenprune_adapters.hf.tower_recording import Encoded, TowerRecording
 
 if TYPE_CHECKING:

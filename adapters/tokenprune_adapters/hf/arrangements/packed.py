@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune_adapters.hf.grid_cells import Cells
-from tokenprune_adapters.hf.token_layouts import Arrangement
+from tokenprune_adapters.hf.arrangements.grid_cells import Cells
+from tokenprune_adapters.hf.arrangements.square_crops import Arrangement
 
 
 class Merged(Arrangement):

@@ -1,4 +1,4 @@
-"""How patches of a vision tower become image tokens, in the models of transformers."""
+"""How patches become image tokens in models of transformers whose tower takes crops of one size, or one at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tokenprune.engine.calls.interception import shadowed
-from tokenprune_adapters.hf.grid_cells import Cells
+from tokenprune_adapters.hf.arrangements.grid_cells import Cells
 
 
 class Arrangement:
@@ -29,7 +29,7 @@ class Arrangement:
     """
 
     reads_tower: ClassVar[bool] = True
-    """Whether values of the tower's patches can be mapped to image tokens; see `unread_towers`."""
+    """Whether values of the tower's patches can be mapped to image tokens; see `unread`."""
     projects: ClassVar[bool] = True
     """Whether the projector works token by token."""
 

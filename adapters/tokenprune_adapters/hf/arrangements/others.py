@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenprune_adapters.hf.token_layouts import Arrangement
+from tokenprune_adapters.hf.arrangements.square_crops import Arrangement
 
 
 class Paired(Arrangement):

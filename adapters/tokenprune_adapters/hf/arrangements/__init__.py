@@ -1,0 +1,1 @@
+"""How patches of a vision tower become image tokens, in the models of transformers."""

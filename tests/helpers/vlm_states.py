@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from vlm_watching import WITH_CLS, blocks_of, encoded, model_of
+from vlm_known import WITH_CLS, model_of
+from vlm_watching import blocks_of, encoded
 
 
 def states_of(name, inputs):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from vlm_cases import LAYERS, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
 from vlm_families import FAMILIES, READABLE, generates_otherwise
+from vlm_known import MROPE
 from vlm_oracle import oracle
-from vlm_watching import MROPE
 
 import tokenprune
 from tokenprune.core.decisions import Keep

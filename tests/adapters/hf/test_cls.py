@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from vlm_families import FAMILIES
-from vlm_watching import WITH_CLS, Reader, attention_of, blocks_of, inputs_of, model_of, read, tower_of
+from vlm_known import WITH_CLS, model_of
+from vlm_watching import Reader, attention_of, blocks_of, inputs_of, read, tower_of
 
 from tokenprune.core.reads import (
     ClsFeatures,

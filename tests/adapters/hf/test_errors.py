@@ -12,8 +12,9 @@ import torch
 import transformers
 from vlm_configs import IMAGE, TEXT, TEXT_MODEL
 from vlm_families import FAMILIES, READABLE
+from vlm_known import MROPE, TOWERS, WITH_VIDEO, model_of
 from vlm_video_configs import hunyuan_vl
-from vlm_watching import MROPE, TOWERS, WITH_VIDEO, Half, Reader, inputs_of, mixed, model_of, read
+from vlm_watching import Half, Reader, inputs_of, mixed, read
 
 import tokenprune
 from tokenprune.core.decisions import Keep

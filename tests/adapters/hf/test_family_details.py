@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from vlm_families import FAMILIES
+from vlm_known import model_of
 from vlm_states import states_of
-from vlm_watching import Reader, inputs_of, model_of, read
+from vlm_watching import Reader, inputs_of, read
 
 from tokenprune.core.reads import (
     Embeddings,

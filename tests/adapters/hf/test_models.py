@@ -6,20 +6,8 @@ import pytest
 import torch
 from vlm_configs import IMAGE, TEXT
 from vlm_families import FAMILIES, READABLE
-from vlm_watching import (
-    CASES,
-    RUNS,
-    Half,
-    Reader,
-    blocks_of,
-    expected_cells,
-    inputs_of,
-    is_packed,
-    model_of,
-    projector_of,
-    read,
-    separators,
-)
+from vlm_known import CASES, RUNS, expected_cells, is_packed, model_of
+from vlm_watching import Half, Reader, blocks_of, inputs_of, projector_of, read, separators
 
 import tokenprune
 from tokenprune.core.reads import AttentionFrom

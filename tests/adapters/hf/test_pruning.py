@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlm_cases import LAYERS, SIZES, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
 from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES, generates_otherwise
+from vlm_known import SEPARATED
 from vlm_oracle import attends, grown, oracle
-from vlm_watching import SEPARATED
 
 import tokenprune
 from tokenprune.core.decisions import Keep

@@ -7,8 +7,7 @@ import torch
 import vlm_families
 from PIL import Image
 from vlm_families import FAMILIES, READABLE, generates_otherwise
-from vlm_states import states_of
-from vlm_watching import (
+from vlm_known import (
     CASES,
     PACKED,
     PROJECTING,
@@ -17,6 +16,11 @@ from vlm_watching import (
     SEPARATED,
     WITH_CLS,
     WITH_VIDEO,
+    model_of,
+    patch_places,
+)
+from vlm_states import states_of
+from vlm_watching import (
     Eager,
     Reader,
     attention_of,
@@ -26,8 +30,6 @@ from vlm_watching import (
     encoded,
     inputs_of,
     mixed,
-    model_of,
-    patch_places,
     projector_of,
     read,
     separators,

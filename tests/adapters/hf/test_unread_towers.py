@@ -11,7 +11,8 @@ from vlm_cases import inputs_of, model_of
 from vlm_configs import IMAGE, TEXT
 from vlm_families import FAMILIES, NAMES, READABLE
 from vlm_inputs import fixed
-from vlm_watching import CASES, Reader, read, separators
+from vlm_known import CASES
+from vlm_watching import Reader, read, separators
 
 import tokenprune
 from tokenprune.core.decisions import Keep

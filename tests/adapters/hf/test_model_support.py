@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +168,13 @@ def test_a_model_of_proteins_takes_no_pixels(kind: str) -> None:
 def test_types_that_nothing_tells_of_are_called_untested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MAPPING, "new_model", "NewModelForConditionalGeneration")
     assert model_support("new_model")[0].reason == UNTESTED
+
+
+def test_the_readme_counts_the_types():
+    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    told = re.search(r"(\d+) of the (\d+) image-text types of `transformers` ([\d.]+), (\d+) of them with limits", text)
+    assert told is not None
+    if not transformers.__version__.startswith(f"{told[3]}."):
+        pytest.skip(f"the README counts those of transformers {told[3]}, not of {transformers.__version__}")
+    status = Counter(one.status for one in model_support())
+    assert [int(told[n]) for n in (1, 2, 4)] == [status.total() - status["refused"], status.total(), status["limited"]]

@@ -267,7 +267,7 @@ class VisionLanguageModel:
         if own or template:
             content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
             turns = [{"role": "user", "content": content}]
-            text = str(self.processor.apply_chat_template(turns, template, add_generation_prompt=True))
+            text = str(self.processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
             if prompt.strip() not in text:
                 raise InputError(
                     f"{self.name}: its chat template has a text of its own in place of the prompt {shown(prompt)}; "

@@ -28,14 +28,16 @@ BY_DEFAULT = (
     "test_every_pair_can_be_read_off_the_page",
 )
 """Tests that families of `ALIKE` run by default too."""
+EAGER = ("llava", "qwen2_vl", "gemma3", "paligemma", "llama4", "qwen3_5", "lfm2_vl", "cohere_compass")
+"""Families that run with eager attention by default too: one of each kind of mask."""
 
 
 def is_left_to_slow(item: pytest.Item) -> bool:
-    """Whether a test is one of shared code on a family of `ALIKE`."""
+    """Whether a test is one of shared code on a family of `ALIKE`, or of eager attention on one beside `EAGER`."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     family = parameters.get("name", parameters.get("family"))
-    if family not in ALIKE or not item.nodeid.startswith(FILES):
+    if family is None or not item.nodeid.startswith(FILES):
         return False
-    if parameters.get("attention") == "eager":
+    if parameters.get("attention") == "eager" and family not in EAGER:
         return True
-    return getattr(item, "originalname", "") not in BY_DEFAULT
+    return family in ALIKE and getattr(item, "originalname", "") not in BY_DEFAULT

@@ -59,7 +59,7 @@ def against_oracle(name, attention, inputs, seed):
 
 @names
 @attentions
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 @given(seed=st.integers(0, 10**6), padding=st.sampled_from(["left", "right"]))
 def test_pruned_equals_the_oracle(name, attention, seed, padding):
     against_oracle(name, attention, inputs_of(name, padding=padding), seed)
@@ -106,7 +106,7 @@ def test_keep_all_generates_the_same_to_the_bit(name, attention):
 
 @names
 @attentions
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 @given(seed=st.integers(0, 10**6), batched=st.booleans())
 def test_cached_decoding_equals_recomputation(name, attention, seed, batched):
     family, model = FAMILIES[name], model_of(name, attention)
@@ -138,7 +138,7 @@ def test_decoding_with_a_static_cache_equals_cached_decoding(name, attention, se
 @RECOMPUTES
 @names
 @attentions
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 @given(seed=st.integers(0, 10**6), batched=st.booleans())
 def test_decoding_without_a_cache_equals_cached_decoding(name, attention, seed, batched):
     """Every step is a prefill of a longer prompt."""

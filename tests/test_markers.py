@@ -39,7 +39,8 @@ def test_is_quick(device):
 
 
 def test_marked_tests_are_counted(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name in ("conftest.py", "helpers/default_selection.py"):
+        shutil.copy(Path(__file__).parent / name, tmp_path)
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow\n    gpu\n    golden\n")
     (tmp_path / "torch.py").write_text(

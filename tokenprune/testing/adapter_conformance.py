@@ -146,6 +146,7 @@ class AdapterConformance:
 
     def test_engine_equals_masked_oracle(self) -> None:
         """Random schedules give the same as the full sequence with masks."""
+        self._skip_without_oracle()
         layout, untouched = self._layout(self._all), self._untouched(self._all)
         seen = False
         for seed in range(self.schedules):
@@ -173,6 +174,7 @@ class AdapterConformance:
         """Tokens decoded on the pruned cache equal those of the whole longer sequence."""
         if not callable(getattr(self._model, "generate", None)):
             pytest.skip("the model has no generate()")
+        self._skip_without_oracle()
         inputs, start = self._all, self._all["input_ids"].shape[1]
         layout = self._layout(inputs)
         script = self._script(layout, 1)
@@ -253,6 +255,11 @@ class AdapterConformance:
         binding = CheckedBoundModel(binding, entry)
         stack = find_decoder(binding.decoder)
         self._binding, self._decoder, self._depth = binding, stack.module, len(stack.layers)
+        self._keeps_states = not all(stack.attends)
+
+    def _skip_without_oracle(self) -> None:
+        if self._keeps_states:
+            pytest.skip("some decoder layers keep a state, from which no mask hides a token")
 
     @torch.no_grad()
     def _untouched(self, inputs: Mapping[str, Any]) -> Tensor:

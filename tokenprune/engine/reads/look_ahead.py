@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokenprune.core.ledger import LookAhead
 from tokenprune.core.scheduling.state import take_rows
+from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.calls.interception import is_compiled_run, shadowed
 from tokenprune.engine.calls.wrappers import uncompiled
 from tokenprune.engine.decoder import Decoder
@@ -187,6 +188,7 @@ def look_ahead(
             if projection is not None:
                 undo.enter_context(shadowed(uncompiled(projection), "forward", wrapper))
         undo.enter_context(scaled_queries(attention, lacking_scale(attention, frame)))
+        undo.enter_context(shadowed(block, checkpointing.FUNCTION, _without_checkpoint))
         with suppress(_AttentionReached):
             type(block).forward(block, hidden.to(device), **wanted)
     if not found:
@@ -199,6 +201,11 @@ def look_ahead(
 
 class _AttentionReached(Exception):
     """Ends a layer's run after its attention."""
+
+
+def _without_checkpoint(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of the checkpoint that a layer in training hands itself to."""
+    return run(*args)
 
 
 def _and_no_further(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

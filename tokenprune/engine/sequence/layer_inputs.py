@@ -87,8 +87,11 @@ class LayerInputs:
             UnsupportedError: a mask or position embeddings of an unsupported kind.
         """
         mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
-        # such as the kinds of tokens, by which some layers choose experts
-        others = {name: value for name, value in kwargs.items() if name not in _OWN and _by_position(value, frame)}
+        others: dict[str, Tensor] = {}  # by position, such as the kinds of tokens, by which some layers choose experts
+        full = (len(frame.index), frame.length)
+        for name, value in kwargs.items():
+            if name not in _OWN and isinstance(value, Tensor) and value.shape == full:
+                others[name] = value
         if frame is not self._frame:  # a new stage
             self._frame, self._cuts = frame, SharedArguments()
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids, others)
@@ -158,8 +161,3 @@ class LayerInputs:
             "position_embeddings": for_layer(cut),
             "position_ids": short,
         }
-
-
-def _by_position(value: Any, frame: GatheredSequence) -> bool:
-    """Whether an argument has a value for each position of the full sequence: [batch, S]."""
-    return isinstance(value, Tensor) and value.shape == (len(frame.index), frame.length)

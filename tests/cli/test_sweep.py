@@ -11,7 +11,9 @@ from cli_fixtures import Runner, assert_one_line, run
 from sweep_folders import START, config_of, folder_of
 
 import tokenprune as tp
+from tokenprune.cli.printing import stopped
 from tokenprune.sweeps.store import FILE
+from tokenprune.testing.tiny_decoders import tiny_llama
 
 __all__ = ["run"]  # the fixture
 
@@ -74,3 +76,21 @@ def test_a_report_replaces_no_other_file(run: Runner, tmp_path: Path, name: str)
     before = (out / FILE).read_bytes(), (out / "sweep.json").read_bytes()
     assert_one_line(run("report", out, "--out", out / name), "")
     assert ((out / FILE).read_bytes(), (out / "sweep.json").read_bytes()) == before
+
+
+def test_the_last_line_of_an_interrupt_is_what_is_stored(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it came after a context was made, and before it was entered, which warns when it goes."""
+    left: list[Any] = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        left.append(tp.prune(tiny_llama(), tp.strategy("fastv")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tokenprune.sweeps.run.sweep", interrupted)
+    monkeypatch.setattr("tokenprune.cli.commands.sweep.stopped", lambda told: (stopped(told), left.clear())[0])
+    found = run("sweep", written(tmp_path, CONFIG), "--out", tmp_path / "run")
+    assert found.code == 130
+    (last,) = found.err.splitlines()
+    assert last.startswith("stopped; what was finished is stored in")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BROKEN_PIPE = 1  # exit code, as in Typer and Rich
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells give
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
 PLAIN = {"–": "-", "—": "-", "×": "x", "…": ".", "·": ".", "“": '"', "”": '"', "²": "2"}
 NARROW_PIPE = 120  # columns of a table that does not go to a terminal
@@ -112,6 +113,13 @@ def note(text: str) -> None:
     """Print a line on stderr; a failure to print is ignored."""
     with suppress(OSError):
         typer.echo(text, err=True)
+
+
+def stopped(text: str) -> typer.Exit:
+    """Print what an interrupt leaves, as the last line; returns the exit to raise."""
+    warnings.showwarning = lambda *told, **more: None  # of what is left half made; `short_warnings` puts it back
+    note(text)
+    return typer.Exit(INTERRUPTED)
 
 
 def notes_console() -> Console:

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from tokenprune.cli.arguments import Threads, path
-from tokenprune.cli.printing import NARROW_PIPE, note
+from tokenprune.cli.printing import NARROW_PIPE, note, stopped
 
 if TYPE_CHECKING:
     from tokenprune.sweeps.run import Swept
-
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells give
 
 
 def command(
@@ -51,13 +49,15 @@ def command(
         part = None if shard is None else _shard(shard)
         found = _run(config, out, part, masks, accept_changes, engine, address, timeout, threads)
     except KeyboardInterrupt:
-        note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
+        raise stopped(
+            f"stopped; what was finished is stored in {out}, and the same command goes on from there"
+        ) from None
     try:
         show(found, out)
     except KeyboardInterrupt:
-        note(f"stopped while the table was computed; all records are stored in {out}, and the same command prints it")
-        raise typer.Exit(INTERRUPTED) from None
+        raise stopped(
+            f"stopped while the table was computed; all records are stored in {out}, and the same command prints it"
+        ) from None
     if found.reasons and not found.ran:
         from tokenprune.errors import IncompatibleError
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from tokenprune.cli.arguments import Device, Dtype, ModelName, OptionTexts, Threads, VisionTower, path
-from tokenprune.cli.commands.sweep import INTERRUPTED
-from tokenprune.cli.printing import NARROW_PIPE, note, notes_console
+from tokenprune.cli.printing import NARROW_PIPE, note, notes_console, stopped
 
 if TYPE_CHECKING:
     from tokenprune.sweeps.tuning import Phase
@@ -82,8 +81,9 @@ def command(
                 threads=choose(threads),
             )
     except KeyboardInterrupt:
-        note(f"stopped; what was finished is stored in {out}, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
+        raise stopped(
+            f"stopped; what was finished is stored in {out}, and the same command goes on from there"
+        ) from None
     note(f"wrote {out / FILE}")
     from rich.console import Console
 

@@ -255,7 +255,7 @@ class AdapterConformance:
         binding = CheckedBoundModel(binding, entry)
         stack = find_decoder(binding.decoder)
         self._binding, self._decoder, self._depth = binding, stack.module, len(stack.layers)
-        self._keeps_states = not all(stack.attends)
+        self._keeps_states = stack.keeps_states
 
     def _skip_without_oracle(self) -> None:
         if self._keeps_states:

@@ -46,7 +46,7 @@ class SharedPrefix:
         # a layer that keeps a state would have to hand it on to the rest of each row
         self._possible = (
             decoder.attention_name in ("sdpa", "eager")
-            and all(decoder.attends)
+            and not decoder.keeps_states
             and not (
                 torch.is_grad_enabled() or decoder.module.training or is_compiled_run() or hooks_on(decoder.module)
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune_adapters.hf.arrangements.grid_cells import Cells
+from tokenprune_adapters.hf.arrangements.rows import blocks
 from tokenprune_adapters.hf.arrangements.square_crops import Arrangement
 
 
@@ -72,12 +73,7 @@ class RowMajor(Merged):
     """PaddleOCR-VL: the tower keeps an image's patches in row-major order, and the projector merges them."""
 
     def _by_token(self, patches: Tensor, tokens: int) -> Tensor:
-        parts, start = [], 0
-        for (t, h, w), m in zip(self._grids(), self._merges(), strict=True):
-            blocks = patches[start : start + t * h * w].reshape(t * h // m, m, w // m, m, -1)
-            parts.append(blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1))
-            start += t * h * w
-        return torch.cat(parts)
+        return blocks(patches, [(t * h, w) for t, h, w in self._grids()], self._merges())
 
     @classmethod
     def project(cls, projector: Any, features: Tensor) -> Tensor:

@@ -12,6 +12,23 @@ from tokenprune_adapters.hf.arrangements.grid_cells import Cells
 from tokenprune_adapters.hf.arrangements.square_crops import Arrangement
 
 
+def blocks(patches: Tensor, sizes: Sequence[tuple[int, int]], sides: Sequence[int]) -> Tensor:
+    """[P, D] to [tokens, k · k, D]: the patches of each token; rows and columns that fill none are left out.
+
+    Args:
+        patches: of all images, each in row-major order.
+        sizes: rows and columns of each image.
+        sides: k of each image.
+    """
+    found = []
+    parts = torch.split(patches, [rows * columns for rows, columns in sizes])
+    for part, (rows, columns), side in zip(parts, sizes, sides, strict=True):
+        grid = part.view(rows, columns, -1)[: rows // side * side, : columns // side * side]
+        block = grid.reshape(rows // side, side, columns // side, side, -1).transpose(1, 2)
+        found.append(block.reshape(-1, side**2, patches.shape[-1]))
+    return torch.cat(found)
+
+
 class PackedRows(Arrangement):
     """Pixtral's tower: k × k patches become a token, and rows and columns that fill none are left out; here k = 1."""
 
@@ -42,14 +59,8 @@ class PackedRows(Arrangement):
 
     def _blocks(self, values: Sequence[Tensor]) -> Tensor:
         """[tokens, k · k, D]: the patches of each token."""
-        patches = torch.cat([value.flatten(0, -2) for value in values])
-        side, sizes, blocks = self.side, self._sizes(), []
-        parts = torch.split(patches, [rows * columns for rows, columns in sizes])
-        for part, (rows, columns) in zip(parts, sizes, strict=True):
-            grid = part.view(rows, columns, -1)[: rows // side * side, : columns // side * side]
-            block = grid.reshape(rows // side, side, columns // side, side, -1).transpose(1, 2)
-            blocks.append(block.reshape(-1, side**2, patches.shape[-1]))
-        return torch.cat(blocks)
+        sizes = self._sizes()
+        return blocks(torch.cat([value.flatten(0, -2) for value in values]), sizes, [self.side] * len(sizes))
 
 
 class Unfolded(PackedRows):

@@ -18,6 +18,7 @@ class LookAhead:
         values: positions whose values were projected, as a fused projection does although nothing needs them.
         scored: query rows whose attention was computed.
         reused: keys that the layer took from here instead of projecting them itself.
+        before: keys in the KV cache that the scored rows saw as well, in a later turn.
     """
 
     keys: int
@@ -25,6 +26,7 @@ class LookAhead:
     values: int = 0
     scored: int = 0
     reused: int = 0
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class LayerEntry:
         scored_rows: query rows per batch row whose attention in this layer was read.
         ahead: for each time that this layer's attention was computed ahead, what was computed.
         cached: image tokens in its KV cache after the prefill, per batch row; None = all that entered it.
+        before: positions per row that its KV cache contained before a later turn, fillers and padding included.
     """
 
     layer: int
@@ -48,6 +51,7 @@ class LayerEntry:
     scored_rows: int = 0
     ahead: tuple[LookAhead, ...] = ()
     cached: tuple[int, ...] | None = None
+    before: int = 0
 
     @property
     def in_cache(self) -> tuple[int, ...]:
@@ -57,7 +61,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class LaterTurn:
-    """A later call with image tokens, added to the prefill's cache. They are not pruned.
+    """A later call with image tokens, added to the prefill's cache, that was not pruned.
 
     Attributes:
         image: image tokens added, per batch row.
@@ -70,7 +74,7 @@ class LaterTurn:
 
 @dataclass(repr=False)
 class Ledger:
-    """Layer entries of one prefill.
+    """Layer entries of one prefill, or of a later turn of a conversation: then its own tokens alone.
 
     Attributes:
         image_tokens: image tokens of each batch row before any pruning, N.
@@ -78,7 +82,7 @@ class Ledger:
         entries: one per decoder layer, in order.
         sequence: positions of a row before any pruning, padding included; 0 = as many as the longest row has tokens.
         merge_weights: weights that merges applied to hidden states, over all rows (tokens after · tokens before).
-        later_turns: images added after the prefill. All figures are of the prefill, without them.
+        later_turns: images added after the prefill that were kept whole. All figures are without them.
     """
 
     image_tokens: tuple[int, ...]
@@ -106,7 +110,8 @@ class Ledger:
 
     def unpruned(self) -> Ledger:
         """The ledger of the same batch and layers without pruning and scoring, to compare with."""
-        entries = [LayerEntry(e.layer, self.image_tokens, self.other_tokens, self.width) for e in self.entries]
+        tokens = self.image_tokens, self.other_tokens, self.width
+        entries = [LayerEntry(e.layer, *tokens, before=e.before) for e in self.entries]
         return Ledger(self.image_tokens, self.other_tokens, entries, self.sequence)
 
     @property

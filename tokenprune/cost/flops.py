@@ -89,7 +89,8 @@ def count_flops(
     - `pdrop`: 4nd² + 2n²d + 3ndm, 1 per multiply-add (PyramidDrop, arXiv 2410.17247). Counts image tokens only.
     - `exact` (ours): 2 per multiply-add, every matmul that runs: q, k, v, o with grouped heads, QKᵀ and PV over
       the full width (fillers and padding included, the causal half not taken off, as attention kernels are
-      conventionally counted), the MLP, `lm_head`, scored attention rows, merges of states, and the fixed parts. Equals
+      conventionally counted; keys of earlier turns included), the MLP, `lm_head`, scored attention rows, merges of
+      states, and the fixed parts. Equals
       `torch.utils.flop_counter` on a real run (see `flop_counter` for its one gap, `ChoiceMeter` for matmuls inside a
       strategy). The engine's own bookkeeping is not counted.
 
@@ -142,13 +143,14 @@ def _exact(ledger: Ledger, spec: DecoderSpec, logit_positions: int, fixed: dict[
     projections = 2 * (queries + keys)
     mlp = (3 if spec.gated_mlp else 2) * spec.hidden * spec.intermediate
     by_layer = tuple(
-        rows * (2 * entry.width * (projections + mlp) + 4 * entry.width**2 * attention) for entry in ledger.entries
+        rows * (2 * entry.width * (projections + mlp) + 4 * entry.width * (entry.before + entry.width) * attention)
+        for entry in ledger.entries
     )
-    scorer = sum(2 * rows * entry.scored_rows * entry.width * attention for entry in ledger.entries)
+    scorer = sum(2 * rows * entry.scored_rows * (entry.before + entry.width) * attention for entry in ledger.entries)
     for entry in ledger.entries:
         for ahead in entry.ahead:  # a layer that takes its keys from there is itself counted in full
             projected = ahead.queries * queries + (ahead.keys + ahead.values - ahead.reused) * keys
-            scorer += 2 * rows * (projected + ahead.scored * ahead.keys * attention)
+            scorer += 2 * rows * (projected + ahead.scored * (ahead.before + ahead.keys) * attention)
     merge = 2 * ledger.merge_weights * spec.hidden
     lm_head = 2 * rows * logit_positions * spec.hidden * spec.vocab
     return Flops("exact", by_layer, scorer, merge, lm_head, fixed)

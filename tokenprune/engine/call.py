@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenprune.engine.caches.cache_layers import CachedPrefill, Lease
 from tokenprune.engine.caches.decoding import CachedStep
+from tokenprune.engine.caches.filled_cache import FilledCache
 from tokenprune.engine.caches.kv_cache import check_cache, clear, max_cache_len, shorten_layer, unify_layers
 from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.calls.interception import is_compiled_run, run_compiled
@@ -38,7 +39,8 @@ class Call:
         thread: the calling thread.
         in_plugin_code: whether a strategy, an observer or an adapter is running.
         attentions: whether attention weights are requested.
-        prefill: the prefill, if it is one.
+        filled: the cache that it continues, if it is a turn of a conversation that is pruned.
+        prefill: the prefill, if it is one, or the turn.
         cached: the record of the prefill that the cache will carry.
         step: the step, if it continues a prefill's cache.
         ran: number of layers that have run.
@@ -55,6 +57,7 @@ class Call:
     thread: int = field(default_factory=threading.get_ident)
     in_plugin_code: bool = False
     attentions: bool = False
+    filled: FilledCache | None = None
     prefill: Prefill | None = None
     cached: CachedPrefill | None = None
     step: CachedStep | None = None
@@ -95,6 +98,16 @@ class Call:
             self.check_prunable(prefill)
         if self.cache is not None and hasattr(self.cache, "layers"):
             clear(self.cache)
+        self._read(prefill)
+
+    def continue_conversation(self, prefill: Prefill) -> None:
+        """Make this the call of a later turn, whose new tokens are pruned: the layers that it reads are tapped."""
+        prefill.deepstack, self.deepstack = self.deepstack, None
+        prefill.note_positions(self.inputs.get("position_ids"))
+        refuse_packed(self.inputs, prefill.layout.valid)
+        self._read(prefill)
+
+    def _read(self, prefill: Prefill) -> None:
         decoder, record = prefill.decoder, prefill.record_attention
         taps = {decoder.attention(layer): partial(record, layer) for layer in prefill.reads.taps}
         self.taps.enter_context(tap(taps))
@@ -122,7 +135,11 @@ class Call:
         """
         if self.uncached and kwargs.get("past_key_values") is not None:
             kwargs["past_key_values"] = None  # of all, where only every other layer checkpoints itself
-        if self.prefill is not None and self.cached is not None:
+        if self.filled is not None:
+            if self.attentions:
+                raise _attentions_unsupported()
+            self.filled.expect(number, hidden.shape[1])
+        elif self.prefill is not None and self.cached is not None:
             frame = self.prefill.frames[number]
             if frame is not None:
                 if self.attentions:
@@ -178,9 +195,13 @@ class Call:
         if self.step is not None and (self.ran or self.inside is not None):
             self.step.fail(self.cache)
 
-    def filled(self) -> None:
+    def finish(self) -> None:
         """After the last layer of a prefill: convert the cache's layers to one kind, and mark it with the prefill."""
         assert self.prefill is not None
+        if self.filled is not None:
+            prefill, valid = self.prefill, self.prefill.layout.valid
+            self.filled.finish(prefill.trace.ledger, prefill.frames, prefill.lengths, valid, prefill.earlier_caches)
+            return
         assert self.cached is not None
         if self.cache is None:
             return
@@ -198,9 +219,9 @@ def check_order(call: Call, decoder: Decoder, number: int) -> None:
         )
 
 
-def check_all_ran(call: Call | None, decoder: Decoder, never_prunes: Callable[[], bool]) -> None:
+def check_all_ran(call: Call, decoder: Decoder, never_prunes: Callable[[], bool]) -> None:
     """Raise EngineError if the strategy prunes and not every layer ran; the error names what was changed."""
-    if call is None or call.ran == len(decoder.layers):
+    if call.ran == len(decoder.layers):
         return
     if not never_prunes():
         decoder.check_layers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from tokenprune.core.scheduling.scheduler import TokenScheduler
 from tokenprune.core.scheduling.state import spread_rows
 from tokenprune.core.strategy import Strategy
 from tokenprune.engine.caches.earlier import EarlierCaches
+from tokenprune.engine.caches.filled_cache import FilledCache
+from tokenprune.engine.caches.later_inputs import LaterInputs
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.interface.vision_source import VisionSource, check_aligned
 from tokenprune.engine.reads.attention_tap import AttentionCall
@@ -48,6 +51,7 @@ class Prefill(TokenScheduler):
         reads: what the stages read of the decoder.
         earlier_caches: what the KV caches of earlier layers lose after the prefill.
         shared: runs the layers, if the rows are said to begin with the same tokens.
+        filled: the cache that it continues, as a later turn of a conversation does; None = it begins one.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Prefill(TokenScheduler):
         seed: int = 0,
         strict: bool = False,
         shared: int = 0,
+        filled: FilledCache | None = None,
     ) -> None:
         self.decoder, self.vision = decoder, vision or VisionSource()
         super().__init__(
@@ -80,7 +85,8 @@ class Prefill(TokenScheduler):
         self.earlier_caches = EarlierCaches(layout.on_host.valid)
         self.frames: list[GatheredSequence | None] = []
         self.lengths: list[Tensor | None] = []
-        self._inputs = LayerInputs(decoder)
+        self.filled = filled
+        self._inputs = LayerInputs(decoder) if filled is None else LaterInputs(decoder, filled, layout.valid)
         self.full: Tensor
         self._frame: GatheredSequence | None = None
         self._absent_states: Tensor | None = None
@@ -180,15 +186,14 @@ class Prefill(TokenScheduler):
             self.shared.begin(hidden, self._frame)
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # free the second copy of the states
         self.frames.append(self._frame)
-        self.lengths.append(self._inputs.length)
+        self.lengths.append(self._inputs.positions(layer))
         is_read, scored = layer in self.reads.before, 0
         whole = dict(kwargs) if is_read else kwargs
-        if self._frame is not None:
-            self._inputs.shorten(layer, kwargs, hidden, self._frame)
+        self._inputs.shorten(layer, kwargs, hidden, self._frame)
         if is_read:
-            given = LayerInput(layer, hidden, kwargs, whole, self._frame, self.state.active)
+            given = LayerInput(layer, hidden, kwargs, whole, self._frame, self.state.active, self._past(layer))
             scored = self.reads.before_layer(given, self.layout, self._inputs)
-        self.account(layer, hidden.shape[1], scored, tuple(self.reads.costs))
+        self.account(layer, hidden.shape[1], scored, tuple(self.reads.costs), self._earlier_keys(layer))
         self.reads.costs.clear()
         return hidden
 
@@ -270,6 +275,7 @@ class Prefill(TokenScheduler):
 
     def record_attention(self, layer: int, seen: AttentionCall) -> None:
         """Callback of the attention tap in `layer`."""
+        seen = replace(seen, earlier=self._earlier_keys(layer))
         self.reads.record(self.reads.taps[layer], seen, self.layout, self._frame, self.state.active)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -281,9 +287,16 @@ class Prefill(TokenScheduler):
         kwargs = dict(whole)
         frame = self._next_frame()
         hidden = self.full if frame is None else frame.gather(self.full)
-        if frame is not None:
-            self._inputs.shorten(layer, kwargs, hidden, frame)
-        return LayerInput(layer, hidden, kwargs, whole, frame, self.state.active)
+        self._inputs.shorten(layer, kwargs, hidden, frame)
+        return LayerInput(layer, hidden, kwargs, whole, frame, self.state.active, self._past(layer))
+
+    def _past(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a layer before a later turn."""
+        return None if self.filled is None else self.filled.keys(layer)
+
+    def _earlier_keys(self, layer: int) -> int:
+        """How many keys a layer's cache had before a later turn."""
+        return 0 if self.filled is None else self.filled.before[layer]
 
     def _normed(self, states: Tensor, normed: bool) -> Tensor:
         return self.decoder.norm(states).to(states.device) if normed else states

@@ -15,9 +15,8 @@ from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.stage import declared_stages
 from tokenprune.core.strategy import Strategy
 from tokenprune.core.trace import Trace
-from tokenprune.engine.caches.cache_layers import CachedPrefill, Lease
-from tokenprune.engine.caches.decoding import CachedStep
-from tokenprune.engine.caches.kv_cache import check_same_context, end_update, held_tokens, is_pruned
+from tokenprune.engine.caches.cache_layers import Lease
+from tokenprune.engine.caches.kv_cache import end_update, held_tokens, is_pruned
 from tokenprune.engine.call import (
     Call,
     check_all_ran,
@@ -33,6 +32,7 @@ from tokenprune.engine.calls.torch_compile import check_not_traced
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.interface.bound_model import VisionCapture, arguments, padding_mask
 from tokenprune.engine.interface.vision_source import VisionSource
+from tokenprune.engine.later_turn import LaterTurns
 from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.sequence.deepstack import DeepStack
 from tokenprune.errors import EngineError, TokenPruneError
@@ -62,6 +62,7 @@ class PruningRun:
         self._capture, self._queries, self._generations = capture, queries or {}, generations
         self._vision, self._seed = vision or VisionSource(), seed
         self._lease = Lease()
+        self._later = LaterTurns(decoder, capture, self._lease, queries)
         self._turn = threading.RLock()
         self._call: Call | None = None
         self._shadow: Shadow | None = None
@@ -143,19 +144,21 @@ class PruningRun:
         if self._capture.missed() or (self._generations is not None and self._generations.missed()):
             return original(*args, **kwargs)
         with self._turn:
-            args, kwargs = self._enter_forward(args, kwargs)
+            call, args, kwargs = self._enter_forward(args, kwargs)
             try:
+                self._later.prepare(call, kwargs, self.never_prunes)
                 output = original(*args, **kwargs)
-                check_all_ran(self._call, self.decoder, self.never_prunes)
+                check_all_ran(call, self.decoder, self.never_prunes)
                 return output
             except BaseException:
-                if self._call is not None:
-                    self._call.fail()
+                call.fail()
                 raise
             finally:
                 self._leave_forward()
 
-    def _enter_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter_forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Call, tuple[Any, ...], dict[str, Any]]:
         if self._call is not None:
             raise reentry()
         kwargs = dict(kwargs)
@@ -165,7 +168,7 @@ class PruningRun:
             self.decoder.check_layers()
         deepstack = None if held else DeepStack.take(kwargs, len(self.decoder.layers))
         self._call = Call(inputs, held, deepstack, attentions=requests_attentions(inputs, self.decoder.module))
-        return args, kwargs
+        return self._call, args, kwargs
 
     def _leave_forward(self) -> None:
         call, self._call = self._call, None
@@ -244,7 +247,7 @@ class PruningRun:
         finally:
             call.in_plugin_code = False
         if last:
-            call.filled()
+            call.finish()
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     # prefill ---------------------------------------------------------------------------------------------------------
@@ -258,40 +261,35 @@ class PruningRun:
             if now is not None:
                 now.begun = True
             return
-        masks = self._capture.prompt_masks(self._queries)
-        layout = masks.layout(hidden, padding_mask(call.inputs))
-        prefill = Prefill(
+        prefill = self._new_prefill(call, hidden, self._queries)
+        call.begin(prefill, self._lease, hidden.shape[1], generates=now is not None)
+        if now is None or not now.begun or bool(prefill.layout.on_host.image_tokens.any()):
+            self._latest = prefill
+        if now is not None:
+            now.begun = True
+
+    def _new_prefill(self, call: Call, hidden: Tensor, queries: Mapping[str, Tensor]) -> Prefill:
+        masks = self._capture.prompt_masks(queries)
+        return Prefill(
             self.strategy,
-            layout,
+            masks.layout(hidden, padding_mask(call.inputs)),
             self.decoder,
             vision=self._vision,
             tell=self.tell,
             seed=self._seed,
             strict=self.strict,
-            shared=masks.shared,
+            shared=0 if call.filled is not None else masks.shared,
+            filled=call.filled,
         )
-        call.begin(prefill, self._lease, hidden.shape[1], generates=now is not None)
-        if now is None or not now.begun or bool(layout.on_host.image_tokens.any()):
-            self._latest = prefill
-        if now is not None:
-            now.begun = True
 
     # decoding --------------------------------------------------------------------------------------------------------
 
     def _continue_cached(self, call: Call, hidden: Tensor) -> None:
-        known = CachedPrefill.of(call.cache)
-        if known is None and self.never_prunes():
-            return  # nothing was pruned before, and nothing would be
-        if self.decoder.checkpoints:
-            raise checkpointing.refuse_cached("a filled KV cache")
-        known = check_same_context(known, self._lease)
-        outer = self._capture.padding()
-        mask = padding_mask(call.inputs) if outer is None else outer
-        new = hidden.shape[1]
-        call.step = CachedStep(self.decoder, known, new, call.held - known.length, mask)
-        images = self._capture.later() if new > 1 else None
-        if images is not None and bool(images.any()):
-            call.step.count_images(images)
+        if call.filled is not None:
+            self._latest = prefill = self._new_prefill(call, hidden, {})
+            call.continue_conversation(prefill)
+            return
+        self._later.step(call, hidden.shape[1], self.never_prunes)
 
     def never_prunes(self) -> bool:
         """True if the strategy has no stages on this model, as "none" has."""

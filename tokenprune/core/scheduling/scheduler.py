@@ -124,10 +124,13 @@ class TokenScheduler(ABC):
         for planned in self.due(layer):
             self._take(planned)
 
-    def account(self, layer: int, width: int, scored_rows: int = 0, ahead: tuple[LookAhead, ...] = ()) -> None:
+    def account(
+        self, layer: int, width: int, scored_rows: int = 0, ahead: tuple[LookAhead, ...] = (), before: int = 0
+    ) -> None:
         """Add a layer to the ledger: `width` positions per row were computed; for the others see `LayerEntry`."""
         ledger = self.trace.ledger
-        ledger.entries.append(LayerEntry(layer, self._counts, ledger.other_tokens, width, scored_rows, ahead))
+        tokens = self._counts, ledger.other_tokens, width
+        ledger.entries.append(LayerEntry(layer, *tokens, scored_rows, ahead, before=before))
 
     def account_reused(self, keys: int) -> None:
         """Add to the ledger how many keys per row the latest layer took from what was computed ahead of it last."""

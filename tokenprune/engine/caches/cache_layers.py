@@ -58,6 +58,12 @@ class CachedPrefill:
         self.max_cache_len, self.keeps_states = max_cache_len, keeps_states
         self.failed = False
 
+    def extended(self, length: int, ledger: Ledger) -> CachedPrefill:
+        """The record of a cache that has been continued to so many positions."""
+        return CachedPrefill(
+            self.lease, length, ledger, max_cache_len=self.max_cache_len, keeps_states=self.keeps_states
+        )
+
     def check_room(self, length: int) -> None:
         """Raise UnsupportedError if the cache is too short for that many positions."""
         if self.max_cache_len is not None and length > self.max_cache_len:

@@ -42,17 +42,18 @@ class CachedStep:
         self._placed: list[PrunedStaticLayer] = []
         self._turn: LaterTurn | None = None
 
-    def count_images(self, images: Tensor) -> None:
-        """Record the image tokens of a later turn, bool [batch, new]; warn that they are not pruned."""
-        # Pruning of later turns would start here, where their image tokens and the earlier frames are known.
+    def count_images(self, images: Tensor, why: str | None) -> None:
+        """Record the image tokens of a later turn, bool [batch, new], which are not pruned; warn of the reason, unless
+        it is the strategy, which prunes none (None)."""
         counts = images.sum(1).tolist()
         real = [self._new] * len(images) if self._mask is None else self._mask[:, -self._new :].sum(1).tolist()
-        warnings.warn(
-            f"a later turn added {max(counts)} image tokens to a filled KV cache; they are kept whole in all layers, "
-            "since only a prefill is pruned; trace.ledger.later_turns counts them",
-            PruningWarning,
-            stacklevel=2,
-        )
+        if why is not None:
+            warnings.warn(
+                f"a later turn added {max(counts)} image tokens to a filled KV cache; they are kept whole in all "
+                f"layers, since {why}; trace.ledger.later_turns counts them",
+                PruningWarning,
+                stacklevel=2,
+            )
         self._turn = LaterTurn(tuple(counts), tuple(n - image for n, image in zip(real, counts, strict=True)))
 
     def expect(self, cache: Any, number: int) -> PrunedLayer | None:

@@ -36,4 +36,5 @@ class EarlierCaches:
     def kept(self, layer: int, frame: GatheredSequence | None) -> Tensor:
         """bool [batch, S], on the host: the positions in the cache of one of `layers`, which ran on a frame (None =
         all)."""
-        return self.layers[layer] if frame is None else self.layers[layer] & frame.on_host.present()
+        kept = self.layers[layer]
+        return kept if frame is None else kept & frame.on_host.present().to(kept.device)

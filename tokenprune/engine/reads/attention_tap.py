@@ -40,6 +40,7 @@ class AttentionCall:
         scaling: factor on query · key.
         causal: whether the attention is causal without a mask.
         softcap: tanh cap on the logits, or None.
+        earlier: how many of the keys, the first ones, are of earlier calls, in a later turn of a conversation.
     """
 
     query: Tensor
@@ -49,11 +50,24 @@ class AttentionCall:
     scaling: float
     causal: bool
     softcap: float | None = None
+    earlier: int = 0
 
     def of_prompt(self) -> AttentionCall:
         """The same of a prefill without the empty slots of a static cache, which follow the prompt's keys."""
-        length = self.query.shape[2]
+        length = self.earlier + self.query.shape[2]
         return replace(self, key=self.key[:, :, :length], value=self.value[:, :, :length])
+
+    def of_turn(self) -> AttentionCall:
+        """The same without the keys of earlier calls."""
+        mask = None if self.mask is None else self.mask[..., self.earlier :]
+        return replace(
+            self, key=self.key[:, :, self.earlier :], value=self.value[:, :, self.earlier :], mask=mask, earlier=0
+        )
+
+    def after(self, keys: Tensor, values: Tensor) -> AttentionCall:
+        """The same behind keys and values of earlier calls, which the mask includes already."""
+        key, value = (torch.cat((past, own), 2) for past, own in ((keys, self.key), (values, self.value)))
+        return replace(self, key=key, value=value, earlier=keys.shape[2])
 
     def attention(self, rows: Tensor, among: Tensor | None = None) -> Tensor:
         """Attention weights of single query rows: float32 [batch, heads, R, K], a softmax over all visible keys.

@@ -28,7 +28,7 @@ from tokenprune.engine.reads.from_layer import from_layer, position_kernel, quer
 from tokenprune.engine.reads.look_ahead import KeysAhead, look_ahead
 from tokenprune.engine.sequence.gathered import GatheredSequence
 from tokenprune.engine.sequence.layer_inputs import LayerInputs
-from tokenprune.engine.sequence.positions import cos_and_sin, for_layer, no_rotation, shifted_tables, tables_of
+from tokenprune.engine.sequence.positions import cos_and_sin, for_layer, no_rotation, tables_of
 from tokenprune.errors import EngineError, InputError, PluginError, UnsupportedError
 
 
@@ -43,6 +43,7 @@ class LayerInput:
         whole: its keyword arguments for the full sequence.
         frame: the shortened sequence; None = the full one.
         active: bool [batch, N], the image tokens that take part.
+        past: keys and values of its cache [batch, heads, K, size], in a later turn of a conversation; None = a prefill.
     """
 
     layer: int
@@ -51,6 +52,7 @@ class LayerInput:
     whole: dict[str, Any]
     frame: GatheredSequence | None
     active: Tensor
+    past: tuple[Tensor, Tensor] | None = None
 
 
 class DecoderReads:
@@ -131,7 +133,10 @@ class DecoderReads:
         keys = [read for read in reads if isinstance(read, (LayerKeys, TextKeys))]
         if keys and inputs.first_tables(tables_of(given.whole), layout.valid) is not None:
             # padding shifts positions, which attention ignores but keys do not: undo the shift
-            seen = self._look_ahead(given, self._from_first(given, layout, inputs))
+            tables = inputs.from_first(
+                given.layer, tables_of(given.kwargs), tables_of(given.whole), given.hidden, layout.valid
+            )
+            seen = self._look_ahead(given, tables)
             self.record(keys, seen, layout, given.frame, given.active)
         plain = [read for read in reads if not _is_rotated(read)]
         if plain:
@@ -171,7 +176,7 @@ class DecoderReads:
         if isinstance(read, RotaryTables):
             apart = inputs.tables_by_axis(given.layer, tables_of(given.whole), given.hidden, layout.valid)
             if apart is None:
-                apart = self._from_first(given, layout, inputs)
+                apart = inputs.from_first(given.layer, now, tables_of(given.whole), given.hidden, layout.valid)
             elif given.frame is not None:
                 apart = tuple(given.frame.prefill_table(table) for table in apart)
             return rotary_tables(cos_and_sin(apart or self._unrotated(given)), layout, given.frame, given.active)
@@ -180,14 +185,8 @@ class DecoderReads:
             tables = cos_and_sin(now or self._unrotated(given))
             return position_kernel(read, tables, scaling, layout, given.frame)
         rows = query_places(read.query, layout, given.frame)
-        seen = self._look_ahead(given, now if read.rotary else no_rotation(now), rows)
+        seen = self._look_ahead(given, now if read.rotary else no_rotation(now), rows, after=read.rotary)
         return from_layer(read, seen, layout, given.frame, given.active)
-
-    def _from_first(self, given: LayerInput, layout: SequenceLayout, inputs: LayerInputs) -> tuple[Tensor, ...]:
-        """Rotary tables of a layer at positions counted from each row's first token."""
-        first = inputs.first_tables(tables_of(given.whole), layout.valid)
-        now = tables_of(given.kwargs)
-        return now if first is None else shifted_tables(now, first, inputs.length)
 
     def _unrotated(self, given: LayerInput) -> tuple[Tensor, ...]:
         """Rotary tables [1, M, D] that rotate nothing, of a layer that has none."""
@@ -195,14 +194,26 @@ class DecoderReads:
         return no_rotation(self._decoder.tables(given.layer, given.hidden[:1], ids))
 
     def _look_ahead(
-        self, given: LayerInput, tables: tuple[Tensor, ...], rows: Tensor | None = None, values: bool = False
+        self,
+        given: LayerInput,
+        tables: tuple[Tensor, ...],
+        rows: Tensor | None = None,
+        values: bool = False,
+        after: bool = False,
     ) -> AttentionCall:
-        """See `look_ahead`; with other rotary tables than the layer's own."""
+        """See `look_ahead`; with these rotary tables. In a later turn the attention is among the turn's own tokens
+        unless it is `after` the cached keys, which are rotated by the layer's own tables."""
         kwargs = {**given.kwargs, "position_embeddings": for_layer(tables)}
         ahead = look_ahead(self._decoder, given.layer, given.hidden, kwargs, given.frame, rows, values)
-        self.costs.append(ahead.cost)
+        seen, cost = ahead.seen, ahead.cost
+        if given.past is not None and after:
+            seen = seen.after(*given.past)
+            cost = replace(cost, before=seen.earlier)
+        elif given.past is not None and seen.mask is not None:
+            seen = replace(seen, mask=seen.mask[..., given.past[0].shape[2] :])
+        self.costs.append(cost)
         self.keys_ahead = ahead.keys
-        return ahead.seen
+        return seen
 
     def stage_entered(self, frame: GatheredSequence | None) -> None:
         """After the stages at a layer have chosen: forget their answers, keep the keys of the frame that it runs on."""

@@ -51,6 +51,8 @@ def from_layer(
         PluginError: a LayerRead failed, or gave something of another shape.
     """
     seen = seen.of_prompt()
+    if not isinstance(read, AttentionFrom):
+        seen = seen.of_turn()
     if isinstance(read, LayerRead):
         return _own(read, seen, layout, frame, active, states)
     if isinstance(read, (LayerKeys, TextKeys, LayerValues, TextValues)):
@@ -65,6 +67,7 @@ def from_layer(
     where = places(layout.slots, frame)
     # −inf, so that a token that did not take part is never chosen by score
     hidden = ~active | (where < 0)
+    where = where + seen.earlier
     among = None if read.keys == "all" else as_mask(where.masked_fill(hidden, -1), seen.key.shape[2])
     weights = seen.attention(query_places(read.query, layout, frame), among)
     weights = weights.transpose(1, 2) if read.heads == "each" else weights.mean(1)  # [batch, Q, (heads,) K]

@@ -49,6 +49,19 @@ class GatheredSequence:
         last = positions.amax(1, keepdim=True).clamp(min=0)
         return cls(torch.where(positions < 0, last, positions), positions >= 0, present.shape[1])
 
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device) -> GatheredSequence:
+        """The frame of every position."""
+        index = torch.arange(length).expand(batch, -1)
+        return cls(index, torch.ones_like(index, dtype=torch.bool), length).to(device)
+
+    def followed_by(self, other: GatheredSequence) -> GatheredSequence:
+        """The frame of a sequence that goes on with another one, of which `other` is the frame."""
+        index = torch.cat((self.index, self.length + other.index), 1)
+        filled = torch.cat((self.filled, other.filled), 1)
+        host = None if self.host is None or other.host is None else self.host.followed_by(other.host)
+        return GatheredSequence(index, filled, self.length + other.length, host=host)
+
     def to(self, device: torch.device) -> GatheredSequence:
         """This frame, which is in the host's memory, on a device."""
         if device == self.index.device:
@@ -146,9 +159,7 @@ class GatheredSequence:
         if mask.dim() == 2:
             # a filler copies the 1 of a real token, but is padding
             return mask.gather(1, index) * self.filled.to(mask.device, mask.dtype)
-        mask = mask.expand(len(index), *mask.shape[1:])
-        rows = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        return self._columns(rows, self.index, self.filled)
+        return self._columns(self.query_rows(mask), self.index, self.filled)
 
     def new_mask(self, attends: bool, two_d: bool) -> Tensor | None:
         """The mask of a layer whose full sequence has none; None = it needs none here either.
@@ -195,6 +206,39 @@ class GatheredSequence:
             mask = pad(mask, (0, self.length + decoded - mask.shape[1]))  # empty slots are hidden
             return mask.gather(1, index) * filled.to(mask.dtype)
         return self._columns(mask.expand(len(index), *mask.shape[1:]), index, filled)
+
+    def turn_mask(
+        self, mask: Tensor | None, turn: GatheredSequence, room: int | None = None, *, two_d: bool = False
+    ) -> Tensor:
+        """The mask for a later turn, on a frame of its own, over this frame's keys and the turn's.
+
+        Args:
+            mask: the model's mask over the true length: None, [batch, T], or [batch or 1, heads or 1, new, T], with
+                T = S + new, or S + room in four dimensions.
+            turn: the frame of the turn.
+            room: slots that the cache has for tokens after this frame, of which the turn's fill the first; None = it
+                grows.
+            two_d: whether the attention implementation takes 2-D masks.
+        """
+        keys = self.followed_by(turn)
+        empty = 0 if room is None else room - turn.width
+        index, filled = (pad(part, (0, empty)) for part in (keys.index, keys.filled))  # empty slots are hidden
+        if mask is None:
+            if two_d:
+                return filled
+            steps = torch.arange(index.shape[1], device=index.device)
+            own = self.width + torch.arange(turn.width, device=index.device)
+            return filled[:, None, None] & (steps[None] <= own[:, None])
+        if mask.dim() == 2:
+            mask = pad(mask, (0, keys.length - mask.shape[1]))
+            return mask.gather(1, index.to(mask.device)) * filled.to(mask.device, mask.dtype)
+        return self._columns(turn.query_rows(mask), index, filled)
+
+    def query_rows(self, mask: Tensor) -> Tensor:
+        """The rows of a mask [batch or 1, heads or 1, S, keys] that are of this frame: [batch, heads or 1, M, keys]."""
+        index = self.index.to(mask.device)
+        mask = mask.expand(len(index), *mask.shape[1:])
+        return mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
 
     @staticmethod
     def _columns(mask: Tensor, index: Tensor, filled: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.sequence.gathered import GatheredSequence
-from tokenprune.engine.sequence.positions import first_tables, for_layer, new_tables, tables_of, where_renumbered
+from tokenprune.engine.sequence.positions import (
+    first_tables,
+    for_layer,
+    new_tables,
+    shifted_tables,
+    tables_of,
+    where_renumbered,
+)
 
 T = TypeVar("T")
 _OWN = ("attention_mask", "position_embeddings", "position_ids")
@@ -74,18 +81,20 @@ class LayerInputs:
         prompt = present if drafted is None else present & ~drafted
         self.length = torch.where(rows, prompt.sum(1), before)
 
-    def shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence) -> None:
+    def shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence | None) -> None:
         """Shorten the arguments to a frame; `kwargs` is changed in place.
 
         Args:
             layer: decoder layer.
             kwargs: the layer's keyword arguments, made for the full sequence.
             hidden: [batch, M, width], for dtype and device.
-            frame: the shortened sequence that the layer runs on.
+            frame: the shortened sequence that the layer runs on; None = the full one, whose arguments stay.
 
         Raises:
             UnsupportedError: a mask or position embeddings of an unsupported kind.
         """
+        if frame is None:
+            return
         mask, tables, ids = kwargs.get("attention_mask"), tables_of(kwargs), kwargs.get("position_ids")
         others: dict[str, Tensor] = {}  # by position, such as the kinds of tokens, by which some layers choose experts
         full = (len(frame.index), frame.length)
@@ -96,7 +105,26 @@ class LayerInputs:
             self._frame, self._cuts = frame, SharedArguments()
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids, others)
         attends = self.decoder.attends[layer]  # layers of both kinds may have no mask
-        kwargs.update(self._cuts.once((attends, mask, ids, *tables, *others.values()), make))
+        kwargs.update(self._cuts.once((attends, mask, ids, *tables, *others.values(), *self._apart(layer)), make))
+
+    def positions(self, layer: int) -> Tensor | None:
+        """As `length`, once a layer has run."""
+        return self.length
+
+    def from_first(
+        self, layer: int, now: tuple[Tensor, ...], whole: tuple[Tensor, ...], hidden: Tensor, valid: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Rotary tables of a layer at positions counted from each row's first token.
+
+        Args:
+            layer: decoder layer.
+            now: its tables on the current frame, [..., batch or 1, M, D].
+            whole: its tables for the full sequence.
+            hidden: for dtype and device.
+            valid: bool [batch, S], False on padding.
+        """
+        first = self.first_tables(whole, valid)
+        return now if first is None else shifted_tables(now, first, self.length)
 
     def first_tables(self, tables: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, ...] | None:
         """See `positions.first_tables`; asked once for the same tables, since a device has to be waited for."""
@@ -146,18 +174,34 @@ class LayerInputs:
         self.decoder.check_mask(mask)
         cut = tuple([frame.prefill_table(table) for table in tables])
         short = None if ids is None else frame.prefill_ids(ids)
-        if self._ids is not None and self.length is not None:
-            new = frame.prefill_ids(self._ids).to(hidden.device)
+        renumbered = self._renumbered(layer, ids)
+        if renumbered is not None:
+            length, own = renumbered
+            new = frame.prefill_ids(own).to(hidden.device)
             if cut:
-                renumbered = new_tables(self.decoder, layer, hidden, new)
-                cut = tuple([where_renumbered(self.length, *pair) for pair in zip(renumbered, cut, strict=True)])
-            short = new if short is None else where_renumbered(self.length, new, short)
-        attends, two_d = self.decoder.attends[layer], "flash" in self.decoder.attention_name
-        if not attends and frame.ragged:
+                tables = new_tables(self.decoder, layer, hidden, new)
+                cut = tuple([where_renumbered(length, *pair) for pair in zip(tables, cut, strict=True)])
+            short = new if short is None else where_renumbered(length, new, short)
+        if not self.decoder.attends[layer] and frame.ragged:
             self.decoder.check_padding(layer)
         return {
             **{name: frame.prefill_ids(value) for name, value in others.items()},
-            "attention_mask": frame.new_mask(attends, two_d) if mask is None else frame.prefill_mask(mask),
+            "attention_mask": self._mask(layer, mask, frame),
             "position_embeddings": for_layer(cut),
             "position_ids": short,
         }
+
+    def _apart(self, layer: int) -> tuple[Any, ...]:
+        """What the arguments of a layer depend on besides what it is given."""
+        return ()
+
+    def _renumbered(self, layer: int, ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The number of positions, −1 in rows that were not renumbered, and the new ids int64 [batch, S]; None = no row
+        was."""
+        return None if self.length is None or self._ids is None else (self.length, self._ids)
+
+    def _mask(self, layer: int, mask: Tensor | None, frame: GatheredSequence) -> Tensor | None:
+        """The mask of a layer, from that of the full sequence."""
+        if mask is None:
+            return frame.new_mask(self.decoder.attends[layer], "flash" in self.decoder.attention_name)
+        return frame.prefill_mask(mask)

@@ -33,27 +33,39 @@ class LaterTurns:
     ) -> None:
         self._decoder, self._capture, self._lease, self._marked = decoder, capture, lease, bool(queries)
 
-    def prepare(self, call: Call, kwargs: dict[str, Any], never_prunes: Callable[[], bool]) -> None:
-        """Before the decoder makes its masks: make a filled cache ready for a turn with images that are pruned.
+    def prepare(
+        self,
+        call: Call,
+        never_prunes: Callable[[], bool],
+        kwargs: dict[str, Any] | None = None,
+        hidden: Tensor | None = None,
+    ) -> None:
+        """Make a filled cache ready for a turn with images that are pruned, unless it is already.
+
+        Called before the decoder runs and, since some decoders encode the images themselves, before its first layer.
 
         Args:
             call: the call.
-            kwargs: the decoder's keyword arguments; features that it would add between its layers are taken out.
             never_prunes: whether the strategy prunes nothing.
+            kwargs: the decoder's keyword arguments, before it runs; features that it would add between its layers are
+                taken out.
+            hidden: [batch, new, width], the input of its first layer.
 
         Raises:
             UnsupportedError: the cache was filled elsewhere, or is too short.
         """
-        cache, new = call.inputs.get("past_key_values"), _new_tokens(call.inputs)
+        cache = call.inputs.get("past_key_values") if call.cache is None else call.cache
+        new = _new_tokens(call.inputs) if hidden is None else (len(hidden), hidden.shape[1])
         known = CachedPrefill.of(cache) if call.held and new is not None and new[1] > 1 else None
-        if new is None or known is None or self._decoder.checkpoints:
+        if new is None or known is None or call.filled is not None or self._decoder.checkpoints:
             return
         images = self._images(call)
         if images is None or never_prunes() or self._kept_whole() is not None:
             return
         check_same_context(known, self._lease).check_room(call.held + new[1])
         call.filled = FilledCache(cache, known, call.held, self._padding(call), new[0], images.device)
-        call.deepstack = DeepStack.take(kwargs, len(self._decoder.layers))
+        if kwargs is not None:
+            call.deepstack = DeepStack.take(kwargs, len(self._decoder.layers))
 
     def step(self, call: Call, new: int, never_prunes: Callable[[], bool]) -> None:
         """Make a call a step on a filled cache, which prunes none of its `new` tokens.

@@ -186,14 +186,16 @@ class Prefill(TokenScheduler):
             self.shared.begin(hidden, self._frame)
         self.full = hidden.new_empty(0, *hidden.shape[1:])  # free the second copy of the states
         self.frames.append(self._frame)
-        self.lengths.append(self._inputs.positions(layer))
+        self.lengths.append(self._inputs.length if self.filled is None else self._inputs.positions(layer))
         is_read, scored = layer in self.reads.before, 0
         whole = dict(kwargs) if is_read else kwargs
-        self._inputs.shorten(layer, kwargs, hidden, self._frame)
+        if self._frame is not None or self.filled is not None:
+            self._inputs.shorten(layer, kwargs, hidden, self._frame)
         if is_read:
             given = LayerInput(layer, hidden, kwargs, whole, self._frame, self.state.active, self._past(layer))
             scored = self.reads.before_layer(given, self.layout, self._inputs)
-        self.account(layer, hidden.shape[1], scored, tuple(self.reads.costs), self._earlier_keys(layer))
+        earlier = 0 if self.filled is None else self.filled.before[layer]
+        self.account(layer, hidden.shape[1], scored, tuple(self.reads.costs), earlier)
         self.reads.costs.clear()
         return hidden
 
@@ -275,7 +277,8 @@ class Prefill(TokenScheduler):
 
     def record_attention(self, layer: int, seen: AttentionCall) -> None:
         """Callback of the attention tap in `layer`."""
-        seen = replace(seen, earlier=self._earlier_keys(layer))
+        if self.filled is not None:
+            seen = replace(seen, earlier=self.filled.before[layer])
         self.reads.record(self.reads.taps[layer], seen, self.layout, self._frame, self.state.active)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -287,16 +290,13 @@ class Prefill(TokenScheduler):
         kwargs = dict(whole)
         frame = self._next_frame()
         hidden = self.full if frame is None else frame.gather(self.full)
-        self._inputs.shorten(layer, kwargs, hidden, frame)
+        if frame is not None or self.filled is not None:
+            self._inputs.shorten(layer, kwargs, hidden, frame)
         return LayerInput(layer, hidden, kwargs, whole, frame, self.state.active, self._past(layer))
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys and values of a layer before a later turn."""
         return None if self.filled is None else self.filled.keys(layer)
-
-    def _earlier_keys(self, layer: int) -> int:
-        """How many keys a layer's cache had before a later turn."""
-        return 0 if self.filled is None else self.filled.before[layer]
 
     def _normed(self, states: Tensor, normed: bool) -> Tensor:
         return self.decoder.norm(states).to(states.device) if normed else states

@@ -76,8 +76,8 @@ class PruningRun:
 
     @property
     def trace(self) -> Trace:
-        """The trace of the latest prefill. Later prefills without image tokens in a call of `generate` are skipped,
-        such as the second stream of `guidance_scale`.
+        """The trace of the latest prefill, or pruned turn of a conversation. Later prefills without image tokens in a
+        call of `generate` are skipped, such as the second stream of `guidance_scale`.
 
         Raises:
             EngineError: no prefill has run yet.
@@ -146,7 +146,7 @@ class PruningRun:
         with self._turn:
             call, args, kwargs = self._enter_forward(args, kwargs)
             try:
-                self._later.prepare(call, kwargs, self.never_prunes)
+                self._later.prepare(call, self.never_prunes, kwargs=kwargs)
                 output = original(*args, **kwargs)
                 check_all_ran(call, self.decoder, self.never_prunes)
                 return output
@@ -285,11 +285,12 @@ class PruningRun:
     # decoding --------------------------------------------------------------------------------------------------------
 
     def _continue_cached(self, call: Call, hidden: Tensor) -> None:
-        if call.filled is not None:
-            self._latest = prefill = self._new_prefill(call, hidden, {})
-            call.continue_conversation(prefill)
+        self._later.prepare(call, self.never_prunes, hidden=hidden)
+        if call.filled is None:
+            self._later.step(call, hidden.shape[1], self.never_prunes)
             return
-        self._later.step(call, hidden.shape[1], self.never_prunes)
+        self._latest = prefill = self._new_prefill(call, hidden, {})
+        call.continue_conversation(prefill)
 
     def never_prunes(self) -> bool:
         """True if the strategy has no stages on this model, as "none" has."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from tokenprune.core.decisions import Keep
 from tokenprune.core.reads import TowerFeatures
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.errors import InputError, PruningWarning, UnsupportedError
+from tokenprune.errors import InputError, UnsupportedError
 from tokenprune.testing.scripted import Scripted, Step
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -162,8 +161,8 @@ def test_placeholders_under_padding_are_padding(name):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
-def test_an_image_of_a_later_turn_is_kept_whole_and_counted(name):
-    """Equal to recomputation with only the first image pruned; the ledger tells of the second."""
+def test_images_of_two_turns_are_pruned_as_in_one_run(name):
+    """Equal to recomputation without a cache, in which each image loses every second token of its own."""
     model = model_of(name)
     both = FAMILIES[name].inputs([[(24, 32), (32, 24)]], seed=3)
     layout = layout_of(name, both)
@@ -172,25 +171,20 @@ def test_an_image_of_a_later_turn_is_kept_whole_and_counted(name):
     while bool(FAMILIES[name].image_tokens(both)[0, cut - 1]) or (name.startswith("qwen") and _starts(both, cut - 1)):
         cut -= 1
     turns = _split(name, both, cut)
-    exists = layout.slots >= 0
     number = layout.gather_slots(layout.image_number)
-    thinned = exists & ((torch.arange(exists.shape[1]) % 2 == 0) | (number == 1))
+    place = torch.arange(number.shape[1])
+    own = torch.where(number == 0, place, place - int((number == 0).sum()))
     with torch.no_grad():
-        with oracle(FAMILIES[name].decoder(model), layout, Scripted([Step(1, Keep.where(thinned))])):
+        with oracle(FAMILIES[name].decoder(model), layout, Scripted([Step(1, Keep.where(own % 2 == 0))])):
             expected = model(**both, use_cache=False).logits[:, cut:]
         with tokenprune.prune(model, EverySecond()) as run:
             cache = model(**turns[0], use_cache=True).past_key_values
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", PruningWarning)
-                with pytest.raises(PruningWarning, match="kept whole"):  # the call fails, and is repeated
-                    model(**turns[1], past_key_values=cache)
-            assert not run.trace.ledger.later_turns
-            with pytest.warns(PruningWarning, match="kept whole"):
-                got = model(**turns[1], past_key_values=cache).logits
+            first = run.trace
+            got = model(**turns[1], past_key_values=cache).logits
     assert (got - expected).abs().max() < TOLERANCE
-    (later,) = run.trace.ledger.later_turns
-    assert later.image == (int(second.sum()),)
-    assert later.other == (both["input_ids"].shape[1] - cut - int(second.sum()),)
+    assert run.trace is not first
+    assert run.trace.ledger.image_tokens == (int(second.sum()),)
+    assert run.trace.ledger.other_tokens == (both["input_ids"].shape[1] - cut - int(second.sum()),)
 
 
 def _starts(inputs, place):

@@ -35,7 +35,8 @@ class AttentionFrom(Read):
             keys are computed ahead from the states that enter the stage, at their present positions (PyramidDrop).
         keys: "all": the softmax is over all keys that the row sees, text too. "image": over the image tokens alone, so
             that each head weighs as much as the others (FEATHER).
-        rotary: False: of queries and keys without the rotary embedding, which favours tokens near the query (FEATHER).
+        rotary: False: of queries and keys without the rotary embedding, which favours tokens near the query (FEATHER);
+            in a later turn of a conversation among its own tokens, since cached keys are rotated.
             They are computed ahead of the layer that is read.
     """
 
@@ -99,8 +100,8 @@ class TextStates(Read):
 @dataclass(frozen=True)
 class LayerKeys(Read):
     """`tokens.layer_keys`: [batch, N, C], keys in the decoder layer just before the stage, after the rotary embedding
-    at positions counted from the row's first token, whatever padding stands before it; zeros where a token was not
-    active.
+    at positions counted from the row's first token (of the turn, in a conversation), whatever padding stands before
+    it; zeros where a token was not active.
 
     Attributes:
         heads: "joint" concatenates the key heads, "mean" averages them (C is the head size then).

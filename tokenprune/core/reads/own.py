@@ -84,7 +84,8 @@ class LayerRead(Read):
     A subclass is a frozen dataclass, whose fields are its options. It implements `value`, and sets class attributes:
     `field`, the name in `tokens`; if it needs it, `rotary = False`, with which queries and keys of the view are without
     the rotary embedding (they are computed ahead of the layer, which takes time); and, if the value has no axis of
-    image tokens, `axis = None`. The engine provides it for every decoder. Tokens that are not active have zeros from
+    image tokens, `axis = None`. The engine provides it for every decoder. In a later turn of a conversation the view is
+    of the turn's own tokens, without cached keys. Tokens that are not active have zeros from
     `of_image`: in a score of which the smallest wins, mask them.
 
     Raises:

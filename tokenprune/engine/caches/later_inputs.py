@@ -32,6 +32,8 @@ class LaterInputs(LayerInputs):
 
     def shorten(self, layer: int, kwargs: dict[str, Any], hidden: Tensor, frame: GatheredSequence | None) -> None:
         """See `LayerInputs.shorten`; `frame` is of the turn alone, None = all of it, whose keys may still lack some."""
+        own = self._cache.layers[layer]
+        self._apart = own.frame, own.renumbered
         super().shorten(layer, kwargs, hidden, self._whole if frame is None else frame)
 
     def positions(self, layer: int) -> Tensor | None:
@@ -53,10 +55,6 @@ class LaterInputs(LayerInputs):
             new = new_tables(self.decoder, layer, hidden, begun.to(hidden.device))
             first = tuple([where_renumbered(length, *pair) for pair in zip(new, first, strict=True)])
         return shifted_tables(now, first, None)
-
-    def _apart(self, layer: int) -> tuple[Any, ...]:
-        own = self._cache.layers[layer]
-        return own.frame, own.renumbered
 
     def _renumbered(self, layer: int, ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         before, valid = self._cache.layers[layer].renumbered, self._valid

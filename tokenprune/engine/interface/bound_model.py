@@ -34,7 +34,10 @@ class VisionCapture(ABC):
         """The value of a read of the vision side, aligned with the image tokens of the current prefill."""
 
     def later(self) -> Tensor | None:
-        """Called in a later turn on a filled cache: bool [batch, new], image tokens among the new ones; None = none."""
+        """Called in a later turn on a filled cache: bool [batch, new], image tokens among the new ones; None = none.
+
+        If there are any, `prompt_masks` and `provide` are called as in a prefill, with the turn's images.
+        """
         return None
 
     def missed(self) -> bool:

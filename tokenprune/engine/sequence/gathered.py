@@ -214,7 +214,8 @@ class GatheredSequence:
 
         Args:
             mask: the model's mask over the true length: None, [batch, T], or [batch or 1, heads or 1, new, T], with
-                T = S + new, or S + room in four dimensions.
+                T = S + new, or more for a static cache; if it has fewer columns they are the last ones, as those of a
+                sliding window.
             turn: the frame of the turn.
             room: slots that the cache has for tokens after this frame, of which the turn's fill the first; None = it
                 grows.
@@ -232,7 +233,9 @@ class GatheredSequence:
         if mask.dim() == 2:
             mask = pad(mask, (0, keys.length - mask.shape[1]))
             return mask.gather(1, index.to(mask.device)) * filled.to(mask.device, mask.dtype)
-        return self._columns(turn.query_rows(mask), index, filled)
+        forgotten = max(keys.length - mask.shape[3], 0)
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return self._columns(pad(turn.query_rows(mask), (forgotten, 0), value=hidden), index, filled)
 
     def query_rows(self, mask: Tensor) -> Tensor:
         """The rows of a mask [batch or 1, heads or 1, S, keys] that are of this frame: [batch, heads or 1, M, keys]."""

@@ -62,6 +62,7 @@ class LayerInputs:
         self.length: Tensor | None = None
         self._ids: Tensor | None = None
         self._frame: GatheredSequence | None = None
+        self._apart: tuple[Any, ...] = ()  # what the arguments of a layer depend on besides what it is given
         self._cuts = SharedArguments[dict[str, Any]]()
         self._firsts = SharedArguments[tuple[Tensor, ...] | None]()
 
@@ -105,7 +106,7 @@ class LayerInputs:
             self._frame, self._cuts = frame, SharedArguments()
         make = partial(self._cut, layer, hidden, frame, mask, tables, ids, others)
         attends = self.decoder.attends[layer]  # layers of both kinds may have no mask
-        kwargs.update(self._cuts.once((attends, mask, ids, *tables, *others.values(), *self._apart(layer)), make))
+        kwargs.update(self._cuts.once((attends, mask, ids, *tables, *others.values(), *self._apart), make))
 
     def positions(self, layer: int) -> Tensor | None:
         """As `length`, once a layer has run."""
@@ -190,10 +191,6 @@ class LayerInputs:
             "position_embeddings": for_layer(cut),
             "position_ids": short,
         }
-
-    def _apart(self, layer: int) -> tuple[Any, ...]:
-        """What the arguments of a layer depend on besides what it is given."""
-        return ()
 
     def _renumbered(self, layer: int, ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The number of positions, −1 in rows that were not renumbered, and the new ids int64 [batch, S]; None = no row

@@ -23,7 +23,7 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.families import FAMILIES
-from tokenprune_adapters.hf.processor import check_image_tokens, load_processor
+from tokenprune_adapters.hf.processor import asked_of, check_image_tokens, load_processor
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -130,8 +130,8 @@ class VisionLanguageModel:
         rows = [self._row(*row) for row in _rows(image, prompt)]
         texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
         padding = {} if len(rows) == 1 else self._padding()
-        options = {"return_tensors": "pt", **padding, **self._special(texts)}
         processor = self.processor
+        options = {"return_tensors": "pt", **padding, **self._special(texts), **asked_of(processor)}
         # GOT-OCR 2 takes a nested list for the pages of a document
         given: Any = list(chain(*images)) if hasattr(processor, "multi_page") else images
         try:

@@ -54,6 +54,12 @@ def load_processor(source: str, config: Any, revision: str | None = None) -> Any
     return found
 
 
+def asked_of(processor: Any) -> dict[str, Any]:
+    """What a processor names among its model's inputs, and some (Cosmos 3 Edge's) give only if it is asked for."""
+    types = "mm_token_type_ids"
+    return {f"return_{types}": True} if types in getattr(processor, "model_input_names", ()) else {}
+
+
 def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[str], placeholder: str) -> None:
     """Refuse images of which no image tokens were made.
 
@@ -82,6 +88,10 @@ def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[s
                 f"{kind} made images of {', '.join(sizes)} pixels into ones with a side of less than {side}, which "
                 "have no image tokens; enlarge them"
             )
+    if config.model_type == "mistral3" and int((made["input_ids"] == config.image_token_id).sum()) == 1:
+        raise InputError(
+            f"an image of {sizes[0]} pixels is one image token, with which transformers' Mistral 3 fails; enlarge it"
+        )
 
 
 def _load(source: str, config: Any, revision: str | None) -> Any:
@@ -92,11 +102,13 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
     try:
         try:
             found = auto.from_pretrained(source, **options)
-        except (ImportError, ValueError, RecursionError):  # the last one: LLaVA-NeXT-Video without its video file
-            kind = _without_videos(_named_class(source, options) or of_type)
-            if kind is None or (is_torchvision_available() and find_spec("num2words")):
+        except (ImportError, ValueError, RecursionError) as error:  # the last: LLaVA-NeXT-Video without its video file
+            if is_torchvision_available() and find_spec("num2words"):
                 raise
-            found = kind.from_pretrained(source, **options)
+            try:
+                found = _without_videos(_named_class(source, options) or of_type).from_pretrained(source, **options)
+            except Exception:  # it needs the package for other things too; the first error names it
+                raise error from None
         if not hasattr(found, "image_processor"):  # AutoProcessor gives a tokenizer where no file names a class
             raise ValueError(f"no file names the class of a processor, found {type(found).__name__}")
         return found

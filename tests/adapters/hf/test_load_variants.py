@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers.utils.import_utils import is_torchvision_available
-from vlm_checkpoints import VIDEO_PROCESSORS, write_vlm
+from vlm_checkpoints import NEEDS_TORCHVISION, VIDEO_PROCESSORS, write_vlm
 from vlm_families import CURRENT
 from vlm_families import FAMILIES as TINY
 from vlm_processors import PROCESSORS
@@ -20,6 +20,8 @@ from vlm_processors import PROCESSORS
 import tokenprune as tp
 from tokenprune.errors import CheckpointError, InputError
 from tokenprune_adapters.hf import FAMILIES
+from tokenprune_adapters.hf.families import TORCHVISION
+from tokenprune_adapters.hf.processor import asked_of
 
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
 QUESTION = "What is it?"
@@ -81,6 +83,16 @@ def test_an_image_that_is_too_small_for_a_token_beside_another(tmp_path: Path) -
         model.answer([picture(), picture().resize((4, 4))], QUESTION)
 
 
+@NEEDS_TORCHVISION
+def test_an_image_of_a_single_token(tmp_path: Path) -> None:
+    """With which transformers fails where Mistral 3's features lose their only axis of tokens."""
+    model = tp.load(write_vlm(tmp_path / "mistral3", "mistral3"))
+    small = picture().resize((8, 8))
+    with pytest.raises(InputError, match="an image of 8×8 pixels is one image token"):
+        model.inputs(small, QUESTION)
+    assert model.answer([small, small], QUESTION, max_new_tokens=2).text
+
+
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,10 +151,16 @@ def test_no_file_names_the_processor(tmp_path: Path) -> None:
         tp.load(folder).answer(picture(), QUESTION)
 
 
+def test_limits_name_the_processors_that_require_torchvision() -> None:
+    limited = {name for name, family in FAMILIES.items() if TORCHVISION in family.limits}
+    assert limited == {name for name, own in PROCESSORS.items() if own.torchvision}
+
+
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-def test_an_image_processor_that_needs_torchvision(tmp_path: Path) -> None:
-    model = tp.load(write_vlm(tmp_path / "cohere2_vision", "cohere2_vision"))
-    with pytest.raises(CheckpointError, match="image processor classes: torchvision: Cohere2VisionImageProcessor"):
+@pytest.mark.parametrize("name", [name for name, own in PROCESSORS.items() if own.torchvision])
+def test_a_processor_that_requires_torchvision(tmp_path: Path, name: str) -> None:
+    model = tp.load(write_vlm(tmp_path / name, name))
+    with pytest.raises(CheckpointError, match=r"processor cannot be loaded .*[tT]orchvision.*install the packages"):
         model.answer(picture(), QUESTION)
 
 
@@ -154,9 +172,11 @@ def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
     token, glm = model.processor.video_token, FAMILIES[name].one_token
     text = (f"<|begin_of_video|>{token}<|end_of_video|>" if glm else token) + QUESTION
     times = {"fps": 2, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    asked = {"return_metadata": True, **asked_of(model.processor)}  # which Cosmos 3 Edge's lacks by itself
     inputs = model.processor(
-        text=text, videos=[FRAMES], video_metadata=[times], do_sample_frames=False, return_tensors="pt"
+        text=text, videos=[FRAMES], video_metadata=[times], do_sample_frames=False, return_tensors="pt", **asked
     )
+    inputs.pop("video_metadata", None)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     with torch.inference_mode():
         untouched = model.model.generate(**inputs, **options)
@@ -169,5 +189,5 @@ def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
     assert kept.trace.ledger.image_tokens == run.trace.ledger.image_tokens == (tokens,)
     assert run.trace.ledger.equivalent_tokens_ratio <= 0.5
     numbers = run.trace.layout.image_number
-    shown = 4 if name == "llava_next_video" else 2  # two frames are put together
+    shown = 4 if name in ("llava_next_video", "cosmos3_edge") else 2  # two frames are put together
     assert int(numbers.max()) + 1 == shown

@@ -23,7 +23,7 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.families import FAMILIES
-from tokenprune_adapters.hf.processor import asked_of, check_image_tokens, load_processor
+from tokenprune_adapters.hf.processor import asked_of, check_image_tokens, load_processor, on_device
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -151,7 +151,7 @@ class VisionLanguageModel:
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
             check_length(config, ids.shape[1])
-        return made.to(self.model.device)
+        return on_device(made, self.model)
 
     @overload
     def answer(self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64) -> Answer: ...

@@ -60,6 +60,15 @@ def asked_of(processor: Any) -> dict[str, Any]:
     return {f"return_{types}": True} if types in getattr(processor, "model_input_names", ()) else {}
 
 
+def on_device(made: Any, model: Any) -> Any:
+    """Inputs on the model's device; pixels that a processor gives in half precision (Llama 4's) in the model's."""
+    made = made.to(model.device)
+    for name, value in made.items():
+        if torch.is_tensor(value) and value.is_floating_point() and value.dtype != torch.float32:
+            made[name] = value.to(model.dtype)
+    return made
+
+
 def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[str], placeholder: str) -> None:
     """Refuse images of which no image tokens were made.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import tokenprune as tp
 from tokenprune.errors import CheckpointError, InputError
 from tokenprune_adapters.hf import FAMILIES
 from tokenprune_adapters.hf.families import TORCHVISION
-from tokenprune_adapters.hf.processor import asked_of
+from tokenprune_adapters.hf.processor import asked_of, on_device
 
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
 QUESTION = "What is it?"
@@ -151,6 +152,25 @@ def test_no_file_names_the_processor(tmp_path: Path) -> None:
         tp.load(folder).answer(picture(), QUESTION)
 
 
+def test_token_types_are_asked_of_a_processor_that_names_them(tmp_path: Path) -> None:
+    """Cosmos 3 Edge's gives none by itself, and its model fails without."""
+    model = tp.load(write_vlm(tmp_path / "cosmos3_edge", "cosmos3_edge"))
+    inputs = model.inputs(picture(), QUESTION)
+    assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == model.model.config.image_token_id)
+    assert model.answer(picture(), QUESTION, fastv(), max_new_tokens=2).trace is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pixels_in_half_precision_take_the_models(dtype: torch.dtype) -> None:
+    """Llama 4's processor rounds them to bfloat16."""
+    pixels, weights = torch.tensor([0.1, -3.0]), torch.tensor([0.1])
+    made = transformers.BatchFeature({"a": pixels.bfloat16(), "b": weights, "c": torch.tensor([1]), "d": [0.5]})
+    found = on_device(made, SimpleNamespace(device=torch.device("cpu"), dtype=dtype))
+    assert torch.equal(found["a"], pixels.bfloat16().to(dtype))
+    assert found["a"].dtype == dtype
+    assert [found["b"].dtype, found["c"].dtype, found["d"]] == [torch.float32, torch.int64, [0.5]]
+
+
 def test_limits_name_the_processors_that_require_torchvision() -> None:
     limited = {name for name, family in FAMILIES.items() if TORCHVISION in family.limits}
     assert limited == {name for name, own in PROCESSORS.items() if own.torchvision}
@@ -189,5 +209,6 @@ def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
     assert kept.trace.ledger.image_tokens == run.trace.ledger.image_tokens == (tokens,)
     assert run.trace.ledger.equivalent_tokens_ratio <= 0.5
     numbers = run.trace.layout.image_number
-    shown = 4 if name in ("llava_next_video", "cosmos3_edge") else 2  # two frames are put together
+    alone = name in ("llava_next_video", "cosmos3_edge", "gemma4", "gemma4_unified")
+    shown = 4 if alone else 2  # two frames are put together
     assert int(numbers.max()) + 1 == shown

@@ -30,7 +30,8 @@ BY_DEFAULT = (
 """Tests that families of `ALIKE` run by default too."""
 LOADED_ALIKE = (
     *("qwen3_5", "qwen3_5_moe", "lfm3_vl", "exaone4_5", "mistral3", "gemma4", "gemma4_unified", "muse_glimmer"),
-    *("muse_spark", "kimi_k25", "lfm2_vl"),
+    *("muse_spark", "kimi_k25", "lfm2_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "chameleon", "deepseek_ocr2"),
+    *("perception_lm", "fast_vlm", "molmo2", "step3p7"),
 )
 """Families that are loaded and asked as others are."""
 LOADING = (

@@ -150,7 +150,7 @@ def write_vlm(folder: Path, name: str) -> Path:
         name: key of `TOKENS`.
     """
     more = MORE.get(name)
-    family = replace(FAMILIES[name], config=more.config) if more and more.config else FAMILIES[name]
+    family = replace(FAMILIES[name], config=more.config, change=id) if more and more.config else FAMILIES[name]
     family.build().save_pretrained(folder)
     tokenizer(name).save_pretrained(folder)
     if more:
@@ -201,7 +201,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
     vocabulary = {character.translate(written): 3 + place for place, character in enumerate(CHARACTERS)}
     core = Tokenizer(models.BPE({**vocabulary, **special}, [], unk_token="</s>"))
     core.decoder = decoders.Fuse()
-    if begins(name):
+    if begins(name) and not (name in MORE and MORE[name].prepends):
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(

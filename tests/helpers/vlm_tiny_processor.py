@@ -24,8 +24,9 @@ class TinyProcessor:
         options: further entries of processor_config.json.
         named: tokens that the tokenizer has as attributes, by name.
         marks: what the chat template writes for an image, if it is more than the token that stands for it.
-        begins: whether the tokenizer begins with a token of its own.
+        begins: whether a prompt begins with the tokenizer's token for it.
         begun: whether the chat template writes that token.
+        prepends: whether the processor writes that token, and the tokenizer does not.
         byte_level: whether transformers takes a tokenizer of its own for the type, which reads bytes as GPT-2's.
         tokenizer: further entries of tokenizer_config.json.
         templated: whether the checkpoint has a chat template.
@@ -44,6 +45,7 @@ class TinyProcessor:
     marks: str | None = None
     begins: bool = False
     begun: bool = False
+    prepends: bool = False
     byte_level: bool = False
     tokenizer: dict[str, Any] = field(default_factory=dict)
     templated: bool = True

@@ -81,7 +81,7 @@ ROWS_DIFFER = (
 NO_PER_LAYER = "models with per-layer embeddings or shared keys (E2B, E4B) are refused"
 PRE_NORM = "checkpoints with norms after attention (Molmo2-O), or scaled rotary embeddings in some layers, are refused"
 TORCHVISION = "its processor requires torchvision"
-NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
+TIMM = "released checkpoints have a tower of timm, which requires that package"
 PAGES = (  # as its processor writes them for a prompt of its own
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n<img>"
@@ -144,9 +144,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_moe": Family("Qwen3.5-MoE", Merged, Merged, limits=(STATES,)),
     "lfm2_vl": _with_states("LFM2-VL", TORCHVISION),
     "lfm3_vl": _with_states("LFM3-VL"),
-    "minicpmv4_6": _with_states("MiniCPM-V 4.6", NOT_LOADED),
-    "minicpmv4_7": _with_states("MiniCPM-V 4.7", NOT_LOADED),
-    "minicpm_ocr": _with_states("MiniCPM-OCR", NOT_LOADED),
+    "minicpmv4_6": _with_states("MiniCPM-V 4.6", TORCHVISION),
+    "minicpmv4_7": _with_states("MiniCPM-V 4.7", TORCHVISION),
+    "minicpm_ocr": _with_states("MiniCPM-OCR", TORCHVISION),
     "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
     "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
@@ -157,19 +157,19 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral 3", Unfolded, limits=(TORCHVISION,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "granite4_vision": Family("Granite 4 Vision", Queried),
-    "chameleon": _unread("Chameleon", Unread, NOT_LOADED),
-    "emu3": _unread("Emu3", EndedLines, NOT_LOADED),
+    "chameleon": _unread("Chameleon"),
+    "emu3": _unread("Emu3", EndedLines),
     "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, TORCHVISION)),
-    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views, NOT_LOADED),
+    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
     "muse_glimmer": Family("Muse Glimmer", MergedBehind, MergedBehind, limits=(TORCHVISION,)),
     "muse_spark": Family("Muse Spark", MergedBehind, MergedBehind, limits=(AUDIO, TORCHVISION)),
-    "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, NOT_LOADED),
-    "fast_vlm": _unread("FastVLM", Unread, NOT_LOADED),
+    "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, TORCHVISION, TIMM),
+    "fast_vlm": _unread("FastVLM", Unread, TIMM),
     "gemma4": Family("Gemma 4", PooledPlaces, PooledPlaces, limits=(NO_TOWER, AUDIO, NO_PER_LAYER)),
     "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed),
     "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, TORCHVISION)),
-    "molmo2": Family("Molmo 2", Indexed, limits=(NO_VIDEOS, PRE_NORM, NOT_LOADED)),
-    "step3p7": _unread("Step 3.7", CropsFirst, NOT_LOADED),
+    "molmo2": Family("Molmo 2", Indexed, limits=(NO_VIDEOS, PRE_NORM, TORCHVISION)),
+    "step3p7": _unread("Step 3.7", CropsFirst, TORCHVISION),
     "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")

@@ -97,9 +97,24 @@ def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[s
                 f"{kind} made images of {', '.join(sizes)} pixels into ones with a side of less than {side}, which "
                 "have no image tokens; enlarge them"
             )
+
+
+def check_images(made: Any, config: Any, sizes: Sequence[str]) -> None:
+    """Refuse images that transformers' model of a type fails with, or sees otherwise in a batch than alone.
+
+    Arguments as of `check_image_tokens`.
+
+    Raises:
+        InputError: a single image token for Mistral 3; images of several sizes in a batch for Emu3.
+    """
     if config.model_type == "mistral3" and int((made["input_ids"] == config.image_token_id).sum()) == 1:
         raise InputError(
             f"an image of {sizes[0]} pixels is one image token, with which transformers' Mistral 3 fails; enlarge it"
+        )
+    if config.model_type == "emu3" and len(sizes) > 1 and len({*map(tuple, made["image_sizes"].tolist())}) > 1:
+        raise InputError(
+            f"images of {', '.join(sizes)} pixels in one batch are padded to one size, by which Emu3 gets other words "
+            "for the smaller ones; pass one prompt at a time, or images of one size"
         )
 
 
@@ -149,7 +164,8 @@ def _sizes(processor: Any, vision: Any, shuffled: int) -> Iterator[tuple[str, An
     ):
         wanted = _side(getattr(vision, name, None))
         for part in (images, processor):
-            actual = _side(getattr(part, other, None))
+            # Step 3.7's calls the side of a crop `patch_size`
+            actual = _side(getattr(part, f"vision_{other}", getattr(part, other, None)))
             if wanted and actual and (part is images or actual != shuffled * wanted):
                 yield what, wanted, actual
     size = images.crop_size if getattr(images, "do_center_crop", False) else getattr(images, "size", None)

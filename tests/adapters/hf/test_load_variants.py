@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,10 @@ from vlm_families import FAMILIES as TINY
 from vlm_processors import PROCESSORS
 
 import tokenprune as tp
-from tokenprune.errors import CheckpointError, InputError
+from tokenprune.errors import CheckpointError, InputError, UnsupportedError
 from tokenprune_adapters.hf import FAMILIES
-from tokenprune_adapters.hf.families import TORCHVISION
-from tokenprune_adapters.hf.processor import asked_of, on_device
+from tokenprune_adapters.hf.families import TIMM, TORCHVISION
+from tokenprune_adapters.hf.processor import _sizes, asked_of, on_device
 
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
 QUESTION = "What is it?"
@@ -141,6 +142,34 @@ def test_thinkers_within_checkpoints_that_may_also_talk(tmp_path: Path, name: st
     assert all(torch.equal(value, weights[key]) for key, value in whole.thinker.state_dict().items())
 
 
+TIMM_TOWERS = {"perception_lm": "vit_pe_core_tiny_patch16_384", "fast_vlm": "fastvit_t8"}
+
+
+def test_limits_name_the_types_with_towers_of_timm() -> None:
+    assert {name for name, family in FAMILIES.items() if TIMM in family.limits} == set(TIMM_TOWERS)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+@pytest.mark.parametrize("name", TIMM_TOWERS)
+def test_towers_of_timm_require_the_package(tmp_path: Path, name: str) -> None:
+    folder = write_vlm(tmp_path / name, name)
+    vision = {"model_type": "timm_wrapper", "architecture": TIMM_TOWERS[name], "hidden_size": 32}
+    args = {"model_args": {"embed_dim": 32}}
+    TINY[name].config(**vision, **args).save_pretrained(folder)
+    with pytest.raises(UnsupportedError, match=r"needs a package that is not installed, install it .*timm library"):
+        tp.load(folder)
+
+
+def test_tiles_of_a_large_picture_have_fewer_queries_than_the_whole(tmp_path: Path) -> None:
+    """DeepSeek-OCR 2: 144 for each of two tiles, 256 for the whole, and a token between."""
+    model = tp.load(write_vlm(tmp_path / "deepseek_ocr2", "deepseek_ocr2"))
+    inputs = model.inputs(picture().resize((200, 100)), QUESTION)
+    assert int((inputs["input_ids"] == model.model.config.image_token_id).sum()) == 2 * 144 + 256 + 1
+    trace = model.answer(picture().resize((200, 100)), QUESTION, fastv(), max_new_tokens=2).trace
+    assert trace is not None
+    assert trace.ledger.equivalent_tokens_ratio <= 0.5
+
+
 # processors ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +198,13 @@ def test_pixels_in_half_precision_take_the_models(dtype: torch.dtype) -> None:
     assert torch.equal(found["a"], pixels.bfloat16().to(dtype))
     assert found["a"].dtype == dtype
     assert [found["b"].dtype, found["c"].dtype, found["d"]] == [torch.float32, torch.int64, [0.5]]
+
+
+def test_the_side_of_a_crop_is_not_that_of_a_patch() -> None:
+    """Step 3.7's image processor calls it `patch_size`."""
+    images = SimpleNamespace(patch_size=32, vision_patch_size=4)
+    found = list(_sizes(SimpleNamespace(image_processor=images), SimpleNamespace(patch_size=5), 1))
+    assert found == [("patches with a side of", 5, 4)]
 
 
 def test_limits_name_the_processors_that_require_torchvision() -> None:

@@ -127,11 +127,12 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
         try:
             found = auto.from_pretrained(source, **options)
         except (ImportError, ValueError, RecursionError) as error:  # the last: LLaVA-NeXT-Video without its video file
-            if is_torchvision_available() and find_spec("num2words"):
+            kind = _without_videos(_named_class(source, options) or of_type)
+            if kind is None or (is_torchvision_available() and find_spec("num2words")):
                 raise
             try:
-                found = _without_videos(_named_class(source, options) or of_type).from_pretrained(source, **options)
-            except Exception:  # it needs the package for other things too; the first error names it
+                found = kind.from_pretrained(source, **options)
+            except AttributeError:  # MiniCPM's reads the part for videos, whose package the first error names
                 raise error from None
         if not hasattr(found, "image_processor"):  # AutoProcessor gives a tokenizer where no file names a class
             raise ValueError(f"no file names the class of a processor, found {type(found).__name__}")

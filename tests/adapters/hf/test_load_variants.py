@@ -212,10 +212,21 @@ def test_limits_name_the_processors_that_require_torchvision() -> None:
     assert limited == {name for name, own in PROCESSORS.items() if own.torchvision}
 
 
+KINDS = ("cohere2_vision", "mistral3", "minicpmv4_6")
+"""One whose images need torchvision, one whose processor does, and one whose processor reads the part for videos."""
+
+
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-@pytest.mark.parametrize("name", [name for name, own in PROCESSORS.items() if own.torchvision])
-def test_a_processor_that_requires_torchvision(tmp_path: Path, name: str) -> None:
-    model = tp.load(write_vlm(tmp_path / name, name))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+        for name, own in PROCESSORS.items()
+        if own.torchvision
+    ],
+)
+def test_a_processor_that_requires_torchvision(tmp_path: Path, kind: str) -> None:
+    model = tp.load(write_vlm(tmp_path / kind, kind))
     with pytest.raises(CheckpointError, match=r"processor cannot be loaded .*[tT]orchvision.*install the packages"):
         model.answer(picture(), QUESTION)
 

@@ -36,6 +36,7 @@ LOADED_ALIKE = (
 """Families that are loaded and asked as others are."""
 LOADING = (
     *("tests/adapters/hf/test_load.py", "tests/adapters/hf/test_load_variants.py"),
+    "tests/adapters/hf/test_cells_of_processors.py",
     *("tests/adapters/segmentation/test_answer_batch.py", "tests/utils/test_images.py"),
 )
 EAGER = ("llava", "qwen2_vl", "gemma3", "paligemma", "llama4", "qwen3_5", "lfm2_vl", "cohere_compass")

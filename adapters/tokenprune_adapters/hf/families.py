@@ -76,7 +76,8 @@ AUDIO = "audio tokens count as text"
 STATES = "strategies that read the attention of a decoder layer that keeps a state instead are refused"
 FOUR_AXES = "positions of four axes; checkpoints with three are refused, as rows that contain several prompts"
 ROWS_DIFFER = (
-    "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone"
+    "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone; "
+    "answer() refuses batches"
 )
 NO_PER_LAYER = "models with per-layer embeddings or shared keys (E2B, E4B) are refused"
 PRE_NORM = "checkpoints with norms after attention (Molmo2-O), or scaled rotary embeddings in some layers, are refused"

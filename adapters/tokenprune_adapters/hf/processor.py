@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from tokenprune.errors import CheckpointError, InputError
+from tokenprune_adapters.hf.families import FAMILIES, ROWS_DIFFER
 
 VIDEO = "video_processor"
 
@@ -105,8 +106,15 @@ def check_images(made: Any, config: Any, sizes: Sequence[str]) -> None:
     Arguments as of `check_image_tokens`.
 
     Raises:
-        InputError: a single image token for Mistral 3; images of several sizes in a batch for Emu3.
+        InputError: a single image token for Mistral 3; images of several sizes in a batch for Emu3; a batch for
+            HunYuan-VL.
     """
+    family = FAMILIES.get(config.model_type)
+    if len(sizes) > 1 and family is not None and ROWS_DIFFER in family.limits:
+        raise InputError(
+            f"{len(sizes)} prompts in one batch found: transformers numbers the images of all together, so that "
+            "an answer depends on the other prompts; pass one prompt at a time"
+        )
     if config.model_type == "mistral3" and int((made["input_ids"] == config.image_token_id).sum()) == 1:
         raise InputError(
             f"an image of {sizes[0]} pixels is one image token, with which transformers' Mistral 3 fails; enlarge it"

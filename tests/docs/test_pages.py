@@ -352,6 +352,8 @@ def test_every_family_has_an_example_of_five_lines(kind: str) -> None:
 def test_checkpoints_of_further_families_are_named() -> None:
     page = source(ROOT / "docs" / "models" / "transformers.md")
     assert [one.hub for one in PROCESSORS.values() if one.hub and f"`{one.hub}`" not in page] == []
+    row = next(line for line in page.splitlines() if line.endswith("their processors need torchvision |"))
+    assert re.findall("`(.*?)`", row) == [one.hub for one in PROCESSORS.values() if one.torchvision]
 
 
 def test_every_hook_has_its_place_in_the_guide() -> None:

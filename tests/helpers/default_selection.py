@@ -28,14 +28,28 @@ BY_DEFAULT = (
     "test_every_pair_can_be_read_off_the_page",
 )
 """Tests that families of `ALIKE` run by default too."""
+LOADED_ALIKE = (
+    *("qwen3_5", "qwen3_5_moe", "lfm3_vl", "exaone4_5", "mistral3", "gemma4", "gemma4_unified", "muse_glimmer"),
+    *("muse_spark", "kimi_k25", "lfm2_vl", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "chameleon", "deepseek_ocr2"),
+    *("perception_lm", "fast_vlm", "molmo2", "step3p7"),
+)
+"""Families that are loaded and asked as others are."""
+LOADING = (
+    *("tests/adapters/hf/test_load.py", "tests/adapters/hf/test_load_variants.py"),
+    "tests/adapters/hf/test_cells_of_processors.py",
+    *("tests/adapters/segmentation/test_answer_batch.py", "tests/utils/test_images.py"),
+)
 EAGER = ("llava", "qwen2_vl", "gemma3", "paligemma", "llama4", "qwen3_5", "lfm2_vl", "cohere_compass")
 """Families that run with eager attention by default too: one of each kind of mask."""
 
 
 def is_left_to_slow(item: pytest.Item) -> bool:
-    """Whether a test is one of shared code on a family of `ALIKE`, or of eager attention on one beside `EAGER`."""
+    """Whether a test is one of shared code on a family of `ALIKE`, of loading on one of `LOADED_ALIKE`, or of eager
+    attention on one beside `EAGER`."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     family = parameters.get("name", parameters.get("family"))
+    if item.nodeid.startswith(LOADING) and family in LOADED_ALIKE:
+        return True
     if family is None or not item.nodeid.startswith(FILES):
         return False
     if parameters.get("attention") == "eager" and family not in EAGER:

@@ -150,7 +150,7 @@ def write_vlm(folder: Path, name: str) -> Path:
         name: key of `TOKENS`.
     """
     more = MORE.get(name)
-    family = replace(FAMILIES[name], config=more.config) if more and more.config else FAMILIES[name]
+    family = replace(FAMILIES[name], config=more.config, change=id) if more and more.config else FAMILIES[name]
     family.build().save_pretrained(folder)
     tokenizer(name).save_pretrained(folder)
     if more:
@@ -197,11 +197,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
     """One token per character, and the special tokens of the family."""
     special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, **TOKENS[name]}
-    written = BYTES if name == "hyperclovax_vision_v2" else {}  # for which transformers takes GPT-2's tokenizer
+    written = BYTES if (MORE[name].byte_level if name in MORE else name == "hyperclovax_vision_v2") else {}
     vocabulary = {character.translate(written): 3 + place for place, character in enumerate(CHARACTERS)}
     core = Tokenizer(models.BPE({**vocabulary, **special}, [], unk_token="</s>"))
     core.decoder = decoders.Fuse()
-    if begins(name):
+    if begins(name) and not (name in MORE and MORE[name].prepends):
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
@@ -268,7 +268,8 @@ def image_processor(name: str) -> Any:
 def chat_template(name: str) -> str:
     """USER and ASSISTANT in turn; an image is the family's placeholder. Some write the first token too."""
     image = marks(name)
-    begin = "{{ bos_token }}" if name in ("gemma3", "idefics3", "hunyuan_vl") else ""
+    begun = MORE[name].begun if name in MORE else name in ("gemma3", "idefics3", "hunyuan_vl")
+    begin = "{{ bos_token }}" if begun else ""
     return begin + (
         "{% for turn in messages %}{{ turn['role'].upper() }}: {% for part in turn['content'] %}"
         "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n"

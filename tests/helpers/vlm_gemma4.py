@@ -12,8 +12,12 @@ from vlm_configs import ALTERNATING, END, IMAGE, PATCH, START, TEXT, TEXT_MODEL,
 from vlm_inputs import AttentionCall, Pictures, spans_of, wrapped
 
 
-def gemma4_unified() -> Any:
-    """Pictures of patches of 8 x 8 pixels; heads of full layers are wider than those of sliding ones."""
+def gemma4_unified(table: int = 16) -> Any:
+    """Pictures of patches of 8 x 8 pixels; heads of full layers are wider than those of sliding ones.
+
+    Args:
+        table: places on an axis of a picture.
+    """
     return transformers.Gemma4UnifiedConfig(
         text_config={
             **TEXT_MODEL,
@@ -26,7 +30,7 @@ def gemma4_unified() -> Any:
             "patch_size": PATCH,
             "pooling_kernel_size": 2,
             "mm_embed_dim": 32,
-            "mm_posemb_size": 16,
+            "mm_posemb_size": table,
             "output_proj_dims": 32,
         },
         image_token_id=IMAGE,
@@ -39,8 +43,8 @@ def gemma4_unified() -> Any:
     )
 
 
-def gemma4() -> Any:
-    """Tokens of 2 x 2 patches, without per-layer embeddings."""
+def gemma4(table: int = 32) -> Any:
+    """Tokens of 2 x 2 patches, without per-layer embeddings. Argument as of `gemma4_unified`."""
     text = {**gemma4_unified().text_config.to_dict(), "hidden_size_per_layer_input": 0}
     del text["model_type"]
     return transformers.Gemma4Config(
@@ -54,7 +58,7 @@ def gemma4() -> Any:
             "head_dim": 8,
             "pooling_kernel_size": 2,
             "patch_size": PATCH,
-            "position_embedding_size": 32,
+            "position_embedding_size": table,
             "initializer_range": 0.2,
         },
         audio_config=None,

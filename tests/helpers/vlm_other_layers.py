@@ -114,8 +114,8 @@ def minicpmv4_6() -> Any:
     return _minicpm("MiniCPMV4_6Config")
 
 
-def minicpmv4_7() -> Any:
-    ids = {"slice_start_id": CELL, "slice_end_id": CELL + 1, "newline_id": CELL + 2}
+def minicpmv4_7(newline: int = CELL + 2) -> Any:
+    ids = {"slice_start_id": CELL, "slice_end_id": CELL + 1, "newline_id": newline}
     return _minicpm("MiniCPMV4_7Config", image_start_id=START, image_end_id=END, **ids)
 
 

@@ -35,13 +35,18 @@ def chameleon() -> Any:
     )
 
 
-def emu3() -> Any:
-    """A word for each 4 x 4 pixels, and a word at the end of each line."""
+def emu3(levels: int = 3) -> Any:
+    """A word for each 4 x 4 pixels, and a word at the end of each line.
+
+    Args:
+        levels: of the tower; each but the first halves the sides of the picture.
+    """
     words = {f"<|visual token {code:06}|>": id for code, id in enumerate(CODES)}
     return transformers.Emu3Config(
         text_config=TEXT_MODEL,
         vq_config={
             **VQ,
+            "channel_multiplier": [1] * levels,
             "codebook_size": len(CODES),
             "embed_dim": 4,
             "temporal_downsample_factor": 1,
@@ -60,11 +65,17 @@ def see_emu3(config: Any, pictures: Pictures) -> AttentionCall:
     return seen, spans_of(pictures, [4 * (6 + 1)] * len(flat), wrapped)
 
 
-def deepseek_ocr2() -> Any:
-    """The first layer of the decoder is dense, the others have four experts."""
+def deepseek_ocr2(longest: int = 512, **sam: Any) -> Any:
+    """The first layer of the decoder is dense, the others have four experts.
+
+    Args:
+        longest: the longest prompt.
+        sam: other values of the tower's first part.
+    """
     return transformers.DeepseekOcr2Config(
         text_config={
             **TEXT_MODEL,
+            "max_position_embeddings": longest,
             "n_routed_experts": 4,
             "n_shared_experts": 1,
             "num_experts_per_tok": 2,
@@ -84,6 +95,7 @@ def deepseek_ocr2() -> Any:
                 "global_attn_indexes": [1],
                 "mlp_dim": 48,
                 "downsample_channels": [16, 32],
+                **sam,
             },
             "encoder_config": {**TEXT_MODEL, "num_hidden_layers": 2},
         },

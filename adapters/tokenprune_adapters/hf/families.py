@@ -76,11 +76,13 @@ AUDIO = "audio tokens count as text"
 STATES = "strategies that read the attention of a decoder layer that keeps a state instead are refused"
 FOUR_AXES = "positions of four axes; checkpoints with three are refused, as rows that contain several prompts"
 ROWS_DIFFER = (
-    "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone"
+    "in a batch, transformers numbers the images of all rows together, so that a row's answer is not that alone; "
+    "answer() refuses batches"
 )
 NO_PER_LAYER = "models with per-layer embeddings or shared keys (E2B, E4B) are refused"
 PRE_NORM = "checkpoints with norms after attention (Molmo2-O), or scaled rotary embeddings in some layers, are refused"
-NOT_LOADED = "tested with tp.prune on the model's own inputs, not with tp.load and its processor"
+TORCHVISION = "its processor requires torchvision"
+TIMM = "released checkpoints have a tower of timm, which requires that package"
 PAGES = (  # as its processor writes them for a prompt of its own
     "<|im_start|>system\nYou should follow the instructions carefully and explain your answers in detail.<|im_end|>"
     "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n<img>"
@@ -98,8 +100,8 @@ def _unread(title: str, images: type[Arrangement] = Unread, *limits: str, **more
     return Family(title, images, limits=(NO_TOWER, *limits), **more)
 
 
-def _with_states(title: str) -> Family:
-    return Family(title, Unread, limits=(STATES, NO_TOWER, NOT_LOADED))
+def _with_states(title: str, *limits: str) -> Family:
+    return Family(title, Unread, limits=(STATES, NO_TOWER, *limits))
 
 
 FAMILIES: dict[str, Family] = {
@@ -131,21 +133,21 @@ FAMILIES: dict[str, Family] = {
     "idefics2": _unread("Idefics2", ResampledRows),
     "deepseek_vl_hybrid": Family("DeepSeek-VL hybrid", Paired),
     "janus": Family("Janus"),
-    "cohere2_vision": Family("Command A Vision", Squares),
+    "cohere2_vision": Family("Command A Vision", Squares, limits=(TORCHVISION,)),
     "got_ocr2": _unread("GOT-OCR 2", chat_template=PAGES),
     "pp_chart2table": _unread("PP-Chart2Table"),
     "aria": _unread("Aria", Resampled),
     "ovis2": Family("Ovis2", Words),
     "lighton_ocr": Family("LightOnOCR", Unfolded),
     "shieldgemma2": Family("ShieldGemma 2", NormedPool, loaded_by="ShieldGemma2ForImageClassification"),
-    "llama4": _unread("Llama 4", Unread, NOT_LOADED),
-    "qwen3_5": Family("Qwen3.5", Merged, Merged, limits=(STATES, NOT_LOADED)),
-    "qwen3_5_moe": Family("Qwen3.5-MoE", Merged, Merged, limits=(STATES, NOT_LOADED)),
-    "lfm2_vl": _with_states("LFM2-VL"),
+    "llama4": _unread("Llama 4", Unread, TORCHVISION),
+    "qwen3_5": Family("Qwen3.5", Merged, Merged, limits=(STATES,)),
+    "qwen3_5_moe": Family("Qwen3.5-MoE", Merged, Merged, limits=(STATES,)),
+    "lfm2_vl": _with_states("LFM2-VL", TORCHVISION),
     "lfm3_vl": _with_states("LFM3-VL"),
-    "minicpmv4_6": _with_states("MiniCPM-V 4.6"),
-    "minicpmv4_7": _with_states("MiniCPM-V 4.7"),
-    "minicpm_ocr": _with_states("MiniCPM-OCR"),
+    "minicpmv4_6": _with_states("MiniCPM-V 4.6", TORCHVISION),
+    "minicpmv4_7": _with_states("MiniCPM-V 4.7", TORCHVISION),
+    "minicpm_ocr": _with_states("MiniCPM-OCR", TORCHVISION),
     "video_llava": Family("Video-LLaVA", Arrangement, ClsFrames, projects_patches=True),
     "paddleocr_vl": Family("PaddleOCR-VL", RowMajor),
     "video_llama_3": Family("VideoLLaMA 3", Unshuffled, Unshuffled),
@@ -153,23 +155,23 @@ FAMILIES: dict[str, Family] = {
     "ernie4_5_vl_moe": Family("ERNIE 4.5 VL", PairsOfFrames, PairsOfFrames),
     "granite_docling": Family("Granite Docling", Shuffled),
     "hunyuan_vl": Family("HunYuan-VL", Bordered, limits=(FOUR_AXES, ROWS_DIFFER)),
-    "mistral3": Family("Mistral 3", Unfolded, limits=(NOT_LOADED,)),
+    "mistral3": Family("Mistral 3", Unfolded, limits=(TORCHVISION,)),
     "cohere_compass": Family("Cohere Compass", Merged, Merged),
     "granite4_vision": Family("Granite 4 Vision", Queried),
-    "chameleon": _unread("Chameleon", Unread, NOT_LOADED),
-    "emu3": _unread("Emu3", EndedLines, NOT_LOADED),
-    "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, NOT_LOADED)),
-    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views, NOT_LOADED),
-    "muse_glimmer": Family("Muse Glimmer", MergedBehind, MergedBehind, limits=(NOT_LOADED,)),
-    "muse_spark": Family("Muse Spark", MergedBehind, MergedBehind, limits=(AUDIO, NOT_LOADED)),
-    "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, NOT_LOADED),
-    "fast_vlm": _unread("FastVLM", Unread, NOT_LOADED),
-    "gemma4": Family("Gemma 4", PooledPlaces, PooledPlaces, limits=(NO_TOWER, AUDIO, NO_PER_LAYER, NOT_LOADED)),
-    "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed, limits=(NOT_LOADED,)),
-    "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, NOT_LOADED)),
-    "molmo2": Family("Molmo 2", Indexed, limits=(NO_VIDEOS, PRE_NORM, NOT_LOADED)),
-    "step3p7": _unread("Step 3.7", CropsFirst, NOT_LOADED),
-    "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged, limits=(NOT_LOADED,)),
+    "chameleon": _unread("Chameleon"),
+    "emu3": _unread("Emu3", EndedLines),
+    "gemma4_unified": Family("Gemma 4 unified", Placed, Placed, limits=(NO_TOWER, AUDIO, TORCHVISION)),
+    "deepseek_ocr2": _unread("DeepSeek-OCR 2", Views),
+    "muse_glimmer": Family("Muse Glimmer", MergedBehind, MergedBehind, limits=(TORCHVISION,)),
+    "muse_spark": Family("Muse Spark", MergedBehind, MergedBehind, limits=(AUDIO, TORCHVISION)),
+    "perception_lm": _unread("Perception LM", Unread, NO_VIDEOS, TORCHVISION, TIMM),
+    "fast_vlm": _unread("FastVLM", Unread, TIMM),
+    "gemma4": Family("Gemma 4", PooledPlaces, PooledPlaces, limits=(NO_TOWER, AUDIO, NO_PER_LAYER)),
+    "exaone4_5": Family("EXAONE 4.5", Windowed, Windowed),
+    "kimi_k25": Family("Kimi K2.5", MergedRows, limits=(NO_VIDEOS, TORCHVISION)),
+    "molmo2": Family("Molmo 2", Indexed, limits=(NO_VIDEOS, PRE_NORM, TORCHVISION)),
+    "step3p7": _unread("Step 3.7", CropsFirst, TORCHVISION),
+    "cosmos3_edge": Family("Cosmos 3 Edge", Merged, Merged),
 }
 WITH_TALKER = ("qwen2_5_omni", "qwen3_omni_moe")
 """Types whose checkpoints contain a thinker, which is a model of a family, and a talker, which is not loaded."""

@@ -23,7 +23,7 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
 from tokenprune_adapters.hf.families import FAMILIES
-from tokenprune_adapters.hf.processor import check_image_tokens, load_processor
+from tokenprune_adapters.hf.processor import asked_of, check_image_tokens, check_images, load_processor, on_device
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -130,8 +130,8 @@ class VisionLanguageModel:
         rows = [self._row(*row) for row in _rows(image, prompt)]
         texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
         padding = {} if len(rows) == 1 else self._padding()
-        options = {"return_tensors": "pt", **padding, **self._special(texts)}
         processor = self.processor
+        options = {"return_tensors": "pt", **padding, **self._special(texts), **asked_of(processor)}
         # GOT-OCR 2 takes a nested list for the pages of a document
         given: Any = list(chain(*images)) if hasattr(processor, "multi_page") else images
         try:
@@ -145,13 +145,15 @@ class VisionLanguageModel:
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
-        check_image_tokens(made, self.model.config, processor, [_sizes(some) for some in images], self._placeholder())
+        sizes = [_sizes(some) for some in images]
+        check_image_tokens(made, self.model.config, processor, sizes, self._placeholder())
+        check_images(made, self.model.config, sizes)
         # with axes of time, height and width an image has fewer positions than tokens
         if any(len((rope or {}).get("mrope_section") or ()) == 3 for rope in rotary_parameters(config)):
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
         else:
             check_length(config, ids.shape[1])
-        return made.to(self.model.device)
+        return on_device(made, self.model)
 
     @overload
     def answer(self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64) -> Answer: ...

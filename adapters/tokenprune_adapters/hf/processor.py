@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from tokenprune.errors import CheckpointError, InputError
+from tokenprune_adapters.hf.families import FAMILIES, ROWS_DIFFER
 
 VIDEO = "video_processor"
 
@@ -54,6 +55,21 @@ def load_processor(source: str, config: Any, revision: str | None = None) -> Any
     return found
 
 
+def asked_of(processor: Any) -> dict[str, Any]:
+    """What a processor names among its model's inputs, and some (Cosmos 3 Edge's) give only if it is asked for."""
+    types = "mm_token_type_ids"
+    return {f"return_{types}": True} if types in getattr(processor, "model_input_names", ()) else {}
+
+
+def on_device(made: Any, model: Any) -> Any:
+    """Inputs on the model's device; pixels that a processor gives in half precision (Llama 4's) in the model's."""
+    made = made.to(model.device)
+    for name, value in made.items():
+        if torch.is_tensor(value) and value.is_floating_point() and value.dtype != torch.float32:
+            made[name] = value.to(model.dtype)
+    return made
+
+
 def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[str], placeholder: str) -> None:
     """Refuse images of which no image tokens were made.
 
@@ -84,6 +100,32 @@ def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[s
             )
 
 
+def check_images(made: Any, config: Any, sizes: Sequence[str]) -> None:
+    """Refuse images that transformers' model of a type fails with, or sees otherwise in a batch than alone.
+
+    Arguments as of `check_image_tokens`.
+
+    Raises:
+        InputError: a single image token for Mistral 3; images of several sizes in a batch for Emu3; a batch for
+            HunYuan-VL.
+    """
+    family = FAMILIES.get(config.model_type)
+    if len(sizes) > 1 and family is not None and ROWS_DIFFER in family.limits:
+        raise InputError(
+            f"{len(sizes)} prompts in one batch found: transformers numbers the images of all together, so that "
+            "an answer depends on the other prompts; pass one prompt at a time"
+        )
+    if config.model_type == "mistral3" and int((made["input_ids"] == config.image_token_id).sum()) == 1:
+        raise InputError(
+            f"an image of {sizes[0]} pixels is one image token, with which transformers' Mistral 3 fails; enlarge it"
+        )
+    if config.model_type == "emu3" and len(sizes) > 1 and len({*map(tuple, made["image_sizes"].tolist())}) > 1:
+        raise InputError(
+            f"images of {', '.join(sizes)} pixels in one batch are padded to one size, by which Emu3 gets other words "
+            "for the smaller ones; pass one prompt at a time, or images of one size"
+        )
+
+
 def _load(source: str, config: Any, revision: str | None) -> Any:
     options = {} if revision is None else {"revision": revision}
     of_type: Any = PROCESSOR_MAPPING.get(type(config), None)
@@ -92,11 +134,14 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
     try:
         try:
             found = auto.from_pretrained(source, **options)
-        except (ImportError, ValueError, RecursionError):  # the last one: LLaVA-NeXT-Video without its video file
+        except (ImportError, ValueError, RecursionError) as error:  # the last: LLaVA-NeXT-Video without its video file
             kind = _without_videos(_named_class(source, options) or of_type)
             if kind is None or (is_torchvision_available() and find_spec("num2words")):
                 raise
-            found = kind.from_pretrained(source, **options)
+            try:
+                found = kind.from_pretrained(source, **options)
+            except AttributeError:  # MiniCPM's reads the part for videos, whose package the first error names
+                raise error from None
         if not hasattr(found, "image_processor"):  # AutoProcessor gives a tokenizer where no file names a class
             raise ValueError(f"no file names the class of a processor, found {type(found).__name__}")
         return found
@@ -128,7 +173,8 @@ def _sizes(processor: Any, vision: Any, shuffled: int) -> Iterator[tuple[str, An
     ):
         wanted = _side(getattr(vision, name, None))
         for part in (images, processor):
-            actual = _side(getattr(part, other, None))
+            # Step 3.7's calls the side of a crop `patch_size`
+            actual = _side(getattr(part, f"vision_{other}", getattr(part, other, None)))
             if wanted and actual and (part is images or actual != shuffled * wanted):
                 yield what, wanted, actual
     size = images.crop_size if getattr(images, "do_center_crop", False) else getattr(images, "size", None)

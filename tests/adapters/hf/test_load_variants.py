@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,16 @@ import torch
 import transformers
 from PIL import Image
 from transformers.utils.import_utils import is_torchvision_available
-from vlm_checkpoints import VIDEO_PROCESSORS, write_vlm
+from vlm_checkpoints import NEEDS_TORCHVISION, VIDEO_PROCESSORS, write_vlm
 from vlm_families import CURRENT
 from vlm_families import FAMILIES as TINY
 from vlm_processors import PROCESSORS
 
 import tokenprune as tp
-from tokenprune.errors import CheckpointError, InputError
+from tokenprune.errors import CheckpointError, InputError, UnsupportedError
 from tokenprune_adapters.hf import FAMILIES
+from tokenprune_adapters.hf.families import TIMM, TORCHVISION
+from tokenprune_adapters.hf.processor import _sizes, asked_of, on_device
 
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
 QUESTION = "What is it?"
@@ -81,6 +85,16 @@ def test_an_image_that_is_too_small_for_a_token_beside_another(tmp_path: Path) -
         model.answer([picture(), picture().resize((4, 4))], QUESTION)
 
 
+@NEEDS_TORCHVISION
+def test_an_image_of_a_single_token(tmp_path: Path) -> None:
+    """With which transformers fails where Mistral 3's features lose their only axis of tokens."""
+    model = tp.load(write_vlm(tmp_path / "mistral3", "mistral3"))
+    small = picture().resize((8, 8))
+    with pytest.raises(InputError, match="an image of 8×8 pixels is one image token"):
+        model.inputs(small, QUESTION)
+    assert model.answer([small, small], QUESTION, max_new_tokens=2).text
+
+
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +142,34 @@ def test_thinkers_within_checkpoints_that_may_also_talk(tmp_path: Path, name: st
     assert all(torch.equal(value, weights[key]) for key, value in whole.thinker.state_dict().items())
 
 
+TIMM_TOWERS = {"perception_lm": "vit_pe_core_tiny_patch16_384", "fast_vlm": "fastvit_t8"}
+
+
+def test_limits_name_the_types_with_towers_of_timm() -> None:
+    assert {name for name, family in FAMILIES.items() if TIMM in family.limits} == set(TIMM_TOWERS)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+@pytest.mark.parametrize("name", TIMM_TOWERS)
+def test_towers_of_timm_require_the_package(tmp_path: Path, name: str) -> None:
+    folder = write_vlm(tmp_path / name, name)
+    vision = {"model_type": "timm_wrapper", "architecture": TIMM_TOWERS[name], "hidden_size": 32}
+    args = {"model_args": {"embed_dim": 32}}
+    TINY[name].config(**vision, **args).save_pretrained(folder)
+    with pytest.raises(UnsupportedError, match=r"needs a package that is not installed, install it .*timm library"):
+        tp.load(folder)
+
+
+def test_tiles_of_a_large_picture_have_fewer_queries_than_the_whole(tmp_path: Path) -> None:
+    """DeepSeek-OCR 2: 144 for each of two tiles, 256 for the whole, and a token between."""
+    model = tp.load(write_vlm(tmp_path / "deepseek_ocr2", "deepseek_ocr2"))
+    inputs = model.inputs(picture().resize((200, 100)), QUESTION)
+    assert int((inputs["input_ids"] == model.model.config.image_token_id).sum()) == 2 * 144 + 256 + 1
+    trace = model.answer(picture().resize((200, 100)), QUESTION, fastv(), max_new_tokens=2).trace
+    assert trace is not None
+    assert trace.ledger.equivalent_tokens_ratio <= 0.5
+
+
 # processors ----------------------------------------------------------------------------------------------------------
 
 
@@ -139,10 +181,53 @@ def test_no_file_names_the_processor(tmp_path: Path) -> None:
         tp.load(folder).answer(picture(), QUESTION)
 
 
+def test_token_types_are_asked_of_a_processor_that_names_them(tmp_path: Path) -> None:
+    """Cosmos 3 Edge's gives none by itself, and its model fails without."""
+    model = tp.load(write_vlm(tmp_path / "cosmos3_edge", "cosmos3_edge"))
+    inputs = model.inputs(picture(), QUESTION)
+    assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == model.model.config.image_token_id)
+    assert model.answer(picture(), QUESTION, fastv(), max_new_tokens=2).trace is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pixels_in_half_precision_take_the_models(dtype: torch.dtype) -> None:
+    """Llama 4's processor rounds them to bfloat16."""
+    pixels, weights = torch.tensor([0.1, -3.0]), torch.tensor([0.1])
+    made = transformers.BatchFeature({"a": pixels.bfloat16(), "b": weights, "c": torch.tensor([1]), "d": [0.5]})
+    found = on_device(made, SimpleNamespace(device=torch.device("cpu"), dtype=dtype))
+    assert torch.equal(found["a"], pixels.bfloat16().to(dtype))
+    assert found["a"].dtype == dtype
+    assert [found["b"].dtype, found["c"].dtype, found["d"]] == [torch.float32, torch.int64, [0.5]]
+
+
+def test_the_side_of_a_crop_is_not_that_of_a_patch() -> None:
+    """Step 3.7's image processor calls it `patch_size`."""
+    images = SimpleNamespace(patch_size=32, vision_patch_size=4)
+    found = list(_sizes(SimpleNamespace(image_processor=images), SimpleNamespace(patch_size=5), 1))
+    assert found == [("patches with a side of", 5, 4)]
+
+
+def test_limits_name_the_processors_that_require_torchvision() -> None:
+    limited = {name for name, family in FAMILIES.items() if TORCHVISION in family.limits}
+    assert limited == {name for name, own in PROCESSORS.items() if own.torchvision}
+
+
+KINDS = ("cohere2_vision", "mistral3", "minicpmv4_6")
+"""One whose images need torchvision, one whose processor does, and one whose processor reads the part for videos."""
+
+
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
-def test_an_image_processor_that_needs_torchvision(tmp_path: Path) -> None:
-    model = tp.load(write_vlm(tmp_path / "cohere2_vision", "cohere2_vision"))
-    with pytest.raises(CheckpointError, match="image processor classes: torchvision: Cohere2VisionImageProcessor"):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+        for name, own in PROCESSORS.items()
+        if own.torchvision
+    ],
+)
+def test_a_processor_that_requires_torchvision(tmp_path: Path, kind: str) -> None:
+    model = tp.load(write_vlm(tmp_path / kind, kind))
+    with pytest.raises(CheckpointError, match=r"processor cannot be loaded .*[tT]orchvision.*install the packages"):
         model.answer(picture(), QUESTION)
 
 
@@ -154,9 +239,11 @@ def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
     token, glm = model.processor.video_token, FAMILIES[name].one_token
     text = (f"<|begin_of_video|>{token}<|end_of_video|>" if glm else token) + QUESTION
     times = {"fps": 2, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    asked = {"return_metadata": True, **asked_of(model.processor)}  # which Cosmos 3 Edge's lacks by itself
     inputs = model.processor(
-        text=text, videos=[FRAMES], video_metadata=[times], do_sample_frames=False, return_tensors="pt"
+        text=text, videos=[FRAMES], video_metadata=[times], do_sample_frames=False, return_tensors="pt", **asked
     )
+    inputs.pop("video_metadata", None)
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     with torch.inference_mode():
         untouched = model.model.generate(**inputs, **options)
@@ -169,5 +256,6 @@ def test_videos_of_the_processor(tmp_path: Path, name: str) -> None:
     assert kept.trace.ledger.image_tokens == run.trace.ledger.image_tokens == (tokens,)
     assert run.trace.ledger.equivalent_tokens_ratio <= 0.5
     numbers = run.trace.layout.image_number
-    shown = 4 if name == "llava_next_video" else 2  # two frames are put together
+    alone = name in ("llava_next_video", "cosmos3_edge", "gemma4", "gemma4_unified")
+    shown = 4 if alone else 2  # two frames are put together
     assert int(numbers.max()) + 1 == shown

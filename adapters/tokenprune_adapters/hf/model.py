@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,19 +10,19 @@ from itertools import chain
 from typing import Any, overload
 
 import torch
-from PIL.Image import Image
 
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, model_turn, open_run, prune
 from tokenprune.engine.decoder import rotary_parameters
-from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.utils.arguments import shown, unicode_problem, whole_number
-from tokenprune.utils.images import ImageInput, to_rgb
+from tokenprune.errors import InputError
+from tokenprune.utils.arguments import whole_number
+from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
-from tokenprune_adapters.hf.families import FAMILIES
+from tokenprune_adapters.hf.inputs.prompts import Prompts
+from tokenprune_adapters.hf.inputs.rows import rows_of, sizes
 from tokenprune_adapters.hf.processor import check_image_tokens, load_processor
 
 GREEDY: dict[str, Any] = {
@@ -127,11 +127,12 @@ class VisionLanguageModel:
                 leaves out; a prompt longer than the model's context.
             UnsupportedError: several prompts, and a tokenizer without a padding token.
         """
-        rows = [self._row(*row) for row in _rows(image, prompt)]
-        texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
-        padding = {} if len(rows) == 1 else self._padding()
-        options = {"return_tensors": "pt", **padding, **self._special(texts)}
         processor = self.processor
+        prompts = Prompts(processor, self.model, self.name)
+        rows = rows_of(image, prompt)
+        texts = [prompts.text(row.prompt, len(row.images)) for row in rows]
+        options = {"return_tensors": "pt", **prompts.options(texts)}
+        images = [row.images for row in rows]
         # GOT-OCR 2 takes a nested list for the pages of a document
         given: Any = list(chain(*images)) if hasattr(processor, "multi_page") else images
         try:
@@ -140,12 +141,12 @@ class VisionLanguageModel:
         except Exception as error:  # the exceptions of processors differ between families
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{type(processor).__name__} cannot prepare images of {_sizes(chain(*images))} pixels and these "
+                f"{type(processor).__name__} cannot prepare images of {sizes(chain(*images))} pixels and these "
                 f"prompts ({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
             ) from error
         config = self.model.config.get_text_config()
         ids = made["input_ids"]
-        check_image_tokens(made, self.model.config, processor, [_sizes(some) for some in images], self._placeholder())
+        check_image_tokens(made, self.model.config, processor, [sizes(some) for some in images], prompts.placeholder)
         # with axes of time, height and width an image has fewer positions than tokens
         if any(len((rope or {}).get("mrope_section") or ()) == 3 for rope in rotary_parameters(config)):
             check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
@@ -211,85 +212,3 @@ class VisionLanguageModel:
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         end = next((place for place, token in enumerate(ids, 1) if token in stops), len(ids))  # padding follows
         return str(self.processor.decode(ids[:end], skip_special_tokens=True))
-
-    def _row(self, image: Any, prompt: Any) -> tuple[str, list[Image]]:
-        """The text of one prompt, and its images."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"prompt {shown(prompt)} found, expected a text about the image")
-        problem = unicode_problem(prompt)
-        if problem:
-            raise InputError(f"prompt {prompt[:60]!a} {problem}")
-        images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
-        if not images:
-            raise InputError("an empty list of images found, expected one or more")
-        placeholder, token = self._placeholder(), self._image_token()
-        if token and token != placeholder and token in prompt:
-            raise InputError(f"the prompt has {token} in it, which the processor writes itself; leave it out")
-        written = prompt.count(placeholder)
-        if written not in (0, len(images)):
-            raise InputError(
-                f"the prompt has {written} placeholders {placeholder}, but there are {len(images)} images; write as "
-                "many, or none"
-            )
-        return prompt if written else self._chat_prompt(len(images), prompt), images
-
-    def _special(self, texts: list[str]) -> dict[str, bool]:
-        """Do not add the first token a second time if the template already contains it."""
-        begin = self.processor.tokenizer.bos_token
-        begun = [bool(begin) and text.startswith(begin) for text in texts]
-        if any(begun) and not all(begun):
-            raise InputError(
-                f"prompt {begun.index(True)} begins with {begin}, others do not; write it in all, or in none"
-            )
-        return {"add_special_tokens": False} if all(begun) else {}
-
-    def _padding(self) -> dict[str, Any]:
-        if self.processor.tokenizer.pad_token is None:
-            raise UnsupportedError(
-                f"{self.name}: its tokenizer has no padding token, which several prompts require; pass one prompt at a "
-                "time, or set model.processor.tokenizer.pad_token"
-            )
-        return {"padding": True, "padding_side": "left"}
-
-    def _placeholder(self) -> str:
-        """What stands for an image in a prompt."""
-        names = ("image_placeholder_token", "image_token")  # Qianfan-OCR's processor has both
-        return str(next(filter(None, (getattr(self.processor, name, None) for name in names)), "<image>"))
-
-    def _image_token(self) -> str | None:
-        """The token of a piece of an image."""
-        token: str | None = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        return token
-
-    def _chat_prompt(self, images: int, prompt: str) -> str:
-        own, family = getattr(self.processor, "chat_template", None), FAMILIES.get(self.base_model.config.model_type)
-        template = None if own or family is None else family.chat_template
-        if own or template:
-            content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
-            turns = [{"role": "user", "content": content}]
-            text = str(self.processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
-            if prompt.strip() not in text:
-                raise InputError(
-                    f"{self.name}: its chat template has a text of its own in place of the prompt {shown(prompt)}; "
-                    f"pass one that is in it: {text[-200:]!r}"
-                )
-            return text
-        return self._placeholder() * images + prompt
-
-
-def _sizes(images: Iterable[Image]) -> str:
-    return ", ".join(f"{width}×{height}" for width, height in (one.size for one in images))
-
-
-def _rows(image: Any, prompt: str | Sequence[str]) -> list[tuple[Any, Any]]:
-    """The image or images and the prompt of each batch row."""
-    if not isinstance(prompt, (list, tuple)):
-        return [(image, prompt)]
-    images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompt)
-    prompts = list(prompt) * len(images) if len(prompt) == 1 else list(prompt)
-    if not prompts or len(prompts) != len(images):
-        raise InputError(
-            f"{len(images)} images and {len(prompt)} prompts found; pass a prompt for each image, a list of one for "
-            "all, or one image for all prompts (several images of one prompt form a nested list)"
-        )
-    return list(zip(images, prompts, strict=True))

@@ -17,9 +17,7 @@ from tokenprune.report.files import check_distinct, check_target, check_targets
 from tokenprune.report.write import writable_folder
 from tokenprune.utils.arguments import unicode_problem
 from tokenprune.utils.files import expanded, is_url, reason
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Suffixes of images in folders; files that are given by name are tried with any suffix."""
+from tokenprune.utils.images import SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from PIL import Image, UnidentifiedImageError
 from tokenprune.errors import InputError
 from tokenprune.utils.files import absent, expanded
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Suffixes of images in folders; files that are given by name are tried with any suffix."""
 ImageInput = Any  # a path, PIL image, numpy array or tensor; spelled out in `to_rgb`
 
 _ORIENTATION = 0x0112  # the EXIF tag

@@ -18,8 +18,8 @@ from transformers.video_utils import VideoMetadata, load_video
 from tokenprune.errors import InputError, OptionError
 from tokenprune.utils.arguments import shown, whole_number
 from tokenprune.utils.extras import check_modules
-from tokenprune.utils.files import absent, expanded
-from tokenprune.utils.images import SUFFIXES, to_rgb
+from tokenprune.utils.files import IMAGE_SUFFIXES, absent, expanded
+from tokenprune.utils.images import to_rgb
 
 VideoInput = Any  # a path, a list of frames, an array or a tensor; spelled out in `VideoReader.read`
 MOST = 768
@@ -138,7 +138,7 @@ class VideoReader:
 
     def _of_file(self, path: Path) -> Video:
         name = f"video {str(path)!r}"
-        if path.suffix.lower() in SUFFIXES - {".gif", ".webp"}:
+        if path.suffix.lower() in IMAGE_SUFFIXES - {".gif", ".webp"}:
             raise InputError(f"{name} is a picture; pass it as image=, or the folder of a video's frames")
         check_modules("the list of a video file's frames", ["cv2"], "video")
         source: Any = str(path)  # transformers annotates paths with a type of its own
@@ -198,7 +198,7 @@ def _evenly(count: int, total: int, name: str) -> np.ndarray[Any, Any]:
 
 
 def _frames_in(folder: Path) -> list[Path]:
-    found = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
+    found = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
     return sorted(found, key=lambda path: _numbered(path.name))
 
 

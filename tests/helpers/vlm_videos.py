@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pytest
 import torch
 from transformers import BatchFeature
 from transformers.processing_utils import VideosKwargs
@@ -107,6 +108,17 @@ def video_marks(name: str) -> str:
 def clip(frames: int = 6, height: int = 24, width: int = 32, seed: int = 0) -> np.ndarray[Any, Any]:
     """A video as an array [frames, height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def write_film(path: Path, frames: Any, rate: float) -> Path:
+    """A video file without losses, of an array [frames, height, width, 3]; needs OpenCV."""
+    cv2 = pytest.importorskip("cv2", reason="video files are written with OpenCV")
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"FFV1"), rate, frames.shape[2:0:-1])
+    assert writer.isOpened()
+    for frame in frames:
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
+    return path
 
 
 def _sizes(name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from vlm_checkpoints import placeholder, write_vlm
 from vlm_families import CURRENT
 from vlm_known import model_of
-from vlm_videos import GLM, NAMES, STOOD_IN, clip, load_video_vlm, video_marks, video_token
+from vlm_videos import GLM, NAMES, STOOD_IN, clip, load_video_vlm, video_marks, video_token, write_film
 from vlm_watching import inputs_of
 
 import tokenprune as tp
@@ -110,6 +111,26 @@ def test_answers_are_those_of_generate(name: str, models: Models) -> None:
     assert answer.trace.ledger.image_tokens == (int(tokens.sum()) - separators.get(name, 0),)
     alone = name in ("llava_onevision", "llava_next_video", "video_llava", "video_llama_3")
     assert int(layout.image_number.max()) + 1 == (6 if alone else 3)  # others put two frames together
+
+
+@NEEDS_TORCHVISION
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIGHT)
+def test_files_are_sampled_as_the_processor_does(name: str, models: Models, tmp_path: Path) -> None:
+    """Which is given the whole video here, and the frames that it chooses in our hands."""
+    model, video = models(name), clip(24)
+    whole = {"total_num_frames": 24, "fps": 8.0, "duration": 3.0, "height": 24, "width": 32}
+    if not model.processor.video_processor.do_sample_frames:
+        whole["frames_indices"] = list(range(24))
+    expected = model.processor(
+        text=[f"USER: {video_marks(name)}{QUESTION}ASSISTANT:"],
+        videos=[video],
+        video_metadata=[whole],
+        return_tensors="pt",
+    )
+    inputs = model.inputs(None, QUESTION, video=write_film(tmp_path / "film.avi", video, 8.0))
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("name", LIGHT)

@@ -11,25 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vlm_videos import PlainVideos, clip
+from vlm_videos import PlainVideos, clip, write_film
 
 from tokenprune.errors import InputError, UnsupportedError
 from tokenprune_adapters.hf.inputs.videos import MOST, VideoReader, is_video
 
-cv2 = pytest.importorskip("cv2", reason="video files are decoded with OpenCV")
+pytest.importorskip("cv2", reason="video files are decoded with OpenCV")
 RATE, TOTAL = 8.0, 24
 VIDEO = clip(TOTAL)
 TAKES_ALL = SimpleNamespace(do_sample_frames=False, fps=None)
 
 
 def write(path: Path, frames: Any = VIDEO, rate: float = RATE) -> Path:
-    """A video file without losses."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"FFV1"), rate, frames.shape[2:0:-1])
-    assert writer.isOpened()
-    for frame in frames:
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    writer.release()
-    return path
+    return write_film(path, frames, rate)
 
 
 @pytest.fixture(scope="module")

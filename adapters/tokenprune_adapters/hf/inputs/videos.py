@@ -41,7 +41,8 @@ class Video:
     @property
     def rate(self) -> float | None:
         """Frames per second of the sampled frames; None if unknown."""
-        return float(self.metadata.sampled_fps) if self.metadata.fps else None
+        whole = self.metadata
+        return float(len(self.pixels) / whole.total_num_frames * whole.fps) if whole.fps else None
 
     @property
     def size(self) -> str:

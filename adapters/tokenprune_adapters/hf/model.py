@@ -65,7 +65,7 @@ class Answer:
         text: the generated text.
         trace: trace of the prefill, if it was pruned by a strategy or a surrounding context; else None. Answers of a
             batch share it.
-        row: the answer's batch row in the trace.
+        row: the answer's batch row in the trace; with beams, the first of its prompt's rows, which are equal.
     """
 
     text: str

@@ -113,6 +113,20 @@ def test_answers_are_those_of_generate(name: str, models: Models) -> None:
     assert int(layout.image_number.max()) + 1 == (6 if alone else 3)  # others put two frames together
 
 
+@pytest.mark.parametrize(
+    ("name", "frames", "side"),
+    [("qwen2_5_vl", 3, (3, 4)), ("llava_onevision", 6, (2, 2))],  # of pairs of frames, merged; of frames, pooled
+)
+def test_a_frame_is_an_image_with_a_grid(name: str, frames: int, side: tuple[int, int], models: Models) -> None:
+    answer = models(name).answer(None, QUESTION, fastv(), 1, video=clip(6, 24, 32))
+    assert answer.trace is not None
+    layout = answer.trace.layout
+    cells = [[row, column] for row in range(side[0]) for column in range(side[1])]
+    tokens = layout.image_number[0] >= 0
+    assert layout.grid[0, tokens].tolist() == cells * frames
+    assert layout.image_number[0, tokens].tolist() == [number for number in range(frames) for _ in cells]
+
+
 @NEEDS_TORCHVISION
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIGHT)

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -82,6 +81,8 @@ def write_video_vlm(folder: Path, name: str) -> Path:
     path = folder / "video_preprocessor_config.json"
     path.write_text(json.dumps({"video_processor_type": VIDEO_PROCESSORS[name], **_sizes(name)}), encoding="utf-8")
     if name == "ernie4_5_vl_moe":  # draws the time on each frame
+        import matplotlib  # which has a font
+
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         shutil.copy(fonts / "DejaVuSans.ttf", folder / "Roboto-Regular.ttf")
     template = chat_template(name)

@@ -167,7 +167,7 @@ class VisionLanguageModel:
                 f"{'' if reader is None else ', or the number of frames (frames=)'}"
             ) from error
         set_rates(made, processor, rows)
-        visual = prompts.visual(made["input_ids"])
+        visual = prompts.visual(made["input_ids"], reader is not None)
         sizes = [row.sizes for row in rows]
         check_image_tokens(made, visual, self.model.config, processor, sizes, prompts.placeholder)
         config = self.model.config.get_text_config()

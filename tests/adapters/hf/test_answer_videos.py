@@ -269,6 +269,17 @@ def test_without_torchvision(models: Models) -> None:
         models("qwen2_vl").answer(None, QUESTION, video=clip(2))
 
 
+def test_a_processor_that_has_no_part_for_videos(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although torchvision is installed: why it was loaded without one is told."""
+    model = models("qwen2_vl")
+    monkeypatch.setattr("tokenprune_adapters.hf.inputs.prompts.is_torchvision_available", lambda: True)
+    monkeypatch.setattr(model.processor, "video_processor", None, raising=False)
+    monkeypatch.setattr(model.processor, "without_videos", "OSError: no such file", raising=False)
+    message = r"qwen2_vl: its processor has no part for videos: fetch the checkpoint's files for videos \(OSError: no"
+    with pytest.raises(UnsupportedError, match=message):
+        model.answer(None, QUESTION, video=clip(2))
+
+
 def test_videos_that_do_not_go_together(models: Models) -> None:
     with pytest.raises(InputError, match=r"images of 2 frames of 32×24, 4 frames of 32×24 pixels .* \(frames=\)"):
         models("llava_onevision").answer(None, QUESTION, video=[clip(2), clip(4)])

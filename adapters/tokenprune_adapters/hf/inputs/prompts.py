@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -62,10 +61,11 @@ class Prompts:
                 f"{self._name} got images and videos in one call, but one token marks both; ask about them one by one"
             )
 
-    def visual(self, ids: Tensor) -> Tensor:
-        """Where the tokens of images and videos are: bool, of the shape of `ids`."""
-        tokens = [self._image_id, getattr(self._processor, "video_token_id", None)]
-        return torch.isin(ids, torch.tensor([token for token in tokens if token is not None], device=ids.device))
+    def visual(self, ids: Tensor, videos: bool) -> Tensor:
+        """Where the tokens of images, and of videos if there are any, are: bool, of the shape of `ids`."""
+        found = ids == self._image_id
+        token: int | None = getattr(self._processor, "video_token_id", None)
+        return found | (ids == token) if videos and token is not None else found
 
     def text(self, prompt: Any, images: int, videos: int = 0) -> str:
         """The text of a prompt about this many images and videos.

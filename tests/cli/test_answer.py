@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from cli_fixtures import Runner, assert_one_line, run
 from PIL import Image
 from vlm_checkpoints import write_vlm
 from vlm_families import CURRENT
+from vlm_videos import clip, load_video_vlm
 
 import tokenprune as tp
 from tokenprune.utils import threads
+from tokenprune_adapters.hf.model import Answer
 
 __all__ = ["run"]
 pytestmark = pytest.mark.skipif(not CURRENT, reason="the tiny processors are those of transformers 5.20 and later")
@@ -78,12 +81,73 @@ def test_threads(run: Runner, folder: Path, album: Path, monkeypatch: pytest.Mon
     assert torch.get_num_threads() == before
 
 
+def test_beams(run: Runner, folder: Path, album: Path) -> None:
+    image, model, fastv = album / "first.png", tp.load(folder), tp.strategy("fastv", budget=0.5)
+    for question in ("Where?", "Why?", "What is it?", "Who?"):
+        greedy, beams = (model.answer(image, question, fastv, 6, num_beams=count) for count in (1, 3))
+        if greedy.text != beams.text:
+            break
+    ran = run("answer", image, question, "--model", folder, *FASTV, "--max-new-tokens", 6, "--num-beams", 3)
+    assert ran.code == 0, ran.err
+    assert ran.out == beams.text + "\n" != greedy.text + "\n"
+    assert f"fastv at 0.5: {beams.trace.summary(0)}" in ran.err
+
+
+def test_videos(run: Runner, tmp_path: Path, album: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, after the images; here folders of frames."""
+    name = "qwen2_5_vl"
+    model = load_video_vlm(tmp_path / name, name)
+    monkeypatch.setattr("tokenprune.api.load", lambda source, **options: model)
+    films = [tmp_path / "one", tmp_path / "two"]
+    for seed, film in enumerate(films):
+        film.mkdir()
+        for place, frame in enumerate(clip(6, seed=seed)):
+            Image.fromarray(frame).save(film / f"{place}.png")
+    image = album / "first.png"
+    words = ("What?", "--model", tmp_path / name, *FASTV, "--max-new-tokens", 4)
+    ran = run("answer", image, *words, "--video", films[0], "--video", films[1], "--frames", 4)
+    assert ran.code == 0, ran.err
+    fastv = tp.strategy("fastv", budget=0.5)
+    said = [(image, model.answer(image, "What?", fastv, 4))]
+    said += [(film, model.answer(None, "What?", fastv, 4, video=film, frames=4)) for film in films]
+    indented = ["\n    ".join(f"{path}: {answer.text}".splitlines()) for path, answer in said]
+    assert ran.out == "".join(f"{line}\n" for line in indented)
+    for _, answer in said:
+        assert f"fastv at 0.5: {answer.trace.summary(0)}" in ran.err
+    alone = run("answer", *words, "--video", films[0], "--fps", 1)
+    assert alone.out == model.answer(None, "What?", fastv, 4, video=films[0], fps=1).text + "\n"
+
+
+def test_a_family_without_videos(run: Runner, folder: Path, album: Path) -> None:
+    ran = run("answer", "What?", "--video", album, "--model", folder)
+    assert (ran.code, ran.out) == (2, "")
+    assert "error: llava: videos of LLaVA-1.5 are not supported; pass frames as images" in ran.err.splitlines()
+
+
+def test_options_that_a_plugins_model_does_not_have(
+    run: Runner, folder: Path, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain:
+        def answer(self, image: Any, prompt: str, strategy: Any = None, max_new_tokens: int = 64) -> Answer:
+            return Answer(f"{image.name} {prompt}")
+
+    monkeypatch.setattr("tokenprune.api.load", lambda source, **options: Plain())
+    words = ("answer", album / "first.png", "What?", "--model", folder)
+    assert run(*words).out == "first.png What?\n"
+    assert_one_line(run(*words, "--num-beams", 2), "its answer() takes no num_beams=; leave out --num-beams")
+    assert_one_line(run(*words, "--video", album), "its answer() takes no video=; leave out --video")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (("{album}/none.png", "What?"), ("none.png", "no such file")),
         (("{album}/first.png", "  "), ("question is empty",)),
         (("{album}/first.png", "What?", "--max-new-tokens", "0"), ("--max-new-tokens: 0", "at least 1")),
+        (("{album}/first.png", "What?", "--num-beams", "0"), ("--num-beams: 0", "at least 1")),
+        (("{album}/first.png", "What?", "--frames", "2"), ("--frames without a video", "pass --video")),
+        (("What?", "--fps", "2"), ("--fps without a video",)),
+        (("What?", "--video", "{album}/none.mp4"), ("none.mp4", "no such file")),
         (("{album}/first.png", "What?", "--threads", "0"), ("--threads: 0",)),
         (("{album}/first.png", "What?", "--strategy", "fastvv"), ("did you mean 'fastv'",)),
         (("{album}/first.png", "What?", "--budget", "7"), ("budget must be", "got 7")),

@@ -16,10 +16,7 @@ from tokenprune.errors import BudgetError, EngineError, InputError, PluginError
 from tokenprune.report.files import check_distinct, check_target, check_targets
 from tokenprune.report.write import writable_folder
 from tokenprune.utils.arguments import unicode_problem
-from tokenprune.utils.files import expanded, is_url, reason
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Suffixes of images in folders; files that are given by name are tried with any suffix."""
+from tokenprune.utils.files import IMAGE_SUFFIXES, expanded, is_url, reason
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def words(text: str, what: str, images: Sequence[Path]) -> str:
         raise InputError(f"{what} {text[:60]!a} {problem}")
     is_there = os.path.exists(expanded(text))
     if not images:
-        is_image = is_there or Path(text).suffix.lower() in SUFFIXES or _is_pattern(Path(text))
+        is_image = is_there or Path(text).suffix.lower() in IMAGE_SUFFIXES or _is_pattern(Path(text))
         missing, cure = (what, f'put it after the image: {text} "…"') if is_image else ("image", "put it first")
         raise InputError(f"only {text!r} is given: the {missing} is missing; {cure}")
     if is_there:
@@ -125,7 +122,7 @@ def find_images(arguments: Sequence[Path]) -> Images:
             many = True
             inside = _inside(given)
             if not inside:
-                expected = ", ".join(sorted(SUFFIXES))
+                expected = ", ".join(sorted(IMAGE_SUFFIXES))
                 raise InputError(f"folder {str(argument)!r} holds no image; expected files that end in {expected}")
             found += inside
         elif not is_url(argument) and _is_pattern(argument) and not given.exists():
@@ -184,7 +181,7 @@ def unusable(image: Path, images: Images) -> Iterator[list[str]]:
 
 def _inside(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     except OSError as error:
         raise InputError(f"folder {str(folder)!r} cannot be read ({reason(error)}); choose another") from error
 

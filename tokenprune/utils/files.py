@@ -13,6 +13,9 @@ from pathlib import Path
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown, unicode_problem
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""Suffixes of images in folders; files that are given by name are tried with any suffix."""
+
 
 def expanded(path: str | Path) -> Path:
     """The path with `~` and `~user` expanded as in shells; unchanged if there is no such user."""

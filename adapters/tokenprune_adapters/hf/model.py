@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, overload
 
 import torch
-from PIL.Image import Image
+from torch import Tensor
 
 from tokenprune.core.strategy import Strategy, checked_strategy
 from tokenprune.core.trace import Trace
 from tokenprune.engine import PruningRun, model_turn, open_run, prune
 from tokenprune.engine.decoder import rotary_parameters
-from tokenprune.errors import InputError, UnsupportedError
-from tokenprune.utils.arguments import shown, unicode_problem, whole_number
-from tokenprune.utils.images import ImageInput, to_rgb
+from tokenprune.errors import InputError, OptionError, TokenPruneError, UnsupportedError
+from tokenprune.utils.arguments import whole_number
+from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.hf.conversations import Conversations
-from tokenprune_adapters.hf.families import FAMILIES
+from tokenprune_adapters.hf.inputs.prompts import Prompts
+from tokenprune_adapters.hf.inputs.rows import rows_of, seen, set_rates
+from tokenprune_adapters.hf.inputs.videos import VideoInput, VideoReader
 from tokenprune_adapters.hf.processor import asked_of, check_image_tokens, check_images, load_processor, on_device
+from tokenprune_adapters.hf.vision_capture import several_of_compressed
 
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -63,7 +65,7 @@ class Answer:
         text: the generated text.
         trace: trace of the prefill, if it was pruned by a strategy or a surrounding context; else None. Answers of a
             batch share it.
-        row: the answer's batch row in the trace.
+        row: the answer's batch row in the trace; with beams, the first of its prompt's rows, which are equal.
     """
 
     text: str
@@ -112,97 +114,172 @@ class VisionLanguageModel:
         """
         return load_processor(self.source, self.model.config, self.revision)
 
-    def inputs(self, image: ImageInput | Sequence[ImageInput], prompt: str | Sequence[str]) -> Any:
+    def inputs(
+        self,
+        image: ImageInput | Sequence[ImageInput] | None,
+        prompt: str | Sequence[str],
+        *,
+        video: VideoInput | Sequence[VideoInput] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+    ) -> Any:
         """The model's inputs on its device, with one batch row for each prompt.
 
         Args:
             image: one, or several for one prompt: paths, PIL images, arrays or tensors. With a list of prompts, an
-                image (or a list of images) for each, or a single image for all.
-            prompt: text that is inserted into the chat template, or that contains the model's image placeholder and is
-                used unchanged. A list with a single prompt applies to every image. Rows are padded on the left.
+                image (or a list of images) for each, or a single image for all. None beside a video.
+            prompt: text that is inserted into the chat template, behind the images and videos, or that contains the
+                model's placeholders for them and is used unchanged. A list with a single prompt applies to every image
+                or video. Rows are padded on the left.
+            video: one, or several for one prompt: the path of a video file, or of a folder with its frames; a list of
+                frames; an array or tensor [frames, height, width, 3]. With a list of prompts, a video, a list of
+                videos or None for each, or a single video for all.
+            frames: number of frames, at even distances, that the model sees of a video.
+            fps: frames per second that the model sees: a file is sampled at this rate, and frames that are given have
+                it. Without `frames` and `fps`, files are sampled as the video processor does by itself, and frames
+                that are given are all used, at the processor's rate.
 
         Raises:
-            InputError: not an image; an empty prompt; a number of placeholders or prompts that differs from the number
-                of images; a prompt with image tokens, which the processor writes itself, or that the chat template
-                leaves out; a prompt longer than the model's context.
-            UnsupportedError: several prompts, and a tokenizer without a padding token.
+            InputError: not an image or a video; an empty prompt; a number of placeholders or prompts that differs from
+                the number of images or videos; a prompt with image tokens, which the processor writes itself, or that
+                the chat template leaves out; a prompt longer than the model's context.
+            OptionError: `frames` or `fps` is not a positive number, both are given, or there is no video.
+            UnsupportedError: several prompts, and a tokenizer without a padding token; a video, and a family without
+                videos, or a processor without torchvision.
         """
-        rows = [self._row(*row) for row in _rows(image, prompt)]
-        texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
-        padding = {} if len(rows) == 1 else self._padding()
         processor = self.processor
-        options = {"return_tensors": "pt", **padding, **self._special(texts), **asked_of(processor)}
-        # GOT-OCR 2 takes a nested list for the pages of a document
-        given: Any = list(chain(*images)) if hasattr(processor, "multi_page") else images
+        prompts = Prompts(processor, self.model, self.name)
+        if video is None and not (frames is None and fps is None):
+            raise OptionError("frames= and fps= are about a video; pass video=, or leave them out")
+        reader = None if video is None else VideoReader(prompts.video_processor(), frames, fps)
+        rows = rows_of(image, prompt, video, reader)
+        prompts.check_kinds(any(row.images for row in rows), any(row.videos for row in rows))
+        texts = [prompts.text(row.prompt, len(row.images), len(row.videos)) for row in rows]
+        options = {"return_tensors": "pt", **prompts.options(texts), **asked_of(processor), **seen(processor, rows)}
         try:
             with model_turn(self.model):  # fast tokenizers are not thread-safe
-                made = processor(text=texts, images=given, **options)
+                made = processor(text=texts, **options)
         except Exception as error:  # the exceptions of processors differ between families
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{type(processor).__name__} cannot prepare images of {_sizes(chain(*images))} pixels and these "
-                f"prompts ({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
+                f"{type(processor).__name__} cannot prepare images of {', '.join(row.sizes for row in rows)} pixels "
+                f"and these prompts ({type(error).__name__}: {reason}); resize or crop them, or change the prompts"
+                f"{'' if reader is None else ', or the number of frames (frames=)'}"
             ) from error
-        config = self.model.config.get_text_config()
-        ids = made["input_ids"]
-        sizes = [_sizes(some) for some in images]
-        check_image_tokens(made, self.model.config, processor, sizes, self._placeholder())
+        set_rates(made, processor, rows)
+        visual = prompts.visual(made["input_ids"], reader is not None)
+        sizes = [row.sizes for row in rows]
+        check_image_tokens(made, visual, self.model.config, processor, sizes, prompts.placeholder)
         check_images(made, self.model.config, sizes)
+        config = self.model.config.get_text_config()
         # with axes of time, height and width an image has fewer positions than tokens
         if any(len((rope or {}).get("mrope_section") or ()) == 3 for rope in rotary_parameters(config)):
-            check_length(config, int((ids != self.model.config.image_token_id).sum(1).max()))
+            text = ~visual & made.get("attention_mask", ~visual).bool()  # without padding
+            check_length(config, int(text.sum(1).max()))
         else:
-            check_length(config, ids.shape[1])
+            check_length(config, visual.shape[1])
         return on_device(made, self.model)
 
     @overload
-    def answer(self, image: Any, prompt: str, strategy: Strategy | None = None, max_new_tokens: int = 64) -> Answer: ...
+    def answer(
+        self,
+        image: Any,
+        prompt: str,
+        strategy: Strategy | None = None,
+        max_new_tokens: int = 64,
+        *,
+        num_beams: int = 1,
+        video: Any = None,
+        frames: int | None = None,
+        fps: float | None = None,
+    ) -> Answer: ...
 
     @overload
     def answer(
-        self, image: Any, prompt: Sequence[str], strategy: Strategy | None = None, max_new_tokens: int = 64
+        self,
+        image: Any,
+        prompt: Sequence[str],
+        strategy: Strategy | None = None,
+        max_new_tokens: int = 64,
+        *,
+        num_beams: int = 1,
+        video: Any = None,
+        frames: int | None = None,
+        fps: float | None = None,
     ) -> list[Answer]: ...
 
     @torch.inference_mode()
     def answer(
         self,
-        image: ImageInput | Sequence[ImageInput],
+        image: ImageInput | Sequence[ImageInput] | None,
         prompt: str | Sequence[str],
         strategy: Strategy | None = None,
         max_new_tokens: int = 64,
+        *,
+        num_beams: int = 1,
+        video: VideoInput | Sequence[VideoInput] | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
     ) -> Answer | list[Answer]:
-        """Greedy answer to a prompt about one or several images; for a list of prompts, a list of answers in one batch.
+        """Answer to a prompt about images or videos; for a list of prompts, a list of answers in one batch.
 
-        Decoding is greedy whatever the checkpoint's generation_config.json says; its settings for single tokens (end of
-        sequence, suppressed tokens, penalties) apply.
+        Decoding is greedy, or by beam search with `num_beams`, whatever the checkpoint's generation_config.json says;
+        its settings for single tokens (end of sequence, suppressed tokens, penalties) and for beams (length penalty,
+        early stopping) apply.
 
         Args:
-            image: the image or images; see `inputs` for images, prompts and errors.
+            image: the image or images; see `inputs` for images, prompts, videos and errors.
             prompt: a text, or a list of texts, each of which gets the same answer as alone.
             strategy: a `tokenprune.Strategy`; None runs the model unpruned, or pruned by a context that this thread has
                 open.
             max_new_tokens: maximum length of an answer.
+            num_beams: number of beams; 1 is greedy decoding.
+            video: the video or videos.
+            frames: number of frames of a video.
+            fps: frames per second of a video.
 
         Raises:
             IncompatibleError: the strategy requires a read that the model does not provide.
-            OptionError: `max_new_tokens` is below 1, or `strategy` is not a strategy.
+            OptionError: `max_new_tokens` or `num_beams` is below 1, or `strategy` is not a strategy.
+            UnsupportedError: transformers has no beam search for this model.
         """
-        limit = whole_number("max_new_tokens", max_new_tokens, 1)
+        search = {
+            "max_new_tokens": whole_number("max_new_tokens", max_new_tokens, 1),
+            "num_beams": whole_number("num_beams", num_beams, 1),
+        }
         if strategy is not None:
             checked_strategy(strategy)
         with model_turn(self.model), Conversations(self.model).separated():
             _ = self.processor  # loaded on first use, which must not be measured as preprocessing
             with stage("preprocess"):
-                inputs = self.inputs(image, prompt)
+                inputs = self.inputs(image, prompt, video=video, frames=frames, fps=fps)
             with stage("generation"), self._pruned(strategy) as run:
-                ids = self.model.generate(**inputs, max_new_tokens=limit, **self._greedy())
+                ids = self._generated(inputs, **search)
             trace = None if run is None else run.trace
             texts = [self._answer_text(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
-        answers = [Answer(text, trace, row) for row, text in enumerate(texts)]
+        # in the prefill a prompt has as many rows as beams, which are equal
+        answers = [Answer(text, trace, row * search["num_beams"]) for row, text in enumerate(texts)]
         return answers[0] if isinstance(prompt, str) else answers
 
     def _pruned(self, strategy: Strategy | None) -> AbstractContextManager[PruningRun | None]:
         return nullcontext(open_run(self.model)) if strategy is None else prune(self.model, strategy)
+
+    def _generated(self, inputs: Any, num_beams: int, max_new_tokens: int) -> Tensor:
+        """Ids of one sequence for each prompt."""
+        kept = inputs.get("video_compression_mask")
+        if num_beams > 1 and kept is not None and not kept.all():
+            raise UnsupportedError(several_of_compressed(self.name))
+        options = {**self._greedy(), "num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        try:
+            ids: Tensor = self.model.generate(**inputs, **options)
+        except ValueError as error:
+            if num_beams == 1 or isinstance(error, TokenPruneError):
+                raise
+            reason = " ".join(str(error).split())[:200]  # Llama 4 does not repeat its images for the beams
+            raise UnsupportedError(
+                f"{self.name}: transformers has no beam search for this model ({reason}); use num_beams=1"
+            ) from error
+        return ids
 
     def _greedy(self) -> dict[str, Any]:
         """Arguments of `generate` that the installed release of transformers has."""
@@ -213,85 +290,3 @@ class VisionLanguageModel:
         stops = {ends} if isinstance(ends, int) else set(ends or ())
         end = next((place for place, token in enumerate(ids, 1) if token in stops), len(ids))  # padding follows
         return str(self.processor.decode(ids[:end], skip_special_tokens=True))
-
-    def _row(self, image: Any, prompt: Any) -> tuple[str, list[Image]]:
-        """The text of one prompt, and its images."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"prompt {shown(prompt)} found, expected a text about the image")
-        problem = unicode_problem(prompt)
-        if problem:
-            raise InputError(f"prompt {prompt[:60]!a} {problem}")
-        images = [to_rgb(one) for one in (image if isinstance(image, (list, tuple)) else [image])]
-        if not images:
-            raise InputError("an empty list of images found, expected one or more")
-        placeholder, token = self._placeholder(), self._image_token()
-        if token and token != placeholder and token in prompt:
-            raise InputError(f"the prompt has {token} in it, which the processor writes itself; leave it out")
-        written = prompt.count(placeholder)
-        if written not in (0, len(images)):
-            raise InputError(
-                f"the prompt has {written} placeholders {placeholder}, but there are {len(images)} images; write as "
-                "many, or none"
-            )
-        return prompt if written else self._chat_prompt(len(images), prompt), images
-
-    def _special(self, texts: list[str]) -> dict[str, bool]:
-        """Do not add the first token a second time if the template already contains it."""
-        begin = self.processor.tokenizer.bos_token
-        begun = [bool(begin) and text.startswith(begin) for text in texts]
-        if any(begun) and not all(begun):
-            raise InputError(
-                f"prompt {begun.index(True)} begins with {begin}, others do not; write it in all, or in none"
-            )
-        return {"add_special_tokens": False} if all(begun) else {}
-
-    def _padding(self) -> dict[str, Any]:
-        if self.processor.tokenizer.pad_token is None:
-            raise UnsupportedError(
-                f"{self.name}: its tokenizer has no padding token, which several prompts require; pass one prompt at a "
-                "time, or set model.processor.tokenizer.pad_token"
-            )
-        return {"padding": True, "padding_side": "left"}
-
-    def _placeholder(self) -> str:
-        """What stands for an image in a prompt."""
-        names = ("image_placeholder_token", "image_token")  # Qianfan-OCR's processor has both
-        return str(next(filter(None, (getattr(self.processor, name, None) for name in names)), "<image>"))
-
-    def _image_token(self) -> str | None:
-        """The token of a piece of an image."""
-        token: str | None = self.processor.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        return token
-
-    def _chat_prompt(self, images: int, prompt: str) -> str:
-        own, family = getattr(self.processor, "chat_template", None), FAMILIES.get(self.base_model.config.model_type)
-        template = None if own or family is None else family.chat_template
-        if own or template:
-            content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
-            turns = [{"role": "user", "content": content}]
-            text = str(self.processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
-            if prompt.strip() not in text:
-                raise InputError(
-                    f"{self.name}: its chat template has a text of its own in place of the prompt {shown(prompt)}; "
-                    f"pass one that is in it: {text[-200:]!r}"
-                )
-            return text
-        return self._placeholder() * images + prompt
-
-
-def _sizes(images: Iterable[Image]) -> str:
-    return ", ".join(f"{width}×{height}" for width, height in (one.size for one in images))
-
-
-def _rows(image: Any, prompt: str | Sequence[str]) -> list[tuple[Any, Any]]:
-    """The image or images and the prompt of each batch row."""
-    if not isinstance(prompt, (list, tuple)):
-        return [(image, prompt)]
-    images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompt)
-    prompts = list(prompt) * len(images) if len(prompt) == 1 else list(prompt)
-    if not prompts or len(prompts) != len(images):
-        raise InputError(
-            f"{len(images)} images and {len(prompt)} prompts found; pass a prompt for each image, a list of one for "
-            "all, or one image for all prompts (several images of one prompt form a nested list)"
-        )
-    return list(zip(images, prompts, strict=True))

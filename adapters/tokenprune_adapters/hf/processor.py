@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoProcessor, Gemma3Processor, Idefics3Processor, ProcessorMixin, ShieldGemma2Processor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.hub import cached_file
@@ -70,11 +71,14 @@ def on_device(made: Any, model: Any) -> Any:
     return made
 
 
-def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[str], placeholder: str) -> None:
-    """Refuse images of which no image tokens were made.
+def check_image_tokens(
+    made: Any, visual: Tensor, config: Any, processor: Any, sizes: Sequence[str], placeholder: str
+) -> None:
+    """Refuse images and videos of which no tokens were made.
 
     Args:
         made: the model's inputs.
+        visual: bool [batch, sequence], where the tokens of images and videos are.
         config: the model's configuration.
         processor: the processor that made them.
         sizes: sizes of each prompt's images, for messages.
@@ -84,7 +88,7 @@ def check_image_tokens(made: Any, config: Any, processor: Any, sizes: Sequence[s
         InputError: the processor does not know the placeholder, or an image is too small for a token.
     """
     kind = type(processor).__name__
-    bare = (made["input_ids"] != config.image_token_id).all(1).nonzero().flatten().tolist()
+    bare = (~visual.any(1)).nonzero().flatten().tolist()
     if bare:
         raise InputError(
             f"prompt {bare[0]} has no image tokens: {kind} does not know {placeholder}, or images of {sizes[bare[0]]} "
@@ -142,6 +146,7 @@ def _load(source: str, config: Any, revision: str | None) -> Any:
                 found = kind.from_pretrained(source, **options)
             except AttributeError:  # MiniCPM's reads the part for videos, whose package the first error names
                 raise error from None
+            found.without_videos = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if not hasattr(found, "image_processor"):  # AutoProcessor gives a tokenizer where no file names a class
             raise ValueError(f"no file names the class of a processor, found {type(found).__name__}")
         return found

@@ -29,6 +29,14 @@ PIXELS = ("pixel_values", "mm_encoder_outputs")
 """How the names of arguments with images or videos begin."""
 
 
+def several_of_compressed(name: str) -> str:
+    """Why a video that has lost tokens has one sequence: the message of an error."""
+    return (
+        f"{name}: transformers mixes up the tokens that a video has lost (video_compression_mask) where a prompt has "
+        "several sequences or beams; generate one"
+    )
+
+
 class _ThreadState(threading.local):
     """Data of the current call of the model in one thread."""
 
@@ -86,7 +94,12 @@ class TransformersCapture(VisionCapture):
     def _take(self, modality: str, encoded: Encoded) -> None:
         """The images or videos of the current call; raises a clearer error than the model would."""
         state = self._state
-        state.encoded[modality] = encoded.only(state.kept[modality])
+        kept = state.kept[modality]
+        if kept is not None and len(kept) > len(encoded.cells):  # repeated for several sequences, tokens one by one
+            if not kept.all():
+                raise UnsupportedError(several_of_compressed(self.bound.name))
+            kept = None
+        state.encoded[modality] = encoded.only(kept)
         self._token_numbers(modality, state.encoded[modality])
 
     def _ids(self, inputs: Mapping[str, Any]) -> Tensor | None:

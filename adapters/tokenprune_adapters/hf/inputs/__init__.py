@@ -1,0 +1,1 @@
+"""What a processor is given: the rows of a batch, their texts, and their images and videos."""

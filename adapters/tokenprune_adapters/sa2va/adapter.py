@@ -84,6 +84,7 @@ class Sa2vaAdapter(SegmenterAdapter):
         sam_part = sam2.build_sam2(opened.checkpoint, opened.config, attention)
         reads = tower_part.module.config.hidden_size * MERGED**2
         channels = sam_part.module.prompt_encoder.hidden_size
+        select_layer = _select_layer(opened, tower_part.module.config.num_hidden_layers)
         tokenizer = load_tokenizer(
             opened.folder,
             [*Sa2vaModel.seg_tokens, IMAGE_START, IMAGE_END],
@@ -107,7 +108,7 @@ class Sa2vaAdapter(SegmenterAdapter):
             sam=sam,
             chat=chat,
             max_tiles=opened.options.max_tiles,
-            select_layer=_select_layer(opened, tower.config.num_hidden_layers),
+            select_layer=select_layer,
             tokenizer=tokenizer,
             mark_image=False,
             name=shown_name(opened.source),

@@ -132,6 +132,15 @@ def test_cells_of_the_trace(model: Sa2vaModel) -> None:
         assert (halves > 1).nonzero().flatten().tolist() == [inside]
 
 
+def test_an_even_grid_crosses_tiles(model: Sa2vaModel) -> None:
+    """Eight of 4 × 6 cells in six tiles, four in every other row; and one of the whole picture's four."""
+    trace = model.segment(picture("landscape"), QUERIES[0], tp.strategy("uniform", keep=9)).trace
+    assert trace is not None
+    kept = trace.layout.gather_slots(trace.layout.grid)[0][trace.stages[0].active[0]].tolist()
+    assert sorted(kept[:-1]) == [[row, column] for row in (1, 3) for column in (0, 2, 3, 5)]
+    assert len(kept) == 9
+
+
 def test_tokens_of_tiles_cover_the_picture(model: Sa2vaModel) -> None:
     height, width = SHAPES["landscape"]
     assert model.grid_box(height, width) == (0.0, 0.0, 45.0, 70.0)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from lisa_checkpoints import write_lisa
 from sa2va_checkpoints import (
     ADDED,
+    BYTES,
     LANGUAGE,
     LARGE,
     SAM,
+    SEG_ID,
     TOWER,
     TRUNK,
     State,
@@ -160,7 +162,7 @@ def test_options(folder: Path, tmp_path: Path) -> None:
 
 
 def test_older_releases_of_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr("tokenprune_adapters.sa2va.adapter.transformers.__version__", "4.57.6")
     with pytest.raises(UnsupportedError, match=r"transformers 4\.57\.6 found, but Sa2VA needs 5\.0 or newer"):
         tp.load(folder)
 
@@ -259,6 +261,24 @@ def test_what_does_not_fit(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match=message) as found:
         tp.load(write_sa2va(tmp_path, **options))
     assert "\n" not in str(found.value)
+
+
+def test_a_vocabulary_and_merges_do_too(tmp_path: Path, model: Sa2vaModel) -> None:
+    """Older releases of transformers wrote these, and the ids of added tokens in tokenizer_config.json."""
+    write_sa2va(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(BYTES)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    kind = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    decoder = {str(len(BYTES) + number): {"content": token, **kind} for number, token in enumerate(ADDED)}
+    about = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**about, "added_tokens_decoder": decoder}))
+    found = tp.load(tmp_path).tokenizer
+    text = "<|im_start|>user\n<img></img>\n Please segment the café.<|im_end|>\n Sure, [SEG]."
+    assert found.encode(text) == model.tokenizer.encode(text)
+    assert (found.eos_id, found.pad_id, found.token_id("[SEG]")) == (256, 257, SEG_ID)
+    assert found.decode(found.encode(text)) == text.replace("<|im_end|>", "")
+    assert found.pieces(found.encode("a[SEG]")) == ["a", "[SEG]"]
 
 
 def test_tokenizer_files(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ def tokenprune_register_adapters(register: Register) -> None:
     register("glamm", "tokenprune_adapters.glamm:GlammAdapter", summary="GLaMM checkpoints in their original format")
     pixellm = "tokenprune_adapters.pixellm:PixelLMAdapter"
     register("pixellm", pixellm, summary="PixelLM checkpoints in their original format")
+    register("sa2va", "tokenprune_adapters.sa2va:Sa2vaAdapter", summary="Sa2VA checkpoints (InternVL, Qwen2 and SAM 2)")
 
 
 @hookimpl

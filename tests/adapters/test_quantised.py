@@ -13,6 +13,7 @@ import torch
 from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa
 from pixellm_checkpoints import write_pixellm
+from sa2va_checkpoints import write_sa2va
 from torch import nn
 from transformers import BitsAndBytesConfig
 from vlm_checkpoints import write_vlm
@@ -22,7 +23,12 @@ import tokenprune as tp
 from tokenprune.errors import OptionError, UnsupportedError
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-WRITERS: dict[str, Callable[..., Path]] = {"lisa": write_lisa, "glamm": write_glamm, "pixellm": write_pixellm}
+WRITERS: dict[str, Callable[..., Path]] = {
+    "lisa": write_lisa,
+    "glamm": write_glamm,
+    "pixellm": write_pixellm,
+    "sa2va": write_sa2va,
+}
 IMAGE = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(0))
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -52,7 +58,13 @@ def with_restored_weights(plain: Any, quantised: nn.Module) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("lisa-tiny", "nf4"), ("lisa-tiny", "int8"), ("glamm", "int8"), ("pixellm", "int8")],  # nf4 has blocks of 64
+    [
+        ("lisa-tiny", "nf4"),
+        ("lisa-tiny", "int8"),
+        ("glamm", "int8"),
+        ("pixellm", "int8"),
+        ("sa2va", "int8"),
+    ],  # nf4 has blocks of 64
 )
 def test_masks_are_those_of_the_weights_that_are_stored(tmp_path: Path, family: str, kind: str) -> None:
     folder = WRITERS[family](tmp_path) if family in WRITERS else family

@@ -18,6 +18,7 @@ from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa
 from PIL import Image
 from pixellm_checkpoints import write_pixellm
+from sa2va_checkpoints import write_sa2va
 
 import tokenprune as tp
 from tokenprune.cli.images import words
@@ -188,7 +189,7 @@ def test_times_are_told_in_seconds_from_one_on() -> None:
     assert stopwatch.rate({"prefill": 1.0, "total": 500.0}, 4) == "0.5 s, 8.00 images/s"
 
 
-@pytest.mark.parametrize("write", [write_lisa, write_glamm, write_pixellm])
+@pytest.mark.parametrize("write", [write_lisa, write_glamm, write_pixellm, write_sa2va])
 def test_every_family_tells_its_stages(write: Callable[[Path], Path], picture: Path, tmp_path: Path) -> None:
     model = tp.load(write(tmp_path / "model"))
     with stopwatch.recorded() as times:

@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 METHODS = sorted((DOCS / "methods").glob("*.md"))
-CITING = [*METHODS, *(DOCS / "models" / f"{name}.md" for name in ("lisa", "glamm", "pixellm"))]
+CITING = [*METHODS, *(DOCS / "models" / f"{name}.md" for name in ("lisa", "glamm", "pixellm", "sa2va"))]
 SECTIONS = ["Idea", "On one image", "Options", "The paper's, and ours", "How it was checked", "Citation"]
 WITHOUT_PAPER = {"baselines", "compositions", "knorm", "similarity"}  # or whose paper has a page of its own
 ENTRY = re.compile(r"^```bibtex\n@(\w+)\{(\w+),\n(.*?)\n\}\n```$", re.MULTILINE | re.DOTALL)

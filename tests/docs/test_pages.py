@@ -25,6 +25,7 @@ from glamm_checkpoints import write_glamm
 from lisa_checkpoints import write_lisa, write_tower
 from PIL import Image
 from pixellm_checkpoints import write_pixellm
+from sa2va_checkpoints import write_sa2va
 from vlm_checkpoints import HUB, VIDEO_PROCESSORS, write_vlm
 from vlm_families import FAMILIES as TINY
 from vlm_processors import PROCESSORS
@@ -126,6 +127,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_glamm(folder / "GLaMM-FullScope", tower=False)
     write_tower(folder / "clip-vit-large-patch14-336")
     write_pixellm(folder / "PixelLM-7B")
+    write_sa2va(folder / "Sa2VA-4B")
     return folder
 
 

@@ -16,6 +16,7 @@ import glamm_checkpoints
 import lisa_checkpoints
 import numpy as np
 import pixellm_checkpoints
+import sa2va_checkpoints
 import torch
 from clip_checkpoints import whole_clip
 from vlm_families import FAMILIES
@@ -88,6 +89,7 @@ SEGMENTERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "lisa": ("LISA", lisa_checkpoints.write_lisa),
     "glamm": ("GLaMM", glamm_checkpoints.write_glamm),
     "pixellm": ("PixelLM", pixellm_checkpoints.write_pixellm),
+    "sa2va": ("Sa2VA", sa2va_checkpoints.write_sa2va),
 }
 PLAIN = "decoder"
 _FOLDER = tempfile.TemporaryDirectory()  # stays: CLIP's text tower is read when it is first needed
@@ -103,10 +105,11 @@ def row(name: str) -> Model:
 
 
 def _segmenter(name: str) -> Model:
-    """With a whole CLIP model as its tower, like the ones that released checkpoints name."""
+    """With a whole CLIP model as its tower, like the ones that released checkpoints name, if it has one beside it."""
     title, write = SEGMENTERS[name]
     folder = write(Path(_FOLDER.name) / name)
-    whole_clip(folder / "vision_tower")
+    if (folder / "vision_tower").is_dir():
+        whole_clip(folder / "vision_tower")
     model = tp.load(folder)
     image = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
 

@@ -94,7 +94,7 @@ def quantised(decoder: LlamaForCausalLM, config: Any, device_map: str | dict[str
         UnsupportedError: the package of that quantisation is not installed.
     """
     try:
-        made: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        made: LlamaForCausalLM = type(decoder).from_pretrained(
             None,
             config=decoder.config,
             state_dict=decoder.state_dict(),

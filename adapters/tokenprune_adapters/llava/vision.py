@@ -273,10 +273,10 @@ def offers(clip_space: ClipSpace | None) -> frozenset[type[Read]]:
 
 
 def count_layers(tower: nn.Module) -> int:
-    """Number of layers of a CLIP tower (`VisionSource.layers`), known without an image."""
+    """Number of layers of a tower (`VisionSource.layers`), known without an image."""
     return len(_blocks(tower))
 
 
 def _blocks(tower: nn.Module) -> Any:
     inner: Any = getattr(tower, "vision_model", tower)  # nested in some releases of transformers
-    return inner.encoder.layers
+    return inner.encoder.layer if hasattr(inner.encoder, "layer") else inner.encoder.layers  # InternVL, CLIP

@@ -105,7 +105,7 @@ class DecoderRuns(Prompts, BoundModel):
             first = [expect(row, ())[: max_new_tokens - 1] for row in range(len(inputs.prompts))]
             sequence = with_drafts(inputs.sequence, first, self.decoder.get_input_embeddings())
             with decoding(self, replace(inputs, sequence=sequence)), self._sharing(sequence):
-                generated = generate(self.decoder, sequence, max_new_tokens, self._end_ids(), expect)
+                generated = generate(self.decoder, sequence, max_new_tokens, self.end_ids(), expect, self.ends)
             for template, ids in zip(templates, generated.ids, strict=True):
                 self.drafts.learn(template, ids)
         return generated, None if run is None else run.trace
@@ -130,7 +130,8 @@ class DecoderRuns(Prompts, BoundModel):
         max_new_tokens: int | None = None,
         draft: Draft | AnswerDrafts = True,
     ) -> Answered:
-        """The states for the masks: those before forced mask tokens, or those that predicted generated ones.
+        """The states for the masks: those before forced mask tokens, or those that predicted generated ones; with
+        `reads_mask_token` those of the tokens themselves, which the last token of a generated answer does not have.
 
         Args:
             inputs: the prompts.
@@ -144,8 +145,14 @@ class DecoderRuns(Prompts, BoundModel):
         else:
             generated, trace = self.run_generation(inputs, strategy, max_new_tokens, draft)
             states, said, before = generated.states, generated.ids, 0  # those that predicted each token
-        group = len(self.seg_tokens)
-        found = [(row, place) for row, tokens in enumerate(said) for place in self.mask_places(tokens)]
+        group, ahead = len(self.seg_tokens), int(self.reads_mask_token)
+        before -= ahead
+        found = [
+            (row, place)
+            for row, tokens in enumerate(said)
+            for place in self.mask_places(tokens)
+            if place + group - 1 - before < len(tokens)
+        ]
         rows = [row for row, _ in found for _ in range(group)]
         columns = [place + step - before for _, place in found for step in range(group)]
         return Answered(states[rows, columns], [row for row, _ in found], [place for _, place in found], said, trace)
@@ -191,7 +198,12 @@ class DecoderRuns(Prompts, BoundModel):
         CLIP's space. `texts` as in `llava.vision.vision_source`."""
         return vision_source(encoded.tower, self.projector, lambda: self.picture(encoded), rows, self.clip_space, texts)
 
-    def _end_ids(self) -> set[int]:
+    def ends(self, said: Sequence[int]) -> bool:
+        """Whether an answer, ids so far, has ended, besides with one of `end_ids`; a family may override it."""
+        return False
+
+    def end_ids(self) -> set[int]:
+        """Ids that end an answer."""
         ends = self.decoder.config.eos_token_id
         if ends is None:
             return {self.tokenizer.eos_id}

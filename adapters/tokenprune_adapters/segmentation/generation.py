@@ -22,6 +22,11 @@ Expect = Callable[[int, Sequence[int]], list[int]]
 """The ids that are expected to follow an answer's first ids: (batch row, ids so far) -> ids."""
 
 
+def never(said: Sequence[int]) -> bool:
+    """Only an id ends an answer."""
+    return False
+
+
 def nothing_expected(row: int, said: Sequence[int]) -> list[int]:
     """Decode token by token."""
     return []
@@ -53,6 +58,7 @@ def generate(
     max_new_tokens: int,
     eos_ids: Collection[int],
     expect: Expect = nothing_expected,
+    ends: Callable[[Sequence[int]], bool] = never,
 ) -> Generated:
     """Continue left-padded prompts greedily, with a KV cache, until all have ended.
 
@@ -62,6 +68,7 @@ def generate(
         max_new_tokens: maximum length of an answer.
         eos_ids: ids that end an answer.
         expect: what to draft after the first forward.
+        ends: whether an answer, ids so far, ends with its last id, though that id is none of `eos_ids`.
     """
     assert inputs.positions is not None  # `splice` sets them if `continues`
     rows = range(len(inputs.token_ids))
@@ -88,11 +95,11 @@ def generate(
                 continue
             agreed = _agreed(drafts[row], chosen[row])
             new = chosen[row][: agreed + 1][: max_new_tokens - len(said[row])]
-            ends = [step for step, token in enumerate(new) if token in eos_ids]
-            new = new[: ends[0] + 1] if ends else new
+            stops = [step for step, token in enumerate(new) if token in eos_ids or ends([*said[row], *new[: step + 1]])]
+            new = new[: stops[0] + 1] if stops else new
             said[row] += new
             states[row].append(found[row, : len(new)])
-            ended[row] = bool(ends) or len(said[row]) >= max_new_tokens
+            ended[row] = bool(stops) or len(said[row]) >= max_new_tokens
             if width:  # rejected tokens stay in the cache, but nothing attends to them
                 mask[row, mask.shape[1] - width + agreed :] = 0
         if all(ended):

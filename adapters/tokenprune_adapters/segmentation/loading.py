@@ -50,6 +50,8 @@ class SegmenterAdapter(Adapter):
 
     prefix: ClassVar[str]
     """Prefix of some tensors' names in every checkpoint of the family."""
+    embedding: ClassVar[str] = EMBEDDING
+    """Name of the decoder's embedding table."""
     options: ClassVar[type[LoadOptions]] = LoadOptions
     """The load options; a family may use a subclass, which checks its additional fields."""
 
@@ -82,7 +84,7 @@ class SegmenterAdapter(Adapter):
             OptionError: an unknown option, dtype or device, or both device= and device_map=.
         """
         refuse_unknown(options, [field.name for field in fields(cls.options)], cls.family)
-        opened = open_checkpoint(source, cls.options(**options))
+        opened = open_checkpoint(source, cls.options(**options), cls.embedding)
         refuse_other_families(opened, cls.family, cls.prefix)
         return opened.placed(cls.build(opened))
 
@@ -166,12 +168,14 @@ class Opened(Generic[OptionsT]):
         self,
         parts: Callable[[int], Sequence[Part[Any]]],
         ignore: Callable[[str], bool] = lambda name: False,
+        decoder: Part[Any] | None = None,
     ) -> list[Any]:
-        """Load all weights except the tower's.
+        """Load all weights except those of a tower in a folder of its own.
 
         Args:
             parts: from the decoder's width to the family's own modules.
             ignore: whether a tensor of that name may be unused, besides rotary tables and a copy of the tower.
+            decoder: on the meta device; None = a LLaMA that config.json describes.
 
         Returns:
             The decoder, then the modules of `parts`.
@@ -179,20 +183,20 @@ class Opened(Generic[OptionsT]):
         Raises:
             CheckpointError: tensors are missing, unexpected or mis-shaped, or config.json describes no decoder.
         """
-        llama = build_llama(self.checkpoint, self.config, self.options.attn_implementation)
-        own = parts(llama.module.config.hidden_size)
+        language = decoder or build_llama(self.checkpoint, self.config, self.options.attn_implementation)
+        own = parts(language.module.config.hidden_size)
 
         def may_be_unused(name: str) -> bool:
             # A tower in the checkpoint is a copy; like the authors' code, load the one that config.json names.
             return is_rotary_table(name) or name.startswith(COPY) or ignore(name)
 
-        load_parts(self.checkpoint, [llama, *own], self.dtype, ignore=may_be_unused)
-        finish_llama(llama.module)
-        decoder, wanted = llama.module, self.options.quantization_config
+        load_parts(self.checkpoint, [language, *own], self.dtype, ignore=may_be_unused)
+        finish_llama(language.module)
+        loaded, wanted = language.module, self.options.quantization_config
         if wanted is not None:
             places = self.options.device_map or {"": str(self.device)}
-            decoder = quantised(decoder, wanted, places, str(self.source))
-        return [decoder, *(part.module for part in own)]
+            loaded = quantised(loaded, wanted, places, str(self.source))
+        return [loaded, *(part.module for part in own)]
 
     def placed(self, model: Segmenter) -> Segmenter:
         """The model in eval mode, on its device or distributed over several."""
@@ -209,12 +213,13 @@ class Opened(Generic[OptionsT]):
         return model
 
 
-def open_checkpoint(source: str | Path, options: OptionsT) -> Opened[OptionsT]:
+def open_checkpoint(source: str | Path, options: OptionsT, embedding: str = EMBEDDING) -> Opened[OptionsT]:
     """Check the options and open a checkpoint's folder, without loading weights.
 
     Args:
         source: folder or hub id.
         options: the caller's load options.
+        embedding: name of the embedding table, whose stored dtype is the default.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -235,7 +240,7 @@ def open_checkpoint(source: str | Path, options: OptionsT) -> Opened[OptionsT]:
     refuse_wrapped(checkpoint)
     if kind is None:
         on_cpu = target.type == "cpu" and options.device_map is None
-        kind = torch.float32 if on_cpu or EMBEDDING not in checkpoint else checkpoint.tensor(EMBEDDING).dtype
+        kind = torch.float32 if on_cpu or embedding not in checkpoint else checkpoint.tensor(embedding).dtype
     return Opened(source, options, folder, config, checkpoint, target, kind, adapter)
 
 

@@ -13,6 +13,7 @@ from tokenprune_adapters.segmentation.queries import (
     as_list,
     checked_query,
     forced_prompt,
+    given_answer,
     open_prompt,
     sentence_flags,
     text_problem,
@@ -34,6 +35,9 @@ class Prompts:
         "[SEG].",
     )
     """The answers that the family is trained on, expected of a generating model before it has answered."""
+    reads_mask_token: ClassVar[bool] = False
+    """Whether a mask is made from the state of its mask token itself, and not from the state before it, which predicts
+    the token."""
     tokenizer: LlamaSlowTokenizer
     mark_image: bool
     """Whether prompts have <im_start> and <im_end> around the image."""
@@ -47,12 +51,20 @@ class Prompts:
         """Tokens that a query must not contain."""
         return self.seg_tokens
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a whole prompt, with `IMAGE_ID` for the image. Raises InputError unless it has `<image>` once."""
+        return prompt_ids(self.tokenizer, prompt)
+
     def ask(self, queries: list[str], sentences: list[bool], answer: str) -> list[str]:
         """A whole prompt for each checked query, in LISA's templates; arguments as in `Segmenter.segment`."""
         both = zip(queries, sentences, strict=True)
         if answer == "forced":
             return [forced_prompt(text, flag, self.mark_image, self.forced_answer) for text, flag in both]
         return [open_prompt(text, flag, self.mark_image) for text, flag in both]
+
+    def given_answer(self, prompt: str) -> str:
+        """The last answer in a whole prompt."""
+        return given_answer(prompt, self.forced_answer)
 
     def question(self, text: str) -> str:
         """The question in the user's text of a turn, which has no <image> and markers."""
@@ -105,7 +117,7 @@ class Prompts:
             problem = text_problem(text)
             if problem:
                 raise InputError(f"prompt {problem}")
-            ids = prompt_ids(self.tokenizer, text)
+            ids = self.prompt_ids(text)
             if answer == "forced" and not self.mask_places(ids):
                 wanted = " ".join(self.seg_tokens)
                 raise InputError(f"the prompt contains no {wanted}; insert one for each mask, or use answer='generate'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
-from tokenprune_adapters.llava.prompt import prompt_ids, splice
+from tokenprune_adapters.llava.prompt import splice
 from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
@@ -25,7 +26,7 @@ from tokenprune_adapters.segmentation.drafts import Draft, template_of
 from tokenprune_adapters.segmentation.image_cache import ImageCache
 from tokenprune_adapters.segmentation.image_encoding import ImageEncoding
 from tokenprune_adapters.segmentation.many.many_images import ManyImages
-from tokenprune_adapters.segmentation.queries import as_list, given_answer
+from tokenprune_adapters.segmentation.queries import as_list
 from tokenprune_adapters.segmentation.sam import masks as sam_masks
 
 
@@ -194,7 +195,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
             queries: the queries, if the prompts were built from them.
         """
         sequence = splice(
-            [prompt_ids(self.tokenizer, text) for text in prompts],
+            [self.prompt_ids(text) for text in prompts],
             encoded.image_embeddings,
             self.decoder.get_input_embeddings(),
             self.seg_ids,
@@ -202,6 +203,8 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
             self.tokenizer.pad_id,
             encoded.image_valid,
         )
+        if self.reads_mask_token and not continues:
+            sequence = replace(sequence, mask_query=sequence.seg)
         check_length(self.decoder.config, sequence.token_ids.shape[1])
         asked = queries if queries is not None and len(queries) == len(prompts) else [None] * len(prompts)
         templates = [template_of(*both) for both in zip(prompts, asked, strict=True)]
@@ -210,7 +213,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
     def texts(self, inputs: SegmenterInputs, answered: Answered, answer: str) -> list[str]:
         """The answer of each prompt, forced or generated."""
         if answer == "forced":
-            return [given_answer(text, self.forced_answer) for text in inputs.prompts]
+            return [self.given_answer(text) for text in inputs.prompts]
         return [self.tokenizer.decode(ids) for ids in answered.said]
 
     def masks_of(

@@ -35,8 +35,9 @@ def grid_mask(tokens: Tokens) -> Tensor:
         cells = tokens.on_host("grid")[image.row, image.index_on_host]
         rows, columns = (cells.amax(0) + 1).tolist()
         raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        full = torch.equal(cells, raster)
-        chosen = even_cells(image.quota, rows, columns) if full else evenly(image.quota, len(image))
+        order = (cells[:, 0] * columns + cells[:, 1]).argsort()  # tiles of one image follow each other
+        full = torch.equal(cells[order], raster)
+        chosen = order[even_cells(image.quota, rows, columns)] if full else evenly(image.quota, len(image))
         mask[image.row, image.index_on_host[chosen]] = True
     return mask.to(tokens.device, non_blocking=True)
 

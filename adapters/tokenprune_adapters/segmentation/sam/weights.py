@@ -95,7 +95,7 @@ def build_sam(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int | Non
 
 def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> SamConfig:
     """The configuration, read from the shapes of a checkpoint."""
-    sizes = _Shapes(checkpoint, prefix)
+    sizes = Shapes(checkpoint, prefix)
     vision = _vision_config(sizes)
     decoder = _mask_decoder_config(sizes, mask_decoder_heads)
     mask_channels = sizes.of("prompt_encoder.mask_downscaling.3.weight", 4)[0]
@@ -114,7 +114,7 @@ def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> 
     )
 
 
-class _Shapes:
+class Shapes:
     """Shapes of one SAM inside a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
@@ -135,7 +135,7 @@ class _Shapes:
         return CheckpointError(f"{self.checkpoint.folder}: SAM under {self.prefix!r}: {problem}")
 
 
-def _vision_config(sizes: _Shapes) -> dict[str, Any]:
+def _vision_config(sizes: Shapes) -> dict[str, Any]:
     width, channels, patch = sizes.of("image_encoder.patch_embed.proj.weight", 4)[:3]
     grid = sizes.of("image_encoder.pos_embed", 4)[1]
     depth = sizes.count("image_encoder.blocks.")
@@ -168,7 +168,7 @@ def _vision_config(sizes: _Shapes) -> dict[str, Any]:
     }
 
 
-def _mask_decoder_config(sizes: _Shapes, heads: int) -> dict[str, Any]:
+def _mask_decoder_config(sizes: Shapes, heads: int) -> dict[str, Any]:
     masks, width = sizes.of("mask_decoder.mask_tokens.weight", 2)
     inner = sizes.of("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight", 2)[0]
     return {

@@ -9,6 +9,7 @@ import torch
 from vlm_families import FAMILIES, NAMES
 
 import tokenprune
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.testing.scripted import Scripted, random_script
 
 LAYERS, WIDTH = 4, 32
@@ -33,11 +34,17 @@ def inputs_of(name, sizes=tuple(SIZES), **options):
     return FAMILIES[name].inputs(list(sizes), **options)
 
 
+_layouts: dict[tuple[str, int], tuple[object, SequenceLayout]] = {}  # with the inputs, whose id names them
+
+
 def layout_of(name, inputs):
-    """As the adapter sees it; separators of lines (LLaVA-NeXT, LLaVA-OneVision) are text."""
-    with torch.no_grad(), tokenprune.prune(model_of(name), Scripted([])) as run:
-        model_of(name)(**inputs)
-    return run.trace.layout
+    """As the adapter sees it; separators of lines (LLaVA-NeXT, LLaVA-OneVision) are text. Inputs are not changed."""
+    key = name, id(inputs)
+    if key not in _layouts:
+        with torch.no_grad(), tokenprune.prune(model_of(name), Scripted([])) as run:
+            model_of(name)(**inputs)
+        _layouts[key] = inputs, run.trace.layout
+    return _layouts[key][1]
 
 
 def script_of(name, inputs, seed):

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from vlm_families import FAMILIES, NAMES
+from vlm_known import model_of
 
 import tokenprune
 from tokenprune.core.layout import SequenceLayout
@@ -25,13 +26,13 @@ names = pytest.mark.parametrize("name", NAMES)
 
 
 @functools.cache
-def model_of(name, attention="sdpa"):
-    return FAMILIES[name].build(attention)
+def inputs_of(name, sizes=tuple(SIZES), **options):
+    return FAMILIES[name].inputs(list(sizes), **options)
 
 
 @functools.cache
-def inputs_of(name, sizes=tuple(SIZES), **options):
-    return FAMILIES[name].inputs(list(sizes), **options)
+def several_images_of(name):
+    return FAMILIES[name].inputs([[(24, 32), (32, 24)], (40, 20)])
 
 
 _layouts: dict[tuple[str, int], tuple[object, SequenceLayout]] = {}  # with the inputs, whose id names them

@@ -1,7 +1,8 @@
 """Which tests of transformers' families run by default, and which with `-m slow`.
 
 A family that differs from another by its tower's or its decoder's sizes alone runs the tests that hold it to the oracle
-by default; the others of them, which test code that it shares, are slow.
+by default; the others of them, which test code that it shares, are slow. So are eager attention, and the kit for
+adapters, to whose properties the tests of adapters/hf hold each family, but for the families of `EAGER`.
 """
 
 from __future__ import annotations
@@ -40,18 +41,19 @@ LOADING = (
     *("tests/adapters/segmentation/test_answer_batch.py", "tests/utils/test_images.py"),
 )
 EAGER = ("llava", "qwen2_vl", "gemma3", "paligemma", "llama4", "qwen3_5", "lfm2_vl", "cohere_compass")
-"""Families that run with eager attention by default too: one of each kind of mask."""
+"""Families that run by default with eager attention, in the kit and with every strategy: one of each kind of mask."""
 
 
 def is_left_to_slow(item: pytest.Item) -> bool:
     """Whether a test is one of shared code on a family of `ALIKE`, of loading on one of `LOADED_ALIKE`, or of eager
-    attention on one beside `EAGER`."""
+    attention or the kit beside `EAGER`."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     family = parameters.get("name", parameters.get("family"))
     if item.nodeid.startswith(LOADING) and family in LOADED_ALIKE:
         return True
     if family is None or not item.nodeid.startswith(FILES):
         return False
-    if parameters.get("attention") == "eager" and family not in EAGER:
+    of_the_kit = "family" in parameters and item.nodeid.startswith("tests/testing/")
+    if (of_the_kit or parameters.get("attention") == "eager") and family not in EAGER:
         return True
     return family in ALIKE and getattr(item, "originalname", "") not in BY_DEFAULT

@@ -36,6 +36,7 @@ CASES = {
 PROJECTING = [name for name in READABLE if KNOWN[VARIANTS.get(name, name)].images.projects]
 WITH_VIDEO = [name for name in READABLE if FAMILIES[name].watch]
 RUNS = [(name, case) for name in READABLE for case in CASES if case != "videos" or name in WITH_VIDEO]
+PADDED_RUNS = [(*run, "left") for run in RUNS] + [(name, "two sizes", "right") for name in READABLE]
 
 
 @functools.cache

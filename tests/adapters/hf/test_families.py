@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES, generates_otherwise
+from vlm_known import model_of
 
 from tokenprune_adapters.hf.families import FAMILIES as KNOWN
 from tokenprune_adapters.hf.families import ROWS_DIFFER
@@ -62,11 +61,6 @@ DIFFERENT_COUNTS = {
 }
 names = pytest.mark.parametrize("name", NAMES)
 attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
-
-
-@functools.cache
-def model_of(name, attention="sdpa"):
-    return FAMILIES[name].build(attention)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vlm_configs import IMAGE, TEXT
 from vlm_families import FAMILIES, READABLE
-from vlm_known import CASES, RUNS, expected_cells, is_packed, model_of
+from vlm_known import CASES, PADDED_RUNS, RUNS, expected_cells, is_packed, model_of
 from vlm_watching import Half, Reader, blocks_of, inputs_of, projector_of, read, separators
 
 import tokenprune
@@ -16,6 +16,7 @@ from tokenprune.errors import InputError, PluginError
 
 names = pytest.mark.parametrize("name", READABLE)
 runs = pytest.mark.parametrize(("name", "case"), RUNS)
+padded_runs = pytest.mark.parametrize(("name", "case", "padding"), PADDED_RUNS)
 
 
 def text_of(inputs):
@@ -29,8 +30,7 @@ def text_of(inputs):
 # where the image tokens are ------------------------------------------------------------------------------------------
 
 
-@runs
-@pytest.mark.parametrize("padding", ["left", "right"])
+@padded_runs
 def test_image_tokens_pictures_and_cells(name, case, padding):
     inputs = inputs_of(name, case, padding)
     separator = separators(name, model_of(name), inputs)

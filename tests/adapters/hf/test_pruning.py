@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vlm_cases import LAYERS, SIZES, TOLERANCE, inputs_of, layout_of, model_of, names, script_of
+from vlm_cases import LAYERS, SIZES, TOLERANCE, inputs_of, layout_of, model_of, names, script_of, several_images_of
 from vlm_families import FAMILIES, NAMES, RECOMPUTES, VIDEO_NAMES, generates_otherwise
 from vlm_known import SEPARATED
 from vlm_oracle import attends, grown, oracle
@@ -59,23 +59,23 @@ def against_oracle(name, attention, inputs, seed):
 
 @names
 @attentions
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=3)
 @given(seed=st.integers(0, 10**6), padding=st.sampled_from(["left", "right"]))
 def test_pruned_equals_the_oracle(name, attention, seed, padding):
     against_oracle(name, attention, inputs_of(name, padding=padding), seed)
 
 
 @names
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 10**6))
 def test_a_single_row_and_several_images_equal_the_oracle(name, seed):
     """A single row has no padding, so that most models make no mask at all."""
     against_oracle(name, "sdpa", inputs_of(name, sizes=(SIZES[0],)), seed)
-    against_oracle(name, "sdpa", FAMILIES[name].inputs([[(24, 32), (32, 24)], (40, 20)]), seed)
+    against_oracle(name, "sdpa", several_images_of(name), seed)
 
 
 @pytest.mark.parametrize("name", VIDEO_NAMES)
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 10**6))
 def test_videos_equal_the_oracle(name, seed):
     against_oracle(name, "sdpa", inputs_of(name, sizes=((2, 16, 24), (2, 24, 16))), seed)
@@ -83,7 +83,7 @@ def test_videos_equal_the_oracle(name, seed):
 
 @names
 def test_the_adapter_finds_the_image_tokens(name):
-    for inputs in (inputs_of(name), FAMILIES[name].inputs([[(24, 32), (32, 24)], (40, 20)])):
+    for inputs in (inputs_of(name), several_images_of(name)):
         found, expected = layout_of(name, inputs).image_tokens, FAMILIES[name].image_tokens(inputs)
         if name in (*SEPARATED, "hunyuan_vl"):
             assert not (found & ~expected).any()
@@ -106,7 +106,7 @@ def test_keep_all_generates_the_same_to_the_bit(name, attention):
 
 @names
 @attentions
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 10**6), batched=st.booleans())
 def test_cached_decoding_equals_recomputation(name, attention, seed, batched):
     family, model = FAMILIES[name], model_of(name, attention)
@@ -138,7 +138,7 @@ def test_decoding_with_a_static_cache_equals_cached_decoding(name, attention, se
 @RECOMPUTES
 @names
 @attentions
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 10**6), batched=st.booleans())
 def test_decoding_without_a_cache_equals_cached_decoding(name, attention, seed, batched):
     """Every step is a prefill of a longer prompt."""
@@ -155,7 +155,7 @@ def test_decoding_without_a_cache_equals_cached_decoding(name, attention, seed, 
 
 
 @names
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=2)
 @given(seed=st.integers(0, 10**6))
 def test_a_row_in_a_batch_equals_the_row_alone(name, seed):
     family, model, inputs = FAMILIES[name], model_of(name), inputs_of(name)

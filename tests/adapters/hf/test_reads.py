@@ -10,6 +10,7 @@ from vlm_families import FAMILIES, READABLE, generates_otherwise
 from vlm_known import (
     CASES,
     PACKED,
+    PADDED_RUNS,
     PROJECTING,
     REORDERED,
     RUNS,
@@ -65,8 +66,7 @@ def every(name):
     return reads + [Projector()] * (name in PROJECTING) + [ClsAttention()] * (name in WITH_CLS)
 
 
-@pytest.mark.parametrize(("name", "case"), [run for run in RUNS if run[0] in PROJECTING])
-@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("name", "case", "padding"), [run for run in PADDED_RUNS if run[0] in PROJECTING])
 def test_projected_features_are_the_embeddings(name, case, padding):
     inputs = inputs_of(name, case, padding)
     seen, _ = read(model_of(name), Reader(TowerFeatures(), Embeddings(), Projector()), inputs)

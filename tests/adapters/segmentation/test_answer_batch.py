@@ -80,20 +80,20 @@ def assert_alike(together: list[Answer], alone: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),  # one strategy alone for families that are made of the parts of others
+    ("name", "kind"),  # one strategy alone for families that are made of the parts of others; else another one in turn
     [
         pytest.param(*name.values, kind, marks=name.marks)
-        for name in ALIKE
-        for kind in STRATEGIES
+        for number, name in enumerate(ALIKE)
+        for kind in ("fastv", ("untouched", "random")[number % 2])
         if kind == "fastv" or name.values[0] not in PROCESSORS
     ],
 )
 def test_a_batch_answers_as_its_rows_alone(name: str, kind: str, models: Models) -> None:
     model = models(name)
     pictures = taken(model)
-    together = model.answer(pictures, QUESTIONS, strategy=STRATEGIES[kind](), max_new_tokens=8)
+    together = model.answer(pictures, QUESTIONS, strategy=STRATEGIES[kind](), max_new_tokens=4)
     alone = [
-        model.answer(image, question, strategy=STRATEGIES[kind](), max_new_tokens=8)
+        model.answer(image, question, strategy=STRATEGIES[kind](), max_new_tokens=4)
         for image, question in zip(pictures, QUESTIONS, strict=True)
     ]
     assert_alike(together, alone)

@@ -126,7 +126,10 @@ def test_generated_answers(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["lisa", "glamm", "pixellm"])
-@pytest.mark.parametrize("strategy", [None, tp.strategy("csp", budget=0.6)], ids=["plain", "csp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(None, id="plain", marks=pytest.mark.slow), pytest.param(tp.strategy("csp", budget=0.6), id="csp")],
+)
 def test_masks_of_the_reference_checkpoints(
     golden: Callable[[str], Path], name: str, strategy: Strategy | None
 ) -> None:

@@ -35,19 +35,20 @@ def forward(family: str, rows: tuple[Row, ...], padding: str, strategy: Strategy
     return run.trace
 
 
-@pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_strategy_chooses_in_a_padded_row_as_in_the_row_alone(name: str, padding: str) -> None:
+def test_every_strategy_chooses_in_a_padded_row_as_in_the_row_alone(name: str) -> None:
+    """With both paddings on every family; the two batches in turn."""
     strategy = tp.strategy(name, budget=None if name in ("none", "blind") else 0.5)
     ran = set()
-    for family in FAMILIES:
-        for rows in BATCHES:
-            with suppress(IncompatibleError):  # positions of three axes
+    for number, family in enumerate(FAMILIES, BUILT_IN.index(name)):
+        rows = BATCHES[number % len(BATCHES)]
+        with suppress(IncompatibleError):  # positions of three axes
+            alone = [forward(family, (row,), "left", strategy) for row in rows]
+            for padding in ("left", "right"):
                 trace = forward(family, rows, padding, strategy)
-                for row in range(len(rows)):
-                    alone = forward(family, rows[row : row + 1], padding, strategy)
-                    assert [stage.kept[row] for stage in trace.stages_of(row)] == [s.kept[0] for s in alone.stages]
-                ran.add(family)
+                for row, own in enumerate(alone):
+                    assert [stage.kept[row] for stage in trace.stages_of(row)] == [s.kept[0] for s in own.stages]
+            ran.add(family)
     assert ran >= {*FAMILIES} - {"mrope"}
 
 

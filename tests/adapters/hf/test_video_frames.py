@@ -110,7 +110,7 @@ def test_a_video_is_read_once(film: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (lambda folder: write(folder / "a.avi"), {"frames": 25}, r"a\.avi' has 24 frames, frames=25 requested"),
         (lambda folder: write(folder / "a.avi"), {"fps": 9}, r"a\.avi' has 8\.0 frames per second, fps=9"),
         (lambda folder: _text(folder / "a.mp4"), {}, r"a\.mp4' cannot be decoded by OpenCV; convert it to MP4"),
-        (lambda folder: _cut(write(folder / "a.avi")), {}, r"a\.avi'.* can(not)? be "),
+        (lambda folder: _cut(write(folder / "a.avi")), {}, r"a\.avi': \d+ of the 24 chosen frames can be decoded"),
         (lambda folder: _picture(folder / "a.png"), {}, r"a\.png' is a picture; pass it as image="),
         (lambda folder: folder, {}, r"folder '.*' has no frames"),
         (lambda folder: [Image.new("RGB", (4, 4)), Image.new("RGB", (6, 4))], {}, "frames of 4×4 and 6×4 pixels"),

@@ -161,8 +161,8 @@ class VideoReader:
         order = np.unique(chosen, return_inverse=True)[1]
         if len(pixels) <= order.max():
             raise InputError(
-                f"{name}: {len(pixels)} of {order.max() + 1} frames can be decoded; convert it to MP4, or pass its "
-                "frames"
+                f"{name}: {len(pixels)} of the {order.max() + 1} chosen frames can be decoded; encode it anew, or pass "
+                "its frames"
             )
         metadata.frames_indices = chosen
         return Video(np.asarray(pixels)[order], metadata)

@@ -145,8 +145,8 @@ class DecoderRuns(Prompts, BoundModel):
         else:
             generated, trace = self.run_generation(inputs, strategy, max_new_tokens, draft)
             states, said, before = generated.states, generated.ids, 0  # those that predicted each token
-        group, ahead = len(self.seg_tokens), int(self.reads_mask_token)
-        before -= ahead
+        before -= int(self.reads_mask_token)
+        group = len(self.seg_tokens)
         found = [
             (row, place)
             for row, tokens in enumerate(said)

@@ -92,7 +92,7 @@ def test_tiles_are_cut_row_by_row(model: Sa2vaModel) -> None:
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_nearest_grid_of_tiles(width: int, height: int, most: int) -> None:
     columns, rows = tile_grid(width, height, 448, most)
     distances = {(c, r): abs(width / height - c / r) for c in range(1, most + 1) for r in range(1, most // c + 1)}
@@ -372,7 +372,7 @@ def test_reads_of_the_tower(model: Sa2vaModel) -> None:
 
 def test_many_images(model: Sa2vaModel) -> None:
     pairs = [(picture(shape), query) for shape, query in zip(SHAPES, [*QUERIES, "a dog"], strict=True)]
-    for strategy in (None, tp.strategy("fastv", budget=0.5), tp.strategy("prumerge+")):
+    for strategy in (None, tp.strategy("prumerge+")):
         done = list(model.segment_many(pairs, strategy, batch_size=4, keep_logits=True, on_error="raise"))
         for (image, query), many in zip(pairs, done, strict=True):
             alone = model.segment(image, query, strategy)

@@ -115,23 +115,32 @@ def sam_config(checkpoint: Checkpoint, prefix: str, mask_decoder_heads: int) -> 
 
 
 class Shapes:
-    """Shapes of one SAM inside a checkpoint."""
+    """Shapes of one SAM inside a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        prefix: prefix of the names of SAM's tensors; the methods take the rest of a name.
+    """
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix
 
     def of(self, name: str, dims: int) -> tuple[int, ...]:
+        """The shape of a tensor; CheckpointError if it is missing or has another number of dimensions."""
         return self.checkpoint.shape(self.prefix + name, dims)
 
     def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
         return self.prefix + name in self.checkpoint
 
     def count(self, stem: str) -> int:
+        """One more than the largest number that follows the stem in a name."""
         start = self.prefix + stem
         numbers = {name[len(start) :].split(".")[0] for name in self.checkpoint.names() if name.startswith(start)}
         return 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)
 
     def refuse(self, problem: str) -> CheckpointError:
+        """An error that tells what is wrong with this SAM."""
         return CheckpointError(f"{self.checkpoint.folder}: SAM under {self.prefix!r}: {problem}")
 
 

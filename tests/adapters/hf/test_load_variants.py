@@ -153,9 +153,15 @@ def test_limits_name_the_types_with_towers_of_timm() -> None:
 @pytest.mark.parametrize("name", TIMM_TOWERS)
 def test_towers_of_timm_require_the_package(tmp_path: Path, name: str) -> None:
     folder = write_vlm(tmp_path / name, name)
-    vision = {"model_type": "timm_wrapper", "architecture": TIMM_TOWERS[name], "hidden_size": 32}
+    config = json.loads((folder / "config.json").read_text())
     args = {"model_args": {"embed_dim": 32}}
-    TINY[name].config(**vision, **args).save_pretrained(folder)
+    config["vision_config"] = {
+        "model_type": "timm_wrapper",
+        "architecture": TIMM_TOWERS[name],
+        "hidden_size": 32,
+        **args,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match=r"needs a package that is not installed, install it .*timm library"):
         tp.load(folder)
 

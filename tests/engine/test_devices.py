@@ -131,8 +131,7 @@ def pretending() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("first", [1, 4])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("first", "padded"), [(1, True), (4, False)])
 @pytest.mark.parametrize(
     ("name", "options"),
     [

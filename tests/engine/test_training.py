@@ -126,7 +126,10 @@ def _detached(decision: Any) -> Any:
     return replace(decision, values=decision.values.detach())
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+SLOW = ("dart", "pyramiddrop")  # which drop, as fastv does
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in STRATEGIES])
 def test_gradients_under_strategies_are_the_oracles(name: str, lisa: Any, prompts: Any) -> None:
     decoder, sequence = lisa.decoder.model, prompts.sequence
     valid = sequence.attention_mask.bool()

@@ -44,12 +44,17 @@ class Served:
     def post(self, image: bytes, route: str = "/segment", **fields: Any) -> httpx.Response:
         """An upload."""
         return httpx.post(
-            f"{self.url}{route}", files={"image": ("a.png", image)}, data=fields, timeout=SECONDS, trust_env=False
+            f"{self.url}{route}",
+            files={"image": ("a.png", image)},
+            data=fields,
+            timeout=SECONDS,
+            trust_env=False,
+            verify=False,
         )
 
     def get(self, route: str) -> httpx.Response:
         """A request without one."""
-        return httpx.get(f"{self.url}{route}", timeout=SECONDS, trust_env=False)
+        return httpx.get(f"{self.url}{route}", timeout=SECONDS, trust_env=False, verify=False)
 
     def metric(self, name: str) -> float:
         """A value of `/metrics`; 0 for one that is not there yet."""

@@ -204,13 +204,13 @@ def test_the_kit_tells_a_mistake_once_and_with_its_line(pytester: pytest.Pyteste
                 pass
 
         class TestMine(StrategyConformance):
-            strategy = Mine
+            strategy, examples = Mine, 3
 
         class TestUnsorted(StrategyConformance):
-            strategy = Unsorted
+            strategy, examples = Unsorted, 3
 
         class TestNone(StrategyConformance):
-            strategy = None_
+            strategy, examples = None_, 3
         """
     )
     result = pytester.runpytest_subprocess("-k", "llama or cached or hook", "--hypothesis-seed=1")

@@ -21,7 +21,9 @@ SECONDS = 60
 
 
 def post(url: str, file: bytes, **fields: str) -> httpx.Response:
-    return httpx.post(f"{url}/segment", files={"image": file}, data=fields, timeout=SECONDS, trust_env=False)
+    return httpx.post(
+        f"{url}/segment", files={"image": file}, data=fields, timeout=SECONDS, trust_env=False, verify=False
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -40,7 +42,11 @@ def test_masks_and_the_end(number: signal.Signals) -> None:
             sent = [clients.submit(post, url, file, query=query) for _ in range(8)]
             waiting = 0.0
             while waiting < 1:
-                found = re.search(r"^tokenprune_queue_length (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+                found = re.search(
+                    r"^tokenprune_queue_length (\S+)$",
+                    httpx.get(f"{url}/metrics", trust_env=False, verify=False).text,
+                    re.MULTILINE,
+                )
                 assert found is not None
                 waiting = float(found[1])
             running.send_signal(number)
@@ -49,7 +55,7 @@ def test_masks_and_the_end(number: signal.Signals) -> None:
         assert running.stderr is not None
         assert running.stderr.read() == ""
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health", trust_env=False)
+            httpx.get(f"{url}/health", trust_env=False, verify=False)
     # one that had not been accepted yet is refused by the operating system
     served = [answer for answer in answers if not isinstance(answer, httpx.TransportError)]
     assert len(served) >= 2

@@ -203,9 +203,11 @@ def test_what_is_refused(fake: Served, image: bytes, fields: dict[str, Any], sta
 def test_words_and_file_names_are_never_paths(fake: Served, path: str) -> None:
     """A query is words, and the name of an upload is not looked at."""
     files = {"image": (path, picture())}
-    named = httpx.post(f"{fake.url}/segment", files=files, data={"query": path}, trust_env=False)
+    named = httpx.post(f"{fake.url}/segment", files=files, data={"query": path}, trust_env=False, verify=False)
     assert np.array_equal(decoded(named), decoded(fake.post(picture(), query=path)))
-    as_text = httpx.post(f"{fake.url}/segment", files={"query": (None, "it"), "image": (None, path)}, trust_env=False)
+    as_text = httpx.post(
+        f"{fake.url}/segment", files={"query": (None, "it"), "image": (None, path)}, trust_env=False, verify=False
+    )
     refused(as_text, 422, "field 'image'")
     assert path.split("/")[-1] not in fake.get(f"/{path}").text
 
@@ -241,14 +243,16 @@ def test_words_and_file_names_are_never_paths(fake: Served, path: str) -> None:
 )
 def test_broken_forms(fake: Served, body: bytes, kind: str, status: int, part: str) -> None:
     headers = {"content-type": kind} if kind else {}
-    refused(httpx.post(f"{fake.url}/segment", content=body, headers=headers, trust_env=False), status, part)
+    refused(
+        httpx.post(f"{fake.url}/segment", content=body, headers=headers, trust_env=False, verify=False), status, part
+    )
 
 
 def test_other_routes_and_methods(fake: Served) -> None:
     refused(fake.get("/nowhere"), 404)
     refused(fake.get("/segment"), 405)
     refused(fake.post(picture(), "/segment/", query="it"), 404)
-    refused(httpx.delete(f"{fake.url}/health", trust_env=False), 405)
+    refused(httpx.delete(f"{fake.url}/health", trust_env=False, verify=False), 405)
     refused(fake.post(picture(), "/answer", query="it"), 404, "'fake' makes masks; use /segment")
     refused(fake.post(picture(), "/segment?strategy=fastv", query="it"), 422, "as fields of the form")
     assert fake.get("/docs").status_code == 404  # FastAPI's, which loads scripts from elsewhere
@@ -324,6 +328,7 @@ def test_a_client_that_leaves_is_not_worked_for() -> None:
                 data={"query": "second"},
                 timeout=httpx.Timeout(60, read=0.5),
                 trust_env=False,
+                verify=False,
             )
         waited(lambda: server.metric('tokenprune_requests_total{route="/segment",status="499"}') == 1)
         model.gate.set()

@@ -34,7 +34,7 @@ for _name in BUILT_IN:
     _words = re.sub(r"\W", "_", _name.replace("+", "_plus"))
     _given = {"strategy": _name, "budget_slack": None if _name == "blind" else 1.0}
     globals()[f"Test_{_words}"] = type(f"Test_{_words}", (StrategyConformance,), {**_given, "examples": 3})
-    _thorough = type(f"TestMore_{_words}", (StrategyConformance,), {**_given, "examples": 25})
+    _thorough = type(f"TestMore_{_words}", (StrategyConformance,), {**_given, "examples": 10})
     globals()[f"TestMore_{_words}"] = pytest.mark.slow(_thorough)
 
 TWO = Case("llama", (Row(((2, 3),), 1, 2, 10), Row(((3, 3), (1, 2)), 2, 3, 21)), "left")

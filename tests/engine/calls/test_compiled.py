@@ -199,7 +199,7 @@ def check(route, when, reads):
     assert backend.made, "nothing was compiled"
 
 
-@pytest.mark.parametrize("route", [wrapped, in_place, decoder_in_place, layers_in_place, layers_wrapped])
+@pytest.mark.parametrize("route", [wrapped, decoder_in_place, layers_wrapped])
 def test_warm_code_is_pruned_in_every_way_of_compiling(route):
     check(route, "warm", "no reads")
 
@@ -215,8 +215,9 @@ def test_orders_and_reads(when, reads):
 @pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("reads", READS)
-def test_every_way_order_and_read(route, when, reads):
+def test_every_way_order_and_read(route, when):
+    """Every two of a way, an order and a read; not every three."""
+    reads = [*READS][(ROUTES.index(route) + WHEN.index(when)) % len(READS)]
     check(route, when, reads)
 
 
@@ -292,8 +293,16 @@ def test_no_number_of_tokens_makes_a_graph_but_the_first_two():
     assert [backend.during(lambda length=length: call(length)) for length in (13, 20, 31, 12)] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("reads", READS)
-@pytest.mark.parametrize("route", [wrapped, wrapped_and_pruned_itself, in_place, decoder_in_place])
+@pytest.mark.parametrize(
+    ("route", "reads"),
+    [
+        (wrapped, "attention next"),
+        (wrapped_and_pruned_itself, "attention before"),
+        (in_place, "attention next"),
+        (decoder_in_place, "no reads"),
+        (decoder_in_place, "attention before"),
+    ],
+)
 def test_fullgraph_holds_for_the_layers(route, reads):
     model, strategy = tiny_llama(2), Half(*READS[reads])
     with prune(model, strategy, image_tokens=image_of()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections import Counter
@@ -65,6 +66,17 @@ def golden() -> Callable[[str], Path]:
 def shared_data() -> Callable[[str], Path]:
     """`shared_data("coco")`: folder of those photographs."""
     return _shared("data", "TOKENPRUNE_DATA", "photographs")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no cycles among what modules and tests are made of: all of it stays, and it took a fifth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

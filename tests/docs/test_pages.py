@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import io
 import re
@@ -250,9 +251,15 @@ def test_commands_are_right(
             assert plain(out) == plain(printed), f"{where} prints something else:\n{out}"
 
 
+@functools.cache
+def program() -> Any:
+    """The whole command."""
+    return typer.main.get_command(app)
+
+
 def parse(words: list[str]) -> None:
     """Raise where the command or an option does not exist, or a value has the wrong type."""
-    group: Any = typer.main.get_command(app)
+    group = program()
     if not words:
         return  # the program's name alone
     if "--help" in words:

@@ -191,7 +191,9 @@ class Call:
         return original(*args, **kwargs)
 
     def fail(self) -> None:
-        """After an error: note whether a step may have filled some layers of its cache."""
+        """After an error: undo a turn, and note whether a step may have filled some layers of its cache."""
+        if self.filled is not None:
+            self.filled.undo()
         if self.step is not None and (self.ran or self.inside is not None):
             self.step.fail(self.cache)
 

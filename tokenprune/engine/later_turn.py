@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenprune.engine.caches.cache_layers import CachedPrefill, Lease
 from tokenprune.engine.caches.decoding import CachedStep
 from tokenprune.engine.caches.filled_cache import FilledCache
-from tokenprune.engine.caches.kv_cache import check_rows, check_same_context
+from tokenprune.engine.caches.kv_cache import check_rows, check_same_context, is_pruned
 from tokenprune.engine.call import Call
 from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.decoder import Decoder
@@ -79,7 +79,8 @@ class LaterTurns:
 
         Raises:
             InputError: the cache has another number of rows.
-            UnsupportedError: the cache was filled elsewhere, or the decoder checkpoints its layers.
+            UnsupportedError: the cache was filled elsewhere, the decoder checkpoints its layers, or flash attention
+                would count a window without pruned tokens.
         """
         known = CachedPrefill.of(call.cache)
         if known is None and never_prunes():
@@ -88,6 +89,8 @@ class LaterTurns:
             raise checkpointing.refuse_cached("a filled KV cache")
         known, new = check_same_context(known, self._lease), hidden.shape[1]
         check_rows(call.cache, len(hidden))
+        if is_pruned(call.cache):
+            self._decoder.check_window(call.held + new)
         call.step = CachedStep(self._decoder, known, new, call.held - known.length, self._padding(call))
         images = self._images(call) if new > 1 else None
         if images is not None:

@@ -148,6 +148,7 @@ def test_options_that_a_plugins_model_does_not_have(
         (("{album}/first.png", "What?", "--frames", "2"), ("--frames without a video", "pass --video")),
         (("What?", "--fps", "2"), ("--fps without a video",)),
         (("What?", "--video", "{album}/none.mp4"), ("none.mp4", "no such file")),
+        (("What?", "--video", "a" * 5000), ("video 'aaa", "no such file")),
         (("{album}/first.png", "What?", "--threads", "0"), ("--threads: 0",)),
         (("{album}/first.png", "What?", "--strategy", "fastvv"), ("did you mean 'fastv'",)),
         (("{album}/first.png", "What?", "--budget", "7"), ("budget must be", "got 7")),

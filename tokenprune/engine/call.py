@@ -105,6 +105,7 @@ class Call:
         prefill.deepstack, self.deepstack = self.deepstack, None
         prefill.note_positions(self.inputs.get("position_ids"))
         refuse_packed(self.inputs, prefill.layout.valid)
+        prefill.decoder.check_window(self.held + prefill.layout.valid.shape[1])
         self._read(prefill)
 
     def _read(self, prefill: Prefill) -> None:
@@ -119,6 +120,7 @@ class Call:
             check_cache(self.cache, prefill.decoder.attends)
         if self.cached is not None:
             self.cached.check_room(self.cached.length)
+        prefill.decoder.check_window(prefill.layout.valid.shape[1])
         refuse_packed(self.inputs, prefill.layout.valid)
 
     def fit_cache(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -191,7 +193,9 @@ class Call:
         return original(*args, **kwargs)
 
     def fail(self) -> None:
-        """After an error: note whether a step may have filled some layers of its cache."""
+        """After an error: undo a turn, and note whether a step may have filled some layers of its cache."""
+        if self.filled is not None:
+            self.filled.undo()
         if self.step is not None and (self.ran or self.inside is not None):
             self.step.fail(self.cache)
 

@@ -196,6 +196,22 @@ class Decoder:
         config: Any = self.module.config
         return str(config._attn_implementation or "eager")
 
+    def check_window(self, length: int) -> None:
+        """Raise UnsupportedError if flash attention would count a sliding window in the tokens that are left.
+
+        Args:
+            length: tokens of a row so far, pruned ones included.
+        """
+        config: Any = self.module.config
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"]  # Mistral's all have it, if it is set
+        window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+        if window is not None and length > window and "flash" in self.attention_name:
+            raise UnsupportedError(
+                f"{self.attention_name} counts the sliding window of {window} tokens without those that were pruned, "
+                f"of {length} in all; load the model with attn_implementation='sdpa', or call "
+                "model.set_attn_implementation('sdpa')"
+            )
+
 
 def find_decoder(model: nn.Module) -> Decoder:
     """The decoder of a model: the one submodule with `layers`, `rotary_emb` and `norm`.

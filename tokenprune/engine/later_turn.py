@@ -10,7 +10,7 @@ from torch import Tensor
 from tokenprune.engine.caches.cache_layers import CachedPrefill, Lease
 from tokenprune.engine.caches.decoding import CachedStep
 from tokenprune.engine.caches.filled_cache import FilledCache
-from tokenprune.engine.caches.kv_cache import check_same_context
+from tokenprune.engine.caches.kv_cache import check_rows, check_same_context, is_pruned
 from tokenprune.engine.call import Call
 from tokenprune.engine.calls import checkpointing
 from tokenprune.engine.decoder import Decoder
@@ -52,6 +52,7 @@ class LaterTurns:
             hidden: [batch, new, width], the input of its first layer.
 
         Raises:
+            InputError: the cache has another number of rows.
             UnsupportedError: the cache was filled elsewhere, or is too short.
         """
         cache = call.inputs.get("past_key_values") if call.cache is None else call.cache
@@ -63,22 +64,33 @@ class LaterTurns:
         if images is None or never_prunes() or self._kept_whole() is not None:
             return
         check_same_context(known, self._lease).check_room(call.held + new[1])
+        check_rows(cache, new[0])
         call.filled = FilledCache(cache, known, call.held, self._padding(call), new[0], images.device)
         if kwargs is not None:
             call.deepstack = DeepStack.take(kwargs, len(self._decoder.layers))
 
-    def step(self, call: Call, new: int, never_prunes: Callable[[], bool]) -> None:
-        """Make a call a step on a filled cache, which prunes none of its `new` tokens.
+    def step(self, call: Call, hidden: Tensor, never_prunes: Callable[[], bool]) -> None:
+        """Make a call a step on a filled cache, which prunes none of its tokens.
+
+        Args:
+            call: the call.
+            hidden: [batch, new, width], the input of the first layer.
+            never_prunes: whether the strategy prunes nothing.
 
         Raises:
-            UnsupportedError: the cache was filled elsewhere, or the decoder checkpoints its layers.
+            InputError: the cache has another number of rows.
+            UnsupportedError: the cache was filled elsewhere, the decoder checkpoints its layers, or flash attention
+                would count a window without pruned tokens.
         """
         known = CachedPrefill.of(call.cache)
         if known is None and never_prunes():
             return  # nothing was pruned before, and nothing would be
         if self._decoder.checkpoints:
             raise checkpointing.refuse_cached("a filled KV cache")
-        known = check_same_context(known, self._lease)
+        known, new = check_same_context(known, self._lease), hidden.shape[1]
+        check_rows(call.cache, len(hidden))
+        if is_pruned(call.cache):
+            self._decoder.check_window(call.held + new)
         call.step = CachedStep(self._decoder, known, new, call.held - known.length, self._padding(call))
         images = self._images(call) if new > 1 else None
         if images is not None:

@@ -287,7 +287,7 @@ class PruningRun:
     def _continue_cached(self, call: Call, hidden: Tensor) -> None:
         self._later.prepare(call, self.never_prunes, hidden=hidden)
         if call.filled is None:
-            self._later.step(call, hidden.shape[1], self.never_prunes)
+            self._later.step(call, hidden, self.never_prunes)
             return
         self._latest = prefill = self._new_prefill(call, hidden, {})
         call.continue_conversation(prefill)

@@ -106,9 +106,15 @@ def test_a_video_is_read_once(film: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("make", "asked", "message"),
     [
         (lambda folder: folder / "none.mp4", {}, r"video '.*none\.mp4': no such file; check the path"),
+        (lambda folder: "", {}, "video='' found, expected the path of a file or folder"),
+        (lambda folder: "a" * 5000, {}, r"video 'a+' cannot be read \(.*\); choose another"),
         (lambda folder: "https://example.org/a.mp4", {}, "is a URL, which is not fetched"),
         (lambda folder: write(folder / "a.avi"), {"frames": 25}, r"a\.avi' has 24 frames, frames=25 requested"),
-        (lambda folder: write(folder / "a.avi"), {"fps": 9}, r"a\.avi' has 8\.0 frames per second, fps=9"),
+        (
+            lambda folder: write(folder / "a.avi"),
+            {"fps": 9},
+            r"has 8\.0 frames per second, fps=9 requested; request fewer",
+        ),
         (lambda folder: _text(folder / "a.mp4"), {}, r"a\.mp4' cannot be decoded by OpenCV; convert it to MP4"),
         (lambda folder: _cut(write(folder / "a.avi")), {}, r"a\.avi': \d+ of the 24 chosen frames can be decoded"),
         (lambda folder: _picture(folder / "a.png"), {}, r"a\.png' is a picture; pass it as image="),

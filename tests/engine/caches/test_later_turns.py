@@ -29,7 +29,7 @@ from tokenprune.engine import PromptMasks
 from tokenprune.engine.decoder import find_decoder
 from tokenprune.engine.interface.bound_model import VisionCapture
 from tokenprune.engine.run import PruningRun
-from tokenprune.errors import PruningWarning, UnsupportedError
+from tokenprune.errors import InputError, PruningWarning, UnsupportedError
 from tokenprune.testing.scripted import Scripted, Step, random_script
 
 TOLERANCE = 2e-5
@@ -290,23 +290,25 @@ def test_the_exact_flops_of_a_later_turn_are_those_that_ran():
     assert count_flops(talk.run.trace.ledger, DecoderSpec.from_config(model.config)).total == counter.get_total_flops()
 
 
-def test_a_turn_that_failed_can_be_said_again_unless_layers_have_run():
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("pruned_at", [0, 1])
+@pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
+def test_a_turn_that_failed_can_be_said_again(layer, pruned_at, kind):
+    """Also in the last layer, when all hold the turn: one that was pruned before layer 0 has the same length in all."""
     model, turns, embeds, ids = two_turns("keep", padding=False)
-    turns[1].script = Scripted([Step(1, odd(turns[1]))])
+    turns[1].script = Scripted([Step(pruned_at, odd(turns[1]))])
     expected = conversation(model.model, embeds, turns, ids)[:, turns[1].start :]
-    for layer, again in ((0, True), (2, False)):
-        talk = Conversation(model, ByTurn(), DynamicCache())
-        with torch.no_grad(), talk.run.attached():
-            talk.say(turns[0], embeds, ids)
-            handle = model.model.layers[layer].register_forward_pre_hook(lambda *args: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                talk.say(turns[1], embeds, ids)
-            handle.remove()
-            if again:
-                assert (talk.say(turns[1], embeds, ids) - expected).abs().max() < TOLERANCE
-            else:
-                with pytest.raises(UnsupportedError, match=r"have .* tokens, expected the same number in all"):
-                    talk.say(turns[1], embeds, ids)
+    talk = Conversation(model, ByTurn(), empty_cache(kind, model, turns[1].end))
+    with torch.no_grad(), talk.run.attached():
+        talk.say(turns[0], embeds, ids)
+        mask = talk.mask
+        handle = model.model.layers[layer].mlp.register_forward_pre_hook(lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            talk.say(turns[1], embeds, ids)
+        handle.remove()
+        assert talk.cache.get_seq_length() == turns[0].end
+        talk.mask = mask
+        assert (talk.say(turns[1], embeds, ids) - expected).abs().max() < TOLERANCE
 
 
 def test_rows_of_a_cache_are_reordered_and_copied_between_turns():
@@ -350,6 +352,46 @@ def test_a_static_cache_without_room_for_a_turn_is_refused_and_unchanged():
         with pytest.raises(UnsupportedError, match=f"max_cache_len={length - 1}, but this call needs {length}"):
             talk.say(turns[1], embeds, ids)
         assert talk.cache.get_seq_length() == turns[0].end
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_a_turn_with_another_number_of_rows_is_refused_and_can_be_said_again(image):
+    model, turns, embeds, ids = two_turns("keep", padding=False)
+    turns[1].script = Scripted([Step(1, odd(turns[1]))] if image else [])
+    if not image:
+        turns[1].layout = SequenceLayout.from_mask(torch.zeros_like(turns[1].layout.image_tokens))
+    expected = conversation(model.model, embeds, turns, ids)[:, turns[1].start :]
+    row = Turn(_rows(turns[1].layout, torch.tensor([0])), turns[1].script, turns[1].start)
+    talk = Conversation(model, ByTurn(), DynamicCache(), padded=False)
+    with torch.no_grad(), talk.run.attached():
+        talk.say(turns[0], embeds, ids)
+        mask = talk.mask
+        talk.mask = mask[:1]
+        with pytest.raises(InputError, match="the KV cache has 2 rows, but the call that continues it has 1"):
+            talk.say(row, embeds[:1], ids[:1])
+        talk.mask = mask
+        assert (talk.say(turns[1], embeds, ids) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_window_whose_tokens_are_all_lost_is_no_empty_cache(kind, rows):
+    """A prompt that ends with more image tokens than the window has, all of them dropped from earlier layers too."""
+    model, length = DECODERS["sliding", 2], 12
+    tokens = torch.zeros(rows, length, dtype=torch.bool)
+    tokens[0, 2:] = True
+    kept = torch.full((rows, 1), -1)
+    kept[0] = 0
+    first = Turn(SequenceLayout.from_mask(tokens), Scripted([Step(2, Keep(kept), prune_earlier_caches=True)]))
+    turns = placed([first, *(Turn(SequenceLayout.from_mask(tokens[:, :1]), Scripted([])) for _ in range(2))])
+    embeds = torch.randn(rows, turns[-1].end, WIDTH, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(turns[-1].end).expand(rows, -1)
+    expected = conversation(model.model, embeds, turns, ids)
+    talk = Conversation(model, ByTurn(), empty_cache(kind, model, turns[-1].end))
+    with torch.no_grad(), talk.run.attached():
+        for turn in turns:
+            got = talk.say(turn, embeds, ids)
+            assert (got - expected[:, turn.start : turn.end]).abs().max() < TOLERANCE
 
 
 def test_a_strategy_that_prunes_nothing_only_counts(recwarn):

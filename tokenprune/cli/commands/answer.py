@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -111,7 +112,7 @@ def _sampling(videos: bool, frames: int | None, fps: float | None) -> dict[str, 
 def _existing(videos: list[Path]) -> list[Path]:
     """The paths, each once. Raises InputError if there is nothing at one."""
     for video in videos:
-        if not expanded(video).exists():
+        if not os.path.exists(expanded(video)):  # unlike Path.exists, also for names that no file can have
             raise InputError(f"video {absent(video)}")
     return list(dict.fromkeys(map(expanded, videos)))
 

@@ -52,6 +52,7 @@ class FilledCache:
         unify_layers(cache, valid, self._record, EarlierCaches(valid))
         self._record.sign(cache)
         self.layers = cache.layers
+        self._ended = False
         self.before = [length - own.absent for own in self.layers]
 
     def keys(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,16 @@ class FilledCache:
         own.expected = True
         if isinstance(own, PrunedStaticLayer):
             own.slots = torch.arange(own.held, own.held + width, device=own.device)
+
+    def undo(self) -> None:
+        """After an error: remove what layers have appended, so that the turn can be said again."""
+        if self._ended:
+            return
+        for own, held in zip(self.layers, self.before, strict=True):
+            if not isinstance(own, PrunedStaticLayer):  # whose slots are written anew
+                assert own.keys is not None
+                assert own.values is not None
+                own.keys, own.values = own.keys[:, :, :held], own.values[:, :, :held]
 
     def finish(
         self,
@@ -87,6 +98,7 @@ class FilledCache:
         """
         new = valid.shape[1]
         record = self._record.extended(self.length + new, ledger)
+        self._ended = True
         before = GatheredSequence.whole(self._batch, self.length, self._device)
         turn = GatheredSequence.whole(self._batch, new, self._device)
         for own, frame, positions in zip(self.layers, frames, renumbered, strict=True):

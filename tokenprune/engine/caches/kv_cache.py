@@ -19,7 +19,7 @@ from tokenprune.engine.caches.cache_layers import (
 )
 from tokenprune.engine.caches.earlier import EarlierCaches
 from tokenprune.engine.sequence.gathered import GatheredSequence
-from tokenprune.errors import UnsupportedError
+from tokenprune.errors import InputError, UnsupportedError
 
 _OLD: Any = getattr(cache_utils, "SlidingWindowLayer", None)  # its name in older releases
 _StaticSliding: Any = getattr(cache_utils, "StaticSlidingWindowLayer", _OLD)
@@ -131,6 +131,17 @@ def check_same_context(known: CachedPrefill | None, lease: Lease) -> CachedPrefi
     return known
 
 
+def check_rows(cache: Any, rows: int) -> None:
+    """Raise InputError, before anything is changed, if a filled cache has another number of rows than a call."""
+    keys = (getattr(own, "keys", None) for own in getattr(cache, "layers", ()))
+    held = next((len(own) for own in keys if isinstance(own, Tensor) and own.dim() == 4), rows)
+    if held != rows:
+        raise InputError(
+            f"the KV cache has {held} rows, but the call that continues it has {rows}; pass as many rows, or repeat or "
+            "select those of the cache (batch_repeat_interleave, batch_select_indices)"
+        )
+
+
 def shorten_layer(
     cache: Cache, number: int, frame: GatheredSequence, renumbered: Tensor | None, prefill: CachedPrefill
 ) -> None:
@@ -182,7 +193,7 @@ def unify_layers(cache: Cache, valid: Tensor, prefill: CachedPrefill, earlier: E
         layer, keys, values = own, own.keys, own.values
         if number in earlier.layers:
             shorter = GatheredSequence.of(earlier.kept(number, frame)).to(valid.device)
-            places = shorter.index if frame is None else frame.places(shorter.index)
+            places = shorter.index if frame is None else frame.places(shorter.index).clamp(min=0)  # of fillers
             frame, (keys, values) = shorter, (_at(states, places) for states in (keys, values))
         if frame is not getattr(own, "frame", None) or not isinstance(own, PrunedLayer):
             layers[number] = layer = _pruned_layer(frame, renumbered, prefill)

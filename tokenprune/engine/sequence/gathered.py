@@ -38,8 +38,10 @@ class GatheredSequence:
 
     @classmethod
     def of(cls, present: Tensor, fillers_first: bool = False) -> GatheredSequence:
-        """The frame of bool [batch, S] `present`; every row must hold at least one position."""
+        """The frame of bool [batch, S] `present`; a row without positions has fillers alone."""
         positions = true_positions(present)
+        if not positions.shape[1]:  # a cache layer without keys would be taken for an empty one
+            positions = positions.new_full((len(positions), 1), -1)
         if fillers_first:
             missing = (positions < 0).sum(1, keepdim=True)
             steps = torch.arange(positions.shape[1], device=positions.device) - missing

@@ -18,7 +18,7 @@ from transformers.video_utils import VideoMetadata, load_video
 from tokenprune.errors import InputError, OptionError
 from tokenprune.utils.arguments import shown, whole_number
 from tokenprune.utils.extras import check_modules
-from tokenprune.utils.files import IMAGE_SUFFIXES, absent, expanded
+from tokenprune.utils.files import IMAGE_SUFFIXES, absent, path_given, reason
 from tokenprune.utils.images import to_rgb
 
 VideoInput = Any  # a path, a list of frames, an array or a tensor; spelled out in `VideoReader.read`
@@ -97,10 +97,16 @@ class VideoReader:
 
     def _read(self, video: VideoInput) -> Video:
         if isinstance(video, (str, Path)):
-            path = expanded(video)
-            if path.is_dir():
-                return self._of_frames(_frames_in(path), f"folder {str(path)!r}")
-            if not path.is_file():
+            path = path_given("video", video)
+            try:
+                frames = _frames_in(path) if path.is_dir() else None
+                found = path.is_file()
+            except OSError as error:
+                shortened = str(path)[:200]
+                raise InputError(f"video {shortened!r} cannot be read ({reason(error)}); choose another") from error
+            if frames is not None:
+                return self._of_frames(frames, f"folder {str(path)!r}")
+            if not found:
                 raise InputError(f"video {absent(video)}")
             return self._of_file(path)
         if isinstance(video, (list, tuple)):
@@ -156,8 +162,8 @@ class VideoReader:
         except InputError:
             raise
         except Exception as error:  # of OpenCV, or of a processor's way of sampling
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"{name} cannot be read ({reason}); convert it to MP4, or pass its frames") from error
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"{name} cannot be read ({problem}); convert it to MP4, or pass its frames") from error
         order = np.unique(chosen, return_inverse=True)[1]
         if len(pixels) <= order.max():
             raise InputError(
@@ -174,7 +180,10 @@ class VideoReader:
             return _evenly(self._frames, total, name)
         if self._fps is not None:
             if not rate or self._fps > rate:
-                raise InputError(f"{name} has {rate or 'an unknown number of'} frames per second, fps={self._fps}")
+                raise InputError(
+                    f"{name} has {rate or 'an unknown number of'} frames per second, fps={self._fps} requested; "
+                    "request fewer, or pass frames="
+                )
             return _evenly(max(1, round(total / rate * self._fps)), total, name)
         if self._processor.do_sample_frames:
             return self._own_sampling()(metadata=metadata)

@@ -23,7 +23,7 @@ from tokenprune.engine.prefill import Prefill
 from tokenprune.engine.reads.attention_tap import tap
 from tokenprune.engine.sequence.deepstack import DeepStack
 from tokenprune.engine.sequence.temperature import scaled_queries
-from tokenprune.errors import EngineError, PluginError, UnsupportedError
+from tokenprune.errors import EngineError, InputError, PluginError, UnsupportedError
 
 
 @dataclass
@@ -101,7 +101,17 @@ class Call:
         self._read(prefill)
 
     def continue_conversation(self, prefill: Prefill) -> None:
-        """Make this the call of a later turn, whose new tokens are pruned: the layers that it reads are tapped."""
+        """Make this the call of a later turn, whose new tokens are pruned: the layers that it reads are tapped.
+
+        Raises:
+            InputError: positions of another number of tokens.
+        """
+        ids, new = self.inputs.get("position_ids"), prefill.layout.valid.shape[1]
+        if isinstance(ids, Tensor) and ids.shape[-1] != new:
+            raise InputError(
+                f"position_ids: {ids.shape[-1]} positions found for the {new} tokens of a later turn (transformers "
+                "counts them from the mask of a whole conversation); pass those of the new tokens"
+            )
         prefill.deepstack, self.deepstack = self.deepstack, None
         prefill.note_positions(self.inputs.get("position_ids"))
         refuse_packed(self.inputs, prefill.layout.valid)

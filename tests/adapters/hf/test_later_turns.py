@@ -13,7 +13,7 @@ import tokenprune
 from tokenprune.core.decisions import Keep
 from tokenprune.core.stage import Stage
 from tokenprune.core.strategy import Strategy
-from tokenprune.errors import IncompatibleError, OptionError, PruningWarning
+from tokenprune.errors import IncompatibleError, InputError, OptionError, PruningWarning
 
 STAGE = 1
 
@@ -115,6 +115,46 @@ def test_every_strategy_prunes_a_later_turn(strategy):
     assert later_ledger.equivalent_tokens <= first.equivalent_tokens + 1
     cached = [image + other for e in first.entries for image, other in zip(e.in_cache, e.other, strict=True)]
     assert [entry.before for entry in later_ledger.entries] == cached
+
+
+def test_positions_of_a_whole_conversation_are_refused_for_a_turn():
+    """As Qwen2.5-VL makes them from the mask in a plain call, where it then fails without pruning."""
+    model, (first, second) = model_of("qwen2_5_vl"), turns_of("qwen2_5_vl")
+    del second["position_ids"]
+    with (
+        torch.no_grad(),
+        tokenprune.prune(model, Alternate(1)),
+        pytest.raises(InputError, match=r"position_ids: \d+ positions found for the \d+ tokens of a later turn"),
+    ):
+        said(model, (first, second))
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_5_vl"])
+def test_generation_goes_on_in_a_later_turn(name):
+    """As on the page of transformers' models: new ids and pixels, the mask of the whole conversation."""
+    model, (first, second) = model_of(name), turns_of(name)
+    second = {key: value for key, value in second.items() if key != "position_ids"}
+    settings = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+
+    def conversation():
+        output = model.generate(**first, **settings)
+        ids = torch.cat((output.sequences, second["input_ids"]), 1)
+        new = ids[:, output.past_key_values.get_seq_length() :]
+        types = {
+            key: torch.nn.functional.pad(value, (new.shape[1] - value.shape[1], 0))
+            for key, value in second.items()
+            if key.endswith("token_type_ids")
+        }
+        turn = {**second, **types, "input_ids": new, "attention_mask": torch.ones_like(ids)}
+        return model.generate(**turn, past_key_values=output.past_key_values, **settings).sequences
+
+    with torch.no_grad():
+        expected = conversation()
+        with tokenprune.prune(model, Alternate(1)):
+            assert torch.equal(conversation(), expected)
+        with tokenprune.prune(model, Alternate(2)) as run:
+            conversation()
+    assert run.trace.ledger.entries[0].before > 0
 
 
 def _whole(name, model):

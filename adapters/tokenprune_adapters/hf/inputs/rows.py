@@ -92,6 +92,8 @@ def _column(one: str, values: Any, several: bool, prompts: Sequence[Any], writte
 
 def _row(prompt: Any, image: Any, video: Any, reader: VideoReader | None) -> Row:
     if video is None or reader is None:
+        if image is None:
+            raise InputError("neither an image nor a video found; pass one of them")
         return Row(prompt, _images(image))
     videos = [video] if is_video(video) else video
     if not videos:

@@ -146,7 +146,10 @@ class VideoReader:
     def _of_file(self, path: Path) -> Video:
         name = f"video {str(path)!r}"
         if path.suffix.lower() in IMAGE_SUFFIXES - {".gif", ".webp"}:
-            raise InputError(f"{name} is a picture; pass it as image=, or the folder of a video's frames")
+            raise InputError(
+                f"{name} is a picture; pass it as image=, or pass the folder of a video's frames (paths in a list are "
+                "several videos: frames by their paths are a list in the list)"
+            )
         check_modules("the list of a video file's frames", ["cv2"], "video")
         source: Any = str(path)  # transformers annotates paths with a type of its own
         chosen: list[int] = []

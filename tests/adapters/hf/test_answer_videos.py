@@ -243,7 +243,7 @@ def test_padding_is_no_part_of_a_prompts_length(models: Models) -> None:
             InputError,
             "3 videos and 2 prompts found; pass a prompt",
         ),
-        ({"video": [clip(2), None], "prompt": ["What?", "Why?"]}, InputError, "image is a NoneType"),
+        ({"video": [clip(2), None], "prompt": ["What?", "Why?"]}, InputError, "neither an image nor a video found"),
         ({"video": clip(2), "frames": 3}, InputError, "an array of frames has 2 frames, frames=3 requested"),
         ({"video": clip(2), "frames": 0}, OptionError, "frames: 0 found, expected a whole number of at least 1"),
         ({"video": clip(2), "fps": 0}, OptionError, "fps: 0 found, expected a number above 0"),

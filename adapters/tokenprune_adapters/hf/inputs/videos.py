@@ -100,13 +100,13 @@ class VideoReader:
             path = path_given("video", video)
             try:
                 frames = _frames_in(path) if path.is_dir() else None
-                found = path.is_file()
+                there = path.is_file()
             except OSError as error:
                 shortened = str(path)[:200]
                 raise InputError(f"video {shortened!r} cannot be read ({reason(error)}); choose another") from error
             if frames is not None:
                 return self._of_frames(frames, f"folder {str(path)!r}")
-            if not found:
+            if not there:
                 raise InputError(f"video {absent(video)}")
             return self._of_file(path)
         if isinstance(video, (list, tuple)):

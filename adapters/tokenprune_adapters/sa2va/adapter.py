@@ -25,6 +25,7 @@ from tokenprune_adapters.segmentation.loading import Opened, SegmenterAdapter, m
 
 OLDEST = 5  # of transformers
 PROJECTOR = "mlp1."
+MOST_TILES = 256  # ours: 65,536 image tokens, more than any decoder's context
 MASK_PROJECTION = "text_hidden_fcs."
 
 
@@ -34,17 +35,18 @@ class Sa2vaOptions(LoadOptions):
 
     Args:
         max_tiles: largest number of tiles that a picture is cut into, besides the whole picture; each has 256 image
-            tokens in the releases.
+            tokens in the releases. At most `MOST_TILES`.
 
     Raises:
-        OptionError: a number below 1, or a tower.
+        OptionError: a number below 1 or above `MOST_TILES`, or a tower.
     """
 
     max_tiles: int = MAX_TILES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole_number("max_tiles", self.max_tiles, 1)
+        if whole_number("max_tiles", self.max_tiles, 1) > MOST_TILES:
+            raise OptionError(f"max_tiles: {self.max_tiles} found, expected at most {MOST_TILES}")
         if self.vision_tower is not None:
             raise OptionError("vision_tower= was given, but Sa2VA checkpoints contain their tower; leave it out")
 

@@ -157,6 +157,8 @@ def test_options(folder: Path, tmp_path: Path) -> None:
         tp.load(folder, vision_tower=tmp_path)
     with pytest.raises(OptionError, match="max_tiles"):
         tp.load(folder, max_tiles=0)
+    with pytest.raises(OptionError, match="max_tiles: 1000000000 found, expected at most 256"):
+        tp.load(folder, max_tiles=10**9)
     with pytest.raises(OptionError, match="Sa2VA models have no load option 'tiles'"):
         tp.load(folder, tiles=2)
 

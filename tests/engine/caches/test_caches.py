@@ -285,6 +285,18 @@ def test_a_layer_that_fails_leaves_no_leave_to_go_on(model, image):
             copy.copy(cache).layers[0].update(*torch.zeros(2, 2, 4, 1, 8))
 
 
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("steps", [[], [Step(0, HALF)], [Step(1, HALF)]], ids=["unpruned", "pruned", "some layers"])
+def test_a_step_that_failed_is_not_in_a_growing_cache(model, image, layer, steps):
+    """Behind the layer's attention, which has appended the new tokens, in the last layer too."""
+    with torch.no_grad(), prune(model, Scripted(steps), image_tokens=image):
+        cache = model(IDS, use_cache=True).past_key_values
+        expected = model(IDS[:, :3], past_key_values=copy.deepcopy(cache)).logits
+        with shadowed(model.model.layers[layer].mlp, "forward", _fail), pytest.raises(ZeroDivisionError):
+            model(IDS[:, :3], past_key_values=cache)
+        assert torch.equal(model(IDS[:, :3], past_key_values=cache).logits, expected)
+
+
 def _fail(original, *args, **kwargs):
     raise ZeroDivisionError
 

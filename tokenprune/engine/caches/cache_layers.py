@@ -290,3 +290,9 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
         self.keys = self.values = self.slots = None
         self.is_initialized, self.held = False, 0
         super().reset()
+
+
+def drop_behind(own: Any, held: int) -> None:
+    """Remove what a growing layer of a cache holds behind its first `held` tokens per row."""
+    if own.keys is not None:
+        own.keys, own.values = own.keys[..., :held, :], own.values[..., :held, :]

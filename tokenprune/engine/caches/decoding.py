@@ -8,10 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from tokenprune.core.ledger import LaterTurn
-from tokenprune.engine.caches.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
+from tokenprune.engine.caches.cache_layers import (
+    CachedPrefill,
+    PrunedDynamicLayer,
+    PrunedLayer,
+    PrunedStaticLayer,
+    drop_behind,
+)
 from tokenprune.engine.decoder import Decoder
 from tokenprune.engine.sequence.layer_inputs import SharedArguments
 from tokenprune.engine.sequence.positions import renumber_step, since_prefill, tables_of
@@ -106,13 +112,17 @@ class CachedStep:
     def fail(self, cache: Any) -> None:
         """After an error: some layers of the cache may hold the new tokens already.
 
-        Pruned layers are written anew by the next step, and growing ones tell their lengths. A static layer of
-        transformers does not, without waiting for the device, nor does a state.
+        Growing layers lose them, and slots of pruned static ones are written anew by the next step. Static layers of
+        transformers do not tell their lengths without waiting for the device, a state does not go back, and a sliding
+        window has forgotten what it had before: a cache that has one of them cannot be continued.
         """
         self._cached.failed |= self._cached.keeps_states
+        length = self._cached.length + self._past
         for own in getattr(cache, "layers", ()):
-            if isinstance(own, StaticLayer) and not isinstance(own, PrunedLayer):
-                self._cached.failed = True
+            if isinstance(own, PrunedDynamicLayer) or type(own) is DynamicLayer:
+                drop_behind(own, length - getattr(own, "absent", 0))
+            elif not isinstance(own, PrunedStaticLayer):
+                self._cached.failed |= isinstance(own, StaticLayer) or int(own.get_seq_length()) > length
 
     def finish(self) -> None:
         """After the last layer: count the tokens of static layers, and record a turn with images.

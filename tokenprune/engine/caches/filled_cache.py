@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune.core.ledger import Ledger
-from tokenprune.engine.caches.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer
+from tokenprune.engine.caches.cache_layers import CachedPrefill, PrunedLayer, PrunedStaticLayer, drop_behind
 from tokenprune.engine.caches.earlier import EarlierCaches
 from tokenprune.engine.caches.kv_cache import unify_layers
 from tokenprune.engine.sequence.gathered import GatheredSequence
@@ -75,9 +75,7 @@ class FilledCache:
             return
         for own, held in zip(self.layers, self.before, strict=True):
             if not isinstance(own, PrunedStaticLayer):  # whose slots are written anew
-                assert own.keys is not None
-                assert own.values is not None
-                own.keys, own.values = own.keys[:, :, :held], own.values[:, :, :held]
+                drop_behind(own, held)
 
     def finish(
         self,

@@ -305,7 +305,10 @@ class Prefill(TokenScheduler):
         if self._inputs.length is None and torch.equal(self.active, self.layout.on_host.slots >= 0):
             return None  # nothing was pruned or renumbered: use the model's own masks and tables
         present = self._present()
-        if not bool(present.any(1).all()):
+        silent = (
+            ~self.layout.on_host.valid.any(1) if self.filled is not None else False
+        )  # rows that say nothing in a turn
+        if not bool((present.any(1) | silent).all()):
             raise EngineError(
                 f"strategy {self.strategy.name!r} left a batch row without tokens; rows need at least one text token"
             )

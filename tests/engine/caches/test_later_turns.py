@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -109,7 +110,9 @@ class Conversation:
         return output.last_hidden_state
 
 
-def random_turn(draw: random.Random, batch: int, padding: bool, positions: str, image: bool = True) -> Turn:
+def random_turn(
+    draw: random.Random, batch: int, padding: bool, positions: str, image: bool = True, place: int = 0
+) -> Turn:
     """Text, image tokens anywhere, and, where padded, padding before or behind them."""
     length = draw.randint(3, 9) if image else draw.randint(1, 2)
     seed = torch.Generator().manual_seed(draw.randrange(10**6))
@@ -119,6 +122,8 @@ def random_turn(draw: random.Random, batch: int, padding: bool, positions: str, 
         left = draw.randint(0, length - 2) if padding and image else 0
         valid[row, :left] = False
         tokens[row, left] = False  # text first
+    if padding and place and batch > 1 and draw.random() < 0.2:
+        valid[0] = False  # a row that says nothing in this turn
     layout = SequenceLayout.from_mask(tokens & valid, valid)
     script = random_script(layout.slots >= 0, LAYERS, WIDTH, draw.randrange(10**6))
     kinds = ("keep", "renumber") if positions == "mixed" else (positions,)
@@ -142,7 +147,7 @@ def test_every_turn_is_pruned_as_the_oracle_says(kind, seed, batch, padding, pos
     """Images, decoded tokens and text in turns: the same as one run over all of it, each turn with its own masks."""
     model, draw = DECODERS[kind], random.Random(seed)
     images = [draw.random() < 0.8, False, True, False, draw.random() < 0.5, False]
-    turns = placed([random_turn(draw, batch, padding, positions, image) for image in images])
+    turns = placed([random_turn(draw, batch, padding, positions, *turn) for turn in zip(images, count(), strict=False)])
     valid = torch.cat([turn.layout.valid for turn in turns], 1)
     ids = (valid.long().cumsum(1) - 1).clamp(min=0) if padding else torch.arange(valid.shape[1]).expand(batch, -1)
     embeds = torch.randn(*valid.shape, WIDTH, generator=torch.Generator().manual_seed(seed))

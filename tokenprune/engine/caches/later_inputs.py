@@ -62,6 +62,7 @@ class LaterInputs(LayerInputs):
             return None
         none = torch.full((len(valid),), -1, device=valid.device)
         before, now = (none if one is None else one.to(valid.device) for one in (before, self.length))
+        now = torch.where(valid.any(1), now, -1)  # a row that says nothing in the turn has no first position
         kept = (valid.long().cumsum(1) - 1).clamp(min=0)
         steps = kept if self._ids is None else torch.where(now[:, None] >= 0, self._ids, kept)
         begin = torch.where(before >= 0, before, self._first_position())

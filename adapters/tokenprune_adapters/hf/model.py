@@ -277,7 +277,8 @@ class VisionLanguageModel:
                 raise
             reason = " ".join(str(error).split())[:200]  # Llama 4 does not repeat its images for the beams
             raise UnsupportedError(
-                f"{self.name}: transformers has no beam search for this model ({reason}); use num_beams=1"
+                f"{self.name}: transformers has no beam search for these inputs of the model ({reason}); use "
+                "num_beams=1"
             ) from error
         return ids
 

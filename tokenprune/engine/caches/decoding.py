@@ -116,7 +116,9 @@ class CachedStep:
         transformers do not tell their lengths without waiting for the device, a state does not go back, and a sliding
         window has forgotten what it had before: a cache that has one of them cannot be continued.
         """
-        self._cached.failed |= self._cached.keeps_states
+        if self._cached.keeps_states:
+            self._cached.failed = True
+            return
         length = self._cached.length + self._past
         for own in getattr(cache, "layers", ()):
             if isinstance(own, PrunedDynamicLayer) or type(own) is DynamicLayer:

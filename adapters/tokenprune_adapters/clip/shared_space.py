@@ -11,11 +11,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.clip.tower import fill_clip
 from tokenprune_adapters.common.checkpoint import Checkpoint, read_json
+from tokenprune_adapters.common.meta_model import meta_model
 
 IMAGE, TEXT = "visual_projection.weight", "text_projection.weight"
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -108,12 +109,7 @@ class ClipSpace:
         config = read_json(self.folder / "config.json")
         values = {**config["text_config"], **{name: config[name] for name in ("projection_dim",) if name in config}}
         sizes = {name: values[name] for name in _CONFIG_FIELDS if values.get(name) is not None}
-        try:
-            with torch.device("meta"):
-                tower: CLIPTextModelWithProjection = CLIPTextModelWithProjection._from_config(CLIPTextConfig(**sizes))
-        except Exception as error:  # the exceptions of config classes differ between releases
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{self.folder}/config.json describes no CLIP text model: {reason}") from error
+        tower = meta_model(CLIPTextModelWithProjection, sizes, self.folder, "CLIP text model")
         fill_clip(tower, Checkpoint(self.folder), {name: name for name in tower.state_dict()}, torch.float32, _NOT_TEXT)
         return tower
 

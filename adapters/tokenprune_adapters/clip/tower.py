@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part, load_parts, read_json, resolve_folder
+from tokenprune_adapters.common.meta_model import meta_model
 
 PREPROCESSOR = "preprocessor_config.json"
 ADVICE = "pass vision_tower= the folder of the CLIP model"
@@ -60,13 +61,7 @@ def load_tower(folder: Path, dtype: torch.dtype, attn_implementation: str | None
     if kind not in ("clip_vision_model", "clip"):
         raise CheckpointError(f"vision tower {folder} is of model type {kind!r}, expected a CLIP model; {ADVICE}")
     sizes = {name: values[name] for name in _CONFIG_FIELDS if values.get(name) is not None}
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        with torch.device("meta"):
-            tower: CLIPVisionModel = CLIPVisionModel._from_config(CLIPVisionConfig(**sizes), **extra)
-    except Exception as error:  # the exceptions of config classes differ between releases
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}/config.json describes no CLIP vision model: {reason}; {ADVICE}") from error
+    tower = meta_model(CLIPVisionModel, sizes, folder, "CLIP vision model", attn_implementation, ADVICE)
     checkpoint = Checkpoint(folder)
     # Some releases of transformers nest the tower one level deeper, and so do their files.
     flat = {name.removeprefix("vision_model."): name for name in checkpoint.names()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tokenprune.errors import CheckpointError, OptionError, UnsupportedError
 from tokenprune.plugins.attribution import brief
 from tokenprune.utils.arguments import shown
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part
+from tokenprune_adapters.common.meta_model import meta_model
 
 _FIELDS = (
     "hidden_size",
@@ -55,16 +56,10 @@ def build_llama(
         )
     values = {name: config[name] for name in _FIELDS if config.get(name) is not None}
     rows = checkpoint.shape("model.embed_tokens.weight", dims=2)[0]
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        llama_config = LlamaConfig(vocab_size=rows, **values)
-        with torch.device("meta"):
-            decoder = LlamaForCausalLM._from_config(llama_config, **extra)
-    except Exception as error:  # the exceptions of config classes differ between releases
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.folder}/config.json describes no LLaMA decoder: {reason}") from error
+    values["vocab_size"] = rows
+    decoder = meta_model(LlamaForCausalLM, values, checkpoint.folder, "LLaMA decoder", attn_implementation)
     names = {name: name for name in decoder.state_dict()}
-    if llama_config.tie_word_embeddings and "lm_head.weight" not in checkpoint:
+    if decoder.config.tie_word_embeddings and "lm_head.weight" not in checkpoint:
         names["lm_head.weight"] = "model.embed_tokens.weight"
     return Part(decoder.eval(), names)
 

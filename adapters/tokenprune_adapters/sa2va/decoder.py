@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from tokenprune.errors import CheckpointError
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part
+from tokenprune_adapters.common.meta_model import meta_model
 
 PREFIX = "language_model."
 EMBEDDING = PREFIX + "model.embed_tokens.weight"
@@ -57,15 +57,9 @@ def build_qwen2(
         )
     values = {name: config[name] for name in _FIELDS if config.get(name) is not None}
     rows = checkpoint.shape(EMBEDDING, dims=2)[0]
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        qwen = Qwen2Config(vocab_size=rows, **values)
-        with torch.device("meta"):
-            decoder = Qwen2ForCausalLM._from_config(qwen, **extra)
-    except Exception as error:  # the exceptions of config classes differ between releases
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.folder}/config.json describes no Qwen2 decoder: {reason}") from error
+    values["vocab_size"] = rows
+    decoder = meta_model(Qwen2ForCausalLM, values, checkpoint.folder, "Qwen2 decoder", attn_implementation)
     names = {name: PREFIX + name for name in decoder.state_dict()}
-    if qwen.tie_word_embeddings and PREFIX + HEAD not in checkpoint:
+    if decoder.config.tie_word_embeddings and PREFIX + HEAD not in checkpoint:
         names[HEAD] = EMBEDDING
     return Part(decoder.eval(), names)

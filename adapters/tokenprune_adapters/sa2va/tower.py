@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import InternVLVisionConfig, InternVLVisionModel
+from transformers import InternVLVisionModel
 
 from tokenprune.core.reads import TowerStates
 from tokenprune.engine.reads.attention_tap import AttentionCall, tap
 from tokenprune.errors import CheckpointError, InputError
 from tokenprune_adapters.clip import tower_reads
 from tokenprune_adapters.common.checkpoint import Checkpoint, Part
+from tokenprune_adapters.common.meta_model import meta_model
 
 TILES_AT_ONCE = 16  # limits memory
 MERGED = 2  # rows and columns of patches that make an image token
@@ -84,14 +85,8 @@ def build_tower(
             f"{checkpoint.folder}/config.json says tiles of {side!r} pixels and patches of {patch!r}, expected an even "
             "number of patches each way, since two by two make an image token"
         )
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    try:
-        vision = InternVLVisionConfig(image_size=side, **values)
-        with torch.device("meta"):
-            tower = InternVLVisionModel._from_config(vision, **extra)
-    except Exception as error:  # the exceptions of config classes differ between releases
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{checkpoint.folder}/config.json describes no InternVL tower: {reason}") from error
+    values["image_size"] = side
+    tower = meta_model(InternVLVisionModel, values, checkpoint.folder, "InternVL tower", attn_implementation)
     return Part(tower.eval(), {name: stored_name(name) for name in tower.state_dict()})
 
 

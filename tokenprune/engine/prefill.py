@@ -290,8 +290,7 @@ class Prefill(TokenScheduler):
         kwargs = dict(whole)
         frame = self._next_frame()
         hidden = self.full if frame is None else frame.gather(self.full)
-        if frame is not None or self.filled is not None:
-            self._inputs.shorten(layer, kwargs, hidden, frame)
+        self._inputs.shorten(layer, kwargs, hidden, frame)
         return LayerInput(layer, hidden, kwargs, whole, frame, self.state.active, self._past(layer))
 
     def _past(self, layer: int) -> tuple[Tensor, Tensor] | None:

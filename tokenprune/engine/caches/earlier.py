@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokenprune.core.stage import Stage
 from tokenprune.engine.sequence.gathered import GatheredSequence
@@ -38,3 +39,9 @@ class EarlierCaches:
         all)."""
         kept = self.layers[layer]
         return kept if frame is None else kept & frame.on_host.present().to(kept.device)
+
+    def behind(self, length: int) -> EarlierCaches:
+        """The same in a sequence in which so many positions, which the caches keep, stand before these."""
+        found = EarlierCaches(pad(self._valid, (length, 0), value=True))
+        found.layers = {layer: pad(kept, (length, 0), value=True) for layer, kept in self.layers.items()}
+        return found

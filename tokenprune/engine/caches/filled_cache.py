@@ -103,10 +103,7 @@ class FilledCache:
             if own.frame is not None or frame is not None:
                 own.frame = (own.frame or before).followed_by(frame or turn)
             own.renumbered, own.prefill = positions, record
-        every = torch.ones(self._batch, self.length, dtype=torch.bool)
-        lost = EarlierCaches(torch.cat((every, torch.ones(self._batch, new, dtype=torch.bool)), 1))
-        lost.layers = {layer: torch.cat((every, kept), 1) for layer, kept in earlier.layers.items()}
-        unify_layers(self._cache, valid, record, lost)
+        unify_layers(self._cache, valid, record, earlier.behind(self.length))
         record.sign(self._cache)
 
 

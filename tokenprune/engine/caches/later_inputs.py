@@ -38,7 +38,7 @@ class LaterInputs(LayerInputs):
 
     def positions(self, layer: int) -> Tensor | None:
         """See `LayerInputs.positions`; the positions before the turn are included."""
-        counted = self._renumbered(layer, None)
+        counted = self._renumbered(layer)
         return None if counted is None else counted[0]
 
     def from_first(
@@ -48,7 +48,7 @@ class LaterInputs(LayerInputs):
         first = self.first_tables(whole, valid)
         if first is None:
             return now
-        counted = self._renumbered(layer, None)
+        counted = self._renumbered(layer)
         if counted is not None:
             length, ids = counted
             begun = ids.gather(1, valid.int().argmax(1, keepdim=True))
@@ -56,7 +56,7 @@ class LaterInputs(LayerInputs):
             first = tuple([where_renumbered(length, *pair) for pair in zip(new, first, strict=True)])
         return shifted_tables(now, first, None)
 
-    def _renumbered(self, layer: int, ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _renumbered(self, layer: int) -> tuple[Tensor, Tensor] | None:
         before, valid = self._cache.layers[layer].renumbered, self._valid
         if before is None and self.length is None:
             return None

@@ -175,7 +175,7 @@ class LayerInputs:
         self.decoder.check_mask(mask)
         cut = tuple([frame.prefill_table(table) for table in tables])
         short = None if ids is None else frame.prefill_ids(ids)
-        renumbered = self._renumbered(layer, ids)
+        renumbered = self._renumbered(layer)
         if renumbered is not None:
             length, own = renumbered
             new = frame.prefill_ids(own).to(hidden.device)
@@ -192,7 +192,7 @@ class LayerInputs:
             "position_ids": short,
         }
 
-    def _renumbered(self, layer: int, ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _renumbered(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The number of positions, −1 in rows that were not renumbered, and the new ids int64 [batch, S]; None = no row
         was."""
         return None if self.length is None or self._ids is None else (self.length, self._ids)

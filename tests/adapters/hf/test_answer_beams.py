@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +28,7 @@ BEAMS, STEPS = 3, 6
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The loaded model of a family."""
     root = tmp_path_factory.mktemp("vlm")
-    loaded: dict[str, VisionLanguageModel] = {}
-
-    def model(name: str) -> VisionLanguageModel:
-        if name not in loaded:
-            loaded[name] = tp.load(write_vlm(root / name, name))
-        return loaded[name]
-
-    return model
+    return functools.cache(lambda name: tp.load(write_vlm(root / name, name)))
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:

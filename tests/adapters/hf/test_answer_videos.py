@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,10 @@ LIGHT = [one for one in FAMILIES if not one.values[0].endswith("_thinker")]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The loaded model of a family."""
     root = tmp_path_factory.mktemp("vlm")
-    loaded: dict[str, VisionLanguageModel] = {}
 
+    @functools.cache
     def model(name: str) -> VisionLanguageModel:
-        if name not in loaded:
-            known = name in NAMES
-            loaded[name] = load_video_vlm(root / name, name) if known else tp.load(write_vlm(root / name, name))
-        return loaded[name]
+        return load_video_vlm(root / name, name) if name in NAMES else tp.load(write_vlm(root / name, name))
 
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -48,14 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 @pytest.fixture(scope="module")
 def models(folders: Folders) -> Models:
     """The loaded model of a family."""
-    loaded: dict[str, VisionLanguageModel] = {}
-
-    def model(name: str) -> VisionLanguageModel:
-        if name not in loaded:
-            loaded[name] = tp.load(folders(name))
-        return loaded[name]
-
-    return model
+    return functools.cache(lambda name: tp.load(folders(name)))
 
 
 @pytest.fixture

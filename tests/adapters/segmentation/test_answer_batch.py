@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -29,14 +30,7 @@ QUESTIONS = ["What is it?", "Is there anything to the left of the smaller one, a
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """The loaded model of a family."""
     root = tmp_path_factory.mktemp("vlm")
-    loaded: dict[str, VisionLanguageModel] = {}
-
-    def model(name: str) -> VisionLanguageModel:
-        if name not in loaded:
-            loaded[name] = tp.load(write_vlm(root / name, name))
-        return loaded[name]
-
-    return model
+    return functools.cache(lambda name: tp.load(write_vlm(root / name, name)))
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from evaluate import evaluate, fixed_scenes, natural_scenes
+from export import export
 from head import Eyes, train_head
 from model import PhotoModel, faster_dtype
 from photographs import Photographs
@@ -28,7 +29,8 @@ def main() -> None:
     parser.add_argument("--blind", action="store_true", help="the control: train without seeing the picture")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps of all stages")
     parser.add_argument("--head-steps", type=int, default=700)
-    parser.add_argument("--every", type=int, default=200, help="steps between evaluations")
+    parser.add_argument("--every", type=int, default=250, help="steps between evaluations")
+    parser.add_argument("--export", type=Path, help="with --test: also write the model into this folder")
     parser.add_argument("--test", action="store_true", help="only evaluate what there is, on the test queries")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -55,6 +57,8 @@ def main() -> None:
         "strips": evaluate(eyes, model, fixed_scenes(Strips(photographs, "test"), 22, 110, 4), depth, conditions, True),
         "coco": evaluate(eyes, model, natural_scenes(Natural(options.coco, "val2017")), depth, conditions, True),
     }
+    if options.export is not None:
+        export(eyes, model, depth, options.export)
     print(json.dumps(result, indent=1))
     (options.work / f"test-{name}-{phase.step}.json").write_text(json.dumps(result, indent=1) + "\n")
 

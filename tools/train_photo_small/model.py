@@ -14,11 +14,9 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from tokenprune_adapters.photos.parts import Projector, ReadOut
+from tokenprune_adapters.photos.text import AFTER, BEFORE, SEG_IN_VOCABULARY
 
 RANK = 16
-SEG = "<empty_output>"
-"""A control token of the vocabulary that the base never needs: it asks for the mask."""
-BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 class LoraLinear(nn.Module):
@@ -90,7 +88,7 @@ class PhotoModel(nn.Module):
         self.projector = Projector(width, scale)
         self.taps = nn.ModuleDict({str(depth): Tap(width) for depth in depths})
         self.sharpness = nn.Parameter(torch.tensor(10.0))
-        self.seg = tokenizer.token_to_id(SEG)
+        self.seg = tokenizer.token_to_id(SEG_IN_VOCABULARY)
         self._before = tokenizer.encode(BEFORE).ids
         self._ids: dict[str, list[int]] = {}
 

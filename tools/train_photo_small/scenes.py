@@ -12,8 +12,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from queries import Query, draw
 
-STRIDE = 32
-CELLS = 280  # image tokens of a picture, about
+from tokenprune_adapters.photos.model import CELLS, LONGEST
+from tokenprune_adapters.photos.tower import STRIDE
+
 CLASSES = (*NAMES, "person", "background")
 
 
@@ -169,9 +170,11 @@ def _mask(shape: object, size: tuple[int, int]) -> np.ndarray:
 
 
 def fitted(width: int, height: int, cells: float = CELLS) -> tuple[int, int]:
-    """The size (width, height), in multiples of 32, that a picture is resized to: about `cells` cells, its shape kept."""
+    """The size (width, height) that a picture is resized to: about `cells` cells, in its shape, at most `LONGEST` a
+    side."""
     scale = (cells / (width * height)) ** 0.5
-    return max(round(width * scale), 1) * STRIDE, max(round(height * scale), 1) * STRIDE
+    columns, rows = (min(max(round(side * scale), 1), LONGEST) for side in (width, height))
+    return columns * STRIDE, rows * STRIDE
 
 
 def _natural(rng: np.random.Generator, picture: Image.Image, things: list[Thing], count: int, varied: bool) -> Scene:

@@ -16,7 +16,7 @@ from model import PhotoModel
 from runs import Phase
 from scenes import Natural, Strips
 
-from tokenprune_adapters.photos.parts import gather_cells
+from tokenprune_adapters.photos.parts import CELL, gather_cells
 
 QUERIES = 10
 KEPT = (0.5, 0.9)  # of the image tokens: cheaper, against overfitting, and what pruning does later
@@ -35,7 +35,7 @@ class Stage:
 
 
 ALIGN = 80  # steps of the projector alone, at first
-STAGES = (Stage(800, (4,), 2), Stage(1500, (4, 12), 2), Stage(1200, (12, 30), 2, True))
+STAGES = (Stage(800, (4,), 2), Stage(1800, (4, 12), 2), Stage(1500, (12, 30), 2, True))
 
 
 def stages(scale: float) -> list[Stage]:
@@ -104,6 +104,7 @@ def train(
     total = sum(one.steps for one in plan)
     held_out = fixed_scenes(Strips(strips.photographs, "val"), 21, 40, 4)
     model.train()
+    phase.log(dtype=str(model.dtype), steps=total)
     while phase.step < total:
         stage, done = place_in(plan, phase.step)
         if done == 0 and phase.step and phase.extra.get("depth") != stage.depths[-1]:
@@ -128,7 +129,7 @@ def _step(
     for _ in range(stage.pictures):
         source = natural if not align and rng.random() < NATURAL else strips
         scene = source.scene(rng, QUERIES, True)
-        cells = gather_cells(eyes.levels(scene.pixels))
+        cells = torch.zeros(1, CELL, *scene.grid) if model.blind else gather_cells(eyes.levels(scene.pixels))
         tokens = model.image_tokens(cells)
         dense, named = dense_loss(model, tokens.float(), scene)
         if align:

@@ -50,6 +50,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
         name: name in reports.
         clip_space: shared space of the tower's whole CLIP model, for strategies that compare image and text; None if
             the tower's folder does not contain the whole model.
+        tower_layers: of a tower that is no CLIP; None = they are counted.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
         mark_image: bool,
         name: str,
         clip_space: ClipSpace | None = None,
+        tower_layers: int | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.tower = tower
-        self.tower_layers = count_layers(tower)
+        self.tower_layers = count_layers(tower) if tower_layers is None else tower_layers
         self.projector = projector
         self.mask_projection = mask_projection
         self.select_layer = select_layer

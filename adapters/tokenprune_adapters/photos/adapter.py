@@ -97,7 +97,7 @@ def assemble(
     """
     merge_lora(decoder, {key: value for key, value in delta.items() if key.startswith("decoder.")}, file)
     width = decoder.config.hidden_size
-    parts: dict[str, nn.Module] = {
+    parts: dict[str, Any] = {
         "projector": Projector(width),
         "mask_projection": ReadOut(width),
         "standardise": Standardise(),

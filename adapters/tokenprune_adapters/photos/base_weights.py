@@ -121,7 +121,7 @@ def _tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> Tokeni
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in merges],
+            merges=[(first, second) for first, second in (merge.split(" ") for merge in merges)],
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -113,7 +113,7 @@ class ReadOut(nn.Module):
 
     def forward(self, states: Tensor, height: int, width: int) -> Tensor:
         """Logits [n, height · width] of states [n, H]."""
-        places: Tensor = self.place(position_code(height, width).to(states.device, self.place[0].weight.dtype))
+        places: Tensor = self.place(position_code(height, width).to(states))
         logits: Tensor = self.state(states) @ places.T
         return logits
 

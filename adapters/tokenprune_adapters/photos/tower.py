@@ -68,6 +68,9 @@ class Block(nn.Module):
 class LiteTower(nn.Module):
     """EfficientNet-Lite0 without its classifier: four levels of features of pictures of any size."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.stem = SameConv(3, 32, 3, 2)
@@ -104,8 +107,8 @@ def from_package(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Every batch norm is folded into the convolution before it; the classifier is left out.
     """
-    inner = (("_expand_conv", "_bn0", "expand"), ("_depthwise_conv", "_bn1", "depthwise"))
-    inner += (("_project_conv", "_bn2", "project"),)
+    inner = [("_expand_conv", "_bn0", "expand"), ("_depthwise_conv", "_bn1", "depthwise")]
+    inner += [("_project_conv", "_bn2", "project")]
     blocks = sorted({name.split(".")[1] for name in state if name.startswith("_blocks.")})
     folded = [("_conv_stem", "_bn0", "stem")]
     folded += [

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import one_of
-from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.common.tokenizer import TextTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, questions
 from tokenprune_adapters.segmentation.queries import (
     as_list,
@@ -34,7 +34,7 @@ class Prompts:
         "[SEG].",
     )
     """The answers that the family is trained on, expected of a generating model before it has answered."""
-    tokenizer: LlamaSlowTokenizer
+    tokenizer: TextTokenizer
     mark_image: bool
     """Whether prompts have <im_start> and <im_end> around the image."""
 

@@ -16,7 +16,7 @@ from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
-from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.common.tokenizer import TextTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, splice
 from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
@@ -61,7 +61,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
         projector: nn.Module,
         mask_projection: nn.Module,
         select_layer: int,
-        tokenizer: LlamaSlowTokenizer,
+        tokenizer: TextTokenizer,
         mark_image: bool,
         name: str,
         clip_space: ClipSpace | None = None,

@@ -30,9 +30,13 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of steps of all stages")
     parser.add_argument("--head-steps", type=int, default=700)
     parser.add_argument("--every", type=int, default=250, help="steps between evaluations")
+    parser.add_argument("--depth", type=int, help="with --test: after how many layers to read (4, 12 or 30)")
     parser.add_argument("--export", type=Path, help="with --test: also write the model into this folder")
     parser.add_argument("--test", action="store_true", help="only evaluate what there is, on the test queries")
     options = parser.parse_args()
+    name = "blind" if options.blind else "model"
+    if options.test and not (options.work / f"{name}.pt").exists():
+        parser.error(f"{options.work} has no {name}.pt to test yet; train first")
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     photographs = Photographs(options.ccp, options.work / "facts.json")
@@ -44,12 +48,11 @@ def main() -> None:
     decoder, tokenizer = read_decoder()
     depths = sorted({depth for one in STAGES for depth in one.depths})
     model = PhotoModel(decoder, tokenizer, depths, options.blind, faster_dtype())
-    name = "blind" if options.blind else "model"
     if options.test:
         phase = Phase(options.work, name, model.trained(), optimizer_of(model.trained()))
     else:
         phase = train(options.work, name, eyes, model, strips, natural, options.scale, options.every)
-    depth = phase.extra["depth"]
+    depth = options.depth or phase.extra["depth"]
     conditions = ("full",) if options.blind else ("full", "wrong", "blind", "oracle")
     result = {
         "step": phase.step,
@@ -60,7 +63,7 @@ def main() -> None:
     if options.export is not None:
         export(eyes, model, depth, options.export)
     print(json.dumps(result, indent=1))
-    (options.work / f"test-{name}-{phase.step}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.work / f"test-{name}-{phase.step}-{depth}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

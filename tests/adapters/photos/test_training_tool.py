@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from photo_parts import LAYERS, byte_tokenizer, tiny_llama, tool_modules
+from PIL import Image
 
 PERSONS = 4
 
@@ -131,3 +133,69 @@ def test_a_pointer_teaches_and_a_blind_model_sees_nothing(tool: Any) -> None:
     assert torch.equal(model.image_tokens(cells), model.image_tokens(2 * cells))
     model.blind = False
     assert not torch.equal(model.image_tokens(cells), model.image_tokens(2 * cells))
+
+
+def test_what_is_asked_of_natural_pictures(tool: Any) -> None:
+    """One cat; three dogs, of which the one in the middle is the biggest, and a speck that counts for nothing."""
+
+    def thing(name: str, left: int, side: int) -> Any:
+        mask = np.zeros((64, 96), dtype=bool)
+        mask[10 : 10 + side, left : left + side] = True
+        return tool.scenes.Thing(name, mask)
+
+    things = [thing("cat", 40, 12), thing("dog", 0, 12), thing("dog", 20, 20), thing("dog", 80, 12)]
+    things += [thing("bird", 60, 2)]
+    found = {text: mask for text, mask, _ in tool.scenes._about_things(things, 64 * 96)}
+    assert set(found) == {"the cat", "the dog on the left", "the dog on the right", "the biggest dog"}
+    assert found["the dog on the left"][:, :12].any()
+    assert found["the dog on the right"][:, 80:].any()
+    assert found["the biggest dog"].sum() == 400
+
+
+def test_a_flipped_and_cut_photograph_keeps_its_labels(tool: Any, tmp_path: Path) -> None:
+    """A red coat on one half: wherever it lands, its pixels are labelled a coat; facts are read back from the file."""
+    for folder in ("photos", "labels"):
+        (tmp_path / folder).mkdir()
+    pixels = np.full((384, 256, 3), 230, dtype=np.uint8)
+    pixels[:, :128] = (190, 25, 35)
+    labels = np.zeros((384, 256), dtype=np.uint8)
+    labels[:, :128] = 13
+    names = ["null"] * 13 + ["coat", *sorted({n for group in tool.photographs.GARMENTS.values() for n in group})]
+    (tmp_path / "labels.json").write_text(json.dumps(names))
+    Image.fromarray(pixels).save(tmp_path / "photos" / "0001.jpg", quality=95)
+    Image.fromarray(labels).save(tmp_path / "labels" / "0001.png")
+    photographs = tool.photographs.Photographs(tmp_path, tmp_path / "facts.json")
+    again = tool.photographs.Photographs(tmp_path, tmp_path / "facts.json")
+    assert again.colours == photographs.colours
+    flipped = 0
+    for seed in range(6):
+        view = photographs.view(1, np.random.default_rng(seed))
+        coat = view.labels == 1 + tool.photographs.NAMES.index("coat")
+        inner = coat[:, 8:-8] & coat[:, :-16] & coat[:, 16:]  # away from the edge, which resizing blends
+        red = view.pixels[:, 8:-8].astype(int)
+        assert (red[..., 0] > red[..., 1] + 60)[inner].mean() > 0.99
+        assert view.wears("coat")
+        assert view.colour_of("coat") == "red"
+        flipped += int(coat[:, -1].all())
+    assert 0 < flipped < 6
+
+
+def test_figures_of_an_evaluation(tool: Any) -> None:
+    with tool_modules("evaluate") as (evaluate,):
+        tally = evaluate.Tally()
+        target = np.zeros((4, 8), dtype=bool)
+        target[:, :4] = True
+        one = tool.scenes.Asked("a bag", target, np.zeros((1, 1)), "garment", False)
+        half = torch.from_numpy(target.copy())
+        half[:2] = False
+        tally.add(
+            torch.stack([half, torch.zeros(4, 8, dtype=torch.bool)]), torch.tensor([[0.1, 0.9], [0.9, 0.1]]), [one, one]
+        )
+    assert tally.summary(kinds=True) == {
+        "giou": 0.25,
+        "ciou": 8 / 32,
+        "hits": 0.5,
+        "n": 2,
+        "garment": [0.25, 2],
+        "seen": [0.25, 2],
+    }

@@ -12,7 +12,10 @@ from photo_parts import LAYERS, byte_tokenizer, random_delta, tiny_llama, tiny_t
 from torch.nn import functional
 
 import tokenprune as tp
+from tokenprune.core.layout import SequenceLayout
 from tokenprune.errors import CheckpointError, IncompatibleError, InputError, OptionError
+from tokenprune.testing.oracle import masked_full_length
+from tokenprune.testing.scripted import random_script
 from tokenprune_adapters.photos import adapter, model
 from tokenprune_adapters.photos.parts import best_points, gather_cells, position_code
 from tokenprune_adapters.photos.text import ChatTokenizer
@@ -97,6 +100,22 @@ def test_pruning_keeps_the_budget(small: Any, encoded: Any, name: str) -> None:
     found = small.segment(encoded, QUERIES, strategy=tp.strategy(name, budget=0.5))
     assert found.masks.shape == (2, 60, 90)
     assert found.trace.ledger.equivalent_tokens <= 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pruned_equals_the_oracle(small: Any, encoded: Any, seed: int) -> None:
+    """Dropping, parking and merging by chance, on queries of different lengths."""
+    inputs = small.build_inputs(encoded, QUERIES)
+    sequence = inputs.sequence
+    layout = SequenceLayout.from_mask(sequence.image_tokens, sequence.attention_mask)
+    script = random_script(layout.slots >= 0, LAYERS, small.decoder.config.hidden_size, seed)
+    states, trace = small.run_decoder(inputs, script)
+    positions = torch.arange(states.shape[1]).expand(states.shape[:2])
+    with torch.no_grad():
+        wanted = masked_full_length(small.decoder.model, sequence.inputs_embeds, layout, script, positions)
+    assert trace.stages
+    asked = sequence.mask_query
+    torch.testing.assert_close(states[asked], wanted[asked], atol=2e-5, rtol=2e-5)
 
 
 def test_keeping_all_is_the_same(small: Any, encoded: Any) -> None:

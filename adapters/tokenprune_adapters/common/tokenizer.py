@@ -10,12 +10,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from sentencepiece import SentencePieceProcessor
 
 from tokenprune.errors import CheckpointError, InputError
 from tokenprune.utils.arguments import unicode_problem
 from tokenprune_adapters.common.checkpoint import read_json
+
+
+class TextTokenizer(Protocol):
+    """What segmentation models ask of a tokenizer."""
+
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+
+    def token_id(self, token: str) -> int | None:
+        """The id of an added or control token; None if there is no such token."""
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text, with the beginning-of-sequence id of a model that has one."""
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """Text of ids."""
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's piece of each id."""
 
 
 class LlamaSlowTokenizer:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import InputError
-from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.common.tokenizer import TextTokenizer
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_ID = -200  # stands for the image in token ids; outside every vocabulary
@@ -42,7 +42,7 @@ def questions(prompt: str) -> list[str]:
     return [mark.sub("", turn).strip() for turn in turns]
 
 
-def prompt_ids(tokenizer: LlamaSlowTokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
     """Ids of a prompt, with `IMAGE_ID` for the image. The texts before and after the image are tokenized separately.
 
     Raises:

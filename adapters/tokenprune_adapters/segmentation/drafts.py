@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tokenprune.errors import InputError, OptionError
 from tokenprune.utils.arguments import shown
-from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.common.tokenizer import TextTokenizer
 from tokenprune_adapters.segmentation.queries import as_list, text_problem
 
 TEMPLATES = 64  # templates that a model remembers answers of
@@ -54,7 +54,7 @@ def template_of(prompt: str, query: str | None) -> str | None:
     return None if query is None else prompt.replace(query.strip(), "{}")
 
 
-def given_drafts(draft: object, tokenizer: LlamaSlowTokenizer) -> list[list[int]]:
+def given_drafts(draft: object, tokenizer: TextTokenizer) -> list[list[int]]:
     """The ids of the answers in `draft=`.
 
     Raises:
@@ -71,6 +71,6 @@ def given_drafts(draft: object, tokenizer: LlamaSlowTokenizer) -> list[list[int]
     return answer_ids(texts, tokenizer)
 
 
-def answer_ids(texts: Sequence[str], tokenizer: LlamaSlowTokenizer) -> list[list[int]]:
+def answer_ids(texts: Sequence[str], tokenizer: TextTokenizer) -> list[list[int]]:
     """Ids of answers as they follow a prompt."""
     return [tokenizer.encode(text.strip(), bos=False) for text in texts]

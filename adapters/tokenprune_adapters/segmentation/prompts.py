@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import one_of
-from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
+from tokenprune_adapters.common.tokenizer import TextTokenizer
 from tokenprune_adapters.llava.prompt import prompt_ids, questions
 from tokenprune_adapters.segmentation.queries import (
     as_list,
@@ -38,7 +38,7 @@ class Prompts:
     reads_mask_token: ClassVar[bool] = False
     """Whether a mask is made from the state of its mask token itself, and not from the state before it, which predicts
     the token."""
-    tokenizer: LlamaSlowTokenizer
+    tokenizer: TextTokenizer
     mark_image: bool
     """Whether prompts have <im_start> and <im_end> around the image."""
 

@@ -17,8 +17,8 @@ from tokenprune.utils.images import ImageInput
 from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
-from tokenprune_adapters.common.tokenizer import LlamaSlowTokenizer
-from tokenprune_adapters.llava.prompt import splice
+from tokenprune_adapters.common.tokenizer import TextTokenizer
+from tokenprune_adapters.llava.prompt import prompt_ids, splice
 from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns
@@ -51,6 +51,7 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
         name: name in reports.
         clip_space: shared space of the tower's whole CLIP model, for strategies that compare image and text; None if
             the tower's folder does not contain the whole model.
+        tower_layers: of a tower that is no CLIP; None = they are counted.
     """
 
     def __init__(
@@ -61,15 +62,16 @@ class Segmenter(ManyImages, ImageEncoding, DecoderRuns, nn.Module):
         projector: nn.Module,
         mask_projection: nn.Module,
         select_layer: int,
-        tokenizer: LlamaSlowTokenizer,
+        tokenizer: TextTokenizer,
         mark_image: bool,
         name: str,
         clip_space: ClipSpace | None = None,
+        tower_layers: int | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.tower = tower
-        self.tower_layers = count_layers(tower)
+        self.tower_layers = count_layers(tower) if tower_layers is None else tower_layers
         self.projector = projector
         self.mask_projection = mask_projection
         self.select_layer = select_layer

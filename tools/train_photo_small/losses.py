@@ -1,0 +1,92 @@
+"""The losses of a picture's queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from model import PhotoModel
+from photographs import COLOURS
+from scenes import CLASSES, Scene, coverage
+from torch import Tensor
+from torch.nn import functional
+
+
+def mass_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log of the probability on the wanted cells, mean over rows that want any; [n, N] and bool [n, N]."""
+    rows = wanted.any(-1)
+    if not rows.any():
+        return logits.sum() * 0
+    logits, wanted = logits.float()[rows], wanted[rows]
+    inside = logits.masked_fill(~wanted, -torch.inf).logsumexp(-1)
+    return (logits.logsumexp(-1) - inside).mean()
+
+
+def wanted_cells(scene: Scene) -> tuple[Tensor, Tensor]:
+    """The cells of each query's thing and of what it names, bool [n, N] each."""
+    things = torch.from_numpy(np.stack([coverage(asked.target) for asked in scene.asked])).flatten(1)
+    named = torch.from_numpy(np.stack([asked.focus for asked in scene.asked])).flatten(1)
+    # a small thing has no cell that it half fills: its best one counts
+    return things >= things.amax(-1, keepdim=True).clamp(max=0.4), named >= named.amax(-1, keepdim=True).clamp(
+        min=1e-4, max=0.15
+    )
+
+
+def dense_loss(model: PhotoModel, tokens: Tensor, scene: Scene) -> tuple[Tensor, float]:
+    """Image tokens to the embeddings of the words for what they show; the garment hit rate beside it."""
+    classes, colours = torch.from_numpy(scene.classes).flatten(), torch.from_numpy(scene.colours).flatten()
+    words = torch.cat([torch.ones(len(CLASSES) - 1), torch.tensor([0.25])])  # most cells are background
+    if not (classes >= 0).any():
+        return tokens.sum() * 0, float("nan")
+    named = model.name_tokens(tokens, CLASSES)
+    loss = functional.cross_entropy(named, classes, ignore_index=-1, weight=words)
+    coloured = colours >= 0
+    if coloured.any():
+        loss = loss + functional.cross_entropy(model.name_tokens(tokens[coloured], list(COLOURS)), colours[coloured])
+    garments = (classes >= 0) & (classes < len(CLASSES) - 2)
+    hit = (named[garments].argmax(-1) == classes[garments]).float().mean() if garments.any() else torch.tensor(0.0)
+    return loss, float(hit)
+
+
+def query_loss(
+    model: PhotoModel,
+    tokens: Tensor,
+    scene: Scene,
+    depths: Sequence[int],
+    kept: Tensor | None,
+    answer: bool,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of all queries of a scene, and figures of the last depth.
+
+    Args:
+        model: read with its image tokens.
+        tokens: [N, H].
+        scene: with queries.
+        depths: the taps that learn; the last counts most.
+        kept: the image tokens that are kept, see `PhotoModel.read`.
+        answer: also learn to answer with SEG.
+    """
+    things, named = wanted_cells(scene)
+    found = model.read(tokens, [asked.text for asked in scene.asked], depths, kept)
+    total, report = tokens.sum() * 0, {}
+    for depth in depths:
+        tap = model.taps[str(depth)]
+        states, images = found[depth]
+        logits = tap.read(states, *scene.grid)
+        pointer = tap.point_at(states, images)
+        person, part = mass_loss(logits, things), mass_loss(logits, named)
+        looked = mass_loss(pointer, named if kept is None else named[:, kept])
+        weight = 1.0 if depth == depths[-1] else 0.3
+        total = total + weight * (person + 0.5 * part + 0.5 * looked)
+        best = logits.detach().argmax(-1, keepdim=True)
+        report = {
+            "person": float(person.detach()),
+            "part": float(part.detach()),
+            "pointer": float(looked.detach()),
+            "hit": float(things.gather(1, best).float().mean()),
+        }
+        if answer and depth == depths[-1]:
+            said = functional.linear(states.to(model.dtype), model.decoder.model.embed_tokens.weight).float()
+            total = total + 0.05 * functional.cross_entropy(said, torch.full((len(states),), model.seg))
+    return total, report

@@ -1,0 +1,224 @@
+"""Pictures with queries and the masks that answer them: strips of street photographs, and natural pictures of COCO."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from photographs import COLOURS, NAMES, SMALL, WIDTH, Photographs, View
+from PIL import Image
+from pycocotools import mask as rle
+from queries import Query, draw
+
+from tokenprune_adapters.photos.model import CELLS, LONGEST
+from tokenprune_adapters.photos.tower import STRIDE
+
+CLASSES = (*NAMES, "person", "background")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query and its answer.
+
+    Args:
+        text: the query.
+        target: bool [H, W], the thing's mask.
+        focus: float [h, w], how much of each cell shows what the query names (of the thing, where it names no part).
+        kind: what kind of query.
+        unseen: whether its wording or its words are never trained.
+    """
+
+    text: str
+    target: np.ndarray
+    focus: np.ndarray
+    kind: str
+    unseen: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, its queries, and what its cells show where that is known.
+
+    Args:
+        pixels: uint8 [H, W, 3], sides multiples of 32.
+        asked: the queries.
+        classes, colours: int64 [h, w], indices into CLASSES and COLOURS, -1 where unknown.
+    """
+
+    pixels: np.ndarray
+    asked: list[Asked]
+    classes: np.ndarray
+    colours: np.ndarray
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of cells."""
+        return self.pixels.shape[0] // STRIDE, self.pixels.shape[1] // STRIDE
+
+
+def coverage(mask: np.ndarray) -> np.ndarray:
+    """The share of each cell that a mask [H, W] covers, float32 [h, w]."""
+    h, w = mask.shape[0] // STRIDE, mask.shape[1] // STRIDE
+    return mask.reshape(h, STRIDE, w, STRIDE).mean((1, 3), dtype=np.float32)
+
+
+class Strips:
+    """Strips of photographs side by side.
+
+    Args:
+        photographs: where they are from.
+        split: "train", "val" or "test".
+        persons: photographs in a strip.
+    """
+
+    def __init__(self, photographs: Photographs, split: str, persons: int = 4) -> None:
+        self.photographs, self.split, self.persons = photographs, split, persons
+
+    def scene(self, rng: np.random.Generator, count: int, varied: bool) -> Scene:
+        """A strip of photographs drawn by chance.
+
+        Args:
+            rng: draws photographs, their augmentation and the queries.
+            count: how many queries at most.
+            varied: augment the photographs; else show them as they are, and ask what is never trained, too.
+        """
+        while True:
+            numbers = rng.choice(self.photographs.split[self.split], self.persons, replace=False)
+            views = [self.photographs.view(int(number), rng if varied else None) for number in numbers]
+            queries = draw(rng, views, count, test=not varied)
+            if queries:
+                return _strip(views, queries)
+
+
+def _strip(views: list[View], queries: list[Query]) -> Scene:
+    pixels = np.concatenate([view.pixels for view in views], 1)
+    labels = np.concatenate([view.labels for view in views], 1)
+    person = labels > 0
+    asked = []
+    for query in queries:
+        inside = np.zeros_like(person)
+        inside[:, query.person * WIDTH : (query.person + 1) * WIDTH] = True
+        named = np.isin(labels, [NAMES.index(name) + 1 for name in query.garments]) & inside
+        target = person & inside
+        asked.append(Asked(query.text, target, coverage(named if query.garments else target), query.kind, query.unseen))
+    shares = np.stack([coverage(labels == number + 1) for number in range(len(NAMES))])
+    shares[[NAMES.index(name) for name in SMALL]] *= 3  # a small garment is its cell's name
+    whole = coverage(person)
+    classes = np.where(shares.max(0) >= 0.15, shares.argmax(0), len(NAMES))
+    classes = np.where(whole < 0.1, len(NAMES) + 1, classes)
+    colours = np.full(classes.shape, -1)
+    words = list(COLOURS)
+    for place, view in enumerate(views):
+        columns = slice(place * WIDTH // STRIDE, (place + 1) * WIDTH // STRIDE)
+        for number, name in enumerate(NAMES):
+            colour = view.colour_of(name)
+            if colour is not None:
+                colours[:, columns][classes[:, columns] == number] = words.index(colour)
+    return Scene(pixels, asked, classes, colours)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An instance: its class's name and its mask in the picture's original size."""
+
+    name: str
+    mask: np.ndarray
+
+
+class Natural:
+    """COCO pictures: a class of which there is one instance, or the one on a side or the biggest of a class.
+
+    Args:
+        folder: of COCO's pictures and annotations.
+        split: "train2017" or "val2017".
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder / split
+        about = json.loads((folder / f"instances_{split}.json").read_text())
+        names = {category["id"]: category["name"] for category in about["categories"]}
+        self.pictures = {image["id"]: image for image in about["images"]}
+        self.things: dict[int, list[tuple[str, object]]] = {}
+        for note in about["annotations"]:
+            if not note.get("iscrowd"):
+                self.things.setdefault(note["image_id"], []).append((names[note["category_id"]], note["segmentation"]))
+        self.numbers = sorted(self.things)
+
+    def read(self, number: int) -> tuple[Image.Image, list[Thing]]:
+        """A picture and all its instances."""
+        about = self.pictures[number]
+        picture = Image.open(self.folder / about["file_name"]).convert("RGB")
+        size = about["height"], about["width"]
+        return picture, [Thing(name, _mask(shape, size)) for name, shape in self.things[number]]
+
+    def scene(self, rng: np.random.Generator, count: int, varied: bool, number: int | None = None) -> Scene:
+        """A picture (drawn by chance, or the one given) with up to `count` queries; see `Strips.scene`."""
+        while True:
+            chosen = int(rng.choice(self.numbers)) if number is None else number
+            picture, things = self.read(chosen)
+            scene = _natural(rng, picture, things, count, varied)
+            if scene.asked or number is not None:
+                return scene
+
+
+def _mask(shape: object, size: tuple[int, int]) -> np.ndarray:
+    encoded = rle.frPyObjects(shape, *size)
+    merged = rle.merge(encoded) if isinstance(encoded, list) else encoded
+    return np.asarray(rle.decode(merged), dtype=bool)
+
+
+def fitted(width: int, height: int, cells: float = CELLS) -> tuple[int, int]:
+    """The size (width, height) that a picture is resized to: about `cells` cells, in its shape, at most `LONGEST` a
+    side."""
+    scale = (cells / (width * height)) ** 0.5
+    columns, rows = (min(max(round(side * scale), 1), LONGEST) for side in (width, height))
+    return columns * STRIDE, rows * STRIDE
+
+
+def _natural(rng: np.random.Generator, picture: Image.Image, things: list[Thing], count: int, varied: bool) -> Scene:
+    width, height = picture.size
+    box = (0.0, 0.0, float(width), float(height))
+    cells = float(CELLS)
+    if varied:
+        zoom = rng.uniform(0.7, 1.0)
+        left, top = rng.uniform(0, 1 - zoom) * width, rng.uniform(0, 1 - zoom) * height
+        box = (left, top, left + zoom * width, top + zoom * height)
+        cells *= rng.uniform(0.7, 1.1)
+    flip = varied and rng.random() < 0.5
+    size = fitted(width, height, cells)
+    turned = slice(None, None, -1 if flip else None)
+    pixels = np.ascontiguousarray(np.array(picture.resize(size, Image.Resampling.BILINEAR, box))[:, turned])
+    seen = []
+    for thing in things:
+        mask = np.array(Image.fromarray(thing.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR, box))
+        seen.append(Thing(thing.name, np.ascontiguousarray(mask[:, turned] > 127)))
+    unknown = np.full((size[1] // STRIDE, size[0] // STRIDE), -1)
+    asked = [
+        Asked(text, target, coverage(target), kind, False)
+        for text, target, kind in _about_things([thing for thing in seen if thing.mask.any()], size[0] * size[1])
+    ]
+    order = rng.permutation(len(asked))[:count]
+    return Scene(pixels, [asked[int(place)] for place in order], unknown, unknown)
+
+
+def _about_things(things: list[Thing], area: int) -> list[tuple[str, np.ndarray, str]]:
+    """Everything that can be asked: (query, mask, kind). Only instances of at least 1.5 % of the picture."""
+    found = []
+    for name in sorted({thing.name for thing in things}):
+        group = [thing.mask for thing in things if thing.name == name]
+        large = [mask for mask in group if mask.sum() >= 0.015 * area]
+        if len(group) == 1 and large:
+            found.append((f"the {name}", large[0], "class"))
+        if len(large) < 2:
+            continue
+        middles = [float(np.nonzero(mask.any(0))[0].mean()) for mask in large]
+        order = np.argsort(middles)
+        for word, end, near in (("left", 0, 1), ("right", -1, -2)):
+            if abs(middles[order[end]] - middles[order[near]]) > 0.06 * area**0.5:
+                found.append((f"the {name} on the {word}", large[order[end]], "side"))
+        sizes = sorted(large, key=lambda mask: -int(mask.sum()))
+        if sizes[0].sum() > 1.5 * sizes[1].sum():
+            found.append((f"the biggest {name}", sizes[0], "size"))
+    return found

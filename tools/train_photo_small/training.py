@@ -1,0 +1,145 @@
+"""The main phase: projector, LoRA and read-outs, on 4, then 12, then all 30 layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evaluate import evaluate, fixed_scenes
+from head import Eyes
+from losses import dense_loss, query_loss
+from model import PhotoModel
+from runs import Phase
+from scenes import Natural, Strips
+
+from tokenprune_adapters.photos.parts import CELL, gather_cells
+
+QUERIES = 10
+KEPT = (0.5, 0.9)  # of the image tokens: cheaper, against overfitting, and what pruning does later
+NATURAL = 0.12  # of the pictures
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some steps on the decoder's first layers; `depths` are the taps that learn."""
+
+    steps: int
+    depths: tuple[int, ...]
+    pictures: int
+    answer: bool = False
+
+
+ALIGN = 80  # steps of the projector alone, at first
+STAGES = (Stage(800, (4,), 2), Stage(1800, (4, 12), 2), Stage(1500, (12, 30), 2, True))
+
+
+def stages(scale: float) -> list[Stage]:
+    """The stages with their steps multiplied."""
+    return [Stage(round(one.steps * scale), one.depths, one.pictures, one.answer) for one in STAGES]
+
+
+def place_in(plan: list[Stage], step: int) -> tuple[Stage, int]:
+    """The stage of a step, and how many of its steps are done."""
+    for one in plan:
+        if step < one.steps:
+            return one, step
+        step -= one.steps
+    raise ValueError("beyond the last step")
+
+
+def rate_of(plan: list[Stage], step: int) -> float:
+    """Warm-up at the start of each stage; level in all but the last, where a cosine ends at a fiftieth."""
+    stage, done = place_in(plan, step)
+    warm = min(1.0, (done + 1) / 40)
+    if stage is not plan[-1]:
+        return RATE * warm
+    late = done / stage.steps
+    return RATE * 0.8 * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+def optimizer_of(trained: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, and what is new learns faster than LoRA."""
+    groups = []
+    for lora in (True, False):
+        for matrix in (True, False):
+            chosen = [
+                value
+                for name, value in trained.items()
+                if name.startswith("decoder.") == lora and (value.ndim >= 2) == matrix
+            ]
+            if chosen:
+                groups.append(
+                    {
+                        "params": chosen,
+                        "lr": 0.0,
+                        "scale": 1.0 if lora else 1.5,
+                        "weight_decay": 0.05 if matrix else 0.0,
+                    }
+                )
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+def train(
+    work: Path, name: str, eyes: Eyes, model: PhotoModel, strips: Strips, natural: Natural, scale: float, every: int
+) -> Phase:
+    """Train to the end of the plan, or go on where a checkpoint stopped.
+
+    Args:
+        work: folder of checkpoints and log.
+        name: of the checkpoint.
+        eyes: trained and frozen.
+        model: trained in place.
+        strips, natural: training pictures.
+        scale: of the number of steps.
+        every: steps between evaluations on the validation photographs.
+    """
+    trained = model.trained()
+    phase = Phase(work, name, trained, optimizer_of(trained))
+    plan = stages(scale)
+    total = sum(one.steps for one in plan)
+    held_out = fixed_scenes(Strips(strips.photographs, "val"), 21, 40, 4)
+    model.train()
+    phase.log(dtype=str(model.dtype), steps=total)
+    while phase.step < total:
+        stage, done = place_in(plan, phase.step)
+        if done == 0 and phase.step and phase.extra.get("depth") != stage.depths[-1]:
+            phase.save(work / f"{name}-{phase.extra['depth']}.pt")
+            model.grow(stage.depths[-1], phase.extra["depth"])
+        phase.extra["depth"] = stage.depths[-1]
+        _step(phase, eyes, model, strips, natural, stage, rate_of(plan, phase.step))
+        if phase.step % every == 0 or phase.step == total:
+            conditions = ("full",) if model.blind else ("full", "wrong")
+            scores = evaluate(eyes, model, held_out, stage.depths[-1], conditions)
+            phase.log(depth=stage.depths[-1], val=scores)
+    phase.save()
+    return phase
+
+
+def _step(
+    phase: Phase, eyes: Eyes, model: PhotoModel, strips: Strips, natural: Natural, stage: Stage, rate: float
+) -> None:
+    rng = phase.begin_step(31)
+    align = phase.step < ALIGN
+    sums: dict[str, list[float]] = {}
+    for _ in range(stage.pictures):
+        source = natural if not align and rng.random() < NATURAL else strips
+        scene = source.scene(rng, QUERIES, True)
+        cells = torch.zeros(1, CELL, *scene.grid) if model.blind else gather_cells(eyes.levels(scene.pixels))
+        tokens = model.image_tokens(cells)
+        dense, named = dense_loss(model, tokens.float(), scene)
+        if align:
+            loss, report = dense, {}
+        else:
+            kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[: int(len(tokens) * rng.uniform(*KEPT))]))
+            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer)
+            loss = loss if model.blind else loss + 0.2 * dense
+        (loss / stage.pictures).backward()
+        if source is strips:
+            for key, value in {**report, "named": named, "loss": float(loss.detach())}.items():
+                sums.setdefault(key, []).append(value)
+    phase.end_step({key: float(np.mean(values)) for key, values in sums.items()}, rate)

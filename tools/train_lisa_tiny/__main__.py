@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sam-steps", type=int, default=1500)
     parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--decoder-steps", type=int, default=6000)
+    parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--masks-steps", type=int, default=600)
     parser.add_argument("--out", type=Path, help="folder of the exported checkpoint (default: WORK/model)")
     options = parser.parse_args()

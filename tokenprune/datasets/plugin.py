@@ -19,6 +19,11 @@ def tokenprune_register_datasets(register: Register) -> None:
     register(
         "shapes", "tokenprune.datasets.shapes:Shapes", summary="procedural scenes of shapes, queries of four kinds"
     )
+    register(
+        "shapes-2",
+        "tokenprune.datasets.shapes:Shapes2",
+        summary="scenes of shapes; in relations the anchor decides",
+    )
     files = "tokenprune.datasets.files"
     register("reasonseg", f"{files}.reasonseg:ReasonSeg", summary="reasoning segmentation, of LISA; reasonseg:PATH")
     register("muse", f"{files}.muse:Muse", summary="questions with several targets, of PixelLM; muse:PATH")

@@ -1,12 +1,14 @@
-"""What all phases share: a clock-driven schedule, checkpoints that a later start resumes from, dense targets."""
+"""What all phases share: a schedule in steps, checkpoints that a later start resumes from, dense targets."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +20,56 @@ from torch import Tensor, nn
 from tokenprune.datasets.shapes import COLOURS, SHAPES, SIZES
 
 MAX_OBJECTS = 10
+SAVE_EVERY = 300.0  # seconds
+LOG_EVERY = 60.0  # seconds
 _COLOURS, _SIZES = list(COLOURS), list(SIZES)
 
 
-class Run:
-    """One phase: learning rate by elapsed training time, a log of JSON lines, a checkpoint every minute.
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is: its folder, its seed, and the layers whose first head is taught where to look (none: an empty
+    tuple)."""
 
-    `seconds` is the planned length; time spent before a resume counts.
+    work: Path
+    seed: int
+    taught: tuple[int, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed."""
+        return {"seed": self.seed, "taught": list(self.taught)}
+
+
+class Run:
+    """One phase of `steps` steps: learning rate by step, a log of JSON lines, a checkpoint every five minutes.
+
+    Everything random in a step comes from `generator()`, which depends on seed, phase and step alone; so a resumed
+    run goes on as it would have without the interruption. SIGTERM and SIGINT end it after a step, with a checkpoint.
     """
 
     def __init__(
-        self, folder: Path, name: str, seconds: float, parts: dict[str, nn.Module], optimizers: list[Any]
+        self, recipe: Recipe, name: str, steps: int, parts: dict[str, nn.Module], optimizers: list[Any]
     ) -> None:
-        self.folder, self.name, self.seconds = folder, name, seconds
+        self.recipe, self.name, self.steps = recipe, name, steps
         self.parts, self.optimizers = parts, optimizers
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self.path = folder / f"{name}.pt"
-        self.spent, self.step, self.extra = 0.0, 0, {}
+        self.path = recipe.work / f"{name}.pt"
+        self.spent, self.step = 0.0, 0
+        self.extra: dict[str, Any] = {}
         self.averages: dict[str, float] = {}
+        self._stop = False
         if self.path.exists():
             self._resume()
         self._last = self._saved = self._logged = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask_to_stop)
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._stop = True
 
     def _resume(self) -> None:
         state = torch.load(self.path, weights_only=True)
+        if state["settings"] != self.recipe.settings():
+            raise SystemExit(f"{self.path} is of a run with {state['settings']}, not {self.recipe.settings()}")
         for key, part in self.parts.items():
             part.load_state_dict(state["parts"][key])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -50,11 +78,15 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.spent >= self.seconds
+        return self.step >= self.steps
 
     @property
     def progress(self) -> float:
-        return min(self.spent / self.seconds, 1.0)
+        return min(self.step / self.steps, 1.0)
+
+    def generator(self) -> np.random.Generator:
+        """The random generator of the step that comes next."""
+        return np.random.default_rng([self.recipe.seed, *self.name.encode(), self.step])
 
     def set_rate(self, warmup: float = 0.02, floor: float = 0.0, hold: float = 0.0) -> None:
         """Warm up, hold, then a cosine to `floor` of the peak at the planned end."""
@@ -73,39 +105,39 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def tick(self, values: dict[str, float], images: int, every: float = 30.0) -> bool:
-        """Account for one step; True when a minute has passed and a checkpoint was written."""
+    def tick(self, values: dict[str, float], images: int) -> None:
+        """Account for one step."""
+        self.step += 1
+        for key, value in {**values, "images": float(images)}.items():
+            self.averages[key] = 0.97 * self.averages.get(key, value) + 0.03 * value
+        now = time.monotonic()
+        if now - self._logged > LOG_EVERY or self.done:
+            self.log({k: round(v, 4) for k, v in self.averages.items()})
+            self._logged = now
+
+    def keep(self) -> None:
+        """At the end of a step: write a checkpoint if it is time to. Ends the process if it was asked to stop."""
         now = time.monotonic()
         self.spent += now - self._last
         self._last = now
-        self.step += 1
-        values = {**values, "images": float(images)}
-        for key, value in values.items():
-            self.averages[key] = 0.97 * self.averages.get(key, value) + 0.03 * value
-        if now - self._logged > every:
-            self.log({"step": self.step, **{k: round(v, 4) for k, v in self.averages.items()}})
-            self._logged = now
-        if now - self._saved > 60 or self.done:
+        if now - self._saved > SAVE_EVERY or self.done or self._stop:
             self.save()
-            return True
-        return False
-
-    def pause(self) -> Callable[[], None]:
-        """Stop the clock (for an evaluation); call the result to go on."""
-
-        def go_on() -> None:
-            self._last = time.monotonic()
-
-        return go_on
+            self._saved = now
+        if self._stop:
+            self.log({"stopped": True})
+            raise SystemExit(0)
 
     def log(self, record: dict[str, Any]) -> None:
-        line = json.dumps({"phase": self.name, "spent": round(self.spent), **record})
+        stamp = {"phase": self.name, "step": self.step, "steps": self.steps, "spent": round(self.spent)}
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **stamp, **record})
         print(line, flush=True)
-        with (self.folder / "log.jsonl").open("a") as file:
+        with (self.recipe.work / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
     def save(self) -> None:
+        """Replace the checkpoint in one step: a crash leaves the old one or the new one, whole."""
         state = {
+            "settings": self.recipe.settings(),
             "parts": {key: part.state_dict() for key, part in self.parts.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "spent": self.spent,
@@ -113,9 +145,11 @@ class Run:
             "extra": self.extra,
         }
         temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
-        self._saved = time.monotonic()
 
 
 def decay_groups(modules: Iterable[nn.Module], rate: float, decay: float = 0.05) -> list[dict[str, Any]]:
@@ -146,6 +180,17 @@ def attribute_codes(objects: Iterable[Any]) -> np.ndarray:
     for item in objects:
         codes[item.label] = SHAPES.index(item.shape), _COLOURS.index(item.colour), _SIZES.index(item.size)
     return codes
+
+
+def alone_codes(objects: Iterable[Any]) -> np.ndarray:
+    """float32 [11, 2]: 1 where the object with that label shares its colour, or its shape, with no other."""
+    table = np.zeros((MAX_OBJECTS + 1, 2), dtype=np.float32)
+    listed = list(objects)
+    for column, word in enumerate(("colour", "shape")):
+        values = [getattr(item, word) for item in listed]
+        for item in listed:
+            table[item.label, column] = values.count(getattr(item, word)) == 1
+    return table
 
 
 def centres(objects: Iterable[Any]) -> np.ndarray:

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Run, decay_groups
+from common import Recipe, Run, decay_groups
 from evaluate import Evaluation
 from losses import half_size, mask_loss, tower_loss
 from model import build_sam, decode_masks, sam_pixels, tower_features
-from pool import Pool
-from pretrain import batch
-from student import TAP_WEIGHTS, Student, answer_loss, pack, pointer_targets, prompt_targets
+from scenes import FORMS, batch, draw_queries
+from student import TAP_WEIGHTS, Student, anchor_targets, answer_loss, pack, pointer_targets, prompt_targets
 from torch.nn import functional
 from transformers import SamModel
 from vocabulary import ADDED_TOKENS, Prompts, train_vocabulary
 
-from tokenprune.datasets.shapes import KINDS
-from tokenprune.datasets.shapes.queries import sample_queries
 from tokenprune_adapters.common.tokenizer import load_tokenizer
 
 
 @dataclass
 class Stage:
-    """One stage of the curriculum: image tokens a side, queries an image, images a step, and what is trained."""
+    """One stage of the curriculum: image tokens a side, queries an image, and images a step."""
 
     side: int
     short: bool
     queries: int
     images: int
-    tower: bool
 
 
-STAGES = ((0.40, Stage(8, True, 12, 10, True)), (1.01, Stage(16, False, 14, 8, True)))
+STAGES = ((0.35, Stage(8, True, 20, 10)), (0.7, Stage(16, True, 16, 8)), (1.01, Stage(16, False, 14, 8)))
 
-
+EVALUATED = 36  # scenes of val, with one query of each form that they allow
+EVALUATE_EVERY = 500  # steps; a quarter of it in the last phase
 DECODED = 4  # queries an image whose masks are decoded in the last phase
 
 
@@ -60,23 +56,6 @@ def load_sam(work: Path) -> SamModel:
     return sam.requires_grad_(False).eval()
 
 
-def draw_queries(
-    rng: np.random.Generator, scenes: Sequence[Any], count: int, weights: np.ndarray
-) -> tuple[list[list[str]], list[list[Any]], list[list[str]]]:
-    """For every scene `count` queries: texts, the objects they mean, kinds; kinds drawn by `weights`."""
-    texts, targets, kinds = [], [], []
-    for objects in scenes:
-        wanted = rng.multinomial(count, weights)
-        drawn = [
-            (c, k) for k, n in zip(KINDS, wanted, strict=True) if n for c in sample_queries(rng, objects, k, int(n))
-        ]
-        drawn += [drawn[int(i)] for i in rng.integers(0, len(drawn), count - len(drawn))]
-        texts.append([c[0] for c, _ in drawn])
-        targets.append([c[1] for c, _ in drawn])
-        kinds.append([k for _, k in drawn])
-    return texts, targets, kinds
-
-
 def optimizers(student: Student, rate: float, sam: SamModel | None = None) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder's layers, AdamW for the rest; the tower learns slower."""
     decoder = [p for p in student.decoder.model.layers.parameters() if p.ndim == 2]
@@ -95,87 +74,72 @@ def optimizers(student: Student, rate: float, sam: SamModel | None = None) -> li
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98))]
 
 
-def train_decoder(work: Path, pool: Pool, seconds: float, masks: bool, rate: float, eval_every: float = 240) -> None:
-    """Train tower, projector, decoder and prompt projection; with `masks` also through SAM's mask decoder.
-
-    The first phase starts from `start.pt` in the work folder where there is one (an earlier decoder checkpoint).
-    """
-    torch.manual_seed(1)
+def train_decoder(recipe: Recipe, steps: int, masks: bool, rate: float) -> None:
+    """Train tower, projector, decoder and prompt projection; with `masks` also through SAM's mask decoder."""
+    torch.manual_seed(recipe.seed + 1)
+    work = recipe.work
     prompts, vocabulary = load_prompts(work)
-    sam, student = load_sam(work), Student(vocabulary)
-    shares = [0.15, 0.3, 0.28, 0.27]
+    sam, student = load_sam(work), Student(vocabulary, recipe.taught)
+    weights = np.full(len(FORMS), 1 / len(FORMS))
     if masks:
         before = torch.load(work / "decoder.pt", weights_only=True)
         student.load_state_dict(before["parts"]["student"])
-        shares = before["extra"].get("weights", shares)
+        weights = np.array(before["extra"].get("weights", weights))
         sam.mask_decoder.requires_grad_(True)
     else:
         state = torch.load(work / "tower.pt", weights_only=True)["parts"]
         student.tower.load_state_dict(state["tower"])
-        student.heads.load_state_dict(state["heads"], strict=False)
-        if (work / "start.pt").exists():
-            student.load_state_dict(torch.load(work / "start.pt", weights_only=True)["parts"]["student"], strict=False)
-    name = "masks" if masks else "decoder"
+        student.heads.load_state_dict(state["heads"])
     parts: dict[str, Any] = {"student": student, "sam": sam} if masks else {"student": student}
-    run = Run(work, name, seconds, parts, optimizers(student, rate, sam if masks else None))
-    evaluation = Evaluation(sam, "val", 320)
-    rng = np.random.default_rng([7, int(masks), run.step])
-    weights = np.array(run.extra.get("weights", shares))
-    evaluated = run.spent
+    run = Run(recipe, "masks" if masks else "decoder", steps, parts, optimizers(student, rate, sam if masks else None))
+    evaluation = Evaluation(sam, EVALUATED)
+    weights = np.array(run.extra.get("weights", weights))
     trained = [p for p in [*student.parameters(), *sam.mask_decoder.parameters()] if p.requires_grad]
     while not run.done:
         stage = STAGES[-1][1] if masks else current_stage(run.progress)
         run.set_rate(hold=0.0 if masks else 0.35, floor=0.0)
-        loss, report = _step(student, sam, prompts, pool, rng, stage, weights, masks, run.step)
+        loss, report = _step(run, student, sam, prompts, stage, weights, masks)
         loss.backward()
         run.update(trained)
         run.tick(report, stage.images)
-        if run.spent - evaluated > eval_every or run.done:
-            evaluated = run.spent
-            go_on = run.pause()
+        if run.step % (EVALUATE_EVERY // 4 if masks else EVALUATE_EVERY) == 0 or run.done:
             weights = _evaluate(run, evaluation, student, sam, prompts, stage)
-            go_on()
-    run.save()
+        run.keep()
 
 
 def _step(
-    student: Student,
-    sam: SamModel,
-    prompts: Prompts,
-    pool: Pool,
-    rng: np.random.Generator,
-    stage: Stage,
-    weights: np.ndarray,
-    masks: bool,
-    step: int,
+    run: Run, student: Student, sam: SamModel, prompts: Prompts, stage: Stage, weights: np.ndarray, masks: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    images, labels, scenes = batch(pool, rng, stage.images)
-    texts, targets, kinds = draw_queries(rng, scenes, stage.queries, weights)
-    answer = not stage.short and step % 6 == 0
+    rng = run.generator()
+    images, labels, scenes = batch(run, stage.images)
+    texts, targets, forms = draw_queries(rng, scenes, stage.queries, weights)
+    answer = not stage.short and run.step % 6 == 0
     ids, last = pack(prompts, texts, stage.short, answer)
     pixels = torch.from_numpy(images)
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.set_grad_enabled(stage.tower):
-            features, pooled = tower_features(student.tower, pixels)
+        features, pooled = tower_features(student.tower, pixels)
         image = student.image_tokens(features, stage.side)
         pointers, watched, embedded, states = student.read(prompts, image, ids, last, stage.short)
         wanted = pointer_targets(labels, targets, stage.side)
         goal = prompt_targets(sam, labels, targets)
-        entropy = [-(wanted * pointer.float().log_softmax(-1)).sum(-1) for pointer in pointers]
+        to_anchor, *to_target = pointers
+        entropy = [-(wanted * pointer.float().log_softmax(-1)).sum(-1) for pointer in to_target]
         point = sum(w * e.mean() for w, e in zip(TAP_WEIGHTS, entropy, strict=True))
-        attended = sum(-(wanted * log.clamp(min=-20)).sum(-1).mean() for log in watched)
+        attended = sum((-(wanted * log.clamp(min=-20)).sum(-1).mean() for log in watched), torch.zeros(()))
         distance = functional.mse_loss(embedded.float(), goal, reduction="none").mean(-1)
         loss = point + 0.5 * attended + 8 * distance.mean()
+        related, anchors = anchor_targets(labels, scenes, texts, stage.side)
+        named = -(anchors * to_anchor.float().log_softmax(-1)[related]).sum(-1)
+        loss = loss + 0.5 * named.sum() / related.numel()
         if answer:
             loss = loss + 0.5 * answer_loss(student, states, ids, last, len(prompts.answer))
-        if stage.tower:
-            extra, _ = tower_loss(student.heads(features, pooled), labels, scenes)
-            loss = loss + 0.4 * extra
-        report = {
-            "point": float(entropy[-1].detach().mean()),
-            "attended": float(attended.detach()) / len(watched),
-            "distance": float(distance.detach().mean()),
-        }
+        dense, _ = tower_loss(student.heads(features, pooled), labels, scenes)
+        loss = loss + 0.4 * dense
+        report = {"point": float(entropy[-1].detach().mean()), "distance": float(distance.detach().mean())}
+        if watched:
+            report["attended"] = float(attended.detach()) / len(watched)
+        if len(named):
+            report["anchor"] = float(named.detach().mean())
         if masks:
             with torch.no_grad():
                 embedding = sam.vision_encoder(sam_pixels(pixels)).last_hidden_state
@@ -188,23 +152,24 @@ def _step(
             loss = loss + 2 * extra
             report["iou"] = float(iou)
     hit = wanted.flatten(0, 1).gather(1, pointers[-1].detach().flatten(0, 1).argmax(-1, keepdim=True))[:, 0] > 0
-    names = np.array(kinds).ravel()
-    for kind in KINDS:
-        if (names == kind).any():
-            report[f"hit_{kind}"] = float(hit[torch.from_numpy(names == kind)].float().mean())
+    names = np.array(forms).ravel()
+    for form in FORMS:
+        if (names == form).any():
+            report[f"hit_{form}"] = float(hit[torch.from_numpy(names == form)].float().mean())
     return loss, report
 
 
 def _evaluate(
     run: Run, evaluation: Evaluation, student: Student, sam: SamModel, prompts: Prompts, stage: Stage
 ) -> np.ndarray:
-    """Log gIoU, full and blind; the result is the share of each kind in what follows, more for the weaker ones."""
+    """Log gIoU, at the end also blind; the result is the share of each form in what follows, more for the weaker."""
     student.eval()
-    full = evaluation(student, sam, prompts, stage.side, stage.short)
-    blind = evaluation(student, sam, prompts, stage.side, stage.short, blind=True)
+    record = {"giou": evaluation(student, sam, prompts, stage.side, stage.short)}
+    if run.done:
+        record["blind"] = evaluation(student, sam, prompts, stage.side, stage.short, blind=True)
     student.train()
-    run.log({"step": run.step, "giou": full, "blind": blind})
-    need = np.array([max(1.05 - full[kind], 0.15) for kind in KINDS])
-    weights = 0.05 + 0.8 * need**2 / (need**2).sum()
+    need = np.array([max(1.05 - record["giou"][form], 0.15) for form in FORMS])
+    weights = 0.03 + (1 - 0.03 * len(FORMS)) * need**2 / (need**2).sum()
     run.extra["weights"] = weights.tolist()
+    run.log({**record, "weights": dict(zip(FORMS, weights.round(3).tolist(), strict=True))})
     return weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import attribute_codes, centres, patch_labels
+from common import alone_codes, attribute_codes, centres, patch_labels
 from model import GRID, IMAGE_SIZE, NUM_COLOURS, NUM_SHAPES, encode_points
 from torch import Tensor
 from torch.nn import functional
@@ -39,10 +39,11 @@ def tower_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Dense losses on the tower's features and one on its CLS output.
 
-    Per patch: shape, colour and size of the object that covers it most, the offset to its centre and SAM's encoding of
-    that centre; per image: which shapes and colours occur. `labels`: uint8 [B, 256, 256].
+    Per patch: shape, colour and size of the object that covers it most, whether it shares its colour, and its shape,
+    with no other object, the offset to its centre and SAM's encoding of that centre; per image: which shapes and
+    colours occur. `labels`: uint8 [B, 256, 256].
     """
-    (shape, colour, size, offset, centre), image = outputs
+    (shape, colour, size, offset, alone, centre), image = outputs
     best, _ = patch_labels(labels)
     codes = np.stack([attribute_codes(objects) for objects in scenes])
     wanted = torch.from_numpy(np.take_along_axis(codes, best[:, :, None], axis=1))
@@ -59,6 +60,11 @@ def tower_loss(
         loss = loss + (entropy * weight.flatten()).sum() / weight.sum()
         right = logits.argmax(-1) == wanted[..., code]
         report[name] = float(right[inside].float().mean())
+    wanted_alone = np.take_along_axis(np.stack([alone_codes(objects) for objects in scenes]), best[:, :, None], axis=1)
+    loss = loss + 2 * functional.binary_cross_entropy_with_logits(
+        alone.float()[inside], torch.from_numpy(wanted_alone)[inside]
+    )
+    report["alone"] = _recall(alone.detach().float()[inside] > 0, torch.from_numpy(wanted_alone)[inside] > 0)
     loss = loss + functional.smooth_l1_loss(offset.float()[inside], offsets[inside])
     report["offset"] = float((offset.detach().float()[inside] - offsets[inside]).abs().mean())
     loss = loss + 4 * functional.mse_loss(centre.float()[inside], encode_points(torch.from_numpy(points))[inside])
@@ -69,3 +75,8 @@ def tower_loss(
         present[row, NUM_SHAPES + real[:, 1]] = 1
     loss = loss + 0.5 * functional.binary_cross_entropy_with_logits(image.float(), present)
     return loss, report
+
+
+def _recall(found: Tensor, wanted: Tensor) -> float:
+    """Mean of the shares of hits among positives and among negatives: 0.5 by guessing."""
+    return float((found[wanted].float().mean() + (~found[~wanted]).float().mean()) / 2)

@@ -150,16 +150,17 @@ def decode_masks(sam: SamModel, embedding: Tensor, prompts: Tensor) -> Tensor:
 
 
 class TowerHeads(nn.Module):
-    """Auxiliary heads used in training only (ours): what covers a patch, and what colours and shapes an image has."""
+    """Auxiliary heads used in training only (ours): what covers a patch and whether
+    nothing else has its colour or shape, and what colours and shapes an image has."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = nn.Linear(WIDTH, NUM_SHAPES + 1 + NUM_COLOURS + 1 + NUM_SIZES + 1 + 2)
+        self.patch = nn.Linear(WIDTH, NUM_SHAPES + 1 + NUM_COLOURS + 1 + NUM_SIZES + 1 + 2 + 2)
         self.centre = nn.Linear(WIDTH, CHANNELS)
         self.image = nn.Linear(WIDTH, NUM_SHAPES + NUM_COLOURS)
 
     def forward(self, features: Tensor, pooled: Tensor) -> tuple[list[Tensor], Tensor]:
-        sizes = [NUM_SHAPES + 1, NUM_COLOURS + 1, NUM_SIZES + 1, 2]
+        sizes = [NUM_SHAPES + 1, NUM_COLOURS + 1, NUM_SIZES + 1, 2, 2]
         return [*self.patch(features).split(sizes, dim=-1), self.centre(features)], self.image(pooled)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Run, muon_and_adamw
+from common import Recipe, Run, muon_and_adamw
 from losses import half_size, mask_loss, tower_loss
 from model import (
     CHANNELS,
-    IMAGE_SIZE,
     TowerHeads,
     build_sam,
     build_tower,
@@ -21,21 +18,7 @@ from model import (
     sam_pixels,
     tower_features,
 )
-from pool import Pool
-
-
-def batch(pool: Pool, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """Images uint8 [B, 256, 256, 3], labels uint8 [B, 256, 256], objects; half of them mirrored left to right."""
-    images, labels, scenes = [], [], []
-    for index in rng.integers(0, len(pool), size):
-        image, label, objects = pool.images[index], pool.labels[index], pool.objects[index]
-        if rng.random() < 0.5:
-            image, label = image[:, ::-1], label[:, ::-1]
-            objects = tuple(replace(item, x=IMAGE_SIZE - 1 - item.x) for item in objects)
-        images.append(image)
-        labels.append(label)
-        scenes.append(objects)
-    return np.stack(images), np.stack(labels), scenes
+from scenes import batch
 
 
 def canonical_point(label: np.ndarray, item: Any) -> tuple[float, float]:
@@ -65,43 +48,43 @@ def _points(
     return points, masks
 
 
-def train_sam(folder: Path, pool: Pool, seconds: float, seed: int = 0) -> None:
+def train_sam(recipe: Recipe, steps: int) -> None:
     """SAM learns the mask of the object at a point: class-agnostic by construction. Prompt noise makes it forgiving."""
-    torch.manual_seed(seed)
+    torch.manual_seed(recipe.seed)
     sam = build_sam()
-    run = Run(folder, "sam", seconds, {"sam": sam}, muon_and_adamw([sam], 1.5e-3))
-    rng = np.random.default_rng([seed, 1, run.step])
+    run = Run(recipe, "sam", steps, {"sam": sam}, muon_and_adamw([sam], 1.5e-3))
     size, count = 8, 4
     while not run.done:
         run.set_rate()
-        images, labels, scenes = batch(pool, rng, size)
+        rng = run.generator()
+        images, labels, scenes = batch(run, size)
         chosen = [_points(rng, label, objects, count) for label, objects in zip(labels, scenes, strict=True)]
         points = torch.tensor(np.array([p for p, _ in chosen]), dtype=torch.float32)
         masks = torch.from_numpy(np.array([m for _, m in chosen])).flatten(0, 1)
+        noise = torch.from_numpy(rng.normal(0, 0.05, (size, count, CHANNELS)).astype(np.float32))
         with torch.autocast("cpu", torch.bfloat16):
             embedding = sam.vision_encoder(sam_pixels(torch.from_numpy(images))).last_hidden_state
-            prompts = point_prompts(sam, points)
-            prompts = prompts + 0.05 * torch.randn(size, count, CHANNELS)
-            logits = decode_masks(sam, embedding, prompts)
+            logits = decode_masks(sam, embedding, point_prompts(sam, points) + noise)
         loss, iou = mask_loss(logits.flatten(0, 1), half_size(masks), positive=1 + 15 * max(0.0, 0.6 - run.progress))
         loss.backward()
         run.update(sam.parameters())
         run.tick({"loss": loss.item(), "iou": iou.item()}, size)
+        run.keep()
 
 
-def train_tower(folder: Path, pool: Pool, seconds: float, seed: int = 0) -> None:
+def train_tower(recipe: Recipe, steps: int) -> None:
     """The tower learns what covers each patch, so that the decoder starts from features that mean something."""
-    torch.manual_seed(seed)
+    torch.manual_seed(recipe.seed)
     tower, heads = build_tower(), TowerHeads()
-    run = Run(folder, "tower", seconds, {"tower": tower, "heads": heads}, muon_and_adamw([tower, heads], 1.2e-3))
-    rng = np.random.default_rng([seed, 2, run.step])
+    run = Run(recipe, "tower", steps, {"tower": tower, "heads": heads}, muon_and_adamw([tower, heads], 1.2e-3))
     size = 10
     while not run.done:
         run.set_rate(floor=0.15)
-        images, labels, scenes = batch(pool, rng, size)
+        images, labels, scenes = batch(run, size)
         with torch.autocast("cpu", torch.bfloat16):
             outputs = heads(*tower_features(tower, torch.from_numpy(images)))
         loss, report = tower_loss(outputs, labels, scenes)
         loss.backward()
         run.update([*tower.parameters(), *heads.parameters()])
         run.tick({"loss": loss.item(), **report}, size)
+        run.keep()

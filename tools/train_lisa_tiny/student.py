@@ -11,6 +11,7 @@ from common import patch_labels
 from model import CHANNELS, GRID, WIDTH, TowerHeads, build_decoder, build_tower, point_prompts
 from packed import forward_packed
 from pretrain import canonical_point
+from scenes import anchor_of
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM, SamModel
@@ -18,19 +19,23 @@ from vocabulary import Prompts
 
 TAPS = (6, 9, 12)  # after how many layers the pointer loss is taken
 TAP_WEIGHTS = (0.5, 0.5, 1.0)
-WATCHED = (7, 10)  # layers whose first head is taught to attend from the mask query to the target
+ANCHOR_TAP = 4  # after how many layers the mask query of a relation points at the anchor
 
 
 class Student(nn.Module):
-    """Tower, projector, decoder and prompt projection of lisa-tiny, with the auxiliary heads of the training."""
+    """Tower, projector, decoder and prompt projection of lisa-tiny, with the auxiliary heads of the training.
 
-    def __init__(self, vocabulary: int) -> None:
+    `taught`: layers, from 1, whose first head is taught to attend from the mask query to the target.
+    """
+
+    def __init__(self, vocabulary: int, taught: tuple[int, ...] = ()) -> None:
         super().__init__()
+        self.taught = taught
         self.tower, self.heads = build_tower(), TowerHeads()
         self.projector = nn.Linear(WIDTH, WIDTH)
         self.decoder: LlamaForCausalLM = build_decoder(vocabulary)
         self.mask_projection = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CHANNELS))
-        self.pointer_queries = nn.ModuleList(nn.Linear(WIDTH, 96) for _ in TAPS)
+        self.pointer_queries = nn.ModuleList(nn.Linear(WIDTH, 96) for _ in (ANCHOR_TAP, *TAPS))
         self.pointer_keys = nn.Linear(WIDTH, 96)
 
     def image_tokens(self, features: Tensor, side: int) -> Tensor:
@@ -43,11 +48,12 @@ class Student(nn.Module):
     def read(
         self, prompts: Prompts, image: Tensor, ids: Tensor, last: Tensor, short: bool, blind: bool = False
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Pointer logits [B, n, I] per tap, log attention [B, n, I] per watched layer, prompt embeddings
-        [B, n, channels], and the last layer's states."""
+        """Pointer logits [B, n, I] to the anchor, then per tap to the target; log attention [B, n, I] per taught head;
+        prompt embeddings [B, n, channels]; and the last layer's states."""
         head = torch.tensor([] if short else prompts.head, dtype=torch.long)
         tail = torch.tensor(prompts.tail[:1] if short else prompts.tail)
-        states, watched = forward_packed(self.decoder, head, image, tail, ids, TAPS, blind, WATCHED, last)
+        taps = (ANCHOR_TAP, *TAPS)
+        states, watched = forward_packed(self.decoder, head, image, tail, ids, taps, blind, self.taught, last)
         index = last[..., None, None].expand(-1, -1, 1, states[0].shape[-1])
         queries = [state.gather(2, index)[:, :, 0] for state in states]
         keys = functional.layer_norm(self.pointer_keys(image), (96,))
@@ -89,6 +95,17 @@ def pointer_targets(labels: np.ndarray, targets: Sequence[Sequence[Any]], side: 
     chosen = [counts[i][:, [item.label for item in row]].T for i, row in enumerate(targets)]
     wanted = torch.from_numpy(np.stack(chosen).astype(np.float32))
     return wanted / wanted.sum(-1, keepdim=True)
+
+
+def anchor_targets(
+    labels: np.ndarray, scenes: Sequence[Sequence[Any]], texts: Sequence[Sequence[str]], side: int
+) -> tuple[Tensor, Tensor]:
+    """Which queries have an anchor, bool [B, n], and for those the share of the anchor's pixels in each image token,
+    float32 [k, side²]."""
+    anchors = [[anchor_of(text, objects) for text in row] for row, objects in zip(texts, scenes, strict=True)]
+    related = torch.tensor([[item is not None for item in row] for row in anchors])
+    filled = [[item or objects[0] for item in row] for row, objects in zip(anchors, scenes, strict=True)]
+    return related, pointer_targets(labels, filled, side)[related]
 
 
 def prompt_targets(sam: SamModel, labels: np.ndarray, targets: Sequence[Sequence[Any]]) -> Tensor:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import sentencepiece
+from scenes import VERSION
 
 from tokenprune.datasets.shapes import KINDS
 from tokenprune.datasets.shapes.dataset import scene_generator
@@ -32,7 +33,7 @@ def corpus(scenes: int = 300) -> list[str]:
         rng = scene_generator("train", 1, index)
         objects = draw_scene(rng).objects
         for kind in KINDS:
-            for text, _ in sample_queries(rng, objects, kind, 3):
+            for text, _ in sample_queries(rng, objects, kind, 3, VERSION):
                 prompt = forced_prompt(text, False, True, ANSWER)
                 for token in ("<im_start>", "<image>", "<im_end>", "[SEG]", "</s>"):
                     prompt = prompt.replace(token, " ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune.datasets.shapes.dataset import Shapes, UnknownSplitError, draw
+from tokenprune.datasets.shapes.dataset import Shapes, Shapes2, UnknownSplitError, draw
 from tokenprune.datasets.shapes.queries import KINDS
 from tokenprune.datasets.shapes.scenes import COLOURS, HELD_OUT, SHAPES, SIZES, DrawnScene, SceneObject
 
@@ -15,6 +15,7 @@ __all__ = [
     "DrawnScene",
     "SceneObject",
     "Shapes",
+    "Shapes2",
     "UnknownSplitError",
     "draw",
 ]

@@ -1,13 +1,19 @@
-"""The `shapes` dataset: every scene and query follows from (split, seed, index); nothing is stored. Ours."""
+"""The `shapes` dataset: every scene and query follows from (split, seed, index); nothing is stored. Ours.
+
+Its two versions have the same scenes and other queries. They are two datasets by name, because results are stored
+under the name of their dataset, and those of different queries must not be taken for the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
 from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.datasets.shapes.queries import KINDS, Candidate, sample_queries
+from tokenprune.datasets.shapes.phrases import Candidate
+from tokenprune.datasets.shapes.queries import KINDS, sample_queries
 from tokenprune.datasets.shapes.scenes import HELD_OUT, DrawnScene, draw_scene
 from tokenprune.errors import OptionError, TokenPruneError
 
@@ -24,16 +30,17 @@ def scene_generator(split: str, seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng([20250411, _SPLIT_CODES[split], seed, index])
 
 
-def draw(split: str, seed: int, index: int) -> tuple[DrawnScene, list[tuple[str, Candidate]]]:
+def draw(split: str, seed: int, index: int, version: int = 1) -> tuple[DrawnScene, list[tuple[str, Candidate]]]:
     """Scene `index` with up to one query of each kind, as (kind, (text, object)).
 
-    In the split `heldout` every answer is an object of a held-out (colour, shape) pair.
+    In the split `heldout` every answer is an object of a held-out (colour, shape) pair. `version` (1 or 2) changes
+    the queries, not the scene.
     """
     rng = scene_generator(split, seed, index)
     scene = draw_scene(rng, held_out=split == "heldout")
     queries: list[tuple[str, Candidate]] = []
     for kind in KINDS:
-        drawn = sample_queries(rng, scene.objects, kind, count=1 if split != "heldout" else 8)
+        drawn = sample_queries(rng, scene.objects, kind, 1 if split != "heldout" else 8, version)
         if split == "heldout":
             drawn = [c for c in drawn if (c[1].colour, c[1].shape) in HELD_OUT][:1]
         queries.extend((kind, candidate) for candidate in drawn)
@@ -44,6 +51,7 @@ class Shapes(Dataset):
     """Procedural reasoning segmentation: 256 x 256 scenes, four kinds of queries, at most one of each kind a scene."""
 
     name = "shapes"
+    version: ClassVar[int] = 1
     splits = tuple(_SPLIT_CODES)
     kinds = KINDS
 
@@ -52,15 +60,15 @@ class Shapes(Dataset):
         and OptionError for more than `MOST` queries, which would be minutes of drawing."""
         if split not in self.splits:
             splits = ", ".join(self.splits)
-            raise UnknownSplitError(f"dataset 'shapes' has no split {split!r}; choose one of {splits}")
+            raise UnknownSplitError(f"dataset {self.name!r} has no split {split!r}; choose one of {splits}")
         if limit is not None and limit > MOST:
             raise OptionError(
-                f"dataset 'shapes' draws scenes one after the other, at most {MOST} queries; {limit} were asked for, "
-                "choose a lower limit or index, or another seed"
+                f"dataset {self.name!r} draws scenes one after the other, at most {MOST} queries; {limit} were asked "
+                "for, choose a lower limit or index, or another seed"
             )
         index = given = 0
         while limit is None or given < limit:
-            scene, drawn = draw(split, seed, index)
+            scene, drawn = draw(split, seed, index, self.version)
             index += 1
             if not drawn:
                 continue
@@ -68,4 +76,11 @@ class Shapes(Dataset):
             if limit is not None:
                 queries = queries[: limit - given]
             given += len(queries)
-            yield Scene(f"shapes-{split}-{seed}-{index - 1}", scene.image, queries)
+            yield Scene(f"{self.name}-{split}-{seed}-{index - 1}", scene.image, queries)
+
+
+class Shapes2(Shapes):
+    """Version 2 of `shapes`: the same scenes; in relations the anchor decides, and no form of reasoning is rare."""
+
+    name = "shapes-2"
+    version = 2

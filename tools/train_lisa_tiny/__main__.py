@@ -32,6 +32,7 @@ def main() -> None:
         help='layers, from 1, whose first head is taught to look from the mask query at the target; or "none"',
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bfloat16", action="store_true", help="autocast to bfloat16: for machines with matrix units")
     parser.add_argument("--sam-steps", type=int, default=1500)
     parser.add_argument("--tower-steps", type=int, default=1500)
     parser.add_argument("--decoder-steps", type=int, default=5000)
@@ -52,7 +53,7 @@ def main() -> None:
     from finish import finish
     from pretrain import train_sam, train_tower
 
-    recipe = Recipe(options.work, options.seed, options.taught_heads)
+    recipe = Recipe(options.work, options.seed, options.taught_heads, options.bfloat16)
     if "sam" in phases:
         train_sam(recipe, options.sam_steps)
     if "tower" in phases:
@@ -63,10 +64,12 @@ def main() -> None:
         train_decoder(recipe, options.masks_steps, masks=True, rate=3e-4)
     if "export" in phases:
         taught = ",".join(map(str, options.taught_heads)) or "none"
+        precision = " --bfloat16" * options.bfloat16
         command = (
             f"python tools/train_lisa_tiny --work FOLDER --seed {options.seed} --taught-heads {taught} "
-            f"--threads {options.threads} --sam-steps {options.sam_steps} --tower-steps {options.tower_steps} "
-            f"--decoder-steps {options.decoder_steps} --masks-steps {options.masks_steps}"
+            f"--threads {options.threads}{precision} --sam-steps {options.sam_steps} "
+            f"--tower-steps {options.tower_steps} --decoder-steps {options.decoder_steps} "
+            f"--masks-steps {options.masks_steps}"
         )
         finish(recipe, options.out or options.work / "model", command)
 

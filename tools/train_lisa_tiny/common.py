@@ -27,12 +27,17 @@ _COLOURS, _SIZES = list(COLOURS), list(SIZES)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is: its folder, its seed, and the layers whose first head is taught where to look (none: an empty
-    tuple)."""
+    """What a run is: its folder, its seed, the layers whose first head is taught where to look (none: an empty tuple),
+    and whether it computes in bfloat16, which is slower than float32 on machines without matrix units."""
 
     work: Path
     seed: int
     taught: tuple[int, ...]
+    bfloat16: bool = False
+
+    def precision(self) -> torch.autocast:
+        """The context of forward passes."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed."""

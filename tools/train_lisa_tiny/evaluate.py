@@ -63,14 +63,13 @@ class Evaluation:
         for start in range(0, len(self.asked), 10):
             part = self.asked[start : start + 10]
             images = torch.from_numpy(np.stack([scene.image for scene, _ in part]))
-            with torch.autocast("cpu", torch.bfloat16):
-                image = student.image_tokens(tower_features(student.tower, images)[0], side)
-                most = max(len(queries) for _, queries in part)
-                texts = [[text for _, text, _ in queries] for _, queries in part]
-                texts = [row + [row[0]] * (most - len(row)) for row in texts]
-                ids, last = pack(prompts, texts, short)
-                embedded = student.read(prompts, image, ids, last, short, blind)[2]
-                logits = decode_masks(sam, torch.cat(self.embeddings[start : start + 10]), embedded)
+            image = student.image_tokens(tower_features(student.tower, images)[0], side)
+            most = max(len(queries) for _, queries in part)
+            texts = [[text for _, text, _ in queries] for _, queries in part]
+            texts = [row + [row[0]] * (most - len(row)) for row in texts]
+            ids, last = pack(prompts, texts, short)
+            embedded = student.read(prompts, image, ids, last, short, blind)[2]
+            logits = decode_masks(sam, torch.cat(self.embeddings[start : start + 10]), embedded)
             full = functional.interpolate(logits.float(), (256, 256), mode="bilinear", align_corners=False) > 0
             for (scene, queries), masks in zip(part, full.numpy(), strict=True):
                 for (form, _, item), mask in zip(queries, masks, strict=False):

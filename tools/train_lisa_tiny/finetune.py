@@ -116,7 +116,7 @@ def _step(
     answer = not stage.short and run.step % 6 == 0
     ids, last = pack(prompts, texts, stage.short, answer)
     pixels = torch.from_numpy(images)
-    with torch.autocast("cpu", torch.bfloat16):
+    with run.recipe.precision():
         features, pooled = tower_features(student.tower, pixels)
         image = student.image_tokens(features, stage.side)
         pointers, watched, embedded, states = student.read(prompts, image, ids, last, stage.short)

@@ -62,7 +62,7 @@ def train_sam(recipe: Recipe, steps: int) -> None:
         points = torch.tensor(np.array([p for p, _ in chosen]), dtype=torch.float32)
         masks = torch.from_numpy(np.array([m for _, m in chosen])).flatten(0, 1)
         noise = torch.from_numpy(rng.normal(0, 0.05, (size, count, CHANNELS)).astype(np.float32))
-        with torch.autocast("cpu", torch.bfloat16):
+        with recipe.precision():
             embedding = sam.vision_encoder(sam_pixels(torch.from_numpy(images))).last_hidden_state
             logits = decode_masks(sam, embedding, point_prompts(sam, points) + noise)
         loss, iou = mask_loss(logits.flatten(0, 1), half_size(masks), positive=1 + 15 * max(0.0, 0.6 - run.progress))
@@ -81,7 +81,7 @@ def train_tower(recipe: Recipe, steps: int) -> None:
     while not run.done:
         run.set_rate(floor=0.15)
         images, labels, scenes = batch(run, size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with recipe.precision():
             outputs = heads(*tower_features(tower, torch.from_numpy(images)))
         loss, report = tower_loss(outputs, labels, scenes)
         loss.backward()

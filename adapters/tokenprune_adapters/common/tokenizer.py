@@ -22,7 +22,6 @@ from tokenprune_adapters.common.checkpoint import read_json
 class TextTokenizer(Protocol):
     """What segmentation models ask of a tokenizer."""
 
-    bos_id: int
     eos_id: int
     pad_id: int
 

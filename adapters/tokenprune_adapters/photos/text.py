@@ -28,7 +28,6 @@ class ChatTokenizer:
         end = tokenizer.token_to_id(END)
         assert end is not None
         self.eos_id: int = end
-        self.bos_id: int = end  # the model has none that it begins with
         self.pad_id: int = end
 
     def __len__(self) -> int:

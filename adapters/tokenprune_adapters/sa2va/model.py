@@ -31,6 +31,7 @@ from tokenprune_adapters.sa2va import sam2
 from tokenprune_adapters.sa2va.chat import IMAGE, IMAGE_END, IMAGE_START, PHRASE, ChatFormat
 from tokenprune_adapters.sa2va.results import EncodedImage, PreparedImage
 from tokenprune_adapters.sa2va.tiles import MEAN, STD, cut, tile_grid, values
+from tokenprune_adapters.sa2va.tokenizer import QwenTokenizer
 from tokenprune_adapters.sa2va.tower import MERGED, TilesRun, run_tower
 from tokenprune_adapters.segmentation.data import Answered, SegmenterInputs
 from tokenprune_adapters.segmentation.image_encoding import in_turn
@@ -70,6 +71,7 @@ class Sa2vaModel(Segmenter):
     prepared_type, encoded_type = PreparedImage, EncodedImage
     reads_mask_token = True
     forced_answer = "Sure, [SEG]."
+    tokenizer: QwenTokenizer
 
     def __init__(self, *, sam: Sam2Model, chat: ChatFormat, max_tiles: int, **parts: Any) -> None:
         super().__init__(**parts)

@@ -18,7 +18,7 @@ from tokenprune.utils.stopwatch import stage
 from tokenprune_adapters.clip.shared_space import ClipSpace
 from tokenprune_adapters.common.context_length import check_length
 from tokenprune_adapters.common.tokenizer import TextTokenizer
-from tokenprune_adapters.llava.prompt import prompt_ids, splice
+from tokenprune_adapters.llava.prompt import splice
 from tokenprune_adapters.llava.vision import count_layers
 from tokenprune_adapters.segmentation.data import Answered, Encoded, Segmentation, SegmenterInputs
 from tokenprune_adapters.segmentation.decoder_runs import DecoderRuns

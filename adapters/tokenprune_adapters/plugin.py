@@ -15,6 +15,8 @@ def tokenprune_register_adapters(register: Register) -> None:
     pixellm = "tokenprune_adapters.pixellm:PixelLMAdapter"
     register("pixellm", pixellm, summary="PixelLM checkpoints in their original format")
     register("sa2va", "tokenprune_adapters.sa2va:Sa2vaAdapter", summary="Sa2VA checkpoints (InternVL, Qwen2 and SAM 2)")
+    photos = "tokenprune_adapters.photos:PhotoAdapter"
+    register("photos", photos, summary="small models of photographs on SmolLM2, such as photo-small")
 
 
 @hookimpl

@@ -19,6 +19,7 @@ import pixellm_checkpoints
 import sa2va_checkpoints
 import torch
 from clip_checkpoints import whole_clip
+from photo_parts import tiny_photo_model
 from vlm_families import FAMILIES
 
 import tokenprune as tp
@@ -91,9 +92,10 @@ SEGMENTERS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "pixellm": ("PixelLM", pixellm_checkpoints.write_pixellm),
     "sa2va": ("Sa2VA", sa2va_checkpoints.write_sa2va),
 }
+PHOTOS = "photos"
 PLAIN = "decoder"
 _FOLDER = tempfile.TemporaryDirectory()  # stays: CLIP's text tower is read when it is first needed
-ROWS = [*SEGMENTERS, *FAMILIES, PLAIN]
+ROWS = [*SEGMENTERS, PHOTOS, *FAMILIES, PLAIN]
 
 
 @functools.cache
@@ -101,6 +103,8 @@ def row(name: str) -> Model:
     """A tiny random model of a family; built once."""
     if name in SEGMENTERS:
         return _segmenter(name)
+    if name == PHOTOS:
+        return _segmenting("photo-small", name, tiny_photo_model())
     return _decoder() if name == PLAIN else _vlm(name)
 
 
@@ -110,7 +114,10 @@ def _segmenter(name: str) -> Model:
     folder = write(Path(_FOLDER.name) / name)
     if (folder / "vision_tower").is_dir():
         whole_clip(folder / "vision_tower")
-    model = tp.load(folder)
+    return _segmenting(title, name, tp.load(folder))
+
+
+def _segmenting(title: str, adapter: str, model: Any) -> Model:
     image = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
 
     def run(strategy: tp.Strategy) -> Trace:
@@ -118,7 +125,7 @@ def _segmenter(name: str) -> Model:
         assert trace is not None
         return trace
 
-    return Model(title, name, model, run, model)
+    return Model(title, adapter, model, run, model)
 
 
 def _vlm(name: str) -> Model:

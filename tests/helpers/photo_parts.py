@@ -13,11 +13,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tokenprune_adapters.photos.adapter import assemble
+from tokenprune_adapters.photos.model import PhotoModel
 from tokenprune_adapters.photos.parts import CELL, MaskHead, Projector, ReadOut, Standardise
+from tokenprune_adapters.photos.text import ChatTokenizer
 from tokenprune_adapters.photos.tower import LiteTower
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<empty_output>")
-LAYERS, RANK = 3, 4
+LAYERS, RANK = 4, 4
 TOOL = Path(__file__).parents[2] / "tools" / "train_photo_small"
 
 
@@ -65,6 +68,12 @@ def random_delta(llama: LlamaForCausalLM, rank: int = RANK) -> dict[str, torch.T
             found[f"decoder.model.layers.{name}.up"] = 0.1 * torch.randn(layer.out_features, rank)
     assert found["projector.enter.weight"].shape[1] == CELL
     return found
+
+
+def tiny_photo_model() -> PhotoModel:
+    """All of it."""
+    llama = tiny_llama()
+    return assemble(llama, tiny_tower(), ChatTokenizer(byte_tokenizer()), random_delta(llama), "photo-tiny")
 
 
 @contextmanager

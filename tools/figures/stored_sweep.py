@@ -4,7 +4,8 @@
 
 A row for every strategy and budget: gIoU with its interval over scenes, accuracies by kind of query and size of target,
 and paired differences: from no pruning, from the plain grid at the same budget, from the other position policy, and
-from the best of that budget and policy.
+from the best of that budget and policy. `orders` has the paired difference of every two methods, positions kept, which
+`evidence.py` compares between models.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
         leader = best[first.budget, policies[label]] if policies[label] else None
         rows.append(
             {
+                "label": label,
                 "strategy": first.strategy,
                 "given": json.loads(first.given),
                 "options": json.loads(first.options),
@@ -84,6 +87,22 @@ def pairs_of(table: pd.DataFrame) -> list[dict[str, Any]]:
             if set(labels) <= set(table.label):
                 about = {"first": first, "second": second, "budget": float(budget)}
                 found.append(about | {"difference": difference(table, *labels)})
+    return found
+
+
+def orders_of(table: pd.DataFrame, rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """[budget, first, second, difference, whether it is shown] of every two methods that keep positions and have no
+    other option."""
+    kept: dict[float, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["positions"] == "keep" and set(row["given"]) <= {"positions"}:
+            kept.setdefault(row["budget"], []).append(row)
+    found = []
+    for budget, own in kept.items():
+        for one, other in combinations(own, 2):
+            gap = differences(table, one["label"], other["label"])
+            if gap is not None:
+                found.append([budget, one["strategy"], other["strategy"], gap.value, gap.shown])
     return found
 
 
@@ -143,7 +162,7 @@ def main() -> None:
     name, *runs = sys.argv[1:]
     table = pd.concat([tp.read_results(run) for run in runs], ignore_index=True)
     table = table.drop_duplicates(["label", "seed", "scene", "query"])
-    first = table.iloc[0]
+    first, rows = table.iloc[0], rows_of(table)
     found = {
         "model": first.model,
         "dataset": first.dataset,
@@ -152,11 +171,15 @@ def main() -> None:
         "environment": environment(Path(runs[0])),
         "queries": int(table.groupby("label").size().max()),
         "scenes": int(table.scene.nunique()),
-        "rows": rows_of(table),
+        "rows": rows,
         "pairs": pairs_of(table),
+        "orders": orders_of(table, rows),
     }
     short = json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 5))
-    (STORED / f"{name}.json").write_text(json.dumps(short, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(short | {"orders": []}, indent=1)
+    lines = ",\n  ".join(map(json.dumps, short["orders"]))
+    text = text.replace('"orders": []', f'"orders": [\n  {lines}\n ]')
+    (STORED / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from scenes import Natural, Strips
 
 from tokenprune_adapters.photos.parts import CELL, gather_cells
 
-QUERIES = 10
 KEPT = (0.5, 0.9)  # of the image tokens: cheaper, against overfitting, and what pruning does later
 NATURAL = 0.12  # of the pictures
 RATE = 1e-3
@@ -26,21 +26,36 @@ RATE = 1e-3
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps on the decoder's first layers; `depths` are the taps that learn."""
+    """Some steps on the decoder's first layers.
+
+    Args:
+        steps: how many.
+        depths: the taps that learn.
+        queries: of a picture, at most.
+        persons: how many photographs a strip has, drawn anew for each; few are easier to tell apart.
+        answer: also learn to answer with SEG.
+    """
 
     steps: int
     depths: tuple[int, ...]
-    pictures: int
+    queries: int
+    persons: tuple[int, ...]
     answer: bool = False
 
 
 ALIGN = 80  # steps of the projector alone, at first
-STAGES = (Stage(800, (4,), 2), Stage(1800, (4, 12), 2), Stage(1500, (12, 30), 2, True))
+PICTURES = 2  # a step
+STAGES = (
+    Stage(800, (4,), 10, (4,)),
+    Stage(700, (4, 12), 16, (2,)),
+    Stage(1100, (4, 12), 16, (2, 3, 4, 4)),
+    Stage(1500, (12, 30), 16, (3, 4, 4, 4), True),
+)
 
 
 def stages(scale: float) -> list[Stage]:
     """The stages with their steps multiplied."""
-    return [Stage(round(one.steps * scale), one.depths, one.pictures, one.answer) for one in STAGES]
+    return [replace(one, steps=round(one.steps * scale)) for one in STAGES]
 
 
 def place_in(plan: list[Stage], step: int) -> tuple[Stage, int]:
@@ -126,9 +141,11 @@ def _step(
     rng = phase.begin_step(31)
     align = phase.step < ALIGN
     sums: dict[str, list[float]] = {}
-    for _ in range(stage.pictures):
-        source = natural if not align and rng.random() < NATURAL else strips
-        scene = source.scene(rng, QUERIES, True)
+    for _ in range(PICTURES):
+        source: Natural | Strips = strips
+        if not align:
+            source = natural if rng.random() < NATURAL else _strips(strips, rng, stage.persons)
+        scene = source.scene(rng, stage.queries, True)
         cells = torch.zeros(1, CELL, *scene.grid) if model.blind else gather_cells(eyes.levels(scene.pixels))
         tokens = model.image_tokens(cells)
         dense, named = dense_loss(model, tokens.float(), scene)
@@ -138,8 +155,14 @@ def _step(
             kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[: int(len(tokens) * rng.uniform(*KEPT))]))
             loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer)
             loss = loss if model.blind else loss + 0.2 * dense
-        (loss / stage.pictures).backward()
-        if source is strips:
+        (loss / PICTURES).backward()
+        if source is not natural:
             for key, value in {**report, "named": named, "loss": float(loss.detach())}.items():
                 sums.setdefault(key, []).append(value)
     phase.end_step({key: float(np.mean(values)) for key, values in sums.items()}, rate)
+
+
+def _strips(strips: Strips, rng: np.random.Generator, persons: Sequence[int]) -> Strips:
+    """The strips with one of several numbers of persons."""
+    number = persons[0] if len(persons) == 1 else int(rng.choice(persons))
+    return Strips(strips.photographs, strips.split, number)

@@ -77,13 +77,17 @@ def query_loss(
         pointer = tap.point_at(states, images)
         person, part = mass_loss(logits, things), mass_loss(logits, named)
         looked = mass_loss(pointer, named if kept is None else named[:, kept])
+        # a place that attention brings from an image token can be read before attention has learnt which to bring
+        places = torch.arange(len(images)) if kept is None else kept
+        own = functional.cross_entropy(tap.read(images, *scene.grid), places)
         weight = 1.0 if depth == depths[-1] else 0.3
-        total = total + weight * (person + 0.5 * part + 0.5 * looked)
+        total = total + weight * (person + 0.5 * part + 0.5 * looked + 0.3 * own)
         best = logits.detach().argmax(-1, keepdim=True)
         report = {
             "person": float(person.detach()),
             "part": float(part.detach()),
             "pointer": float(looked.detach()),
+            "own": float(own.detach()),
             "hit": float(things.gather(1, best).float().mean()),
         }
         if answer and depth == depths[-1]:

@@ -1,7 +1,7 @@
 """Where the decoder of a segmentation model attends, layer by layer: measured, and drawn.
 
 python tools/figures/attention.py measure MODEL DATASET      docs/results/attention-MODEL.json
-    [--split val] [--queries 100] [--example 6] [--name attention-MODEL]
+    [--split val] [--queries 100] [--example 18] [--name attention-MODEL]
 python tools/figures/attention.py draw [NAME …]              docs/images/attention.svg and attention-maps.svg
 
 `docs/attention.md` says what the measures are. No picture of a dataset is stored or drawn: the maps show the grid of
@@ -22,6 +22,7 @@ from typing import Any
 import attention_drawing
 import numpy as np
 import torch
+from attention_tables import SHOWN, STORED, read
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 from stages import IMAGES
@@ -37,9 +38,8 @@ from tokenprune.evaluation.environment import describe
 from tokenprune.evaluation.models import SegmentationModel
 from tokenprune.evaluation.statistics import mean_interval
 
-STORED = Path(__file__).resolve().parents[2] / "docs" / "results"
-SHOWN = ("attention-lisa-tiny",)  # columns of the figures, stored by `measure`
 ROWS = ("mask_query", "last", "text")
+PARTS = ("first", "before", "image", "behind")
 Numbers = NDArray[np.float64]
 
 
@@ -98,9 +98,11 @@ def query_attention(model: SegmentationModel, encoded: Any, query: Query, box: B
 
 
 def shares(weights: Numbers, image: NDArray[np.int64]) -> dict[str, Numbers]:
-    """The parts of attention [L, S] on the first token, other text and the image, which sum to 1: [L] each."""
-    on_image = weights[:, image].sum(1)
-    return {"first": weights[:, 0], "text": weights.sum(1) - weights[:, 0] - on_image, "image": on_image}
+    """The parts of attention [L, S] on the first token, on other text before the image, on the image, and on text
+    behind its start, the row itself included; they sum to 1: [L] each."""
+    first, others = np.split(np.setdiff1d(np.arange(weights.shape[1]), image), [1])
+    places = (first, others[others < image[0]], image, others[others > image[0]])
+    return {name: weights[:, place].sum(1) for name, place in zip(PARTS, places, strict=True)}
 
 
 def auc(scores: Numbers, target: NDArray[np.bool_]) -> Numbers:
@@ -134,14 +136,33 @@ def spread(scores: Numbers, target: NDArray[np.bool_]) -> dict[str, Numbers]:
     }
 
 
-def others_map(maps: Numbers, scenes: NDArray[np.int64]) -> Numbers:
-    """Of maps [Q, L, N] the mean over the queries of all other scenes: what places get whatever is asked."""
+def controls(maps: Numbers, targets: NDArray[np.bool_], scenes: NDArray[np.int64]) -> dict[str, tuple[Numbers, Any]]:
+    """How well maps that know nothing of a query find its target: AUC [q, L], with the scenes [q], of those that can be.
+
+    "auc_other_queries": the mean map of queries about the same picture that have other targets, so that the picture
+    decides; "auc_other_scenes": that of all queries about other pictures, so that the position alone does.
+
+    Args:
+        maps: [Q, L, N].
+        targets: [Q, N].
+        scenes: [Q].
+    """
     parts = maps / np.maximum(maps.sum(-1, keepdims=True), 1e-30)
-    return np.stack([parts[scenes != own].mean(0) for own in scenes])
+    same = scenes[:, None] == scenes
+    found = {}
+    for name, known in (
+        ("auc_other_queries", same & (targets[:, None] != targets).any(-1)),
+        ("auc_other_scenes", ~same),
+    ):
+        numbers = np.flatnonzero(known.any(1))
+        if len(numbers):
+            values = np.stack([auc(parts[known[number]].mean(0), targets[number]) for number in numbers])
+            found[name] = values, scenes[numbers]
+    return found
 
 
 def measure(
-    model: SegmentationModel, dataset: Dataset | str, split: str = "val", queries: int = 100, example: int = 6
+    model: SegmentationModel, dataset: Dataset | str, split: str = "val", queries: int = 100, example: int = 18
 ) -> dict[str, Any]:
     """Where a model attends on the first queries of a split; a query whose target covers all cells or none is left out.
 
@@ -158,7 +179,8 @@ def measure(
     found: list[QueryAttention] = []
     scenes: list[int] = []
     shown: dict[str, Any] = {}
-    for number, scene in enumerate(scenes_of(check_request(dataset, split, queries, 0), split, queries, 0)):
+    data = check_request(dataset, split, queries, 0)
+    for number, scene in enumerate(scenes_of(data, split, queries, 0)):
         encoded, box = model.encode_image(scene.image), model.grid_box(*scene.image.shape[:2])
         for query in scene.queries:
             one = query_attention(model, encoded, query, box)
@@ -170,10 +192,10 @@ def measure(
             scenes.append(number)
     first = next(iter(found), None)
     if first is None:
-        raise InputError(f"{dataset}, split {split!r}: no query has a target that covers a part of the cells")
+        raise InputError(f"{data.name}, split {split!r}: no query has a target that covers a part of the cells")
     about = {
         "model": model.name,
-        "dataset": dataset if isinstance(dataset, str) else dataset.name,
+        "dataset": data.name,
         "split": split,
         "queries": len(found),
         "scenes": len(set(scenes)),
@@ -198,11 +220,12 @@ def summary(found: list[QueryAttention], scenes: list[int], row: str) -> dict[st
     heads = np.stack(values.pop("heads"))  # [Q, L, heads]
     best = heads.mean(0).argmax(-1)
     values["auc_best_head"] = list(np.take_along_axis(heads, best[None, :, None], 2)[..., 0])
-    if len({one.grid for one in found}) == 1 and len(set(scenes)) > 1:
-        maps = np.stack([one.weights[row].mean(1)[:, one.image] for one in found])
-        common = others_map(maps, np.array(scenes))
-        values["auc_others_map"] = [auc(scores, one.target) for scores, one in zip(common, found, strict=True)]
     about: dict[str, Any] = {name: intervals(np.stack(each), scenes) for name, each in values.items()}
+    if len({one.grid for one in found}) == 1:
+        maps = np.stack([one.weights[row].mean(1)[:, one.image] for one in found])
+        targets = np.stack([one.target for one in found])
+        for name, (each, of) in controls(maps, targets, np.array(scenes)).items():
+            about[name] = intervals(each, of.tolist())
     return about | {"auc_heads": np.round(heads.mean(0), 3).tolist(), "best_head": best.tolist()}
 
 
@@ -213,29 +236,21 @@ def intervals(values: Numbers, scenes: list[int]) -> list[list[float]]:
 
 
 def example_of(one: QueryAttention, text: str) -> dict[str, Any]:
-    """The maps of a query: by layer the attention of the mask query on each cell, mean over heads."""
+    """The maps of a query: by layer the mask query's attention on each cell, mean over heads, in percent of the most."""
     scores = one.weights["mask_query"].mean(1)[:, one.image][:, np.argsort(one.cells)]
     return {
         "query": text,
         "grid": list(one.grid),
         "target": np.sort(one.cells[one.target]).tolist(),
-        "maps": [[float(f"{value:.3g}") for value in layer] for layer in scores],
+        "maps": (100 * scores / scores.max(1, keepdims=True)).round().astype(int).tolist(),
     }
-
-
-def read(name: str) -> dict[str, Any]:
-    """A stored measurement."""
-    found: dict[str, Any] = json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))
-    return found
 
 
 def store(found: Mapping[str, Any], target: Path) -> None:
     """Write a measurement, a line for each list of numbers."""
     parts = {**found, "rows": {}, "example": {}}
     text = json.dumps(parts, indent=1).removesuffix('\n "rows": {},\n "example": {}\n}')
-    rows = [
-        f'  {json.dumps(row)}: {{\n{lines(measures, 3)}\n  }}' for row, measures in found["rows"].items()
-    ]
+    rows = [f"  {json.dumps(row)}: {{\n{lines(measures, 3)}\n  }}" for row, measures in found["rows"].items()]
     text += '\n "rows": {\n' + ",\n".join(rows) + '\n },\n "example": {\n' + lines(found["example"], 2) + "\n }\n}\n"
     target.write_text(text, encoding="utf-8")
     print(f"wrote {target}")
@@ -253,14 +268,14 @@ def draw(names: tuple[str, ...] = SHOWN, folder: Path = IMAGES) -> None:
 
 def main() -> None:
     """Measure or draw."""
-    parser = argparse.ArgumentParser(prog="attention", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser("attention", None, __doc__, formatter_class=argparse.RawTextHelpFormatter)
     parts = parser.add_subparsers(dest="what", required=True)
     measuring, drawing = parts.add_parser("measure"), parts.add_parser("draw")
     measuring.add_argument("model", help="as tokenprune.load takes it")
     measuring.add_argument("dataset")
     measuring.add_argument("--split", default="val")
     measuring.add_argument("--queries", type=int, default=100)
-    measuring.add_argument("--example", type=int, default=6, help="number of the query whose maps are stored")
+    measuring.add_argument("--example", type=int, default=18, help="number of the query whose maps are stored")
     measuring.add_argument("--name", help="of the file in docs/results; attention-MODEL by default")
     drawing.add_argument("names", nargs="*", default=SHOWN, help="files in docs/results, without .json")
     given = parser.parse_args()

@@ -163,3 +163,32 @@ def test_the_figures_show_what_is_stored(script: Any, tmp_path: Path) -> None:
         )
         assert drawn == stored, f"{name} shows other numbers; run tools/figures/attention.py draw"
         assert set(json.loads(drawn or "")) == set(script.SHOWN)
+
+
+def test_the_page_says_what_is_stored(script: Any) -> None:
+    page = " ".join((ROOT / "docs" / "attention.md").read_text(encoding="utf-8").split())
+    found = script.read("attention-lisa-tiny")
+
+    def means(row: str, measure: str) -> list[float]:
+        return [value for value, _, _ in found["rows"][row][measure]]
+
+    def span(measure: str, digits: int = 2, row: str = "mask_query") -> str:
+        values = means(row, measure)
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    auc, others = means("mask_query", "auc"), means("mask_query", "auc_other_queries")
+    last = span("target", 1, "last")
+    for said in (
+        f"{found['queries']} queries about {found['scenes']} scenes",
+        f"{found['image_tokens'][0]} image tokens, {found['target_tokens']:.0f} of them on the target",
+        f"The first token gets at most {max(means('mask_query', 'first')):.3f}.",
+        f"The last quarter of the image gets {span('last_quarter')} of the image's attention",
+        f"on the target it is {span('target', 0)} times an even share, of the last token {last} times",
+        f"AUC of the mask query is {span('auc')},",
+        f"finds the target with an AUC of {span('auc_other_scenes')}, where",
+        f"fall from {others[0]:.2f} in layer 0 to {others[11]:.2f} in layer 11",
+        f"AUC is {auc[0]:.2f} in layer 0, {auc[1]:.2f} in layer 1 and {auc[2]:.2f} in layer 2.",
+        f"with an AUC of {means('last', 'auc')[2]:.2f} in layer 2, and maps of other queries do so with "
+        f"{means('last', 'auc_other_queries')[2]:.2f}",
+    ):
+        assert said in page

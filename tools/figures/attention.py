@@ -137,7 +137,7 @@ def spread(scores: Numbers, target: NDArray[np.bool_]) -> dict[str, Numbers]:
 
 
 def controls(maps: Numbers, targets: NDArray[np.bool_], scenes: NDArray[np.int64]) -> dict[str, tuple[Numbers, Any]]:
-    """How well maps that know nothing of a query find its target: AUC [q, L], with the scenes [q], of those that can be.
+    """How well maps that know nothing of a query find its target: AUC [q, L] and scenes [q], where there is such a map.
 
     "auc_other_queries": the mean map of queries about the same picture that have other targets, so that the picture
     decides; "auc_other_scenes": that of all queries about other pictures, so that the position alone does.
@@ -236,7 +236,7 @@ def intervals(values: Numbers, scenes: list[int]) -> list[list[float]]:
 
 
 def example_of(one: QueryAttention, text: str) -> dict[str, Any]:
-    """The maps of a query: by layer the mask query's attention on each cell, mean over heads, in percent of the most."""
+    """Maps of a query: by layer the mask query's attention on each cell, mean over heads, in percent of the most."""
     scores = one.weights["mask_query"].mean(1)[:, one.image][:, np.argsort(one.cells)]
     return {
         "query": text,

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator
 from stages import ACTIVE, INK, PARKED
 
 MAPS = 12  # layers whose maps are shown, at most
@@ -80,8 +81,10 @@ def curves(data: dict[str, Any]) -> Figure:
         for panel, shown in zip(column[1:], (TARGET, FOUND, SPREAD), strict=True):
             lines(panel, found, shown)
         column[0].set(title=found["model"], ylim=(0, 1))
-        column[1].set(yscale="log", ylim=(0.3, 60), yticks=[0.3, 1, 3, 10, 30], yticklabels=["0.3", "1", "3", "10", "30"])
+        column[1].set_yscale("log")
         column[1].minorticks_off()
+        column[1].yaxis.set_major_locator(FixedLocator([0.1, 0.3, 1, 3, 10, 30, 100]))
+        column[1].yaxis.set_major_formatter("{x:g}")
         column[1].axhline(1, color=drawing.FAINT, lw=0.8, zorder=0)
         column[2].axhline(0.5, color=drawing.FAINT, lw=0.8, zorder=0)
         column[3].set(xlabel="decoder layer", ylim=(0, 1))
@@ -104,7 +107,7 @@ def lines(panel: Axes, found: dict[str, Any], shown: Sequence[Curve]) -> None:
 
 
 def heat_maps(data: dict[str, Any]) -> Figure:
-    """For each model the maps of one query by layer, each relative to its own largest cell, and the target's outline."""
+    """For each model the maps of one query by layer, each relative to its largest cell, and the target's outline."""
     across = {name: max(1, round(6 * 16 / max(16, found["grid"][1]))) for name, found in data.items()}
     heights = []
     for name, found in data.items():

@@ -51,4 +51,5 @@ def over_layers(values: list[list[float]] | None) -> str:
         return ""
     means = [value for value, _, _ in values]
     low, high = means.index(min(means)), means.index(max(means))
-    return f"{sum(means) / len(means):.2f} ({means[low]:.2f} in {low} – {means[high]:.2f} in {high})"
+    mean = round(sum(means) / len(means), 2) + 0.0  # no −0.00
+    return f"{mean:.2f} ({means[low]:.2f} in {low} – {means[high]:.2f} in {high})"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from head import Eyes
+from losses import pooled
 from model import PhotoModel
 from scenes import Asked, Natural, Scene, Strips
 from torch import Tensor
@@ -82,6 +83,7 @@ def evaluate(
     depth: int,
     conditions: Sequence[str] = ("full", "wrong", "oracle"),
     kinds: bool = False,
+    pool: int = 1,
 ) -> dict[str, Any]:
     """A summary for each condition.
 
@@ -92,6 +94,7 @@ def evaluate(
         conditions: "full"; "wrong": the decoder is shown the previous scene of the same grid, the head the right one;
             "oracle": the head is given the middle of the right thing; "blind": image tokens without the picture.
         kinds: also by kind of query.
+        pool: see `losses.query_loss`.
     """
     model.eval()
     tallies = {condition: Tally() for condition in conditions}
@@ -113,7 +116,7 @@ def evaluate(
                         continue
                     shown = earlier[scene.grid]
                 model.blind = blind or condition == "blind"
-                points = answer_points(model, shown, [one.text for one in scene.asked], scene.grid, depth)
+                points = answer_points(model, shown, [one.text for one in scene.asked], scene.grid, depth, pool)
                 model.blind = blind
             tally.add(eyes.masks(levels, points) > 0, points, scene.asked)
         earlier[scene.grid] = cells
@@ -121,9 +124,11 @@ def evaluate(
     return {condition: tally.summary(kinds) for condition, tally in tallies.items() if tally.ious}
 
 
-def answer_points(model: PhotoModel, cells: Tensor, texts: Sequence[str], grid: tuple[int, int], depth: int) -> Tensor:
+def answer_points(
+    model: PhotoModel, cells: Tensor, texts: Sequence[str], grid: tuple[int, int], depth: int, pool: int = 1
+) -> Tensor:
     """The points [n, 2] that the model answers queries with."""
-    tokens = model.image_tokens(cells)
+    tokens, _ = pooled(model.image_tokens(cells), grid, pool)
     states, _ = model.read(tokens, texts, [depth])[depth]
     return best_points(model.taps[str(depth)].read(states, *grid), *grid)
 

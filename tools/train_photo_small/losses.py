@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,6 +49,15 @@ def dense_loss(model: PhotoModel, tokens: Tensor, scene: Scene) -> tuple[Tensor,
     return loss, float(hit)
 
 
+def pooled(
+    values: Tensor, grid: tuple[int, int], pool: int, how: Callable[..., Tensor] = functional.avg_pool2d
+) -> tuple[Tensor, tuple[int, int]]:
+    """Values [N, H] of a grid's cells averaged (or what `how` does) over squares of `pool` cells a side, and the grid
+    of these."""
+    found = how(values.T.unflatten(1, grid)[None], pool, ceil_mode=True)[0]
+    return found.flatten(1).T, (found.shape[1], found.shape[2])
+
+
 def query_loss(
     model: PhotoModel,
     tokens: Tensor,
@@ -56,19 +65,23 @@ def query_loss(
     depths: Sequence[int],
     kept: Tensor | None,
     answer: bool,
+    pool: int = 1,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of all queries of a scene, and figures of the last depth.
 
     Args:
         model: read with its image tokens.
-        tokens: [N, H].
+        tokens: [N, H], averaged over squares if `pool` says so.
         scene: with queries.
         depths: the taps that learn; the last counts most.
         kept: the image tokens that are kept, see `PhotoModel.read`.
         answer: also learn to answer with SEG.
+        pool: cells a side that an image token stands for.
     """
     things, named = wanted_cells(scene)
     found = model.read(tokens, [asked.text for asked in scene.asked], depths, kept)
+    shown, grid = pooled(named.float().T, scene.grid, pool, functional.max_pool2d)
+    aimed = shown.T > 0 if kept is None else shown.T[:, kept] > 0
     total, report = tokens.sum() * 0, {}
     for depth in depths:
         tap = model.taps[str(depth)]
@@ -76,10 +89,10 @@ def query_loss(
         logits = tap.read(states, *scene.grid)
         pointer = tap.point_at(states, images)
         person, part = mass_loss(logits, things), mass_loss(logits, named)
-        looked = mass_loss(pointer, named if kept is None else named[:, kept])
+        looked = mass_loss(pointer, aimed)
         # a place that attention brings from an image token can be read before attention has learnt which to bring
         places = torch.arange(len(images)) if kept is None else kept
-        own = functional.cross_entropy(tap.read(images, *scene.grid), places)
+        own = functional.cross_entropy(tap.read(images, *grid), places)
         last = depth == depths[-1]
         total = total + (1.0 if last else 0.3) * (person + 0.5 * part + 0.3 * own)
         total = total + (0.5 if last else 1.5) * looked  # what resembles each other early, later layers can look for

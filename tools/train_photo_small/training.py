@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from evaluate import evaluate, fixed_scenes
 from head import Eyes
-from losses import dense_loss, query_loss
+from losses import dense_loss, pooled, query_loss
 from model import PhotoModel
 from runs import Phase
 from scenes import Natural, Strips
@@ -35,6 +35,7 @@ class Stage:
         queries: of a picture, at most.
         persons: how many photographs a strip has, drawn anew for each; few are easier to tell apart.
         answer: also learn to answer with SEG.
+        pool: cells a side that an image token stands for; with few tokens attention learns sooner which to look at.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Stage:
     queries: int
     persons: tuple[int, ...]
     answer: bool = False
+    pool: int = 1
 
 
 ALIGN = 80  # steps of the projector alone, at first
@@ -50,7 +52,8 @@ STAGES = (
     Stage(800, (4,), 2, 10, (4,)),
     Stage(500, (4, 12), 2, 16, (2,)),
     Stage(600, (4, 12), 1, 16, (2,)),
-    Stage(1000, (4, 8, 12), 1, 16, (2,)),
+    Stage(400, (4, 8, 12), 1, 16, (2,)),
+    Stage(1200, (4, 8, 12), 1, 16, (2, 2, 3), pool=2),
     Stage(1800, (4, 8, 12), 1, 16, (2, 3, 4, 4)),
     Stage(1800, (12, 20, 30), 1, 16, (3, 4, 4, 4), True),
 )
@@ -146,7 +149,7 @@ def train(
             conditions = ("full",) if model.blind else ("full", "wrong")
             persons = max(stage.persons)
             held_out = fixed_scenes(Strips(strips.photographs, "val", persons), 21, 40, 4)
-            scores = evaluate(eyes, model, held_out, stage.depths[-1], conditions)
+            scores = evaluate(eyes, model, held_out, stage.depths[-1], conditions, pool=stage.pool)
             phase.log(depth=stage.depths[-1], persons=persons, val=scores)
     phase.save()
     return phase
@@ -169,8 +172,13 @@ def _step(
         if align:
             loss, report = dense, {}
         else:
-            kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[: int(len(tokens) * rng.uniform(*KEPT))]))
-            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer)
+            kept = None
+            if stage.pool > 1:
+                tokens, _ = pooled(tokens, scene.grid, stage.pool)
+            else:
+                count = int(len(tokens) * rng.uniform(*KEPT))
+                kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[:count]))
+            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer, stage.pool)
             loss = loss if model.blind else loss + 0.2 * dense
         (loss / stage.pictures).backward()
         if source is not natural:

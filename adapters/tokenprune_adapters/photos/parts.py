@@ -68,6 +68,9 @@ def gather_cells(levels: Sequence[Tensor]) -> Tensor:
 class Projector(nn.Module):
     """From a cell's numbers and its position to an image token: two linear layers, with the neighbours in between.
 
+    Image tokens are normalised to the size of word embeddings: the decoder's layers add as little to what is much
+    larger as if they were not there.
+
     Args:
         width: of the decoder.
         scale: deviation that image tokens begin with; that of word embeddings.
@@ -82,6 +85,7 @@ class Projector(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.leave = nn.Linear(width, width)
         self.position = nn.Linear(CODE, width, bias=False)
+        self.gain = nn.Parameter(torch.tensor(scale))
         nn.init.zeros_(self.around.weight)
         with torch.no_grad():
             self.around.weight[:, 0, 1, 1] = 1
@@ -93,8 +97,8 @@ class Projector(nn.Module):
         x = functional.gelu(self.enter(self.dropout(cells)))
         x = self.norm(self.around(x).flatten(2).transpose(1, 2))
         code = position_code(*cells.shape[-2:]).to(x.device, self.position.weight.dtype)
-        tokens: Tensor = self.leave(x) + self.position(code)
-        return tokens
+        tokens: Tensor = functional.rms_norm(self.leave(x) + self.position(code), self.norm.normalized_shape)
+        return self.gain * tokens
 
 
 class ReadOut(nn.Module):

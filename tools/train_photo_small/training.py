@@ -17,6 +17,7 @@ from model import PhotoModel
 from runs import Phase
 from scenes import Natural, Strips
 
+from tokenprune.datasets.strips.photographs import Photographs
 from tokenprune_adapters.photos.parts import CELL, gather_cells
 
 KEPT = (0.5, 0.9)  # of the image tokens: cheaper, against overfitting, and what pruning does later
@@ -117,7 +118,7 @@ def train(
     phase = Phase(work, name, trained, optimizer_of(trained))
     plan = stages(scale)
     total = sum(one.steps for one in plan)
-    held_out = fixed_scenes(Strips(strips.photographs, "val"), 21, 40, 4)
+    held_out = fixed_scenes(Strips(Photographs(strips.photographs.folder, "val")), 21, 40, 4)
     model.train()
     phase.log(dtype=str(model.dtype), steps=total)
     while phase.step < total:
@@ -165,4 +166,4 @@ def _step(
 def _strips(strips: Strips, rng: np.random.Generator, persons: Sequence[int]) -> Strips:
     """The strips with one of several numbers of persons."""
     number = persons[0] if len(persons) == 1 else int(rng.choice(persons))
-    return Strips(strips.photographs, strips.split, number)
+    return Strips(strips.photographs, number)

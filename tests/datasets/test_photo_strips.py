@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import strip_files
 from PIL import Image
+from scipy.io import savemat
 
 import tokenprune as tp
 from tokenprune.datasets.base import Scene
@@ -290,3 +293,23 @@ def test_a_flipped_and_cut_photograph_keeps_its_labels(folder: Path) -> None:
         assert view.colour_of("dress") == colour
         places.add(int(np.nonzero(dress.any(0))[0].mean()))
     assert len(places) == 6
+
+
+def test_the_authors_repository_is_prepared(tmp_path: Path) -> None:
+    clone, made = tmp_path / "clone", tmp_path / "made"
+    (clone / "photos").mkdir(parents=True)
+    (clone / "annotations" / "pixel-level").mkdir(parents=True)
+    labels = np.zeros((832, 550), dtype=np.uint8)
+    labels[416:] = 7
+    savemat(clone / "annotations" / "pixel-level" / "0001.mat", {"groundtruth": labels})
+    savemat(clone / "label_list.mat", {"label_list": np.array([["null", "hair"]], dtype=object)})
+    for number in (1, 1005):  # the second has no labels for pixels
+        Image.fromarray(np.where(labels == 7, 200, 20).astype(np.uint8)).save(clone / "photos" / f"{number:04d}.jpg")
+    tool = Path(__file__).parents[2] / "tools" / "prepare_clothing.py"
+    subprocess.run([sys.executable, str(tool), str(clone), str(made)], check=True, timeout=120)
+    assert json.loads((made / "labels.json").read_text()) == ["null", "hair"]
+    assert [file.name for file in (made / "photos").iterdir()] == ["0001.jpg"]
+    photo, found = (np.array(Image.open(made / name)) for name in ("photos/0001.jpg", "labels/0001.png"))
+    assert photo.shape == (384, 254, 3)
+    assert np.array_equal(found, np.repeat([0, 7], 192)[:, None] * np.ones((1, 254), dtype=int))
+    assert np.array_equal(photo[[10, -10]].mean((1, 2)).round(-1), [20, 200])

@@ -51,7 +51,7 @@ GARMENTS = {
 
 NAMES = tuple(GARMENTS)
 SMALL = {"belt", "socks", "glasses", "tie", "gloves"}
-AGAIN = "prepare the folder as docs/datasets.md says"
+AGAIN = "prepare the folder with tools/prepare_clothing.py, see docs/datasets.md"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tokenprune.core.scheduling.state import TokenState
 from tokenprune.core.trace import StageTrace, Trace
 from tokenprune.errors import InputError
 from tokenprune.evaluation import metrics
-from tokenprune.evaluation.coverage import cells_to_pixels, target_coverage, token_map
+from tokenprune.evaluation.coverage import cells_to_pixels, target_coverage, target_shares, token_map
 
 SHAPE = (5, 7)
 MASKS = hnp.arrays(bool, SHAPE)
@@ -199,6 +199,16 @@ def test_coverage_leaves_ignored_pixels_out() -> None:
     target = np.ones((4, 4), np.uint8)
     target[2:] = 255
     assert target_coverage(target, trace, 0) == 0.5
+
+
+def test_shares_of_cells_that_show_the_target() -> None:
+    """Four cells of 2 x 3 pixels, the right ones half outside the image; an ignored pixel is none of the target's."""
+    trace, _ = trace_of(side=2)
+    target = np.zeros((4, 6), np.uint8)
+    target[:2, :4], target[0, 0], target[3, 5] = 1, 255, 1
+    assert target_shares(target, trace, 0) == pytest.approx([5 / 6, 2 / 6, 0, 1 / 6])
+    assert target_shares(target[:, :4], trace, 0, (0, 0, 4, 6)) == pytest.approx([5 / 6, 1, 0, 0])
+    assert target_shares(target, trace, 0, (0, 0, 2, 6)) == pytest.approx([2 / 3, 1 / 3, 1, 1 / 3])
 
 
 def test_a_merged_token_covers_the_place_it_stands_at() -> None:

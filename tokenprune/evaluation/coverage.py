@@ -61,13 +61,32 @@ def cells_to_pixels(cells: NDArray[np.bool_], height: int, width: int, box: Box 
     """
     if not cells.size:
         return np.zeros((height, width), dtype=np.bool_)
-    top, left, bottom, right = box or (0.0, 0.0, float(height), float(width))
-    rows = np.floor((np.arange(height) + 0.5 - top) / (bottom - top) * cells.shape[0]).astype(int)
-    columns = np.floor((np.arange(width) + 0.5 - left) / (right - left) * cells.shape[1]).astype(int)
-    inside_rows = (rows >= 0) & (rows < cells.shape[0])
-    inside_columns = (columns >= 0) & (columns < cells.shape[1])
-    taken = cells[rows.clip(0, cells.shape[0] - 1)][:, columns.clip(0, cells.shape[1] - 1)]
-    return np.asarray(taken & inside_rows[:, None] & inside_columns[None, :], dtype=np.bool_)
+    rows, columns = _lines((height, width), cells.shape, box)
+    inside = (rows >= 0)[:, None] & (columns >= 0)
+    return np.asarray(cells[rows][:, columns] & inside, dtype=np.bool_)
+
+
+def _lines(pixels: tuple[int, int], cells: tuple[int, ...], box: Box | None) -> tuple[NDArray[np.int64], ...]:
+    """Of each row and of each column of pixels, the row or column of cells that its middle is in; −1 outside."""
+    top, left, bottom, right = box or (0.0, 0.0, float(pixels[0]), float(pixels[1]))
+    found = []
+    for size, count, start, end in zip(pixels, cells, (top, left), (bottom, right), strict=True):
+        line = np.floor((np.arange(size) + 0.5 - start) / (end - start) * count).astype(np.int64)
+        found.append(np.where((line >= 0) & (line < count), line, -1))
+    return tuple(found)
+
+
+def target_shares(target: Mask, trace: Trace, row: int, box: Box | None = None) -> NDArray[np.float64]:
+    """How much of the cell of each of a row's image tokens shows the target: [N], from 0 to 1; 0 for tokens without a
+    cell. Arguments as of `target_coverage`."""
+    wanted = foreground(target)
+    grid, numbers = numbered_cells(trace, row)
+    rows, columns = _lines((wanted.shape[0], wanted.shape[1]), grid, box)
+    inside = (rows >= 0)[:, None] & (columns >= 0)
+    places, size = (rows[:, None] * grid[1] + columns)[inside], grid[0] * grid[1] or 1
+    area, hit = np.bincount(places, minlength=size), np.bincount(places[wanted[inside]], minlength=size)
+    cells = numbers.numpy()
+    return np.where(cells < 0, 0.0, (hit / np.maximum(area, 1))[cells])
 
 
 def target_coverage(target: Mask, trace: Trace, row: int, box: Box | None = None) -> float | None:

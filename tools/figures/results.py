@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attention_tables import attention
 from sweep_tables import (
     SWEEP,
     by_kind,
@@ -38,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STORED = ROOT / "docs" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("index.md", "results.md", "positions.md", "tuning.md", "which-strategy.md")),
+    *(ROOT / "docs" / name for name in ("attention.md", "index.md", "results.md", "positions.md", "tuning.md")),
+    ROOT / "docs" / "which-strategy.md",
     ROOT / "docs" / "methods" / "csp.md",
 )
 TUNED = ("csp", "fastv", "prumerge+", "divprune", "visionzip")
@@ -218,7 +220,7 @@ def bundled() -> str:
 
 MADE = (
     *(headline, five, kept, published, settings, positions, intervals, by_kind, ablation),
-    *(tuned, searched, csp_windows, csp_plus_search, csp_plus, claims, pays_lisa_tiny, pays_7b),
+    *(tuned, searched, csp_windows, csp_plus_search, csp_plus, claims, pays_lisa_tiny, pays_7b, attention),
 )
 TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in MADE}
 

@@ -68,7 +68,7 @@ class Evaluation:
             texts = [[text for _, text, _ in queries] for _, queries in part]
             texts = [row + [row[0]] * (most - len(row)) for row in texts]
             ids, last = pack(prompts, texts, short)
-            embedded = student.read(prompts, image, ids, last, short, blind)[2]
+            embedded = student.read(prompts, image, ids, last, short, blind).prompts
             logits = decode_masks(sam, torch.cat(self.embeddings[start : start + 10]), embedded)
             full = functional.interpolate(logits.float(), (256, 256), mode="bilinear", align_corners=False) > 0
             for (scene, queries), masks in zip(part, full.numpy(), strict=True):

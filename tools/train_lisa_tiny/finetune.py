@@ -13,7 +13,16 @@ from evaluate import Evaluation
 from losses import half_size, mask_loss, tower_loss
 from model import build_sam, decode_masks, sam_pixels, tower_features
 from scenes import FORMS, batch, draw_queries
-from student import TAP_WEIGHTS, Student, anchor_targets, answer_loss, pack, pointer_targets, prompt_targets
+from student import (
+    TAP_WEIGHTS,
+    Student,
+    anchor_targets,
+    answer_loss,
+    own_targets,
+    pack,
+    pointer_targets,
+    prompt_targets,
+)
 from torch.nn import functional
 from transformers import SamModel
 from vocabulary import ADDED_TOKENS, Prompts, train_vocabulary
@@ -119,39 +128,42 @@ def _step(
     with run.recipe.precision():
         features, pooled = tower_features(student.tower, pixels)
         image = student.image_tokens(features, stage.side)
-        pointers, watched, embedded, states = student.read(prompts, image, ids, last, stage.short)
+        read = student.read(prompts, image, ids, last, stage.short)
         wanted = pointer_targets(labels, targets, stage.side)
         goal = prompt_targets(sam, labels, targets)
-        to_anchor, *to_target = pointers
+        to_anchor, *to_target = read.pointers
         entropy = [-(wanted * pointer.float().log_softmax(-1)).sum(-1) for pointer in to_target]
         point = sum(w * e.mean() for w, e in zip(TAP_WEIGHTS, entropy, strict=True))
-        attended = sum((-(wanted * log.clamp(min=-20)).sum(-1).mean() for log in watched), torch.zeros(()))
-        distance = functional.mse_loss(embedded.float(), goal, reduction="none").mean(-1)
+        attended = sum((-(wanted * log.clamp(min=-20)).sum(-1).mean() for log in read.watched), torch.zeros(()))
+        distance = functional.mse_loss(read.prompts.float(), goal, reduction="none").mean(-1)
         loss = point + 0.5 * attended + 8 * distance.mean()
+        if not student.taught:  # what attention brings from an image token can be read before attention is learnt
+            inside, own_goal = own_targets(labels, scenes, stage.side)
+            loss = loss + 3 * functional.mse_loss(read.own.float()[inside], own_goal)
         related, anchors = anchor_targets(labels, scenes, texts, stage.side)
         named = -(anchors * to_anchor.float().log_softmax(-1)[related]).sum(-1)
         loss = loss + 0.5 * named.sum() / related.numel()
         if answer:
-            loss = loss + 0.5 * answer_loss(student, states, ids, last, len(prompts.answer))
+            loss = loss + 0.5 * answer_loss(student, read.states, ids, last, len(prompts.answer))
         dense, _ = tower_loss(student.heads(features, pooled), labels, scenes)
         loss = loss + 0.4 * dense
         report = {"point": float(entropy[-1].detach().mean()), "distance": float(distance.detach().mean())}
-        if watched:
-            report["attended"] = float(attended.detach()) / len(watched)
+        if read.watched:
+            report["attended"] = float(attended.detach()) / len(read.watched)
         if len(named):
             report["anchor"] = float(named.detach().mean())
         if masks:
             with torch.no_grad():
                 embedding = sam.vision_encoder(sam_pixels(pixels)).last_hidden_state
             some = rng.permutation(stage.queries)[:DECODED]
-            logits = decode_masks(sam, embedding, embedded[:, torch.from_numpy(some)])
+            logits = decode_masks(sam, embedding, read.prompts[:, torch.from_numpy(some)])
             solid = torch.from_numpy(
                 np.stack([[labels[i] == row[j].label for j in some] for i, row in enumerate(targets)])
             )
             extra, iou = mask_loss(logits.flatten(0, 1), half_size(solid.flatten(0, 1)))
             loss = loss + 2 * extra
             report["iou"] = float(iou)
-    hit = wanted.flatten(0, 1).gather(1, pointers[-1].detach().flatten(0, 1).argmax(-1, keepdim=True))[:, 0] > 0
+    hit = wanted.flatten(0, 1).gather(1, read.pointers[-1].detach().flatten(0, 1).argmax(-1, keepdim=True))[:, 0] > 0
     names = np.array(forms).ravel()
     for form in FORMS:
         if (names == form).any():

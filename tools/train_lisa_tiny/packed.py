@@ -23,11 +23,12 @@ def forward_packed(
     blind: bool = False,
     watch: tuple[int, ...] = (),
     last: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """States of all queries' tokens, final norm applied, after each layer count in `taps`: list of [B, n, T, H].
 
     The second result holds, for each layer of `watch` (counted from 1), the log of the attention that the first head
-    pays from the mask query to the image tokens: [B, n, I].
+    pays from the mask query to the image tokens: [B, n, I]. The third holds the image tokens' own states, final norm
+    applied, after each layer count in `taps` but the last layer's: [B, I, H].
 
     Args:
         head: ids [S] before the image.
@@ -49,6 +50,7 @@ def forward_packed(
     prefix_mask, query_mask = _masks(sizes, count, length, blind)
     results: list[Tensor] = []
     watched: list[Tensor] = []
+    shown: list[Tensor] = []
     for index, layer in enumerate(model.layers, start=1):
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
@@ -74,7 +76,9 @@ def forward_packed(
         if index in taps:
             states = hidden if index == len(model.layers) else hidden[:, prefix:]
             results.append(model.norm(states).view(rows, count, length, -1))
-    return results, watched
+            if index < len(model.layers):
+                shown.append(model.norm(hidden[:, sizes[0] : sizes[0] + sizes[1]]))
+    return results, watched, shown
 
 
 def _masks(sizes: tuple[int, int, int], count: int, length: int, blind: bool) -> tuple[Tensor, Tensor]:

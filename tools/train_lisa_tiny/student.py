@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import patch_labels
-from model import CHANNELS, GRID, WIDTH, TowerHeads, build_decoder, build_tower, point_prompts
+from common import centres, patch_labels
+from model import (
+    CHANNELS,
+    GRID,
+    IMAGE_SIZE,
+    WIDTH,
+    TowerHeads,
+    build_decoder,
+    build_tower,
+    encode_points,
+    point_prompts,
+)
 from packed import forward_packed
 from pretrain import canonical_point
 from scenes import anchor_of
@@ -20,6 +30,21 @@ from vocabulary import Prompts
 TAPS = (6, 9, 12)  # after how many layers the pointer loss is taken
 TAP_WEIGHTS = (0.5, 0.5, 1.0)
 ANCHOR_TAP = 4  # after how many layers the mask query of a relation points at the anchor
+
+
+class Reading(NamedTuple):
+    """What the decoder says of B images with I image tokens and n queries each.
+
+    `pointers`: logits [B, n, I] to the anchor, then per tap to the target. `watched`: log attention [B, n, I] per
+    taught head. `prompts`: prompt embeddings [B, n, channels]. `own`: what the image tokens' states, after the last tap
+    before the end, would be as prompt embeddings, [B, I, channels]. `states`: of the last layer, [B, n, T, H].
+    """
+
+    pointers: list[Tensor]
+    watched: list[Tensor]
+    prompts: Tensor
+    own: Tensor
+    states: Tensor
 
 
 class Student(nn.Module):
@@ -47,13 +72,12 @@ class Student(nn.Module):
 
     def read(
         self, prompts: Prompts, image: Tensor, ids: Tensor, last: Tensor, short: bool, blind: bool = False
-    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Pointer logits [B, n, I] to the anchor, then per tap to the target; log attention [B, n, I] per taught head;
-        prompt embeddings [B, n, channels]; and the last layer's states."""
+    ) -> Reading:
+        """All queries of all images; `ids` and `last` as from `pack`."""
         head = torch.tensor([] if short else prompts.head, dtype=torch.long)
         tail = torch.tensor(prompts.tail[:1] if short else prompts.tail)
         taps = (ANCHOR_TAP, *TAPS)
-        states, watched = forward_packed(self.decoder, head, image, tail, ids, taps, blind, self.taught, last)
+        states, watched, shown = forward_packed(self.decoder, head, image, tail, ids, taps, blind, self.taught, last)
         index = last[..., None, None].expand(-1, -1, 1, states[0].shape[-1])
         queries = [state.gather(2, index)[:, :, 0] for state in states]
         keys = functional.layer_norm(self.pointer_keys(image), (96,))
@@ -61,7 +85,9 @@ class Student(nn.Module):
             probe(query) @ keys.transpose(1, 2) / 96**0.5
             for probe, query in zip(self.pointer_queries, queries, strict=True)
         ]
-        return pointers, watched, self.mask_projection(queries[-1]), states[-1]
+        return Reading(
+            pointers, watched, self.mask_projection(queries[-1]), self.mask_projection(shown[-1]), states[-1]
+        )
 
 
 def pack(prompts: Prompts, texts: Sequence[Sequence[str]], short: bool, answer: bool = False) -> tuple[Tensor, Tensor]:
@@ -87,11 +113,16 @@ def answer_loss(student: Student, states: Tensor, ids: Tensor, last: Tensor, cou
     return functional.cross_entropy(student.decoder.lm_head(read).float().flatten(0, 2), wanted.flatten())
 
 
-def pointer_targets(labels: np.ndarray, targets: Sequence[Sequence[Any]], side: int) -> Tensor:
-    """Share of each target's pixels in each image token, float32 [B, n, side²]."""
+def token_counts(labels: np.ndarray, side: int) -> np.ndarray:
+    """How many pixels of every label each image token shows, [B, side², 11]."""
     _, counts = patch_labels(labels)
     step = GRID // side
-    counts = counts.reshape(len(labels), side, step, side, step, -1).sum((2, 4)).reshape(len(labels), side * side, -1)
+    return counts.reshape(len(labels), side, step, side, step, -1).sum((2, 4)).reshape(len(labels), side * side, -1)
+
+
+def pointer_targets(labels: np.ndarray, targets: Sequence[Sequence[Any]], side: int) -> Tensor:
+    """Share of each target's pixels in each image token, float32 [B, n, side²]."""
+    counts = token_counts(labels, side)
     chosen = [counts[i][:, [item.label for item in row]].T for i, row in enumerate(targets)]
     wanted = torch.from_numpy(np.stack(chosen).astype(np.float32))
     return wanted / wanted.sum(-1, keepdim=True)
@@ -106,6 +137,15 @@ def anchor_targets(
     related = torch.tensor([[item is not None for item in row] for row in anchors])
     filled = [[item or objects[0] for item in row] for row, objects in zip(anchors, scenes, strict=True)]
     return related, pointer_targets(labels, filled, side)[related]
+
+
+def own_targets(labels: np.ndarray, scenes: Sequence[Sequence[Any]], side: int) -> tuple[Tensor, Tensor]:
+    """Which image tokens show an object, bool [B, side²], and for those SAM's encoding of its centre, [k, channels]."""
+    counts = token_counts(labels, side)[:, :, 1:]
+    inside = torch.from_numpy(counts.max(-1) >= (IMAGE_SIZE // side) ** 2 // 8)
+    best = counts.argmax(-1) + 1
+    points = np.take_along_axis(np.stack([centres(objects) for objects in scenes]), best[:, :, None], axis=1)
+    return inside, encode_points(torch.from_numpy(points))[inside]
 
 
 def prompt_targets(sam: SamModel, labels: np.ndarray, targets: Sequence[Sequence[Any]]) -> Tensor:

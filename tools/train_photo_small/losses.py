@@ -78,13 +78,18 @@ def query_loss(
         pointer = tap.point_at(states, images)
         person, part = mass_loss(logits, things), mass_loss(logits, named)
         looked = mass_loss(pointer, named if kept is None else named[:, kept])
-        weight = 1.0 if depth == depths[-1] else 0.3
-        total = total + weight * (person + 0.5 * part + 0.5 * looked)
+        # a place that attention brings from an image token can be read before attention has learnt which to bring
+        places = torch.arange(len(images)) if kept is None else kept
+        own = functional.cross_entropy(tap.read(images, *scene.grid), places)
+        last = depth == depths[-1]
+        total = total + (1.0 if last else 0.3) * (person + 0.5 * part + 0.3 * own)
+        total = total + (0.5 if last else 1.5) * looked  # what resembles each other early, later layers can look for
         best = logits.detach().argmax(-1, keepdim=True)
         report = {
             "person": float(person.detach()),
             "part": float(part.detach()),
             "pointer": float(looked.detach()),
+            "own": float(own.detach()),
             "hit": float(things.gather(1, best).float().mean()),
         }
         if answer and depth == depths[-1]:

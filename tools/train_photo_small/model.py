@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -96,9 +96,10 @@ class PhotoModel(nn.Module):
         """What is trained, by name."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
-    def grow(self, depth: int, before: int) -> None:
-        """Start the tap of a new depth from that of the one before."""
-        self.taps[str(depth)].load_state_dict(self.taps[str(before)].state_dict())
+    def grow(self, depths: Iterable[int], before: int) -> None:
+        """Start the taps of new depths from that of an older one."""
+        for depth in depths:
+            self.taps[str(depth)].load_state_dict(self.taps[str(before)].state_dict())
 
     def embed(self, ids: list[int]) -> Tensor:
         """Word embeddings of ids."""

@@ -32,6 +32,7 @@ class Stage:
     Args:
         steps: how many.
         depths: the taps that learn.
+        pictures: of a step.
         queries: of a picture, at most.
         persons: how many photographs a strip has, drawn anew for each; few are easier to tell apart.
         answer: also learn to answer with SEG.
@@ -39,18 +40,20 @@ class Stage:
 
     steps: int
     depths: tuple[int, ...]
+    pictures: int
     queries: int
     persons: tuple[int, ...]
     answer: bool = False
 
 
 ALIGN = 80  # steps of the projector alone, at first
-PICTURES = 2  # a step
 STAGES = (
-    Stage(800, (4,), 10, (4,)),
-    Stage(700, (4, 12), 16, (2,)),
-    Stage(1100, (4, 12), 16, (2, 3, 4, 4)),
-    Stage(1500, (12, 30), 16, (3, 4, 4, 4), True),
+    Stage(800, (4,), 2, 10, (4,)),
+    Stage(500, (4, 12), 2, 16, (2,)),
+    Stage(600, (4, 12), 1, 16, (2,)),
+    Stage(1000, (4, 8, 12), 1, 16, (2,)),
+    Stage(1800, (4, 8, 12), 1, 16, (2, 3, 4, 4)),
+    Stage(1800, (12, 20, 30), 1, 16, (3, 4, 4, 4), True),
 )
 
 
@@ -66,6 +69,17 @@ def place_in(plan: list[Stage], step: int) -> tuple[Stage, int]:
             return one, step
         step -= one.steps
     raise ValueError("beyond the last step")
+
+
+def used_before(plan: list[Stage], step: int) -> set[int]:
+    """The depths whose taps have learnt before a step."""
+    used: set[int] = set()
+    for one in plan:
+        if step <= 0:
+            break
+        used |= set(one.depths)
+        step -= one.steps
+    return used
 
 
 def rate_of(plan: list[Stage], step: int) -> float:
@@ -118,20 +132,24 @@ def train(
     phase = Phase(work, name, trained, optimizer_of(trained))
     plan = stages(scale)
     total = sum(one.steps for one in plan)
-    held_out = fixed_scenes(Strips(Photographs(strips.photographs.folder, "val")), 21, 40, 4)
+    validation = Photographs(strips.photographs.folder, "val")
     model.train()
     phase.log(dtype=str(model.dtype), steps=total)
     while phase.step < total:
         stage, done = place_in(plan, phase.step)
-        if done == 0 and phase.step and phase.extra.get("depth") != stage.depths[-1]:
-            phase.save(work / f"{name}-{phase.extra['depth']}.pt")
-            model.grow(stage.depths[-1], phase.extra["depth"])
+        if done == 0 and phase.step:
+            depth = phase.extra["depth"]
+            if depth != stage.depths[-1]:
+                phase.save(work / f"{name}-{depth}.pt")
+            model.grow(set(stage.depths) - used_before(plan, phase.step), depth)
         phase.extra["depth"] = stage.depths[-1]
         _step(phase, eyes, model, strips, natural, stage, rate_of(plan, phase.step))
         if phase.step % every == 0 or phase.step == total:
             conditions = ("full",) if model.blind else ("full", "wrong")
+            persons = max(stage.persons)
+            held_out = fixed_scenes(Strips(validation, persons), 21, 40, 4)
             scores = evaluate(eyes, model, held_out, stage.depths[-1], conditions)
-            phase.log(depth=stage.depths[-1], val=scores)
+            phase.log(depth=stage.depths[-1], persons=persons, val=scores)
     phase.save()
     return phase
 
@@ -142,7 +160,7 @@ def _step(
     rng = phase.begin_step(31)
     align = phase.step < ALIGN
     sums: dict[str, list[float]] = {}
-    for _ in range(PICTURES):
+    for _ in range(stage.pictures):
         source: Natural | Strips = strips
         if not align:
             source = natural if rng.random() < NATURAL else _strips(strips, rng, stage.persons)
@@ -156,7 +174,7 @@ def _step(
             kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[: int(len(tokens) * rng.uniform(*KEPT))]))
             loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer)
             loss = loss if model.blind else loss + 0.2 * dense
-        (loss / PICTURES).backward()
+        (loss / stage.pictures).backward()
         if source is not natural:
             for key, value in {**report, "named": named, "loss": float(loss.detach())}.items():
                 sums.setdefault(key, []).append(value)

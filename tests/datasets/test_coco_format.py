@@ -297,3 +297,41 @@ def test_half_a_size_is_refused(tmp_path: Path) -> None:
 def test_hundreds_of_parts_over_a_pixel(tmp_path: Path) -> None:
     (query,) = by_id(scenes(coco(tmp_path, [coco_annotation(7, 1, 18, [polygon(LEFT)] * 256)]))).values()
     assert np.array_equal(query.mask, filled(LEFT))
+
+
+def test_places_tell_an_object_from_the_others(tmp_path: Path) -> None:
+    """One cat; three dogs, of which the middle one is the biggest; a speck of a bird; a crowd of dogs."""
+    boxes = {11: (30, 20, 36, 26), 12: (0, 0, 6, 6), 13: (14, 2, 24, 14), 14: (33, 0, 39, 6), 15: (0, 27, 3, 30)}
+    category = {11: 17, 15: 19}
+    annotations = [coco_annotation(id, 1, category.get(id, 18), [polygon(box)]) for id, box in boxes.items()]
+    annotations.append(coco_annotation(16, 1, 18, runs(filled((20, 0, 26, 4))), iscrowd=1))
+    annotations += [
+        coco_annotation(21, 2, 18, [polygon((0, 0, 8, 8))]),
+        coco_annotation(22, 2, 18, [polygon((1, 1, 9, 9))]),
+    ]
+    file = coco(tmp_path, annotations)
+    found = json.loads(file.read_text())
+    found["categories"].append({"id": 19, "name": "bird"})
+    file.write_text(json.dumps(found))
+    queries = by_id(scenes(file, queries="places"))  # image 2: two dogs at the same place, of one size
+    assert {id: (query.text, query.kind) for id, query in queries.items()} == {
+        "11-class": ("the cat", "class"),
+        "12-side": ("the dog on the left", "side"),
+        "14-side": ("the dog on the right", "side"),
+        "13-size": ("the biggest dog", "size"),
+    }
+    for id, query in queries.items():
+        assert np.array_equal(foreground(query.mask), filled(boxes[int(id[:2])]))
+        assert ignored(query.mask).any() == (query.text != "the cat")
+        assert query.targets == ()
+
+
+def test_places_that_cannot_be_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="field has no effect with queries=places; leave one out"):
+        scenes(coco(tmp_path), queries="places", field="ref")
+    with pytest.raises(InputError, match=r"no annotation of .* can be told from the others of its category"):
+        scenes(coco(tmp_path, [coco_annotation(1, 1, 17, [polygon((0, 0, 2, 2))])]), queries="places")
+    with pytest.raises(InputError, match="image 3 has no 'height'"):
+        scenes(with_size(tmp_path, height=None, width=None), queries="places")
+    with pytest.raises(InputError, match="annotation 7: polygon"):
+        scenes(coco(tmp_path, [coco_annotation(7, 1, 18, [[0, 0, 4, 4]])]), queries="places")

@@ -8,7 +8,7 @@ from typing import Any
 from tokenprune.core.by_name import parse_options
 from tokenprune.datasets.base import Dataset
 from tokenprune.datasets.by_path import dataset_at, refuse_dotted
-from tokenprune.datasets.files.dataset import FileDataset
+from tokenprune.datasets.files.path_dataset import PathDataset
 from tokenprune.errors import OptionError, PluginError, UnknownNameError, nearest
 from tokenprune.plugins import registry
 from tokenprune.utils.arguments import instance
@@ -53,7 +53,7 @@ def dataset(name: str, **options: Any) -> Dataset:
         refuse_dotted(head)
     entry = registry.get("datasets", head)
     kind = entry.load()
-    if not issubclass(kind, FileDataset):
+    if not issubclass(kind, PathDataset):
         if colon or options:
             found = f"path {rest!r}" if colon else f"options {', '.join(options)}"
             raise OptionError(f"dataset {head!r} takes no path and no options, found {found}; give its name alone")

@@ -24,6 +24,11 @@ def tokenprune_register_datasets(register: Register) -> None:
         "tokenprune.datasets.shapes:Shapes2",
         summary="scenes of shapes; in relations the anchor decides",
     )
+    register(
+        "photo-strips",
+        "tokenprune.datasets.strips.dataset:PhotoStrips",
+        summary="strips of street photographs, which person?; photo-strips:PATH",
+    )
     files = "tokenprune.datasets.files"
     register("reasonseg", f"{files}.reasonseg:ReasonSeg", summary="reasoning segmentation, of LISA; reasonseg:PATH")
     register("muse", f"{files}.muse:Muse", summary="questions with several targets, of PixelLM; muse:PATH")

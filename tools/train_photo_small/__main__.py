@@ -12,11 +12,11 @@ from evaluate import evaluate, fixed_scenes, natural_scenes
 from export import export
 from head import Eyes, train_head
 from model import PhotoModel, faster_dtype
-from photographs import Photographs
 from runs import Phase
 from scenes import Natural, Strips
 from training import STAGES, optimizer_of, train
 
+from tokenprune.datasets.strips.photographs import Photographs
 from tokenprune_adapters.photos.base_weights import read_decoder, read_tower
 
 
@@ -39,11 +39,10 @@ def main() -> None:
         parser.error(f"{options.work} has no {name}.pt to test yet; train first")
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
-    photographs = Photographs(options.ccp, options.work / "facts.json")
     natural = Natural(options.coco, "train2017")
     torch.manual_seed(1)
     eyes = Eyes(read_tower().to(memory_format=torch.channels_last))
-    strips = Strips(photographs, "train")
+    strips = Strips(Photographs(options.ccp, "train"))
     train_head(options.work, eyes, strips, natural, options.head_steps)
     decoder, tokenizer = read_decoder()
     depths = sorted({depth for one in STAGES for depth in one.depths})
@@ -54,10 +53,11 @@ def main() -> None:
         phase = train(options.work, name, eyes, model, strips, natural, options.scale, options.every)
     depth = options.depth or phase.extra["depth"]
     conditions = ("full",) if options.blind else ("full", "wrong", "blind", "oracle")
+    test = Strips(Photographs(options.ccp, "test"))
     result = {
         "step": phase.step,
         "depth": depth,
-        "strips": evaluate(eyes, model, fixed_scenes(Strips(photographs, "test"), 22, 110, 4), depth, conditions, True),
+        "strips": evaluate(eyes, model, fixed_scenes(test, 22, 110, 4), depth, conditions, True),
         "coco": evaluate(eyes, model, natural_scenes(Natural(options.coco, "val2017")), depth, conditions, True),
     }
     if options.export is not None:

@@ -85,7 +85,7 @@ def train_head(work: Path, eyes: Eyes, strips: Strips, natural: Natural, steps: 
     trained = dict(eyes.head.named_parameters())
     optimizer = torch.optim.AdamW([{"params": list(trained.values()), "lr": 0.0, "scale": 1.0}], weight_decay=0.01)
     phase = Phase(work, "head", trained, optimizer, every=120)
-    small = Strips(strips.photographs, strips.split, 2)
+    small = Strips(strips.photographs, 2)
     while phase.step < steps:
         rng = phase.begin_step(11)
         scene = (natural if rng.random() < 0.35 else small).scene(rng, 6, True)

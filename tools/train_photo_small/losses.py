@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from model import PhotoModel
-from photographs import COLOURS
 from scenes import CLASSES, Scene, coverage
 from torch import Tensor
 from torch.nn import functional
+
+from tokenprune.datasets.strips.colours import COLOURS
 
 
 def mass_loss(logits: Tensor, wanted: Tensor) -> Tensor:

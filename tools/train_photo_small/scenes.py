@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from photographs import COLOURS, NAMES, SMALL, WIDTH, Photographs, View
 from PIL import Image
-from pycocotools import mask as rle
-from queries import Query, draw
 
+from tokenprune.datasets.files.places import place_queries
+from tokenprune.datasets.files.segmentation import drawn
+from tokenprune.datasets.strips import strip
+from tokenprune.datasets.strips.colours import COLOURS
+from tokenprune.datasets.strips.photographs import NAMES, SMALL, WIDTH
 from tokenprune_adapters.photos.model import CELLS, LONGEST
 from tokenprune_adapters.photos.tower import STRIDE
 
@@ -64,59 +66,37 @@ def coverage(mask: np.ndarray) -> np.ndarray:
     return mask.reshape(h, STRIDE, w, STRIDE).mean((1, 3), dtype=np.float32)
 
 
-class Strips:
-    """Strips of photographs side by side.
-
-    Args:
-        photographs: where they are from.
-        split: "train", "val" or "test".
-        persons: photographs in a strip.
-    """
-
-    def __init__(self, photographs: Photographs, split: str, persons: int = 4) -> None:
-        self.photographs, self.split, self.persons = photographs, split, persons
+class Strips(strip.Strips):
+    """Strips as scenes."""
 
     def scene(self, rng: np.random.Generator, count: int, varied: bool) -> Scene:
-        """A strip of photographs drawn by chance.
-
-        Args:
-            rng: draws photographs, their augmentation and the queries.
-            count: how many queries at most.
-            varied: augment the photographs; else show them as they are, and ask what is never trained, too.
-        """
-        while True:
-            numbers = rng.choice(self.photographs.split[self.split], self.persons, replace=False)
-            views = [self.photographs.view(int(number), rng if varied else None) for number in numbers]
-            queries = draw(rng, views, count, test=not varied)
-            if queries:
-                return _strip(views, queries)
+        """A strip, see `draw`, with what its cells show."""
+        return of_strip(self.draw(rng, count, varied))
 
 
-def _strip(views: list[View], queries: list[Query]) -> Scene:
-    pixels = np.concatenate([view.pixels for view in views], 1)
-    labels = np.concatenate([view.labels for view in views], 1)
-    person = labels > 0
+def of_strip(shown: strip.Strip) -> Scene:
+    """The scene of a strip."""
+    labels = shown.labels
     asked = []
-    for query in queries:
-        inside = np.zeros_like(person)
-        inside[:, query.person * WIDTH : (query.person + 1) * WIDTH] = True
-        named = np.isin(labels, [NAMES.index(name) + 1 for name in query.garments]) & inside
-        target = person & inside
-        asked.append(Asked(query.text, target, coverage(named if query.garments else target), query.kind, query.unseen))
+    for query in shown.queries:
+        target = shown.person(query.person)
+        named = np.isin(labels, [NAMES.index(name) + 1 for name in query.garments]) & target
+        focus = coverage(named if query.garments else target)
+        asked.append(Asked(query.text, target, focus, query.kind, query.unseen))
     shares = np.stack([coverage(labels == number + 1) for number in range(len(NAMES))])
     shares[[NAMES.index(name) for name in SMALL]] *= 3  # a small garment is its cell's name
-    whole = coverage(person)
+    whole = coverage(labels > 0)
     classes = np.where(shares.max(0) >= 0.15, shares.argmax(0), len(NAMES))
     classes = np.where(whole < 0.1, len(NAMES) + 1, classes)
     colours = np.full(classes.shape, -1)
     words = list(COLOURS)
-    for place, view in enumerate(views):
+    for place, view in enumerate(shown.views):
         columns = slice(place * WIDTH // STRIDE, (place + 1) * WIDTH // STRIDE)
         for number, name in enumerate(NAMES):
             colour = view.colour_of(name)
             if colour is not None:
                 colours[:, columns][classes[:, columns] == number] = words.index(colour)
-    return Scene(pixels, asked, classes, colours)
+    return Scene(shown.pixels, asked, classes, colours)
 
 
 @dataclass(frozen=True)
@@ -151,7 +131,7 @@ class Natural:
         about = self.pictures[number]
         picture = Image.open(self.folder / about["file_name"]).convert("RGB")
         size = about["height"], about["width"]
-        return picture, [Thing(name, _mask(shape, size)) for name, shape in self.things[number]]
+        return picture, [Thing(name, drawn(shape, *size)) for name, shape in self.things[number]]
 
     def scene(self, rng: np.random.Generator, count: int, varied: bool, number: int | None = None) -> Scene:
         """A picture (drawn by chance, or the one given) with up to `count` queries; see `Strips.scene`."""
@@ -161,12 +141,6 @@ class Natural:
             scene = _natural(rng, picture, things, count, varied)
             if scene.asked or number is not None:
                 return scene
-
-
-def _mask(shape: object, size: tuple[int, int]) -> np.ndarray:
-    encoded = rle.frPyObjects(shape, *size)
-    merged = rle.merge(encoded) if isinstance(encoded, list) else encoded
-    return np.asarray(rle.decode(merged), dtype=bool)
 
 
 def fitted(width: int, height: int, cells: float = CELLS) -> tuple[int, int]:
@@ -195,30 +169,12 @@ def _natural(rng: np.random.Generator, picture: Image.Image, things: list[Thing]
         mask = np.array(Image.fromarray(thing.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR, box))
         seen.append(Thing(thing.name, np.ascontiguousarray(mask[:, turned] > 127)))
     unknown = np.full((size[1] // STRIDE, size[0] // STRIDE), -1)
-    asked = [
-        Asked(text, target, coverage(target), kind, False)
-        for text, target, kind in _about_things([thing for thing in seen if thing.mask.any()], size[0] * size[1])
-    ]
+    asked = []
+    for name in sorted({thing.name for thing in seen}):
+        group = [thing.mask for thing in seen if thing.name == name and thing.mask.any()]
+        asked += [
+            Asked(text, group[which], coverage(group[which]), kind, False)
+            for text, which, kind in place_queries(name, group)
+        ]
     order = rng.permutation(len(asked))[:count]
     return Scene(pixels, [asked[int(place)] for place in order], unknown, unknown)
-
-
-def _about_things(things: list[Thing], area: int) -> list[tuple[str, np.ndarray, str]]:
-    """Everything that can be asked: (query, mask, kind). Only instances of at least 1.5 % of the picture."""
-    found = []
-    for name in sorted({thing.name for thing in things}):
-        group = [thing.mask for thing in things if thing.name == name]
-        large = [mask for mask in group if mask.sum() >= 0.015 * area]
-        if len(group) == 1 and large:
-            found.append((f"the {name}", large[0], "class"))
-        if len(large) < 2:
-            continue
-        middles = [float(np.nonzero(mask.any(0))[0].mean()) for mask in large]
-        order = np.argsort(middles)
-        for word, end, near in (("left", 0, 1), ("right", -1, -2)):
-            if abs(middles[order[end]] - middles[order[near]]) > 0.06 * area**0.5:
-                found.append((f"the {name} on the {word}", large[order[end]], "side"))
-        sizes = sorted(large, key=lambda mask: -int(mask.sum()))
-        if sizes[0].sum() > 1.5 * sizes[1].sum():
-            found.append((f"the biggest {name}", sizes[0], "size"))
-    return found

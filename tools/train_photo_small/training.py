@@ -17,6 +17,7 @@ from model import PhotoModel
 from runs import Phase
 from scenes import Natural, Strips
 
+from tokenprune.datasets.strips.photographs import Photographs
 from tokenprune_adapters.photos.parts import CELL, gather_cells
 
 KEPT = (0.5, 0.9)  # of the image tokens: cheaper, against overfitting, and what pruning does later
@@ -134,6 +135,7 @@ def train(
     phase = Phase(work, name, trained, optimizer_of(trained))
     plan = stages(scale)
     total = sum(one.steps for one in plan)
+    validation = Photographs(strips.photographs.folder, "val")
     model.train()
     phase.log(dtype=str(model.dtype), steps=total)
     while phase.step < total:
@@ -148,7 +150,7 @@ def train(
         if phase.step % every == 0 or phase.step == total:
             conditions = ("full",) if model.blind else ("full", "wrong")
             persons = max(stage.persons)
-            held_out = fixed_scenes(Strips(strips.photographs, "val", persons), 21, 40, 4)
+            held_out = fixed_scenes(Strips(validation, persons), 21, 40, 4)
             scores = evaluate(eyes, model, held_out, stage.depths[-1], conditions, pool=stage.pool)
             phase.log(depth=stage.depths[-1], persons=persons, val=scores)
     phase.save()
@@ -190,4 +192,4 @@ def _step(
 def _strips(strips: Strips, rng: np.random.Generator, persons: Sequence[int]) -> Strips:
     """The strips with one of several numbers of persons."""
     number = persons[0] if len(persons) == 1 else int(rng.choice(persons))
-    return Strips(strips.photographs, strips.split, number)
+    return Strips(strips.photographs, number)

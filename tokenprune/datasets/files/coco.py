@@ -20,6 +20,7 @@ from pydantic import Field
 
 from tokenprune.datasets.files.annotation_files import item, json_of, side, words
 from tokenprune.datasets.files.dataset import FileDataset, FileOptions, ListedQuery, ListedScene, Target
+from tokenprune.datasets.files.places import KINDS, place_queries
 from tokenprune.datasets.files.segmentation import check_installed, drawn
 from tokenprune.errors import InputError
 from tokenprune.utils.arguments import shown
@@ -37,6 +38,7 @@ class Asked:
 
     id: str
     text: str
+    kind: str
     is_sentence: bool = False
     wanted: list[dict[str, Any]] = field(default_factory=list)
     crowds: list[dict[str, Any]] = field(default_factory=list)
@@ -47,20 +49,23 @@ class Coco(FileDataset):
 
     Queries are the texts of annotations, or names of categories: one query for an image and a category or text, whose
     target is the union of its annotations. Crowds (`iscrowd`) of the same category or text do not count, as in COCO's
-    evaluation; they are never targets.
+    evaluation; they are never targets. With `queries="places"` a query is for one annotation: the only one of its
+    category in the image, or one that its side or its size tells from the others (see `place_queries`).
     """
 
     name = "coco"
     splits = ("val",)
-    kinds = ("category", "text")
+    kinds = ("category", "text", *KINDS)
     layout = "a JSON file with images, annotations and categories"
 
     class Options(FileOptions):
         """Options of COCO's format."""
 
         images: str = Field("", description="Folder of the images; by default looked for near the file.")
-        queries: Literal["auto", "category", "text"] = Field(
-            "auto", description="Names of categories, texts of annotations, or (auto) texts if there are any."
+        queries: Literal["auto", "category", "text", "places"] = Field(
+            "auto",
+            description="Names of categories, texts of annotations, or (auto) texts if there are any; or places: one "
+            "object of a category, by its place or size.",
         )
         field: str = Field("", description="Field of an annotation with its text or texts; by default one of a few.")
         split: str = Field("", description="Name of the split; by default train, val or test, as the file is named.")
@@ -98,6 +103,7 @@ class Coco(FileDataset):
         found = [scene for scene in scenes if scene.queries or scene.problem]
         if not found and not wrong:
             why = f"has text in {field!r}" if field else "has a category and is no crowd"
+            why = "can be told from the others of its category" if self.options.queries == "places" else why
             raise InputError(f"dataset {self.name!r}: no annotation of {str(self.path)!r} {why}, so there is no query")
         return wrong + found
 
@@ -145,9 +151,10 @@ class Coco(FileDataset):
     @cached_property
     def _field(self) -> str:
         """The field with the texts; empty for names of categories."""
-        if self.options.queries == "category":
+        if self.options.queries in ("category", "places"):
             if self.options.field:
-                raise InputError(f"dataset {self.name!r}: field has no effect with queries=category; leave one out")
+                given = f"queries={self.options.queries}"
+                raise InputError(f"dataset {self.name!r}: field has no effect with {given}; leave one out")
             return ""
         candidates = (self.options.field,) if self.options.field else FIELDS
         targets = [one for one in self._annotations if isinstance(one, dict) and not one.get("iscrowd")]
@@ -178,7 +185,7 @@ class Coco(FileDataset):
         if not annotation.get("segmentation"):
             raise InputError(f"{where} has no 'segmentation'; boxes and captions alone give no target")
         for id, text, is_sentence in self._texts(annotation, image, field, where):
-            query = asked[image].setdefault(text, Asked(id, text, is_sentence))
+            query = asked[image].setdefault(text, Asked(id, text, "text" if field else "category", is_sentence))
             if not (query.wanted or crowd):
                 query.id = id  # that of the first annotation which is a target
             members = query.crowds if crowd else query.wanted
@@ -203,19 +210,20 @@ class Coco(FileDataset):
             yield id, words(text, f"{where}, its {field!r}"), is_sentence
 
     def _scene(self, image: Any, asked: dict[str, Asked]) -> ListedScene:
-        record, kind = self._images[image], "text" if self._field else "category"
-        queries = tuple(
-            ListedQuery(one.id, one.text, kind, partial(target_of, one.wanted, one.crowds), one.is_sentence)
-            for one in asked.values()
-            if one.wanted
-        )
+        record, found = self._images[image], [one for one in asked.values() if one.wanted]
         file, where = self._folder / record["file_name"], f"{str(self.path)!r}, image {image!r}"
-        size = None
-        if queries and ("height" in record or "width" in record):
-            try:
+        size, by_place = None, self.options.queries == "places"
+        try:
+            if found and (by_place or "height" in record or "width" in record):
                 size = side(record, "height", where), side(record, "width", where)
-            except InputError as error:
-                return ListedScene(str(image), file, problem=str(error))
+            if size and by_place:
+                found = [query for one in found for query in placed(one, *size)]
+        except InputError as error:
+            return ListedScene(str(image), file, problem=str(error))
+        queries = tuple(
+            ListedQuery(one.id, one.text, one.kind, partial(target_of, one.wanted, one.crowds), one.is_sentence)
+            for one in found
+        )
         return ListedScene(str(image), file, queries, size)
 
     @cached_property
@@ -229,8 +237,18 @@ class Coco(FileDataset):
         here, above = self.path.parent, self.path.parent.parent
         names = [image["file_name"] for image in list(self._images.values())[:SAMPLES]]
         subset = self.path.stem.rsplit("_", 1)[-1]  # val2017 of instances_val2017.json
-        near = [here, here / "images", above, above / "images", above / subset, above / "images" / subset]
+        near = [place / inner for place in (here, above) for inner in ("", "images", subset, f"images/{subset}")]
         return next((folder for folder in near if any(os.path.isfile(folder / name) for name in names)), here)
+
+
+def placed(asked: Asked, height: int, width: int) -> list[Asked]:
+    """Queries for single annotations of a category. Raises InputError for one that cannot be drawn."""
+    masks = [(one, _drawn(one, height, width)) for one in asked.wanted]
+    seen = [(one, mask) for one, mask in masks if mask.any()]
+    return [
+        Asked(f"{seen[number][0]['id']}-{kind}", text, kind, False, [seen[number][0]], asked.crowds)
+        for text, number, kind in place_queries(asked.text, [mask for _, mask in seen])
+    ]
 
 
 def target_of(wanted: Sequence[dict[str, Any]], crowds: Sequence[dict[str, Any]], height: int, width: int) -> Target:

@@ -1,4 +1,4 @@
-"""The base class of datasets that are read from files: listed first, then read one image at a time."""
+"""The base class of datasets of files: listed first, then read one image at a time."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from tokenprune.datasets.base import Dataset, Query, Scene
-from tokenprune.errors import DataWarning, InputError, OptionError, UnknownNameError
-from tokenprune.utils.files import expanded
+from tokenprune.datasets.base import Query, Scene
+from tokenprune.datasets.files.path_dataset import PathDataset, PathOptions
+from tokenprune.errors import DataWarning, InputError, UnknownNameError
 from tokenprune.utils.masks import Mask
 
 SHOWN = 10  # files that a message lists
@@ -80,10 +80,8 @@ class ListedScene:
         return [path for path in dict.fromkeys((self.image, *self.needs)) if not os.path.isfile(path)]
 
 
-class FileOptions(BaseModel):
-    """Options of every dataset that is read from files; subclasses add fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class FileOptions(PathOptions):
+    """Options of every dataset that lists its files; subclasses add fields."""
 
     missing: Literal["refuse", "skip"] = Field(
         "refuse",
@@ -92,43 +90,17 @@ class FileOptions(BaseModel):
     )
 
 
-class FileDataset(Dataset):
-    """A dataset that is read from the user's files.
+class FileDataset(PathDataset):
+    """A dataset that lists the user's files first, then reads one image at a time.
 
-    Subclasses define `splits`, `kinds` and `listed`, and may define a nested class `Options` of `FileOptions`.
-
-    Args:
-        path: of the dataset's folder, or its file.
-        name: that it is registered as; by default that of the class.
-        options: fields of `Options`.
-
-    Raises:
-        InputError: there is nothing at the path.
-        OptionError: an unknown option, or a value that it cannot take.
+    Subclasses define `splits`, `kinds` and `listed`, and may define a nested class `Options` of `FileOptions`. For
+    arguments and errors see `PathDataset`.
     """
 
     class Options(FileOptions):
         """See `FileOptions`."""
 
     options: FileOptions
-    layout: ClassVar[str] = ""
-    """What is expected at the path, for messages: "refcoco/refs(unc).p, …"."""
-
-    def __init__(self, path: str | Path, *, name: str | None = None, **options: Any) -> None:
-        self.name = name or type(self).name  # type: ignore[misc]  # one class may have several names
-        self.path = expanded(path)
-        if not os.path.exists(self.path):
-            raise InputError(f"dataset {self.name!r}: nothing is at {str(path)!r}; check the path{self._expected()}")
-        try:
-            self.options = self.Options(**options)
-        except ValidationError as error:
-            raise OptionError.from_validation(f"dataset {self.name!r}", error, self.Options.model_fields) from None
-
-    @property
-    def place(self) -> str:
-        """Where it is read from and with which options, as `tokenprune.dataset` takes it."""
-        given = self.options.model_dump(exclude_unset=True, mode="json")
-        return ",".join((f"{self.name}:{self.path}", *(f"{key}={value}" for key, value in given.items())))
 
     @abstractmethod
     def listed(self, split: str) -> Sequence[ListedScene]:
@@ -253,9 +225,6 @@ class FileDataset(Dataset):
                 raise InputError(f"{found}; complete the folder{named}, or leave them out with the option missing=skip")
             warnings.warn(f"{found}; their queries are left out", DataWarning, stacklevel=4)
         return [scene for scene in scenes if id(scene) not in useless]
-
-    def _expected(self) -> str:
-        return f"; expected {self.layout}" if self.layout else ""
 
 
 def _told(useless: list[tuple[ListedScene, list[Path]]], total: int) -> str:

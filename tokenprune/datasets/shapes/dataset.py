@@ -7,17 +7,18 @@ under the name of their dataset, and those of different queries must not be take
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
 
 from tokenprune.datasets.base import Dataset, Query, Scene
+from tokenprune.datasets.endless import limited
 from tokenprune.datasets.shapes.phrases import Candidate
 from tokenprune.datasets.shapes.queries import KINDS, sample_queries
 from tokenprune.datasets.shapes.scenes import HELD_OUT, DrawnScene, draw_scene
-from tokenprune.errors import OptionError, TokenPruneError
+from tokenprune.errors import TokenPruneError
 
-MOST = 20_000
 _SPLIT_CODES = {"train": 0, "val": 1, "test": 2, "heldout": 3}
 
 
@@ -56,27 +57,19 @@ class Shapes(Dataset):
     kinds = KINDS
 
     def scenes(self, split: str, limit: int | None = None, seed: int = 0) -> Iterator[Scene]:
-        """Yield scenes without end, or until `limit` queries were given. Raises `UnknownSplitError`,
-        and OptionError for more than `MOST` queries, which would be minutes of drawing."""
+        """Yield scenes without end, or until `limit` queries were given. Raises `UnknownSplitError`, and OptionError
+        as `limited` does."""
         if split not in self.splits:
             splits = ", ".join(self.splits)
             raise UnknownSplitError(f"dataset {self.name!r} has no split {split!r}; choose one of {splits}")
-        if limit is not None and limit > MOST:
-            raise OptionError(
-                f"dataset {self.name!r} draws scenes one after the other, at most {MOST} queries; {limit} were asked "
-                "for, choose a lower limit or index, or another seed"
-            )
-        index = given = 0
-        while limit is None or given < limit:
+        return limited(self.name, self._drawn(split, seed), limit)
+
+    def _drawn(self, split: str, seed: int) -> Iterator[Scene]:
+        for index in count():
             scene, drawn = draw(split, seed, index, self.version)
-            index += 1
-            if not drawn:
-                continue
             queries = [Query(text, kind, scene.labels == item.label) for kind, (text, item) in drawn]
-            if limit is not None:
-                queries = queries[: limit - given]
-            given += len(queries)
-            yield Scene(f"{self.name}-{split}-{seed}-{index - 1}", scene.image, queries)
+            if queries:
+                yield Scene(f"{self.name}-{split}-{seed}-{index}", scene.image, queries)
 
 
 class Shapes2(Shapes):

@@ -12,7 +12,7 @@ import torch
 from tokenprune import api
 from tokenprune.core.strategy import Strategy
 from tokenprune.datasets.base import Dataset
-from tokenprune.datasets.files.dataset import FileDataset
+from tokenprune.datasets.files.path_dataset import PathDataset
 from tokenprune.datasets.validation import check_request, scenes_of
 from tokenprune.engine.interface.compatibility import check_on, declares
 from tokenprune.errors import InputError, OptionError
@@ -132,7 +132,7 @@ def compare(
             **environment.describe(loaded.decoder, chosen),
             "seed": seed,
             "protocol": protocol,
-            "data": data.place if isinstance(data, FileDataset) else data.name,
+            "data": data.place if isinstance(data, PathDataset) else data.name,
             "timing_samples": len(run.timed),
         },
         rows=[tally.row(run.untouched) for tally in run.tallies],

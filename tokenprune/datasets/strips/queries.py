@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from photographs import COLOURS, NAMES, View
+
+from tokenprune.datasets.strips.photographs import NAMES, View
 
 PLURAL = {"shorts", "trousers", "jeans", "tights", "boots", "shoes", "socks", "glasses", "gloves"}
 KINDS = ("garment", "colour", "two", "without")
@@ -35,16 +36,21 @@ WITHOUT = (
 UNSEEN_WITHOUT = ("point out whoever lacks {}", "the only one wearing no {}")
 
 
+Option = tuple[str, int, tuple[str, ...], bool]
+"""What can be asked: its phrase, the person, the garments worn that it names, and whether its pair is kept out."""
+
+
 @dataclass(frozen=True)
-class Query:
-    """A question about a strip.
+class PersonQuery:
+    """A query about a strip.
 
     Args:
-        text: the question.
+        text: the query.
         person: place in the strip of the person that it is true for.
         garments: those it names that the person wears, whose cells a pointer is taught.
         kind: one of KINDS.
         unseen: whether its wording or its pair of colour and garment is never trained.
+        is_sentence: whether it is a sentence of its own; else a phrase for the person.
     """
 
     text: str
@@ -52,6 +58,7 @@ class Query:
     garments: tuple[str, ...]
     kind: str
     unseen: bool
+    is_sentence: bool
 
 
 def kept_out(colour: str, garment: str) -> bool:
@@ -72,14 +79,14 @@ def only_one(answers: Sequence[bool | None]) -> int | None:
     return answers.index(True) if list(answers).count(True) == 1 and None not in answers else None
 
 
-def all_queries(views: Sequence[View], unseen_pairs: bool) -> dict[str, list[tuple[str, int, tuple[str, ...], bool]]]:
-    """Everything that is true for exactly one person, by kind: (phrase, person, garments, its pair is kept out).
+def all_queries(views: Sequence[View], unseen_pairs: bool) -> dict[str, list[Option]]:
+    """Everything that is true for exactly one person, by kind.
 
     Args:
         views: the strip's persons.
         unseen_pairs: whether pairs of colour and garment that are kept out may be used.
     """
-    found: dict[str, list[tuple[str, int, tuple[str, ...], bool]]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[Option]] = {kind: [] for kind in KINDS}
     worn = {name: [view.wears(name) for view in views] for name in NAMES}
     for name, answers in worn.items():
         person = only_one(answers)
@@ -115,7 +122,7 @@ def _both(first: bool | None, second: bool | None) -> bool | None:
     return None if first is None or second is None else True
 
 
-def draw(rng: np.random.Generator, views: Sequence[View], count: int, test: bool = False) -> list[Query]:
+def draw(rng: np.random.Generator, views: Sequence[View], count: int, test: bool = False) -> list[PersonQuery]:
     """Up to `count` different queries about a strip, of kinds by WEIGHTS, each person asked for about as often.
 
     Args:
@@ -125,7 +132,7 @@ def draw(rng: np.random.Generator, views: Sequence[View], count: int, test: bool
         test: whether wordings and pairs that are never trained may be used.
     """
     options = all_queries(views, test)
-    asked: list[Query] = []
+    asked: list[PersonQuery] = []
     used = np.zeros(len(views))
     said = set()
     for _ in range(3 * count):
@@ -145,8 +152,6 @@ def draw(rng: np.random.Generator, views: Sequence[View], count: int, test: bool
         wording = wordings[int(rng.integers(len(wordings)))]
         if kind == "without" and "no {}" in wording:
             text = text.removeprefix("a ").removeprefix("an ")
-        asked.append(Query(wording.format(text), person, garments, kind, unseen or pair))
+        is_sentence = not wording.startswith(("{}", "somebody in", "the "))
+        asked.append(PersonQuery(wording.format(text), person, garments, kind, unseen or pair, is_sentence))
     return asked
-
-
-VOCABULARY = (*NAMES, *COLOURS)

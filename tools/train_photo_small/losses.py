@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenprune.datasets.strips.colours import COLOURS
+from tokenprune.datasets.strips.photographs import NAMES
 
 
 def mass_loss(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -35,16 +36,21 @@ def wanted_cells(scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def dense_loss(model: PhotoModel, tokens: Tensor, scene: Scene) -> tuple[Tensor, float]:
-    """Image tokens to the embeddings of the words for what they show; the garment hit rate beside it."""
+    """Image tokens to the embeddings of the words for what they show, and to the words of each query; the garment hit
+    rate beside it."""
     classes, colours = torch.from_numpy(scene.classes).flatten(), torch.from_numpy(scene.colours).flatten()
     words = torch.cat([torch.ones(len(CLASSES) - 1), torch.tensor([0.25])])  # most cells are background
     if not (classes >= 0).any():
         return tokens.sum() * 0, float("nan")
-    named = model.name_tokens(tokens, CLASSES)
+    named, tinted = model.name_tokens(tokens, CLASSES), model.name_tokens(tokens, list(COLOURS))
     loss = functional.cross_entropy(named, classes, ignore_index=-1, weight=words)
     coloured = colours >= 0
     if coloured.any():
-        loss = loss + functional.cross_entropy(model.name_tokens(tokens[coloured], list(COLOURS)), colours[coloured])
+        loss = loss + functional.cross_entropy(tinted[coloured], colours[coloured])
+    likely = torch.cat([named.log_softmax(-1)[:, : len(NAMES)], tinted.log_softmax(-1)], 1)
+    said = torch.tensor([[f" {word}" in f" {one.text}" for word in (*NAMES, *COLOURS)] for one in scene.asked])
+    positive = torch.tensor([one.kind != "without" for one in scene.asked])
+    loss = loss + mass_loss(said.float() @ likely.T, wanted_cells(scene)[1] & positive[:, None])
     garments = (classes >= 0) & (classes < len(CLASSES) - 2)
     hit = (named[garments].argmax(-1) == classes[garments]).float().mean() if garments.any() else torch.tensor(0.0)
     return loss, float(hit)

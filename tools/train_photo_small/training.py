@@ -31,7 +31,7 @@ class Stage:
 
     Args:
         steps: how many.
-        depths: the taps that learn.
+        depths: the taps that learn; none: the projector alone.
         pictures: of a step.
         queries: of a picture, at most.
         persons: how many photographs a strip has, drawn anew for each; few are easier to tell apart.
@@ -49,12 +49,15 @@ class Stage:
 
 
 ALIGN = 80  # steps of the projector alone, at first
+DENSE = 1.0  # weight of what image tokens are named; less lets the other losses wear it off
 STAGES = (
     Stage(800, (4,), 2, 10, (4,)),
     Stage(500, (4, 12), 2, 16, (2,)),
     Stage(600, (4, 12), 1, 16, (2,)),
     Stage(400, (4, 8, 12), 1, 16, (2,)),
-    Stage(1200, (4, 8, 12), 1, 16, (2, 2, 3), pool=2),
+    Stage(400, (4, 8, 12), 1, 16, (2, 2, 3), pool=2),
+    Stage(700, (), 2, 16, (4,)),
+    Stage(700, (4, 8, 12), 1, 16, (2,), pool=2),
     Stage(1800, (4, 8, 12), 1, 16, (2, 3, 4, 4)),
     Stage(1800, (12, 20, 30), 1, 16, (3, 4, 4, 4), True),
 )
@@ -140,14 +143,14 @@ def train(
     phase.log(dtype=str(model.dtype), steps=total)
     while phase.step < total:
         stage, done = place_in(plan, phase.step)
-        if done == 0 and phase.step:
+        if done == 0 and phase.step and stage.depths:
             depth = phase.extra["depth"]
             if depth != stage.depths[-1]:
                 phase.save(work / f"{name}-{depth}.pt")
             model.grow(set(stage.depths) - used_before(plan, phase.step), depth)
-        phase.extra["depth"] = stage.depths[-1]
+        phase.extra["depth"] = stage.depths[-1] if stage.depths else phase.extra["depth"]
         _step(phase, eyes, model, strips, natural, stage, rate_of(plan, phase.step))
-        if phase.step % every == 0 or phase.step == total:
+        if (phase.step % every == 0 and stage.depths) or phase.step == total:
             conditions = ("full",) if model.blind else ("full", "wrong")
             persons = max(stage.persons)
             held_out = fixed_scenes(Strips(validation, persons), 21, 40, 4)
@@ -161,7 +164,7 @@ def _step(
     phase: Phase, eyes: Eyes, model: PhotoModel, strips: Strips, natural: Natural, stage: Stage, rate: float
 ) -> None:
     rng = phase.begin_step(31)
-    align = phase.step < ALIGN
+    align = phase.step < ALIGN or not stage.depths
     sums: dict[str, list[float]] = {}
     for _ in range(stage.pictures):
         source: Natural | Strips = strips
@@ -181,7 +184,7 @@ def _step(
                 count = int(len(tokens) * rng.uniform(*KEPT))
                 kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[:count]))
             loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer, stage.pool)
-            loss = loss if model.blind else loss + 0.2 * dense
+            loss = loss if model.blind else loss + DENSE * dense
         (loss / stage.pictures).backward()
         if source is not natural:
             for key, value in {**report, "named": named, "loss": float(loss.detach())}.items():

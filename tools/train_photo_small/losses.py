@@ -73,6 +73,7 @@ def query_loss(
     kept: Tensor | None,
     answer: bool,
     pool: int = 1,
+    hints: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of all queries of a scene, and figures of the last depth.
 
@@ -84,11 +85,13 @@ def query_loss(
         kept: the image tokens that are kept, see `PhotoModel.read`.
         answer: also learn to answer with SEG.
         pool: cells a side that an image token stands for.
+        hints: [n], how much each query's attention to what it names is raised.
     """
     things, named = wanted_cells(scene)
-    found = model.read(tokens, [asked.text for asked in scene.asked], depths, kept)
     shown, grid = pooled(named.float().T, scene.grid, pool, functional.max_pool2d)
     aimed = shown.T > 0 if kept is None else shown.T[:, kept] > 0
+    hint = None if hints is None else hints[:, None] * aimed
+    found = model.read(tokens, [asked.text for asked in scene.asked], depths, kept, hint)
     total, report = tokens.sum() * 0, {}
     for depth in depths:
         tap = model.taps[str(depth)]
@@ -109,7 +112,7 @@ def query_loss(
             "part": float(part.detach()),
             "pointer": float(looked.detach()),
             "own": float(own.detach()),
-            "hit": float(things.gather(1, best).float().mean()),
+            "hit": float(things.gather(1, best).float()[slice(None) if hints is None else hints == 0].mean()),
         }
         if answer and depth == depths[-1]:
             said = functional.linear(states.to(model.dtype), model.decoder.model.embed_tokens.weight).float()

@@ -17,6 +17,7 @@ from tokenprune_adapters.photos.parts import Projector, ReadOut
 from tokenprune_adapters.photos.text import AFTER, BEFORE, SEG_IN_VOCABULARY
 
 RANK = 16
+HINTED = 4  # the first layer, from 0, whose attention a hint changes
 
 
 class LoraLinear(nn.Module):
@@ -130,7 +131,12 @@ class PhotoModel(nn.Module):
         return self._ids[text]
 
     def read(
-        self, tokens: Tensor, texts: Sequence[str], depths: Sequence[int], kept: Tensor | None = None
+        self,
+        tokens: Tensor,
+        texts: Sequence[str],
+        depths: Sequence[int],
+        kept: Tensor | None = None,
+        hint: Tensor | None = None,
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """The states of the mask queries [n, H] and of the image tokens [N', H] after each depth, final-normed.
 
@@ -141,6 +147,7 @@ class PhotoModel(nn.Module):
             texts: the queries.
             depths: how many layers to run before each reading, ascending.
             kept: int64, the image tokens that are kept; their positions stay.
+            hint: [n, N'], added to the mask queries' attention logits on image tokens, from layer HINTED on.
         """
         texts_ids = [self.query_ids(text) for text in texts]
         start, count = len(self._before), len(tokens)
@@ -161,11 +168,18 @@ class PhotoModel(nn.Module):
         model: Any = self.decoder.model
         rotary = model.rotary_emb(hidden, positions)
         ends = start + len(places) + lengths.cumsum(0) - 1
+        hinted = mask
+        if hint is not None:
+            hinted = mask.clone()
+            hinted[0, 0, ends[:, None], torch.arange(start, start + len(places))] += hint.to(mask.dtype)
         found = {}
         done = 0
         for depth in depths:
-            for layer in model.layers[done:depth]:
-                hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+            for number in range(done, depth):
+                seen_by = mask if number < HINTED else hinted
+                hidden = model.layers[number](
+                    hidden, attention_mask=seen_by, position_ids=positions, position_embeddings=rotary
+                )
             done = depth
             normed = model.norm(hidden)[0].float()
             found[depth] = normed[ends], normed[start : start + len(places)]

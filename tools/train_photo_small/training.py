@@ -37,6 +37,8 @@ class Stage:
         persons: how many photographs a strip has, drawn anew for each; few are easier to tell apart.
         answer: also learn to answer with SEG.
         pool: cells a side that an image token stands for; with few tokens attention learns sooner which to look at.
+        hint: how much the mask query's attention logits are raised on what most queries name; falls to 0 in three
+            quarters of the stage. What attention brings has to be of use before attention can learn what to bring.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class Stage:
     persons: tuple[int, ...]
     answer: bool = False
     pool: int = 1
+    hint: float = 0.0
 
 
 ALIGN = 80  # steps of the projector alone, at first
@@ -58,7 +61,8 @@ STAGES = (
     Stage(400, (4, 8, 12), 1, 16, (2, 2, 3), pool=2),
     Stage(700, (), 2, 16, (4,)),
     Stage(700, (4, 8, 12), 1, 16, (2,), pool=2),
-    Stage(1800, (4, 8, 12), 1, 16, (2, 3, 4, 4)),
+    Stage(1200, (4, 8, 12), 1, 16, (2, 3, 4, 4), hint=6.0),
+    Stage(1200, (4, 8, 12), 1, 16, (3, 4, 4)),
     Stage(1800, (12, 20, 30), 1, 16, (3, 4, 4, 4), True),
 )
 
@@ -149,7 +153,7 @@ def train(
                 phase.save(work / f"{name}-{depth}.pt")
             model.grow(set(stage.depths) - used_before(plan, phase.step), depth)
         phase.extra["depth"] = stage.depths[-1] if stage.depths else phase.extra["depth"]
-        _step(phase, eyes, model, strips, natural, stage, rate_of(plan, phase.step))
+        _step(phase, eyes, model, strips, natural, stage, done, rate_of(plan, phase.step))
         if (phase.step % every == 0 and stage.depths) or phase.step == total:
             conditions = ("full",) if model.blind else ("full", "wrong")
             persons = max(stage.persons)
@@ -161,7 +165,7 @@ def train(
 
 
 def _step(
-    phase: Phase, eyes: Eyes, model: PhotoModel, strips: Strips, natural: Natural, stage: Stage, rate: float
+    phase: Phase, eyes: Eyes, model: PhotoModel, strips: Strips, natural: Natural, stage: Stage, done: int, rate: float
 ) -> None:
     rng = phase.begin_step(31)
     align = phase.step < ALIGN or not stage.depths
@@ -177,13 +181,16 @@ def _step(
         if align:
             loss, report = dense, {}
         else:
-            kept = None
+            kept = hints = None
+            if stage.hint > 0:
+                strength = stage.hint * max(1 - done / (0.75 * stage.steps), 0)
+                hints = torch.from_numpy(strength * (rng.random(len(scene.asked)) < 0.75))
             if stage.pool > 1:
                 tokens, _ = pooled(tokens, scene.grid, stage.pool)
             else:
                 count = int(len(tokens) * rng.uniform(*KEPT))
                 kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[:count]))
-            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer, stage.pool)
+            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer, stage.pool, hints)
             loss = loss if model.blind else loss + DENSE * dense
         (loss / stage.pictures).backward()
         if source is not natural:

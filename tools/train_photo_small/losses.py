@@ -74,6 +74,7 @@ def query_loss(
     answer: bool,
     pool: int = 1,
     hints: Tensor | None = None,
+    bias: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of all queries of a scene, and figures of the last depth.
 
@@ -86,11 +87,12 @@ def query_loss(
         answer: also learn to answer with SEG.
         pool: cells a side that an image token stands for.
         hints: [n], how much each query's attention to what it names is raised.
+        bias: how much every query's attention to all image tokens is raised.
     """
     things, named = wanted_cells(scene)
     shown, grid = pooled(named.float().T, scene.grid, pool, functional.max_pool2d)
     aimed = shown.T > 0 if kept is None else shown.T[:, kept] > 0
-    hint = None if hints is None else hints[:, None] * aimed
+    hint = None if hints is None else bias + hints[:, None] * aimed
     found = model.read(tokens, [asked.text for asked in scene.asked], depths, kept, hint)
     total, report = tokens.sum() * 0, {}
     for depth in depths:

@@ -17,7 +17,7 @@ from tokenprune_adapters.photos.parts import Projector, ReadOut
 from tokenprune_adapters.photos.text import AFTER, BEFORE, SEG_IN_VOCABULARY
 
 RANK = 16
-HINTED = 4  # the first layer, from 0, whose attention a hint changes
+HINTED = 2  # the first layer, from 0, whose attention a hint changes
 
 
 class LoraLinear(nn.Module):
@@ -147,7 +147,7 @@ class PhotoModel(nn.Module):
             texts: the queries.
             depths: how many layers to run before each reading, ascending.
             kept: int64, the image tokens that are kept; their positions stay.
-            hint: [n, N'], added to the mask queries' attention logits on image tokens, from layer HINTED on.
+            hint: [n, N'], added to the attention logits of all words of a query on image tokens, from layer HINTED on.
         """
         texts_ids = [self.query_ids(text) for text in texts]
         start, count = len(self._before), len(tokens)
@@ -171,7 +171,9 @@ class PhotoModel(nn.Module):
         hinted = mask
         if hint is not None:
             hinted = mask.clone()
-            hinted[0, 0, ends[:, None], torch.arange(start, start + len(places))] += hint.to(mask.dtype)
+            rows = torch.arange(start + len(places), len(owner))
+            columns = torch.arange(start, start + len(places))
+            hinted[0, 0, rows[:, None], columns] += hint[owner[rows].long() - 1].to(mask.dtype)
         found = {}
         done = 0
         for depth in depths:

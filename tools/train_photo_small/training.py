@@ -37,8 +37,10 @@ class Stage:
         persons: how many photographs a strip has, drawn anew for each; few are easier to tell apart.
         answer: also learn to answer with SEG.
         pool: cells a side that an image token stands for; with few tokens attention learns sooner which to look at.
-        hint: how much the mask query's attention logits are raised on what most queries name; falls to 0 in three
-            quarters of the stage. What attention brings has to be of use before attention can learn what to bring.
+        hint: how much the attention logits of a query's words are raised on what half of the queries name; falls to 0
+            in half of the stage. What attention brings has to be of use before attention can learn what to bring.
+        bias: how much they are raised on all image tokens; falls to 0 in the whole stage. A pretrained decoder attends
+            to its first token so much that the rest is hardly felt.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class Stage:
     answer: bool = False
     pool: int = 1
     hint: float = 0.0
+    bias: float = 0.0
 
 
 ALIGN = 80  # steps of the projector alone, at first
@@ -61,7 +64,9 @@ STAGES = (
     Stage(400, (4, 8, 12), 1, 16, (2, 2, 3), pool=2),
     Stage(700, (), 2, 16, (4,)),
     Stage(700, (4, 8, 12), 1, 16, (2,), pool=2),
-    Stage(1200, (4, 8, 12), 1, 16, (2, 3, 4, 4), hint=6.0),
+    Stage(900, (4, 8, 12), 1, 16, (2, 3, 4, 4), hint=6.0),
+    Stage(500, (4, 8, 12), 1, 16, (2, 3, 4, 4), hint=2.5, bias=4.0),
+    Stage(1600, (4, 8, 12), 1, 16, (2, 3, 4, 4), hint=4.0, bias=2.0),
     Stage(1200, (4, 8, 12), 1, 16, (3, 4, 4)),
     Stage(1800, (12, 20, 30), 1, 16, (3, 4, 4, 4), True),
 )
@@ -183,14 +188,15 @@ def _step(
         else:
             kept = hints = None
             if stage.hint > 0:
-                strength = stage.hint * max(1 - done / (0.75 * stage.steps), 0)
-                hints = torch.from_numpy(strength * (rng.random(len(scene.asked)) < 0.75))
+                strength = stage.hint * max(1 - done / (0.5 * stage.steps), 0)
+                hints = torch.from_numpy(strength * (rng.random(len(scene.asked)) < 0.5))
+            bias = stage.bias * (1 - done / stage.steps)
             if stage.pool > 1:
                 tokens, _ = pooled(tokens, scene.grid, stage.pool)
             else:
                 count = int(len(tokens) * rng.uniform(*KEPT))
                 kept = torch.from_numpy(np.sort(rng.permutation(len(tokens))[:count]))
-            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer, stage.pool, hints)
+            loss, report = query_loss(model, tokens, scene, stage.depths, kept, stage.answer, stage.pool, hints, bias)
             loss = loss if model.blind else loss + DENSE * dense
         (loss / stage.pictures).backward()
         if source is not natural:

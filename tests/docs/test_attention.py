@@ -12,14 +12,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from photo_parts import LAYERS, byte_tokenizer, random_delta, tiny_llama, tiny_tower
+from photo_parts import LAYERS, tiny_photo_model
 from scipy.stats import entropy, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from tokenprune.datasets.base import Dataset, Query, Scene
 from tokenprune.errors import InputError
-from tokenprune_adapters.photos import adapter, model
-from tokenprune_adapters.photos.text import ChatTokenizer
+from tokenprune_adapters.photos import model
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, COLUMNS, HEADS = 4, 6, 2
@@ -38,8 +37,7 @@ def small() -> Iterator[Any]:
     """A grid that is not square, and heads that share a key head."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "CELLS", ROWS * COLUMNS)
-        llama = tiny_llama()
-        yield adapter.assemble(llama, tiny_tower(), ChatTokenizer(byte_tokenizer()), random_delta(llama), "photo-tiny")
+        yield tiny_photo_model()
 
 
 class Pictures(Dataset):

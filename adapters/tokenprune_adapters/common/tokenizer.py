@@ -41,6 +41,13 @@ class TextTokenizer(Protocol):
         """The vocabulary's piece of each id."""
 
 
+def check_unicode(text: str) -> None:
+    """Raise InputError for a text that is not valid Unicode, which tokenizers cannot encode."""
+    problem = unicode_problem(text)
+    if problem:
+        raise InputError(f"text {text[-60:]!a} {problem}")
+
+
 class LlamaSlowTokenizer:
     """Text to ids and back.
 
@@ -92,9 +99,7 @@ class LlamaSlowTokenizer:
         Raises:
             InputError: a text that is not valid Unicode.
         """
-        problem = unicode_problem(text)
-        if problem:
-            raise InputError(f"text {text[-60:]!a} {problem}")
+        check_unicode(text)
         ids = [self.bos_id] if bos else []
         start = 0
         for found in self._split.finditer(text):

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
-from tokenprune.errors import InputError
-from tokenprune.utils.arguments import unicode_problem
+from tokenprune_adapters.common.tokenizer import check_unicode
 from tokenprune_adapters.llava.prompt import IMAGE_PLACEHOLDER
 
 SEG, SEG_IN_VOCABULARY = "[SEG]", "<empty_output>"
@@ -45,9 +44,7 @@ class ChatTokenizer:
         Raises:
             InputError: a text that is not valid Unicode.
         """
-        problem = unicode_problem(text)
-        if problem:
-            raise InputError(f"text {text[-60:]!a} {problem}")
+        check_unicode(text)
         ids: list[int] = self.inner.encode(text.replace(SEG, SEG_IN_VOCABULARY)).ids
         return ids
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]  # an alias in release 5
 
-from tokenprune.errors import CheckpointError, InputError
+from tokenprune.errors import CheckpointError
 from tokenprune.plugins.attribution import brief
-from tokenprune.utils.arguments import unicode_problem
+from tokenprune_adapters.common.tokenizer import check_unicode
 
 FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
@@ -44,9 +44,7 @@ class QwenTokenizer:
         Raises:
             InputError: a text that is not valid Unicode.
         """
-        problem = unicode_problem(text)
-        if problem:
-            raise InputError(f"text {text[-60:]!a} {problem}")
+        check_unicode(text)
         return list(self._inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:

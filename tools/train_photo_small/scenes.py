@@ -14,7 +14,7 @@ from tokenprune.datasets.files.segmentation import drawn
 from tokenprune.datasets.strips import strip
 from tokenprune.datasets.strips.colours import COLOURS
 from tokenprune.datasets.strips.photographs import NAMES, SMALL, WIDTH
-from tokenprune_adapters.photos.model import CELLS, LONGEST
+from tokenprune_adapters.photos.model import CELLS, fitted
 from tokenprune_adapters.photos.tower import STRIDE
 
 CLASSES = (*NAMES, "person", "background")
@@ -143,14 +143,6 @@ class Natural:
                 return scene
 
 
-def fitted(width: int, height: int, cells: float = CELLS) -> tuple[int, int]:
-    """The size (width, height) that a picture is resized to: about `cells` cells, in its shape, at most `LONGEST` a
-    side."""
-    scale = (cells / (width * height)) ** 0.5
-    columns, rows = (min(max(round(side * scale), 1), LONGEST) for side in (width, height))
-    return columns * STRIDE, rows * STRIDE
-
-
 def _natural(rng: np.random.Generator, picture: Image.Image, things: list[Thing], count: int, varied: bool) -> Scene:
     width, height = picture.size
     box = (0.0, 0.0, float(width), float(height))
@@ -161,14 +153,15 @@ def _natural(rng: np.random.Generator, picture: Image.Image, things: list[Thing]
         box = (left, top, left + zoom * width, top + zoom * height)
         cells *= rng.uniform(0.7, 1.1)
     flip = varied and rng.random() < 0.5
-    size = fitted(width, height, cells)
+    columns, rows = fitted(width, height, cells)
+    size = columns * STRIDE, rows * STRIDE
     turned = slice(None, None, -1 if flip else None)
     pixels = np.ascontiguousarray(np.array(picture.resize(size, Image.Resampling.BILINEAR, box))[:, turned])
     seen = []
     for thing in things:
         mask = np.array(Image.fromarray(thing.mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR, box))
         seen.append(Thing(thing.name, np.ascontiguousarray(mask[:, turned] > 127)))
-    unknown = np.full((size[1] // STRIDE, size[0] // STRIDE), -1)
+    unknown = np.full((rows, columns), -1)
     asked = []
     for name in sorted({thing.name for thing in seen}):
         group = [thing.mask for thing in seen if thing.name == name and thing.mask.any()]

@@ -32,9 +32,10 @@ LONGEST = 32
 OUTSIDE = -100.0  # logit beyond the picture
 
 
-def fitted(width: int, height: int) -> tuple[int, int]:
-    """(columns, rows) of image tokens of a picture: about `CELLS`, its shape kept, at most `LONGEST` a side."""
-    scale = (CELLS / (width * height)) ** 0.5
+def fitted(width: int, height: int, cells: float | None = None) -> tuple[int, int]:
+    """(columns, rows) of image tokens of a picture: about `cells` (None: `CELLS`), its shape kept, at most `LONGEST` a
+    side."""
+    scale = ((cells or CELLS) / (width * height)) ** 0.5
     return min(max(round(width * scale), 1), LONGEST), min(max(round(height * scale), 1), LONGEST)
 
 

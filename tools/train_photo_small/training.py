@@ -154,12 +154,13 @@ def train(
     phase.log(dtype=str(model.dtype), steps=total)
     while phase.step < total:
         stage, done = place_in(plan, phase.step)
-        if done == 0 and phase.step and stage.depths:
-            depth = phase.extra["depth"]
-            if depth != stage.depths[-1]:
-                phase.save(work / f"{name}-{depth}.pt")
-            model.grow(set(stage.depths) - used_before(plan, phase.step), depth)
-        phase.extra["depth"] = stage.depths[-1] if stage.depths else phase.extra["depth"]
+        if stage.depths:
+            depth = phase.extra.get("depth")
+            if done == 0 and depth is not None:
+                if depth != stage.depths[-1]:
+                    phase.save(work / f"{name}-{depth}.pt")
+                model.grow(set(stage.depths) - used_before(plan, phase.step), depth)
+            phase.extra["depth"] = stage.depths[-1]
         _step(phase, eyes, model, strips, natural, stage, done, rate_of(plan, phase.step))
         if (phase.step % every == 0 and stage.depths) or phase.step == total:
             conditions = ("full",) if model.blind else ("full", "wrong")
